@@ -1,0 +1,193 @@
+"""The block-by-block driver: one float forward of each block serves every statistic.
+
+In memory are one block's weights in float32, one batch of activations, the kept rows of each
+linear's input, and the inputs and outputs of the tokens that searches look at. Hidden states are
+on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from mindspore import Tensor
+
+from ms_quant.blocks import Progress, WeightTransform, quantize_group
+from ms_quant.cells.quant_linear import QuantLinear
+from ms_quant.cells.recorder import Recorder
+from ms_quant.cells.tree import get_cell, replaced
+from ms_quant.checkpoint.job import HiddenStates, JobDirectory, read_hidden
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.decoder import DecoderBlock, causal_mask, rope_tensors
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.observers import ActivationStats
+from ms_quant.plan import Plan
+
+BATCH_TOKENS = 2048
+EMBEDDING_ROWS = 4096
+
+
+class BlockRunner:
+    """One decoder block whose weights are replaced block after block."""
+
+    def __init__(self, config: ModelConfig, length: int):
+        self.block = DecoderBlock(config)
+        self.block.set_train(False)
+        self.parameters = dict(self.block.parameters_and_names())
+        self.cos, self.sin = rope_tensors(config, 0, length)
+        self.mask = causal_mask(length)
+
+    def load(self, checkpoint: Checkpoint, index: int) -> None:
+        """Reads a block's tensors, one at a time."""
+        for name, parameter in self.parameters.items():
+            array = checkpoint.read_float32(f"{block_prefix(index)}{name}")
+            parameter.set_data(Tensor.from_numpy(array))
+
+    def array(self, name: str) -> np.ndarray | None:
+        """A float32 parameter, or None when the block has none of that name."""
+        return self.parameters[name].asnumpy() if name in self.parameters else None
+
+    def attend(self, hidden: np.ndarray) -> np.ndarray:
+        return self.block.attend(Tensor(hidden), self.cos, self.sin, self.mask).asnumpy()
+
+    def feed_forward(self, middle: np.ndarray) -> np.ndarray:
+        return self.block.feed_forward(Tensor(middle)).asnumpy()
+
+
+@dataclass
+class SearchTokens:
+    """Float activations of the tokens that searches look at: before, within and after a block."""
+
+    inputs: list[np.ndarray] = field(default_factory=list)
+    middles: list[np.ndarray] = field(default_factory=list)
+    outputs: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, hidden: np.ndarray, middle: np.ndarray, output: np.ndarray) -> None:
+        self.inputs.append(hidden)
+        self.middles.append(middle)
+        self.outputs.append(output)
+
+
+def embed(checkpoint: Checkpoint, tokens: np.ndarray, job: JobDirectory) -> None:
+    """Writes the first hidden states. Only the rows of tokens that occur are held."""
+    name = "model.embed_tokens.weight"
+    file = checkpoint.file_of(name)
+    rows, width = file.info(name).shape
+    used, places = np.unique(tokens, return_inverse=True)
+    table = np.empty((len(used), width), np.float32)
+    for start in range(0, rows, EMBEDDING_ROWS):
+        stop = min(start + EMBEDDING_ROWS, rows)
+        first, last = np.searchsorted(used, [start, stop])
+        if last > first:
+            part = file.read_rows(name, start, stop)[used[first:last] - start]
+            table[first:last] = part.astype(np.float32)
+    if not np.isfinite(table).all():
+        raise MsQuantError(f"{file.path}: tensor {name!r} holds NaN or infinite values")
+    hidden = HiddenStates(job.hidden_file(0), (*tokens.shape, width))
+    for sequence in places.reshape(tokens.shape):
+        hidden.append(table[sequence])
+    hidden.commit()
+
+
+def calibrate(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    tokens: np.ndarray,
+    job: JobDirectory,
+    progress: Progress,
+    transform: WeightTransform | None = None,
+) -> None:
+    """Quantizes every unfinished block of a job.
+
+    Args:
+        plan: what to do.
+        checkpoint: the float model.
+        tokens: int32 (sequences, tokens) calibration data.
+        job: where finished blocks and hidden states are.
+        progress: told how far each block is.
+        transform: changes a weight before it is quantized (pruning).
+
+    Raises:
+        MsQuantError: a weight or an activation is NaN or inf, or the disk is full.
+    """
+    runner = BlockRunner(plan.config, tokens.shape[1])
+    first = job.finished_blocks()
+    if first == 0:
+        embed(checkpoint, tokens, job)
+    for index in range(first, plan.config.num_layers):
+        runner.load(checkpoint, index)
+        stats, searched = _observe(plan, runner, job, index, tokens.shape, progress)
+        linears: dict[str, QuantizedLinear] = {}
+        notes = {}
+        groups = plan.groups(index)
+        for done, group in enumerate(groups):
+            loss = _block_loss(runner, group, searched)
+            linears_of_group, notes[group.name] = quantize_group(
+                plan, index, group, runner.array, stats[group.name], loss, transform
+            )
+            linears.update(linears_of_group)
+            progress(index, (1 + (done + 1) / len(groups)) / 2)
+        norms = {f"{name}.l2_norm": stats[name].l2_norm for name in stats}
+        job.finish_block(index, linears, norms, notes)
+
+
+def _observe(
+    plan: Plan,
+    runner: BlockRunner,
+    job: JobDirectory,
+    index: int,
+    shape: tuple[int, int],
+    progress: Progress,
+) -> tuple[dict[str, ActivationStats], SearchTokens]:
+    """The float forward of a block: statistics, and the search tokens' inputs and outputs."""
+    sequences, length = shape
+    batch = max(1, BATCH_TOKENS // length)
+    stats, recorders = {}, {}
+    for group in plan.groups(index):
+        path = group.members[0]
+        cell = get_cell(runner.block, path)
+        name = f"{block_prefix(index)}{path}: calibration input"
+        stats[group.name] = ActivationStats(cell.in_channels, sequences * length, name=name)
+        recorders[path] = Recorder(cell, stats[group.name].update)
+    last = index + 1 == plan.config.num_layers
+    hidden_shape = (sequences, length, plan.config.hidden_size)
+    following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
+    searched = SearchTokens()
+    with replaced(runner.block, recorders):
+        for start in range(0, sequences, batch):
+            hidden = read_hidden(job.hidden_file(index), start, start + batch)
+            middle = runner.attend(hidden)
+            output = runner.feed_forward(middle)
+            if start * length < plan.search_tokens:
+                searched.add(hidden, middle, output)
+            if following:
+                following.append(output)
+            progress(index, min(1.0, (start + batch) / sequences) / 2)
+    if following:
+        following.commit()
+    return stats, searched
+
+
+def _block_loss(
+    runner: BlockRunner, group: LinearGroup, searched: SearchTokens
+) -> Callable[[Mapping[str, QuantizedLinear]], float]:
+    """Mean squared error of the block's output with a candidate in place of a float group."""
+
+    def output(hidden: np.ndarray, middle: np.ndarray) -> np.ndarray:
+        return runner.feed_forward(middle if group.in_mlp else runner.attend(hidden))
+
+    def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
+        cells = {path: QuantLinear(linear) for path, linear in candidate.items()}
+        batches = zip(searched.inputs, searched.middles, searched.outputs, strict=True)
+        with replaced(runner.block, cells):
+            errors = [
+                np.mean(np.square(output(hidden, middle) - exact), dtype=np.float64)
+                for hidden, middle, exact in batches
+            ]
+        return float(np.mean(errors))
+
+    return loss

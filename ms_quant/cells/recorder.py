@@ -1,0 +1,26 @@
+"""A Cell that shows its input to a function and passes it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mindspore import Tensor, nn
+
+
+class Recorder(nn.Cell):
+    """Wraps a Cell during calibration, in PyNative.
+
+    Args:
+        cell: the Cell that does the work.
+        observe: called with each input, float32 NumPy array.
+    """
+
+    def __init__(self, cell: nn.Cell, observe: Callable[[np.ndarray], None]):
+        super().__init__()
+        self.inner = cell
+        self.observe = observe
+
+    def construct(self, x: Tensor) -> Tensor:
+        self.observe(x.asnumpy().astype(np.float32, copy=False))
+        return self.inner(x)

@@ -1,0 +1,163 @@
+"""Replacing the linears of a MindSpore network with quantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ms_quant.algorithms import get_algorithm
+from ms_quant.algorithms.problem import Problem, apply
+from ms_quant.cells.quant_linear import QuantLinear
+from ms_quant.cells.recorder import Recorder
+from ms_quant.cells.tree import is_linear, linears, replace_cell, replaced
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.affine import check_finite
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.observers import ActivationStats
+from ms_quant.schemes import get_scheme
+from ms_quant.spec import Scheme
+
+
+def weight_and_bias(cell: nn.Cell) -> tuple[np.ndarray, np.ndarray | None]:
+    """float32 (out, in) weight and (out,) bias of a linear Cell."""
+    if getattr(cell, "activation", None) is not None:
+        raise MsQuantError(
+            f"{cell.cls_name}: a Dense with a built-in activation cannot be replaced, expected "
+            "activation=None with the activation as a Cell of its own"
+        )
+    bias = getattr(cell, "bias", None)
+    weight = cell.weight.asnumpy().astype(np.float32)
+    return weight, None if bias is None else bias.asnumpy().astype(np.float32)
+
+
+def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The names that an include pattern matches and no exclude pattern does.
+
+    Raises:
+        MsQuantError: a pattern matches nothing.
+    """
+    names = list(names)
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:4])
+            raise MsQuantError(
+                f"pattern {pattern!r} matches no linear, expected one of: {shown}, ..."
+            )
+    return [
+        name
+        for name in names
+        if any(fnmatchcase(name, p) for p in include)
+        and not any(fnmatchcase(name, p) for p in exclude)
+    ]
+
+
+def quantize(
+    network: nn.Cell,
+    scheme: str = "W8A8",
+    *,
+    calibration: Iterable | None = None,
+    algorithm: str = "minmax",
+    alpha: float = 0.5,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> nn.Cell:
+    """Replaces the linears of a network with :class:`QuantLinear`, in place.
+
+    Args:
+        network (Cell): any network with ``nn.Dense`` or ``mint.nn.Linear`` inside, in PyNative.
+        scheme (str): ``"W8A8"`` or ``"W8A8_DYNAMIC"``. Default: ``"W8A8"``.
+        calibration (Iterable, optional): inputs to call the network with: a Tensor, or a tuple
+            of arguments each. Needed by static schemes. Default: ``None``.
+        algorithm (str): ``"minmax"``, ``"smoothquant"`` or ``"osl"``; the search of the last
+            takes each linear's own output error. Default: ``"minmax"``.
+        alpha (float): smoothing strength of ``"smoothquant"``. Default: ``0.5``.
+        include (Sequence[str]): glob patterns of paths to quantize. Default: ``("*",)``.
+        exclude (Sequence[str]): glob patterns of paths that stay float. Default: ``()``.
+
+    Returns:
+        Cell, `network`. When `network` itself is a linear, its replacement.
+
+    Raises:
+        MsQuantError: a pattern matches nothing, a static scheme without calibration, a linear
+            that no calibration input reached, or values that are NaN or inf.
+
+    Supported Platforms:
+        ``CPU`` (tested), ``Ascend`` (written, never run on a device)
+
+    Examples:
+        >>> import numpy as np
+        >>> import ms_quant
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
+        >>> data = [Tensor(np.random.randn(32, 8).astype(np.float32))]
+        >>> net = ms_quant.quantize(net, "W8A8", calibration=data)
+    """
+    if is_linear(network):
+        holder = nn.SequentialCell(network)
+        options = {"calibration": calibration, "algorithm": algorithm, "alpha": alpha}
+        return quantize(holder, scheme, **options)[0]
+    wanted, solver = get_scheme(scheme), get_algorithm(algorithm, get_scheme(scheme))
+    cells = dict(linears(network))
+    if not cells:
+        raise MsQuantError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
+    chosen = select(cells, include, exclude)
+    inputs = _observe(network, {n: cells[n] for n in chosen}, wanted, calibration)
+    for path in chosen:
+        weight, bias = weight_and_bias(cells[path])
+        check_finite(weight, f"{path}.weight")
+        problem = Problem(
+            name=path,
+            scheme=wanted,
+            weights={path: weight},
+            biases={} if bias is None else {path: bias},
+            stats=inputs.get(path),
+            dtype=np.dtype(np.float32),
+            loss=_own_output_error(path, weight, bias, inputs.get(path)),
+            alpha=alpha,
+        )
+        replace_cell(network, path, QuantLinear(apply(problem, solver.solve(problem))[path]))
+    return network
+
+
+def _observe(
+    network: nn.Cell, cells: Mapping[str, nn.Cell], scheme: Scheme, calibration: Iterable | None
+) -> dict[str, ActivationStats]:
+    if not scheme.needs_calibration:
+        return {}
+    if calibration is None:
+        raise MsQuantError(f"scheme {scheme.name}: needs calibration inputs, found None")
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in calibration]
+    tokens = sum(_tokens(batch) for batch in batches)
+    stats = {
+        path: ActivationStats(cell.weight.shape[1], tokens, name=f"{path} input")
+        for path, cell in cells.items()
+    }
+    recorders = {path: Recorder(cell, stats[path].update) for path, cell in cells.items()}
+    with replaced(network, recorders):
+        for batch in batches:
+            network(*batch)
+    for path, seen in stats.items():
+        if not seen.tokens:
+            raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
+    return stats
+
+
+def _tokens(batch: tuple) -> int:
+    """A guess of the tokens in a batch; only decides how densely rows are kept."""
+    first = batch[0]
+    return max(1, first.size // (first.shape[-1] or 1)) if isinstance(first, Tensor) else 1
+
+
+def _own_output_error(
+    path: str, weight: np.ndarray, bias: np.ndarray | None, stats: ActivationStats | None
+) -> Callable[[Mapping[str, QuantizedLinear]], float]:
+    def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
+        assert stats is not None
+        exact = stats.rows @ weight.T + (0 if bias is None else bias)
+        error = candidate[path].forward(stats.rows) - exact
+        return float(np.mean(np.square(error), dtype=np.float64))
+
+    return loss

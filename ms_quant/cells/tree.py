@@ -1,0 +1,52 @@
+"""Finding and replacing Cells in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from mindspore import mint, nn
+
+
+def is_linear(cell: nn.Cell) -> bool:
+    """mint.nn.Linear is not a subclass of nn.Dense."""
+    return isinstance(cell, nn.Dense | mint.nn.Linear)
+
+
+def linears(network: nn.Cell) -> Iterator[tuple[str, nn.Cell]]:
+    """(path, Cell) of every linear inside a network, in definition order."""
+    return ((path, cell) for path, cell in network.cells_and_names() if path and is_linear(cell))
+
+
+def get_cell(network: nn.Cell, path: str) -> nn.Cell:
+    """The Cell at a dotted path."""
+    for name in path.split("."):
+        network = network._cells[name]
+    return network
+
+
+def replace_cell(network: nn.Cell, path: str, cell: nn.Cell) -> None:
+    """Puts a Cell at a path, and names its parameters after it."""
+    parent_path, _, last = path.rpartition(".")
+    parent = get_cell(network, parent_path) if parent_path else network
+    if isinstance(parent, nn.SequentialCell | nn.CellList):
+        parent._cells[last] = cell
+        if isinstance(parent, nn.SequentialCell):
+            parent.cell_list = list(parent._cells.values())
+    else:
+        setattr(parent, last, cell)
+    for name, parameter in cell.parameters_and_names():
+        parameter.name = f"{path}.{name}"
+
+
+@contextmanager
+def replaced(network: nn.Cell, cells: Mapping[str, nn.Cell]) -> Iterator[None]:
+    """Puts Cells at their paths, and the old ones back at the end."""
+    old = {path: get_cell(network, path) for path in cells}
+    for path, cell in cells.items():
+        replace_cell(network, path, cell)
+    try:
+        yield
+    finally:
+        for path, cell in old.items():
+            replace_cell(network, path, cell)

@@ -1,0 +1,229 @@
+"""Files that are either whole or absent: written aside, fsynced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+from ms_quant.errors import MsQuantError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written.
+
+    Attributes:
+        name: the file name, without directories.
+        bytes: the file's size.
+        sha256: hexadecimal digest of the whole file.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@contextmanager
+def disk_errors(path: Path, what: str = "the file") -> Iterator[None]:
+    """Turns the ``OSError`` of a write into one sentence.
+
+    Args:
+        path (Path): the file being written.
+        what (str): the part being written, for the message.
+
+    Raises:
+        MsQuantError: the disk is full, or the write failed in another way.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            reason = f"no space left on device while writing {what}"
+        else:
+            reason = f"writing {what} failed ({error.strerror or error})"
+        raise MsQuantError(f"{path}: {reason}") from error
+
+
+class Sink:
+    """The open temporary file of :func:`atomic_file`; counts and hashes what passes.
+
+    The file is unbuffered: with a buffer, a full disk would show again when it is closed.
+    """
+
+    def __init__(self, path: Path, file: RawIOBase) -> None:
+        self.path = path
+        self.bytes = 0
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview, what: str = "the file") -> None:
+        """Appends ``data``; ``what`` names it should the disk be full."""
+        rest = memoryview(data)
+        with disk_errors(self.path, what):
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
+        self._hash.update(data)
+        self.bytes += len(data)
+
+    def record(self) -> FileRecord:
+        """Name, size and digest of what was written so far."""
+        return FileRecord(self.path.name, self.bytes, self._hash.hexdigest())
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Sink]:
+    """Opens a file that appears under its name only when it is complete and on the disk.
+
+    The temporary name is ``.NAME.PID.tmp`` in the same directory: two processes never share
+    one. On any exception the temporary file is removed and the old file, if any, is kept.
+
+    Args:
+        path (Path | str): the final name.
+
+    Returns:
+        A context manager that gives the :class:`Sink` to write to.
+
+    Raises:
+        MsQuantError: the disk is full, or the directory cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with disk_errors(path):
+            file = temporary.open("wb", buffering=0)
+        with file:
+            yield Sink(path, file)
+            with disk_errors(path):
+                os.fsync(file.fileno())
+        with disk_errors(path):
+            temporary.replace(path)
+            sync_directory(path.parent)
+    finally:
+        # After the rename there is nothing left under the temporary name.
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames in a directory durable, where the system can open directories."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path | str, data: bytes) -> FileRecord:
+    """Writes a whole file atomically.
+
+    Args:
+        path (Path | str): the final name.
+        data (bytes): the content.
+
+    Returns:
+        FileRecord, name, size and digest.
+
+    Raises:
+        MsQuantError: the disk is full, or the directory cannot be written.
+    """
+    with atomic_file(path) as sink:
+        sink.write(data)
+    return sink.record()
+
+
+def write_json(path: Path | str, value: Any) -> FileRecord:
+    """Writes JSON atomically: keys in the given order, indent 2, a newline at the end.
+
+    Args:
+        path (Path | str): the final name.
+        value (Any): what to write; NaN and infinity are not JSON and are refused.
+
+    Returns:
+        FileRecord, name, size and digest.
+
+    Raises:
+        MsQuantError: the disk is full, or the directory cannot be written.
+        ValueError: `value` holds NaN or infinity.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, f"{text}\n".encode())
+
+
+def replace_directory(temporary: Path | str, final: Path | str) -> None:
+    """Puts a finished directory in the place of another one.
+
+    An old `final` is first renamed to ``.NAME.PID.old`` beside it and removed last: a crash in
+    between leaves one whole directory under one of the two names, never a mixture.
+
+    Args:
+        temporary (Path | str): the finished directory, on the same file system.
+        final (Path | str): the name it shall have.
+
+    Raises:
+        MsQuantError: a rename failed; an old `final` is back in its place.
+    """
+    temporary, final = Path(temporary), Path(final)
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    with disk_errors(final, "the directory"):
+        sync_directory(temporary)
+        had_old = final.exists()
+        if had_old:
+            final.rename(old)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if had_old:
+                old.rename(final)
+            raise
+        sync_directory(final.parent)
+        if had_old:
+            shutil.rmtree(old)
+
+
+def sha256_file(path: Path | str) -> str:
+    """The hexadecimal SHA-256 of a file, read in pieces.
+
+    Args:
+        path (Path | str): the file.
+
+    Returns:
+        str, 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def free_space_check(directory: Path | str, needed_bytes: int) -> None:
+    """Refuses to start what will not fit.
+
+    Args:
+        directory (Path | str): where files will be written; it need not exist yet.
+        needed_bytes (int): how much will be written.
+
+    Raises:
+        MsQuantError: the file system has less free space than needed.
+    """
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    available = shutil.disk_usage(place).free
+    if available < needed_bytes:
+        raise MsQuantError(
+            f"{directory}: {available} bytes are free, expected at least {needed_bytes}"
+        )

@@ -1,0 +1,294 @@
+"""A checkpoint directory: one safetensors file or several with an index."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.checkpoint.atomic import sha256_file
+from ms_quant.checkpoint.safetensors_file import (
+    SafetensorsFile,
+    TensorInfo,
+    open_file,
+)
+from ms_quant.checkpoint.writer import INDEX_NAME
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, read_json
+
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 256 << 20
+FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
+MODEL_CODES = ("F32", "F16", "BF16")
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+CHECK_ELEMENTS = 1 << 22  # bounds the temporary of the NaN count
+
+
+class Checkpoint:
+    """The tensors of a model directory.
+
+    With ``model.safetensors.index.json`` (or exactly one other index of safetensors files) the
+    shards are those it names, opened when first needed; otherwise ``model.safetensors``, or else
+    every ``*.safetensors`` file, all opened at once. Tensors that an index leaves out are ignored,
+    as the index is what other readers follow.
+
+    Args:
+        directory (Path | str): the model directory.
+
+    Raises:
+        MsQuantError: there is no such directory or no safetensors file in it, the index is
+            malformed or names a missing shard, or two files hold the same tensor.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise MsQuantError(f"{self.directory}: no such model directory")
+        self._index = _find_index(self.directory)
+        self._open: dict[str, SafetensorsFile] = {}
+        if self._index is not None:
+            self._places = _read_index(self._index)
+        else:
+            self._places = self._scan()
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+        return sorted(self._places)
+
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted by name."""
+        return [self.directory / shard for shard in sorted(set(self._places.values()))]
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor, in the file that :meth:`file_of` gives.
+
+        Raises:
+            MsQuantError: there is no such tensor, or its shard is malformed.
+        """
+        return self.file_of(name).info(name)
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The opened file that holds a tensor, for instance to read some rows of it.
+
+        Raises:
+            MsQuantError: there is no such tensor, or its shard is malformed.
+        """
+        if name not in self._places:
+            raise MsQuantError(f"{self.directory}: has no tensor {name!r}")
+        return self.shard(self._places[name])
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor, as an array of its own, in the dtype it is stored in.
+
+        Raises:
+            MsQuantError: there is no such tensor, or its shard is malformed.
+        """
+        return self.file_of(name).read(name)
+
+    def read_float32(self, name: str) -> np.ndarray:
+        """Reads one tensor of any float dtype as float32.
+
+        Args:
+            name (str): the tensor.
+
+        Returns:
+            numpy.ndarray, float32, all values finite.
+
+        Raises:
+            MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
+        """
+        file = self.file_of(name)
+        info = file.info(name)
+        if info.code not in FLOAT_CODES:
+            raise MsQuantError(
+                f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
+            )
+        with np.errstate(over="ignore"):  # a float64 too large becomes infinite and is refused
+            array = file.read(name).astype(np.float32, copy=False)
+        wrong = _count_non_finite(array)
+        if wrong:
+            raise MsQuantError(
+                f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of "
+                f"{array.size}, expected none"
+            )
+        return array
+
+    def shard(self, shard: str) -> SafetensorsFile:
+        """The opened shard of a file name, checked against the index."""
+        if shard not in self._open:
+            file = open_file(self.directory / shard)
+            if self._index is not None:
+                self._check_shard(file, shard)
+            self._open[shard] = file
+        return self._open[shard]
+
+    def _check_shard(self, file: SafetensorsFile, shard: str) -> None:
+        for name, place in self._places.items():
+            if place == shard and name not in file.tensors:
+                raise MsQuantError(
+                    f"{file.path}: has no tensor {name!r}, expected it as {self._index} says"
+                )
+        for name in file.tensors:
+            place = self._places.get(name, shard)
+            if place != shard:
+                raise MsQuantError(
+                    f"{file.path}: holds tensor {name!r}, expected it only in {place} as "
+                    f"{self._index} says"
+                )
+
+    def _scan(self) -> dict[str, str]:
+        places: dict[str, str] = {}
+        for shard in _unindexed_files(self.directory):
+            for name in self.shard(shard).tensors:
+                if name in places:
+                    raise MsQuantError(
+                        f"{self.directory / shard}: holds tensor {name!r}, expected it only in "
+                        f"{places[name]}"
+                    )
+                places[name] = shard
+        return places
+
+
+def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Checks that a checkpoint is the float model its config describes, from the headers alone.
+
+    Args:
+        checkpoint (Checkpoint): the tensors.
+        config (ModelConfig): what they should be.
+
+    Raises:
+        MsQuantError: a shard is malformed, a tensor is missing, has another shape or dtype, or is
+            not a tensor of this model.
+    """
+    for path in checkpoint.files():
+        checkpoint.shard(path.name)
+    expected = config.parameter_shapes()
+    found = checkpoint.names
+    missing = [name for name in expected if name not in set(found)]
+    if missing:
+        raise MsQuantError(
+            f"{checkpoint.directory}: {len(missing)} of {len(expected)} tensors are missing, "
+            f"expected {missing[0]!r} of shape {list(expected[missing[0]])}"
+        )
+    if config.tied:
+        # Some exports store the tied head a second time; transformers ignores it, and so do we.
+        expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    for name in found:
+        if name in expected:
+            _check_tensor(checkpoint, name, expected[name])
+        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
+            raise MsQuantError(
+                f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
+                f"{config.model_type} model of {config.num_layers} layers"
+            )
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tells whether a checkpoint is the one a job began with, without reading all of it.
+
+    It covers ``config.json``, every shard's size and header, and 64 evenly spaced samples of 4 KiB
+    of its data. It is not a full hash: a change between the samples that keeps the size is not
+    seen. Modification times do not count.
+
+    Args:
+        checkpoint (Checkpoint): the tensors.
+
+    Returns:
+        dict, that JSON can hold: ``config_sha256`` (None without a ``config.json``), and
+        ``shards``, from file name to ``bytes``, ``header_sha256`` and ``samples_sha256``.
+
+    Raises:
+        MsQuantError: a shard is malformed or cannot be read.
+    """
+    config = checkpoint.directory / "config.json"
+    return {
+        "config_sha256": sha256_file(config) if config.is_file() else None,
+        "shards": {
+            path.name: _shard_print(checkpoint.shard(path.name)) for path in checkpoint.files()
+        },
+    }
+
+
+def _find_index(directory: Path) -> Path | None:
+    if (directory / INDEX_NAME).is_file():
+        return directory / INDEX_NAME
+    found = sorted(
+        path for path in directory.glob("*.index.json") if not path.name.endswith(".bin.index.json")
+    )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise MsQuantError(f"{directory}: has the indexes {names}, expected one")
+    return found[0] if found else None
+
+
+def _unindexed_files(directory: Path) -> list[str]:
+    if (directory / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    names = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("."))
+    if not names:
+        raise MsQuantError(
+            f"{directory}: found no .safetensors file, expected at least one "
+            "(.bin, .pt and other pickle files are not read)"
+        )
+    return names
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    places = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise MsQuantError(f"{path}: weight_map is {places!r:.80}, expected file names by tensor")
+    for name, shard in places.items():
+        _check_shard_name(shard, f"{path}: the shard of {name!r}")
+    for shard in sorted(set(places.values())):
+        if not (path.parent / shard).is_file():
+            raise MsQuantError(f"{path.parent / shard}: no such file, expected as {path} names it")
+    return places
+
+
+def _check_shard_name(shard: Any, where: str) -> None:
+    """The name stays in the directory. A symlink may lead out: Hugging Face caches are such."""
+    if not isinstance(shard, str) or any(char in shard for char in "/\\:\0"):
+        raise MsQuantError(f"{where} is {shard!r:.80}, expected a file name without a path")
+    if not shard.endswith(".safetensors"):
+        raise MsQuantError(
+            f"{where} is {shard!r:.80}, expected a .safetensors file (pickle files are not read)"
+        )
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    file = checkpoint.file_of(name)
+    info = file.info(name)
+    if info.shape != shape:
+        raise MsQuantError(
+            f"{file.path}: tensor {name!r} has shape {list(info.shape)}, expected {list(shape)}"
+        )
+    if info.code not in MODEL_CODES:
+        raise MsQuantError(
+            f"{file.path}: tensor {name!r} has dtype {info.code}, expected one of "
+            f"{', '.join(MODEL_CODES)}"
+        )
+
+
+def _count_non_finite(array: np.ndarray) -> int:
+    flat = array.reshape(-1)
+    return sum(
+        int(np.count_nonzero(~np.isfinite(flat[start : start + CHECK_ELEMENTS])))
+        for start in range(0, flat.size, CHECK_ELEMENTS)
+    )
+
+
+def _shard_print(file: SafetensorsFile) -> dict[str, Any]:
+    samples = hashlib.sha256()
+    room = file.size - file.data_start - SAMPLE_BYTES
+    for step in range(SAMPLES if room > 0 else 1):
+        start = file.data_start + max(room, 0) * step // (SAMPLES - 1)
+        samples.update(file.read_bytes(start, min(start + SAMPLE_BYTES, file.size)))
+    return {
+        "bytes": file.size,
+        "header_sha256": hashlib.sha256(file.read_bytes(0, file.data_start)).hexdigest(),
+        "samples_sha256": samples.hexdigest(),
+    }

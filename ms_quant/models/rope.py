@@ -1,0 +1,166 @@
+"""Rotary position embedding: frequencies and tables, in NumPy.
+
+Sources: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); the llama 3.1 frequency rule and
+the linear and dynamic NTK rules as Hugging Face configs spell them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+_OPTIONAL = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
+
+
+def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str, Any]:
+    """Checks a config's rotary parameters; fills in the original context length."""
+    kind = rope["rope_type"]
+    if not isinstance(kind, str) or kind not in _REQUIRED:
+        raise MsQuantError(
+            f"{where}: rope_type {kind!r} is not supported, expected one of {', '.join(_REQUIRED)}"
+        )
+    for key in ("rope_theta", *_REQUIRED[kind]):
+        _check_positive(rope.get(key), key, kind, where)
+    for key in _OPTIONAL:
+        if rope.get(key) is not None:
+            _check_positive(rope[key], key, kind, where)
+    _check_ranges(rope, where)
+    original = rope.get("original_max_position_embeddings")
+    return {**rope, "original_max_position_embeddings": original or max_position}
+
+
+def _check_positive(value: Any, key: str, kind: str, where: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < 1e30:
+        raise MsQuantError(
+            f"{where}: {key} of the {kind} rotary embedding is {value!r}, "
+            "expected a positive number"
+        )
+
+
+def _check_ranges(rope: dict[str, Any], where: str) -> None:
+    if rope["rope_theta"] <= 1:
+        raise MsQuantError(f"{where}: rope_theta is {rope['rope_theta']!r}, expected more than 1")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise MsQuantError(
+            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not "
+            "supported, expected 1.0"
+        )
+    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise MsQuantError(
+            f"{where}: high_freq_factor is {rope['high_freq_factor']!r}, expected more than "
+            f"low_freq_factor {rope['low_freq_factor']!r}"
+        )
+
+
+def rope_table(
+    rope: dict[str, Any], head_dim: int, positions: np.ndarray, max_position: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines for the given positions.
+
+    Args:
+        rope: parameters as ``check_rope`` returns them.
+        head_dim: size of one head.
+        positions: integer array of shape (S,).
+        max_position: ``max_position_embeddings`` of the config (used by the dynamic rule).
+
+    Returns:
+        Two float32 arrays of shape (S, head_dim), each half repeating the same frequencies.
+    """
+    length = int(positions.max()) + 1 if positions.size else 0
+    frequencies, factor = _frequencies(rope, head_dim, length, max_position)
+    angles = positions.astype(np.float32)[:, None] * frequencies[None, :]
+    angles = np.concatenate([angles, angles], axis=1)
+    return (
+        (np.cos(angles) * np.float32(factor)).astype(np.float32),
+        (np.sin(angles) * np.float32(factor)).astype(np.float32),
+    )
+
+
+def _frequencies(
+    rope: dict[str, Any], head_dim: int, length: int, max_position: int
+) -> tuple[np.ndarray, float]:
+    """Inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin."""
+    kind, theta = rope["rope_type"], float(rope["rope_theta"])
+    if kind == "dynamic" and length > max_position:
+        scale = float(rope["factor"])
+        grown = scale * length / max_position - (scale - 1)
+        theta *= grown ** (head_dim / (head_dim - 2))
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = (np.float32(1) / np.power(np.float32(theta), exponent)).astype(np.float32)
+    if kind == "linear":
+        return (plain / np.float32(rope["factor"])).astype(np.float32), 1.0
+    if kind == "llama3":
+        return _llama3(plain, rope), 1.0
+    if kind == "yarn":
+        return _yarn(plain, rope, head_dim, theta)
+    return plain, 1.0
+
+
+def _llama3(plain: np.ndarray, rope: dict[str, Any]) -> np.ndarray:
+    """Long wavelengths are divided by the factor, short ones kept, those between blended."""
+    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    wavelength = 2 * math.pi / plain
+    blend = (original / wavelength - low) / (high - low)
+    between = (1 - blend) * plain / factor + blend * plain
+    scaled = np.where(wavelength > original / low, plain / factor, plain)
+    middle = (wavelength >= original / high) & (wavelength <= original / low)
+    return np.where(middle, between, scaled).astype(np.float32)
+
+
+def _yarn(
+    plain: np.ndarray, rope: dict[str, Any], head_dim: int, theta: float
+) -> tuple[np.ndarray, float]:
+    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+
+    def boundary(rotations: float) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = boundary(float(rope.get("beta_fast") or 32))
+    high = boundary(float(rope.get("beta_slow") or 1))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high = high + 0.001 if low == high else high
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    frequencies = plain / factor * ramp + plain * (1 - ramp)
+    return frequencies.astype(np.float32), _yarn_attention_factor(rope, factor)
+
+
+def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(float(rope["mscale"])) / mscale(float(rope["mscale_all_dim"]))
+    return mscale(1.0)

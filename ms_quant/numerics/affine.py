@@ -1,0 +1,123 @@
+"""Affine int8 quantization, defined in NumPy.
+
+One pair of functions serves every granularity; the shape of ``scale`` says which:
+
+============  ==================  =======================
+granularity   reduced axes of x   shape of scale
+============  ==================  =======================
+per-tensor    all                 ()
+per-channel   all but ``axis``    kept, 1 where reduced
+per-token     the last            (..., 1)
+============  ==================  =======================
+
+The rules, which every other path of this project reproduces bit for bit:
+
+* a symmetric scale is absmax / 127, an asymmetric one (max - min) / 255 over a range that is
+  made to include 0; the maximum and minimum are taken in the input's own type, which is exact;
+* q = clip(round_half_even(x / scale + zero_point), -128, 127), with a division in float32;
+* an all-zero slice has scale 1; NaN and inf are refused by :func:`check_finite`.
+
+Source: Jacob et al., arXiv 1712.05877; the scale rule is absmax / 127, not range / 255.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ms_quant.errors import MsQuantError
+
+QMIN, QMAX = -128, 127
+
+
+def check_finite(x: np.ndarray, name: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        MsQuantError: some value is not finite; names the tensor and counts the values.
+    """
+    bad = x.size - int(np.count_nonzero(np.isfinite(x)))
+    if bad:
+        raise MsQuantError(f"{name}: {bad} of {x.size} values are NaN or inf, expected finite ones")
+
+
+def symmetric_scale(absmax: ArrayLike) -> np.ndarray:
+    """Scale of symmetric int8 quantization.
+
+    Args:
+        absmax: largest magnitude of each slice, any shape, at least 0.
+
+    Returns:
+        float32 array of the same shape: absmax / 127, and 1 where that is 0.
+    """
+    scale = np.asarray(absmax, np.float32) / np.float32(QMAX)
+    return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+
+
+def asymmetric_parameters(low: ArrayLike, high: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of asymmetric int8 quantization.
+
+    Args:
+        low: smallest value of each slice, any shape.
+        high: largest value of each slice, the same shape.
+
+    Returns:
+        (scale float32, zero_point int8) of that shape. The range is widened to include 0, so
+        zero is always represented exactly, and the zero point is clamped to int8.
+    """
+    low = np.minimum(np.asarray(low, np.float64), 0.0)
+    high = np.maximum(np.asarray(high, np.float64), 0.0)
+    scale = ((high - low) / (QMAX - QMIN)).astype(np.float32)
+    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    zero_point = np.clip(np.rint(QMIN - low / scale), QMIN, QMAX).astype(np.int8)
+    return scale, zero_point
+
+
+def quantize(x: np.ndarray, scale: ArrayLike, zero_point: ArrayLike = 0) -> np.ndarray:
+    """Quantizes to int8.
+
+    Args:
+        x: float array.
+        scale: float32, broadcastable to ``x``, positive.
+        zero_point: integer, broadcastable to ``x``.
+
+    Returns:
+        int8 array of the shape of ``x``.
+    """
+    steps = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
+    steps += np.asarray(zero_point, np.float32)
+    return np.clip(np.rint(steps, out=steps), QMIN, QMAX, out=steps).astype(np.int8)
+
+
+def dequantize(q: np.ndarray, scale: ArrayLike, zero_point: ArrayLike = 0) -> np.ndarray:
+    """The float32 values that int8 codes stand for: (q - zero_point) * scale."""
+    return (q.astype(np.float32) - np.asarray(zero_point, np.float32)) * np.asarray(
+        scale, np.float32
+    )
+
+
+def per_token_scale(x: np.ndarray) -> np.ndarray:
+    """Symmetric scale of each token, shape (..., 1), float32."""
+    return symmetric_scale(np.abs(x).max(axis=-1, keepdims=True, initial=0))
+
+
+def per_channel_scale(weight: np.ndarray, clip: ArrayLike = 1.0) -> np.ndarray:
+    """Symmetric scale of each output row of a weight.
+
+    Args:
+        weight: (out, in) array.
+        clip: factor on each row's range, (out, 1) or a number; below 1 the largest weights clip.
+
+    Returns:
+        float32 (out, 1).
+    """
+    absmax = np.abs(weight).max(axis=1, keepdims=True, initial=0).astype(np.float32)
+    return symmetric_scale(absmax * np.asarray(clip, np.float32))
+
+
+def integer_matmul(qx: np.ndarray, qw: np.ndarray) -> np.ndarray:
+    """int8 (..., K) times int8 (N, K), summed exactly, int32 (..., N).
+
+    Computed in float64, which holds every partial sum exactly (|sum| <= K * 2**14 < 2**53).
+    """
+    return (qx.astype(np.float64) @ qw.astype(np.float64).T).astype(np.int32)

@@ -1,0 +1,43 @@
+"""Rounding numbers to the type that a checkpoint stores them in."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+
+DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+def smallest_normal(dtype: np.dtype) -> float:
+    return float(ml_dtypes.finfo(dtype).smallest_normal)
+
+
+def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The smallest values of ``dtype`` that are at least ``x``.
+
+    Scales are rounded this way, so that what they scale never clips. A value below the type's
+    smallest normal number is raised to it: subnormals are flushed to zero on some devices.
+
+    Args:
+        x: positive finite float array.
+        dtype: bfloat16, float16 or float32.
+        name: the tensor's name, for the error.
+
+    Raises:
+        MsQuantError: a value is too large for the type.
+    """
+    wide = np.maximum(np.asarray(x, np.float64), smallest_normal(dtype))
+    limit = float(ml_dtypes.finfo(dtype).max)
+    if wide.size and wide.max() > limit:
+        raise MsQuantError(
+            f"{name}: {wide.max():g} does not fit {dtype.name}, expected at most {limit:g}"
+        )
+    near = wide.astype(dtype)
+    bits = near.view(np.uint32 if dtype.itemsize == 4 else np.uint16)
+    return np.where(near.astype(np.float64) < wide, bits + 1, bits).astype(bits.dtype).view(dtype)

@@ -1,0 +1,74 @@
+"""Running statistics of activations. Updates and merges commute up to float64 rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ms_quant.numerics.affine import check_finite
+
+
+@dataclass
+class ActivationStats:
+    """Statistics of the inputs of one linear.
+
+    Args:
+        channels: size of the last axis, K.
+        total_tokens: how many tokens will be seen; decides which rows are kept.
+        keep_rows: at most this many evenly strided token rows are kept for searches.
+        name: what the errors call it.
+
+    Attributes:
+        low, high: float32 (K,), smallest and largest value of each channel.
+        sum_squares: float64 (K,).
+        tokens: tokens seen so far.
+    """
+
+    channels: int
+    total_tokens: int
+    keep_rows: int = 512
+    name: str = "activation"
+    low: np.ndarray = field(init=False)
+    high: np.ndarray = field(init=False)
+    sum_squares: np.ndarray = field(init=False)
+    tokens: int = 0
+    _rows: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self.low = np.full(self.channels, np.inf, np.float32)
+        self.high = np.full(self.channels, -np.inf, np.float32)
+        self.sum_squares = np.zeros(self.channels, np.float64)
+
+    def update(self, x: np.ndarray) -> None:
+        """Adds a batch of tokens, (..., K) float32.
+
+        Raises:
+            MsQuantError: a value is NaN or inf.
+        """
+        rows = x.reshape(-1, self.channels)
+        if not len(rows):
+            return
+        check_finite(rows, self.name)
+        np.minimum(self.low, rows.min(axis=0), out=self.low)
+        np.maximum(self.high, rows.max(axis=0), out=self.high)
+        self.sum_squares += np.einsum("tk,tk->k", rows, rows, dtype=np.float64)
+        stride = max(1, -(-self.total_tokens // self.keep_rows))
+        first = -self.tokens % stride
+        self._rows.append(rows[first::stride].copy())
+        self.tokens += len(rows)
+
+    @property
+    def absmax(self) -> np.ndarray:
+        """float32 (K,), largest magnitude of each channel."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    @property
+    def l2_norm(self) -> np.ndarray:
+        """float32 (K,), the L2 norm of each channel over all tokens seen."""
+        return np.sqrt(self.sum_squares).astype(np.float32)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """float32 (<= keep_rows, K), the kept tokens."""
+        return np.concatenate(self._rows) if self._rows else np.zeros((0, self.channels), "f4")

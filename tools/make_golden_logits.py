@@ -1,0 +1,181 @@
+"""Writes tests/golden/logits: the logits transformers computes for small random decoders.
+
+Needs torch and transformers, which nothing else in this project does:
+
+    python tools/make_golden_logits.py
+
+Each ``.npz`` holds ``config`` (the bytes of the config.json that transformers saved), ``seed``,
+``checksum`` of the weights, ``right`` and ``left`` (logits by padding side), ``versions``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from golden_weights import SIDES, batch, checksum, kept, random_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden" / "logits"
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+    "attn_implementation": "eager",
+}
+
+
+def rope(kind: str, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **more}
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_gqa": ("llama", {"rope_parameters": rope("default", 500.0)}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2}),
+    "llama_linear": ("llama", {"rope_parameters": rope("linear", factor=4.0)}),
+    "llama_dynamic": (
+        "llama",
+        {"rope_parameters": rope("dynamic", factor=2.0), "max_position_embeddings": 24},
+    ),
+    "llama_dynamic_short": ("llama", {"rope_parameters": rope("dynamic", factor=2.0)}),
+    "llama_yarn": (
+        "llama",
+        {
+            "rope_parameters": rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                attention_factor=1.3,
+                beta_fast=2.0,
+                beta_slow=0.25,
+            ),
+            "max_position_embeddings": 256,
+        },
+    ),
+    "llama_yarn_mscale": (
+        "llama",
+        {
+            "rope_parameters": rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.5,
+                mscale_all_dim=0.7,
+                beta_fast=2.0,
+                beta_slow=0.25,
+                truncate=False,
+            ),
+            "max_position_embeddings": 256,
+        },
+    ),
+    "llama3": (
+        "llama",
+        {
+            "rope_parameters": rope(
+                "llama3",
+                1000.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+            "max_position_embeddings": 256,
+        },
+    ),
+    "qwen2_tied_yarn": (
+        "qwen2",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": rope(
+                "yarn", 1000000.0, factor=4.0, original_max_position_embeddings=32
+            ),
+            "max_position_embeddings": 128,
+        },
+    ),
+    "qwen2_one_kv_head": ("qwen2", {"num_key_value_heads": 1, "rms_norm_eps": 1e-6}),
+    "qwen3": ("qwen3", {"head_dim": 32, "rope_parameters": rope("default", 1000000.0)}),
+    "qwen3_biases_tied": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+            "eos_token_id": [1, 2],
+        },
+    ),
+}
+
+
+def build(model_type: str, changes: dict[str, Any], seed: int):
+    """A transformers model with the weights of a seed, and those weights."""
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    parameters = dict(model.named_parameters())
+    weights = random_weights({name: tuple(p.shape) for name, p in parameters.items()}, seed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    return model, weights
+
+
+def saved_config(model) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        return (Path(folder) / "config.json").read_bytes()
+
+
+def run(model, side: str, positions: str = "range") -> np.ndarray:
+    """Logits at the compared positions, float32 (or whatever the model's type is)."""
+    ids, mask = batch(model.config.vocab_size, side)
+    if positions == "range":
+        place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
+    else:  # what transformers' generate() does for padding on the left
+        place = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(place),
+            use_cache=False,
+        )
+    return kept(out.logits.numpy(), mask)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    TARGET.mkdir(parents=True, exist_ok=True)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    for seed, (name, (model_type, changes)) in enumerate(CASES.items(), start=100):
+        model, weights = build(model_type, changes, seed)
+        logits = {side: run(model, side) for side in SIDES}
+        shift = np.abs(run(model, "left", "cumulative") - logits["left"]).max()
+        span = max(np.abs(value).max() for value in logits.values())
+        np.savez_compressed(
+            TARGET / f"{name}.npz",
+            config=np.frombuffer(saved_config(model), np.uint8),
+            seed=seed,
+            checksum=checksum(weights),
+            versions=versions,
+            **logits,
+        )
+        keys = json.loads(saved_config(model)).keys()
+        print(f"{name}: max |logit| {span:.3f}, positions shifted {shift:.1e}, {len(keys)} keys")
+
+
+if __name__ == "__main__":
+    main()
