@@ -140,7 +140,7 @@ def _observe(
     runner: BlockRunner,
     job: JobDirectory,
     index: int,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     progress: Progress,
 ) -> tuple[dict[str, ActivationStats], SearchTokens]:
     """The float forward of a block: statistics, and the search tokens' inputs and outputs."""

@@ -1,4 +1,4 @@
-"""Running statistics of activations. Updates and merges commute up to float64 rounding."""
+"""Running statistics of activations: one pass, whatever the sizes of the batches."""
 
 from __future__ import annotations
 

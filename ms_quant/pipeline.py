@@ -18,7 +18,7 @@ from ms_quant.checkpoint.atomic import FileRecord, free_space_check, sha256_file
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory, environment
 from ms_quant.checkpoint.reader import Checkpoint, check_model, fingerprint
-from ms_quant.checkpoint.writer import plan_shards, shard_names, write_file, write_index
+from ms_quant.checkpoint.writer import TensorPlan, plan_shards, shard_names, write_file, write_index
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
@@ -171,13 +171,16 @@ def run_blocks(
 
 
 def quantize_checkpoint(
-    options: QuantizeOptions, progress: Progress = lambda index, part: None
+    options: QuantizeOptions,
+    progress: Progress = lambda index, part: None,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """Makes a golden-stick checkpoint, or goes on making it.
 
     Args:
         options: the request.
         progress: told how far each block is.
+        prepared: the checked request, where the caller has it already.
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
@@ -186,7 +189,7 @@ def quantize_checkpoint(
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
-    prepared = prepare(options)
+    prepared = prepared or prepare(options)
     output = OutputDirectory(options.output, prepared.record)
     if not output.finished:
         free_space_check(options.output.parent, needed_bytes(prepared))
@@ -206,8 +209,7 @@ def _write(
     names = shard_names(golden_stick.SHARD_PREFIX, len(shards))
     get = _tensor_getter(prepared, job)
     files = [
-        _write_once(directory / name, lambda path, shard=shard: write_file(path, shard, get))
-        for name, shard in zip(names, shards, strict=True)
+        _write_once(directory / name, shard, get) for name, shard in zip(names, shards, strict=True)
     ]
     total = sum(tensor.bytes for shard in shards for tensor in shard)
     files.append(write_index(directory, dict(zip(names, shards, strict=True)), total))
@@ -218,11 +220,13 @@ def _write(
     output.finish(files, options.model, {"chosen": choices})
 
 
-def _write_once(path: Path, write: Callable[[Path], FileRecord]) -> FileRecord:
+def _write_once(
+    path: Path, shard: list[TensorPlan], get: Callable[[str], np.ndarray]
+) -> FileRecord:
     """A file that an interrupted run finished is kept; the job it came from is the same."""
     if path.exists():
         return FileRecord(path.name, path.stat().st_size, sha256_file(path))
-    return write(path)
+    return write_file(path, shard, get)
 
 
 def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Callable[[str], np.ndarray]:

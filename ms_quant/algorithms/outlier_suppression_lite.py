@@ -2,8 +2,9 @@
 
 For each strength of a fixed grid the linears are quantized exactly as they will be deployed,
 static activation scales included, and the one with the smallest error of the decoder block's
-output wins; then each weight row's clipping factor is searched. No smoothing is a candidate
-too, so the search never chooses something worse than min-max by its own measure.
+output wins; then each weight row's clipping factor is searched, and kept if the block's error
+does not grow. No smoothing is a candidate too, so the result is never worse than min-max by its
+own measure.
 
 Source: docs/algorithms.md, "OutlierSuppressionLite"; the smoothing formula is SmoothQuant's.
 """
@@ -27,7 +28,11 @@ def solve(problem: Problem) -> Solution:
         loss = problem.loss(apply(problem, candidate))
         if loss < best_loss:
             best, best_loss = candidate, loss
-    return Solution(best.smooth, _clip(problem, best), {**best.note, "loss": best_loss})
+    clipped = Solution(best.smooth, _clip(problem, best), best.note)
+    loss = problem.loss(apply(problem, clipped))
+    if loss <= best_loss:  # the clip search sees one linear, not the block
+        best, best_loss = clipped, loss
+    return Solution(best.smooth, best.clip, {**best.note, "loss": best_loss})
 
 
 def _clip(problem: Problem, solution: Solution) -> dict:

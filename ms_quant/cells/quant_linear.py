@@ -8,7 +8,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
 from ms_quant.models.decoder import repeat_rows
-from ms_quant.numerics.affine import QMAX, QMIN
+from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
 from ms_quant.numerics.linear import QuantizedLinear
 
 EXACT_K = 1024  # a float32 sum of this many products of int8 is exact: 1024 * 2**14 = 2**24
@@ -105,7 +105,7 @@ class QuantLinear(nn.Cell):
 
     def _dynamic(self, rows: Tensor) -> Tensor:
         x_scale = self.row_max(ops.abs(rows), -1) / float(QMAX)
-        x_scale = ops.select(x_scale > 0, x_scale, ops.ones_like(x_scale))
+        x_scale = ops.select(x_scale >= float(SMALLEST_SCALE), x_scale, ops.ones_like(x_scale))
         steps = rows / ops.matmul(x_scale, ops.ones((1, self.in_channels), rows.dtype))
         qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
         total = self._chunk(qx, 0)

@@ -21,16 +21,25 @@ from ms_quant.schemes import get_scheme
 from ms_quant.spec import Scheme
 
 
-def weight_and_bias(cell: nn.Cell) -> tuple[np.ndarray, np.ndarray | None]:
-    """float32 (out, in) weight and (out,) bias of a linear Cell."""
+def weight_and_bias(path: str, cell: nn.Cell) -> tuple[np.ndarray, np.ndarray | None]:
+    """float32 (out, in) weight and (out,) bias of a linear Cell.
+
+    Raises:
+        MsQuantError: the Cell has an activation inside, or a value is NaN or inf.
+    """
     if getattr(cell, "activation", None) is not None:
         raise MsQuantError(
-            f"{cell.cls_name}: a Dense with a built-in activation cannot be replaced, expected "
+            f"{path}: a Dense with a built-in activation cannot be replaced, expected "
             "activation=None with the activation as a Cell of its own"
         )
     bias = getattr(cell, "bias", None)
     weight = cell.weight.asnumpy().astype(np.float32)
-    return weight, None if bias is None else bias.asnumpy().astype(np.float32)
+    check_finite(weight, f"{path}.weight")
+    if bias is None:
+        return weight, None
+    bias = bias.asnumpy().astype(np.float32)
+    check_finite(bias, f"{path}.bias")
+    return weight, bias
 
 
 def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
@@ -98,16 +107,21 @@ def quantize(
     if is_linear(network):
         holder = nn.SequentialCell(network)
         options = {"calibration": calibration, "algorithm": algorithm, "alpha": alpha}
-        return quantize(holder, scheme, **options)[0]
+        quantized = quantize(holder, scheme, **options)[0]
+        for name, parameter in quantized.parameters_and_names():
+            parameter.name = name
+        return quantized
     wanted, solver = get_scheme(scheme), get_algorithm(algorithm, get_scheme(scheme))
     cells = dict(linears(network))
     if not cells:
         raise MsQuantError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
     chosen = select(cells, include, exclude)
-    inputs = _observe(network, {n: cells[n] for n in chosen}, wanted, calibration)
     for path in chosen:
-        weight, bias = weight_and_bias(cells[path])
-        check_finite(weight, f"{path}.weight")
+        weight_and_bias(path, cells[path])  # refuses before the long part
+    inputs = _observe(network, {n: cells[n] for n in chosen}, wanted, calibration)
+    quantized = {}
+    for path in chosen:
+        weight, bias = weight_and_bias(path, cells[path])
         problem = Problem(
             name=path,
             scheme=wanted,
@@ -118,7 +132,9 @@ def quantize(
             loss=_own_output_error(path, weight, bias, inputs.get(path)),
             alpha=alpha,
         )
-        replace_cell(network, path, QuantLinear(apply(problem, solver.solve(problem))[path]))
+        quantized[path] = QuantLinear(apply(problem, solver.solve(problem))[path])
+    for path, cell in quantized.items():  # all or, after an error above, none
+        replace_cell(network, path, cell)
     return network
 
 
@@ -148,7 +164,10 @@ def _observe(
 def _tokens(batch: tuple) -> int:
     """A guess of the tokens in a batch; only decides how densely rows are kept."""
     first = batch[0]
-    return max(1, first.size // (first.shape[-1] or 1)) if isinstance(first, Tensor) else 1
+    if not isinstance(first, Tensor):
+        return 1
+    channels = first.shape[-1] if first.ndim and first.is_floating_point() else 1  # or token ids
+    return max(1, first.size // max(1, channels))
 
 
 def _own_output_error(

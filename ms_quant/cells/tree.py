@@ -26,15 +26,20 @@ def get_cell(network: nn.Cell, path: str) -> nn.Cell:
 
 
 def replace_cell(network: nn.Cell, path: str, cell: nn.Cell) -> None:
-    """Puts a Cell at a path, and names its parameters after it."""
-    parent_path, _, last = path.rpartition(".")
-    parent = get_cell(network, parent_path) if parent_path else network
-    if isinstance(parent, nn.SequentialCell | nn.CellList):
-        parent._cells[last] = cell
-        if isinstance(parent, nn.SequentialCell):
-            parent.cell_list = list(parent._cells.values())
-    else:
-        setattr(parent, last, cell)
+    """Puts a Cell at a path and wherever else the network holds the Cell that was there.
+
+    The new Cell's parameters are named after the path.
+    """
+    old = get_cell(network, path)
+    parents = [parent for _, parent in network.cells_and_names()]
+    places = [(p, name) for p in parents for name, child in p._cells.items() if child is old]
+    for parent, name in places:
+        if isinstance(parent, nn.SequentialCell | nn.CellList):
+            parent._cells[name] = cell
+            if isinstance(parent, nn.SequentialCell):
+                parent.cell_list = list(parent._cells.values())
+        else:
+            setattr(parent, name, cell)
     for name, parameter in cell.parameters_and_names():
         parameter.name = f"{path}.{name}"
 

@@ -25,7 +25,7 @@ class FileRecord:
     """What was written.
 
     Attributes:
-        name: the file name, without directories.
+        name: the file name; in the list of an output, its path relative to the output.
         bytes: the file's size.
         sha256: hexadecimal digest of the whole file.
     """
@@ -158,8 +158,16 @@ def write_json(path: Path | str, value: Any) -> FileRecord:
         MsQuantError: the disk is full, or the directory cannot be written.
         ValueError: `value` holds NaN or infinity.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_bytes(path, f"{text}\n".encode())
+    return write_bytes(path, json_text(value).encode())
+
+
+def json_text(value: Any) -> str:
+    """The text that :func:`write_json` writes.
+
+    Raises:
+        ValueError: `value` holds NaN or infinity.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def replace_directory(temporary: Path | str, final: Path | str) -> None:

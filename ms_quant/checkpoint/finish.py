@@ -1,11 +1,13 @@
 """The output directory: it appears under its name when every file in it is whole.
 
 Files are gathered in ``OUTPUT.partial`` and the directory is renamed at the end. The file
-``ms_quant.json`` in it says what was computed and the size and sha256 of every other file.
+``ms_quant.json`` in it says what was computed and the size and sha256 of every other file, and
+ends with a sha256 of its own content.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 from ms_quant.checkpoint.atomic import (
     FileRecord,
     disk_errors,
+    json_text,
     sha256_file,
     sync_directory,
     write_bytes,
@@ -25,6 +28,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import read_json
 
 RECORD = "ms_quant.json"
+MAX_RECORD_BYTES = 256 << 20
 COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -93,7 +97,13 @@ class OutputDirectory:
         return self.partial
 
     def finish(self, files: Sequence[FileRecord], source: Path, facts: Mapping[str, Any]) -> None:
-        """Copies the tokenizer, writes the record and gives the directory its name."""
+        """Copies the tokenizer, writes the record and gives the directory its name.
+
+        Args:
+            files: what was written; names are relative to the directory, with ``/``.
+            source: the model whose tokenizer files are copied.
+            facts: further entries of the record.
+        """
         copied = [
             write_bytes(self.partial / name, (source / name).read_bytes())
             for name in COPIED
@@ -103,25 +113,67 @@ class OutputDirectory:
             file.name: {"bytes": file.bytes, "sha256": file.sha256}
             for file in sorted([*files, *copied], key=lambda file: file.name)
         }
-        write_json(self.partial / RECORD, {"record": self.record, **facts, "files": listed})
+        content = {"record": self.record, **facts, "files": listed}
+        write_json(self.partial / RECORD, seal(content))
         with disk_errors(self.path, "the output directory"):
             sync_directory(self.partial)
             self.partial.rename(self.path)
             sync_directory(self.path.parent)
 
 
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a record with a digest of itself: a changed byte in it is seen, too."""
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def check_files(directory: Path) -> list[str]:
-    """What differs from the record: missing, changed and unlisted files, one line each."""
-    listed = read_json(directory / RECORD).get("files")
-    if not isinstance(listed, dict):
-        return [f"{directory / RECORD}: lists no files"]
+    """What differs from the record: missing and changed files, itself included, one line each.
+
+    Raises:
+        MsQuantError: there is no record, or it is not JSON.
+    """
+    path = directory / RECORD
+    value = read_json(path, MAX_RECORD_BYTES)
+    content = {key: item for key, item in value.items() if key != "sha256"}
     problems = []
-    for name, expected in listed.items():
-        path = directory / name
-        if not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
-            problems.append(f"{path}: no such file, expected as {RECORD} lists it")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}")
-        elif sha256_file(path) != expected["sha256"]:
-            problems.append(f"{path}: sha256 differs from {RECORD}, the file was changed")
-    return problems
+    if seal(content) != value or path.read_bytes() != json_text(value).encode():
+        problems.append(f"{path}: differs from its own sha256, the file was changed")
+    listed = value.get("files")
+    if not isinstance(listed, dict):
+        return [*problems, f"{path}: lists no files"]
+    return problems + [
+        problem
+        for name, expected in listed.items()
+        if (problem := _file_problem(directory, name, expected))
+    ]
+
+
+def _file_problem(directory: Path, name: str, expected: Any) -> str | None:
+    path = directory / name
+    if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+        return f"{directory / RECORD}: {name!r} is {expected!r:.80}, expected bytes and sha256"
+    if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
+        return f"{directory / RECORD}: lists {name!r}, expected a file in the directory"
+    if not path.is_file():
+        return f"{path}: no such file, expected as {RECORD} lists it"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}"
+    if sha256_file(path) != expected["sha256"]:
+        return f"{path}: sha256 differs from {RECORD}, the file was changed"
+    return None
+
+
+def unlisted_files(directory: Path) -> list[str]:
+    """Files, in subdirectories too, that the record does not list, one line each.
+
+    Raises:
+        MsQuantError: there is no record, or it is not JSON.
+    """
+    listed = read_json(directory / RECORD, MAX_RECORD_BYTES).get("files")
+    names = set(listed) if isinstance(listed, dict) else set()
+    return [
+        f"{path}: not listed in {RECORD}, expected no other file"
+        for path in sorted(directory.rglob("*"))
+        if not path.is_dir() and path.relative_to(directory).as_posix() not in {*names, RECORD}
+    ]

@@ -101,7 +101,7 @@ class JobDirectory:
         if not state.exists():
             write_json(state, record)
 
-    def _check(self, old: dict, new: dict, any_environment: bool) -> None:
+    def _check(self, old: Mapping, new: Mapping, any_environment: bool) -> None:
         if any_environment:
             old, new = {**old, "environment": None}, {**new, "environment": None}
         found = find_difference(old, new)
@@ -187,7 +187,7 @@ def _visible(directory: Path) -> list[Path]:
 
 def remove_temporaries(directory: Path) -> None:
     """Deletes what a killed process left under temporary names."""
-    for path in directory.glob(".*.tmp"):
+    for path in directory.rglob(".*.tmp"):
         path.unlink()
 
 
@@ -199,7 +199,7 @@ class HiddenStates:
         shape: (sequences, tokens, hidden).
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]):
+    def __init__(self, path: Path, shape: tuple[int, ...]):
         self.path = path
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with disk_errors(path, "hidden states"):

@@ -15,7 +15,8 @@ The rules, which every other path of this project reproduces bit for bit:
 * a symmetric scale is absmax / 127, an asymmetric one (max - min) / 255 over a range that is
   made to include 0; the maximum and minimum are taken in the input's own type, which is exact;
 * q = clip(round_half_even(x / scale + zero_point), -128, 127), with a division in float32;
-* an all-zero slice has scale 1; NaN and inf are refused by :func:`check_finite`.
+* a slice whose scale would not be a normal float32, that is all zeros or below 1.5e-36, has
+  scale 1: subnormals lose precision and some processors flush them to zero; NaN and inf are refused by :func:`check_finite`.
 
 Source: Jacob et al., arXiv 1712.05877; the scale rule is absmax / 127, not range / 255.
 """
@@ -28,6 +29,7 @@ from numpy.typing import ArrayLike
 from ms_quant.errors import MsQuantError
 
 QMIN, QMAX = -128, 127
+SMALLEST_SCALE = np.finfo(np.float32).tiny  # the smallest normal float32
 
 
 def check_finite(x: np.ndarray, name: str) -> None:
@@ -48,10 +50,13 @@ def symmetric_scale(absmax: ArrayLike) -> np.ndarray:
         absmax: largest magnitude of each slice, any shape, at least 0.
 
     Returns:
-        float32 array of the same shape: absmax / 127, and 1 where that is 0.
+        float32 array of the same shape: absmax / 127, and 1 where that is not a normal number.
     """
-    scale = np.asarray(absmax, np.float32) / np.float32(QMAX)
-    return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    return _normal_or_one(np.asarray(absmax, np.float32) / np.float32(QMAX))
+
+
+def _normal_or_one(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale >= SMALLEST_SCALE, scale, np.float32(1)).astype(np.float32)
 
 
 def asymmetric_parameters(low: ArrayLike, high: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -67,8 +72,7 @@ def asymmetric_parameters(low: ArrayLike, high: ArrayLike) -> tuple[np.ndarray, 
     """
     low = np.minimum(np.asarray(low, np.float64), 0.0)
     high = np.maximum(np.asarray(high, np.float64), 0.0)
-    scale = ((high - low) / (QMAX - QMIN)).astype(np.float32)
-    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    scale = _normal_or_one(((high - low) / (QMAX - QMIN)).astype(np.float32))
     zero_point = np.clip(np.rint(QMIN - low / scale), QMIN, QMAX).astype(np.int8)
     return scale, zero_point
 

@@ -39,5 +39,5 @@ def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
             f"{name}: {wide.max():g} does not fit {dtype.name}, expected at most {limit:g}"
         )
     near = wide.astype(dtype)
-    bits = near.view(np.uint32 if dtype.itemsize == 4 else np.uint16)
+    bits: np.ndarray = near.view(np.uint32 if dtype.itemsize == 4 else np.uint16)
     return np.where(near.astype(np.float64) < wide, bits + 1, bits).astype(bits.dtype).view(dtype)

@@ -1,0 +1,267 @@
+"""The ms-quant command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ms_quant import __version__
+from ms_quant.console import (
+    JsonOption,
+    block_progress,
+    emit,
+    exit_if_problems,
+    human_bytes,
+    note,
+    run,
+    use_mindspore,
+)
+from ms_quant.pipeline import (
+    QuantizeOptions,
+    prepare,
+    quantize_checkpoint,
+    require_mindspore,
+)
+
+app = typer.Typer(
+    help="Quantize language models for Ascend, on any machine, and prove the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+ModelArgument = Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a checkpoint.")]
+
+
+def example(line: str) -> str:
+    return f"Example:  {line}"
+
+
+@app.command(
+    epilog=example("ms-quant quantize Qwen3-8B -o Qwen3-8B-W8A8 --algorithm osl --calib text.jsonl")
+)
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    scheme: Annotated[str, typer.Option(help="See [b]ms-quant schemes[/b].")] = "W8A8",
+    algorithm: Annotated[str, typer.Option(help="minmax, smoothquant or osl.")] = "minmax",
+    alpha: Annotated[float, typer.Option(help="Smoothing strength of smoothquant.")] = 0.5,
+    calib: Annotated[
+        Path | None, typer.Option(help="Calibration data: text, .jsonl or .npz.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration data.", min=1)] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0)] = 0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob pattern of linears that stay float; whole fused groups do."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
+    ] = None,
+    shard_bytes: Annotated[int, typer.Option(help="Largest output file.", min=1)] = 4 << 30,
+    job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
+    keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
+    any_environment: Annotated[
+        bool,
+        typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a golden-stick checkpoint. Started again after a kill, it goes on where it stopped."""
+    options = QuantizeOptions(
+        model=model,
+        output=output,
+        scheme=scheme,
+        algorithm=algorithm,
+        alpha=alpha,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        exclude=tuple(exclude or ()),
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        job=job,
+        keep_job=keep_job,
+        any_environment=any_environment,
+    )
+    if dry_run:
+        from ms_quant.estimate import estimate
+
+        emit(estimate(prepare(options), options.output), as_json, _show_fields)
+        return
+    prepared = prepare(options)
+    if prepared.tokens is not None:
+        use_mindspore()
+        if len(prepared.tokens) < samples:
+            note(f"{calib}: holds {len(prepared.tokens)} windows of {seq_len} tokens, using all")
+    with block_progress("quantizing block", prepared.plan.config.num_layers) as progress:
+        result = quantize_checkpoint(options, progress, prepared)
+    for line in result["not_served_by"]:
+        note(f"note: {line}")
+    emit(result, as_json, _show_fields)
+
+
+@app.command(epilog=example("ms-quant verify Qwen3-8B-W8A8 --source Qwen3-8B"))
+def verify(
+    checkpoint: CheckpointArgument,
+    source: Annotated[
+        Path | None, typer.Option(help="The float checkpoint it was made from.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove a golden-stick checkpoint: names, types, shapes, description, scales, hashes."""
+    from ms_quant.verify import verify_checkpoint
+
+    result = verify_checkpoint(checkpoint, source)
+    emit(result, as_json, _show_verification)
+    exit_if_problems(result["problems"])
+
+
+@app.command("eval", epilog=example("ms-quant eval Qwen3-8B-W8A8 --text heldout.txt"))
+def evaluate(
+    checkpoint: CheckpointArgument,
+    text: Annotated[Path, typer.Option(help="Text, .jsonl or .npz to predict.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
+    windows: Annotated[int | None, typer.Option(help="Use only the first windows.", min=1)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a float, golden-stick or W8A8SC checkpoint."""
+    require_mindspore("eval runs the model")
+    from ms_quant.checkpoint.serving import open_model
+    from ms_quant.data import eval_windows
+    from ms_quant.evaluation import perplexity
+
+    use_mindspore()
+    model = open_model(checkpoint)
+    tokens = eval_windows(text, checkpoint, seq_len)[:windows]
+    with block_progress("evaluating block", model.config.num_layers) as progress:
+        measured = perplexity(model, tokens, progress)
+    emit(
+        {"checkpoint": str(checkpoint), "flavour": model.flavour, **measured}, as_json, _show_fields
+    )
+
+
+@app.command(epilog=example('ms-quant generate Qwen3-8B-W8A8 --prompt "The capital of France"'))
+def generate(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
+    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.", min=1)] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Greedy text with a key-value cache."""
+    require_mindspore("generate runs the model")
+    from ms_quant.checkpoint.serving import open_model
+    from ms_quant.evaluation import Generator
+    from ms_quant.tokenizer import load_tokenizer
+
+    use_mindspore()
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer.encode(prompt)
+    generator = Generator(open_model(checkpoint))
+    new = list(generator.generate(ids, max_tokens))
+    result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
+    emit(result, as_json, lambda result: print(prompt + result["text"]))
+
+
+@app.command(epilog=example("ms-quant inspect Qwen3-8B-W8A8"))
+def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """What a checkpoint holds: flavour, sizes, how each linear is stored."""
+    from ms_quant.inspection import inspect_checkpoint
+
+    emit(inspect_checkpoint(checkpoint), as_json, _show_inspection)
+
+
+@app.command(epilog=example("ms-quant schemes --json"))
+def schemes(as_json: JsonOption = False) -> None:
+    """The schemes and algorithms there are, and which runtime serves them."""
+    from ms_quant.algorithms import ALGORITHMS
+    from ms_quant.schemes import SCHEMES
+
+    result = {
+        "schemes": [
+            {
+                "name": scheme.name,
+                "summary": scheme.summary,
+                "algorithms": [
+                    name
+                    for name, algorithm in ALGORITHMS.items()
+                    if not (algorithm.smooths and scheme.activation.dynamic)
+                ],
+                "served_by": list(scheme.served_by),
+                "not_served_by": list(scheme.not_served_by),
+            }
+            for scheme in SCHEMES.values()
+        ],
+        "algorithms": [
+            {"name": name, "summary": algorithm.summary} for name, algorithm in ALGORITHMS.items()
+        ],
+    }
+    emit(result, as_json, _show_schemes)
+
+
+def _show_fields(result: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for key, value in result.items():
+        if key.endswith("_bytes") or key == "bytes":
+            value = f"{value:,} ({human_bytes(value)})"
+        elif isinstance(value, float):
+            value = f"{value:.5g}"
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value)) or "none"
+        table.add_row(key.replace("_", " "), str(value))
+    Console().print(table)
+
+
+def _show_verification(result: dict[str, Any]) -> None:
+    for problem in result["problems"]:
+        print(problem)
+    if result["layers"]:
+        worst = max(result["layers"], key=lambda layer: layer["output_error"])
+        print(
+            f"{len(result['layers'])} linears compared with the source; largest relative output "
+            f"error {worst['output_error']:.4f} at {worst['layer']}"
+        )
+    if not result["problems"]:
+        print(f"{result['checkpoint']}: right, {result['quantized']} int8 linears")
+
+
+def _show_inspection(result: dict[str, Any]) -> None:
+    linears = result.pop("linears")
+    _show_fields(result)
+    table = Table("linear", "stored as", "shape")
+    for row in linears:
+        table.add_row(row["name"], row["stored_as"], " x ".join(map(str, row["shape"])))
+    Console().print(table)
+
+
+def _show_schemes(result: dict[str, Any]) -> None:
+    table = Table("scheme", "what", "algorithms", "served by")
+    for row in result["schemes"]:
+        served = "\n".join([*row["served_by"], *row["not_served_by"]])
+        table.add_row(row["name"], row["summary"], ", ".join(row["algorithms"]), served)
+    Console().print(table)
+    table = Table("algorithm", "what")
+    for row in result["algorithms"]:
+        table.add_row(row["name"], row["summary"])
+    Console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"ms-quant {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    run(app)

@@ -1,0 +1,111 @@
+"""What the two commands share: errors as one sentence, progress, and one JSON result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ms_quant.errors import MsQuantError
+
+STDERR = Console(stderr=True)
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON result on standard output.")]
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Runs a command line; every failure is one sentence and a non-zero exit status."""
+    try:
+        app()
+    except MsQuantError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        fail(f"{type(error).__name__}: {lines[0] if lines else 'no further details'}")
+    raise SystemExit(0)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    STDERR.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(status)
+
+
+def note(message: str) -> None:
+    """One line for the reader, on standard error."""
+    STDERR.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """The result of a command: JSON on standard output, or a table."""
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        show(result)
+
+
+@contextmanager
+def block_progress(title: str, blocks: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar over the blocks of a model, with an estimate of what remains, on standard error.
+
+    The estimate counts from the first block of this run, so a resumed job is not promised the
+    pace of blocks that were finished before.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=STDERR, transient=False) as progress:
+        task = progress.add_task(title, total=float(blocks))
+        started = False
+
+        def update(index: int, part: float) -> None:
+            nonlocal started
+            if not started and index:
+                progress.reset(task, completed=index)
+            started = True
+            progress.update(
+                task, completed=index + part, description=f"{title} {index + 1}/{blocks}"
+            )
+
+        yield update
+        progress.update(task, completed=float(blocks))
+
+
+def use_mindspore() -> None:
+    """Prepares MindSpore for a command: on CPU, blocking launches are far faster."""
+    import mindspore
+
+    mindspore.runtime.launch_blocking()
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def exit_if_problems(problems: list[str]) -> None:
+    """Ends a verification that found something, with status 1."""
+    if problems:
+        sys.stdout.flush()
+        fail(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found")

@@ -1,0 +1,77 @@
+"""What a job will take, printed by --dry-run before anything is done."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms import get_algorithm
+from ms_quant.models.config import block_prefix
+from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
+
+# Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
+# how much of a matrix product's speed a whole block reaches.
+IMPORT_BYTES = 450 << 20
+BLOCK_COPIES = 3.0
+BLOCK_EFFICIENCY = 0.25
+SEARCH_FORWARDS = 14  # for each of the four groups; half of them skip the attention
+
+
+def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
+    """The plan of a job.
+
+    Time and memory are rough: from the sizes, and the speed of one matrix product measured now.
+
+    Args:
+        prepared: the checked request.
+        output: where it would be written.
+    """
+    plan, config = prepared.plan, prepared.plan.config
+    shapes = config.linear_shapes()
+    weights = sum(out * into for out, into in shapes.values())
+    tokens = 0 if prepared.tokens is None else prepared.tokens.size
+    forwards = float(tokens)
+    if get_algorithm(plan.algorithm, plan.scheme).smooths and plan.algorithm == "osl":
+        forwards += SEARCH_FORWARDS * 3 * min(tokens, plan.search_tokens)
+    seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * _flops())
+    seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
+    memory = BLOCK_COPIES * 4 * weights + IMPORT_BYTES * (tokens > 0)
+    return {
+        "output": str(output),
+        "scheme": plan.scheme.name,
+        "algorithm": plan.algorithm,
+        "dtype": plan.dtype.name,
+        "blocks": config.num_layers,
+        "quantized_linears": len(plan.quantized()),
+        "float_linears": plan.float_linears(),
+        "linears_of_a_block": [
+            f"{name}: {out} x {into}, "
+            f"{plan.scheme.name if _is_quantized(prepared, name) else 'FLOAT in some blocks'}"
+            for name, (out, into) in shapes.items()
+        ],
+        "calibration_tokens": tokens,
+        "output_bytes": output_bytes(plan),
+        "disk_bytes": needed_bytes(prepared),
+        "memory_bytes": int(memory),
+        "estimated_seconds": round(seconds, 1),
+        "served_by": list(plan.scheme.served_by),
+        "not_served_by": list(plan.scheme.not_served_by),
+    }
+
+
+def _is_quantized(prepared: Prepared, member: str) -> bool:
+    floats = set(prepared.plan.float_linears())
+    blocks = range(prepared.plan.config.num_layers)
+    return not any(f"{block_prefix(index)}{member}" in floats for index in blocks)
+
+
+def _flops() -> float:
+    """Float32 operations a second of one large matrix product."""
+    a = np.ones((1024, 1024), np.float32)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    return 2 * 1024**3 / (time.perf_counter() - started)

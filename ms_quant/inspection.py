@@ -1,0 +1,51 @@
+"""What a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.serving import open_model
+from ms_quant.models.config import block_prefix
+
+
+def inspect_checkpoint(directory: Path) -> dict[str, Any]:
+    """Flavour, sizes and how each linear is stored.
+
+    Args:
+        directory: a float, golden-stick or W8A8SC checkpoint.
+
+    Raises:
+        MsQuantError: the directory is none of them.
+    """
+    model = open_model(directory)
+    files = [path for path in sorted(directory.rglob("*.safetensors")) if path.is_file()]
+    roots = sorted({path.parent for path in files})
+    tensors = [
+        (name, checkpoint.info(name))
+        for checkpoint in map(Checkpoint, roots)
+        for name in checkpoint.names
+    ]
+    by_dtype: Counter[str] = Counter()
+    for _, info in tensors:
+        by_dtype[info.code] += info.stop - info.start
+    stored = {name: (info.code, info.shape) for name, info in tensors}
+    linears = []
+    for index in range(model.config.num_layers):
+        for path, shape in model.config.linear_shapes().items():
+            name = f"{block_prefix(index)}{path}"
+            code = stored.get(f"{name}.weight", ("fused and sliced, see sparse-compress info",))[0]
+            linears.append({"name": name, "stored_as": code, "shape": list(shape)})
+    return {
+        "checkpoint": str(directory),
+        "flavour": model.flavour,
+        "model_type": model.config.model_type,
+        "blocks": model.config.num_layers,
+        "files": len(files),
+        "tensors": len(tensors),
+        "bytes": sum(path.stat().st_size for path in files),
+        **{f"{code}_bytes": count for code, count in sorted(by_dtype.items())},
+        "linears": linears,
+    }
