@@ -15,9 +15,9 @@ from ms_quant.console import (
     block_progress,
     emit,
     exit_if_problems,
-    human_bytes,
     note,
     run,
+    show_fields,
     use_mindspore,
 )
 from ms_quant.pipeline import (
@@ -95,18 +95,18 @@ def quantize(
     if dry_run:
         from ms_quant.estimate import estimate
 
-        emit(estimate(prepare(options), options.output), as_json, _show_fields)
+        emit(estimate(prepare(options), options.output), as_json, show_fields)
         return
     prepared = prepare(options)
     if prepared.tokens is not None:
         use_mindspore()
         if len(prepared.tokens) < samples:
             note(f"{calib}: holds {len(prepared.tokens)} windows of {seq_len} tokens, using all")
-    with block_progress("quantizing block", prepared.plan.config.num_layers) as progress:
+    with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
         result = quantize_checkpoint(options, progress, prepared)
     for line in result["not_served_by"]:
         note(f"note: {line}")
-    emit(result, as_json, _show_fields)
+    emit(result, as_json, show_fields)
 
 
 @app.command(epilog=example("ms-quant verify Qwen3-8B-W8A8 --source Qwen3-8B"))
@@ -142,10 +142,10 @@ def evaluate(
     use_mindspore()
     model = open_model(checkpoint)
     tokens = eval_windows(text, checkpoint, seq_len)[:windows]
-    with block_progress("evaluating block", model.config.num_layers) as progress:
+    with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress)
     emit(
-        {"checkpoint": str(checkpoint), "flavour": model.flavour, **measured}, as_json, _show_fields
+        {"checkpoint": str(checkpoint), "flavour": model.flavour, **measured}, as_json, show_fields
     )
 
 
@@ -207,19 +207,6 @@ def schemes(as_json: JsonOption = False) -> None:
     emit(result, as_json, _show_schemes)
 
 
-def _show_fields(result: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None)
-    for key, value in result.items():
-        if key.endswith("_bytes") or key == "bytes":
-            value = f"{value:,} ({human_bytes(value)})"
-        elif isinstance(value, float):
-            value = f"{value:.5g}"
-        elif isinstance(value, list):
-            value = "\n".join(map(str, value)) or "none"
-        table.add_row(key.replace("_", " "), str(value))
-    Console().print(table)
-
-
 def _show_verification(result: dict[str, Any]) -> None:
     for problem in result["problems"]:
         print(problem)
@@ -235,7 +222,7 @@ def _show_verification(result: dict[str, Any]) -> None:
 
 def _show_inspection(result: dict[str, Any]) -> None:
     linears = result.pop("linears")
-    _show_fields(result)
+    show_fields(result)
     table = Table("linear", "stored as", "shape")
     for row in linears:
         table.add_row(row["name"], row["stored_as"], " x ".join(map(str, row["shape"])))

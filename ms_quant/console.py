@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from ms_quant.errors import MsQuantError
 
@@ -57,11 +60,12 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]],
 
 
 @contextmanager
-def block_progress(title: str, blocks: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar over the blocks of a model, with an estimate of what remains, on standard error.
+def step_progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar for each step of a long command, with an estimate of what remains, on standard error.
 
-    The estimate counts from the first block of this run, so a resumed job is not promised the
-    pace of blocks that were finished before.
+    Gives a function to call with a step's name and how much of it is done, 0 to 1. The estimate
+    counts from the step's first call, so a resumed job is not promised the pace of what was
+    finished before.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -69,23 +73,25 @@ def block_progress(title: str, blocks: int) -> Iterator[Callable[[int, float], N
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("remaining"),
-        TimeRemainingColumn(elapsed_when_finished=False),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=STDERR, transient=False) as progress:
-        task = progress.add_task(title, total=float(blocks))
-        started = False
+    with Progress(*columns, console=STDERR) as progress:
+        tasks: dict[str, TaskID] = {}
 
-        def update(index: int, part: float) -> None:
-            nonlocal started
-            if not started and index:
-                progress.reset(task, completed=index)
-            started = True
-            progress.update(
-                task, completed=index + part, description=f"{title} {index + 1}/{blocks}"
-            )
+        def update(step: str, part: float) -> None:
+            done = round(part * 1000)
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=1000, completed=done)
+            progress.update(tasks[step], completed=done)
 
         yield update
-        progress.update(task, completed=float(blocks))
+
+
+@contextmanager
+def block_progress(title: str, blocks: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar over the blocks of a model: call it with a block's index and how much of it is done."""
+    with step_progress() as step:
+        yield lambda index, part: step(title, (index + part) / blocks)
 
 
 def use_mindspore() -> None:
@@ -102,6 +108,22 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def show_fields(result: dict[str, Any]) -> None:
+    """A flat result as two columns."""
+    table = Table(show_header=False, box=None)
+    for key, value in result.items():
+        if key.endswith("_bytes") or key == "bytes":
+            value = f"{value:,} ({human_bytes(value)})"
+        elif isinstance(value, float):
+            value = f"{value:.5g}"
+        elif isinstance(value, dict):
+            value = "\n".join(f"{name}: {part}" for name, part in value.items()) or "none"
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value)) or "none"
+        table.add_row(key.replace("_", " "), Text(str(value)))
+    Console().print(table)
 
 
 def exit_if_problems(problems: list[str]) -> None:

@@ -12,10 +12,12 @@ from ms_quant.algorithms import get_algorithm
 from ms_quant.models.config import block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
 
+BATCH_TOKENS = 2048
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
 # how much of a matrix product's speed a whole block reaches.
 IMPORT_BYTES = 450 << 20
-BLOCK_COPIES = 3.0
+CALIBRATED_COPIES, DATA_FREE_COPIES = 3.0, 1.2
+ACTIVATION_COPIES = 5
 BLOCK_EFFICIENCY = 0.25
 SEARCH_FORWARDS = 14  # for each of the four groups; half of them skip the attention
 
@@ -38,7 +40,11 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         forwards += SEARCH_FORWARDS * 3 * min(tokens, plan.search_tokens)
     seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * _flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
-    memory = BLOCK_COPIES * 4 * weights + IMPORT_BYTES * (tokens > 0)
+    memory = DATA_FREE_COPIES * 4 * weights
+    if tokens:
+        width = config.hidden_size + config.intermediate_size
+        memory = CALIBRATED_COPIES * 4 * weights + IMPORT_BYTES
+        memory += ACTIVATION_COPIES * 4 * BATCH_TOKENS * width
     return {
         "output": str(output),
         "scheme": plan.scheme.name,

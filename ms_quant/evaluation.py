@@ -85,8 +85,7 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
-        losses = _losses(model, tokens, Path(directory), progress)
+    losses = token_losses(model, tokens, progress)
     loss = float(losses.mean())
     return {
         "perplexity": math.exp(min(loss, 700.0)),
@@ -94,6 +93,16 @@ def perplexity(
         "tokens": int(losses.size),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def token_losses(
+    model: ServedModel,
+    tokens: np.ndarray,
+    progress: Callable[[int, float], None] = lambda index, part: None,
+) -> np.ndarray:
+    """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
+    with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
+        return _losses(model, tokens, Path(directory), progress)
 
 
 def _losses(
@@ -131,7 +140,7 @@ def _losses(
         hidden = norm(Tensor(read_hidden(source, start, start + batch)[:, :-1])).asnumpy()
         rows = hidden.reshape(-1, shape[2])
         losses.append(_cross_entropy(head, rows, tokens[start : start + batch, 1:].reshape(-1)))
-    return np.concatenate(losses)
+    return np.concatenate(losses).reshape(count, length - 1)
 
 
 def _write_hidden(path: Path, shape: tuple[int, int, int], rows: Iterator[np.ndarray]) -> None:

@@ -119,10 +119,10 @@ def prepare(options: QuantizeOptions, extra: Mapping[str, Any] | None = None) ->
         if plan.algorithm == "smoothquant":
             record["alpha"] = plan.alpha
         record["calibration"] = {
-            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
             "samples": len(tokens),
             "seq_len": options.seq_len,
             "seed": options.seed,
+            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
         record["environment"] = environment()
     return Prepared(plan, checkpoint, tokens, record)
@@ -190,7 +190,7 @@ def quantize_checkpoint(
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     prepared = prepared or prepare(options)
-    output = OutputDirectory(options.output, prepared.record)
+    output = OutputDirectory(options.output, prepared.record, options.any_environment)
     if not output.finished:
         free_space_check(options.output.parent, needed_bytes(prepared))
         job = JobDirectory(options.job_directory, prepared.record, options.any_environment)

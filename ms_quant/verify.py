@@ -18,6 +18,7 @@ from ms_quant.checkpoint.serving import GoldenStickModel
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config, read_json
 from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.affine import QMAX, QMIN
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Plan
@@ -47,11 +48,14 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     Raises:
         MsQuantError: the checkpoint cannot be read at all.
     """
+    problems = list(_check_root(directory))
+    result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
+    if problems:
+        return result
     config = load_config(directory)
     checkpoint = Checkpoint(directory)
     description = _description(directory)
-    problems = [*_check_root(directory), *_check_description(config, description, directory)]
-    result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
+    problems += _check_description(config, description, directory)
     if problems:
         return result
     plan = _plan_of(config, description)
@@ -135,7 +139,7 @@ def _check_description(
 
 def _plan_of(config: ModelConfig, description: dict[str, Any]) -> Plan:
     """The plan that a consistent description stands for."""
-    schemes = [value for value in description.values() if value in SCHEMES]
+    schemes = [value for key, value in description.items() if "." in key and value in SCHEMES]
     floats = frozenset(
         f"{block_prefix(index)}{group.name}"
         for index in range(config.num_layers)
@@ -231,8 +235,8 @@ def output_error(linear: QuantizedLinear, weight: np.ndarray) -> float:
     """Relative error of an int8 linear's output, on random inputs of the range it was made for.
 
     Inputs are normal with a standard deviation of 32 quantization steps in every channel (1 for
-    per-token activations), 64 tokens, seed 0. The error is ||y_int8 - y_float|| / ||y_float||,
-    without the bias.
+    per-token activations), cut to the range that the offset leaves, 64 tokens, seed 0. The error
+    is ||y_int8 - y_float|| / ||y_float||, without the bias.
 
     Args:
         linear: the int8 linear.
@@ -240,7 +244,8 @@ def output_error(linear: QuantizedLinear, weight: np.ndarray) -> float:
     """
     x = np.random.default_rng(0).standard_normal((PROBE_TOKENS, weight.shape[1]), np.float32)
     if linear.activation is not None:
-        x *= np.float32(PROBE_STEPS) * linear.activation.input_scale
+        low, high = QMIN - linear.activation.offset, QMAX - linear.activation.offset
+        x = np.clip(x * np.float32(PROBE_STEPS), low, high) * linear.activation.input_scale
     exact = x @ weight.T
     bias = 0 if linear.bias is None else linear.bias
     norm = float(np.linalg.norm(exact)) or 1.0

@@ -7,7 +7,16 @@ import sysconfig
 from pathlib import Path
 
 # Tables rather than text, copies of other projects, and what is generated on each machine.
-LEFT_OUT = ("site-packages", "__pycache__", "encodings", "pydoc_data", "ensurepip", "lib2to3", "_sysconfigdata", "config-")
+LEFT_OUT = (
+    "site-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+    "lib2to3",
+    "_sysconfigdata",
+    "config-",
+)
 CALIBRATION_SHARE, HELDOUT_SHARE = 0.04, 0.04
 
 
@@ -17,7 +26,8 @@ def library_files(root: Path | None = None) -> list[tuple[str, str]]:
     files = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if any(part.startswith(LEFT_OUT) for part in relative.parts) or "test" in relative.parts[:-1]:
+        tests = "test" in relative.parts[:-1]
+        if tests or any(part.startswith(LEFT_OUT) for part in relative.parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")

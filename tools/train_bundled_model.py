@@ -2,8 +2,8 @@
 
     python tools/train_bundled_model.py --out models/stdlib-qwen3-6m [--steps 3600 --seed 0]
 
-Writes a Hugging Face directory (config.json, tokenizer.json, model.safetensors in bf16), the
-calibration and held-out texts, and ``training.json`` with everything the model card states.
+Writes a Hugging Face directory (config.json, tokenizer.json, model.safetensors in bf16) with
+``training.json`` and the model card, and the calibration and held-out texts into ``text`` beside it.
 Checkpoints itself every few hundred steps and goes on from there when started again.
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -60,6 +62,45 @@ CONFIG = {
 }
 
 
+CARD = """# stdlib-qwen3-6m
+
+A Qwen3-architecture causal language model of 6.6 million parameters with a byte-level BPE tokenizer of
+2,048 tokens, for trying ms-quant on something that has really learned. It writes Python, badly.
+
+| | |
+|---|---|
+| shape | hidden 384, 12 heads of 64 with 4 key-value heads, intermediate 768, 3 blocks, q/k norm, untied head |
+| file | bfloat16 safetensors, Hugging Face layout; loads in `transformers` unchanged |
+| trained on | {train_tokens:,} tokens of the standard library of Python {python}, {tokens_seen:,} seen, windows of 256 |
+| trained with | this project's decoder Cells on CPU, MindSpore {mindspore}, seed {seed}, {steps} steps of AdamW |
+| command | `{command}` |
+
+Measured on {heldout_tokens:,} held-out tokens, none of whose files were trained on or calibrated with, on the bfloat16
+weights as stored, in windows of 256:
+
+| | |
+|---|---|
+| perplexity | **{heldout_perplexity:.2f}** |
+| perplexity of an interpolated trigram model of the same training text | {trigram_perplexity:.2f} |
+| loss at positions 0-31 of a window | {loss_positions_0_31:.3f} |
+| loss at positions 128-255 | {loss_positions_128_255:.3f} |
+
+`../text/calibration.txt` and `../text/heldout.txt` are whole files of the standard library, disjoint by file, named in
+the `.files.txt` beside each. That text, and so this model, comes under the
+[Python Software Foundation licence](../text/LICENSE.txt).
+"""
+
+
+def write_texts(directory: Path, parts: dict[str, list[tuple[str, str]]]) -> None:
+    """The texts beside the model, the names of their files, and their licence."""
+    directory.mkdir(exist_ok=True)
+    for name in ("calibration", "heldout"):
+        text = "".join(text for _, text in parts[name])
+        (directory / f"{name}.txt").write_text(text, encoding="utf-8")
+        (directory / f"{name}.files.txt").write_text("".join(f"{p}\n" for p, _ in parts[name]))
+    shutil.copyfile(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", directory / "LICENSE.txt")
+
+
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,9 +130,7 @@ def initialise(model: CausalLM, rng: np.random.Generator) -> None:
         std = 0.02 if "embed" in name or "lm_head" in name else 1 / math.sqrt(parameter.shape[1])
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * CONFIG["num_hidden_layers"])
-        parameter.set_data(
-            Tensor(rng.normal(0, std, parameter.shape).astype(np.float32))
-        )
+        parameter.set_data(Tensor(rng.normal(0, std, parameter.shape).astype(np.float32)))
 
 
 class Loss(nn.Cell):
@@ -175,7 +214,8 @@ def train(args: argparse.Namespace, model: CausalLM, stream: np.ndarray, work: P
         running = loss if running is None else 0.98 * running + 0.02 * loss
         if step % 50 == 0 or step + 1 == args.steps:
             rate = (step - first + 1) * args.batch * WINDOW / (time.time() - started)
-            print(f"step {step} loss {running:.4f} {rate:.0f} tokens/s", file=sys.stderr, flush=True)
+            shown = f"step {step} loss {running:.4f} {rate:.0f} tokens/s"
+            print(shown, file=sys.stderr, flush=True)
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
             keep = {p.name: p for p in [*parameters, *optimizer.get_parameters()]}
             data = [{"name": n, "data": Tensor(p.asnumpy())} for n, p in keep.items()]
@@ -189,6 +229,7 @@ def write_model(out: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
         name: p.asnumpy().astype(ml_dtypes.bfloat16) for name, p in model.parameters_and_names()
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (out / "generation_config.json").write_text(
         json.dumps({"do_sample": False, "eos_token_id": 0, "pad_token_id": 0}, indent=2) + "\n"
@@ -252,24 +293,22 @@ def main() -> None:
     ms.set_seed(args.seed)
     model = CausalLM(parse_config(CONFIG))
     initialise(model, np.random.default_rng(args.seed))
-    started = time.time()
     train(args, model, streams["train"], work)
     write_model(out, model, tokenizer)
-    for name in ("calibration", "heldout"):
-        (out / f"{name}.txt").write_text("".join(texts[name]), encoding="utf-8")
-        (out / f"{name}.files.txt").write_text("".join(f"{p}\n" for p, _ in parts[name]))
+    write_texts(out.parent / "text", parts)
     report = {
         "command": " ".join(["python", "tools/train_bundled_model.py", *sys.argv[1:]]),
         "seed": args.seed,
         "steps": args.steps,
         "tokens_seen": args.steps * args.batch * WINDOW,
+        "learning_rate": args.learning_rate,
         "train_tokens": len(streams["train"]),
         "python": sys.version.split()[0],
         "mindspore": ms.__version__,
-        "seconds_this_run": round(time.time() - started),
         **measure(out, model, streams["train"], streams["heldout"]),
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "README.md").write_text(CARD.format(**report))
     print(json.dumps(report, indent=2))
 
 

@@ -46,9 +46,7 @@ class InterpolatedTrigram:
     def perplexity(self, ids: np.ndarray) -> float:
         """Perplexity of the tokens from the third on."""
         values = ids.tolist()
-        logs = [
-            np.log(self.probability(*values[i : i + 3])) for i in range(len(values) - 2)
-        ]
+        logs = [np.log(self.probability(*values[i : i + 3])) for i in range(len(values) - 2)]
         return float(np.exp(-np.mean(logs)))
 
 

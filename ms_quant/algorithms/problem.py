@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ms_quant.numerics.linear import QuantizedLinear, quantize_linear, static_activation
+from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.observers import ActivationStats
 from ms_quant.spec import Scheme
 
@@ -58,7 +59,7 @@ class Problem:
 
 def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
     """The int8 linears that a solution stands for."""
-    activation, scale_dtype = None, problem.dtype
+    activation, scale_dtype = None, weight_scale_dtype(problem.dtype)
     if not problem.scheme.activation.dynamic:
         assert problem.stats is not None
         activation = static_activation(

@@ -29,7 +29,12 @@ class Operators:
 
 
 def forward(cell, rows: Tensor) -> Tensor:
-    """The quantized product of ``rows`` (tokens, in), float16 or bfloat16, without the bias."""
+    """What ``cell`` computes for ``rows`` (tokens, in), float16 or bfloat16."""
+    y = _product(cell, rows)
+    return y + cell.bias.astype(y.dtype) if cell.has_bias else y
+
+
+def _product(cell, rows: Tensor) -> Tensor:
     operators, matmul = cell.operators, cell.operators.matmul(rows.dtype)
     if not cell.static:
         qx, x_scale = operators.dynamic_quant(rows)

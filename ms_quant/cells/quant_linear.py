@@ -82,13 +82,13 @@ class QuantLinear(nn.Cell):
         if rows.shape[0] == 0:
             return ops.zeros(shape, x.dtype)
         if self.operators is not None:
-            y = ascend.forward(self, rows)
-        elif self.static:
+            return ascend.forward(self, rows).reshape(shape)
+        if self.static:
             y = self._static(rows.astype(ms.float32))
         else:
             y = self._dynamic(rows.astype(ms.float32))
         if self.has_bias:
-            y = y + repeat_rows(self.bias.astype(y.dtype), rows.shape[0])
+            y = y + repeat_rows(self.bias, rows.shape[0])
         return y.reshape(shape).astype(x.dtype)
 
     def _static(self, rows: Tensor) -> Tensor:

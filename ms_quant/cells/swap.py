@@ -106,8 +106,8 @@ def quantize(
     """
     if is_linear(network):
         holder = nn.SequentialCell(network)
-        options = {"calibration": calibration, "algorithm": algorithm, "alpha": alpha}
-        quantized = quantize(holder, scheme, **options)[0]
+        quantize(holder, scheme, calibration=calibration, algorithm=algorithm, alpha=alpha)
+        quantized = holder[0]
         for name, parameter in quantized.parameters_and_names():
             parameter.name = name
         return quantized

@@ -23,7 +23,7 @@ from ms_quant.checkpoint.atomic import (
     write_bytes,
     write_json,
 )
-from ms_quant.checkpoint.job import find_difference, remove_temporaries
+from ms_quant.checkpoint.job import find_difference, is_temporary, remove_temporaries
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import read_json
 
@@ -52,19 +52,32 @@ class OutputDirectory:
     Args:
         path: the final directory.
         record: what it shall hold; a finished output with another record is refused.
+        any_environment: a finished output may come from other versions, CPU or thread count.
 
     Raises:
-        MsQuantError: the directory exists with other content.
+        MsQuantError: the directory exists with other content, or has no name of its own.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any]):
+    def __init__(self, path: Path, record: Mapping[str, Any], any_environment: bool = False):
+        if path.name in ("", ".."):
+            raise MsQuantError(f"{path}: the output has no name, expected a directory to make")
         self.path, self.record = path, json.loads(json.dumps(record))
         self.partial = path.with_name(path.name + ".partial")
         self.finished = False
         if path.exists():
-            self._check()
+            self._check(any_environment)
+        if not self.finished and self.partial.exists() and not self._is_ours():
+            raise MsQuantError(
+                f"{self.partial}: exists with other content, expected to make it for the output"
+            )
 
-    def _check(self) -> None:
+    def _is_ours(self) -> bool:
+        """Whether the partial directory is one of this class, or empty."""
+        return (self.partial / RECORD).exists() or (
+            self.partial.is_dir() and all(is_temporary(path) for path in self.partial.iterdir())
+        )
+
+    def _check(self, any_environment: bool) -> None:
         if not self.path.is_dir():
             raise MsQuantError(f"{self.path}: exists and is a file, expected a directory to make")
         if not any(self.path.iterdir()):
@@ -73,7 +86,11 @@ class OutputDirectory:
             raise MsQuantError(
                 f"{self.path}: exists with other content, expected a new or empty directory"
             )
-        found = find_difference(read_json(self.path / RECORD).get("record"), self.record)
+        before = read_json(self.path / RECORD, MAX_RECORD_BYTES).get("record")
+        now = self.record
+        if any_environment and isinstance(before, dict):
+            before, now = {**before, "environment": None}, {**now, "environment": None}
+        found = find_difference(before, now)
         if found:
             key, before, after = found
             raise MsQuantError(
@@ -86,15 +103,18 @@ class OutputDirectory:
         """The directory to write into; whole files of an interrupted run of the same job stay."""
         with disk_errors(self.partial, "the output directory"):
             mark = self.partial / RECORD
-            if self.partial.exists() and (
-                not mark.exists() or read_json(mark).get("record") != self.record
-            ):
-                shutil.rmtree(self.partial)
+            if mark.exists() and read_json(mark, MAX_RECORD_BYTES).get("record") != self.record:
+                self._clear()
             self.partial.mkdir(parents=True, exist_ok=True)
             remove_temporaries(self.partial)
             if not mark.exists():
                 write_json(mark, {"record": self.record})
         return self.partial
+
+    def _clear(self) -> None:
+        """Deletes another job's files; the mark goes last, so a kill in between leaves it ours."""
+        for path in sorted(self.partial.iterdir(), key=lambda path: path.name == RECORD):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finish(self, files: Sequence[FileRecord], source: Path, facts: Mapping[str, Any]) -> None:
         """Copies the tokenizer, writes the record and gives the directory its name.

@@ -10,6 +10,7 @@ import numpy as np
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.plan import Plan
 
 DESCRIPTION = "quantization_description.json"
@@ -34,11 +35,6 @@ def linear_plan(plan: Plan, shape: tuple[int, int]) -> dict[str, tuple[np.dtype,
             "weight_scale": (weight_scale_dtype(plan.dtype), (out_features,)),
         }
     raise MsQuantError(f"golden-stick cannot hold scheme {plan.scheme.name}")
-
-
-def weight_scale_dtype(model_dtype: np.dtype) -> np.dtype:
-    """The MindFormers backend reads bfloat16 scales for bfloat16 models, else float32."""
-    return model_dtype if model_dtype.name == "bfloat16" else FLOAT32
 
 
 def linear_tensor(plan: Plan, linear: QuantizedLinear, suffix: str) -> np.ndarray:

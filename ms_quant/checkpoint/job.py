@@ -66,7 +66,7 @@ def _cpu_features() -> list[str]:
 def find_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two records differ: (dotted path, old value, new value)."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
+        for key in dict.fromkeys([*old, *new]):
             found = find_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found
@@ -189,6 +189,10 @@ def remove_temporaries(directory: Path) -> None:
     """Deletes what a killed process left under temporary names."""
     for path in directory.rglob(".*.tmp"):
         path.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 class HiddenStates:

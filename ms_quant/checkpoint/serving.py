@@ -61,8 +61,8 @@ class GoldenStickModel:
         self.config = load_config(directory)
         self.checkpoint = Checkpoint(directory)
         self.description = read_json(directory / golden_stick.DESCRIPTION, 256 << 20)
-        kinds = {value for value in self.description.values() if value != "FLOAT"}
-        self.flavour = f"golden-stick {'+'.join(sorted(map(str, kinds))) or 'FLOAT'}"
+        kinds = {str(kind) for name, kind in self.description.items() if "." in name}
+        self.flavour = f"golden-stick {'+'.join(sorted(kinds - {'FLOAT'})) or 'FLOAT'}"
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)

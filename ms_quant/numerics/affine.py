@@ -16,7 +16,8 @@ The rules, which every other path of this project reproduces bit for bit:
   made to include 0; the maximum and minimum are taken in the input's own type, which is exact;
 * q = clip(round_half_even(x / scale + zero_point), -128, 127), with a division in float32;
 * a slice whose scale would not be a normal float32, that is all zeros or below 1.5e-36, has
-  scale 1: subnormals lose precision and some processors flush them to zero; NaN and inf are refused by :func:`check_finite`.
+  scale 1: subnormals lose precision and some processors flush them to zero;
+* NaN and inf are refused by :func:`check_finite`.
 
 Source: Jacob et al., arXiv 1712.05877; the scale rule is absmax / 127, not range / 255.
 """

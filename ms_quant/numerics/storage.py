@@ -14,6 +14,12 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 
+def weight_scale_dtype(model_dtype: np.dtype) -> np.dtype:
+    """The type of per-token schemes' weight scales: runtimes read bfloat16 ones for bfloat16
+    models, else float32."""
+    return model_dtype if model_dtype.name == "bfloat16" else DTYPES["float32"]
+
+
 def smallest_normal(dtype: np.dtype) -> float:
     return float(ml_dtypes.finfo(dtype).smallest_normal)
 

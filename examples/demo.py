@@ -1,0 +1,86 @@
+"""The main job on the bundled model: quantize four ways, verify, evaluate, one table.
+
+    python examples/demo.py [OUTPUT_DIRECTORY]
+
+Every step is a command as a user would type it, run in a process of its own, so the memory and
+seconds in the table are the command's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "stdlib-qwen3-6m"
+CALIBRATION = ROOT / "models" / "text" / "calibration.txt"
+HELDOUT = ROOT / "models" / "text" / "heldout.txt"
+CALIB = ("--calib", str(CALIBRATION), "--samples", "64")
+CHECKPOINTS = {
+    "W8A8 min-max": ("ms-quant", "quantize", "--scheme", "W8A8", *CALIB),
+    "W8A8 OSL": ("ms-quant", "quantize", "--scheme", "W8A8", "--algorithm", "osl", *CALIB),
+    "W8A8_DYNAMIC": ("ms-quant", "quantize", "--scheme", "W8A8_DYNAMIC"),
+    "W8A8SC TP2 50 %": ("sparse-compress", "run", "--tp", "2", "--sparsity", "0.5", *CALIB),
+}
+
+
+def run(*command: str) -> tuple[dict, float, int]:
+    """Runs a command with --json: its result, seconds, and peak resident bytes."""
+    print("$", " ".join(command), file=sys.stderr)
+    tool = Path(sys.executable).parent / command[0]
+    started = time.monotonic()
+    process = subprocess.Popen([tool, *command[1:], "--json"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return json.loads(output), time.monotonic() - started, usage.ru_maxrss * 1024
+
+
+def size(directory: Path) -> int:
+    """Bytes of the weights: what a server would load."""
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+def main() -> None:
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo-output"
+    if output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    table = Table(
+        "checkpoint", "held-out perplexity", "vs float", "bytes", "of float", "seconds", "peak MB"
+    )
+    evaluated, seconds, peak = run("ms-quant", "eval", str(MODEL), "--text", str(HELDOUT))
+    exact, full = evaluated["perplexity"], size(MODEL)
+    table.add_row("float (bf16)", f"{exact:.3f}", "", f"{full:,}", "1.000", "", f"{peak / 1e6:.0f}")
+    for name, command in CHECKPOINTS.items():
+        made = output / name.lower().replace(" %", "").replace(" ", "-")
+        tool, verb, *options = command
+        _, seconds, peak = run(tool, verb, str(MODEL), "-o", str(made), *options)
+        run(tool, "verify", str(made), "--source", str(MODEL))
+        evaluated, _, _ = run("ms-quant", "eval", str(made), "--text", str(HELDOUT))
+        table.add_row(
+            name,
+            f"{evaluated['perplexity']:.3f}",
+            f"{100 * (evaluated['perplexity'] / exact - 1):+.2f} %",
+            f"{size(made):,}",
+            f"{size(made) / full:.3f}",
+            f"{seconds:.1f}",
+            f"{peak / 1e6:.0f}",
+        )
+    Console(width=110).print(table)
+    print(f"Verified checkpoints are in {output}")
+
+
+if __name__ == "__main__":
+    main()

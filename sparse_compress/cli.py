@@ -1,0 +1,163 @@
+"""The sparse-compress command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from ms_quant import __version__
+from ms_quant.cli import example
+from ms_quant.console import (
+    JsonOption,
+    emit,
+    exit_if_problems,
+    note,
+    show_fields,
+    step_progress,
+    use_mindspore,
+)
+from ms_quant.console import run as run_app
+from sparse_compress.codec import backend_note
+from sparse_compress.request import SparseOptions, check
+
+app = typer.Typer(
+    help="Make W8A8SC checkpoints for the Atlas 300I Duo, on any machine, and prove them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a W8A8SC checkpoint.")]
+
+
+@app.command(
+    epilog=example(
+        "sparse-compress run Qwen3-8B -o Qwen3-8B-W8A8SC --tp 2 --sparsity 0.5 --calib text.jsonl"
+    )
+)
+def run(
+    model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 2,
+    sparsity: Annotated[float, typer.Option(help="Share of weights to prune.")] = 0.5,
+    pruning: Annotated[
+        str, typer.Option(help="activation: |W| * ||X||; magnitude: |W|.")
+    ] = "activation",
+    algorithm: Annotated[str, typer.Option(help="minmax, smoothquant or osl.")] = "minmax",
+    alpha: Annotated[float, typer.Option(help="Smoothing strength of smoothquant.")] = 0.5,
+    samples: Annotated[int, typer.Option(help="Windows of calibration data.", min=1)] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0)] = 0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob pattern of linears that stay float16; whole fused groups do."),
+    ] = None,
+    job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
+    keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
+    any_environment: Annotated[
+        bool,
+        typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune, quantize to W8A8, slice for tensor parallelism and code into UNZIP tiles.
+
+    Started again after a kill, it goes on where it stopped.
+    """
+    from sparse_compress.run import run as compress
+
+    options = SparseOptions(
+        model=model,
+        output=output,
+        calib=calib,
+        tp=tp,
+        sparsity=sparsity,
+        pruning=pruning,
+        algorithm=algorithm,
+        alpha=alpha,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        exclude=tuple(exclude or ()),
+        job=job,
+        keep_job=keep_job,
+        any_environment=any_environment,
+    )
+    request = check(options)
+    use_mindspore()
+    if backend_note():
+        note(f"note: {backend_note()}")
+    with step_progress() as progress:
+        result = compress(options, progress, request)
+    for name, reason in result["uncompressed"].items():
+        note(f"note: {name} stays float16: {reason}")
+    emit(result, as_json, show_fields)
+
+
+@app.command(epilog=example("sparse-compress verify Qwen3-8B-W8A8SC --source Qwen3-8B"))
+def verify(
+    checkpoint: CheckpointArgument,
+    source: Annotated[
+        Path | None, typer.Option(help="The float checkpoint it was made from.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode every tile, check every tensor, recompute the int8 weights from the source."""
+    from sparse_compress.verify import verify as prove
+
+    with step_progress() as progress:
+        result = prove(checkpoint, source, progress)
+    emit(result, as_json, _show_verification)
+    exit_if_problems(result["problems"])
+
+
+@app.command(epilog=example("sparse-compress info Qwen3-8B-W8A8SC"))
+def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """A table of layers: shape, sparsity, size and ratio on each rank."""
+    from sparse_compress.info import info as describe
+
+    emit(describe(checkpoint), as_json, _show_info)
+
+
+def _show_verification(result: dict[str, Any]) -> None:
+    for problem in result["problems"]:
+        print(problem)
+    if not result["problems"]:
+        show_fields({key: value for key, value in result.items() if key != "problems"})
+        print("right: every check passed")
+
+
+def _show_info(result: dict[str, Any]) -> None:
+    table = Table(
+        Column("layer", no_wrap=True), "rank", "shape", "zeros", "raw", "stored", "ratio", "bypass"
+    )
+    for row in result.pop("rows"):
+        table.add_row(
+            row["layer"].removeprefix("model.layers."),
+            str(row["rank"]),
+            " x ".join(map(str, row["shape"])),
+            f"{100 * row['sparsity']:.1f} %",
+            f"{row['raw_bytes']:,}",
+            f"{row['stored_bytes']:,}",
+            f"{row['ratio']:.3f}",
+            f"{row['bypass_tiles']} of {row['tiles']}",
+        )
+    Console().print(table)
+    show_fields(result)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"sparse-compress {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    run_app(app)

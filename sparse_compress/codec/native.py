@@ -1,0 +1,117 @@
+"""The UNZIP codec in C++, called through ctypes; see ``src/unzip.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_compress.codec.format import CodecError, Mode, tile_error
+from sparse_compress.codec.index import Records
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+_ABI = 1
+_OK, _BAD_TILE = 0, 1
+_SUFFIXES = {".so", ".dll", ".dylib"}
+NOT_BUILT = (
+    "native codec not built (no C++ compiler at install time); using the NumPy reference, slower"
+)
+
+
+class _Failure(ctypes.Structure):
+    _fields_ = [
+        ("tile", ctypes.c_int64),
+        ("value", ctypes.c_int64),
+        ("engine", ctypes.c_int32),
+        ("cause", ctypes.c_int32),
+    ]
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and the reason why it is not there."""
+    # An editable install keeps the library apart from the sources; __path__ lists both places.
+    folders = sys.modules[__package__].__path__
+    found = [path for folder in folders for path in sorted(Path(folder).glob("_unzip*"))]
+    for path in found:
+        if path.suffix in _SUFFIXES:
+            try:
+                library = ctypes.CDLL(str(path))
+                version = library.unzip_abi_version()
+            except (OSError, AttributeError) as error:
+                return None, f"native codec does not load ({error}); using the NumPy reference"
+            if version != _ABI:
+                return None, f"{path} is out of date: install again; using the NumPy reference"
+            return library, None
+    return None, NOT_BUILT
+
+
+def _library() -> ctypes.CDLL:
+    library, problem = load()
+    if library is None:
+        raise CodecError(f"the native backend was asked for, but: {problem}")
+    return library
+
+
+def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def encode_tiles(
+    stream: Bytes, tile_sizes: Ints, mode: Mode, dictionary: Bytes, threads: int = 1
+) -> tuple[Bytes, Ints, NDArray[np.bool_]]:
+    """Code a stream of tiles; see `reference.encode_tiles`."""
+    library = _library()
+    weight = np.empty(stream.size, np.uint8)
+    stored = np.empty(tile_sizes.size, np.int64)
+    coded = np.empty(tile_sizes.size, np.uint8)
+    status = library.unzip_encode(
+        _pointer(stream),
+        ctypes.c_int64(stream.size),
+        _pointer(tile_sizes),
+        ctypes.c_int64(tile_sizes.size),
+        ctypes.c_int32(mode.byte),
+        _pointer(dictionary),
+        ctypes.c_int32(threads),
+        _pointer(weight),
+        _pointer(stored),
+        _pointer(coded),
+    )
+    if status != _OK:
+        raise CodecError(f"the native encoder refused its arguments (status {status})")
+    return weight[: int(stored.sum())].copy(), stored, coded.astype(np.bool_)
+
+
+def decode_tiles(
+    weight: Bytes, records: Records, tile_sizes: Ints, mode: Mode, threads: int = 1
+) -> Bytes:
+    """Decode a weight whose index is already checked; see `reference.decode_tiles`."""
+    library = _library()
+    out = np.empty(int(tile_sizes.sum()), np.uint8)
+    coded = records.coded.astype(np.uint8)
+    failure = _Failure()
+    status = library.unzip_decode(
+        _pointer(weight),
+        ctypes.c_int64(weight.size),
+        _pointer(records.offset),
+        _pointer(records.stored),
+        _pointer(coded),
+        _pointer(tile_sizes),
+        ctypes.c_int64(tile_sizes.size),
+        ctypes.c_int32(mode.byte),
+        ctypes.c_int32(threads),
+        _pointer(out),
+        ctypes.c_int64(out.size),
+        ctypes.byref(failure),
+    )
+    if status == _BAD_TILE:
+        raise tile_error(failure.cause, failure.tile, failure.engine, failure.value)
+    if status != _OK:
+        raise CodecError(f"the native decoder refused its arguments (status {status})")
+    return out

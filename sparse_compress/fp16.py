@@ -1,0 +1,86 @@
+"""float16, the only float type of the Atlas 300I Duo: what fits and what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.errors import MsQuantError
+
+FLOAT16 = np.dtype(np.float16)
+LARGEST = float(np.finfo(np.float16).max)
+SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+
+
+@dataclass(frozen=True)
+class Underflow:
+    """Values of one or more tensors that float16 holds badly.
+
+    Attributes:
+        to_zero: how many became 0 and were not.
+        subnormal: how many became subnormal, with fewer digits; some devices take them for 0.
+    """
+
+    to_zero: int = 0
+    subnormal: int = 0
+
+    def __add__(self, other: Underflow) -> Underflow:
+        return Underflow(self.to_zero + other.to_zero, self.subnormal + other.subnormal)
+
+
+def to_float16(array: np.ndarray, name: str) -> np.ndarray:
+    """Rounds to float16, half to even.
+
+    Args:
+        array: float array.
+        name: the tensor's name, for the error.
+
+    Raises:
+        MsQuantError: a value is too large for float16.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = array.astype(FLOAT16)
+    wrong = rounded.size - int(np.count_nonzero(np.isfinite(rounded)))
+    if wrong:
+        raise MsQuantError(
+            f"tensor {name!r}: {wrong} of {array.size} values do not fit float16, the largest is "
+            f"{np.abs(array).max():g}, expected at most {LARGEST:g}"
+        )
+    return rounded
+
+
+def underflow(array: np.ndarray, rounded: np.ndarray) -> Underflow:
+    """Counts what rounding to float16 lost.
+
+    Args:
+        array: what was rounded.
+        rounded: the float16 result.
+    """
+    small = np.abs(rounded) < SMALLEST_NORMAL
+    to_zero = int(np.count_nonzero((rounded == 0) & (array != 0)))
+    return Underflow(to_zero, int(np.count_nonzero(small & (rounded != 0))))
+
+
+def survey(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Tries every float tensor of the output, before the long work.
+
+    Args:
+        checkpoint: the source.
+        names: the tensors that will be float16.
+
+    Returns:
+        Tensor name to the counts of :class:`Underflow`, for tensors that lose something.
+
+    Raises:
+        MsQuantError: a value is too large for float16; names the tensor.
+    """
+    lost = {}
+    for name in names:
+        array = checkpoint.read_float32(name)
+        found = underflow(array, to_float16(array, name))
+        if found != Underflow():
+            lost[name] = asdict(found)
+    return lost

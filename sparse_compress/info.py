@@ -1,0 +1,129 @@
+"""What a W8A8SC checkpoint holds: sizes and sparsity of every layer, and what was lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import read_json
+from ms_quant.models.families import LinearGroup
+from sparse_compress.codec import backend_note
+from sparse_compress.layouts import Layout
+from sparse_compress.partition import fused_shape
+from sparse_compress.proof import Proof
+from sparse_compress.reader import SparseModel, open_w8a8sc
+
+COUNTS = ("size", "pruned", "source_zeros", "rounded", "zeros", "input_scale_raised")
+CODED_BIT = 1 << 15
+
+
+def open_sparse(directory: Path) -> SparseModel:
+    """Opens a W8A8SC checkpoint.
+
+    Raises:
+        MsQuantError: the directory is none, or its structure is wrong.
+    """
+    model = open_w8a8sc(directory)
+    if not isinstance(model, SparseModel):
+        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint in the vllm-mindspore layout")
+    return model
+
+
+def info(directory: Path) -> dict[str, Any]:
+    """A row for each compressed linear of each rank. Every tile is decoded to count zeros.
+
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        JSON: what :func:`summary` returns, with ``rows`` of ``layer``, ``rank``, ``shape``
+        ``[n, k]``, ``sparsity`` (share of zeros), ``raw_bytes``, ``stored_bytes`` (tiles and
+        index), ``ratio``, ``tiles`` and ``bypass_tiles`` (stored raw).
+
+    Raises:
+        MsQuantError: the directory is no W8A8SC checkpoint, or a tile cannot be decoded.
+    """
+    model, rows = open_sparse(Path(directory)), []
+    for _, group, fused in model.layout.linears():
+        if fused in model.layout.compressed:
+            for rank in range(model.layout.tp):
+                row = linear_sizes(model, rank, fused, group)
+                zeros = row["raw_bytes"] - int(np.count_nonzero(model.decode(rank, fused, group)))
+                rows.append({**row, "sparsity": zeros / row["raw_bytes"]})
+    return {**summary(Path(directory)), "rows": rows}
+
+
+def linear_sizes(model: SparseModel, rank: int, fused: str, group: LinearGroup) -> dict[str, Any]:
+    """The sizes of a rank's compressed linear, from its index."""
+    n, k = fused_shape(model.config, model.layout.tp, group)
+    records = model.ranks[rank].read(f"{fused}.index").view("<u8")
+    stored = model.ranks[rank].info(f"{fused}.weight").shape[0] + records.nbytes
+    coded = int(np.count_nonzero(records & np.uint64(CODED_BIT)))
+    return {
+        "layer": fused,
+        "rank": rank,
+        "shape": [n, k],
+        "raw_bytes": n * k,
+        "stored_bytes": stored,
+        "ratio": stored / (n * k),
+        "tiles": records.size,
+        "bypass_tiles": records.size - coded,
+    }
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """What a finished checkpoint is, from its record, its proofs and its headers.
+
+    Returns:
+        JSON: ``output``, ``flavour``, ``tp``, ``sparsity`` asked for, ``pruning``, ``algorithm``;
+        ``compressed_linears`` (fused, of one rank) and ``uncompressed`` (fused path to reason);
+        ``raw_bytes``, ``stored_bytes`` (tiles and index) and ``ratio`` of the compressed linears
+        of all ranks; ``tensor_bytes`` of all tensors of all ranks; ``weights``: counts over the
+        compressed linears (``size``, ``pruned``, ``source_zeros`` that were 0 before pruning and
+        were not chosen by it, ``rounded`` to 0, ``zeros`` in all, ``input_scale_raised`` values to
+        the smallest normal float16); ``float16_lost`` (tensor to counts); ``codec_note``.
+
+    Raises:
+        MsQuantError: the directory is no such checkpoint, or its structure is wrong.
+    """
+    model = open_sparse(directory)
+    value = read_json(directory / RECORD, MAX_RECORD_BYTES)
+    record = value.get("record")
+    if not isinstance(record, dict):
+        raise MsQuantError(f"{directory / RECORD}: has no record, expected what was computed")
+    sizes = [
+        linear_sizes(model, rank, fused, group)
+        for _, group, fused in model.layout.linears()
+        if fused in model.layout.compressed
+        for rank in range(model.layout.tp)
+    ]
+    raw = sum(row["raw_bytes"] for row in sizes)
+    stored = sum(row["stored_bytes"] for row in sizes)
+    return {
+        "output": str(directory),
+        "flavour": model.flavour,
+        "tp": model.layout.tp,
+        **{key: record.get(key) for key in ("sparsity", "pruning", "algorithm")},
+        "compressed_linears": len(model.layout.compressed),
+        "uncompressed": value.get("uncompressed", {}),
+        "raw_bytes": raw,
+        "stored_bytes": stored,
+        "ratio": stored / raw if raw else 1.0,
+        "tensor_bytes": sum(rank.bytes for rank in model.ranks),
+        "weights": _weight_counts(directory, model.layout),
+        "float16_lost": value.get("float16_lost", {}),
+        "codec_note": backend_note(),
+    }
+
+
+def _weight_counts(directory: Path, layout: Layout) -> dict[str, int]:
+    total = dict.fromkeys(COUNTS, 0)
+    for index in range(layout.config.num_layers):
+        for counts in Proof(directory, layout, index).counts().values():
+            for key in COUNTS:
+                total[key] += counts.get(key, 0)
+    return total

@@ -1,0 +1,133 @@
+"""The tensors of one rank, made from a finished job and the source: slice, fuse, compress."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms_quant.checkpoint.job import JobDirectory
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import block_prefix
+from ms_quant.models.families import LinearGroup
+from sparse_compress.codec import compress_matrix
+from sparse_compress.fp16 import to_float16
+from sparse_compress.layouts import EMBEDDING, HEAD, INT64, Layout
+from sparse_compress.partition import place, vocab_part, vocab_rows
+
+THREADS = os.cpu_count() or 1
+Arrays = dict[str, np.ndarray]
+
+
+def deq_bits(scale: np.ndarray) -> np.ndarray:
+    """float32 scales as the runtime reads them: their bits as int32, widened to int64."""
+    return scale.astype(np.float32, copy=False).view(np.int32).astype(INT64)
+
+
+def deq_floats(bits: np.ndarray, name: str) -> np.ndarray:
+    """The float32 scales that int64 values stand for.
+
+    Raises:
+        MsQuantError: a value is not the bits of a positive, finite, normal float32.
+    """
+    low, high = (int(np.float32(x).view(np.int32)) for x in (np.finfo("f4").tiny, np.inf))
+    wrong = int(np.count_nonzero((bits < low) | (bits >= high)))
+    if wrong:
+        raise MsQuantError(
+            f"{name}: {wrong} of {bits.size} values are not the bits of a positive finite float32"
+        )
+    return bits.astype(np.int32).view(np.float32)
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Makes the tensors of a rank's files. In memory are those of one file and one linear.
+
+    Attributes:
+        layout: what the output holds.
+        checkpoint: the source, for what stays float.
+        job: the finished int8 linears.
+    """
+
+    layout: Layout
+    checkpoint: Checkpoint
+    job: JobDirectory
+
+    def block(self, rank: int, index: int) -> Arrays:
+        """The tensors of a block, by runtime name."""
+        tensors = {name: self._float16(name) for name in self.layout.norms(index)}
+        for group in self.layout.config.family.groups:
+            fused = f"{block_prefix(index)}{group.fused}"
+            if fused in self.layout.compressed:
+                tensors.update(self._compressed(rank, index, group))
+            else:
+                tensors[f"{fused}.weight"] = self._float_weight(rank, index, group)
+            if self.layout.has_bias(group):
+                tensors[f"{fused}.bias"] = self._bias(rank, index, group)
+        return tensors
+
+    def rest(self, rank: int) -> Arrays:
+        """The embedding, the last norm and the head."""
+        tensors = {"model.norm.weight": self._float16("model.norm.weight")}
+        rows = vocab_rows(self.layout.config, self.layout.tp, rank)
+        for name in (EMBEDDING,) if self.layout.config.tied else (EMBEDDING, HEAD):
+            file = self.checkpoint.file_of(name)
+            count = file.info(name).shape[0]
+            part = file.read_rows(name, min(rows.start, count), min(rows.stop, count))
+            whole = slice(0, rows.stop - rows.start)
+            tensors[name] = vocab_part(to_float16(part.astype(np.float32), name), whole)
+        return tensors
+
+    def _float16(self, name: str) -> np.ndarray:
+        return to_float16(self.checkpoint.read_float32(name), name)
+
+    def _float_weight(self, rank: int, index: int, group: LinearGroup) -> np.ndarray:
+        parts = []
+        for member in group.members:
+            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            weight = self._float16(f"{block_prefix(index)}{member}.weight")
+            parts.append(weight[where.rows, where.columns])
+        return np.concatenate(parts)
+
+    def _bias(self, rank: int, index: int, group: LinearGroup) -> np.ndarray:
+        parts = []
+        for member in group.members:
+            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            parts.append(self._float16(f"{block_prefix(index)}{member}.bias")[where.rows])
+        return _once(np.concatenate(parts), rank, group)
+
+    def _compressed(self, rank: int, index: int, group: LinearGroup) -> Arrays:
+        weights, scales, biases = [], [], []
+        for member in group.members:
+            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            linear = self.job.linear(index, member)
+            weights.append(linear.weight[where.rows, where.columns])
+            scales.append(linear.deq_scale[where.rows])
+            biases.append(linear.quant_bias[where.rows])
+        activation, columns = linear.activation, where.columns
+        assert activation is not None
+        fused = f"{block_prefix(index)}{group.fused}"
+        coded, tiles = _compress(np.concatenate(weights), f"rank_{rank}: {fused}.weight")
+        width = columns.stop - columns.start
+        return {
+            f"{fused}.weight": coded,
+            f"{fused}.index": tiles,
+            f"{fused}.deq_scale": deq_bits(np.concatenate(scales)),
+            f"{fused}.quant_bias": _once(np.concatenate(biases), rank, group),
+            f"{fused}.input_scale": to_float16(activation.input_scale[columns], fused),
+            f"{fused}.input_offset": np.full(width, activation.offset, np.int8),
+        }
+
+
+def _once(bias: np.ndarray, rank: int, group: LinearGroup) -> np.ndarray:
+    """Ranks add up the outputs of row-parallel linears: only the first may add the bias."""
+    return np.zeros_like(bias) if rank and group.parallel == "row" else bias
+
+
+def _compress(weight: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return compress_matrix(weight, threads=THREADS)
+    except MsQuantError as error:
+        raise MsQuantError(f"{name}: {error} with --exclude, or prune more") from None

@@ -1,0 +1,157 @@
+"""Tensor parallelism: which part of each tensor a rank holds, and how the parts fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.families import LinearGroup
+
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of an (out, in) weight that one rank holds.
+
+    Attributes:
+        rows: output channels.
+        columns: input channels.
+    """
+
+    rows: slice
+    columns: slice
+
+
+def padded_vocab(config: ModelConfig) -> int:
+    """Rows of the embedding with its zero rows: the vocabulary, up to a multiple of 64."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def check_tp(config: ModelConfig, tp: int) -> None:
+    """Refuses a number of ranks that the model cannot be divided by.
+
+    Raises:
+        MsQuantError: names the number that is not divisible.
+    """
+    if tp < 1:
+        raise MsQuantError(f"tp is {tp}, expected at least 1")
+    sizes = {
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_size": config.hidden_size,
+        f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}": padded_vocab(config),
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            raise MsQuantError(f"tp is {tp}, expected a divisor of {name}, which is {size}")
+    kv_heads = config.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        raise MsQuantError(
+            f"tp is {tp}, expected a divisor or a multiple of num_key_value_heads, "
+            f"which is {kv_heads}"
+        )
+
+
+def place(config: ModelConfig, tp: int, rank: int, group: LinearGroup, member: str) -> Place:
+    """The part of a linear that a rank holds.
+
+    Key and value heads that are fewer than the ranks are held by several neighbouring ranks.
+
+    Args:
+        config: the model.
+        tp: how many ranks there are.
+        rank: 0 to tp - 1.
+        group: the linear's group; ``"column"`` groups are split by rows of the weight.
+        member: the linear's path, relative to its block.
+    """
+    units, width = _units(config, member)
+    count = max(1, units // tp)
+    first = rank * count if units >= tp else rank * units // tp
+    share = slice(first * width, (first + count) * width)
+    out_features, in_features = config.linear_shapes()[member]
+    if group.parallel == "column":
+        return Place(share, slice(0, in_features))
+    return Place(slice(0, out_features), share)
+
+
+def _units(config: ModelConfig, member: str) -> tuple[int, int]:
+    """What is divided over ranks and never cut: (how many, channels of each)."""
+    name = member.rpartition(".")[2]
+    if name in ("k_proj", "v_proj"):
+        return config.num_kv_heads, config.head_dim
+    if name in ("q_proj", "o_proj"):
+        return config.num_heads, config.head_dim
+    return config.intermediate_size, 1
+
+
+def fused_rows(config: ModelConfig, tp: int, group: LinearGroup) -> dict[str, slice]:
+    """Where each member's rows are in a rank's fused weight. The same on every rank."""
+    rows, start = {}, 0
+    for member in group.members:
+        part = place(config, tp, 0, group, member).rows
+        rows[member] = slice(start, start + part.stop - part.start)
+        start = rows[member].stop
+    return rows
+
+
+def fused_shape(config: ModelConfig, tp: int, group: LinearGroup) -> tuple[int, int]:
+    """(out, in) of a rank's fused weight."""
+    columns = place(config, tp, 0, group, group.members[0]).columns
+    rows = fused_rows(config, tp, group)[group.members[-1]].stop
+    return rows, columns.stop - columns.start
+
+
+def vocab_rows(config: ModelConfig, tp: int, rank: int) -> slice:
+    """The rows of the padded embedding that a rank holds."""
+    count = padded_vocab(config) // tp
+    return slice(rank * count, (rank + 1) * count)
+
+
+def vocab_part(table: np.ndarray, rows: slice) -> np.ndarray:
+    """Some rows of an embedding; those after its end are zero."""
+    part = np.zeros((rows.stop - rows.start, table.shape[1]), table.dtype)
+    found = table[rows]
+    part[: len(found)] = found
+    return part
+
+
+def join(
+    parts: Sequence[np.ndarray],
+    places: Sequence[tuple[slice, ...]],
+    shape: tuple[int, ...],
+    name: str,
+) -> np.ndarray:
+    """Puts the ranks' parts of one tensor together.
+
+    Args:
+        parts: one array for each rank.
+        places: where each belongs; two ranks have the same place or places that do not overlap.
+        shape: of the whole.
+        name: what the tensor is called, for the error.
+
+    Raises:
+        MsQuantError: two ranks hold the same part with different values.
+    """
+    whole = np.empty(shape, parts[0].dtype)
+    owners: dict[tuple[tuple[int, int], ...], int] = {}
+    for rank, (part, where) in enumerate(zip(parts, places, strict=True)):
+        key = tuple((axis.start, axis.stop) for axis in where)
+        owner = owners.setdefault(key, rank)
+        if owner == rank:
+            whole[where] = part
+        elif not same_bits(part, parts[owner]):
+            raise MsQuantError(
+                f"rank_{rank}: {name}: differs from rank_{owner}, expected a copy of it"
+            )
+    return whole
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one dtype and shape hold the same bytes; NaN equals itself."""
+    raw = np.dtype(f"u{a.dtype.itemsize}")
+    return np.array_equal(np.ascontiguousarray(a).view(raw), np.ascontiguousarray(b).view(raw))

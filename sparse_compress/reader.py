@@ -1,0 +1,215 @@
+"""W8A8SC checkpoints decoded in software. What is read is checked: a defect is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ms_quant.checkpoint.serving import ServedModel, static_linear
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import QuantizedLinear
+from sparse_compress import layouts
+from sparse_compress.codec import decompress_matrix
+from sparse_compress.fp16 import SMALLEST_NORMAL
+from sparse_compress.layouts import DESCRIPTION, EMBEDDING, HEAD, Layout, rank_name
+from sparse_compress.pack import deq_floats
+from sparse_compress.partition import (
+    Place,
+    fused_rows,
+    fused_shape,
+    join,
+    padded_vocab,
+    place,
+    vocab_rows,
+)
+from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
+
+
+class SparseModel:
+    """A W8A8SC checkpoint as evaluation and generation see it.
+
+    Args:
+        directory: the checkpoint.
+        layout: what it holds.
+        ranks: its rank directories, whose structure is right.
+
+    Attributes:
+        config: the model's shape.
+        flavour: such as ``"W8A8SC TP2"``.
+    """
+
+    def __init__(self, directory: Path, layout: Layout, ranks: list[RankTensors]):
+        self.directory, self.layout, self.ranks = directory, layout, ranks
+        self.config = layout.config
+        self.flavour = f"W8A8SC TP{layout.tp}"
+        self._groups = {
+            f"{block_prefix(index)}{member}": (index, group)
+            for index, group, _ in layout.linears()
+            for member in group.members
+        }
+        self._cached: tuple[str, dict[str, QuantizedLinear]] = ("", {})
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A float tensor by its Hugging Face name, float32."""
+        return self.tensor_float16(name).astype(np.float32)
+
+    def tensor_float16(self, name: str) -> np.ndarray:
+        """A float tensor by its Hugging Face name, merged from the ranks.
+
+        Raises:
+            MsQuantError: ranks that should hold the same values do not, or the vocabulary's
+                padding is not zero.
+        """
+        path, _, suffix = name.rpartition(".")
+        if path in self._groups:
+            return self._part_of_fused(path, suffix)
+        if name in (EMBEDDING, HEAD):
+            return self._vocabulary(name)
+        parts = [rank.read(name) for rank in self.ranks]
+        whole = tuple(slice(0, size) for size in parts[0].shape)
+        return join(parts, [whole] * len(parts), parts[0].shape, name)
+
+    def linear(self, path: str) -> QuantizedLinear | None:
+        """The int8 linear at a path, with its bias; None when it is float."""
+        if path not in self._groups:
+            raise MsQuantError(f"{self.directory}: {path!r} is not a linear of the model")
+        index, group = self._groups[path]
+        fused = f"{block_prefix(index)}{group.fused}"
+        if fused not in self.layout.compressed:
+            return None
+        if self._cached[0] != fused:
+            self._cached = ("", {})  # the old one goes before the new one comes
+            self._cached = (fused, self.group(index, group))
+        return self._cached[1][path.removeprefix(block_prefix(index))]
+
+    def group(self, index: int, group: LinearGroup) -> dict[str, QuantizedLinear]:
+        """The int8 linears of a compressed group, decoded and merged from the ranks.
+
+        Returns:
+            Path relative to the block to the linear.
+
+        Raises:
+            MsQuantError: a tile, a scale or a bias is wrong, or ranks disagree.
+        """
+        fused = f"{block_prefix(index)}{group.fused}"
+        coded = [self.decode(rank, fused, group) for rank in range(self.layout.tp)]
+        scales = [self._deq_scale(rank, fused) for rank in range(self.layout.tp)]
+        linears = {}
+        for member in group.members:
+            places = self._places(group, member)
+            rows = fused_rows(self.config, self.layout.tp, group)[member]
+            shape = self.config.linear_shapes()[member]
+            name = f"{block_prefix(index)}{member}"
+            out = [(where.rows,) for where in places]
+            both = [(where.rows, where.columns) for where in places]
+            linears[member] = static_linear(
+                name,
+                join([part[rows] for part in coded], both, shape, f"{fused}.weight"),
+                join([part[rows] for part in scales], out, shape[:1], f"{fused}.deq_scale"),
+                self._fused_bias(f"{fused}.quant_bias", group, member),
+                self._input_scale(fused, places, shape[1]),
+                self._input(f"{fused}.input_offset", places, shape[1]),
+                self.tensor(f"{name}.bias") if self.layout.has_bias(group) else None,
+            )
+        return linears
+
+    def decode(self, rank: int, fused: str, group: LinearGroup) -> np.ndarray:
+        """A rank's fused int8 weight."""
+        tensors = self.ranks[rank]
+        weight, tiles = tensors.read(f"{fused}.weight"), tensors.read(f"{fused}.index")
+        try:
+            return decompress_matrix(
+                weight, tiles, *fused_shape(self.config, self.layout.tp, group)
+            )
+        except MsQuantError as error:
+            path = tensors.path(f"{fused}.weight")
+            raise MsQuantError(f"{path}: tensor '{fused}.weight': {error}") from None
+
+    def _deq_scale(self, rank: int, fused: str) -> np.ndarray:
+        name = f"{fused}.deq_scale"
+        return deq_floats(self.ranks[rank].read(name), f"{rank_name(rank)}: {name}")
+
+    def _input_scale(self, fused: str, places: list[Place], size: int) -> np.ndarray:
+        name = f"{fused}.input_scale"
+        scale = self._input(name, places, size)
+        wrong = size - int(np.count_nonzero(np.isfinite(scale) & (scale >= SMALLEST_NORMAL)))
+        if wrong:
+            raise MsQuantError(
+                f"{name}: {wrong} of {size} values are not finite or below {SMALLEST_NORMAL:g}, "
+                "the smallest normal float16"
+            )
+        return scale.astype(np.float32)
+
+    def _input(self, name: str, places: list[Place], size: int) -> np.ndarray:
+        """A tensor over the input channels."""
+        parts = [rank.read(name) for rank in self.ranks]
+        return join(parts, [(where.columns,) for where in places], (size,), name)
+
+    def _fused_bias(self, name: str, group: LinearGroup, member: str) -> np.ndarray:
+        """A bias of one linear: of row-parallel ones the first rank has it, the others zeros."""
+        parts = [rank.read(name) for rank in self.ranks]
+        if group.parallel == "row":
+            for rank, part in enumerate(parts[1:], 1):
+                if part.any():
+                    raise MsQuantError(
+                        f"{rank_name(rank)}: {name}: holds {np.count_nonzero(part)} values that "
+                        "are not 0, expected zeros: ranks add up, and rank_0 holds the bias"
+                    )
+            return parts[0]
+        rows = fused_rows(self.config, self.layout.tp, group)[member]
+        places = [(where.rows,) for where in self._places(group, member)]
+        size = self.config.linear_shapes()[member][:1]
+        return join([part[rows] for part in parts], places, size, name)
+
+    def _part_of_fused(self, path: str, suffix: str) -> np.ndarray:
+        index, group = self._groups[path]
+        name = f"{block_prefix(index)}{group.fused}.{suffix}"
+        member = path.removeprefix(block_prefix(index))
+        if suffix == "bias":
+            return self._fused_bias(name, group, member)
+        rows = fused_rows(self.config, self.layout.tp, group)[member]
+        places = [(where.rows, where.columns) for where in self._places(group, member)]
+        parts = [rank.read(name)[rows] for rank in self.ranks]
+        return join(parts, places, self.config.linear_shapes()[member], name)
+
+    def _vocabulary(self, name: str) -> np.ndarray:
+        if name == HEAD and self.config.tied:
+            name = EMBEDDING
+        tp, size = self.layout.tp, self.config.vocab_size
+        places = [(vocab_rows(self.config, tp, rank),) for rank in range(tp)]
+        parts = [rank.read(name) for rank in self.ranks]
+        whole = join(parts, places, (padded_vocab(self.config), self.config.hidden_size), name)
+        if whole[size:].any():
+            raise MsQuantError(f"{name}: rows {size} and on are padding, expected zeros")
+        return whole[:size]
+
+    def _places(self, group: LinearGroup, member: str) -> list[Place]:
+        tp = self.layout.tp
+        return [place(self.config, tp, rank, group, member) for rank in range(tp)]
+
+
+def open_w8a8sc(directory: Path) -> ServedModel | None:
+    """Opens a W8A8SC checkpoint in the vllm-mindspore layout.
+
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        The model, decoded in software as it is read; None when the directory has no
+        ``quant_model_description_w8a8sc.json``.
+
+    Raises:
+        MsQuantError: the description, a rank directory or a tensor is not what it should be.
+    """
+    directory = Path(directory)
+    if not (directory / DESCRIPTION).exists():
+        return None
+    layout = layouts.read_layout(directory, load_config(directory))
+    ranks = open_ranks(directory, layout.tp)
+    problems = structure_problems(layout, ranks)
+    if problems:
+        raise MsQuantError(problems[0])
+    return SparseModel(directory, layout, ranks)

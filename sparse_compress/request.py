@@ -1,0 +1,162 @@
+"""What ``sparse-compress run`` is asked, and every refusal that needs no work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.pipeline import Prepared, QuantizeOptions, prepare
+from sparse_compress.fp16 import survey
+from sparse_compress.fractal import unsupported_reason
+from sparse_compress.layouts import Layout
+from sparse_compress.partition import check_tp, fused_shape
+from sparse_compress.prune import check_pruning
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """What a user asks of ``sparse-compress run``.
+
+    Attributes:
+        model: directory of the float checkpoint.
+        output: directory to make.
+        calib: calibration file.
+        tp: how many ranks to write.
+        sparsity: share of each linear's weights that is pruned, 0 to below 1.
+        pruning: ``"activation"`` or ``"magnitude"``.
+        algorithm: name of the quantization algorithm.
+        alpha: smoothing strength of ``smoothquant``.
+        samples: how many windows of the calibration data to use.
+        seq_len: tokens of a window.
+        seed: seed of the choice of windows.
+        exclude: glob patterns of linears that stay float16, by whole fused groups.
+        job: job directory; None is OUTPUT.job.
+        keep_job: leave the job directory when all is done.
+        any_environment: resume under other versions, CPU or thread count.
+    """
+
+    model: Path
+    output: Path
+    calib: Path
+    tp: int = 2
+    sparsity: float = 0.5
+    pruning: str = "activation"
+    algorithm: str = "minmax"
+    alpha: float = 0.5
+    samples: int = 64
+    seq_len: int = 256
+    seed: int = 0
+    exclude: Sequence[str] = ()
+    job: Path | None = None
+    keep_job: bool = False
+    any_environment: bool = False
+
+    def quantization(self, exclude: Sequence[str]) -> QuantizeOptions:
+        """The part of the request that the driver of ``ms-quant`` serves."""
+        return QuantizeOptions(
+            self.model,
+            self.output,
+            "W8A8",
+            self.algorithm,
+            alpha=self.alpha,
+            calib=self.calib,
+            samples=self.samples,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            exclude=exclude,
+            dtype="float16",
+            job=self.job,
+            keep_job=self.keep_job,
+            any_environment=self.any_environment,
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: everything that can be refused has been.
+
+    Attributes:
+        options: what was asked.
+        prepared: the part that the driver serves.
+        layout: what the output will hold.
+        uncompressed: fused path to the reason why it stays float16.
+        lost: tensor name to what float16 loses of it.
+    """
+
+    options: SparseOptions
+    prepared: Prepared
+    layout: Layout
+    uncompressed: dict[str, str]
+    lost: dict[str, dict[str, int]]
+
+
+def check(options: SparseOptions) -> Request:
+    """Checks a request against the model and the data, before any work.
+
+    Args:
+        options: the request.
+
+    Raises:
+        MsQuantError: anything that would make the job fail later; among it a value that float16
+            cannot hold, and a number of ranks that does not divide the model.
+    """
+    check_pruning(options.sparsity, options.pruning)
+    config = load_config(options.model)
+    check_tp(config, options.tp)
+    checkpoint = Checkpoint(options.model)
+    check_model(checkpoint, config)
+    limits = outside_limits(config, options.tp)
+    reasons = _reasons(config, limits, options.exclude)
+    fused = {path for _, _, path in Layout(config, options.tp, frozenset()).linears()}
+    if fused <= set(reasons):
+        name, reason = next(iter(reasons.items()))
+        raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
+    layout = Layout(config, options.tp, frozenset(fused - set(reasons)))
+    extra = {
+        "format": "W8A8SC",
+        "layout": "vllm-mindspore",
+        "tp": options.tp,
+        "sparsity": float(options.sparsity),
+        "pruning": options.pruning,
+    }
+    exclude = (*options.exclude, *_members(config, limits))
+    prepared = prepare(options.quantization(exclude), extra)
+    return Request(options, prepared, layout, reasons, survey(checkpoint, layout.float_names()))
+
+
+def outside_limits(config: ModelConfig, tp: int) -> dict[str, str]:
+    """Group name to the reason why the hardware cannot take its slices, the same in all blocks."""
+    found = {}
+    for group in config.family.groups:
+        reason = unsupported_reason(*fused_shape(config, tp, group))
+        if reason:
+            found[group.name] = reason
+    return found
+
+
+def _reasons(config: ModelConfig, limits: dict[str, str], exclude: Sequence[str]) -> dict[str, str]:
+    """Fused path to the reason why it stays float16."""
+    reasons = {}
+    for index, group, fused in Layout(config, 1, frozenset()).linears():
+        members = [f"{block_prefix(index)}{member}" for member in group.members]
+        matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
+        if group.name in limits:
+            reasons[fused] = limits[group.name]
+        elif matched:
+            reasons[fused] = f"excluded by {matched[0]!r}"
+    return reasons
+
+
+def _members(config: ModelConfig, limits: dict[str, str]) -> list[str]:
+    """One linear of each group outside the limits; its whole group stays float."""
+    return [
+        f"{block_prefix(index)}{group.members[0]}"
+        for index in range(config.num_layers)
+        for group in config.family.groups
+        if group.name in limits
+    ]

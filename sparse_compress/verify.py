@@ -1,0 +1,297 @@
+"""Proof that a W8A8SC checkpoint is what its runtime expects, and what its source says.
+
+Nothing is run. Files are compared with their digests, structure with the model, every tile is
+decoded; with the source, every int8 weight is made again and compared bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.checkpoint.finish import (
+    COPIED,
+    MAX_RECORD_BYTES,
+    RECORD,
+    check_files,
+    unlisted_files,
+)
+from ms_quant.checkpoint.job import find_difference
+from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix, load_config, read_json
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.plan import make_plan
+from sparse_compress import layouts
+from sparse_compress.fp16 import FLOAT16, to_float16
+from sparse_compress.fractal import tile_count
+from sparse_compress.layouts import DESCRIPTION, Layout
+from sparse_compress.partition import check_tp, fused_shape, same_bits
+from sparse_compress.proof import Proof, compressed_groups, strange_scales
+from sparse_compress.prune import check_pruning, pruned_count
+from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
+from sparse_compress.reader import SparseModel
+from sparse_compress.request import outside_limits
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Subject:
+    """What is being verified.
+
+    Attributes:
+        directory: the checkpoint.
+        model: its reader.
+        record: what it says it was made with.
+        source: the source checkpoint, where it is given.
+        checked: counts of what was looked at.
+    """
+
+    directory: Path
+    model: SparseModel
+    record: dict[str, Any]
+    source: Checkpoint | None
+    checked: dict[str, int] = field(default_factory=dict)
+
+    def count(self, **found: int) -> None:
+        for key, number in found.items():
+            self.checked[key] = self.checked.get(key, 0) + number
+
+
+def verify(
+    directory: Path,
+    source: Path | None = None,
+    progress: Progress = lambda step, part: None,
+) -> dict[str, Any]:
+    """Checks a W8A8SC checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        source: the float checkpoint it was made from.
+        progress: told how far the steps ``"files"`` and ``"tensors"`` are.
+
+    Returns:
+        JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
+        checkpoint is right) and ``checked``: counts of ``linears``, ``tiles``, ``float_tensors``
+        and, with a source, ``recomputed`` linears.
+
+    Raises:
+        MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
+    """
+    directory = Path(directory)
+    if not (directory / DESCRIPTION).exists() and not (directory / RECORD).exists():
+        raise MsQuantError(
+            f"{directory}: is no W8A8SC checkpoint, expected {DESCRIPTION} and {RECORD}"
+        )
+    original = None
+    if source is not None:
+        original = Checkpoint(source)
+        check_model(original, load_config(source))
+    progress("files", 0.0)
+    problems = [*_guard(check_files, directory), *_guard(unlisted_files, directory)]
+    progress("files", 1.0)
+    checked: dict[str, int] = {}
+    problems += _guard(_contents, directory, original, progress, checked)
+    where = None if source is None else str(source)
+    return {
+        "checkpoint": str(directory),
+        "source": where,
+        "problems": problems,
+        "checked": checked,
+    }
+
+
+def _guard(check: Callable[..., Iterable[str]], *arguments: Any) -> list[str]:
+    """The problems that a check finds, the last of which may be that it could not go on."""
+    problems: list[str] = []
+    try:
+        for problem in check(*arguments):
+            problems.append(problem)
+    except MsQuantError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _contents(
+    directory: Path, source: Checkpoint | None, progress: Progress, checked: dict[str, int]
+) -> list[str]:
+    record, config = _record(directory), load_config(directory)
+    layout = recorded_layout(config, record, directory)
+    ranks = open_ranks(directory, layout.tp)
+    problems = structure_problems(layout, ranks) + _guard(_config_problems, directory, source)
+    if problems:
+        return problems
+    problems += _guard(_description_problems, directory, layout, ranks)
+    subject = Subject(directory, SparseModel(directory, layout, ranks), record, source, checked)
+    for index in range(config.num_layers):
+        problems += _guard(_block_problems, subject, index)
+        progress("tensors", (index + 1) / (config.num_layers + 1))
+    for name in layout.float_names():
+        problems += _guard(_float_problems, subject, name)
+    progress("tensors", 1.0)
+    return problems
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    """The record, with every entry that verification uses checked."""
+    path = directory / RECORD
+    record = read_json(path, MAX_RECORD_BYTES).get("record")
+    kinds = {"tp": int, "sparsity": float, "pruning": str, "algorithm": str, "exclude": list}
+    if not isinstance(record, dict) or record.get("format") != "W8A8SC":
+        raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
+    for key, kind in kinds.items():
+        if type(record.get(key)) is not kind:
+            raise MsQuantError(
+                f"{path}: {key} is {record.get(key)!r:.80}, expected {kind.__name__}"
+            )
+    if not all(isinstance(pattern, str) for pattern in record["exclude"]):
+        raise MsQuantError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
+    check_pruning(record["sparsity"], record["pruning"])
+    return record
+
+
+def recorded_layout(config: ModelConfig, record: dict[str, Any], directory: Path) -> Layout:
+    """The layout that a checkpoint should have, by the arguments it was made with.
+
+    Raises:
+        MsQuantError: the arguments do not fit the model, or the hardware cannot take a linear
+            that they would compress.
+    """
+    tp = record["tp"]
+    check_tp(config, tp)
+    plan = make_plan(config, "W8A8", record["algorithm"], dtype=FLOAT16, exclude=record["exclude"])
+    compressed = frozenset(
+        f"{block_prefix(index)}{group.fused}"
+        for index in range(config.num_layers)
+        for group in plan.groups(index)
+    )
+    limits = outside_limits(config, tp)
+    for index, group, fused in Layout(config, tp, compressed).linears():
+        if fused in compressed and group.name in limits:
+            raise MsQuantError(f"{directory}: {fused} of block {index}: {limits[group.name]}")
+    return Layout(config, tp, compressed)
+
+
+def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str]:
+    path = directory / "config.json"
+    raw = read_json(path)
+    for part in (raw, raw.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if key in part:
+                yield f"{path}: has {key}, expected none"
+    if raw.get("torch_dtype") != FLOAT16.name or raw.get("dtype", FLOAT16.name) != FLOAT16.name:
+        yield f"{path}: torch_dtype is {raw.get('torch_dtype')!r}, expected {FLOAT16.name!r}"
+    if source is None:
+        return
+    found = find_difference(raw, layouts.model_config(load_config(source.directory)))
+    if found:
+        yield f"{path}: {found[0]} is {found[1]!r}, expected {found[2]!r} as the source has it"
+    for name in COPIED:
+        original, copy = source.directory / name, directory / name
+        if original.is_file() and not copy.is_file():
+            yield f"{copy}: no such file, expected a copy of the source's"
+        elif original.is_file() and original.read_bytes() != copy.read_bytes():
+            yield f"{copy}: differs from the source's"
+
+
+def _description_problems(
+    directory: Path, layout: Layout, ranks: list[RankTensors]
+) -> Iterator[str]:
+    path = directory / DESCRIPTION
+    expected = layouts.description(layout, lambda rank, name: ranks[rank].info(name).shape[0])
+    found = read_json(path, layouts.MAX_DESCRIPTION_BYTES)
+    for key in sorted({*expected, *found}):
+        ours, theirs = expected.get(key), found.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            for name in sorted({*ours, *theirs}):
+                if ours.get(name) != theirs.get(name):
+                    yield (
+                        f"{path}: {key}: {name} is {theirs.get(name)!r:.80}, expected "
+                        f"{ours.get(name)!r}"
+                    )
+        elif ours != theirs:
+            yield f"{path}: {key} is {theirs!r:.80}, expected {ours!r:.80}"
+
+
+def _block_problems(subject: Subject, index: int) -> Iterator[str]:
+    """The compressed linears of one block."""
+    layout = subject.model.layout
+    proof = Proof(subject.directory, layout, index)
+    proof.counts()
+    for group in compressed_groups(layout, index):
+        yield from _guard(_group_problems, subject, proof, index, group)
+
+
+def _group_problems(
+    subject: Subject, proof: Proof, index: int, group: LinearGroup
+) -> Iterator[str]:
+    fused = f"{block_prefix(index)}{group.fused}"
+    linears = subject.model.group(index, group)
+    layout = subject.model.layout
+    tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
+    subject.count(linears=len(linears), tiles=tiles)
+    problem = proof.problem(group, linears)
+    if problem:
+        yield f"{fused}: {problem}"
+    for member, linear in linears.items():
+        name = f"{block_prefix(index)}{member}"
+        least = pruned_count(subject.record["sparsity"], linear.weight.size)
+        zeros = linear.weight.size - int(np.count_nonzero(linear.weight))
+        if zeros < least:
+            yield (
+                f"{name}.weight: {zeros} zeros of {linear.weight.size}, expected at least {least} "
+                f"at sparsity {subject.record['sparsity']}"
+            )
+        if subject.source is not None:
+            yield from _source_problems(subject, proof, name, group, member, linear)
+
+
+def _source_problems(
+    subject: Subject,
+    proof: Proof,
+    name: str,
+    group: LinearGroup,
+    member: str,
+    linear: QuantizedLinear,
+) -> Iterator[str]:
+    """Makes an int8 weight again from the source and compares every value."""
+    assert subject.source is not None
+    source, record = subject.source.read_float32(f"{name}.weight"), subject.record
+    smoothed, weight = proof.remake(group, member, source, record["sparsity"], record["pruning"])
+    subject.count(recomputed=1)
+    different = np.argwhere(weight != linear.weight)
+    if len(different):
+        row, column = (int(place) for place in different[0])
+        yield (
+            f"{name}.weight: {len(different)} of {weight.size} values differ from those of the "
+            f"source; [{row}, {column}] is {linear.weight[row, column]}, expected "
+            f"{weight[row, column]}"
+        )
+    scale = proof.weight_scale(member)
+    strange = strange_scales(smoothed, scale, clipped=record["algorithm"] == "osl")
+    if strange:
+        yield (
+            f"{proof.file.path}: tensor '{member}.weight_scale': {strange} of {scale.size} rows "
+            "do not follow from the source"
+        )
+
+
+def _float_problems(subject: Subject, name: str) -> Iterator[str]:
+    """One float tensor: finite, the same wherever ranks share it, and the source's."""
+    array = subject.model.tensor_float16(name)
+    subject.count(float_tensors=1)
+    wrong = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if wrong:
+        yield f"{name}: {wrong} of {array.size} values are NaN or inf, expected finite ones"
+    if subject.source is None:
+        return
+    expected = to_float16(subject.source.read_float32(name), name)
+    if not same_bits(array, expected):
+        count = int(np.count_nonzero(array != expected))
+        yield f"{name}: {count} of {array.size} values differ from the source's as float16"

@@ -1,0 +1,168 @@
+"""The job directory: what it refuses, what it keeps, and what it deletes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ms_quant.checkpoint import job as job_module
+from ms_quant.checkpoint.job import (
+    HiddenStates,
+    JobDirectory,
+    environment,
+    find_difference,
+    read_hidden,
+)
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+
+RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
+
+
+def static_linear(seed: int = 0) -> QuantizedLinear:
+    rng = np.random.default_rng(seed)
+    activation = StaticActivation(np.float32(0.25), -7, rng.random(4, np.float32) + 1)
+    weight = rng.integers(-127, 128, (3, 4)).astype(np.int8)
+    return QuantizedLinear(weight, rng.random(3, np.float32), None, activation)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ({"a": 1}, {"a": 1}, None),
+        ({"a": 1}, {"a": 2}, ("a", 1, 2)),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1]}}, ("a.b", [1, 2], [1])),
+        ({}, {"alpha": 0.5}, ("alpha", None, 0.5)),
+        ({"x": {"y": 1}}, {"x": 3}, ("x", {"y": 1}, 3)),
+        ({"b": 1, "a": 1}, {"a": 2, "b": 2}, ("b", 1, 2)),  # the first of the old record
+    ],
+)
+def test_find_difference(old: dict, new: dict, found: tuple | None) -> None:
+    assert find_difference(old, new) == found
+
+
+def test_another_request_is_refused_with_both_values(tmp_path: Path) -> None:
+    JobDirectory(tmp_path / "job", RECORD)
+    with pytest.raises(MsQuantError, match=r"begun with seed = 0, now seed is 5; .*delete"):
+        JobDirectory(tmp_path / "job", {**RECORD, "seed": 5})
+    with pytest.raises(MsQuantError, match=r"begun with alpha = None, now alpha is 0\.25"):
+        JobDirectory(tmp_path / "job", {**RECORD, "alpha": 0.25})
+    JobDirectory(tmp_path / "job", RECORD)
+
+
+def test_another_environment_is_refused_unless_the_user_says_so(tmp_path: Path) -> None:
+    JobDirectory(tmp_path / "job", RECORD)
+    other = {**RECORD, "environment": {"threads": 4}}
+    with pytest.raises(MsQuantError, match=r"threads = 2, now environment\.threads is 4; .*--any-"):
+        JobDirectory(tmp_path / "job", other)
+    JobDirectory(tmp_path / "job", other, any_environment=True)
+    with pytest.raises(MsQuantError, match="begun with scheme"):
+        JobDirectory(tmp_path / "job", {**other, "scheme": "X"}, any_environment=True)
+
+
+def test_environment_names_versions_cpu_and_threads(blocking_mindspore: None) -> None:
+    found = environment()
+    assert sorted(found) == ["cpu", "mindspore", "numpy", "threads"]
+    assert found["numpy"] == np.__version__
+    assert found == json.loads(json.dumps(environment()))
+    if hasattr(os, "sched_getaffinity"):
+        assert found["threads"] == len(os.sched_getaffinity(0))
+
+
+def test_a_directory_that_is_no_job_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(MsQuantError, match="exists but holds no job"):
+        JobDirectory(tmp_path, RECORD)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_broken_record_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{")
+    with pytest.raises(MsQuantError, match=r"job\.json: not valid JSON"):
+        JobDirectory(tmp_path, RECORD)
+
+
+def test_temporaries_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / ".job.json.123.tmp").write_text("half")
+    (tmp_path / ".hidden-00001.npy.123.tmp").write_text("half")
+    JobDirectory(tmp_path, RECORD)
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+
+
+def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
+    job = JobDirectory(tmp_path / "job", RECORD)
+    assert job.finished_blocks() == 0
+    linear = static_linear()
+    dynamic = QuantizedLinear(linear.weight, linear.weight_scale)
+    statistics = {"qkv.l2_norm": np.arange(4, dtype=np.float32)}
+    job.hidden_file(0).write_bytes(b"input")
+    job.finish_block(0, {"a.b": linear, "c": dynamic}, statistics, {"qkv": {"alpha": 0.5}})
+    assert job.finished_blocks() == 1
+    assert not job.hidden_file(0).exists()  # nothing needs it any more
+    again = JobDirectory(tmp_path / "job", RECORD)
+    found = again.linear(0, "a.b")
+    assert found.activation is not None and linear.activation is not None
+    np.testing.assert_array_equal(found.weight, linear.weight)
+    np.testing.assert_array_equal(found.weight_scale, linear.weight_scale)
+    np.testing.assert_array_equal(found.quant_bias, linear.quant_bias)
+    np.testing.assert_array_equal(found.activation.input_scale, linear.activation.input_scale)
+    assert (found.activation.scale, found.activation.offset) == (np.float32(0.25), -7)
+    assert found.activation.scale.dtype == np.float32
+    assert again.linear(0, "c").activation is None
+    np.testing.assert_array_equal(again.statistic(0, "qkv.l2_norm"), np.arange(4))
+    assert again.notes(0) == {"qkv": {"alpha": 0.5}}
+
+
+def test_a_block_after_a_gap_does_not_count(tmp_path: Path) -> None:
+    job = JobDirectory(tmp_path / "job", RECORD)
+    job.finish_block(1, {"a": static_linear()}, {}, {})
+    assert job.finished_blocks() == 0
+
+
+def test_remove_deletes_the_record_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = JobDirectory(tmp_path / "job", RECORD)
+    job.finish_block(0, {"a": static_linear()}, {}, {})
+    unlink, order = Path.unlink, []
+
+    def recorded(path: Path, missing_ok: bool = False) -> None:
+        order.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", recorded)
+    job.remove()
+    assert order == ["block-00000.safetensors", "job.json"]
+    assert not job.directory.exists()
+
+
+def test_hidden_states_appear_when_whole_and_come_back(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 3, 2)).astype(np.float32)
+    path = tmp_path / "hidden.npy"
+    hidden = HiddenStates(path, rows.shape)
+    for start in range(0, 5, 2):  # whole batches, and a last one that is short
+        hidden.append(rows[start : start + 2])
+    assert not path.exists()
+    hidden.commit()
+    assert [found.name for found in tmp_path.iterdir()] == ["hidden.npy"]
+    np.testing.assert_array_equal(np.load(path), rows)
+    np.testing.assert_array_equal(read_hidden(path, 1, 3), rows[1:3])
+    np.testing.assert_array_equal(read_hidden(path, 4, 9), rows[4:])
+    part = read_hidden(path, 0, 1)
+    part[:] = 0  # a copy, not a map of the file
+    np.testing.assert_array_equal(np.load(path), rows)
+
+
+def test_hidden_states_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = HiddenStates(tmp_path / "hidden.npy", (1, 1, 1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(job_module.os, "fsync", full)
+    with pytest.raises(MsQuantError, match=r"hidden\.npy: no space left .* hidden states"):
+        hidden.commit()
+    assert not (tmp_path / "hidden.npy").exists()

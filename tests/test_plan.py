@@ -1,0 +1,136 @@
+"""What will be quantized, and the choices that are refused before any work."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ms_quant.algorithms import ALGORITHMS
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import parse_config
+from ms_quant.plan import Plan, make_plan
+from ms_quant.schemes import SCHEMES, get_scheme
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+CONFIG = parse_config(
+    {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 2,
+    },
+    "dir/config.json",
+)
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+MEMBERS = QKV + ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def plan(scheme="W8A8", algorithm="minmax", **options) -> Plan:
+    return make_plan(CONFIG, scheme, algorithm, dtype=BF16, **options)
+
+
+def paths(*blocks: int, without: tuple[str, ...] = ()) -> list[str]:
+    return [f"model.layers.{i}.{m}" for i in blocks for m in MEMBERS if m not in without]
+
+
+def test_everything_is_quantized_in_model_order():
+    assert plan().quantized() == paths(0, 1)
+    assert plan().float_linears() == []
+
+
+@pytest.mark.parametrize(
+    ("exclude", "float_groups", "floats"),
+    [
+        # one member takes its fused group with it
+        (["model.layers.0.self_attn.k_proj"], ["model.layers.0.qkv"], [(0, tuple(QKV))]),
+        (
+            ["*.up_proj"],
+            ["model.layers.0.gate_up", "model.layers.1.gate_up"],
+            [(0, ("mlp.gate_proj", "mlp.up_proj")), (1, ("mlp.gate_proj", "mlp.up_proj"))],
+        ),
+        (["*.1.*down_proj"], ["model.layers.1.down"], [(1, ("mlp.down_proj",))]),
+        (
+            ["model.layers.1.*"],
+            [f"model.layers.1.{name}" for name in ("qkv", "o", "gate_up", "down")],
+            [(1, tuple(MEMBERS))],
+        ),
+        # two patterns in one group, and both count as matched
+        (["*.0.*.v_proj", "*.0.*.q_proj"], ["model.layers.0.qkv"], [(0, tuple(QKV))]),
+        (
+            ["*.0.*.o_proj", "*.0.*.q_proj"],  # two patterns, one block
+            ["model.layers.0.o", "model.layers.0.qkv"],
+            [(0, (*QKV, "self_attn.o_proj"))],
+        ),
+    ],
+)
+def test_exclude_takes_whole_groups(exclude, float_groups, floats):
+    found = plan(exclude=exclude)
+    assert found.float_groups == frozenset(float_groups)
+    expected = [f"model.layers.{i}.{member}" for i, members in floats for member in members]
+    assert found.float_linears() == expected
+    assert sorted(found.quantized() + expected) == sorted(paths(0, 1))
+    for index in (0, 1):
+        members = [m for group in found.groups(index) for m in group.members]
+        assert [f"model.layers.{index}.{m}" for m in members] == [
+            path for path in found.quantized() if path.startswith(f"model.layers.{index}.")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "W4A4"}, r"^scheme 'W4A4' is unknown, expected one of W8A8, W8A8_DYNAMIC$"),
+        ({"scheme": "w8a8"}, r"^scheme 'w8a8' is unknown"),
+        ({"algorithm": "magic"}, r"^algorithm 'magic' is unknown, expected one of minmax, "),
+        (
+            {"scheme": "W8A8_DYNAMIC", "algorithm": "osl"},
+            r"^algorithm 'osl' does not work with scheme W8A8_DYNAMIC: .* expected 'minmax'$",
+        ),
+        ({"scheme": "W8A8_DYNAMIC", "algorithm": "smoothquant"}, r"^algorithm 'smoothquant' does"),
+        ({"alpha": -0.1}, r"^alpha is -0\.1, expected a number from 0 to 1$"),
+        ({"alpha": 1.01}, r"^alpha is 1\.01"),
+        ({"alpha": float("nan")}, r"^alpha is nan"),
+        ({"exclude": ["*"]}, r"match every linear, nothing is left to quantize$"),
+        ({"exclude": ["*.w1"]}, r"^exclude pattern '\*\.w1' matches no linear"),
+        ({"exclude": ["model.layers.2.*"]}, r"^exclude pattern 'model\.layers\.2\.\*'"),
+        ({"exclude": ["*.o_proj", "*.O_PROJ"]}, r"^exclude pattern '\*\.O_PROJ'"),
+        ({"exclude": ["lm_head"]}, r"^exclude pattern 'lm_head'"),
+        ({"exclude": [""]}, r"^exclude pattern ''"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(MsQuantError, match=message):
+        plan(**options)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_alpha_bounds_are_included(alpha):
+    assert plan(algorithm="smoothquant", alpha=alpha).alpha == alpha
+
+
+def test_every_pair_is_either_planned_or_refused():
+    planned = set()
+    for scheme in SCHEMES:
+        for algorithm, row in ALGORITHMS.items():
+            if row.smooths and get_scheme(scheme).activation.dynamic:
+                with pytest.raises(MsQuantError):
+                    plan(scheme, algorithm)
+            else:
+                assert plan(scheme, algorithm).algorithm == algorithm
+                planned.add((scheme, algorithm))
+    assert planned == {
+        ("W8A8", "minmax"),
+        ("W8A8", "smoothquant"),
+        ("W8A8", "osl"),
+        ("W8A8_DYNAMIC", "minmax"),
+    }
