@@ -3,8 +3,8 @@
     python tools/train_bundled_model.py --out models/stdlib-qwen3-6m [--steps 3600 --seed 0]
 
 Writes a Hugging Face directory (config.json, tokenizer.json, model.safetensors in bf16) with
-``training.json`` and the model card, and the calibration and held-out texts into ``text`` beside it.
-Checkpoints itself every few hundred steps and goes on from there when started again.
+``training.json`` and the model card, and the calibration and held-out texts into ``text`` beside
+it. Checkpoints itself every few hundred steps and goes on from there when started again.
 """
 
 from __future__ import annotations
@@ -60,35 +60,6 @@ CONFIG = {
     "use_sliding_window": False,
     "vocab_size": VOCABULARY,
 }
-
-
-CARD = """# stdlib-qwen3-6m
-
-A Qwen3-architecture causal language model of 6.6 million parameters with a byte-level BPE tokenizer of
-2,048 tokens, for trying ms-quant on something that has really learned. It writes Python, badly.
-
-| | |
-|---|---|
-| shape | hidden 384, 12 heads of 64 with 4 key-value heads, intermediate 768, 3 blocks, q/k norm, untied head |
-| file | bfloat16 safetensors, Hugging Face layout; loads in `transformers` unchanged |
-| trained on | {train_tokens:,} tokens of the standard library of Python {python}, {tokens_seen:,} seen, windows of 256 |
-| trained with | this project's decoder Cells on CPU, MindSpore {mindspore}, seed {seed}, {steps} steps of AdamW |
-| command | `{command}` |
-
-Measured on {heldout_tokens:,} held-out tokens, none of whose files were trained on or calibrated with, on the bfloat16
-weights as stored, in windows of 256:
-
-| | |
-|---|---|
-| perplexity | **{heldout_perplexity:.2f}** |
-| perplexity of an interpolated trigram model of the same training text | {trigram_perplexity:.2f} |
-| loss at positions 0-31 of a window | {loss_positions_0_31:.3f} |
-| loss at positions 128-255 | {loss_positions_128_255:.3f} |
-
-`../text/calibration.txt` and `../text/heldout.txt` are whole files of the standard library, disjoint by file, named in
-the `.files.txt` beside each. That text, and so this model, comes under the
-[Python Software Foundation licence](../text/LICENSE.txt).
-"""
 
 
 def write_texts(directory: Path, parts: dict[str, list[tuple[str, str]]]) -> None:
@@ -308,7 +279,8 @@ def main() -> None:
         **measure(out, model, streams["train"], streams["heldout"]),
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "README.md").write_text(CARD.format(**report))
+    card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    (out / "README.md").write_text(card.format(**report), encoding="utf-8")
     print(json.dumps(report, indent=2))
 
 

@@ -1,0 +1,106 @@
+"""The decoder under jit, and with a key-value cache, against the plain forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+ms = pytest.importorskip("mindspore")
+
+from ms_quant.models.cache import KeyValueCache  # noqa: E402
+from ms_quant.models.config import parse_config  # noqa: E402
+from ms_quant.models.decoder import (  # noqa: E402
+    DecoderBlock,
+    causal_mask,
+    rope_tensors,
+    swap_middle,
+)
+
+CONFIG = parse_config(
+    {
+        "model_type": "qwen3",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 16,
+    }
+)
+LENGTH = 7
+
+
+@pytest.fixture(scope="module")
+def block() -> DecoderBlock:
+    block, rng = DecoderBlock(CONFIG), np.random.default_rng(0)
+    for parameter in block.get_parameters():
+        values = rng.normal(1.0 if parameter.ndim == 1 else 0.0, 0.3, parameter.shape)
+        parameter.set_data(ms.Tensor(values.astype(np.float32)))
+    return block
+
+
+@pytest.fixture(scope="module")
+def hidden() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(2, LENGTH, 24)).astype(np.float32)
+
+
+def plain(block: DecoderBlock, hidden: np.ndarray) -> np.ndarray:
+    cos, sin = rope_tensors(CONFIG, 0, hidden.shape[1])
+    return block(ms.Tensor(hidden), cos, sin, causal_mask(hidden.shape[1])).asnumpy()
+
+
+def test_jit_gives_the_same(block, hidden):
+    cos, sin = rope_tensors(CONFIG, 0, LENGTH)
+    mask = causal_mask(LENGTH)
+
+    @ms.jit
+    def run(x):
+        return block(x, cos, sin, mask)
+
+    found = run(ms.Tensor(hidden)).asnumpy()
+    np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_gives_the_same_token_by_token(block, hidden):
+    cache, outputs = KeyValueCache(), []
+    for position in range(LENGTH):
+        cos, sin = rope_tensors(CONFIG, position, position + 1)
+        mask = causal_mask(position + 1)[:, :, position:]
+        x = ms.Tensor(hidden[:, position : position + 1])
+        outputs.append(block(x, cos, sin, mask, cache).asnumpy())
+    assert cache.length == LENGTH
+    found = np.concatenate(outputs, axis=1)
+    np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_keys_change_nothing(block, hidden):
+    """Tokens that are masked as keys may hold anything."""
+    attention = np.ones((2, LENGTH), int)
+    attention[1, :3] = 0
+    cos, sin = rope_tensors(CONFIG, 0, LENGTH)
+    mask = causal_mask(LENGTH, attention)
+    other = hidden.copy()
+    other[1, :3] = 5.0
+    first, second = (block(ms.Tensor(x), cos, sin, mask).asnumpy()[1, 3:] for x in (hidden, other))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_swap_middle_is_a_transpose():
+    x = np.arange(2 * 3 * 5 * 4, dtype=np.float32).reshape(2, 3, 5, 4)
+    np.testing.assert_array_equal(swap_middle(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3))
+
+
+def test_softmax_and_swap_gradients_match_mindspore(hidden):
+    """The two Cells with gradients of their own, against those that MindSpore derives."""
+    from ms_quant.models.decoder import Softmax, SwapHeads
+
+    x = ms.Tensor(hidden.reshape(2, LENGTH, 6, 4))
+    weight = ms.Tensor(np.random.default_rng(2).normal(size=x.shape).astype(np.float32))
+    swapped = ms.Tensor(weight.asnumpy().transpose(0, 2, 1, 3).copy())
+    softmax, swap = Softmax(), SwapHeads()
+    found = ms.grad(lambda x: (softmax(x) * weight).sum())(x).asnumpy()
+    expected = ms.grad(lambda x: (ms.ops.softmax(x, -1) * weight).sum())(x).asnumpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    found = ms.grad(lambda x: (swap(x) * swapped).sum())(x).asnumpy()
+    np.testing.assert_array_equal(found, weight.asnumpy())
