@@ -80,13 +80,15 @@ def perplexity(
         (predicted ones) and ``seconds``.
 
     Raises:
-        MsQuantError: a window is shorter than 2 tokens.
+        MsQuantError: a window is shorter than 2 tokens, or the model's activations overflow.
     """
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
     losses = token_losses(model, tokens, progress)
     loss = float(losses.mean())
+    if not math.isfinite(loss):
+        raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
     return {
         "perplexity": math.exp(min(loss, 700.0)),
         "loss": loss,

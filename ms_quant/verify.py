@@ -87,6 +87,8 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
 
 def _description(directory: Path) -> dict[str, Any]:
     found = sorted(p.name for p in directory.glob("*.json") if p.name.endswith(DESCRIPTION_ENDINGS))
+    if found == ["quant_model_description_w8a8sc.json"]:
+        raise MsQuantError(f"{directory}: a W8A8SC checkpoint; sparse-compress verify proves those")
     if found != [golden_stick.DESCRIPTION]:
         raise MsQuantError(
             f"{directory}: has the descriptions {found}, expected exactly "

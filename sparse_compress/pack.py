@@ -14,8 +14,9 @@ from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from sparse_compress.codec import compress_matrix
 from sparse_compress.fp16 import to_float16
+from sparse_compress.fractal import TILE_ROWS
 from sparse_compress.layouts import EMBEDDING, HEAD, INT64, Layout
-from sparse_compress.partition import place, vocab_part, vocab_rows
+from sparse_compress.partition import fused_shape, place, vocab_part, vocab_rows
 
 THREADS = os.cpu_count() or 1
 Arrays = dict[str, np.ndarray]
@@ -98,36 +99,51 @@ class Packer:
             parts.append(self._float16(f"{block_prefix(index)}{member}.bias")[where.rows])
         return _once(np.concatenate(parts), rank, group)
 
+    def too_long(self, rank: int, index: int, group: LinearGroup) -> str | None:
+        """Why a rank's weight cannot be stored compressed, if it codes so badly, or None.
+
+        The last tile of a weight whose rows are not a multiple of 128 holds padding. If that tile
+        does not compress, the whole may be longer than the runtimes accept.
+        """
+        n, _ = fused_shape(self.layout.config, self.layout.tp, group)
+        if n % TILE_ROWS == 0:
+            return None
+        try:
+            compress_matrix(self._int8_weight(rank, index, group), threads=THREADS)
+        except MsQuantError as error:
+            return str(error)
+        return None
+
+    def _int8_weight(self, rank: int, index: int, group: LinearGroup) -> np.ndarray:
+        parts = []
+        for member in group.members:
+            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            weight = self.job.linear(index, member).weight
+            parts.append(weight[where.rows, where.columns])
+        return np.concatenate(parts)
+
     def _compressed(self, rank: int, index: int, group: LinearGroup) -> Arrays:
-        weights, scales, biases = [], [], []
+        scales, biases = [], []
         for member in group.members:
             where = place(self.layout.config, self.layout.tp, rank, group, member)
             linear = self.job.linear(index, member)
-            weights.append(linear.weight[where.rows, where.columns])
             scales.append(linear.deq_scale[where.rows])
             biases.append(linear.quant_bias[where.rows])
         activation, columns = linear.activation, where.columns
         assert activation is not None
         fused = f"{block_prefix(index)}{group.fused}"
-        coded, tiles = _compress(np.concatenate(weights), f"rank_{rank}: {fused}.weight")
-        width = columns.stop - columns.start
+        weight = self._int8_weight(rank, index, group)
+        coded, tiles = compress_matrix(weight, threads=THREADS)
         return {
             f"{fused}.weight": coded,
             f"{fused}.index": tiles,
             f"{fused}.deq_scale": deq_bits(np.concatenate(scales)),
             f"{fused}.quant_bias": _once(np.concatenate(biases), rank, group),
             f"{fused}.input_scale": to_float16(activation.input_scale[columns], fused),
-            f"{fused}.input_offset": np.full(width, activation.offset, np.int8),
+            f"{fused}.input_offset": np.full(weight.shape[1], activation.offset, np.int8),
         }
 
 
 def _once(bias: np.ndarray, rank: int, group: LinearGroup) -> np.ndarray:
     """Ranks add up the outputs of row-parallel linears: only the first may add the bias."""
     return np.zeros_like(bias) if rank and group.parallel == "row" else bias
-
-
-def _compress(weight: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return compress_matrix(weight, threads=THREADS)
-    except MsQuantError as error:
-        raise MsQuantError(f"{name}: {error} with --exclude, or prune more") from None

@@ -21,6 +21,7 @@ from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.pipeline import needed_bytes, run_blocks
 from sparse_compress import layouts
+from sparse_compress.fp16 import survey
 from sparse_compress.info import summary
 from sparse_compress.pack import Arrays, Packer
 from sparse_compress.proof import write_proof
@@ -65,10 +66,32 @@ def run(
 
         transform = pruning_transform(options.sparsity, options.pruning)
         run_blocks(prepared, job, block_progress, transform)
-        _write(request, job, output, progress)
+        _write(_without_too_long(request, job), job, output, progress)
     if directory.is_dir() and not options.keep_job:
         JobDirectory(directory, prepared.record, True).remove()
     return {**summary(options.output), "finished_before": output.finished}
+
+
+def _without_too_long(request: Request, job: JobDirectory) -> Request:
+    """The request, less the linears that code so badly that the runtimes would refuse them."""
+    checkpoint, layout = request.prepared.checkpoint, request.layout
+    packer, reasons = Packer(layout, checkpoint, job), {}
+    for index, group, fused in layout.linears():
+        if fused in layout.compressed:
+            found = (packer.too_long(rank, index, group) for rank in range(layout.tp))
+            reason = next(filter(None, found), None)
+            if reason:
+                reasons[fused] = reason
+    if not reasons:
+        return request
+    layout = replace(layout, compressed=layout.compressed - set(reasons))
+    names = set(layout.float_names()) - set(request.layout.float_names())
+    return replace(
+        request,
+        layout=layout,
+        uncompressed={**request.uncompressed, **reasons},
+        lost={**request.lost, **survey(checkpoint, sorted(names))},
+    )
 
 
 def _write(

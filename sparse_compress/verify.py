@@ -15,7 +15,6 @@ import numpy as np
 
 from ms_quant.checkpoint.finish import (
     COPIED,
-    MAX_RECORD_BYTES,
     RECORD,
     check_files,
     unlisted_files,
@@ -23,20 +22,19 @@ from ms_quant.checkpoint.finish import (
 from ms_quant.checkpoint.job import find_difference
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix, load_config, read_json
+from ms_quant.models.config import block_prefix, load_config, read_json
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.plan import make_plan
 from sparse_compress import layouts
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import tile_count
 from sparse_compress.layouts import DESCRIPTION, Layout
-from sparse_compress.partition import check_tp, fused_shape, same_bits
+from sparse_compress.partition import fused_shape, same_bits
 from sparse_compress.proof import Proof, compressed_groups, strange_scales
-from sparse_compress.prune import check_pruning, pruned_count
+from sparse_compress.prune import pruned_count
 from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
-from sparse_compress.request import outside_limits
+from sparse_compress.record import read_record, recorded_layout
 
 Progress = Callable[[str, float], None]
 
@@ -121,8 +119,8 @@ def _guard(check: Callable[..., Iterable[str]], *arguments: Any) -> list[str]:
 def _contents(
     directory: Path, source: Checkpoint | None, progress: Progress, checked: dict[str, int]
 ) -> list[str]:
-    record, config = _record(directory), load_config(directory)
-    layout = recorded_layout(config, record, directory)
+    record, config = read_record(directory), load_config(directory)
+    layout = recorded_layout(directory, config, record)
     ranks = open_ranks(directory, layout.tp)
     problems = structure_problems(layout, ranks) + _guard(_config_problems, directory, source)
     if problems:
@@ -136,46 +134,6 @@ def _contents(
         problems += _guard(_float_problems, subject, name)
     progress("tensors", 1.0)
     return problems
-
-
-def _record(directory: Path) -> dict[str, Any]:
-    """The record, with every entry that verification uses checked."""
-    path = directory / RECORD
-    record = read_json(path, MAX_RECORD_BYTES).get("record")
-    kinds = {"tp": int, "sparsity": float, "pruning": str, "algorithm": str, "exclude": list}
-    if not isinstance(record, dict) or record.get("format") != "W8A8SC":
-        raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
-    for key, kind in kinds.items():
-        if type(record.get(key)) is not kind:
-            raise MsQuantError(
-                f"{path}: {key} is {record.get(key)!r:.80}, expected {kind.__name__}"
-            )
-    if not all(isinstance(pattern, str) for pattern in record["exclude"]):
-        raise MsQuantError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
-    check_pruning(record["sparsity"], record["pruning"])
-    return record
-
-
-def recorded_layout(config: ModelConfig, record: dict[str, Any], directory: Path) -> Layout:
-    """The layout that a checkpoint should have, by the arguments it was made with.
-
-    Raises:
-        MsQuantError: the arguments do not fit the model, or the hardware cannot take a linear
-            that they would compress.
-    """
-    tp = record["tp"]
-    check_tp(config, tp)
-    plan = make_plan(config, "W8A8", record["algorithm"], dtype=FLOAT16, exclude=record["exclude"])
-    compressed = frozenset(
-        f"{block_prefix(index)}{group.fused}"
-        for index in range(config.num_layers)
-        for group in plan.groups(index)
-    )
-    limits = outside_limits(config, tp)
-    for index, group, fused in Layout(config, tp, compressed).linears():
-        if fused in compressed and group.name in limits:
-            raise MsQuantError(f"{directory}: {fused} of block {index}: {limits[group.name]}")
-    return Layout(config, tp, compressed)
 
 
 def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str]:
@@ -223,7 +181,6 @@ def _block_problems(subject: Subject, index: int) -> Iterator[str]:
     """The compressed linears of one block."""
     layout = subject.model.layout
     proof = Proof(subject.directory, layout, index)
-    proof.counts()
     for group in compressed_groups(layout, index):
         yield from _guard(_group_problems, subject, proof, index, group)
 
@@ -236,6 +193,7 @@ def _group_problems(
     layout = subject.model.layout
     tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
     subject.count(linears=len(linears), tiles=tiles)
+    proof.norm(group)
     problem = proof.problem(group, linears)
     if problem:
         yield f"{fused}: {problem}"
@@ -250,6 +208,9 @@ def _group_problems(
             )
         if subject.source is not None:
             yield from _source_problems(subject, proof, name, group, member, linear)
+        stated = proof.counts().get(member, {}).get("zeros")
+        if stated != zeros:
+            yield f"{proof.file.path}: states {stated} zeros of {name}.weight, expected {zeros}"
 
 
 def _source_problems(

@@ -1,0 +1,73 @@
+"""What a checkpoint says it was made with, and the layout that follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, read_json
+from ms_quant.plan import make_plan
+from sparse_compress.fp16 import FLOAT16
+from sparse_compress.fractal import TILE_ROWS
+from sparse_compress.layouts import Layout
+from sparse_compress.partition import check_tp, fused_shape
+from sparse_compress.prune import check_pruning
+from sparse_compress.request import outside_limits
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The record of a W8A8SC checkpoint, with every entry that verification uses checked.
+
+    Raises:
+        MsQuantError: there is none, or an entry is missing or has a wrong type or value.
+    """
+    path = directory / RECORD
+    record = read_json(path, MAX_RECORD_BYTES).get("record")
+    kinds = {"tp": int, "sparsity": float, "pruning": str, "algorithm": str, "exclude": list}
+    if not isinstance(record, dict) or record.get("format") != "W8A8SC":
+        raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
+    for key, kind in kinds.items():
+        if type(record.get(key)) is not kind:
+            raise MsQuantError(
+                f"{path}: {key} is {record.get(key)!r:.80}, expected {kind.__name__}"
+            )
+    if not all(isinstance(pattern, str) for pattern in record["exclude"]):
+        raise MsQuantError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
+    check_pruning(record["sparsity"], record["pruning"])
+    return record
+
+
+def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]) -> Layout:
+    """The layout that a checkpoint should have, by the arguments it was made with.
+
+    Args:
+        directory: the checkpoint.
+        config: its model.
+        record: what it was made with.
+
+    Raises:
+        MsQuantError: the arguments do not fit the model, or a linear is compressed or not for no
+            valid reason.
+    """
+    path = directory / RECORD
+    stated = read_json(path, MAX_RECORD_BYTES).get("uncompressed")
+    if not isinstance(stated, dict):
+        raise MsQuantError(f"{path}: uncompressed is {stated!r:.80}, expected reasons by name")
+    tp = record["tp"]
+    check_tp(config, tp)
+    plan = make_plan(config, "W8A8", record["algorithm"], dtype=FLOAT16, exclude=record["exclude"])
+    limits = outside_limits(config, tp)
+    compressed = set()
+    for index, group, fused in Layout(config, tp, frozenset()).linears():
+        asked = group in plan.groups(index)
+        partial = fused_shape(config, tp, group)[0] % TILE_ROWS  # may code too badly to be stored
+        if asked and group.name in limits:
+            raise MsQuantError(f"{directory}: {fused}: {limits[group.name]}")
+        if (fused in stated) == asked and not (asked and partial):
+            expected = "compressed" if asked else "uncompressed"
+            raise MsQuantError(f"{path}: {fused} is not {expected}, expected it by the arguments")
+        if asked and fused not in stated:
+            compressed.add(fused)
+    return Layout(config, tp, frozenset(compressed))

@@ -1,0 +1,279 @@
+"""The ms-quant command as a user runs it: help, JSON, errors in one line, no MindSpore needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+COMMANDS = ["quantize", "verify", "eval", "generate", "inspect", "schemes"]
+NO_MINDSPORE = "import sys; sys.modules['mindspore'] = None  # neither found nor imported"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def result(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """Standard output, which is one JSON object and nothing else."""
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("{") and run.stdout.endswith("}\n")
+    return json.loads(run.stdout)
+
+
+def error(run: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a refusal, without its "error: "."""
+    assert run.returncode != 0
+    assert run.stdout == ""
+    assert "Traceback" not in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, run.stderr
+    assert run.stderr.splitlines()[-1] == lines[0]
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, ms_quant_command: Run) -> None:
+    run = ms_quant_command(command, "--help")
+    assert run.returncode == 0
+    assert f"Example:  ms-quant {command}" in " ".join(run.stdout.split(" "))
+    assert "--json" in run.stdout
+    assert run.stderr == ""
+
+
+def test_help_of_all_and_version(ms_quant_command: Run) -> None:
+    run = ms_quant_command("--help")
+    assert run.returncode == 0
+    assert all(command in run.stdout for command in COMMANDS)
+    assert ms_quant_command("--version").stdout.startswith("ms-quant ")
+    assert ms_quant_command("frobnicate").returncode != 0
+
+
+def test_the_whole_story_in_json(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
+) -> None:
+    model, output = tiny_model(), tmp_path / "out"
+    options = ["--algorithm", "osl", "--calib", calib_text, "--samples", 2, "--seq-len", 8]
+    arguments = ["quantize", model, "-o", output, *options, "--json"]
+    planned = result(ms_quant_command(*arguments, "--dry-run"))
+    assert planned["blocks"] == 2 and planned["calibration_tokens"] == 16
+    assert {"estimated_seconds", "memory_bytes", "output_bytes", "served_by"} <= planned.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
+    run = ms_quant_command(*arguments)
+    made = result(run)
+    assert "quantizing" in run.stderr and "100%" in run.stderr
+    assert made["quantized_linears"] == 14 and made["finished_before"] is False
+    assert made["tensor_bytes"] == planned["output_bytes"]
+    assert result(ms_quant_command(*arguments))["finished_before"] is True
+
+    proved = result(ms_quant_command("verify", output, "--source", model, "--json"))
+    assert proved["problems"] == [] and len(proved["layers"]) == 14
+    found = result(ms_quant_command("inspect", output, "--json"))
+    assert found["flavour"] == "golden-stick W8A8"
+    assert {row["stored_as"] for row in found["linears"]} == {"I8"}
+    run = ms_quant_command("eval", output, "--text", calib_text, "--seq-len", 8, "--json")
+    measured = result(run)
+    assert measured["perplexity"] == pytest.approx(np.exp(measured["loss"]))
+    assert "evaluating" in run.stderr and "100%" in run.stderr
+    arguments = ["generate", output, "--prompt", "the quick", "--max-tokens", 3, "--json"]
+    written = result(ms_quant_command(*arguments))
+    assert written["prompt"] == "the quick" and len(written["tokens"]) <= 3
+
+    shard = next(output.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    run = ms_quant_command("verify", output, "--json")
+    assert run.returncode != 0 and "error: 1 problem found" in run.stderr
+    assert json.loads(run.stdout)["problems"][0].startswith(f"{shard}: sha256 differs")
+
+
+def test_tables_for_people(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
+) -> None:
+    model, output = tiny_model(layers=1), tmp_path / "out"
+    run = ms_quant_command("quantize", model, "-o", output, "--scheme", "W8A8_DYNAMIC")
+    assert run.returncode == 0
+    assert "Native (--quantization golden-stick) does not serve W8A8_DYNAMIC" in run.stderr
+    run = ms_quant_command("verify", output, "--source", model)
+    assert run.returncode == 0 and "7 int8 linears" in run.stdout
+    run = ms_quant_command("inspect", output)
+    assert "model.layers.0.mlp.down_proj" in run.stdout and "16 x 24" in run.stdout
+    for line in ("W8A8_DYNAMIC", "smoothquant", "osl"):
+        assert line in ms_quant_command("schemes").stdout
+
+
+def bad_missing_shard(model: Path, calib: Path) -> str:
+    (model / "model-00001-of-00002.safetensors").unlink()
+    return "model-00001-of-00002.safetensors: no such file, expected as "
+
+
+def bad_truncated(model: Path, calib: Path) -> str:
+    path = model / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    return "model-00002-of-00002.safetensors: "
+
+
+def bad_shape(model: Path, calib: Path) -> str:
+    set_config(model, intermediate_size=48)
+    return "has shape [16, 24], expected [16, 48]"
+
+
+def bad_nan(model: Path, calib: Path) -> str:
+    path = model / "model-00001-of-00002.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    name = next(key for key in header if key.endswith("_proj.weight"))
+    first = start + header[name]["data_offsets"][0]
+    path.write_bytes(data[:first] + b"\xc0\x7f" + data[first + 2 :])
+    return f"{name}' holds 1 NaN or infinite values"
+
+
+def bad_type(model: Path, calib: Path) -> str:
+    set_config(model, model_type="gpt2")
+    return "model_type 'gpt2' is not supported, expected one of llama, qwen2, qwen3"
+
+
+def bad_config(model: Path, calib: Path) -> str:
+    (model / "config.json").write_text("{")
+    return "config.json: not valid JSON"
+
+
+def bad_calibration(model: Path, calib: Path) -> str:
+    calib.write_text("")
+    return "calib.txt: 0 bytes, expected between 1 and "
+
+
+def bad_output(model: Path, calib: Path) -> str:
+    out = model.with_name("out")
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    return "out: exists with other content, expected a new or empty directory"
+
+
+def set_config(model: Path, **changes: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        bad_missing_shard,
+        bad_truncated,
+        bad_shape,
+        bad_nan,
+        bad_type,
+        bad_config,
+        bad_calibration,
+        bad_output,
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_output(
+    spoil: Callable[[Path, Path], str],
+    ms_quant_command: Run,
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+) -> None:
+    model, output = tiny_model(shards=2), tmp_path / "out"
+    message = spoil(model, calib_text)
+    arguments = ["--calib", calib_text, "--samples", 2, "--seq-len", 8, "--json"]
+    assert message in error(ms_quant_command("quantize", model, "-o", output, *arguments))
+    if spoil is bad_output:
+        assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+    else:
+        assert not output.exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_job_goes_on(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    full = """
+import errno, os
+from ms_quant.checkpoint import atomic
+fsync, calls = os.fsync, 0
+def limited(descriptor):
+    global calls
+    calls += 1
+    if calls == 9:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync(descriptor)
+os.fsync = limited
+"""
+    model, output = tiny_model(), tmp_path / "out"
+    arguments = ["quantize", model, "-o", output, "--scheme", "W8A8_DYNAMIC", "--json"]
+    run = ms_quant_command(*arguments, before=full)
+    assert "no space left on device while writing" in error(run)
+    assert not output.exists()
+    assert result(ms_quant_command(*arguments))["finished_before"] is False
+
+
+def test_a_disk_too_small_is_said_at_once(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=9)"
+    arguments = ["--scheme", "W8A8_DYNAMIC", "-o", tmp_path / "out"]
+    found = error(ms_quant_command("quantize", tiny_model(), *arguments, before=small))
+    assert "9 bytes are free, expected at least " in found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "nowhere"], "nowhere/config.json: no such file"),
+        (["verify", "{model}"], "has no ms_quant.json"),
+        (["inspect", "nowhere"], "nowhere: no such model directory"),
+        (["eval", "nowhere", "--text", "{calib}"], "nowhere: no such model directory"),
+        (["eval", "{model}", "--text", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["generate", "{model}", "--prompt", ""], "the prompt has no tokens"),
+        (["quantize", "nowhere", "-o", "{out}"], "nowhere: no such model directory"),
+        (["quantize", "{model}", "-o", ".", "--calib", "{calib}"], ".: the output has no name"),
+    ],
+)
+def test_other_refusals(
+    arguments: list[str],
+    message: str,
+    ms_quant_command: Run,
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+) -> None:
+    places = {"model": tiny_model(layers=1), "calib": calib_text, "out": tmp_path / "out"}
+    run = ms_quant_command(*(argument.format(**places) for argument in arguments))
+    if "has no ms_quant.json" in message:
+        assert run.returncode != 0 and message in run.stdout
+    else:
+        assert message in error(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_mindspore(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
+) -> None:
+    model, output = tiny_model(layers=1), tmp_path / "out"
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return ms_quant_command(*arguments, before=NO_MINDSPORE)
+
+    dynamic = ["quantize", model, "-o", output, "--scheme", "W8A8_DYNAMIC", "--json"]
+    assert result(run(*dynamic, "--dry-run"))["blocks"] == 1
+    assert result(run(*dynamic))["quantized_linears"] == 7
+    assert result(run("verify", output, "--source", model, "--json"))["problems"] == []
+    assert result(run("inspect", output, "--json"))["flavour"] == "golden-stick W8A8_DYNAMIC"
+    assert result(run("inspect", model, "--json"))["flavour"] == "float"
+    assert len(result(run("schemes", "--json"))["schemes"]) == 2
+    for arguments in (
+        ["eval", output, "--text", calib_text],
+        ["generate", output, "--prompt", "the"],
+        ["quantize", model, "-o", tmp_path / "static", "--calib", calib_text],
+    ):
+        found = error(run(*arguments))
+        assert "needs MindSpore: pip install 'ms-quant[mindspore]'" in found
+    assert not (tmp_path / "static").exists()
