@@ -1,6 +1,6 @@
 """Peak memory of quantizing a deep model against a shallow one of the same width.
 
-    python benchmarks/memory.py [--blocks 6 24] [--hidden 2048] [--intermediate 6144]
+    python benchmarks/memory.py [--blocks 6 24] [--hidden 1536] [--intermediate 4608]
 
 Makes synthetic Qwen3 models with random weights (blocks of 100 MB and more in float32), runs
 ``ms-quant quantize`` on each in its own process, and reports the peak of anonymous memory above
@@ -40,8 +40,8 @@ import mindspore, ms_quant.calibration
 use_mindspore()
 mindspore.nn.Dense(8, 8)(mindspore.Tensor([[1.0] * 8]))
 model, output, calib, scheme, algorithm = sys.argv[1:]
-calib = Path(calib)
-options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, calib=calib, samples=16)
+data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}
+options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, **data)
 prepared = prepare(options)
 base = peak = anonymous()
 done = threading.Event()

@@ -3,7 +3,8 @@
     python examples/demo.py [OUTPUT_DIRECTORY]
 
 Every step is a command as a user would type it, run in a process of its own, so the memory and
-seconds in the table are the command's.
+seconds in the table are the command's. The default directory is cleared; one that is named must
+be new, empty or of an earlier demo, whose checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stdlib-qwen3-6m"
 CALIBRATION = ROOT / "models" / "text" / "calibration.txt"
+DEFAULT = ROOT / "demo-output"
+MARK = ".ms-quant-demo"
 HELDOUT = ROOT / "models" / "text" / "heldout.txt"
 CALIB = ("--calib", str(CALIBRATION), "--samples", "64")
 CHECKPOINTS = {
@@ -52,11 +55,21 @@ def size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
 
 
-def main() -> None:
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo-output"
-    if output.exists():
+def make_directory(arguments: list[str]) -> Path:
+    """The directory to write to, made and marked; someone else's is refused."""
+    output = Path(arguments[0]) if arguments else DEFAULT
+    if not arguments and output.exists():
         shutil.rmtree(output)
-    output.mkdir(parents=True)
+    foreign = output.exists() and not (output / MARK).exists()
+    if foreign and (output.is_file() or any(output.iterdir())):
+        raise SystemExit(f"{output}: exists with other content, expected a new directory")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).touch()
+    return output
+
+
+def main() -> None:
+    output = make_directory(sys.argv[1:])
     table = Table(
         "checkpoint", "held-out perplexity", "vs float", "bytes", "of float", "seconds", "peak MB"
     )
@@ -66,7 +79,7 @@ def main() -> None:
     for name, command in CHECKPOINTS.items():
         made = output / name.lower().replace(" %", "").replace(" ", "-")
         tool, verb, *options = command
-        _, seconds, peak = run(tool, verb, str(MODEL), "-o", str(made), *options)
+        result, seconds, peak = run(tool, verb, str(MODEL), "-o", str(made), *options)
         run(tool, "verify", str(made), "--source", str(MODEL))
         evaluated, _, _ = run("ms-quant", "eval", str(made), "--text", str(HELDOUT))
         table.add_row(
@@ -75,7 +88,7 @@ def main() -> None:
             f"{100 * (evaluated['perplexity'] / exact - 1):+.2f} %",
             f"{size(made):,}",
             f"{size(made) / full:.3f}",
-            f"{seconds:.1f}",
+            "kept" if result["finished_before"] else f"{seconds:.1f}",
             f"{peak / 1e6:.0f}",
         )
     Console(width=110).print(table)

@@ -7,19 +7,19 @@ on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from mindspore import Tensor
 
 from ms_quant.blocks import Progress, WeightTransform, quantize_group
+from ms_quant.budget import BATCH_TOKENS
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import get_cell, replaced
 from ms_quant.checkpoint.job import HiddenStates, JobDirectory, read_hidden
 from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.errors import MsQuantError
+from ms_quant.embedding import used_rows
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.decoder import DecoderBlock, causal_mask, rope_tensors
 from ms_quant.models.families import LinearGroup
@@ -27,8 +27,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
 
-BATCH_TOKENS = 2048
-EMBEDDING_ROWS = 4096
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class BlockRunner:
@@ -58,38 +57,41 @@ class BlockRunner:
         return self.block.feed_forward(Tensor(middle)).asnumpy()
 
 
-@dataclass
-class SearchTokens:
-    """Float activations of the tokens that searches look at: before, within and after a block."""
+class SearchWindows:
+    """Float activations of the windows that searches look at: before, within and after a block.
 
-    inputs: list[np.ndarray] = field(default_factory=list)
-    middles: list[np.ndarray] = field(default_factory=list)
-    outputs: list[np.ndarray] = field(default_factory=list)
+    Args:
+        shape: (windows, tokens, hidden) of all there is.
+        tokens: searches look at this many tokens at most, but at one window at least; the windows
+            are spread evenly over all.
+    """
 
-    def add(self, hidden: np.ndarray, middle: np.ndarray, output: np.ndarray) -> None:
-        self.inputs.append(hidden)
-        self.middles.append(middle)
-        self.outputs.append(output)
+    def __init__(self, shape: tuple[int, int, int], tokens: int):
+        count, self.length, hidden = shape
+        wanted = min(count, max(1, tokens // self.length))
+        self.chosen = np.arange(wanted) * count // wanted
+        self.states = np.empty((3, wanted, self.length, hidden), np.float32)
+
+    def add(self, start: int, *states: np.ndarray) -> None:
+        """Keeps what was chosen of a batch that begins with window ``start``."""
+        first, last = np.searchsorted(self.chosen, [start, start + len(states[0])])
+        for kept, state in zip(self.states, states, strict=True):
+            kept[first:last] = state[self.chosen[first:last] - start]
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Inputs, middles and outputs, of some windows at a time."""
+        step = max(1, BATCH_TOKENS // self.length)
+        for start in range(0, len(self.chosen), step):
+            yield self.states[:, start : start + step]
 
 
 def embed(checkpoint: Checkpoint, tokens: np.ndarray, job: JobDirectory) -> None:
-    """Writes the first hidden states. Only the rows of tokens that occur are held."""
-    name = "model.embed_tokens.weight"
-    file = checkpoint.file_of(name)
-    rows, width = file.info(name).shape
-    used, places = np.unique(tokens, return_inverse=True)
-    table = np.empty((len(used), width), np.float32)
-    for start in range(0, rows, EMBEDDING_ROWS):
-        stop = min(start + EMBEDDING_ROWS, rows)
-        first, last = np.searchsorted(used, [start, stop])
-        if last > first:
-            part = file.read_rows(name, start, stop)[used[first:last] - start]
-            table[first:last] = part.astype(np.float32)
-    if not np.isfinite(table).all():
-        raise MsQuantError(f"{file.path}: tensor {name!r} holds NaN or infinite values")
+    """Writes the first hidden states."""
+    rows = used_rows(checkpoint.float32_chunks(EMBEDDING), tokens)
+    width = checkpoint.info(EMBEDDING).shape[1]
     hidden = HiddenStates(job.hidden_file(0), (*tokens.shape, width))
-    for sequence in places.reshape(tokens.shape):
-        hidden.append(table[sequence])
+    for sequence in tokens:
+        hidden.append(rows(sequence))
     hidden.commit()
 
 
@@ -142,8 +144,8 @@ def _observe(
     index: int,
     shape: tuple[int, ...],
     progress: Progress,
-) -> tuple[dict[str, ActivationStats], SearchTokens]:
-    """The float forward of a block: statistics, and the search tokens' inputs and outputs."""
+) -> tuple[dict[str, ActivationStats], SearchWindows]:
+    """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
     sequences, length = shape
     batch = max(1, BATCH_TOKENS // length)
     stats, recorders = {}, {}
@@ -156,14 +158,13 @@ def _observe(
     last = index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)
     following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
-    searched = SearchTokens()
+    searched = SearchWindows(hidden_shape, plan.search_tokens)
     with replaced(runner.block, recorders):
         for start in range(0, sequences, batch):
             hidden = read_hidden(job.hidden_file(index), start, start + batch)
             middle = runner.attend(hidden)
             output = runner.feed_forward(middle)
-            if start * length < plan.search_tokens:
-                searched.add(hidden, middle, output)
+            searched.add(start, hidden, middle, output)
             if following:
                 following.append(output)
             progress(index, min(1.0, (start + batch) / sequences) / 2)
@@ -173,7 +174,7 @@ def _observe(
 
 
 def _block_loss(
-    runner: BlockRunner, group: LinearGroup, searched: SearchTokens
+    runner: BlockRunner, group: LinearGroup, searched: SearchWindows
 ) -> Callable[[Mapping[str, QuantizedLinear]], float]:
     """Mean squared error of the block's output with a candidate in place of a float group."""
 
@@ -182,12 +183,11 @@ def _block_loss(
 
     def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
         cells = {path: QuantLinear(linear) for path, linear in candidate.items()}
-        batches = zip(searched.inputs, searched.middles, searched.outputs, strict=True)
         with replaced(runner.block, cells):
             errors = [
-                np.mean(np.square(output(hidden, middle) - exact), dtype=np.float64)
-                for hidden, middle, exact in batches
+                np.square(output(hidden, middle) - exact).sum(dtype=np.float64)
+                for hidden, middle, exact in searched.batches()
             ]
-        return float(np.mean(errors))
+        return float(np.sum(errors) / searched.states[2].size)
 
     return loss

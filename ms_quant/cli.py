@@ -20,12 +20,9 @@ from ms_quant.console import (
     show_fields,
     use_mindspore,
 )
-from ms_quant.pipeline import (
-    QuantizeOptions,
-    prepare,
-    quantize_checkpoint,
-    require_mindspore,
-)
+from ms_quant.errors import MsQuantError
+from ms_quant.pipeline import quantize_checkpoint
+from ms_quant.request import SAMPLES, SHARD_BYTES, QuantizeOptions, prepare, require_mindspore
 
 app = typer.Typer(
     help="Quantize language models for Ascend, on any machine, and prove the result.",
@@ -50,13 +47,21 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     scheme: Annotated[str, typer.Option(help="See [b]ms-quant schemes[/b].")] = "W8A8",
     algorithm: Annotated[str, typer.Option(help="minmax, smoothquant or osl.")] = "minmax",
-    alpha: Annotated[float, typer.Option(help="Smoothing strength of smoothquant.")] = 0.5,
+    alpha: Annotated[
+        float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
+    ] = None,
     calib: Annotated[
         Path | None, typer.Option(help="Calibration data: text, .jsonl or .npz.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration data.", min=1)] = 64,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=1)] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0)] = 0,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows of calibration data. Default: 64", min=1)
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a window. Default: 256", min=1)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the choice of windows. Default: 0", min=0)
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Glob pattern of linears that stay float; whole fused groups do."),
@@ -64,7 +69,7 @@ def quantize(
     dtype: Annotated[
         str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
     ] = None,
-    shard_bytes: Annotated[int, typer.Option(help="Largest output file.", min=1)] = 4 << 30,
+    shard_bytes: Annotated[int, typer.Option(help="Largest output file.", min=1)] = SHARD_BYTES,
     job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
     keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
     any_environment: Annotated[
@@ -92,16 +97,17 @@ def quantize(
         keep_job=keep_job,
         any_environment=any_environment,
     )
+    prepared = prepare(options)
+    if prepared.tokens is not None and len(prepared.tokens) < (samples or SAMPLES):
+        count, length = prepared.tokens.shape
+        note(f"{calib}: holds {count} windows of {length} tokens, using all")
     if dry_run:
         from ms_quant.estimate import estimate
 
-        emit(estimate(prepare(options), options.output), as_json, show_fields)
+        emit(estimate(prepared, options.output), as_json, show_fields)
         return
-    prepared = prepare(options)
     if prepared.tokens is not None:
         use_mindspore()
-        if len(prepared.tokens) < samples:
-            note(f"{calib}: holds {len(prepared.tokens)} windows of {seq_len} tokens, using all")
     with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
         result = quantize_checkpoint(options, progress, prepared)
     for line in result["not_served_by"]:
@@ -135,11 +141,11 @@ def evaluate(
 ) -> None:
     """Perplexity of a float, golden-stick or W8A8SC checkpoint."""
     require_mindspore("eval runs the model")
+    use_mindspore()
     from ms_quant.checkpoint.serving import open_model
     from ms_quant.data import eval_windows
     from ms_quant.evaluation import perplexity
 
-    use_mindspore()
     model = open_model(checkpoint)
     tokens = eval_windows(text, checkpoint, seq_len)[:windows]
     with block_progress("evaluating", model.config.num_layers) as progress:
@@ -158,11 +164,13 @@ def generate(
 ) -> None:
     """Greedy text with a key-value cache."""
     require_mindspore("generate runs the model")
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise MsQuantError(f"prompt: {prompt!r:.80} is not UTF-8 text")
+    use_mindspore()
     from ms_quant.checkpoint.serving import open_model
     from ms_quant.evaluation import Generator
     from ms_quant.tokenizer import load_tokenizer
 
-    use_mindspore()
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
     generator = Generator(open_model(checkpoint))

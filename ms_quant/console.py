@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,11 +26,22 @@ from rich.text import Text
 from ms_quant.errors import MsQuantError
 
 STDERR = Console(stderr=True)
+INTERRUPTED = 130
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON result on standard output.")]
+
+
+class Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which the command-line library ends without a word."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted
 
 
 def run(app: typer.Typer) -> NoReturn:
     """Runs a command line; every failure is one sentence and a non-zero exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except MsQuantError as error:
@@ -36,9 +49,17 @@ def run(app: typer.Typer) -> NoReturn:
     except OSError as error:
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        fail(f"{type(error).__name__}: {lines[0] if lines else 'no further details'}")
+        fail(_first_line(error))
+    except Interrupted:
+        fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        fail(f"internal error: {_first_line(error)} (please report)")
     raise SystemExit(0)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no further details'}"
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
@@ -95,10 +116,37 @@ def block_progress(title: str, blocks: int) -> Iterator[Callable[[int, float], N
 
 
 def use_mindspore() -> None:
-    """Prepares MindSpore for a command: on CPU, blocking launches are far faster."""
-    import mindspore
+    """Prepares MindSpore for a command, before anything else imports it.
 
-    mindspore.runtime.launch_blocking()
+    On CPU, blocking launches are far faster.
+    """
+    with _interrupts_deferred():
+        import mindspore
+
+        mindspore.runtime.launch_blocking()
+        one = mindspore.Tensor([[1.0]])
+        mindspore.ops.matmul(one, one).asnumpy()
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C counts after this, and as Python handles it.
+
+    Half an import of MindSpore crashes at exit; and its first operator starts a thread that takes
+    SIGINT over, to end the process with SIGTERM.
+    """
+    handler, seen = signal.getsignal(signal.SIGINT), []
+    if handler is None:  # not Python's, so not ours to change
+        yield
+        return
+    if callable(handler):
+        signal.signal(signal.SIGINT, lambda *arguments: seen.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if seen and callable(handler):
+        handler(*seen[0])
 
 
 def human_bytes(count: float) -> str:

@@ -1,8 +1,9 @@
 """Calibration and evaluation data: a file becomes windows of token ids.
 
 Three kinds of file, told apart by suffix: ``.npz`` holds ids, ``.jsonl`` holds one record a line,
-anything else is UTF-8 text. No special tokens are added, except the end-of-sequence token between
-records and what a chat template writes itself.
+anything else is UTF-8 text. Text becomes one stream with the end-of-sequence token between records,
+cut into windows. Each window begins with the token that the model's tokenizer puts before a text,
+if it does: serving does so, too. Ids of an ``.npz`` are taken as they are.
 """
 
 from __future__ import annotations
@@ -73,13 +74,18 @@ def eval_windows(path: Path | str, tokenizer_dir: Path | str, seq_len: int) -> n
     Raises:
         MsQuantError: as :func:`load_tokens`.
     """
-    if seq_len <= 0:
-        raise MsQuantError(f"seq_len is {seq_len}, expected a positive number")
-    ids = np.atleast_2d(load_stream(path, tokenizer_dir))
+    stream, first = _load(Path(path), Path(tokenizer_dir))
+    step = seq_len - len(first)
+    if step <= 0:
+        raise MsQuantError(f"seq_len is {seq_len}, expected at least {len(first) + 1}")
+    ids = np.atleast_2d(stream)
     length = ids.shape[1] if ids.size else 0
-    if length < seq_len:
-        raise MsQuantError(f"{path}: {length} tokens, expected at least seq_len = {seq_len}")
-    return ids[:, : length - length % seq_len].reshape(-1, seq_len)
+    if length < step:
+        raise MsQuantError(
+            f"{path}: {length} tokens, expected at least {step} for a window of seq_len {seq_len}"
+        )
+    windows = ids[:, : length - length % step].reshape(-1, step)
+    return np.concatenate([np.tile(first, (len(windows), 1)), windows], axis=1)
 
 
 def load_stream(path: Path | str, tokenizer_dir: Path | str) -> np.ndarray:
@@ -95,11 +101,15 @@ def load_stream(path: Path | str, tokenizer_dir: Path | str) -> np.ndarray:
     Raises:
         MsQuantError: the file is empty or malformed, or holds ids that the model does not have.
     """
-    path, directory = Path(path), Path(tokenizer_dir)
+    return _load(Path(path), Path(tokenizer_dir))[0]
+
+
+def _load(path: Path, directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The stream, and the ids that each window begins with."""
     check_file(path, MAX_FILE_BYTES)
     if path.suffix == ".npz":
         vocab_size = model_vocab_size(directory) or load_tokenizer(directory).vocab_size
-        return _check_ids(_read_npz(path), vocab_size, path)
+        return _check_ids(_read_npz(path), vocab_size, path), np.zeros(0, np.int32)
     tokenizer = load_tokenizer(directory)
     read = _record_ids if path.suffix == ".jsonl" else _text_ids
     try:
@@ -107,7 +117,7 @@ def load_stream(path: Path | str, tokenizer_dir: Path | str) -> np.ndarray:
     except UnicodeDecodeError:
         raise MsQuantError(f"{path}: not UTF-8, expected text, .jsonl or .npz") from None
     ids = np.concatenate([np.zeros(0, np.int32), *pieces])
-    return _check_ids(ids, tokenizer.vocab_size, path)
+    return _check_ids(ids, tokenizer.vocab_size, path), tokenizer.first_ids
 
 
 def _text_ids(path: Path, tokenizer: ModelTokenizer) -> Iterator[np.ndarray]:
@@ -125,6 +135,8 @@ def _record_ids(path: Path, tokenizer: ModelTokenizer) -> Iterator[np.ndarray]:
         except UnicodeEncodeError:
             raise MsQuantError(f"{where} holds half of a surrogate pair, expected text") from None
         ids = tokenizer.encode(text)
+        if len(tokenizer.first_ids) and ids[:1] == tokenizer.first_ids:
+            ids = ids[1:]  # a chat template may write what every window begins with
         if not first:
             if tokenizer.eos_id is None:
                 raise MsQuantError(

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import get_algorithm
-from ms_quant.models.config import block_prefix
+from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
 
-BATCH_TOKENS = 2048
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
 # how much of a matrix product's speed a whole block reaches.
 IMPORT_BYTES = 450 << 20
 CALIBRATED_COPIES, DATA_FREE_COPIES = 3.0, 1.2
-ACTIVATION_COPIES = 5
+ACTIVATION_COPIES, SCORE_COPIES = 5, 4
 BLOCK_EFFICIENCY = 0.25
-SEARCH_FORWARDS = 14  # for each of the four groups; half of them skip the attention
+SEARCHED_GROUPS = 3  # of four: a candidate in the MLP needs no attention
 
 
 def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
@@ -35,16 +35,14 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
     shapes = config.linear_shapes()
     weights = sum(out * into for out, into in shapes.values())
     tokens = 0 if prepared.tokens is None else prepared.tokens.size
-    forwards = float(tokens)
-    if get_algorithm(plan.algorithm, plan.scheme).smooths and plan.algorithm == "osl":
-        forwards += SEARCH_FORWARDS * 3 * min(tokens, plan.search_tokens)
+    searches = get_algorithm(plan.algorithm, plan.scheme).searches
+    forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
     seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * _flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
     memory = DATA_FREE_COPIES * 4 * weights
-    if tokens:
-        width = config.hidden_size + config.intermediate_size
+    if prepared.tokens is not None:
         memory = CALIBRATED_COPIES * 4 * weights + IMPORT_BYTES
-        memory += ACTIVATION_COPIES * 4 * BATCH_TOKENS * width
+        memory += _activation_bytes(prepared.tokens, config)
     return {
         "output": str(output),
         "scheme": plan.scheme.name,
@@ -66,6 +64,16 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "served_by": list(plan.scheme.served_by),
         "not_served_by": list(plan.scheme.not_served_by),
     }
+
+
+def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
+    """A batch in a block, its attention scores, and the embedding rows that occur."""
+    length = tokens.shape[1]
+    batch = max(1, BATCH_TOKENS // length)
+    states = batch * length * (config.hidden_size + config.intermediate_size)
+    scores = min(SCORE_BYTES, 4 * batch * config.num_heads * length**2)
+    rows = min(config.vocab_size, tokens.size) * config.hidden_size
+    return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
 
 
 def _is_quantized(prepared: Prepared, member: str) -> bool:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
+from ms_quant.budget import BATCH_TOKENS
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import replace_cell
+from ms_quant.checkpoint.atomic import free_space_check
 from ms_quant.checkpoint.job import HiddenStates, read_hidden
 from ms_quant.checkpoint.serving import ServedModel
+from ms_quant.embedding import cross_entropy, used_rows
 from ms_quant.errors import MsQuantError
 from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.config import block_prefix
@@ -25,9 +28,15 @@ from ms_quant.models.decoder import (
     causal_mask,
     rope_tensors,
 )
+from ms_quant.numerics.affine import check_finite
 
-BATCH_TOKENS = 2048
-LOGIT_BYTES = 64 << 20
+EMBEDDING = "model.embed_tokens.weight"
+Progress = Callable[[int, float], None]
+"""Called with a block's index and how much of it is done, 0 to 1."""
+
+
+def silent(index: int, part: float) -> None:
+    """No progress is shown."""
 
 
 def load_block(model: ServedModel, index: int) -> DecoderBlock:
@@ -55,16 +64,14 @@ def load_norm(model: ServedModel) -> RMSNorm:
     return norm
 
 
-def head_weight(model: ServedModel) -> np.ndarray:
-    """float32 (vocab, hidden)."""
-    tied = model.config.tied
-    return model.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+def head_name(model: ServedModel) -> str:
+    return EMBEDDING if model.config.tied else "lm_head.weight"
 
 
 def perplexity(
     model: ServedModel,
     tokens: np.ndarray,
-    progress: Callable[[int, float], None] = lambda index, part: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Perplexity over windows of tokens, block by block, hidden states on disk.
 
@@ -100,7 +107,7 @@ def perplexity(
 def token_losses(
     model: ServedModel,
     tokens: np.ndarray,
-    progress: Callable[[int, float], None] = lambda index, part: None,
+    progress: Progress = silent,
 ) -> np.ndarray:
     """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
     with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
@@ -108,61 +115,54 @@ def token_losses(
 
 
 def _losses(
-    model: ServedModel,
-    tokens: np.ndarray,
-    directory: Path,
-    progress: Callable[[int, float], None],
+    model: ServedModel, tokens: np.ndarray, directory: Path, progress: Progress
 ) -> np.ndarray:
     count, length = tokens.shape
     shape = (count, length, model.config.hidden_size)
-    table = model.tensor("model.embed_tokens.weight")
+    free_space_check(directory, 2 * 4 * math.prod(shape))
     source = directory / "hidden-0.npy"
-    _write_hidden(source, shape, (table[row] for row in tokens))
-    del table
+    _write(source, shape, map(used_rows(model.chunks(EMBEDDING), tokens), tokens))
     cos, sin = rope_tensors(model.config, 0, length)
     mask = causal_mask(length)
     batch = max(1, BATCH_TOKENS // length)
-    for index in range(model.config.num_layers):
+
+    def outputs(source: Path, index: int) -> Iterator[np.ndarray]:
         block = load_block(model, index)
+        for start in range(0, count, batch):
+            hidden = Tensor(read_hidden(source, start, start + batch))
+            yield from finite(block(hidden, cos, sin, mask), index)
+            progress(index, min(1.0, (start + batch) / count))
 
-        def outputs(source: Path = source, block: nn.Cell = block, index: int = index):
-            for start in range(0, count, batch):
-                hidden = Tensor(read_hidden(source, start, start + batch))
-                yield from block(hidden, cos, sin, mask).asnumpy()
-                progress(index, min(1.0, (start + batch) / count))
-
+    for index in range(model.config.num_layers):
         target = directory / f"hidden-{index + 1}.npy"
-        _write_hidden(target, shape, outputs())
+        _write(target, shape, outputs(source, index))
         source.unlink()
         source = target
-    norm, head = load_norm(model), nn.Dense(shape[2], model.config.vocab_size, has_bias=False)
-    head.weight.set_data(Tensor.from_numpy(head_weight(model)))
-    losses = []
+    norm, last = load_norm(model), np.load(source, mmap_mode="r+")
     for start in range(0, count, batch):
-        hidden = norm(Tensor(read_hidden(source, start, start + batch)[:, :-1])).asnumpy()
-        rows = hidden.reshape(-1, shape[2])
-        losses.append(_cross_entropy(head, rows, tokens[start : start + batch, 1:].reshape(-1)))
-    return np.concatenate(losses).reshape(count, length - 1)
+        last[start : start + batch] = norm(Tensor(last[start : start + batch])).asnumpy()
+    # A copy without each window's last token would not fit in memory: its loss is dropped instead.
+    rows, targets = last.reshape(-1, shape[2]), np.roll(tokens, -1, axis=1).ravel()
+    losses = cross_entropy(model.chunks(head_name(model)), rows, targets)
+    return losses.reshape(count, length)[:, :-1]
 
 
-def _write_hidden(path: Path, shape: tuple[int, int, int], rows: Iterator[np.ndarray]) -> None:
+def finite(hidden: Tensor, index: int) -> np.ndarray:
+    """The output of a block.
+
+    Raises:
+        MsQuantError: a value is NaN or infinite; names the block.
+    """
+    values = hidden.asnumpy()
+    check_finite(values, f"model.layers.{index}: output")
+    return values
+
+
+def _write(path: Path, shape: tuple[int, int, int], rows: Iterable[np.ndarray]) -> None:
     hidden = HiddenStates(path, shape)
     for row in rows:
         hidden.append(row)
     hidden.commit()
-
-
-def _cross_entropy(head: nn.Cell, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each target, float64, with bounded logits in memory."""
-    step = max(1, LOGIT_BYTES // (4 * head.out_channels))
-    losses = []
-    for start in range(0, len(rows), step):
-        logits = head(Tensor(rows[start : start + step])).asnumpy()
-        chosen = logits[np.arange(len(logits)), targets[start : start + step]].astype(np.float64)
-        top = logits.max(axis=1, keepdims=True)
-        total = np.exp(logits - top).sum(axis=1, dtype=np.float64)
-        losses.append(np.log(total) + top[:, 0] - chosen)
-    return np.concatenate(losses)
 
 
 class Generator:
@@ -174,10 +174,10 @@ class Generator:
 
     def __init__(self, model: ServedModel):
         self.config = model.config
-        self.table = model.tensor("model.embed_tokens.weight")
+        self.table = model.tensor(EMBEDDING)
         self.blocks = [load_block(model, index) for index in range(model.config.num_layers)]
         self.norm = load_norm(model)
-        self.head = self.table if model.config.tied else head_weight(model)
+        self.head = self.table if model.config.tied else model.tensor(head_name(model))
 
     def generate(self, prompt: np.ndarray, new_tokens: int) -> Iterator[int]:
         """Yields the most likely next token again and again, until an end token or the limit.
@@ -203,7 +203,8 @@ class Generator:
         cos, sin = rope_tensors(self.config, start, stop)
         mask = causal_mask(stop)[:, :, start:]
         hidden = Tensor(self.table[ids][None])
-        for block, cache in zip(self.blocks, caches, strict=True):
+        for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
             hidden = block(hidden, cos, sin, mask, cache)
+            finite(hidden, index)
         last = self.norm(hidden[:, -1:]).asnumpy().reshape(-1)
         return self.head @ last

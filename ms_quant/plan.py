@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from ms_quant.algorithms import get_algorithm
+from ms_quant.algorithms.smooth import check_alpha
+from ms_quant.budget import SEARCH_TOKENS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.schemes import get_scheme
 from ms_quant.spec import Scheme
-
-SEARCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def make_plan(
     """
     chosen = get_scheme(scheme)
     get_algorithm(algorithm, chosen)
-    if not 0.0 <= alpha <= 1.0:
-        raise MsQuantError(f"alpha is {alpha}, expected a number from 0 to 1")
+    check_alpha(alpha)
     floats, unmatched = set(), set(exclude)
     for index in range(config.num_layers):
         for group in config.family.groups:

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import read_json
+from ms_quant.strict_json import read_json, require_file
 
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_RENDERED_CHARS = 64 << 20
@@ -60,6 +60,21 @@ class ModelTokenizer:
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of some ids, without special tokens."""
         return self.backend.decode([int(i) for i in ids])
+
+    @property
+    def first_ids(self) -> np.ndarray:
+        """int32 ids that the tokenizer puts before every text that a server encodes.
+
+        The begin-of-sequence token, or none: whether there is one the tokenizer's post-processor
+        says. Models that have it show their largest activations there.
+        """
+        bos = self.backend.token_to_id(self.special.get("bos_token", ""))
+        added = self.backend.encode("", add_special_tokens=True).ids
+        return np.array(added[:1] if bos is not None and added[:1] == [bos] else [], np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Ids of a text as a server sees it."""
+        return np.concatenate([self.first_ids, self.encode(text)])
 
     @property
     def eos_id(self) -> int | None:
@@ -138,8 +153,7 @@ def check_file(path: Path, limit: int) -> None:
     Raises:
         MsQuantError: one of these.
     """
-    if not path.is_file():
-        raise MsQuantError(f"{path}: no such file")
+    require_file(path)
     size = path.stat().st_size
     if not 0 < size <= limit:
         raise MsQuantError(f"{path}: {size} bytes, expected between 1 and {limit}")

@@ -1,36 +1,56 @@
 """Proof that a golden-stick checkpoint is what its runtime expects, and what its source says.
 
-Nothing is run: structure, types and values are checked tensor by tensor, one in memory at a time.
+Nothing is run. Structure, types and values are checked tensor by tensor; with the source, every
+int8 weight is made again and compared bit for bit, some rows in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ms_quant.checkpoint import golden_stick
-from ms_quant.checkpoint.finish import RECORD, check_files
+from ms_quant.algorithms import ALGORITHMS
+from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
+from ms_quant.checkpoint.companions import config_problems, source_problems
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.serving import GoldenStickModel
+from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix, load_config, read_json
+from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics.affine import QMAX, QMIN
-from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.numerics.storage import DTYPES
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.plan import Plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.remake import ScaleRule, compare
+from ms_quant.strict_json import read_json
 
-DESCRIPTION_ENDINGS = (
-    "quantization_description.json",
-    "quant_model_description.json",
-    "quant_model_description_w8a8sc.json",
-)
 MAX_OUTPUT_ERROR = 0.1
-PROBE_TOKENS, PROBE_STEPS = 64, 32.0
+
+
+@dataclass
+class Subject:
+    """What is being verified; its structure is right.
+
+    Attributes:
+        model: the checkpoint's reader.
+        plan: what it holds.
+        record: the content of its ``ms_quant.json``.
+        activations: group to the parameters of its input, as far as they were found right.
+    """
+
+    model: GoldenStickModel
+    plan: Plan
+    record: dict[str, Any]
+    activations: dict[str, StaticActivation] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str:
+        return self.record["record"]["algorithm"]
 
 
 def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, Any]:
@@ -38,161 +58,83 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
 
     Args:
         directory: the checkpoint.
-        source: the float checkpoint that it was made from; with it every float tensor is
-            compared, and the output error of every quantized linear is measured.
+        source: the float checkpoint that it was made from; with it every int8 weight is made
+            again, every float tensor, ``config.json`` and the tokenizer files are compared, and
+            the output error of every quantized linear is measured.
 
     Returns:
         ``problems`` (one sentence each; empty when the checkpoint is right), ``quantized`` and
         ``float`` counts, and with a source ``layers``: path and relative output error of each.
 
     Raises:
-        MsQuantError: the checkpoint cannot be read at all.
+        MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
-    problems = list(_check_root(directory))
+    check_kind(directory)
+    original = None if source is None else _open_source(source)
+    problems = list(_root_problems(directory))
     result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
     if problems:
         return result
-    config = load_config(directory)
-    checkpoint = Checkpoint(directory)
-    description = _description(directory)
-    problems += _check_description(config, description, directory)
-    if problems:
+    structure, found = read_structure(directory)
+    problems += found
+    if structure is None:
         return result
-    plan = _plan_of(config, description)
-    expected = {tensor.name: tensor for tensor in golden_stick.tensor_plans(plan)}
-    problems += _check_tensors(checkpoint, expected)
-    problems += [
-        f"{directory / golden_stick.DESCRIPTION}: names {key!r}, expected only the model's tensors"
-        for key in sorted(set(description) - set(expected))
-        if "." in key
-    ]
-    problems += [
-        f"{directory / golden_stick.DESCRIPTION}: does not name {key!r}"
-        for key in sorted(set(expected) - set(description))
-    ]
+    plan, record = structure.plan, read_json(directory / RECORD, MAX_RECORD_BYTES)
     result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
+    problems += config_problems(directory, plan.dtype)
+    problems += _record_problems(directory / RECORD, record, plan)
     if problems:
         return result
-    model = GoldenStickModel(directory)
-    for index in range(config.num_layers):
+    subject = Subject(GoldenStickModel(directory), plan, record)
+    for index in range(plan.config.num_layers):
         for group in plan.groups(index):
-            problems += _check_group(model, f"{block_prefix(index)}", group)
-    problems += _check_floats(checkpoint, expected)
-    if source is not None and not problems:
-        layers, found = _compare(model, plan, source)
-        result["layers"] = layers
-        problems += found
+            problems += _group_problems(subject, block_prefix(index), group)
+    problems += _float_problems(structure)
+    if original is not None and not problems:
+        problems += _source_problems(subject, original, result["layers"])
     return result
 
 
-def _description(directory: Path) -> dict[str, Any]:
-    found = sorted(p.name for p in directory.glob("*.json") if p.name.endswith(DESCRIPTION_ENDINGS))
-    if found == ["quant_model_description_w8a8sc.json"]:
-        raise MsQuantError(f"{directory}: a W8A8SC checkpoint; sparse-compress verify proves those")
-    if found != [golden_stick.DESCRIPTION]:
-        raise MsQuantError(
-            f"{directory}: has the descriptions {found}, expected exactly "
-            f"['{golden_stick.DESCRIPTION}']"
-        )
-    return read_json(directory / golden_stick.DESCRIPTION, 256 << 20)
+def _open_source(source: Path) -> Checkpoint:
+    checkpoint = Checkpoint(source)
+    check_model(checkpoint, load_config(source))
+    return checkpoint
 
 
-def _check_root(directory: Path) -> Iterator[str]:
-    raw = read_json(directory / "config.json")
-    for part in (raw, raw.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if key in part:
-                yield f"{directory / 'config.json'}: has {key}, expected none"
+def _root_problems(directory: Path) -> Iterator[str]:
+    yield from config_problems(directory)
     if (directory / RECORD).exists():
         yield from check_files(directory)
+        yield from unlisted_files(directory)
     else:
         yield f"{directory}: has no {RECORD}, its files cannot be compared with what was written"
 
 
-def _check_description(
-    config: ModelConfig, description: dict[str, Any], directory: Path
-) -> Iterator[str]:
-    where = directory / golden_stick.DESCRIPTION
-    known = ("FLOAT", *SCHEMES)
-    modules: dict[str, str] = {}
-    for key, value in description.items():
-        if "." not in key:
-            continue
-        if value not in known:
-            yield f"{where}: {key} is {value!r}, expected one of {', '.join(known)}"
-            continue
-        module = key.rpartition(".")[0]
-        if modules.setdefault(module, value) != value:
-            yield f"{where}: tensors of {module} are {modules[module]} and {value}, expected one"
-    for index in range(config.num_layers):
-        for group in config.family.groups:
-            names = [f"{block_prefix(index)}{member}" for member in group.members]
-            for name in names:
-                if name not in modules:
-                    yield f"{where}: has no entry for {name}.weight"
-            kinds = {modules.get(name) for name in names} - {None}
-            if len(kinds) > 1:
-                listed = ", ".join(f"{name} {modules.get(name)}" for name in names)
-                yield f"{where}: {listed}; expected one scheme, the runtime fuses them"
-    schemes = {value for value in modules.values() if value != "FLOAT"}
-    if len(schemes) > 1:
-        yield f"{where}: mixes the schemes {', '.join(sorted(schemes))}, expected one"
+def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """What the record says was done, against what the other files say."""
+    record = value.get("record")
+    if not isinstance(record, Mapping):
+        yield f"{path}: record is {record!r:.80}, expected what was computed"
+        return
+    expected = {"dtype": plan.dtype.name}
+    if plan.quantized():
+        expected["scheme"] = plan.scheme.name
+    for key, stated in expected.items():
+        if record.get(key) != stated:
+            yield f"{path}: {key} is {record.get(key)!r:.80}, expected {stated!r}"
+    algorithm = record.get("algorithm")
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        known = ", ".join(ALGORITHMS)
+        yield f"{path}: algorithm is {algorithm!r:.80}, expected one of {known}"
 
 
-def _plan_of(config: ModelConfig, description: dict[str, Any]) -> Plan:
-    """The plan that a consistent description stands for."""
-    schemes = [value for key, value in description.items() if "." in key and value in SCHEMES]
-    floats = frozenset(
-        f"{block_prefix(index)}{group.name}"
-        for index in range(config.num_layers)
-        for group in config.family.groups
-        if description.get(f"{block_prefix(index)}{group.members[0]}.weight") == "FLOAT"
-    )
-    scheme = SCHEMES[schemes[0]] if schemes else SCHEMES["W8A8"]
-    return Plan(config, scheme, "minmax", 0.5, DTYPES[config.dtype], floats)
-
-
-def _check_tensors(checkpoint: Checkpoint, expected: dict) -> Iterator[str]:
-    names = set(checkpoint.names)
-    for name, tensor in expected.items():
-        if name not in names:
-            yield (
-                f"{checkpoint.directory}: tensor {name!r} is missing, expected {tensor.dtype} "
-                f"{list(tensor.shape)}"
-            )
-            continue
-        info = checkpoint.info(name)
-        if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
-            yield (
-                f"{checkpoint.file_of(name).path}: tensor {name!r} is {info.dtype} "
-                f"{list(info.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
-            )
-    for name in sorted(names - set(expected)):
-        yield f"{checkpoint.file_of(name).path}: unknown tensor {name!r}, expected none"
-
-
-def _check_floats(checkpoint: Checkpoint, expected: dict) -> Iterator[str]:
-    """Reads every float tensor, which refuses NaN and inf; scales must be positive too."""
-    for name, tensor in expected.items():
-        if tensor.dtype.kind == "i":
-            continue
-        try:
-            array = checkpoint.read_float32(name)
-        except MsQuantError as error:
-            yield str(error)
-            continue
-        if name.endswith("_scale") and not (array > 0).all():
-            wrong = int(np.count_nonzero(array <= 0))
-            yield f"{name}: {wrong} scales are not positive, expected all to be"
-
-
-def _check_group(model: GoldenStickModel, prefix: str, group: LinearGroup) -> Iterator[str]:
-    """What the linears of one group must have in common."""
-    first = None
+def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterator[str]:
+    """What the linears of one group must have in common, and what the record says of it."""
+    first: tuple[str, StaticActivation] | None = None
     for member in group.members:
         path = prefix + member
         try:
-            linear = model.linear(path)
+            linear = subject.model.linear(path)
         except MsQuantError as error:
             yield str(error)
             continue
@@ -204,51 +146,105 @@ def _check_group(model: GoldenStickModel, prefix: str, group: LinearGroup) -> It
             yield f"{path}.input_offset: differs from that of {first[0]}, the runtime fuses them"
         elif not np.array_equal(linear.activation.input_scale, first[1].input_scale):
             yield f"{path}.input_scale: differs from that of {first[0]}, the runtime fuses them"
+    if first is not None:
+        yield from _activation_problems(subject, prefix + group.name, *first)
 
 
-def _compare(
-    model: GoldenStickModel, plan: Plan, source: Path
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each linear's output error against the source, and differences of float tensors."""
-    checkpoint = Checkpoint(source)
-    check_model(checkpoint, load_config(source))
-    if model.config.parameter_shapes() != load_config(source).parameter_shapes():
-        return [], [f"{source}: another model than {model.checkpoint.directory}"]
-    layers, problems, quantized = [], [], set(plan.quantized())
-    for name in plan.config.parameter_shapes():
+def _activation_problems(
+    subject: Subject, name: str, path: str, found: StaticActivation
+) -> Iterator[str]:
+    """The parameters of a group's input against the record."""
+    try:
+        activation = recorded_activation(subject.record, name, path, found)
+    except MsQuantError as error:
+        yield str(error)
+        return
+    subject.activations[name] = activation
+    if not ALGORITHMS[subject.algorithm].smooths:
+        wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
+        if wrong:
+            yield wrong
+
+
+def _float_problems(structure: Structure) -> Iterator[str]:
+    """Reads every float tensor, which refuses NaN and inf; scales must be positive too."""
+    for name, tensor in structure.expected.items():
+        if tensor.dtype.kind == "i":
+            continue
+        wrong = 0
+        try:
+            for _, part in structure.checkpoint.float32_chunks(name):
+                wrong += int(np.count_nonzero(part <= 0)) if name.endswith("_scale") else 0
+        except MsQuantError as error:
+            yield str(error)
+            continue
+        if wrong:
+            yield f"{name}: {wrong} scales are not positive, expected all to be"
+
+
+def _source_problems(
+    subject: Subject, source: Checkpoint, layers: list[dict[str, Any]]
+) -> Iterator[str]:
+    """Makes every tensor again from the source; ``layers`` gets the linears' output errors."""
+    directory, plan = subject.model.checkpoint.directory, subject.plan
+    shapes = plan.config.parameter_shapes()
+    if shapes != load_config(source.directory).parameter_shapes():
+        yield f"{source.directory}: another model than {directory}"
+        return
+    yield from source_problems(directory, source.directory, plan.dtype)
+    groups = _groups_by_linear(plan)
+    for name in shapes:
         path, _, suffix = name.rpartition(".")
-        exact = checkpoint.read_float32(name)
-        if path in quantized and suffix == "weight":
-            linear = model.linear(path)
-            assert linear is not None
-            error = output_error(linear, exact)
-            layers.append({"layer": path, "output_error": error})
-            if not error <= MAX_OUTPUT_ERROR:
-                problems.append(
-                    f"{path}: relative output error {error:.3f} against {source}, expected at most "
-                    f"{MAX_OUTPUT_ERROR}"
-                )
-        elif not np.array_equal(model.tensor(name), exact.astype(plan.dtype).astype(np.float32)):
-            problems.append(f"{name}: differs from {source} rounded to {plan.dtype.name}")
-    return layers, problems
+        if path in groups and suffix == "weight":
+            yield from _linear_problems(subject, source, path, groups[path], layers)
+        elif not _same_rounded(subject.model.checkpoint, source, name, plan.dtype):
+            yield f"{name}: differs from {source.directory} rounded to {plan.dtype.name}"
 
 
-def output_error(linear: QuantizedLinear, weight: np.ndarray) -> float:
-    """Relative error of an int8 linear's output, on random inputs of the range it was made for.
+def _groups_by_linear(plan: Plan) -> dict[str, str]:
+    """Full path of each quantized linear to that of its group."""
+    return {
+        f"{block_prefix(index)}{member}": f"{block_prefix(index)}{group.name}"
+        for index in range(plan.config.num_layers)
+        for group in plan.groups(index)
+        for member in group.members
+    }
 
-    Inputs are normal with a standard deviation of 32 quantization steps in every channel (1 for
-    per-token activations), cut to the range that the offset leaves, 64 tokens, seed 0. The error
-    is ||y_int8 - y_float|| / ||y_float||, without the bias.
 
-    Args:
-        linear: the int8 linear.
-        weight: float32 (out, in), the source's.
-    """
-    x = np.random.default_rng(0).standard_normal((PROBE_TOKENS, weight.shape[1]), np.float32)
-    if linear.activation is not None:
-        low, high = QMIN - linear.activation.offset, QMAX - linear.activation.offset
-        x = np.clip(x * np.float32(PROBE_STEPS), low, high) * linear.activation.input_scale
-    exact = x @ weight.T
-    bias = 0 if linear.bias is None else linear.bias
-    norm = float(np.linalg.norm(exact)) or 1.0
-    return float(np.linalg.norm(linear.forward(x) - bias - exact)) / norm
+def _linear_problems(
+    subject: Subject, source: Checkpoint, path: str, group: str, layers: list[dict[str, Any]]
+) -> Iterator[str]:
+    linear = subject.model.linear(path)
+    assert linear is not None
+    suffix, smooth, rule = _remaking(subject, linear, group)
+    chunks = source.float32_chunks(f"{path}.weight")
+    comparison, error = compare(linear, smooth, chunks, rule)
+    layers.append({"layer": path, "output_error": error})
+    yield from comparison.problems(path, suffix, linear.weight.shape)
+    if not error <= MAX_OUTPUT_ERROR:
+        yield (
+            f"{path}: relative output error {error:.3f} against {source.directory}, expected at "
+            f"most {MAX_OUTPUT_ERROR}"
+        )
+
+
+def _remaking(
+    subject: Subject, linear: QuantizedLinear, group: str
+) -> tuple[str, np.ndarray | None, ScaleRule]:
+    """The tensor that stores a linear's scales, its smoothing vector and the rule for scales."""
+    clipped = ALGORITHMS[subject.algorithm].clips
+    if linear.activation is None:
+        return "weight_scale", None, ScaleRule(clipped, weight_scale_dtype(subject.plan.dtype))
+    activation = subject.activations[group]
+    return "deq_scale", activation.smooth, ScaleRule(clipped, factor=activation.scale)
+
+
+def _same_rounded(ours: Checkpoint, source: Checkpoint, name: str, dtype: np.dtype) -> bool:
+    """Whether a float tensor is the source's rounded to a type, bit for bit."""
+    same = True
+    chunks = zip(ours.float32_chunks(name), source.float32_chunks(name), strict=True)
+    for (_, found), (_, exact) in chunks:
+        with np.errstate(over="ignore"):
+            expected = exact.astype(dtype).astype(np.float32)
+        same &= np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+    return same

@@ -48,7 +48,9 @@ def run(
         str, typer.Option(help="activation: |W| * ||X||; magnitude: |W|.")
     ] = "activation",
     algorithm: Annotated[str, typer.Option(help="minmax, smoothquant or osl.")] = "minmax",
-    alpha: Annotated[float, typer.Option(help="Smoothing strength of smoothquant.")] = 0.5,
+    alpha: Annotated[
+        float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration data.", min=1)] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0)] = 0,
@@ -62,6 +64,7 @@ def run(
         bool,
         typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune, quantize to W8A8, slice for tensor parallelism and code into UNZIP tiles.
@@ -88,6 +91,13 @@ def run(
         any_environment=any_environment,
     )
     request = check(options)
+    for line in request.not_served_by:
+        note(f"note: {line}")
+    if dry_run:
+        from sparse_compress.estimate import estimate
+
+        emit(estimate(request), as_json, show_fields)
+        return
     use_mindspore()
     if backend_note():
         note(f"note: {backend_note()}")

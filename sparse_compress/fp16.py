@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ms_quant.checkpoint.floats import read_chunks
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
 
@@ -41,15 +42,23 @@ def to_float16(array: np.ndarray, name: str) -> np.ndarray:
     Raises:
         MsQuantError: a value is too large for float16.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = array.astype(FLOAT16)
-    wrong = rounded.size - int(np.count_nonzero(np.isfinite(rounded)))
+    rounded = _round(array)
+    wrong = array.size - int(np.count_nonzero(np.isfinite(rounded)))
     if wrong:
-        raise MsQuantError(
-            f"tensor {name!r}: {wrong} of {array.size} values do not fit float16, the largest is "
-            f"{np.abs(array).max():g}, expected at most {LARGEST:g}"
-        )
+        raise _too_large(name, wrong, array.size, np.abs(array).max())
     return rounded
+
+
+def _round(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        return array.astype(FLOAT16)
+
+
+def _too_large(name: str, wrong: int, size: int, largest: float) -> MsQuantError:
+    return MsQuantError(
+        f"tensor {name!r}: {wrong} of {size} values do not fit float16, the largest is "
+        f"{largest:g}, expected at most {LARGEST:g}"
+    )
 
 
 def underflow(array: np.ndarray, rounded: np.ndarray) -> Underflow:
@@ -65,7 +74,7 @@ def underflow(array: np.ndarray, rounded: np.ndarray) -> Underflow:
 
 
 def survey(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Tries every float tensor of the output, before the long work.
+    """Tries every float tensor of the output before the long work, a few rows at a time.
 
     Args:
         checkpoint: the source.
@@ -79,8 +88,21 @@ def survey(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, dict[str, 
     """
     lost = {}
     for name in names:
-        array = checkpoint.read_float32(name)
-        found = underflow(array, to_float16(array, name))
+        found = _survey(checkpoint, name)
         if found != Underflow():
             lost[name] = asdict(found)
     return lost
+
+
+def _survey(checkpoint: Checkpoint, name: str) -> Underflow:
+    found, size, wrong, largest = Underflow(), 0, 0, 0.0
+    for chunk in read_chunks(checkpoint, name):
+        wide = chunk.astype(np.float32, copy=False)
+        rounded = _round(wide)
+        found += underflow(wide, rounded)
+        size += wide.size
+        wrong += int(np.count_nonzero(~np.isfinite(rounded)))
+        largest = max(largest, float(np.abs(wide).max(initial=0)))
+    if wrong:
+        raise _too_large(name, wrong, size, largest)
+    return found

@@ -9,8 +9,8 @@ import numpy as np
 
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import read_json
 from ms_quant.models.families import LinearGroup
+from ms_quant.strict_json import read_json
 from sparse_compress.codec import backend_note
 from sparse_compress.layouts import Layout
 from sparse_compress.partition import fused_shape

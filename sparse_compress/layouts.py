@@ -19,8 +19,9 @@ import numpy as np
 from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.writer import shard_names
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix, read_json
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import COLUMNS, ROWS, tile_count
 from sparse_compress.partition import fused_shape, padded_vocab
@@ -169,7 +170,7 @@ def proof_file(index: int) -> str:
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of the output."""
-    return {**golden_stick.model_config(config.raw, FLOAT16), "torch_dtype": FLOAT16.name}
+    return golden_stick.model_config(config.raw, FLOAT16)
 
 
 def description(layout: Layout, length: Callable[[int, str], int]) -> dict[str, Any]:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from ms_quant.checkpoint.floats import read_chunks
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from sparse_compress.codec import compress_matrix
-from sparse_compress.fp16 import to_float16
+from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import TILE_ROWS
 from sparse_compress.layouts import EMBEDDING, HEAD, INT64, Layout
-from sparse_compress.partition import fused_shape, place, vocab_part, vocab_rows
+from sparse_compress.partition import fused_shape, place, vocab_rows
 
 THREADS = os.cpu_count() or 1
+NORM = "model.norm.weight"
 Arrays = dict[str, np.ndarray]
+Tensors = dict[str, tuple[TensorPlan, Callable[[], np.ndarray | Iterator[np.ndarray]]]]
+"""Tensors by name: what each will be, and what gives it."""
 
 
 def deq_bits(scale: np.ndarray) -> np.ndarray:
@@ -69,17 +76,25 @@ class Packer:
                 tensors[f"{fused}.bias"] = self._bias(rank, index, group)
         return tensors
 
-    def rest(self, rank: int) -> Arrays:
-        """The embedding, the last norm and the head."""
-        tensors = {"model.norm.weight": self._float16("model.norm.weight")}
+    def rest(self, rank: int) -> Tensors:
+        """The embedding, the last norm and the head. Tables are read as they are written."""
+        norm = self._float16(NORM)
+        tensors: Tensors = {NORM: (TensorPlan(NORM, norm.dtype, norm.shape), lambda: norm)}
         rows = vocab_rows(self.layout.config, self.layout.tp, rank)
+        shape = (rows.stop - rows.start, self.layout.config.hidden_size)
         for name in (EMBEDDING,) if self.layout.config.tied else (EMBEDDING, HEAD):
-            file = self.checkpoint.file_of(name)
-            count = file.info(name).shape[0]
-            part = file.read_rows(name, min(rows.start, count), min(rows.stop, count))
-            whole = slice(0, rows.stop - rows.start)
-            tensors[name] = vocab_part(to_float16(part.astype(np.float32), name), whole)
+            plan = TensorPlan(name, FLOAT16, shape)
+            tensors[name] = plan, partial(self._table, name, rows)
         return tensors
+
+    def _table(self, name: str, rows: slice) -> Iterator[np.ndarray]:
+        """Rows of a table, those after its end zero, in pieces."""
+        count, width = self.checkpoint.info(name).shape
+        found = slice(min(rows.start, count), min(rows.stop, count))
+        for chunk in read_chunks(self.checkpoint, name, found):
+            yield to_float16(chunk.astype(np.float32, copy=False), name)
+        missing = rows.stop - rows.start - (found.stop - found.start)
+        yield np.zeros((missing, width), FLOAT16)
 
     def _float16(self, name: str) -> np.ndarray:
         return to_float16(self.checkpoint.read_float32(name), name)
@@ -123,16 +138,17 @@ class Packer:
         return np.concatenate(parts)
 
     def _compressed(self, rank: int, index: int, group: LinearGroup) -> Arrays:
-        scales, biases = [], []
+        weights, scales, biases = [], [], []
         for member in group.members:
             where = place(self.layout.config, self.layout.tp, rank, group, member)
             linear = self.job.linear(index, member)
+            weights.append(linear.weight[where.rows, where.columns])
             scales.append(linear.deq_scale[where.rows])
             biases.append(linear.quant_bias[where.rows])
         activation, columns = linear.activation, where.columns
         assert activation is not None
         fused = f"{block_prefix(index)}{group.fused}"
-        weight = self._int8_weight(rank, index, group)
+        weight = np.concatenate(weights)
         coded, tiles = compress_matrix(weight, threads=THREADS)
         return {
             f"{fused}.weight": coded,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms.clip import RATIOS
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, open_file
@@ -22,8 +21,8 @@ from ms_quant.checkpoint.writer import FileRecord, TensorPlan, write_file
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics import affine
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.strict_json import parse_json
 from sparse_compress.fp16 import SMALLEST_NORMAL
 from sparse_compress.layouts import Layout, proof_file
 from sparse_compress.prune import prune, pruned_count
@@ -142,12 +141,12 @@ class Proof:
             MsQuantError: the metadata does not hold them.
         """
         try:
-            counts = json.loads(self.file.metadata.get("counts", ""))
+            counts = parse_json(self.file.metadata.get("counts", "").encode())
             return {
                 str(member): {str(key): int(count) for key, count in found.items()}
                 for member, found in counts.items()
             }
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError):
             raise MsQuantError(
                 f"{self.file.path}: metadata 'counts' is malformed, expected counts of zeros"
             ) from None
@@ -194,33 +193,16 @@ class Proof:
                     return f"{name} differs from {self.file.path} in {wrong} of {np.size(found)}"
         return None
 
-    def remake(
-        self, group: LinearGroup, member: str, source: np.ndarray, sparsity: float, pruning: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The pruned, smoothed float32 weight and the int8 weight that follow from the source.
+    def smoothed(
+        self, group: LinearGroup, source: np.ndarray, sparsity: float, pruning: str
+    ) -> np.ndarray:
+        """The pruned and smoothed float32 weight, (out, in), that was rounded to int8.
 
         Args:
             group: the linear's group.
-            member: the linear.
             source: float32 (out, in), the weight of the source checkpoint.
             sparsity: share of pruned weights.
             pruning: kind of importance.
         """
         norm = self.norm(group) if pruning == "activation" else None
-        smoothed = prune(source, sparsity, norm) * self.activation(group).smooth
-        return smoothed, affine.quantize(smoothed, self.weight_scale(member)[:, None])
-
-
-def strange_scales(smoothed: np.ndarray, weight_scale: np.ndarray, clipped: bool) -> int:
-    """How many rows have a scale that no clipping factor of the search gives.
-
-    Args:
-        smoothed: float32 (out, in), what was rounded.
-        weight_scale: float32 (out,), as recorded.
-        clipped: whether the algorithm searches clipping factors; else only 1 is one.
-    """
-    absmax = np.abs(smoothed).max(axis=1, initial=0)
-    good = np.zeros(len(smoothed), np.bool_)
-    for ratio in RATIOS if clipped else (1.0,):
-        good |= affine.symmetric_scale(absmax * np.float32(ratio)) == weight_scale
-    return int(np.count_nonzero(~good))
+        return prune(source, sparsity, norm) * self.activation(group).smooth

@@ -58,6 +58,10 @@ class RankTensors:
     def read(self, name: str) -> np.ndarray:
         return self._file(name).read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` (exclusive) of a tensor."""
+        return self._file(name).read_rows(name, start, stop)
+
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
             raise MsQuantError(f"{self.directory}: has no tensor {name!r}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ms_quant.checkpoint.reader import CHUNK_ELEMENTS
 from ms_quant.checkpoint.serving import ServedModel, static_linear
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
@@ -13,7 +15,7 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from sparse_compress import layouts
 from sparse_compress.codec import decompress_matrix
-from sparse_compress.fp16 import SMALLEST_NORMAL
+from sparse_compress.fp16 import FLOAT16, SMALLEST_NORMAL
 from sparse_compress.layouts import DESCRIPTION, EMBEDDING, HEAD, Layout, rank_name
 from sparse_compress.pack import deq_floats
 from sparse_compress.partition import (
@@ -21,7 +23,6 @@ from sparse_compress.partition import (
     fused_rows,
     fused_shape,
     join,
-    padded_vocab,
     place,
     vocab_rows,
 )
@@ -55,6 +56,11 @@ class SparseModel:
     def tensor(self, name: str) -> np.ndarray:
         """A float tensor by its Hugging Face name, float32."""
         return self.tensor_float16(name).astype(np.float32)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The same in pieces: (first row, float32 rows)."""
+        for start, rows in self.float16_chunks(name):
+            yield start, rows.astype(np.float32)
 
     def tensor_float16(self, name: str) -> np.ndarray:
         """A float tensor by its Hugging Face name, merged from the ranks.
@@ -175,16 +181,42 @@ class SparseModel:
         parts = [rank.read(name)[rows] for rank in self.ranks]
         return join(parts, places, self.config.linear_shapes()[member], name)
 
-    def _vocabulary(self, name: str) -> np.ndarray:
+    def float16_chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """A float tensor as :meth:`tensor_float16` gives it, embedding and head in pieces.
+
+        Returns:
+            Iterator of (first row, rows).
+
+        Raises:
+            MsQuantError: as :meth:`tensor_float16` does; of padding, after the last rows.
+        """
+        if name not in (EMBEDDING, HEAD):
+            yield 0, self.tensor_float16(name)
+            return
         if name == HEAD and self.config.tied:
             name = EMBEDDING
-        tp, size = self.layout.tp, self.config.vocab_size
-        places = [(vocab_rows(self.config, tp, rank),) for rank in range(tp)]
-        parts = [rank.read(name) for rank in self.ranks]
-        whole = join(parts, places, (padded_vocab(self.config), self.config.hidden_size), name)
-        if whole[size:].any():
+        size, padding = self.config.vocab_size, False
+        for start, part in self._stored_vocabulary(name):
+            rows = part[: max(0, size - start)]
+            padding |= bool(part[len(rows) :].any())
+            if len(rows):
+                yield start, rows
+        if padding:
             raise MsQuantError(f"{name}: rows {size} and on are padding, expected zeros")
-        return whole[:size]
+
+    def _stored_vocabulary(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        step = max(1, CHUNK_ELEMENTS // self.config.hidden_size)
+        for index, rank in enumerate(self.ranks):
+            rows = vocab_rows(self.config, self.layout.tp, index)
+            for start in range(rows.start, rows.stop, step):
+                stop = min(start + step, rows.stop)
+                yield start, rank.read_rows(name, start - rows.start, stop - rows.start)
+
+    def _vocabulary(self, name: str) -> np.ndarray:
+        table = np.empty((self.config.vocab_size, self.config.hidden_size), FLOAT16)
+        for start, rows in self.float16_chunks(name):
+            table[start : start + len(rows)] = rows
+        return table
 
     def _places(self, group: LinearGroup, member: str) -> list[Place]:
         tp = self.layout.tp

@@ -7,14 +7,17 @@ from typing import Any
 
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, read_json
+from ms_quant.models.config import ModelConfig
 from ms_quant.plan import make_plan
+from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import TILE_ROWS
-from sparse_compress.layouts import Layout
+from sparse_compress.layouts import MAX_RANKS, Layout
 from sparse_compress.partition import check_tp, fused_shape
 from sparse_compress.prune import check_pruning
 from sparse_compress.request import outside_limits
+
+MAX_PATTERNS = 1000  # each is compared with every linear
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -33,6 +36,13 @@ def read_record(directory: Path) -> dict[str, Any]:
             raise MsQuantError(
                 f"{path}: {key} is {record.get(key)!r:.80}, expected {kind.__name__}"
             )
+    if not 1 <= record["tp"] <= MAX_RANKS:
+        raise MsQuantError(f"{path}: tp is {record['tp']}, expected 1 to {MAX_RANKS}")
+    if len(record["exclude"]) > MAX_PATTERNS:
+        raise MsQuantError(
+            f"{path}: exclude has {len(record['exclude'])} patterns, expected at most "
+            f"{MAX_PATTERNS}"
+        )
     if not all(isinstance(pattern, str) for pattern in record["exclude"]):
         raise MsQuantError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
     check_pruning(record["sparsity"], record["pruning"])

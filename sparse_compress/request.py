@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,12 +11,18 @@ from pathlib import Path
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
-from ms_quant.pipeline import Prepared, QuantizeOptions, prepare
+from ms_quant.places import check_places
+from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare
 from sparse_compress.fp16 import survey
 from sparse_compress.fractal import unsupported_reason
 from sparse_compress.layouts import Layout
 from sparse_compress.partition import check_tp, fused_shape
 from sparse_compress.prune import check_pruning
+
+SERVED_FAMILIES = ("qwen2", "qwen3")
+RUNTIME = (
+    "vllm-mindspore on Atlas 300I Duo (--quantization golden-stick --load-format sparse_quant)"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class SparseOptions:
         sparsity: share of each linear's weights that is pruned, 0 to below 1.
         pruning: ``"activation"`` or ``"magnitude"``.
         algorithm: name of the quantization algorithm.
-        alpha: smoothing strength of ``smoothquant``.
+        alpha: smoothing strength of ``smoothquant``; None is 0.5.
         samples: how many windows of the calibration data to use.
         seq_len: tokens of a window.
         seed: seed of the choice of windows.
@@ -47,7 +54,7 @@ class SparseOptions:
     sparsity: float = 0.5
     pruning: str = "activation"
     algorithm: str = "minmax"
-    alpha: float = 0.5
+    alpha: float | None = None
     samples: int = 64
     seq_len: int = 256
     seed: int = 0
@@ -94,6 +101,15 @@ class Request:
     uncompressed: dict[str, str]
     lost: dict[str, dict[str, int]]
 
+    @property
+    def not_served_by(self) -> list[str]:
+        """Why the runtime cannot load what is made, in sentences."""
+        family = self.layout.config.model_type
+        if family in SERVED_FAMILIES:
+            return []
+        served = " and ".join(SERVED_FAMILIES)
+        return [f"vllm-mindspore serves W8A8SC only for {served}, not {family}"]
+
 
 def check(options: SparseOptions) -> Request:
     """Checks a request against the model and the data, before any work.
@@ -105,6 +121,8 @@ def check(options: SparseOptions) -> Request:
         MsQuantError: anything that would make the job fail later; among it a value that float16
             cannot hold, and a number of ranks that does not divide the model.
     """
+    plain = options.quantization(options.exclude)
+    check_places(options.model, options.output, plain.job_directory)
     check_pruning(options.sparsity, options.pruning)
     config = load_config(options.model)
     check_tp(config, options.tp)
@@ -117,16 +135,24 @@ def check(options: SparseOptions) -> Request:
         name, reason = next(iter(reasons.items()))
         raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
     layout = Layout(config, options.tp, frozenset(fused - set(reasons)))
-    extra = {
-        "format": "W8A8SC",
-        "layout": "vllm-mindspore",
-        "tp": options.tp,
-        "sparsity": float(options.sparsity),
-        "pruning": options.pruning,
-    }
+    extension = Extension(
+        numbers={"sparsity": float(options.sparsity), "pruning": options.pruning},
+        writing={"format": "W8A8SC", "layout": "vllm-mindspore", "tp": options.tp},
+        output_bytes=most_bytes(layout),
+    )
+    lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(config, limits))
-    prepared = prepare(options.quantization(exclude), extra)
-    return Request(options, prepared, layout, reasons, survey(checkpoint, layout.float_names()))
+    prepared = prepare(options.quantization(exclude), extension)
+    return Request(options, prepared, layout, reasons, lost)
+
+
+def most_bytes(layout: Layout) -> int:
+    """Bytes of the tensors of all ranks, if no tile were smaller than its content."""
+    one = sum(
+        (spec.most if spec.shape is None else math.prod(spec.shape)) * spec.dtype.itemsize
+        for spec in layout.tensors().values()
+    )
+    return layout.tp * one
 
 
 def outside_limits(config: ModelConfig, tp: int) -> dict[str, str]:

@@ -8,18 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ms_quant.checkpoint.atomic import (
-    FileRecord,
-    disk_errors,
-    free_space_check,
-    sha256_file,
-    write_json,
-)
+from ms_quant.checkpoint.atomic import FileRecord, disk_errors, write_json
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
-from ms_quant.pipeline import needed_bytes, run_blocks
+from ms_quant.pipeline import complete
 from sparse_compress import layouts
 from sparse_compress.fp16 import survey
 from sparse_compress.info import summary
@@ -46,30 +40,29 @@ def run(
             has it already.
 
     Returns:
-        What was made, as JSON: see :func:`sparse_compress.info.summary`; and
-        ``"finished_before"``, True when there was nothing left to do.
+        What was made, as JSON: see :func:`sparse_compress.info.summary`; ``"not_served_by"``,
+        sentences about runtimes that cannot load it; and ``"finished_before"``, True when there
+        was nothing left to do.
 
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     request = request or check(options)
-    prepared, layout = request.prepared, request.layout
-    output = OutputDirectory(options.output, prepared.record, options.any_environment)
-    directory = options.quantization(()).job_directory
-    if not output.finished:
-        free_space_check(options.output.parent, needed_bytes(prepared))
-        job = JobDirectory(directory, prepared.record, options.any_environment)
-        blocks = layout.config.num_layers
+    blocks = request.layout.config.num_layers
 
-        def block_progress(index: int, part: float) -> None:
-            progress("quantize", (index + part) / blocks)
+    def block_progress(index: int, part: float) -> None:
+        progress("quantize", (index + part) / blocks)
 
-        transform = pruning_transform(options.sparsity, options.pruning)
-        run_blocks(prepared, job, block_progress, transform)
+    def write(job: JobDirectory, output: OutputDirectory) -> None:
         _write(_without_too_long(request, job), job, output, progress)
-    if directory.is_dir() and not options.keep_job:
-        JobDirectory(directory, prepared.record, True).remove()
-    return {**summary(options.output), "finished_before": output.finished}
+
+    transform = pruning_transform(options.sparsity, options.pruning)
+    finished_before = complete(request.prepared, block_progress, write, transform)
+    return {
+        **summary(options.output),
+        "not_served_by": request.not_served_by,
+        "finished_before": finished_before,
+    }
 
 
 def _without_too_long(request: Request, job: JobDirectory) -> Request:
@@ -97,13 +90,13 @@ def _without_too_long(request: Request, job: JobDirectory) -> Request:
 def _write(
     request: Request, job: JobDirectory, output: OutputDirectory, progress: Progress
 ) -> None:
-    layout, directory = request.layout, output.begin()
+    layout, directory = request.layout, output.partial
     names = ["proof", *map(layouts.rank_name, range(layout.tp))]
     with disk_errors(directory, "the rank directories"):
         for name in names:
             (directory / name).mkdir(exist_ok=True)
     files = [
-        *_write_blocks(request, job, directory, progress),
+        *_write_blocks(request, job, output, progress),
         write_json(directory / "config.json", layouts.model_config(layout.config)),
         _write_description(request, directory),
     ]
@@ -116,14 +109,14 @@ def _write(
 
 
 def _write_blocks(
-    request: Request, job: JobDirectory, directory: Path, progress: Progress
+    request: Request, job: JobDirectory, output: OutputDirectory, progress: Progress
 ) -> list[FileRecord]:
     layout, options, files = request.layout, request.options, []
     packer = Packer(layout, request.prepared.checkpoint, job)
     steps = layout.config.num_layers * (layout.tp + 1) + layout.tp
 
     def once(name: str, write: Callable[..., FileRecord], *arguments: int) -> None:
-        files.append(_write_once(directory, name, partial(write, *arguments)))
+        files.append(output.write_once(name, partial(write, *arguments)))
         progress("compress", len(files) / steps)
 
     def proof(index: int, path: Path) -> FileRecord:
@@ -134,7 +127,9 @@ def _write_blocks(
         return _write_arrays(path, packer.block(rank, index))
 
     def rest(rank: int, path: Path) -> FileRecord:
-        return _write_arrays(path, packer.rest(rank))
+        tensors = packer.rest(rank)
+        plans = [plan for plan, _ in tensors.values()]
+        return write_file(path, plans, lambda name: tensors[name][1]())
 
     for index in range(layout.config.num_layers):
         once(layouts.proof_file(index), proof, index)
@@ -143,14 +138,6 @@ def _write_blocks(
     for rank in range(layout.tp):
         once(layouts.rank_files(layout.config, rank)[-1], rest, rank)
     return files
-
-
-def _write_once(directory: Path, name: str, write: Callable[[Path], FileRecord]) -> FileRecord:
-    """A file that an interrupted run finished is kept; the job it came from is the same."""
-    path = directory / name
-    if path.exists():
-        return FileRecord(name, path.stat().st_size, sha256_file(path))
-    return replace(write(path), name=name)
 
 
 def _write_arrays(path: Path, tensors: Arrays) -> FileRecord:

@@ -7,30 +7,29 @@ decoded; with the source, every int8 weight is made again and compared bit for b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ms_quant.checkpoint.finish import (
-    COPIED,
-    RECORD,
-    check_files,
-    unlisted_files,
-)
-from ms_quant.checkpoint.job import find_difference
+from ms_quant.algorithms import ALGORITHMS
+from ms_quant.checkpoint import golden_stick
+from ms_quant.checkpoint.companions import config_problems, source_problems
+from ms_quant.checkpoint.finish import RECORD, check_files, unlisted_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix, load_config, read_json
+from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.remake import Comparison, ScaleRule
+from ms_quant.strict_json import read_json
 from sparse_compress import layouts
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import tile_count
 from sparse_compress.layouts import DESCRIPTION, Layout
-from sparse_compress.partition import fused_shape, same_bits
-from sparse_compress.proof import Proof, compressed_groups, strange_scales
+from sparse_compress.partition import fused_shape
+from sparse_compress.proof import Proof, compressed_groups
 from sparse_compress.prune import pruned_count
 from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
@@ -83,6 +82,11 @@ def verify(
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
     directory = Path(directory)
+    if not (directory / DESCRIPTION).exists() and (directory / golden_stick.DESCRIPTION).exists():
+        raise MsQuantError(
+            f"{directory}: is a golden-stick checkpoint, expected a W8A8SC checkpoint; "
+            "ms-quant verify proves it"
+        )
     if not (directory / DESCRIPTION).exists() and not (directory / RECORD).exists():
         raise MsQuantError(
             f"{directory}: is no W8A8SC checkpoint, expected {DESCRIPTION} and {RECORD}"
@@ -137,25 +141,9 @@ def _contents(
 
 
 def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str]:
-    path = directory / "config.json"
-    raw = read_json(path)
-    for part in (raw, raw.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if key in part:
-                yield f"{path}: has {key}, expected none"
-    if raw.get("torch_dtype") != FLOAT16.name or raw.get("dtype", FLOAT16.name) != FLOAT16.name:
-        yield f"{path}: torch_dtype is {raw.get('torch_dtype')!r}, expected {FLOAT16.name!r}"
-    if source is None:
-        return
-    found = find_difference(raw, layouts.model_config(load_config(source.directory)))
-    if found:
-        yield f"{path}: {found[0]} is {found[1]!r}, expected {found[2]!r} as the source has it"
-    for name in COPIED:
-        original, copy = source.directory / name, directory / name
-        if original.is_file() and not copy.is_file():
-            yield f"{copy}: no such file, expected a copy of the source's"
-        elif original.is_file() and original.read_bytes() != copy.read_bytes():
-            yield f"{copy}: differs from the source's"
+    yield from config_problems(directory, FLOAT16)
+    if source is not None:
+        yield from source_problems(directory, source.directory, FLOAT16)
 
 
 def _description_problems(
@@ -224,35 +212,25 @@ def _source_problems(
     """Makes an int8 weight again from the source and compares every value."""
     assert subject.source is not None
     source, record = subject.source.read_float32(f"{name}.weight"), subject.record
-    smoothed, weight = proof.remake(group, member, source, record["sparsity"], record["pruning"])
+    smoothed = proof.smoothed(group, source, record["sparsity"], record["pruning"])
     subject.count(recomputed=1)
-    different = np.argwhere(weight != linear.weight)
-    if len(different):
-        row, column = (int(place) for place in different[0])
-        yield (
-            f"{name}.weight: {len(different)} of {weight.size} values differ from those of the "
-            f"source; [{row}, {column}] is {linear.weight[row, column]}, expected "
-            f"{weight[row, column]}"
-        )
-    scale = proof.weight_scale(member)
-    strange = strange_scales(smoothed, scale, clipped=record["algorithm"] == "osl")
-    if strange:
-        yield (
-            f"{proof.file.path}: tensor '{member}.weight_scale': {strange} of {scale.size} rows "
-            "do not follow from the source"
-        )
+    comparison, stored = Comparison(), replace(linear, weight_scale=proof.weight_scale(member))
+    comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
+    yield from comparison.problems(name, "weight_scale", source.shape)
 
 
 def _float_problems(subject: Subject, name: str) -> Iterator[str]:
     """One float tensor: finite, the same wherever ranks share it, and the source's."""
-    array = subject.model.tensor_float16(name)
     subject.count(float_tensors=1)
-    wrong = array.size - int(np.count_nonzero(np.isfinite(array)))
+    wrong = different = size = 0
+    for start, part in subject.model.float16_chunks(name):
+        size += part.size
+        wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
+        if subject.source is not None:
+            rows = subject.source.file_of(name).read_rows(name, start, start + len(part))
+            expected = to_float16(rows.astype(np.float32), name)
+            different += int(np.count_nonzero(part.view("<u2") != expected.view("<u2")))
     if wrong:
-        yield f"{name}: {wrong} of {array.size} values are NaN or inf, expected finite ones"
-    if subject.source is None:
-        return
-    expected = to_float16(subject.source.read_float32(name), name)
-    if not same_bits(array, expected):
-        count = int(np.count_nonzero(array != expected))
-        yield f"{name}: {count} of {array.size} values differ from the source's as float16"
+        yield f"{name}: {wrong} of {size} values are NaN or inf, expected finite ones"
+    if different:
+        yield f"{name}: {different} of {size} values differ from the source's as float16"

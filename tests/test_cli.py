@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,13 @@ import pytest
 pytestmark = pytest.mark.slow
 
 COMMANDS = ["quantize", "verify", "eval", "generate", "inspect", "schemes"]
+NO_IMPORT = """
+import sys
+class Finder:
+    def find_spec(self, name, *rest):
+        assert name != "mindspore._c_expression", "a dry run imports MindSpore"
+sys.meta_path.insert(0, Finder())
+"""
 NO_MINDSPORE = "import sys; sys.modules['mindspore'] = None  # neither found nor imported"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -217,18 +226,119 @@ os.fsync = limited
 def test_a_disk_too_small_is_said_at_once(
     ms_quant_command: Run, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    small = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=9)"
+    small = """
+import shutil, types
+shutil.disk_usage = lambda path: types.SimpleNamespace(total=10, free=9)
+"""
     arguments = ["--scheme", "W8A8_DYNAMIC", "-o", tmp_path / "out"]
     found = error(ms_quant_command("quantize", tiny_model(), *arguments, before=small))
     assert "9 bytes are free, expected at least " in found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_place_that_cannot_be_made_is_said_to_be_so(
+    ms_quant_command: Run, tiny_model: Callable[..., Path]
+) -> None:
+    arguments = ["--scheme", "W8A8_DYNAMIC", "-o", "/proc/x/o", "--dry-run"]
+    found = error(ms_quant_command("quantize", tiny_model(), *arguments))
+    assert found == "/proc/x/o.partial: cannot be made, /proc cannot be written"
+
+
+def test_a_defect_of_our_own_is_one_sentence(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    defect = """
+from ms_quant import request
+def fail(*arguments):
+    raise KeyError("first line\\nsecond line")
+request.fingerprint = fail
+"""
+    arguments = ["--scheme", "W8A8_DYNAMIC", "-o", tmp_path / "out"]
+    run = ms_quant_command("quantize", tiny_model(), *arguments, before=defect)
+    assert run.returncode == 1
+    assert error(run).startswith("internal error: KeyError: ")
+    assert error(run).endswith(" (please report)")
+
+
+def test_a_prompt_that_is_not_text(ms_quant_command: Run, tiny_model: Callable[..., Path]) -> None:
+    run = ms_quant_command("generate", tiny_model(), "--prompt", os.fsdecode(b"the \xff"))
+    assert error(run) == "prompt: 'the \\udcff' is not UTF-8 text"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("when", ["importing", "quantizing"])
+def test_an_interrupt_is_one_sentence_and_status_130(
+    when: str,
+    package_environment: dict[str, str],
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+) -> None:
+    """MindSpore's own handler would end the process with SIGTERM, without a word."""
+    script = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+when = sys.argv.pop(1)
+import ms_quant.cli, ms_quant.console
+if when == "importing":
+    class Finder:
+        def find_spec(self, name, *rest):
+            if name == "mindspore.nn":
+                os.kill(os.getpid(), signal.SIGINT)
+    sys.meta_path.insert(0, Finder())
+else:
+    from ms_quant import pipeline
+    original = pipeline.run_blocks
+    def run_blocks(prepared, job, progress, transform):
+        def interrupted(index, part):
+            os.kill(os.getpid(), signal.SIGINT)
+        original(prepared, job, interrupted, transform)
+    pipeline.run_blocks = run_blocks
+ms_quant.cli.main()
+"""
+    model, output = tiny_model(), tmp_path / "out"
+    options = ["-o", output, "--calib", calib_text, "--samples", 2, "--seq-len", 8]
+    run = subprocess.run(
+        [sys.executable, "-c", script, when, "quantize", *map(str, [model, *options])],
+        env=package_environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 130, run.stderr
+    assert error(run) == "interrupted"
+
+
+def test_the_plan_of_a_sparse_dry_run(
+    package_environment: dict[str, str],
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    model = tiny_model(family="llama", layers=1, **sizes)
+    script = "from sparse_compress.cli import main\nmain()"
+    options = ["--calib", calib_text, "--samples", 2, "--seq-len", 8, "--tp", 1, "--dry-run"]
+    arguments = ["run", model, "-o", tmp_path / "out", *options, "--json"]
+    run = subprocess.run(
+        [sys.executable, "-c", f"{NO_IMPORT}\n{script}", *map(str, arguments)],
+        env=package_environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    plan = result(run)
+    sentence = "vllm-mindspore serves W8A8SC only for qwen2 and qwen3, not llama"
+    assert plan["not_served_by"] == [sentence] and f"note: {sentence}" in run.stderr
+    assert len(plan["compressed"]) == 4 and plan["uncompressed"] == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify", "nowhere"], "nowhere/config.json: no such file"),
-        (["verify", "{model}"], "has no ms_quant.json"),
+        (["verify", "nowhere"], "nowhere: no such model directory"),
+        (["verify", "{model}"], "model: is a float checkpoint, expected a golden-stick"),
         (["inspect", "nowhere"], "nowhere: no such model directory"),
         (["eval", "nowhere", "--text", "{calib}"], "nowhere: no such model directory"),
         (["eval", "{model}", "--text", "nowhere.txt"], "nowhere.txt: no such file"),
@@ -247,10 +357,7 @@ def test_other_refusals(
 ) -> None:
     places = {"model": tiny_model(layers=1), "calib": calib_text, "out": tmp_path / "out"}
     run = ms_quant_command(*(argument.format(**places) for argument in arguments))
-    if "has no ms_quant.json" in message:
-        assert run.returncode != 0 and message in run.stdout
-    else:
-        assert message in error(run)
+    assert message in error(run)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ms_quant import data
-from ms_quant.data import eval_windows, load_stream, load_tokens
+from ms_quant.data import eval_windows, load_stream, load_tokenizer, load_tokens
 from ms_quant.errors import MsQuantError
 
 WORDS = [f"w{i}" for i in range(20)] + ["user:", "assistant:"]
@@ -22,13 +22,12 @@ TEMPLATE = "{% for m in messages %}\n{{ m.role }}: {{ m.content }}\n{% endfor %}
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A word-level tokenizer that would add a begin token, truncate and pad, if it were let."""
+    """A word-level tokenizer that would truncate and pad, if it were let."""
     directory = tmp_path / "model"
     directory.mkdir()
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["</s>", "<s>"])
-    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
     words.enable_truncation(4)
     words.enable_padding(length=4, pad_id=EOS, pad_token="</s>")
     words.save(str(directory / "tokenizer.json"))
@@ -49,6 +48,43 @@ def put(tmp_path: Path, name: str, content: str | bytes) -> Path:
 
 def lines(tmp_path: Path, *records: Any) -> Path:
     return put(tmp_path, "x.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def bos_model(model: Path) -> Path:
+    """The same, with a begin token before every text."""
+    path = model / "tokenizer.json"
+    words = Tokenizer.from_file(str(path))
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    words.save(str(path))
+    return model
+
+
+def test_every_window_begins_as_a_served_text_does(tmp_path: Path, bos_model: Path) -> None:
+    path = put(tmp_path, "x.txt", "w1 w2 w3\nw4 w5\r\nw6 w7")
+    assert load_stream(path, bos_model).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    windows = eval_windows(path, bos_model, 4)
+    assert windows.dtype == np.int32
+    assert windows.tolist() == [[BOS, 1, 2, 3], [BOS, 4, 5, 6]]
+    assert load_tokens(path, bos_model, 1, 8, seed=0).tolist() == [[BOS, 1, 2, 3, 4, 5, 6, 7]]
+    with pytest.raises(MsQuantError, match=r"^seq_len is 1, expected at least 2$"):
+        eval_windows(path, bos_model, 1)
+    np.savez(tmp_path / "x.npz", tokens=np.arange(4))
+    assert eval_windows(tmp_path / "x.npz", bos_model, 2).tolist() == [[0, 1], [2, 3]]
+    assert load_tokenizer(bos_model).encode_prompt("w5 w6").tolist() == [BOS, 5, 6]
+
+
+def test_a_begin_token_that_the_template_writes_is_not_doubled(
+    tmp_path: Path, bos_model: Path
+) -> None:
+    configure(bos_model, chat_template="{{ bos_token }} {{ messages[0].content }}")
+    path = lines(tmp_path, {"messages": [{"role": "user", "content": "w1 w2"}]}, {"text": "w3"})
+    assert load_stream(path, bos_model).tolist() == [1, 2, EOS, 3]
+    assert eval_windows(path, bos_model, 5).tolist() == [[BOS, 1, 2, EOS, 3]]
+
+
+def test_a_begin_token_that_is_not_added_stays_away(tmp_path: Path, model: Path) -> None:
+    assert load_tokenizer(model).encode_prompt("w5").tolist() == [5]
 
 
 def test_text_is_one_stream_without_special_tokens(tmp_path: Path, model: Path) -> None:
@@ -203,10 +239,10 @@ def test_file_too_large(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyP
 
 def test_fewer_tokens_than_one_window(tmp_path: Path, model: Path) -> None:
     path = put(tmp_path, "x.txt", "w1 " * 12)
-    with pytest.raises(MsQuantError, match=r"x\.txt: 12 tokens, expected at least seq_len = 256$"):
+    with pytest.raises(MsQuantError, match=r"x\.txt: 12 tokens, expected at least 256 for a"):
         load_tokens(path, model, 8, 256, seed=0)
     np.savez(tmp_path / "x.npz", np.zeros((0, 300), np.int32))
-    with pytest.raises(MsQuantError, match="0 tokens, expected at least seq_len = 256"):
+    with pytest.raises(MsQuantError, match="0 tokens, expected at least 256"):
         load_tokens(tmp_path / "x.npz", model, 8, 256, seed=0)
 
 
@@ -214,7 +250,7 @@ def test_fewer_tokens_than_one_window(tmp_path: Path, model: Path) -> None:
 def test_samples_and_seq_len_are_positive(
     tmp_path: Path, model: Path, samples: int, seq_len: int
 ) -> None:
-    with pytest.raises(MsQuantError, match="is 0, expected a positive number"):
+    with pytest.raises(MsQuantError, match=r"is 0, expected (a positive number|at least 1)$"):
         load_tokens(put(tmp_path, "x.txt", "w1"), model, samples, seq_len, seed=0)
 
 

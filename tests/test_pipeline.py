@@ -14,7 +14,7 @@ import pytest
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -33,8 +33,10 @@ def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
     """Quantizes with four windows of sixteen tokens."""
 
     def run(model: Path, name: str = "out", **options: Any) -> Path:
-        wanted = {"calib": calib_text, "samples": 4, "seq_len": 16, **options}
-        quantize_checkpoint(QuantizeOptions(model, tmp_path / name, **wanted))
+        wanted = {"calib": calib_text, "samples": 4, "seq_len": 16}
+        if options.get("scheme") == "W8A8_DYNAMIC":
+            wanted = {}
+        quantize_checkpoint(QuantizeOptions(model, tmp_path / name, **{**wanted, **options}))
         return tmp_path / name
 
     return run
@@ -161,7 +163,7 @@ def test_data_free_tensors_are_those_of_the_oracle(
     load_tensors: Callable[[Path], Tensors],
 ) -> None:
     model = tiny_model(family="qwen2", dtype=dtype)
-    found = load_tensors(quantize(model, scheme="W8A8_DYNAMIC", calib=None))
+    found = load_tensors(quantize(model, scheme="W8A8_DYNAMIC"))
     stored = np.dtype(np.float16 if dtype == "float16" else BF16)
     for name, array in load_tensors(model).items():
         exact, path = array.astype(np.float32), name.removesuffix(".weight")
@@ -229,9 +231,8 @@ def test_a_finished_output_says_so_and_is_not_touched(
     assert quantize_checkpoint(options)["finished_before"] is False
     before = {path: path.stat().st_mtime_ns for path in options.output.iterdir()}
     (tmp_path / "out.job").mkdir()
-    (tmp_path / "out.job" / "job.json").write_text(
-        json.dumps(json.loads((options.output / "ms_quant.json").read_text())["record"])
-    )  # as after a kill just before the job is removed
+    record = json.dumps(prepare(options).record)
+    (tmp_path / "out.job" / "job.json").write_text(record)  # as after a kill at the very end
     assert quantize_checkpoint(options)["finished_before"] is True
     assert {path: path.stat().st_mtime_ns for path in options.output.iterdir()} == before
     assert not (tmp_path / "out.job").exists()

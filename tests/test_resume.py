@@ -51,10 +51,8 @@ watch(os, "rmdir", 0)
 
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
 
-options = QuantizeOptions(
-    Path(model), Path(output), scheme, algorithm, calib=Path(calib), samples=4, seq_len=16,
-    shard_bytes=6000,
-)
+data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" else {}
+options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
 prepared = prepare(options)
 if prepared.tokens is not None:
     import mindspore

@@ -15,24 +15,30 @@ from ms_quant.spec import Scheme
 class Algorithm:
     """Attributes:
     solve: the algorithm.
-    smooths: True when it needs static activations and a place for a smoothing vector.
     summary: one line for ``ms-quant schemes``.
+    smooths: True when it needs static activations and a place for a smoothing vector.
+    clips: True when the rows of a weight may have a factor of ``clip.RATIOS`` on their range.
+    searches: how many candidates it tries for a group; each takes a forward of the block.
     """
 
     solve: Callable[[Problem], Solution]
-    smooths: bool
     summary: str
+    smooths: bool = False
+    clips: bool = False
+    searches: int = 0
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "minmax": Algorithm(lambda problem: Solution(), False, "the range that was seen, as it is"),
+    "minmax": Algorithm(lambda problem: Solution(), "the range that was seen, as it is"),
     "smoothquant": Algorithm(
-        smooth.solve, True, "smoothing of strength --alpha (arXiv 2211.10438)"
+        smooth.solve, "smoothing of strength --alpha (arXiv 2211.10438)", smooths=True
     ),
     "osl": Algorithm(
         outlier_suppression_lite.solve,
-        True,
         "smoothing strength searched by block error, then weight clipping",
+        smooths=True,
+        clips=True,
+        searches=len(outlier_suppression_lite.ALPHAS) + 2,
     ),
 }
 

@@ -8,6 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution
+from ms_quant.errors import MsQuantError
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuses a smoothing strength out of range.
+
+    Raises:
+        MsQuantError: it is not a number from 0 to 1.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise MsQuantError(f"alpha is {alpha}, expected a number from 0 to 1")
 
 
 def smooth_scale(act_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float) -> np.ndarray:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
 
 from ms_quant.algorithms import get_algorithm
 from ms_quant.algorithms.problem import Problem, apply
+from ms_quant.algorithms.smooth import check_alpha
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import is_linear, linears, replace_cell, replaced
@@ -78,8 +80,9 @@ def quantize(
     Args:
         network (Cell): any network with ``nn.Dense`` or ``mint.nn.Linear`` inside, in PyNative.
         scheme (str): ``"W8A8"`` or ``"W8A8_DYNAMIC"``. Default: ``"W8A8"``.
-        calibration (Iterable, optional): inputs to call the network with: a Tensor, or a tuple
-            of arguments each. Needed by static schemes. Default: ``None``.
+        calibration (Iterable, optional): what to call the network with: for each call a Tensor
+            or array, a tuple or list of arguments, or a dict of named ones, as MindSpore's
+            dataset iterators give them. Needed by static schemes. Default: ``None``.
         algorithm (str): ``"minmax"``, ``"smoothquant"`` or ``"osl"``; the search of the last
             takes each linear's own output error. Default: ``"minmax"``.
         alpha (float): smoothing strength of ``"smoothquant"``. Default: ``0.5``.
@@ -91,7 +94,7 @@ def quantize(
 
     Raises:
         MsQuantError: a pattern matches nothing, a static scheme without calibration, a linear
-            that no calibration input reached, or values that are NaN or inf.
+            that no calibration input reached, `alpha` out of range, or values that are NaN or inf.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -105,6 +108,11 @@ def quantize(
         >>> net = ms_quant.quantize(net, "W8A8", calibration=data)
     """
     if is_linear(network):
+        if tuple(include) != ("*",) or exclude:
+            raise MsQuantError(
+                f"{network.cls_name}: is a linear itself, expected include and exclude only with "
+                "a network of several"
+            )
         holder = nn.SequentialCell(network)
         quantize(holder, scheme, calibration=calibration, algorithm=algorithm, alpha=alpha)
         quantized = holder[0]
@@ -112,6 +120,7 @@ def quantize(
             parameter.name = name
         return quantized
     wanted, solver = get_scheme(scheme), get_algorithm(algorithm, get_scheme(scheme))
+    check_alpha(alpha)
     cells = dict(linears(network))
     if not cells:
         raise MsQuantError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
@@ -145,25 +154,37 @@ def _observe(
         return {}
     if calibration is None:
         raise MsQuantError(f"scheme {scheme.name}: needs calibration inputs, found None")
-    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in calibration]
-    tokens = sum(_tokens(batch) for batch in batches)
+    calls = [_arguments(batch) for batch in calibration]
+    tokens = sum(_tokens(call) for call in calls)
     stats = {
         path: ActivationStats(cell.weight.shape[1], tokens, name=f"{path} input")
         for path, cell in cells.items()
     }
     recorders = {path: Recorder(cell, stats[path].update) for path, cell in cells.items()}
     with replaced(network, recorders):
-        for batch in batches:
-            network(*batch)
+        for arguments, named in calls:
+            network(*arguments, **named)
     for path, seen in stats.items():
         if not seen.tokens:
             raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
     return stats
 
 
-def _tokens(batch: tuple) -> int:
-    """A guess of the tokens in a batch; only decides how densely rows are kept."""
-    first = batch[0]
+def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """What one item of the calibration data stands for: arguments and named arguments."""
+
+    def tensor(value: Any) -> Any:
+        return Tensor(value) if isinstance(value, np.ndarray) else value
+
+    if isinstance(batch, Mapping):
+        return (), {key: tensor(value) for key, value in batch.items()}
+    arguments = batch if isinstance(batch, tuple | list) else (batch,)
+    return tuple(map(tensor, arguments)), {}
+
+
+def _tokens(call: tuple[tuple, dict[str, Any]]) -> int:
+    """A guess of the tokens in a call; only decides how densely rows are kept."""
+    first = next((value for value in (*call[0], *call[1].values())), None)
     if not isinstance(first, Tensor):
         return 1
     channels = first.shape[-1] if first.ndim and first.is_floating_point() else 1  # or token ids

@@ -25,33 +25,36 @@ def get_cell(network: nn.Cell, path: str) -> nn.Cell:
     return network
 
 
-def replace_cell(network: nn.Cell, path: str, cell: nn.Cell) -> None:
+def _put(network: nn.Cell, path: str, cell: nn.Cell) -> None:
     """Puts a Cell at a path and wherever else the network holds the Cell that was there.
 
-    The new Cell's parameters are named after the path.
+    The entries of ``_cells`` are set one by one, as an assignment would rename parameters: those
+    of a Cell that is only wrapped for a while, and with them a table that another Cell shares.
     """
     old = get_cell(network, path)
     parents = [parent for _, parent in network.cells_and_names()]
     places = [(p, name) for p in parents for name, child in p._cells.items() if child is old]
     for parent, name in places:
-        if isinstance(parent, nn.SequentialCell | nn.CellList):
-            parent._cells[name] = cell
-            if isinstance(parent, nn.SequentialCell):
-                parent.cell_list = list(parent._cells.values())
-        else:
-            setattr(parent, name, cell)
+        parent._cells[name] = cell
+        if isinstance(parent, nn.SequentialCell):
+            parent.cell_list = list(parent._cells.values())
+
+
+def replace_cell(network: nn.Cell, path: str, cell: nn.Cell) -> None:
+    """Puts a new Cell in the place of another, everywhere; its parameters are named by the path."""
+    _put(network, path, cell)
     for name, parameter in cell.parameters_and_names():
         parameter.name = f"{path}.{name}"
 
 
 @contextmanager
 def replaced(network: nn.Cell, cells: Mapping[str, nn.Cell]) -> Iterator[None]:
-    """Puts Cells at their paths, and the old ones back at the end."""
+    """Puts Cells at their paths, and the old ones back at the end; no parameter is renamed."""
     old = {path: get_cell(network, path) for path in cells}
     for path, cell in cells.items():
-        replace_cell(network, path, cell)
+        _put(network, path, cell)
     try:
         yield
     finally:
         for path, cell in old.items():
-            replace_cell(network, path, cell)
+            _put(network, path, cell)

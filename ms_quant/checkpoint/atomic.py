@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
@@ -170,37 +170,6 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def replace_directory(temporary: Path | str, final: Path | str) -> None:
-    """Puts a finished directory in the place of another one.
-
-    An old `final` is first renamed to ``.NAME.PID.old`` beside it and removed last: a crash in
-    between leaves one whole directory under one of the two names, never a mixture.
-
-    Args:
-        temporary (Path | str): the finished directory, on the same file system.
-        final (Path | str): the name it shall have.
-
-    Raises:
-        MsQuantError: a rename failed; an old `final` is back in its place.
-    """
-    temporary, final = Path(temporary), Path(final)
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    with disk_errors(final, "the directory"):
-        sync_directory(temporary)
-        had_old = final.exists()
-        if had_old:
-            final.rename(old)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if had_old:
-                old.rename(final)
-            raise
-        sync_directory(final.parent)
-        if had_old:
-            shutil.rmtree(old)
-
-
 def sha256_file(path: Path | str) -> str:
     """The hexadecimal SHA-256 of a file, read in pieces.
 
@@ -225,13 +194,43 @@ def free_space_check(directory: Path | str, needed_bytes: int) -> None:
         needed_bytes (int): how much will be written.
 
     Raises:
-        MsQuantError: the file system has less free space than needed.
+        MsQuantError: the directory cannot be made, or its file system has less free space.
     """
-    place = Path(directory).absolute()
+    free_spaces_check({Path(directory): needed_bytes})
+
+
+def free_spaces_check(needed: Mapping[Path, int]) -> None:
+    """Refuses to start what will not fit in several directories, maybe of one file system.
+
+    Args:
+        needed (Mapping[Path, int]): directory, which need not exist yet, to how many bytes will
+            be written there.
+
+    Raises:
+        MsQuantError: a directory cannot be made, or its file system has less free space than all
+            directories on it need.
+    """
+    devices: dict[int, tuple[Path, Path, int]] = {}
+    for directory, count in needed.items():
+        place = _existing(directory)
+        device = place.stat().st_dev
+        first, _, others = devices.get(device, (directory, place, 0))
+        devices[device] = first, place, others + count
+    for directory, place, count in devices.values():
+        available = shutil.disk_usage(place).free
+        if available < count:
+            raise MsQuantError(
+                f"{directory}: {available} bytes are free, expected at least {count}"
+            )
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that exists, if files can be made there."""
+    place = directory.absolute()
     while not place.exists():
         place = place.parent
-    available = shutil.disk_usage(place).free
-    if available < needed_bytes:
-        raise MsQuantError(
-            f"{directory}: {available} bytes are free, expected at least {needed_bytes}"
-        )
+    if not place.is_dir():
+        raise MsQuantError(f"{directory}: cannot be made, {place} is not a directory")
+    if not os.access(place, os.W_OK | os.X_OK) or not shutil.disk_usage(place).total:
+        raise MsQuantError(f"{directory}: cannot be made, {place} cannot be written")
+    return place

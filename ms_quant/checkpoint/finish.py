@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from ms_quant.checkpoint.atomic import (
     write_bytes,
     write_json,
 )
-from ms_quant.checkpoint.job import find_difference, is_temporary, remove_temporaries
+from ms_quant.checkpoint.job import explain_difference
+from ms_quant.checkpoint.lock import locked
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import read_json
+from ms_quant.strict_json import read_json
 
 RECORD = "ms_quant.json"
 MAX_RECORD_BYTES = 256 << 20
@@ -45,9 +48,23 @@ COPIED = (
     "NOTICE",
 )
 
+_NAMES = "|".join(
+    [
+        *map(re.escape, (RECORD, "config.json", *COPIED)),
+        r"(quant-)?model-\d{5,}-of-\d{5,}\.safetensors",
+        r"model\.safetensors\.index\.json",
+        r"quant\w*_description\w*\.json",
+        r"block-\d{5,}\.proof",
+    ]
+)
+_DIRECTORY = re.compile(r"rank_\d+|proof")
+_TEMPORARY = re.compile(rf"(({_DIRECTORY.pattern})/)?\.({_NAMES})\.\d+\.tmp")
+_OURS = re.compile(rf"(({_DIRECTORY.pattern})/)?({_NAMES})|{_TEMPORARY.pattern}")
+_BEGINNING = re.compile(rf"\.{re.escape(RECORD)}\.\d+\.tmp")
+
 
 class OutputDirectory:
-    """An output that is finished, begun or new.
+    """An output that is finished, begun or new. Nothing is written before :meth:`open`.
 
     Args:
         path: the final directory.
@@ -55,66 +72,133 @@ class OutputDirectory:
         any_environment: a finished output may come from other versions, CPU or thread count.
 
     Raises:
-        MsQuantError: the directory exists with other content, or has no name of its own.
+        MsQuantError: the directory exists with other content, is a symbolic link, or has no name
+            of its own; or a file of the finished output is missing or has another size.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], any_environment: bool = False):
-        if path.name in ("", ".."):
-            raise MsQuantError(f"{path}: the output has no name, expected a directory to make")
+        check_output_name(path)
         self.path, self.record = path, json.loads(json.dumps(record))
         self.partial = path.with_name(path.name + ".partial")
-        self.finished = False
-        if path.exists():
-            self._check(any_environment)
-        if not self.finished and self.partial.exists() and not self._is_ours():
-            raise MsQuantError(
-                f"{self.partial}: exists with other content, expected to make it for the output"
-            )
+        self.finished = path.exists() and self._is_finished(any_environment)
+        if not self.finished:
+            for place in (path, self.partial):
+                if place.is_symlink():
+                    raise MsQuantError(f"{place}: is a symbolic link, expected a directory to make")
+            self._check_partial()
 
-    def _is_ours(self) -> bool:
-        """Whether the partial directory is one of this class, or empty."""
-        return (self.partial / RECORD).exists() or (
-            self.partial.is_dir() and all(is_temporary(path) for path in self.partial.iterdir())
-        )
-
-    def _check(self, any_environment: bool) -> None:
+    def _is_finished(self, any_environment: bool) -> bool:
         if not self.path.is_dir():
             raise MsQuantError(f"{self.path}: exists and is a file, expected a directory to make")
         if not any(self.path.iterdir()):
-            return
+            return False
         if not (self.path / RECORD).exists():
             raise MsQuantError(
                 f"{self.path}: exists with other content, expected a new or empty directory"
             )
-        before = read_json(self.path / RECORD, MAX_RECORD_BYTES).get("record")
-        now = self.record
-        if any_environment and isinstance(before, dict):
-            before, now = {**before, "environment": None}, {**now, "environment": None}
-        found = find_difference(before, now)
+        value = read_json(self.path / RECORD, MAX_RECORD_BYTES)
+        before = value.get("record")
+        before = before if isinstance(before, dict) else {}
+        found = explain_difference(before, self.record, "made", any_environment)
         if found:
-            key, before, after = found
-            raise MsQuantError(
-                f"{self.path}: exists and was made with {key} = {before!r}, now {key} is "
-                f"{after!r}; expected a new or empty directory"
-            )
-        self.finished = True
+            hint = "expected a new or empty directory"
+            if found[0].startswith("environment"):
+                hint = "use --any-environment to take it as it is"
+            raise MsQuantError(f"{self.path}: exists and {found[1]}; {hint}")
+        problem = next(_listed_problems(self.path, value, _size_problem), None)
+        if problem:
+            raise MsQuantError(f"{problem}; delete {self.path} to make it again")
+        return True
 
-    def begin(self) -> Path:
-        """The directory to write into; whole files of an interrupted run of the same job stay."""
+    def _check_partial(self) -> None:
+        """Refuses a partial directory that is not one of this class, or empty."""
+        if not self.partial.exists():
+            return
+        foreign = not self.partial.is_dir()
+        if not foreign and self._mark() is None:
+            foreign = not all(
+                path.is_file() and _BEGINNING.fullmatch(path.name)
+                for path in self.partial.iterdir()
+            )
+        elif not foreign and not self._is_begun():
+            mark = self._mark() or {}
+            # A whole output under this name: a user may have put it there.
+            foreign = "files" in mark or any(
+                not _OURS.fullmatch(path.relative_to(self.partial).as_posix())
+                for path in self.partial.rglob("*")
+                if not (path.is_dir() and _DIRECTORY.fullmatch(path.name))
+            )
+        if foreign:
+            raise MsQuantError(
+                f"{self.partial}: exists with other content, expected to make it for the output"
+            )
+
+    def _mark(self) -> dict[str, Any] | None:
+        """The record in the partial directory, if there is one."""
+        path = self.partial / RECORD
+        return read_json(path, MAX_RECORD_BYTES) if path.exists() else None
+
+    def _is_begun(self) -> bool:
+        """Whether the partial directory is of this very job."""
+        return (self._mark() or {}).get("record") == self.record
+
+    def bytes_present(self) -> int:
+        """How much of the output an interrupted run has left."""
+        if not self._is_begun():
+            return 0
+        return sum(path.stat().st_size for path in self._files(_OURS))
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Makes the directory to write into; whole files of an interrupted run stay in it.
+
+        Until the end no other process can open it.
+
+        Raises:
+            MsQuantError: another process writes this output, or the disk does not take it.
+        """
         with disk_errors(self.partial, "the output directory"):
-            mark = self.partial / RECORD
-            if mark.exists() and read_json(mark, MAX_RECORD_BYTES).get("record") != self.record:
-                self._clear()
             self.partial.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(self.partial)
-            if not mark.exists():
-                write_json(mark, {"record": self.record})
-        return self.partial
+        with locked(self.partial):
+            self._check_partial()
+            with disk_errors(self.partial, "the output directory"):
+                if self._mark() is not None and not self._is_begun():
+                    self._clear()
+                for path in self._files(_TEMPORARY):
+                    path.unlink()
+            if self._mark() is None:
+                write_json(self.partial / RECORD, {"record": self.record})
+            yield
+
+    def _files(self, names: re.Pattern[str]) -> list[Path]:
+        return [
+            path
+            for path in sorted(self.partial.rglob("*"))
+            if names.fullmatch(path.relative_to(self.partial).as_posix()) and path.is_file()
+        ]
 
     def _clear(self) -> None:
         """Deletes another job's files; the mark goes last, so a kill in between leaves it ours."""
-        for path in sorted(self.partial.iterdir(), key=lambda path: path.name == RECORD):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        mark = self.partial / RECORD
+        for path in self._files(_OURS):
+            if path != mark:
+                path.unlink()
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                path.rmdir()
+        mark.unlink()
+
+    def write_once(self, name: str, write: Callable[[Path], FileRecord]) -> FileRecord:
+        """Writes a file, unless an interrupted run of the same job has finished it.
+
+        Args:
+            name: its path in the output, with ``/``.
+            write: writes a file atomically.
+        """
+        path = self.partial / name
+        if path.exists():
+            return FileRecord(name, path.stat().st_size, sha256_file(path))
+        return replace(write(path), name=name)
 
     def finish(self, files: Sequence[FileRecord], source: Path, facts: Mapping[str, Any]) -> None:
         """Copies the tokenizer, writes the record and gives the directory its name.
@@ -141,6 +225,12 @@ class OutputDirectory:
             sync_directory(self.path.parent)
 
 
+def check_output_name(path: Path) -> None:
+    """Refuses an output such as ``.`` or ``/``, which has no name beside which to work."""
+    if path.name in ("", ".."):
+        raise MsQuantError(f"{path}: the output has no name, expected a directory to make")
+
+
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a record with a digest of itself: a changed byte in it is seen, too."""
     text = json.dumps(content, sort_keys=True)
@@ -159,17 +249,29 @@ def check_files(directory: Path) -> list[str]:
     problems = []
     if seal(content) != value or path.read_bytes() != json_text(value).encode():
         problems.append(f"{path}: differs from its own sha256, the file was changed")
+    return [*problems, *_listed_problems(directory, value, _file_problem)]
+
+
+def _listed_problems(
+    directory: Path, value: Mapping[str, Any], check: Callable[[Path, str, Any], str | None]
+) -> Iterator[str]:
+    """What is wrong with the files that a record lists."""
     listed = value.get("files")
     if not isinstance(listed, dict):
-        return [*problems, f"{path}: lists no files"]
-    return problems + [
-        problem
-        for name, expected in listed.items()
-        if (problem := _file_problem(directory, name, expected))
-    ]
+        yield f"{directory / RECORD}: lists no files"
+        return
+    yield from filter(None, (check(directory, name, entry) for name, entry in listed.items()))
 
 
 def _file_problem(directory: Path, name: str, expected: Any) -> str | None:
+    path = directory / name
+    problem = _size_problem(directory, name, expected)
+    if problem is None and sha256_file(path) != expected["sha256"]:
+        return f"{path}: sha256 differs from {RECORD}, the file was changed"
+    return problem
+
+
+def _size_problem(directory: Path, name: str, expected: Any) -> str | None:
     path = directory / name
     if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
         return f"{directory / RECORD}: {name!r} is {expected!r:.80}, expected bytes and sha256"
@@ -179,8 +281,6 @@ def _file_problem(directory: Path, name: str, expected: Any) -> str | None:
         return f"{path}: no such file, expected as {RECORD} lists it"
     if path.stat().st_size != expected["bytes"]:
         return f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}"
-    if sha256_file(path) != expected["sha256"]:
-        return f"{path}: sha256 differs from {RECORD}, the file was changed"
     return None
 
 

@@ -15,6 +15,7 @@ from ms_quant.plan import Plan
 
 DESCRIPTION = "quantization_description.json"
 SHARD_PREFIX = "quant-model"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 INT8, INT32, FLOAT32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 
 
@@ -77,15 +78,16 @@ def description(plan: Plan) -> dict[str, str]:
 
 
 def model_config(raw: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """config.json for the runtime: no quantization entries, and the dtype of what stays float."""
-    config = {
-        key: value
-        for key, value in raw.items()
-        if key not in ("quantization_config", "compression_config")
-    }
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = dtype.name
-    if "dtype" not in config:
-        config["torch_dtype"] = dtype.name
+    """config.json for the runtime: no quantization entries, and the dtype of what stays float.
+
+    Older runtimes read only ``torch_dtype``, so it is always there; ``dtype`` where the source
+    has it.
+    """
+    config = {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), Mapping):
+        inner = config["text_config"].items()
+        config["text_config"] = {k: v for k, v in inner if k not in QUANTIZATION_KEYS}
+    if "dtype" in config:
+        config["dtype"] = dtype.name
+    config["torch_dtype"] = dtype.name
     return config

@@ -3,6 +3,7 @@
     job.json                 what the job computes; resuming under another one is refused
     block-00000.safetensors  the int8 linears of a finished block
     hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
+    ms_quant.lock            empty; locked by the process that works here
 
 Every file appears under its name only when it is whole and on disk. A block is finished when its
 file is there; the next block's input is written before it and this block's is deleted after it,
@@ -14,20 +15,27 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ms_quant.checkpoint.atomic import disk_errors, sync_directory, write_json
+from ms_quant.checkpoint.lock import locked
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import read_json
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.strict_json import read_json
 
+LOCK = "ms_quant.lock"
+_WORK = r"(block-\d{5,}\.safetensors|hidden-\d{5,}\.npy)"
+_TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
+_OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (
     "avx2",
     "fma",
@@ -42,15 +50,22 @@ _CPU_FEATURES = (
 
 def environment() -> dict[str, Any]:
     """What calibrated results depend on besides the arguments: versions, CPU and threads."""
-    import mindspore
-
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "mindspore": mindspore.__version__,
+        "mindspore": _mindspore_version(),
         "numpy": np.__version__,
         "cpu": " ".join([platform.machine(), *_cpu_features()]),
         "threads": threads,
     }
+
+
+def _mindspore_version() -> str:
+    try:
+        return version("mindspore")  # importing it takes a second, and a dry run needs no more
+    except PackageNotFoundError:  # a build under another name
+        import mindspore
+
+        return mindspore.__version__
 
 
 def _cpu_features() -> list[str]:
@@ -74,8 +89,45 @@ def find_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] 
     return None if old == new else (path, old, new)
 
 
+def explain_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], verb: str, any_environment: bool
+) -> tuple[str, str] | None:
+    """How two records differ.
+
+    Args:
+        old: the record on disk.
+        new: the record of the request.
+        verb: what was done with the old one, such as ``"begun"``.
+        any_environment: do not compare the ``environment`` entries.
+
+    Returns:
+        The dotted path of the first difference and a clause about it, or None.
+    """
+    if any_environment:
+        old, new = {**old, "environment": None}, {**new, "environment": None}
+    found = find_difference(old, new)
+    if not found:
+        return None
+    path, before, after = found
+    if path.startswith("source"):
+        file = _changed_file(old.get("source"), new.get("source"))
+        return path, f"the source model changed since it was {verb} ({file} differs)"
+    if path == "calibration.sha256":
+        return path, f"the calibration tokens changed since it was {verb}"
+    return path, f"it was {verb} with {path} = {before!r}, now {path} is {after!r}"
+
+
+def _changed_file(old: Any, new: Any) -> str:
+    """The first file of a model in which two of its fingerprints differ."""
+    before, after = ((part or {}).get("shards") or {} for part in (old, new))
+    for name in dict.fromkeys([*before, *after]):
+        if before.get(name) != after.get(name):
+            return name
+    return "config.json"
+
+
 class JobDirectory:
-    """A job on disk, created or resumed.
+    """A job on disk, new or begun. Nothing is written before :meth:`open`.
 
     Args:
         directory: where it is or will be.
@@ -89,32 +141,60 @@ class JobDirectory:
 
     def __init__(self, directory: Path, record: Mapping[str, Any], any_environment: bool = False):
         self.directory = directory
-        state = directory / "job.json"
-        record = json.loads(json.dumps(record))
-        if state.exists():
-            self._check(read_json(state), record, any_environment)
-        elif directory.exists() and any(_visible(directory)):
-            raise MsQuantError(f"{directory}: exists but holds no job, expected a new directory")
-        with disk_errors(directory, "the job directory"):
-            directory.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(directory)
-        if not state.exists():
-            write_json(state, record)
+        self.record = json.loads(json.dumps(record))
+        self.any_environment = any_environment
+        self._check()
 
-    def _check(self, old: Mapping, new: Mapping, any_environment: bool) -> None:
-        if any_environment:
-            old, new = {**old, "environment": None}, {**new, "environment": None}
-        found = find_difference(old, new)
+    def _check(self) -> None:
+        state = self.directory / "job.json"
+        if state.exists():
+            self._compare(read_json(state))
+        elif self.directory.exists() and not self._is_new():
+            raise MsQuantError(
+                f"{self.directory}: exists but holds no job, expected a new directory"
+            )
+
+    def _is_new(self) -> bool:
+        """Whether the directory holds nothing but what a killed beginning or end left."""
+        return self.directory.is_dir() and all(
+            path.is_file() and (_TEMPORARY.fullmatch(path.name) or _is_lock(path))
+            for path in self.directory.iterdir()
+        )
+
+    def _compare(self, old: Mapping[str, Any]) -> None:
+        found = explain_difference(old, self.record, "begun", self.any_environment)
         if not found:
             return
-        path, before, after = found
+        path, clause = found
         hint = "finish it with its own arguments, or delete the directory to start again"
         if path.startswith("environment"):
             hint = "use --any-environment to go on; the bytes may differ from an undisturbed run"
-        raise MsQuantError(
-            f"{self.directory}: this job was begun with {path} = {before!r}, "
-            f"now {path} is {after!r}; {hint}"
-        )
+        elif path.startswith("source"):
+            hint = "delete the directory to start again"
+        raise MsQuantError(f"{self.directory}: {clause}; {hint}")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Makes the directory or goes on in it; until the end no other process can.
+
+        Raises:
+            MsQuantError: another process works on the job, or the directory cannot be written.
+        """
+        with disk_errors(self.directory, "the job directory"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._check()
+        with locked(self.directory / LOCK):
+            self._check()
+            with disk_errors(self.directory, "the job directory"):
+                for path in self._files(_TEMPORARY):
+                    path.unlink()
+            if not (self.directory / "job.json").exists():
+                write_json(self.directory / "job.json", self.record)
+            yield
+
+    def _files(self, names: re.Pattern[str]) -> list[Path]:
+        found = sorted(path for path in self.directory.iterdir() if names.fullmatch(path.name))
+        return [path for path in found if path.is_file()]
 
     def block_file(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
@@ -128,6 +208,10 @@ class JobDirectory:
         while self.block_file(count).exists():
             count += 1
         return count
+
+    def hidden_bytes(self) -> int:
+        """The size of the hidden states there are."""
+        return sum(path.stat().st_size for path in self.directory.glob("hidden-*.npy"))
 
     def finish_block(
         self,
@@ -145,8 +229,14 @@ class JobDirectory:
         write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
         self.hidden_file(index).unlink(missing_ok=True)
 
-    def linear(self, index: int, path: str) -> QuantizedLinear:
-        """An int8 linear of a finished block, without its bias."""
+    def linear(self, index: int, path: str, with_weight: bool = True) -> QuantizedLinear:
+        """An int8 linear of a finished block, without its bias.
+
+        Args:
+            index: the block.
+            path: the linear, relative to the block.
+            with_weight: read the weight; else zeros that take no memory stand for it.
+        """
         file = open_file(self.block_file(index))
         activation = None
         if f"{path}.input_scale" in file.tensors:
@@ -155,9 +245,10 @@ class JobDirectory:
                 int(file.read(f"{path}.input_offset")[0]),
                 file.read(f"{path}.input_scale"),
             )
-        return QuantizedLinear(
-            file.read(f"{path}.weight"), file.read(f"{path}.weight_scale"), None, activation
-        )
+        name = f"{path}.weight"
+        no_weight = np.broadcast_to(np.int8(0), file.info(name).shape)
+        weight = file.read(name) if with_weight else no_weight
+        return QuantizedLinear(weight, file.read(f"{path}.weight_scale"), None, activation)
 
     def statistic(self, index: int, name: str) -> np.ndarray:
         return open_file(self.block_file(index)).read(name)
@@ -166,10 +257,19 @@ class JobDirectory:
         return json.loads(open_file(self.block_file(index)).metadata["notes"])
 
     def remove(self) -> None:
-        """Deletes the directory; the record goes last, so a kill in between leaves a job."""
-        for path in sorted(_visible(self.directory), key=lambda path: path.name == "job.json"):
+        """Deletes the job's own files, and the directory when nothing else is in it.
+
+        The record goes last, so a kill in between leaves a job.
+        """
+        for path in sorted(self._files(_OURS), key=lambda path: path.name == "job.json"):
             path.unlink()
-        shutil.rmtree(self.directory)
+        (self.directory / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # there are files of someone else
+            self.directory.rmdir()
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name == LOCK and path.stat().st_size == 0
 
 
 def _to_tensors(linear: QuantizedLinear) -> dict[str, np.ndarray]:
@@ -179,20 +279,6 @@ def _to_tensors(linear: QuantizedLinear) -> dict[str, np.ndarray]:
         tensors["input_offset"] = np.array([linear.activation.offset], np.int8)
         tensors["input_scale"] = linear.activation.input_scale
     return tensors
-
-
-def _visible(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if not path.name.startswith(".")]
-
-
-def remove_temporaries(directory: Path) -> None:
-    """Deletes what a killed process left under temporary names."""
-    for path in directory.rglob(".*.tmp"):
-        path.unlink()
-
-
-def is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 class HiddenStates:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from ms_quant.checkpoint.safetensors_file import (
 )
 from ms_quant.checkpoint.writer import INDEX_NAME
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, read_json
+from ms_quant.models.config import ModelConfig
+from ms_quant.strict_json import read_json
 
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 256 << 20
@@ -24,7 +27,7 @@ FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_
 MODEL_CODES = ("F32", "F16", "BF16")
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-CHECK_ELEMENTS = 1 << 22  # bounds the temporary of the NaN count
+CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
 
 
 class Checkpoint:
@@ -101,21 +104,47 @@ class Checkpoint:
         Raises:
             MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
         """
+        array = np.empty(self.info(name).shape, np.float32)
+        for start, part in self.float32_chunks(name):
+            if part.shape == array.shape:
+                array = part
+            else:
+                array[start : start + len(part)] = part
+        return array
+
+    def float32_chunks(
+        self, name: str, elements: int = CHUNK_ELEMENTS
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Reads one tensor of any float dtype as float32, some rows at a time.
+
+        Args:
+            name (str): the tensor.
+            elements (int): at most this many values at a time, but at least one row.
+
+        Returns:
+            Iterator of (first row, float32 rows). Tensors of one shape come in the same pieces.
+
+        Raises:
+            MsQuantError: the tensor is missing or is not float, or, after the last rows, it holds
+                NaN or infinity.
+        """
         file = self.file_of(name)
         info = file.info(name)
         if info.code not in FLOAT_CODES:
             raise MsQuantError(
                 f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
             )
-        with np.errstate(over="ignore"):  # a float64 too large becomes infinite and is refused
-            array = file.read(name).astype(np.float32, copy=False)
-        wrong = _count_non_finite(array)
+        wrong = 0
+        for start, raw in _row_chunks(file, name, elements):
+            with np.errstate(over="ignore"):  # a float64 too large becomes infinite
+                part = raw.astype(np.float32, copy=False)
+            wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
+            yield start, part
         if wrong:
             raise MsQuantError(
                 f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of "
-                f"{array.size}, expected none"
+                f"{math.prod(info.shape)}, expected none"
             )
-        return array
 
     def shard(self, shard: str) -> SafetensorsFile:
         """The opened shard of a file name, checked against the index."""
@@ -273,12 +302,18 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
         )
 
 
-def _count_non_finite(array: np.ndarray) -> int:
-    flat = array.reshape(-1)
-    return sum(
-        int(np.count_nonzero(~np.isfinite(flat[start : start + CHECK_ELEMENTS])))
-        for start in range(0, flat.size, CHECK_ELEMENTS)
-    )
+def _row_chunks(
+    file: SafetensorsFile, name: str, elements: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    shape = file.info(name).shape
+    if not math.prod(shape):
+        return
+    if not shape:
+        yield 0, file.read(name)
+        return
+    rows = max(1, elements // math.prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield start, file.read_rows(name, start, min(start + rows, shape[0]))
 
 
 def _shard_print(file: SafetensorsFile) -> dict[str, Any]:

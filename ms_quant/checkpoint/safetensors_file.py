@@ -8,7 +8,6 @@ and because a refusal should name the tensor, what was found and what was expect
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.strict_json import parse_json, require_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 32  # the limit of NumPy 1
@@ -177,8 +177,7 @@ def open_file(path: Path | str) -> SafetensorsFile:
         MsQuantError: the file is missing, truncated, too long, or its header is malformed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MsQuantError(f"{path}: no such file")
+    require_file(path)
     with _read_errors(path), path.open("rb") as file:
         status = os.fstat(file.fileno())
         length = _header_length(file.read(LENGTH_BYTES), status.st_size, path)
@@ -223,24 +222,14 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
 
 def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise MsQuantError(f"{path}: the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise MsQuantError(
             f"{path}: the header is a JSON {type(header).__name__}, expected an object"
         )
     return header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key!r} appears twice")
-        key.encode("utf-8")  # a lone surrogate is a ValueError too
-        result[key] = value
-    return result
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

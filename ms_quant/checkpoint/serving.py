@@ -7,7 +7,7 @@ directory and returns a ``ServedModel``, or None when the directory is not of it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +16,9 @@ import numpy as np
 
 from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, load_config, read_json
+from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
 
 
@@ -32,6 +33,9 @@ class ServedModel(Protocol):
 
     def tensor(self, name: str) -> np.ndarray:
         """A float tensor by its Hugging Face name, float32."""
+
+    def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The same in pieces of bounded size: (first row, float32 rows)."""
 
     def linear(self, path: str) -> QuantizedLinear | None:
         """The int8 linear at a path, with its bias; None when it is float."""
@@ -50,6 +54,9 @@ class FloatModel:
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)
 
+    def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        return self.checkpoint.float32_chunks(name)
+
     def linear(self, path: str) -> QuantizedLinear | None:
         return None
 
@@ -58,14 +65,20 @@ class GoldenStickModel:
     """A golden-stick checkpoint. What it reads it checks: a wrong quant_bias is an error."""
 
     def __init__(self, directory: Path):
-        self.config = load_config(directory)
-        self.checkpoint = Checkpoint(directory)
-        self.description = read_json(directory / golden_stick.DESCRIPTION, 256 << 20)
+        structure, problems = read_structure(directory)
+        if structure is None or problems:
+            raise MsQuantError(problems[0])
+        self.config = structure.plan.config
+        self.checkpoint = structure.checkpoint
+        self.description = structure.description
         kinds = {str(kind) for name, kind in self.description.items() if "." in name}
         self.flavour = f"golden-stick {'+'.join(sorted(kinds - {'FLOAT'})) or 'FLOAT'}"
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        return self.checkpoint.float32_chunks(name)
 
     def linear(self, path: str) -> QuantizedLinear | None:
         kind = self.description.get(f"{path}.weight")
@@ -78,19 +91,14 @@ class GoldenStickModel:
         if kind == "W8A8_DYNAMIC":
             scale = self.checkpoint.read_float32(f"{path}.weight_scale")
             return QuantizedLinear(read(f"{path}.weight"), scale, bias)
-        if kind == "W8A8":
-            return static_linear(
-                path,
-                read(f"{path}.weight"),
-                read(f"{path}.deq_scale"),
-                read(f"{path}.quant_bias"),
-                self.checkpoint.read_float32(f"{path}.input_scale"),
-                read(f"{path}.input_offset"),
-                bias,
-            )
-        raise MsQuantError(
-            f"{self.checkpoint.directory / golden_stick.DESCRIPTION}: {path}.weight is {kind!r}, "
-            "expected 'FLOAT', 'W8A8' or 'W8A8_DYNAMIC'"
+        return static_linear(
+            path,
+            read(f"{path}.weight"),
+            self.checkpoint.read_float32(f"{path}.deq_scale"),
+            read(f"{path}.quant_bias"),
+            self.checkpoint.read_float32(f"{path}.input_scale"),
+            read(f"{path}.input_offset"),
+            bias,
         )
 
 
@@ -112,7 +120,9 @@ def static_linear(
         MsQuantError: offsets differ within the tensor, or quant_bias is not what the weight and
             the offset give.
     """
-    if len(np.unique(input_offset)) != 1:
+    if not input_offset.size:
+        raise MsQuantError(f"{path}.input_offset: is empty, expected one zero point an input")
+    if (input_offset != input_offset[0]).any():
         raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
     activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
     linear = QuantizedLinear(weight, deq_scale, bias, activation)

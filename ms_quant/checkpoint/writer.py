@@ -1,10 +1,10 @@
-"""Safetensors files and their index, written deterministically, one tensor in memory at a time."""
+"""Safetensors files and their index, written deterministically, a tensor or less at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def shard_names(prefix: str, count: int) -> list[str]:
 def write_file(
     path: Path | str,
     plans: Sequence[TensorPlan],
-    get: Callable[[str], np.ndarray],
+    get: Callable[[str], np.ndarray | Iterable[np.ndarray]],
     metadata: Mapping[str, str] | None = None,
 ) -> FileRecord:
     """Writes one safetensors file atomically. The order of `plans` does not matter.
@@ -97,8 +97,9 @@ def write_file(
     Args:
         path (Path | str): the final name.
         plans (Sequence[TensorPlan]): the tensors.
-        get (Callable[[str], numpy.ndarray]): gives the array of a name. It is called once for each
-            tensor, in the order of the file; only one array is held at a time.
+        get (Callable[[str], numpy.ndarray | Iterable[numpy.ndarray]]): gives the array of a name,
+            or its rows in pieces. It is called once for each tensor, in the order of the file;
+            only one array or piece is held at a time.
         metadata (Mapping[str, str], optional): the ``__metadata__`` of the header.
 
     Returns:
@@ -115,7 +116,8 @@ def write_file(
     with atomic_file(path) as sink:
         sink.write(header, "the header")
         for plan in layout:
-            sink.write(_checked_bytes(get(plan.name), plan, path), f"tensor {plan.name!r}")
+            for piece in _checked_pieces(get(plan.name), plan, path):
+                sink.write(piece, f"tensor {plan.name!r}")
     return sink.record()
 
 
@@ -180,10 +182,31 @@ def _header(layout: Sequence[TensorPlan], metadata: Mapping[str, str] | None, pa
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _checked_bytes(array: np.ndarray, plan: TensorPlan, path: Path) -> memoryview:
-    if array.dtype != plan.dtype or array.shape != plan.shape:
+def _checked_pieces(
+    tensor: np.ndarray | Iterable[np.ndarray], plan: TensorPlan, path: Path
+) -> Iterator[memoryview]:
+    """The bytes of a tensor, whole or in pieces of some rows, in C order."""
+    if isinstance(tensor, np.ndarray):
+        _check_array(tensor.dtype, tensor.shape, plan, path)
+        yield _bytes(tensor)
+        return
+    rows = 0
+    for piece in tensor:
+        _check_array(piece.dtype, (*plan.shape[:1], *piece.shape[1:]), plan, path)
+        rows += len(piece)
+        yield _bytes(piece)
+    _check_array(plan.dtype, (rows, *plan.shape[1:]), plan, path)
+
+
+def _check_array(
+    dtype: np.dtype[Any], shape: tuple[int, ...], plan: TensorPlan, path: Path
+) -> None:
+    if (dtype, shape) != (plan.dtype, plan.shape):
         raise MsQuantError(
-            f"{path}: tensor {plan.name!r} is {array.dtype} {list(array.shape)}, expected "
+            f"{path}: tensor {plan.name!r} is {dtype} {list(shape)}, expected "
             f"{plan.dtype} {list(plan.shape)}"
         )
+
+
+def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.rope import check_rope
+from ms_quant.strict_json import read_json
 
-MAX_CONFIG_BYTES = 16 << 20
+MAX_LAYERS = 4096  # what is done for every layer must end before its tensors are looked at
 
 # What transformers takes when the key is absent, where it is not the same for every family.
 _DEFAULTS: dict[str, dict[str, int]] = {
@@ -107,21 +107,6 @@ def block_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
 
-def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of bounded size, or one clear error."""
-    if not path.is_file():
-        raise MsQuantError(f"{path}: no such file")
-    if path.stat().st_size > limit:
-        raise MsQuantError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MsQuantError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise MsQuantError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
-
-
 def load_config(model_dir: Path | str) -> ModelConfig:
     """Reads and checks ``config.json`` of a model directory.
 
@@ -139,7 +124,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MsQuantError(
-            f"{where}: model_type {model_type!r} is not supported, expected one of "
+            f"{where}: model_type {model_type!r:.80} is not supported, expected one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
@@ -161,7 +146,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         model_type=model_type,
         hidden_size=hidden,
         intermediate_size=_positive_int(raw, "intermediate_size", where),
-        num_layers=_positive_int(raw, "num_hidden_layers", where),
+        num_layers=_layers(raw, where),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -187,22 +172,24 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         )
         raise MsQuantError(
-            f"{where}: has a quantization_config with quant_method {method!r}, expected a float "
-            "checkpoint; dequantize the model first"
+            f"{where}: has a quantization_config with quant_method {method!r:.80}, expected a "
+            "float checkpoint; dequantize the model first"
         )
     act = raw.get("hidden_act", "silu")
     if act != "silu":
-        raise MsQuantError(f"{where}: hidden_act {act!r} is not supported, expected 'silu'")
+        raise MsQuantError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")
     if raw.get("use_sliding_window"):
         raise MsQuantError(
-            f"{where}: use_sliding_window is {raw['use_sliding_window']!r}, expected false: "
+            f"{where}: use_sliding_window is {raw['use_sliding_window']!r:.80}, expected false: "
             "only full attention is supported"
         )
     layers = raw.get("layer_types")
+    if layers is not None and not isinstance(layers, list):
+        raise MsQuantError(f"{where}: layer_types is {layers!r:.80}, expected a list")
     others = [kind for kind in layers if kind != "full_attention"] if layers else []
     if others:
         raise MsQuantError(
-            f"{where}: layer_types has {others[0]!r}, expected 'full_attention' in every layer"
+            f"{where}: layer_types has {others[0]!r:.80}, expected 'full_attention' in every layer"
         )
 
 
@@ -211,15 +198,24 @@ def _positive_int(raw: dict[str, Any], key: str, where: str, default: int | None
     if value is None:
         value = default
     if value is None:
-        raise MsQuantError(f"{where}: the key {key!r} is missing, expected a positive integer")
+        raise MsQuantError(f"{where}: the key {key!r:.80} is missing, expected a positive integer")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        raise MsQuantError(f"{where}: {key} is {value!r}, expected a positive integer")
+        raise MsQuantError(f"{where}: {key} is {value!r:.80}, expected a positive integer")
     return value
+
+
+def _layers(raw: dict[str, Any], where: str) -> int:
+    layers = _positive_int(raw, "num_hidden_layers", where)
+    if layers > MAX_LAYERS:
+        raise MsQuantError(f"{where}: num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
+    return layers
 
 
 def _epsilon(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise MsQuantError(f"{where}: rms_norm_eps is {value!r}, expected a small positive number")
+        raise MsQuantError(
+            f"{where}: rms_norm_eps is {value!r:.80}, expected a small positive number"
+        )
     return float(value)
 
 
@@ -228,7 +224,7 @@ def _flag(rule: bool | str, raw: dict[str, Any], where: str) -> bool:
         return rule
     value = raw.get(rule)
     if value is not None and not isinstance(value, bool):
-        raise MsQuantError(f"{where}: {rule} is {value!r}, expected true or false")
+        raise MsQuantError(f"{where}: {rule} is {value!r:.80}, expected true or false")
     return bool(value)
 
 
@@ -236,7 +232,7 @@ def _dtype(raw: dict[str, Any], where: str) -> str:
     value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if value not in ("bfloat16", "float16", "float32"):
         raise MsQuantError(
-            f"{where}: dtype {value!r} is not supported, expected bfloat16, float16 or float32"
+            f"{where}: dtype {value!r:.80} is not supported, expected bfloat16, float16 or float32"
         )
     return value
 
@@ -244,7 +240,7 @@ def _dtype(raw: dict[str, Any], where: str) -> str:
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise MsQuantError(f"{where}: eos_token_id is {value!r}, expected an integer or a list")
+        raise MsQuantError(f"{where}: eos_token_id is {value!r:.80}, expected an integer or a list")
     return tuple(ids)
 
 
@@ -259,8 +255,8 @@ def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
     ]
     if len(found) == 2 and found[0] != found[1]:
         raise MsQuantError(
-            f"{where}: rope_parameters {raw['rope_parameters']!r} and rope_scaling "
-            f"{raw['rope_scaling']!r} differ, expected one of them"
+            f"{where}: rope_parameters {raw['rope_parameters']!r:.80} and rope_scaling "
+            f"{raw['rope_scaling']!r:.80} differ, expected one of them"
         )
     return found[0] if found else _one_rope("rope_parameters", raw, where)
 
@@ -269,7 +265,7 @@ def _one_rope(key: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
         raise MsQuantError(
-            f"{where}: {key} is {value!r}, expected one flat object for all the layers"
+            f"{where}: {key} is {value!r:.80}, expected one flat object for all the layers"
         )
     rope = dict(value)
     if "type" in rope:

@@ -17,6 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from ms_quant.budget import SCORE_BYTES
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.rope import rope_table
 
@@ -149,6 +150,23 @@ class Attention(nn.Cell):
         v = self.swap_heads(v)
         if cache is not None:
             k, v = cache.append(k, v)
+        y = self.attend(q, k, v, mask)
+        return self.o_proj(self.swap_heads(y).reshape(batch, length, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """(B, heads, S, D) queries to values of that shape, in as few slices as memory allows."""
+        batch, heads, length, _ = q.shape
+        step = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
+        if step >= length:
+            return self.attend_slice(q, k, v, mask)
+        parts = []
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            parts.append(self.attend_slice(q[:, :, start:stop], k, v, mask[:, :, start:stop]))
+        return ops.concat(parts, 2)
+
+    def attend_slice(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        batch, _, length, _ = q.shape
         total = k.shape[2]
         # The query heads that share a key-value head are stacked along the token axis: one
         # batched product for each key-value head, and keys are never repeated in memory.
@@ -159,12 +177,11 @@ class Attention(nn.Cell):
         scores = self.scores(q * (1.0 / math.sqrt(self.head_dim)), k)
         heads = batch * self.heads // mask.shape[0]
         mask = ops.bmm(
-            ops.ones((mask.shape[0], heads, 1), x.dtype), mask.reshape(-1, 1, length * total)
+            ops.ones((mask.shape[0], heads, 1), q.dtype), mask.reshape(-1, 1, length * total)
         )
         weights = self.softmax(scores.reshape(-1, total) + mask.reshape(-1, total))
         weights = weights.reshape(batch * self.kv_heads, share * length, total)
-        y = ops.bmm(weights, v).reshape(batch, self.heads, length, self.head_dim)
-        return self.o_proj(self.swap_heads(y).reshape(batch, length, -1))
+        return ops.bmm(weights, v).reshape(batch, self.heads, length, self.head_dim)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned = ops.matmul(x.reshape(-1, self.head_dim), self.half_turn).reshape(x.shape)

@@ -223,6 +223,46 @@ def test_a_bare_linear_is_replaced_by_what_is_returned(make):
     assert {p.name for p in quantized.get_parameters()} >= {"weight", "bias", "deq_scale"}
 
 
+def test_patterns_of_a_bare_linear_are_refused():
+    with pytest.raises(MsQuantError, match=r"^Dense: is a linear itself, expected include and"):
+        ms_quant.quantize(nn.Dense(6, 4), "W8A8_DYNAMIC", exclude=["*"])
+
+
+def test_calibration_as_dataset_iterators_give_it():
+    x = data(9, 6)
+    expected = ms_quant.quantize(fill(Net()), calibration=[x])(x).asnumpy()
+    for batch in ([x], {"x": x}, x.asnumpy(), (x.asnumpy(),), {"x": x.asnumpy()}):
+        network = ms_quant.quantize(fill(Net()), calibration=[batch])
+        assert np.array_equal(network(x).asnumpy(), expected)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_table_shared_with_the_head_keeps_its_name(finite):
+    class Tied(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(8, 4)
+            self.head = nn.Dense(4, 8, has_bias=False)
+            self.head.weight = self.embed.embedding_table
+
+        def construct(self, ids, factor):
+            return self.head(self.embed(ids) * factor)
+
+    network = fill(Tied())
+    before = {path: parameter.name for path, parameter in network.parameters_and_names()}
+    call = (Tensor([[1, 2]], ms.int32), Tensor(1.0 if finite else np.inf, ms.float32))
+    if finite:
+        ms_quant.quantize(network, calibration=[call])
+        assert isinstance(network.head, QuantLinear)
+    else:
+        with pytest.raises(MsQuantError):
+            ms_quant.quantize(network, calibration=[call])
+        assert {p: q.name for p, q in network.parameters_and_names()} == before
+    assert network.embed.embedding_table.name == before["embed.embedding_table"]
+    names = [parameter.name for parameter in network.get_parameters()]
+    assert len(set(names)) == len(names)
+
+
 def test_calibration_is_needed_by_static_schemes_only():
     network = fill(Net())
     with pytest.raises(MsQuantError, match=r"^scheme W8A8: needs calibration inputs, found None$"):
@@ -302,6 +342,7 @@ def test_bad_activations_are_refused_by_name_and_the_network_is_left_as_it_was()
         ({"scheme": "W4"}, "^scheme 'W4' is unknown"),
         ({"algorithm": "magic"}, "^algorithm 'magic' is unknown"),
         ({"scheme": "W8A8_DYNAMIC", "algorithm": "osl"}, "^algorithm 'osl' does not work with"),
+        ({"algorithm": "smoothquant", "alpha": 30}, "^alpha is 30, expected a number from 0 to 1"),
     ],
 )
 def test_unknown_names(options, message):

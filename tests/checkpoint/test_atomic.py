@@ -1,9 +1,10 @@
-"""Whole files or none, full disks, and directories put in the place of others."""
+"""Whole files or none, full disks, and space that is counted before the work."""
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -28,37 +29,39 @@ def test_write_json_keeps_the_order(tmp_path: Path) -> None:
         atomic.write_json(tmp_path / "x.json", float("nan"))
 
 
-def test_replace_directory(tmp_path: Path) -> None:
-    for number in (1, 2):
-        new = tmp_path / "new"
-        new.mkdir()
-        (new / f"{number}.txt").write_text("")
-        atomic.replace_directory(new, tmp_path / "final")
-    assert [p.name for p in tmp_path.iterdir()] == ["final"]
-    assert [p.name for p in (tmp_path / "final").iterdir()] == ["2.txt"]
-
-
-def test_replace_directory_puts_the_old_one_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new, final = tmp_path / "new", tmp_path / "final"
-    new.mkdir()
-    final.mkdir()
-    (final / "old.txt").write_text("")
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if self == new:
-            raise OSError(errno.EXDEV, "other file system")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(MsQuantError, match="other file system"):
-        atomic.replace_directory(new, final)
-    assert (final / "old.txt").exists()
-
-
 def test_free_space_check(tmp_path: Path) -> None:
     atomic.free_space_check(tmp_path / "not" / "yet", 1)
     with pytest.raises(MsQuantError, match=rf"bytes are free, expected at least {1 << 60}"):
         atomic.free_space_check(tmp_path, 1 << 60)
+
+
+def test_directories_on_one_file_system_share_its_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(total=1000, free=100)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
+    both = {tmp_path / "a": 60, tmp_path / "b": 50}
+    with pytest.raises(MsQuantError, match="a: 100 bytes are free, expected at least 110"):
+        atomic.free_spaces_check(both)
+    devices = {"a": 1, "b": 2}
+    stat = Path.stat
+
+    def apart(path: Path, **options: Any) -> Any:
+        return SimpleNamespace(st_dev=devices[path.name], st_mode=stat(path).st_mode)
+
+    for name in devices:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(Path, "stat", apart)
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    atomic.free_spaces_check(both)
+    with pytest.raises(MsQuantError, match="b: 100 bytes are free, expected at least 101"):
+        atomic.free_spaces_check({tmp_path / "a": 60, tmp_path / "b": 101})
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MsQuantError, match=r"out: cannot be made, .*file is not a directory"):
+        atomic.free_space_check(tmp_path / "file" / "out", 1)
+    if Path("/proc/self").exists():
+        with pytest.raises(MsQuantError, match=r"/proc/x/o: cannot be made, /proc cannot be writ"):
+            atomic.free_space_check("/proc/x/o", 1)

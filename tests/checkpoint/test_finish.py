@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.atomic import FileRecord, write_bytes, write_json
+from ms_quant.checkpoint.atomic import write_bytes, write_json
 from ms_quant.checkpoint.finish import (
     RECORD,
     OutputDirectory,
@@ -36,15 +36,21 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def finished(tmp_path: Path, source: Path) -> Path:
     output = OutputDirectory(tmp_path / "out", JOB)
-    partial = output.begin()
-    (partial / "rank_0").mkdir()
-    inner = write_bytes(partial / "rank_0" / "b.bin", b"inner")
-    files = [
-        write_bytes(partial / "z.bin", b"data"),
-        FileRecord("rank_0/b.bin", inner.bytes, inner.sha256),
-    ]
-    output.finish(files, source, {"chosen": {"block 0": {}}})
+    with output.open():
+        (output.partial / "rank_0").mkdir()
+        files = [
+            output.write_once("z.bin", lambda path: write_bytes(path, b"data")),
+            output.write_once("rank_0/b.bin", lambda path: write_bytes(path, b"inner")),
+        ]
+        output.finish(files, source, {"chosen": {"block 0": {}}})
     return tmp_path / "out"
+
+
+def begin(path: Path, record: dict = JOB) -> Path:
+    """The partial directory of an output that some process began and left."""
+    output = OutputDirectory(path, record)
+    with output.open():
+        return output.partial
 
 
 def rewrite(directory: Path, **changes: object) -> None:
@@ -110,26 +116,52 @@ def test_partial_directory_of_someone_else_is_refused_and_kept(tmp_path: Path) -
     assert mine.read_text() == "years of work"
 
 
-def test_begin_keeps_files_of_the_same_job_and_drops_those_of_another(tmp_path: Path) -> None:
-    partial = OutputDirectory(tmp_path / "out", JOB).begin()
-    (partial / "shard").write_text("whole")
-    (partial / ".index.17.tmp").write_text("half")
+SHARD = "quant-model-00001-of-00001.safetensors"
+
+
+def test_files_of_the_same_job_stay_and_those_of_another_go(tmp_path: Path) -> None:
+    partial = begin(tmp_path / "out")
+    (partial / SHARD).write_text("whole")
+    (partial / ".config.json.17.tmp").write_text("half")
     (partial / "rank_0").mkdir()
-    (partial / "rank_0" / ".w.17.tmp").write_text("half")
-    assert OutputDirectory(tmp_path / "out", JOB).begin() == partial
+    (partial / "rank_0" / ".model-00001-of-00002.safetensors.17.tmp").write_text("half")
+    assert OutputDirectory(tmp_path / "out", JOB).bytes_present() > len("whole")
+    begin(tmp_path / "out")
     found = sorted(path.name for path in partial.rglob("*") if path.is_file())
-    assert found == [RECORD, "shard"]
+    assert found == [RECORD, SHARD]
     other = {**JOB, "scheme": "X"}
-    OutputDirectory(tmp_path / "out", other).begin()
+    assert OutputDirectory(tmp_path / "out", other).bytes_present() == 0
+    begin(tmp_path / "out", other)
     assert [path.name for path in partial.iterdir()] == [RECORD]
     assert json.loads((partial / RECORD).read_text()) == {"record": other}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".env.tmp", ".git/config", "rank_0/notes"])
+def test_files_of_someone_else_keep_another_jobs_partial_directory(
+    tmp_path: Path, name: str
+) -> None:
+    partial = begin(tmp_path / "out")
+    mine = partial / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(MsQuantError, match=r"out\.partial: exists with other content"):
+        OutputDirectory(tmp_path / "out", {"scheme": "X"})
+    begin(tmp_path / "out")
+    assert mine.read_text() == "mine"
+
+
+def test_a_whole_output_under_the_partial_name_is_kept(finished: Path) -> None:
+    kept = finished.rename(finished.with_name("out.partial"))
+    with pytest.raises(MsQuantError, match=r"out\.partial: exists with other content"):
+        OutputDirectory(finished, {**JOB, "scheme": "X"})
+    assert check_files(kept) == []
 
 
 def test_a_kill_while_another_jobs_files_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    partial = OutputDirectory(tmp_path / "out", JOB).begin()
-    for name in ("a", "b"):
+    partial = begin(tmp_path / "out")
+    for name in ("config.json", SHARD):
         (partial / name).write_text("")
     unlink = Path.unlink
 
@@ -140,24 +172,59 @@ def test_a_kill_while_another_jobs_files_are_deleted(
 
     monkeypatch.setattr(Path, "unlink", stopped)
     with pytest.raises(MsQuantError, match="stopped here"):
-        OutputDirectory(tmp_path / "out", {"scheme": "X"}).begin()
+        begin(tmp_path / "out", {"scheme": "X"})
     monkeypatch.undo()
     assert [path.name for path in partial.iterdir()] == [RECORD]  # still ours
-    OutputDirectory(tmp_path / "out", {"scheme": "X"}).begin()
+    begin(tmp_path / "out", {"scheme": "X"})
+
+
+def test_a_second_process_with_the_same_output_is_refused(tmp_path: Path) -> None:
+    with (
+        OutputDirectory(tmp_path / "out", JOB).open(),
+        pytest.raises(MsQuantError, match="another process works on this job"),
+    ):
+        begin(tmp_path / "out")
+    begin(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "empty"])
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_a_symbolic_link_is_refused(tmp_path: Path, target: str, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / target)
+    with pytest.raises(MsQuantError, match=f"{name}: is a symbolic link, expected a directory"):
+        OutputDirectory(tmp_path / "out", JOB)
+
+
+def test_a_symbolic_link_to_a_finished_output_will_do(finished: Path) -> None:
+    finished.with_name("link").symlink_to(finished)
+    assert OutputDirectory(finished.with_name("link"), JOB).finished
+
+
+def test_a_finished_output_with_a_file_missing_or_cut_is_refused(finished: Path) -> None:
+    path = finished / "z.bin"
+    path.write_bytes(b"dat")
+    with pytest.raises(MsQuantError, match=r"z\.bin: 3 bytes, expected 4; delete .*out to make"):
+        OutputDirectory(finished, JOB)
+    path.unlink()
+    with pytest.raises(MsQuantError, match=r"z\.bin: no such file, expected as ms_quant\.json li"):
+        OutputDirectory(finished, JOB)
+    write_json(finished / RECORD, {"record": JOB})
+    with pytest.raises(MsQuantError, match=r"ms_quant\.json: lists no files; delete"):
+        OutputDirectory(finished, JOB)
 
 
 def test_full_disk_at_the_last_rename(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = OutputDirectory(tmp_path / "out", JOB)
-    files = [write_bytes(output.begin() / "a", b"")]
 
     def full(path: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(MsQuantError, match="out: no space left on device"):
-        output.finish(files, source, {})
+    with output.open(), pytest.raises(MsQuantError, match="out: no space left on device"):
+        output.finish([write_bytes(output.partial / "a", b"")], source, {})
     assert not (tmp_path / "out").exists()
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ms_quant.checkpoint import job as job_module
+from ms_quant.checkpoint import lock
 from ms_quant.checkpoint.job import (
     HiddenStates,
     JobDirectory,
@@ -22,6 +25,13 @@ from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
+
+
+def begin(directory: Path, record: dict = RECORD, any_environment: bool = False) -> JobDirectory:
+    """A job that some process began and left."""
+    job = JobDirectory(directory, record, any_environment)
+    with job.open():
+        return job
 
 
 def static_linear(seed: int = 0) -> QuantizedLinear:
@@ -47,22 +57,39 @@ def test_find_difference(old: dict, new: dict, found: tuple | None) -> None:
 
 
 def test_another_request_is_refused_with_both_values(tmp_path: Path) -> None:
-    JobDirectory(tmp_path / "job", RECORD)
+    begin(tmp_path / "job")
     with pytest.raises(MsQuantError, match=r"begun with seed = 0, now seed is 5; .*delete"):
         JobDirectory(tmp_path / "job", {**RECORD, "seed": 5})
     with pytest.raises(MsQuantError, match=r"begun with alpha = None, now alpha is 0\.25"):
         JobDirectory(tmp_path / "job", {**RECORD, "alpha": 0.25})
-    JobDirectory(tmp_path / "job", RECORD)
+    begin(tmp_path / "job")
 
 
 def test_another_environment_is_refused_unless_the_user_says_so(tmp_path: Path) -> None:
-    JobDirectory(tmp_path / "job", RECORD)
+    begin(tmp_path / "job")
     other = {**RECORD, "environment": {"threads": 4}}
     with pytest.raises(MsQuantError, match=r"threads = 2, now environment\.threads is 4; .*--any-"):
         JobDirectory(tmp_path / "job", other)
-    JobDirectory(tmp_path / "job", other, any_environment=True)
+    begin(tmp_path / "job", other, any_environment=True)
     with pytest.raises(MsQuantError, match="begun with scheme"):
         JobDirectory(tmp_path / "job", {**other, "scheme": "X"}, any_environment=True)
+
+
+def test_a_changed_source_is_named_by_its_file_and_not_by_its_hashes(tmp_path: Path) -> None:
+    shards = {"a.safetensors": {"bytes": 1}, "b.safetensors": {"bytes": 2}}
+    source = {"config_sha256": "0" * 64, "shards": shards}
+    begin(tmp_path / "job", {**RECORD, "source": source})
+    for change, name in (
+        ({"config_sha256": "1" * 64}, "config.json"),
+        ({"shards": {**shards, "b.safetensors": {"bytes": 3}}}, "b.safetensors"),
+        ({"shards": {**shards, "c.safetensors": {"bytes": 2}}}, "c.safetensors"),
+    ):
+        with pytest.raises(MsQuantError) as error:
+            JobDirectory(tmp_path / "job", {**RECORD, "source": {**source, **change}})
+        assert str(error.value) == (
+            f"{tmp_path / 'job'}: the source model changed since it was begun ({name} differs); "
+            "delete the directory to start again"
+        )
 
 
 def test_environment_names_versions_cpu_and_threads(blocking_mindspore: None) -> None:
@@ -74,11 +101,75 @@ def test_environment_names_versions_cpu_and_threads(blocking_mindspore: None) ->
         assert found["threads"] == len(os.sched_getaffinity(0))
 
 
-def test_a_directory_that_is_no_job_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt",
+        ".env.tmp",
+        ".git/config",
+        ".notes.123.tmp",
+        "block-00000.safetensors",
+        ".job.json.123.tmp/mine",
+        "ms_quant.lock",
+    ],
+)
+def test_a_directory_that_is_no_job_is_refused_and_kept(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "job" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
     with pytest.raises(MsQuantError, match="exists but holds no job"):
-        JobDirectory(tmp_path, RECORD)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+        JobDirectory(tmp_path / "job", RECORD)
+    assert [path for path in (tmp_path / "job").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+
+
+def test_nothing_is_written_before_a_job_is_opened(tmp_path: Path) -> None:
+    JobDirectory(tmp_path / "job", RECORD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_someone_else_outlive_the_job(tmp_path: Path) -> None:
+    job = begin(tmp_path / "job")
+    mine = [job.directory / name for name in (".env.tmp", ".git/config", "notes.txt")]
+    (job.directory / ".git").mkdir()
+    for path in mine:
+        path.write_text("mine")
+    job.finish_block(0, {"a": static_linear()}, {}, {})
+    (job.directory / ".block-00001.safetensors.9.tmp").write_text("half")
+    with JobDirectory(job.directory, RECORD).open():
+        job.remove()
+    assert sorted(path for path in job.directory.rglob("*") if path.is_file()) == mine
+
+
+def test_a_second_process_is_refused_and_breaks_nothing(
+    tmp_path: Path, package_environment: dict[str, str]
+) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\n"
+        "from ms_quant.checkpoint.job import JobDirectory\n"
+        "with JobDirectory(Path(sys.argv[1]), {}).open():\n"
+        "    print('open', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "job")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=package_environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+        temporary = tmp_path / "job" / f".block-00000.safetensors.{process.pid}.tmp"
+        temporary.write_text("half")
+        with pytest.raises(MsQuantError, match="another process works on this job"):
+            begin(tmp_path / "job", {})
+        assert temporary.exists()
+        process.kill()
+    begin(tmp_path / "job", {})  # the lock died with its owner
+    assert not temporary.exists()
+
+
+def test_systems_without_locks_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "fcntl", None)
+    job = begin(tmp_path / "job")
+    with job.open():
+        job.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_record_is_one_sentence(tmp_path: Path) -> None:
@@ -90,12 +181,12 @@ def test_a_broken_record_is_one_sentence(tmp_path: Path) -> None:
 def test_temporaries_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     (tmp_path / ".job.json.123.tmp").write_text("half")
     (tmp_path / ".hidden-00001.npy.123.tmp").write_text("half")
-    JobDirectory(tmp_path, RECORD)
-    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+    begin(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "ms_quant.lock"]
 
 
 def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
-    job = JobDirectory(tmp_path / "job", RECORD)
+    job = begin(tmp_path / "job")
     assert job.finished_blocks() == 0
     linear = static_linear()
     dynamic = QuantizedLinear(linear.weight, linear.weight_scale)
@@ -104,10 +195,13 @@ def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
     job.finish_block(0, {"a.b": linear, "c": dynamic}, statistics, {"qkv": {"alpha": 0.5}})
     assert job.finished_blocks() == 1
     assert not job.hidden_file(0).exists()  # nothing needs it any more
-    again = JobDirectory(tmp_path / "job", RECORD)
+    again = begin(tmp_path / "job")
     found = again.linear(0, "a.b")
     assert found.activation is not None and linear.activation is not None
     np.testing.assert_array_equal(found.weight, linear.weight)
+    light = again.linear(0, "a.b", with_weight=False)
+    assert light.weight.shape == (3, 4) and light.weight.strides == (0, 0)  # no memory
+    np.testing.assert_array_equal(light.deq_scale, linear.deq_scale)
     np.testing.assert_array_equal(found.weight_scale, linear.weight_scale)
     np.testing.assert_array_equal(found.quant_bias, linear.quant_bias)
     np.testing.assert_array_equal(found.activation.input_scale, linear.activation.input_scale)
@@ -119,13 +213,13 @@ def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
 
 
 def test_a_block_after_a_gap_does_not_count(tmp_path: Path) -> None:
-    job = JobDirectory(tmp_path / "job", RECORD)
+    job = begin(tmp_path / "job")
     job.finish_block(1, {"a": static_linear()}, {}, {})
     assert job.finished_blocks() == 0
 
 
 def test_remove_deletes_the_record_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = JobDirectory(tmp_path / "job", RECORD)
+    job = begin(tmp_path / "job")
     job.finish_block(0, {"a": static_linear()}, {}, {})
     unlink, order = Path.unlink, []
 
@@ -135,7 +229,7 @@ def test_remove_deletes_the_record_last(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "unlink", recorded)
     job.remove()
-    assert order == ["block-00000.safetensors", "job.json"]
+    assert order == ["block-00000.safetensors", "job.json", "ms_quant.lock"]
     assert not job.directory.exists()
 
 

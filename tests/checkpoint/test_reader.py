@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,47 @@ def test_read_float32_refuses_integers(tmp_path: Path) -> None:
     save(tmp_path / "model.safetensors", {"a": A.astype(np.int8)})
     with pytest.raises(MsQuantError, match="dtype I8, expected a float dtype"):
         Checkpoint(tmp_path).read_float32("a")
+
+
+@pytest.mark.parametrize("elements", [1, 3, 6, 7, 1000])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_float32_chunks(tmp_path: Path, elements: int, dtype: Any) -> None:
+    array = np.arange(30, dtype=np.float32).reshape(10, 3)
+    save(tmp_path / "model.safetensors", {"a": array.astype(dtype)})
+    chunks = list(Checkpoint(tmp_path).float32_chunks("a", elements))
+    assert [start for start, _ in chunks] == list(range(0, 10, max(1, elements // 3)))
+    assert all(part.dtype == np.float32 for _, part in chunks)
+    np.testing.assert_array_equal(np.concatenate([part for _, part in chunks]), array)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (5, 0)])
+def test_read_float32_of_unusual_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save(tmp_path / "model.safetensors", {"a": np.full(shape, 2, np.float16)})
+    array = Checkpoint(tmp_path).read_float32("a")
+    assert (array.dtype, array.shape) == (np.float32, shape)
+    assert (array == 2).all()
+
+
+def test_chunks_count_what_is_not_finite_over_all_of_them(tmp_path: Path) -> None:
+    array = np.array([[np.nan], [1], [np.inf], [2]], np.float32)
+    save(tmp_path / "model.safetensors", {"a": array})
+    with pytest.raises(MsQuantError, match=r"tensor 'a' holds 2 NaN or infinite values of 4"):
+        list(Checkpoint(tmp_path).float32_chunks("a", 1))
+
+
+def test_read_float32_holds_little_besides_the_result(tmp_path: Path) -> None:
+    array = np.zeros((1 << 12, 1 << 12), ml_dtypes.bfloat16)
+    save(tmp_path / "model.safetensors", {"a": array})
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.info("a")
+    tracemalloc.start()
+    try:
+        checkpoint.read_float32("a")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # 64 MiB, and one piece as bfloat16, as float32 and as the result of isfinite, twice over
+    assert peak < (64 + 2 * 7 * 4) << 20
 
 
 def tiny_config(tied: bool = False) -> ModelConfig:

@@ -118,6 +118,8 @@ def test_header_length_over_the_cap(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(MsQuantError, match="no such file"):
         open_file(tmp_path / "x.safetensors")
+    with pytest.raises(MsQuantError, match="is a directory, expected a file"):
+        open_file(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,8 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"{", "not valid JSON"),
         (b'{"a":1\xff}', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"a":NaN}', "not valid JSON"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "more than 64 levels of nesting"),
         (b"[]", "JSON list, expected an object"),
         (b'{"a":{},"a":{}}', "'a' appears twice"),
         (b'{"\\ud800":{}}', "not valid JSON"),

@@ -149,6 +149,26 @@ def test_an_array_that_differs_from_its_plan(tmp_path: Path, array: np.ndarray) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pieces_of_rows_give_the_same_file(tmp_path: Path) -> None:
+    array = np.arange(15, dtype=np.int32).reshape(5, 3)
+    whole = save(tmp_path / "whole", {"a": array})
+    for step in (1, 2, 5):
+        pieces = [array[start : start + step] for start in range(0, 5, step)]
+        record = write_file(tmp_path / "pieces", plans_of({"a": array}), lambda _: iter(pieces))  # noqa: B023
+        assert record.sha256 == whole.sha256
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[np.zeros((2, 3), np.int8)], [np.zeros((2, 3), np.int8)] * 3, [np.zeros((4, 2), np.int8)], []],
+)
+def test_pieces_that_differ_from_their_plan(tmp_path: Path, pieces: list[np.ndarray]) -> None:
+    plan = TensorPlan("a", np.dtype(np.int8), (4, 3))
+    with pytest.raises(MsQuantError, match=r"tensor 'a' is .*, expected int8 \[4, 3\]"):
+        write_file(tmp_path / "x.safetensors", [plan], lambda _: iter(pieces))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("a", ml_dtypes.int4), ("a", np.complex64), ("__metadata__", np.int8)]
 )

@@ -58,6 +58,9 @@ def refusal(**changes) -> str:
             {"layer_types": ["full_attention", "sliding_attention"]},
             ("layer_types", "'sliding_attention'"),
         ),
+        ({"layer_types": 5}, ("layer_types is 5", "a list")),
+        ({"num_hidden_layers": 4097}, ("num_hidden_layers is 4097", "at most 4096")),
+        ({"num_hidden_layers": (1 << 31) - 1}, ("num_hidden_layers is 2147483647", "4096")),
         (
             {"quantization_config": {"quant_method": "gptq"}},
             ("quantization_config", "'gptq'", "dequantize"),
@@ -204,6 +207,7 @@ def test_load_config_reads_a_directory(tmp_path):
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 200_000, "not valid JSON"),
+        (b'{"rms_norm_eps": NaN}', "NaN, expected a finite number"),
         (b"[1]", "a JSON list, expected an object"),
         (b" " * 2000, "2000 bytes, expected at most 1000"),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 ms = pytest.importorskip("mindspore")
 
+from ms_quant.models import decoder  # noqa: E402
 from ms_quant.models.cache import KeyValueCache  # noqa: E402
 from ms_quant.models.config import parse_config  # noqa: E402
 from ms_quant.models.decoder import (  # noqa: E402
@@ -72,6 +73,20 @@ def test_a_cache_gives_the_same_token_by_token(block, hidden):
     assert cache.length == LENGTH
     found = np.concatenate(outputs, axis=1)
     np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 4])
+def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, queries):
+    whole = plain(block, hidden)
+    monkeypatch.setattr(decoder, "SCORE_BYTES", queries * 4 * 2 * CONFIG.num_heads * LENGTH)
+    seen = []
+    attend = block.self_attn.attend_slice
+    monkeypatch.setattr(
+        block.self_attn, "attend_slice", lambda q, *a: seen.append(q) or attend(q, *a)
+    )
+    np.testing.assert_allclose(plain(block, hidden), whole, rtol=1e-5, atol=1e-5)
+    assert sum(q.shape[2] for q in seen) == LENGTH
+    assert max(q.shape[2] for q in seen) == queries
 
 
 def test_padding_keys_change_nothing(block, hidden):

@@ -44,6 +44,22 @@ def test_float_tensors_are_the_sources_in_float16(make: Callable[..., Any], tp: 
         assert model.tensor(name).dtype == np.float32
 
 
+@pytest.mark.parametrize("elements", [1, 320 * 3, 320 * 1000])
+def test_pieces_are_the_whole(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
+    made = make(tp=2)
+    model, source = opened(made.output), load_file(made.source / "model.safetensors")
+    monkeypatch.setattr("sparse_compress.reader.CHUNK_ELEMENTS", elements)
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        pieces = list(model.chunks(name))
+        starts = np.cumsum([0, *(len(rows) for _, rows in pieces)])
+        assert [start for start, _ in pieces] == starts[:-1].tolist()
+        expected = source[name].astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(np.concatenate([rows for _, rows in pieces]), expected)
+        np.testing.assert_array_equal(model.tensor(name), expected)
+
+
 @pytest.mark.parametrize("member", ["self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"])
 def test_linears_do_not_depend_on_the_number_of_ranks(
     make: Callable[..., Any], member: str

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ms_quant.checkpoint import floats
+from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
 from sparse_compress.codec import decompress_matrix
-from sparse_compress.request import SparseOptions
+from sparse_compress.estimate import estimate
+from sparse_compress.request import SparseOptions, check
 from sparse_compress.run import run
 from sparse_compress.verify import verify
 
@@ -327,3 +330,100 @@ def test_a_value_that_float16_cannot_hold_is_refused_by_name(
     model = tiny_model(layers=1, change=enlarge, **{size: config[size] for size in sizes})
     options = replace(made.options, model=model, output=tmp_path / "out")
     refused(options, r"'model\.norm\.weight': 1 of 320 values do not fit float16")
+
+
+def test_a_value_that_float16_cannot_hold_is_counted_over_the_whole_tensor(
+    tiny_model: Callable[..., Path], make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enlarge(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.embed_tokens.weight"][[0, -1], 0] = 1e6, -2e6
+
+    monkeypatch.setattr(floats, "CHUNK_BYTES", 1 << 12)
+    made = make(tp=2)
+    config = json.loads((made.source / "config.json").read_text())
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    model = tiny_model(layers=1, change=enlarge, **{size: config[size] for size in sizes})
+    options = replace(made.options, model=model, output=model.with_name("out"))
+    refused(options, r"embed_tokens\.weight': 2 of \d+ values do not fit .* is 1\.99885e\+06")
+
+
+def test_tables_are_written_a_few_rows_at_a_time(
+    make: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file_contents: Callable[..., dict[str, bytes]],
+) -> None:
+    made = make(tp=2)
+    monkeypatch.setattr(floats, "CHUNK_BYTES", 1000)  # a row of the embedding is 640 bytes
+    again = replace(made.options, output=tmp_path / "again")
+    read = Checkpoint.read_float32
+
+    def not_whole(checkpoint: Checkpoint, name: str) -> np.ndarray:
+        assert name not in ("model.embed_tokens.weight", "lm_head.weight")
+        return read(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "read_float32", not_whole)
+    run(again)
+    assert file_contents(again.output) == file_contents(made.output)
+
+
+def test_directories_that_overlap_are_refused(make: Callable[..., Any]) -> None:
+    made = make(tp=2)
+    options = replace(made.options, output=made.source / "out")
+    refused(options, "out: the output directory lies in the model directory")
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "osl"])
+def test_a_strength_that_nothing_uses_is_refused(
+    make: Callable[..., Any], tmp_path: Path, algorithm: str
+) -> None:
+    options = replace(make(tp=2).options, output=tmp_path / "out", algorithm=algorithm, alpha=0.5)
+    refused(options, f"algorithm {algorithm} takes no alpha")
+
+
+@pytest.mark.parametrize(
+    ("family", "sentences"),
+    [
+        ("qwen2", []),
+        ("qwen3", []),
+        ("llama", ["vllm-mindspore serves W8A8SC only for qwen2 and qwen3, not llama"]),
+    ],
+)
+def test_families_that_the_runtime_does_not_serve_are_named(
+    make: Callable[..., Any], family: str, sentences: list[str]
+) -> None:
+    options = make({"family": family, "biases": family == "llama"}).options
+    assert check(options).not_served_by == sentences
+    assert run(options)["not_served_by"] == sentences
+
+
+def test_the_plan_of_a_dry_run(make: Callable[..., Any], tmp_path: Path) -> None:
+    options = replace(make(tp=2).options, output=tmp_path / "out", tp=4)
+    plan = estimate(check(options))
+    assert list(tmp_path.glob("out*")) == []
+    assert (plan["tp"], plan["sparsity"], plan["flavour"]) == (4, 0.5, "W8A8SC TP4")
+    assert plan["compressed"] == [
+        f"{ATTENTION}.qkv_proj",
+        f"{MLP}.gate_up_proj",
+        f"{MLP}.down_proj",
+    ]
+    assert list(plan["uncompressed"]) == [f"{ATTENTION}.o_proj"]
+    assert "k = 192 input channels" in plan["uncompressed"][f"{ATTENTION}.o_proj"]
+    assert "load-format sparse_quant" in plan["served_by"][0] and plan["not_served_by"] == []
+    assert plan["estimated_seconds"] >= 0 and plan["memory_bytes"] > 0
+    made = run(options)
+    assert 0 < made["tensor_bytes"] <= plan["output_bytes"] < plan["disk_bytes"]
+    assert made["uncompressed"] == plan["uncompressed"]
+
+
+def test_a_kept_job_serves_another_number_of_ranks(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole = make(tp=1)
+    job = tmp_path / "job"
+    run(replace(whole.options, output=tmp_path / "one", tp=1, job=job, keep_job=True))
+    steps = []
+    two = replace(whole.options, output=tmp_path / "two", tp=2, job=job)
+    run(two, lambda step, part: steps.append(step))
+    assert "quantize" not in steps
+    assert verify(two.output, whole.source)["problems"] == []

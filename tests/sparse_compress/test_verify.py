@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ms_quant.errors import MsQuantError
 from sparse_compress.codec import compress_matrix, decompress_matrix
+from sparse_compress.ranks import RankTensors
 from sparse_compress.verify import verify
 
 DESCRIPTION = "quant_model_description_w8a8sc.json"
@@ -151,8 +153,6 @@ def test_defects_of_tensors_are_named(
 
 def relist(directory: Path, value: dict[str, Any]) -> None:
     """States the lengths of the tiles as they are now."""
-    from safetensors.numpy import load_file
-
     for rank in (0, 1):
         tensors = load_file(directory / f"rank_{rank}" / BLOCK)
         for key in value[f"rank_{rank}"]:
@@ -226,6 +226,35 @@ def test_a_forged_weight_scale_is_found_with_the_source(
     assert any("1 of 320 rows do not follow from the source" in text for text in problems), problems
 
 
+@pytest.mark.parametrize("counts", ['{"x": Infinity}', '{"mlp.up_proj": {"zeros": 1e999}}', "["])
+def test_malformed_counts_are_refused(
+    make: Callable[..., Any], damage: Callable[..., Any], counts: str
+) -> None:
+    copy = damage(make(tp=2))
+    path = copy.directory / "proof/block-00000.proof"
+    save_file(load_file(path), path, {"counts": counts})
+    copy.reseal()
+    problems = verify(copy.directory)["problems"]
+    assert any("metadata 'counts' is malformed" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("model", [{}, {"tied": True}])
+def test_the_vocabulary_is_compared_in_pieces(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model: dict[str, Any]
+) -> None:
+    made, read, whole = make(model, tp=2), RankTensors.read, set()
+
+    def record(self: RankTensors, name: str) -> np.ndarray:
+        whole.add(name)
+        return read(self, name)
+
+    monkeypatch.setattr(RankTensors, "read", record)
+    monkeypatch.setattr("sparse_compress.reader.CHUNK_ELEMENTS", 320 * 7)
+    assert verify(made.output, made.source)["problems"] == []
+    assert not whole & {"lm_head.weight", "model.embed_tokens.weight"}
+    assert NORM in whole
+
+
 def double_scale(tensors: Tensors) -> None:
     tensors[f"{DOWN}.deq_scale"][0] += 1 << 23
 
@@ -256,6 +285,13 @@ JSON_DEFECTS: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
         lambda d: d.update(compression_config={}),
         "config.json: has compression_config, expected none",
     ),
+    (
+        "no torch_dtype",
+        "config.json",
+        lambda d: d.update(torch_dtype=None, dtype="float16"),
+        "config.json: torch_dtype is None, expected 'float16'",
+    ),
+    ("many layers", "config.json", lambda d: d.update(num_hidden_layers=2**31 - 1), "most 4096"),
     ("heads", "config.json", lambda d: d.update(num_attention_heads=6), "o_proj: k = 192"),
     ("layers", "config.json", lambda d: d.update(num_hidden_layers=2), "tensor 'model.layers.1"),
     ("no config", "config.json", lambda d: d.clear(), "model_type None is not supported"),
@@ -274,9 +310,36 @@ def test_defects_of_json_files_are_named(
     assert any(message in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("value", [5, "x", [1]])
+def test_text_config_of_any_type(
+    make: Callable[..., Any], damage: Callable[..., Any], value: Any
+) -> None:
+    made = make(tp=2)
+    copy = damage(made)
+    copy.edit_json("config.json", lambda config: config.update(text_config=value))
+    copy.reseal()
+    assert verify(copy.directory)["problems"] == []
+    assert "text_config is" in verify(copy.directory, made.source)["problems"][0]
+
+
+def test_a_tokenizer_file_that_the_source_does_not_have(
+    make: Callable[..., Any], damage: Callable[..., Any]
+) -> None:
+    made = make(tp=2)
+    copy = damage(made)
+    (copy.directory / "vocab.json").write_text("{}")
+    copy.reseal()
+    problems = verify(copy.directory, made.source)["problems"]
+    assert problems == [
+        f"{copy.directory / 'vocab.json'}: expected no such file, the source has none"
+    ]
+
+
 RECORD_DEFECTS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("tp", lambda r: r["record"].update(tp=1), "has ['rank_0', 'rank_1'], expected ['rank_0']"),
     ("type", lambda r: r["record"].update(tp="2"), "tp is '2', expected int"),
+    ("many", lambda r: r["record"].update(tp=1 << 30), "tp is 1073741824, expected 1 to 1024"),
+    ("much", lambda r: r["record"].update(exclude=["x"] * 1001), "has 1001 patterns, expected at"),
     ("sparsity", lambda r: r["record"].update(sparsity=0.9), "expected at least"),
     ("kind", lambda r: r["record"].update(pruning="x"), "pruning 'x' is unknown"),
     ("algorithm", lambda r: r["record"].update(algorithm="x"), "algorithm 'x' is unknown"),
@@ -410,6 +473,13 @@ def test_truncated_and_deleted_files_are_named(
 
 def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MsQuantError, match="is no W8A8SC checkpoint, expected"):
+        verify(tmp_path)
+
+
+def test_a_golden_stick_checkpoint_is_sent_to_its_verifier(tmp_path: Path) -> None:
+    for name in ("ms_quant.json", "quantization_description.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(MsQuantError, match=r"is a golden-stick checkpoint, .*; ms-quant verify"):
         verify(tmp_path)
 
 

@@ -1,0 +1,64 @@
+"""``config.json`` and the copied files of a finished checkpoint, whatever its flavour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ms_quant.checkpoint.atomic import sha256_file
+from ms_quant.checkpoint.finish import COPIED
+from ms_quant.checkpoint.golden_stick import QUANTIZATION_KEYS, model_config
+from ms_quant.checkpoint.job import find_difference
+from ms_quant.models.config import load_config
+from ms_quant.strict_json import read_json
+
+
+def config_problems(directory: Path, dtype: np.dtype | None = None) -> Iterator[str]:
+    """What the runtime would read wrongly in ``config.json``, one line each.
+
+    Args:
+        directory: the checkpoint.
+        dtype: type of what stays float, where it is known.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    inner = raw.get("text_config")
+    for part in (raw, inner if isinstance(inner, Mapping) else {}):
+        for key in QUANTIZATION_KEYS:
+            if key in part:
+                yield f"{path}: has {key}, expected none"
+    if dtype is None:
+        return
+    for key, found in (("torch_dtype", raw.get("torch_dtype")), ("dtype", raw.get("dtype"))):
+        if found != dtype.name and (key in raw or key == "torch_dtype"):
+            yield f"{path}: {key} is {found!r:.80}, expected {dtype.name!r}"
+
+
+def source_problems(directory: Path, source: Path, dtype: np.dtype) -> Iterator[str]:
+    """Where ``config.json`` and the tokenizer files are not the source's, one line each.
+
+    Args:
+        directory: the checkpoint.
+        source: the float checkpoint that it was made from.
+        dtype: type of what stays float.
+    """
+    path = directory / "config.json"
+    expected = model_config(load_config(source).raw, dtype)
+    found = find_difference(read_json(path), expected)
+    if found:
+        key, ours, theirs = found
+        yield f"{path}: {key} is {ours!r:.80}, expected {theirs!r:.80} as the source has it"
+    for name in COPIED:
+        yield from _copy_problems(directory / name, source / name)
+
+
+def _copy_problems(copy: Path, original: Path) -> Iterator[str]:
+    if not original.is_file():
+        if copy.exists():
+            yield f"{copy}: expected no such file, the source has none"
+    elif not copy.is_file():
+        yield f"{copy}: no such file, expected a copy of the source's"
+    elif sha256_file(copy) != sha256_file(original):
+        yield f"{copy}: differs from the source's"

@@ -1,0 +1,109 @@
+"""Float tensors of a checkpoint in another type, a few rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import ml_dtypes
+import numpy as np
+
+from ms_quant.checkpoint.reader import FLOAT_CODES, Checkpoint
+from ms_quant.errors import MsQuantError
+
+CHUNK_BYTES = 8 << 20
+
+
+def read_chunks(
+    checkpoint: Checkpoint, name: str, rows: slice | None = None
+) -> Iterator[np.ndarray]:
+    """Reads a float tensor in pieces, in the type it is stored in.
+
+    Args:
+        checkpoint (Checkpoint): where it is.
+        name (str): the tensor, of at least one dimension.
+        rows (slice, optional): which rows to read. Default: all.
+
+    Returns:
+        Iterator of arrays of whole rows, all values finite.
+
+    Raises:
+        MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
+    """
+    for chunk in _chunks(checkpoint, name, rows):
+        if not np.isfinite(chunk).all():
+            wrong = sum(np.count_nonzero(~np.isfinite(c)) for c in _chunks(checkpoint, name, None))
+            raise MsQuantError(
+                f"{checkpoint.file_of(name).path}: tensor {name!r} holds {wrong} NaN or infinite "
+                f"values of {math.prod(checkpoint.info(name).shape)}, expected none"
+            )
+        yield chunk
+
+
+def round_chunks(
+    checkpoint: Checkpoint, name: str, dtype: np.dtype, rows: slice | None = None
+) -> Iterator[np.ndarray]:
+    """Reads a float tensor in pieces and rounds them, half to even; equal types keep their bits.
+
+    Args:
+        checkpoint (Checkpoint): where it is.
+        name (str): the tensor, of at least one dimension.
+        dtype (numpy.dtype): the type to round to.
+        rows (slice, optional): which rows to read. Default: all.
+
+    Raises:
+        MsQuantError: a value does not fit, besides what :func:`read_chunks` refuses.
+    """
+    for chunk in read_chunks(checkpoint, name, rows):
+        yield round_finite(chunk, dtype, f"{checkpoint.file_of(name).path}: tensor {name!r}")
+
+
+def round_finite(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """Rounds finite numbers to a type, half to even.
+
+    Args:
+        array (numpy.ndarray): finite floats.
+        dtype (numpy.dtype): the type.
+        where (str): what the array is, for the error.
+
+    Raises:
+        MsQuantError: a value is too large for the type.
+    """
+    if array.dtype == dtype:
+        return array
+    # ml_dtypes have no direct cast between themselves and float16.
+    wide = array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = wide.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise MsQuantError(
+            f"{where}: {np.abs(wide).max():g} does not fit {dtype.name}, expected at most "
+            f"{float(ml_dtypes.finfo(dtype).max):g} (bfloat16 holds more)"
+        )
+    return rounded
+
+
+def check_fits(checkpoint: Checkpoint, names: Iterable[str], dtype: np.dtype) -> None:
+    """Tries every tensor whose type has larger numbers than ``dtype``, before any work.
+
+    Raises:
+        MsQuantError: a value is too large, NaN or infinite; names the tensor.
+    """
+    largest = float(ml_dtypes.finfo(dtype).max)
+    for name in names:
+        if float(ml_dtypes.finfo(checkpoint.info(name).dtype).max) > largest:
+            for _ in round_chunks(checkpoint, name, dtype):
+                pass
+
+
+def _chunks(checkpoint: Checkpoint, name: str, rows: slice | None) -> Iterator[np.ndarray]:
+    file = checkpoint.file_of(name)
+    info = file.info(name)
+    if info.code not in FLOAT_CODES:
+        raise MsQuantError(
+            f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
+        )
+    first, stop = (rows.start, rows.stop) if rows else (0, info.shape[0])
+    step = max(1, CHUNK_BYTES // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))
+    for start in range(first, stop, step):
+        yield file.read_rows(name, start, min(start + step, stop))

@@ -1,0 +1,172 @@
+"""The structure of a golden-stick checkpoint, from its JSON files and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ms_quant.checkpoint import golden_stick
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.writer import TensorPlan
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.plan import Plan
+from ms_quant.schemes import SCHEMES
+from ms_quant.strict_json import read_json
+
+DESCRIPTION_ENDINGS = (
+    "quantization_description.json",
+    "quant_model_description.json",
+    "quant_model_description_w8a8sc.json",
+)
+MAX_DESCRIPTION_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Attributes:
+    checkpoint: the tensors.
+    description: tensor name to scheme, as stored.
+    plan: what a consistent description stands for.
+    expected: every tensor that there should be, by name.
+    """
+
+    checkpoint: Checkpoint
+    description: dict[str, Any]
+    plan: Plan
+    expected: dict[str, TensorPlan]
+
+
+def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
+    """Reads and checks the structure of a golden-stick checkpoint.
+
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        The structure, None where the description contradicts itself, and the problems: one
+        sentence for each entry and tensor that is missing, unknown or of a wrong type or shape.
+
+    Raises:
+        MsQuantError: the directory holds another kind of checkpoint, or a file cannot be read.
+    """
+    check_kind(directory)
+    config = load_config(directory)
+    where = directory / golden_stick.DESCRIPTION
+    description = read_json(where, MAX_DESCRIPTION_BYTES)
+    checkpoint = Checkpoint(directory)
+    problems = list(_description_problems(config, description, where))
+    if problems:
+        return None, problems
+    plan = _plan_of(config, description)
+    expected = {tensor.name: tensor for tensor in golden_stick.tensor_plans(plan)}
+    problems += _tensor_problems(checkpoint, expected)
+    problems += _entry_problems(description, golden_stick.description(plan), where)
+    return Structure(checkpoint, description, plan, expected), problems
+
+
+def check_kind(directory: Path) -> None:
+    """Refuses what is no golden-stick checkpoint, by the names of its files.
+
+    Raises:
+        MsQuantError: says what the directory is instead.
+    """
+    if not directory.is_dir():
+        raise MsQuantError(f"{directory}: no such model directory")
+    found = sorted(p.name for p in directory.glob("*.json") if p.name.endswith(DESCRIPTION_ENDINGS))
+    if found == [golden_stick.DESCRIPTION]:
+        return
+    if found == ["quant_model_description_w8a8sc.json"]:
+        raise MsQuantError(
+            f"{directory}: is a W8A8SC checkpoint, expected a golden-stick checkpoint; "
+            "sparse-compress verify proves it"
+        )
+    if not found and (directory / "config.json").is_file():
+        raise MsQuantError(
+            f"{directory}: is a float checkpoint, expected a golden-stick checkpoint "
+            f"with {golden_stick.DESCRIPTION}"
+        )
+    raise MsQuantError(
+        f"{directory}: has the descriptions {found}, expected exactly "
+        f"['{golden_stick.DESCRIPTION}']"
+    )
+
+
+def _description_problems(
+    config: ModelConfig, description: Mapping[str, Any], where: Path
+) -> Iterator[str]:
+    known = ("FLOAT", *SCHEMES)
+    modules: dict[str, str] = {}
+    for key, value in description.items():
+        if "." not in key:
+            continue
+        if value not in known:
+            yield f"{where}: {key} is {value!r:.80}, expected one of {', '.join(known)}"
+            continue
+        module = key.rpartition(".")[0]
+        if modules.setdefault(module, value) != value:
+            yield f"{where}: tensors of {module} are {modules[module]} and {value}, expected one"
+    yield from _group_problems(config, modules, where)
+    schemes = {value for value in modules.values() if value != "FLOAT"}
+    if len(schemes) > 1:
+        yield f"{where}: mixes the schemes {', '.join(sorted(schemes))}, expected one"
+
+
+def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path) -> Iterator[str]:
+    for index in range(config.num_layers):
+        for group in config.family.groups:
+            names = [f"{block_prefix(index)}{member}" for member in group.members]
+            for name in names:
+                if name not in modules:
+                    yield f"{where}: has no entry for {name}.weight"
+            kinds = {modules.get(name) for name in names} - {None}
+            if len(kinds) > 1:
+                listed = ", ".join(f"{name} {modules.get(name)}" for name in names)
+                yield f"{where}: {listed}; expected one scheme, the runtime fuses them"
+
+
+def _entry_problems(
+    found: Mapping[str, Any], expected: Mapping[str, str], where: Path
+) -> Iterator[str]:
+    for key in sorted({*found, *expected}):
+        if key not in found:
+            yield f"{where}: does not name {key!r}"
+        elif key in expected and found[key] != expected[key]:
+            yield f"{where}: {key} is {found[key]!r}, expected {expected[key]!r}"
+        elif key not in expected and "." in key:
+            yield f"{where}: names {key!r}, expected only the model's tensors"
+
+
+def _plan_of(config: ModelConfig, description: Mapping[str, Any]) -> Plan:
+    """The plan that a consistent description stands for."""
+    schemes = [value for key, value in description.items() if "." in key and value in SCHEMES]
+    floats = frozenset(
+        f"{block_prefix(index)}{group.name}"
+        for index in range(config.num_layers)
+        for group in config.family.groups
+        if description.get(f"{block_prefix(index)}{group.members[0]}.weight") == "FLOAT"
+    )
+    scheme = SCHEMES[schemes[0]] if schemes else SCHEMES["W8A8"]
+    return Plan(config, scheme, "minmax", 0.5, DTYPES[config.dtype], floats)
+
+
+def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan]) -> Iterator[str]:
+    names = set(checkpoint.names)
+    for name, tensor in expected.items():
+        if name not in names:
+            yield (
+                f"{checkpoint.directory}: tensor {name!r} is missing, expected {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+            continue
+        info = checkpoint.info(name)
+        if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            yield (
+                f"{checkpoint.file_of(name).path}: tensor {name!r} is {info.dtype} "
+                f"{list(info.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+            )
+    for name in sorted(names - set(expected)):
+        yield f"{checkpoint.file_of(name).path}: unknown tensor {name!r}, expected none"

@@ -1,0 +1,89 @@
+"""Where a job reads and writes: directories apart from each other, with room for what comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ms_quant.checkpoint.atomic import free_spaces_check
+from ms_quant.checkpoint.finish import OutputDirectory
+from ms_quant.checkpoint.job import JobDirectory
+from ms_quant.errors import MsQuantError
+from ms_quant.plan import Plan
+
+BLOCK_OVERHEAD = 1 << 14  # header and norms of a finished block's file
+
+
+def check_places(model: Path, output: Path, job: Path) -> None:
+    """Refuses directories that are one another or lie in one another.
+
+    Args:
+        model: directory of the float checkpoint.
+        output: directory to make.
+        job: job directory.
+
+    Raises:
+        MsQuantError: names the two.
+    """
+    partial = output.with_name(output.name + ".partial")
+    for place, what in ((output, "output"), (partial, "output in progress"), (job, "job")):
+        _check_apart(place, what, model, "model")
+    _check_apart(job, "job", output, "output")
+    _check_apart(job, "job", partial, "output in progress")
+
+
+def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
+    first, second = place.resolve(), other.resolve()
+    if first.is_relative_to(second):
+        relation = "is" if first == second else "lies in"
+    elif second.is_relative_to(first):
+        relation = "contains"
+    else:
+        return
+    raise MsQuantError(
+        f"{place}: the {what} directory {relation} the {other_what} directory {other}, expected "
+        "one apart from it"
+    )
+
+
+def job_bytes(plan: Plan, tokens: int, first: int = 0) -> int:
+    """Disk space of a job: the blocks from ``first`` on and two sets of hidden states.
+
+    Args:
+        plan: what to do.
+        tokens: how many calibration tokens there are.
+        first: the first unfinished block.
+    """
+    blocks = range(first, plan.config.num_layers)
+    hidden = 2 * tokens * plan.config.hidden_size * 4 if blocks else 0
+    return hidden + sum(_block_bytes(plan, index) for index in blocks)
+
+
+def _block_bytes(plan: Plan, index: int) -> int:
+    shapes = plan.config.linear_shapes()
+    linears = [shapes[member] for group in plan.groups(index) for member in group.members]
+    return BLOCK_OVERHEAD + sum(out * into + 4 * (out + 2 * into) for out, into in linears)
+
+
+def check_space(
+    plan: Plan, tokens: int, output_bytes: int, output: OutputDirectory, job: JobDirectory
+) -> None:
+    """Refuses to start or to go on with what will not fit on the file systems.
+
+    Args:
+        plan: what to do.
+        tokens: how many calibration tokens there are.
+        output_bytes: size of the whole output.
+        output: its directory; what an interrupted run left there counts.
+        job: the job directory; finished blocks and hidden states count.
+
+    Raises:
+        MsQuantError: too little is free, or a directory cannot be made.
+    """
+    first = job.finished_blocks()
+    working = job_bytes(plan, tokens, first) - job.hidden_bytes()
+    free_spaces_check(
+        {
+            output.partial: max(0, output_bytes - output.bytes_present()),
+            job.directory: max(0, working),
+        }
+    )

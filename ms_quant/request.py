@@ -1,0 +1,263 @@
+"""What ``ms-quant quantize`` is asked, and every refusal that needs no work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant import __version__
+from ms_quant.checkpoint import golden_stick
+from ms_quant.checkpoint.finish import OutputDirectory, check_output_name
+from ms_quant.checkpoint.floats import check_fits
+from ms_quant.checkpoint.job import JobDirectory, environment
+from ms_quant.checkpoint.reader import Checkpoint, check_model, fingerprint
+from ms_quant.data import load_tokens
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, load_config
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.places import check_places, check_space, job_bytes
+from ms_quant.plan import Plan, make_plan
+
+SHARD_BYTES = 4 << 30
+ALPHA, SAMPLES, SEQ_LEN, SEED = 0.5, 64, 256, 0
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What a user asks of ``ms-quant quantize``. None is the default of what was not asked for.
+
+    Attributes:
+        model: directory of the float checkpoint.
+        output: directory to make.
+        scheme: name of the scheme.
+        algorithm: name of the algorithm.
+        alpha: smoothing strength of ``smoothquant``; None is 0.5.
+        calib: calibration file; needed by static schemes.
+        samples: how many windows of it to use; None is 64.
+        seq_len: tokens of a window; None is 256.
+        seed: seed of the choice of windows; None is 0.
+        exclude: glob patterns of linears that stay float, by whole fused groups.
+        dtype: type of what stays float; None keeps the checkpoint's (bfloat16 for float32).
+        shard_bytes: largest data size of an output file.
+        job: job directory; None is OUTPUT.job.
+        keep_job: leave the job directory when all is done.
+        any_environment: resume under other versions, CPU or thread count.
+    """
+
+    model: Path
+    output: Path
+    scheme: str = "W8A8"
+    algorithm: str = "minmax"
+    alpha: float | None = None
+    calib: Path | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    exclude: Sequence[str] = ()
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    job: Path | None = None
+    keep_job: bool = False
+    any_environment: bool = False
+
+    @property
+    def job_directory(self) -> Path:
+        check_output_name(self.output)
+        return self.job or self.output.with_name(self.output.name + ".job")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What another command adds to a request.
+
+    Attributes:
+        numbers: entries of the job record: what it does to the numbers.
+        writing: entries of the output's record that only concern how it is written.
+        output_bytes: most bytes of the output's tensors.
+    """
+
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    writing: Mapping[str, Any] = field(default_factory=dict)
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request: everything that can be refused has been.
+
+    Attributes:
+        options: what was asked.
+        plan: what to do to which linear.
+        checkpoint: the float model.
+        tokens: int32 (windows, tokens) calibration data, or None.
+        record: what changes numbers; a job with the same goes on.
+        output_record: that, and how the output is written.
+        output_bytes: most bytes of the output's tensors.
+    """
+
+    options: QuantizeOptions
+    plan: Plan
+    checkpoint: Checkpoint
+    tokens: np.ndarray | None
+    record: dict[str, Any]
+    output_record: dict[str, Any]
+    output_bytes: int
+
+    def output(self) -> OutputDirectory:
+        """The output as it is on the disk now."""
+        options = self.options
+        return OutputDirectory(options.output, self.output_record, options.any_environment)
+
+    def job(self) -> JobDirectory:
+        """The job as it is on the disk now."""
+        options = self.options
+        return JobDirectory(options.job_directory, self.record, options.any_environment)
+
+
+def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
+    """Checks a request against the model, the data and the disk, before any work.
+
+    Args:
+        options: the request.
+        extension: what another command computes and writes instead; it has checked that the
+            values fit their types.
+
+    Raises:
+        MsQuantError: anything that would make the job fail later.
+    """
+    check_places(options.model, options.output, options.job_directory)
+    config = load_config(options.model)
+    plan = make_plan(
+        config,
+        options.scheme,
+        options.algorithm,
+        alpha=ALPHA if options.alpha is None else options.alpha,
+        dtype=output_dtype(config, options.dtype),
+        exclude=options.exclude,
+    )
+    refuse_unused(options, plan)
+    checkpoint = Checkpoint(options.model)
+    check_model(checkpoint, config)
+    if extension is None:
+        extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
+        check_fits(checkpoint, float_tensors(plan), plan.dtype)
+    tokens = _calibration_tokens(options) if plan.scheme.needs_calibration else None
+    record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
+    prepared = Prepared(
+        options,
+        plan,
+        checkpoint,
+        tokens,
+        record,
+        {**record, **extension.writing},
+        extension.output_bytes,
+    )
+    _check_disk(prepared)
+    return prepared
+
+
+def _record(
+    options: QuantizeOptions, plan: Plan, checkpoint: Checkpoint, tokens: np.ndarray | None
+) -> dict[str, Any]:
+    """What decides the numbers of a job."""
+    record: dict[str, Any] = {
+        "scheme": plan.scheme.name,
+        "algorithm": plan.algorithm,
+        "dtype": plan.dtype.name,
+        "exclude": list(options.exclude),
+        "source": fingerprint(checkpoint),
+        "environment": {"ms_quant": __version__},
+    }
+    if tokens is not None:
+        if plan.algorithm == "smoothquant":
+            record["alpha"] = plan.alpha
+        record["calibration"] = {
+            "samples": len(tokens),
+            "seq_len": tokens.shape[1],
+            "seed": SEED if options.seed is None else options.seed,
+            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        }
+        record["environment"] |= environment()
+    return record
+
+
+def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
+    """Refuses what was asked for and would change nothing.
+
+    Raises:
+        MsQuantError: names the option.
+    """
+    if options.alpha is not None and plan.algorithm != "smoothquant":
+        raise MsQuantError(
+            f"algorithm {plan.algorithm} takes no alpha, expected it only with smoothquant"
+        )
+    if plan.scheme.needs_calibration:
+        return
+    for name in ("calib", "samples", "seq_len", "seed"):
+        if getattr(options, name) is not None:
+            raise MsQuantError(
+                f"scheme {plan.scheme.name} uses no calibration data, expected no "
+                f"--{name.replace('_', '-')}"
+            )
+
+
+def _check_disk(prepared: Prepared) -> None:
+    output = prepared.output()
+    if not output.finished:
+        tokens = 0 if prepared.tokens is None else prepared.tokens.size
+        job = prepared.job()
+        check_space(prepared.plan, tokens, prepared.output_bytes, output, job)
+
+
+def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
+    """The type of what stays float: as asked, else the model's, else bfloat16 for float32."""
+    if name is None:
+        name = "bfloat16" if config.dtype == "float32" else config.dtype
+    if name not in ("bfloat16", "float16"):
+        raise MsQuantError(f"dtype {name!r} is not supported, expected 'bfloat16' or 'float16'")
+    return DTYPES[name]
+
+
+def require_mindspore(why: str) -> None:
+    """Raises one sentence with the command that installs MindSpore when it is missing."""
+    if find_spec("mindspore") is None:
+        raise MsQuantError(
+            f"{why}, which needs MindSpore: pip install 'ms-quant[mindspore]' "
+            "(or mindspore and 'numpy<2')"
+        )
+
+
+def _calibration_tokens(options: QuantizeOptions) -> np.ndarray:
+    require_mindspore(f"scheme {options.scheme} runs the model on calibration data")
+    if options.calib is None:
+        raise MsQuantError(
+            f"scheme {options.scheme} needs calibration data, expected --calib FILE "
+            "(text, .jsonl or .npz)"
+        )
+    samples = SAMPLES if options.samples is None else options.samples
+    seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
+    seed = SEED if options.seed is None else options.seed
+    return load_tokens(options.calib, options.model, samples, seq_len, seed)
+
+
+def float_tensors(plan: Plan) -> list[str]:
+    """Names of the tensors that stay float."""
+    weights = {f"{path}.weight" for path in plan.quantized()}
+    return [name for name in plan.config.parameter_shapes() if name not in weights]
+
+
+def output_bytes(plan: Plan) -> int:
+    """Bytes of the tensors of a golden-stick checkpoint."""
+    return sum(tensor.bytes for tensor in golden_stick.tensor_plans(plan))
+
+
+def needed_bytes(prepared: Prepared) -> int:
+    """Disk space of a job from its beginning: output, blocks, two sets of hidden states."""
+    tokens = 0 if prepared.tokens is None else prepared.tokens.size
+    return prepared.output_bytes + job_bytes(prepared.plan, tokens)
