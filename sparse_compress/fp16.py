@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ms_quant.checkpoint.floats import read_chunks
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
 
@@ -96,7 +95,7 @@ def survey(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, dict[str, 
 
 def _survey(checkpoint: Checkpoint, name: str) -> Underflow:
     found, size, wrong, largest = Underflow(), 0, 0, 0.0
-    for chunk in read_chunks(checkpoint, name):
+    for _, chunk in checkpoint.float_chunks(name):
         wide = chunk.astype(np.float32, copy=False)
         rounded = _round(wide)
         found += underflow(wide, rounded)

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 
-from ms_quant.checkpoint.floats import read_chunks
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
@@ -91,7 +90,7 @@ class Packer:
         """Rows of a table, those after its end zero, in pieces."""
         count, width = self.checkpoint.info(name).shape
         found = slice(min(rows.start, count), min(rows.stop, count))
-        for chunk in read_chunks(self.checkpoint, name, found):
+        for _, chunk in self.checkpoint.float_chunks(name, found):
             yield to_float16(chunk.astype(np.float32, copy=False), name)
         missing = rows.stop - rows.start - (found.stop - found.start)
         yield np.zeros((missing, width), FLOAT16)

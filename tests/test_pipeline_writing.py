@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import floats
-from ms_quant.checkpoint.floats import read_chunks, round_chunks
+from ms_quant.checkpoint import reader
+from ms_quant.checkpoint.floats import round_chunks
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile
 from ms_quant.errors import MsQuantError
@@ -52,7 +52,7 @@ def test_memory_of_writing_is_a_few_rows_of_the_embedding(
         tensors[name] = np.ones((rows, 16), tensors[name].dtype)
 
     model = tiny_model(dtype=dtype, tied=True, layers=1, vocab_size=rows, change=enlarge)
-    monkeypatch.setattr(floats, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 1 << 14)
     tracemalloc.start()
     try:
         quantize_checkpoint(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))
@@ -73,9 +73,9 @@ def test_chunks_are_the_tensor(
 ) -> None:
     array = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
     save_tensors(tmp_path / "model.safetensors", {"a": array})
-    monkeypatch.setattr(floats, "CHUNK_BYTES", step * 3 * 4)
+    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", step * 3)
     checkpoint = Checkpoint(tmp_path)
-    chunks = list(read_chunks(checkpoint, "a", rows))
+    chunks = [chunk for _, chunk in checkpoint.float_chunks("a", rows)]
     assert all(0 < len(chunk) <= step for chunk in chunks)
     wanted = array[rows or slice(0, 20)]
     np.testing.assert_array_equal(np.concatenate([array[:0], *chunks]), wanted)
@@ -100,6 +100,6 @@ def test_all_wrong_values_are_counted(
     array = np.ones(10, np.float16)
     array[[2, 9]] = np.nan, -np.inf
     save_tensors(tmp_path / "model.safetensors", {"a": array})
-    monkeypatch.setattr(floats, "CHUNK_BYTES", 6)
+    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 3)
     with pytest.raises(MsQuantError, match="'a' holds 2 NaN or infinite values of 10"):
-        list(read_chunks(Checkpoint(tmp_path), "a"))
+        list(Checkpoint(tmp_path).float_chunks("a"))

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
 
-from ms_quant.checkpoint.reader import FLOAT_CODES, Checkpoint
+from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
-
-CHUNK_BYTES = 8 << 20
-
-
-def read_chunks(
-    checkpoint: Checkpoint, name: str, rows: slice | None = None
-) -> Iterator[np.ndarray]:
-    """Reads a float tensor in pieces, in the type it is stored in.
-
-    Args:
-        checkpoint (Checkpoint): where it is.
-        name (str): the tensor, of at least one dimension.
-        rows (slice, optional): which rows to read. Default: all.
-
-    Returns:
-        Iterator of arrays of whole rows, all values finite.
-
-    Raises:
-        MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
-    """
-    for chunk in _chunks(checkpoint, name, rows):
-        if not np.isfinite(chunk).all():
-            wrong = sum(np.count_nonzero(~np.isfinite(c)) for c in _chunks(checkpoint, name, None))
-            raise MsQuantError(
-                f"{checkpoint.file_of(name).path}: tensor {name!r} holds {wrong} NaN or infinite "
-                f"values of {math.prod(checkpoint.info(name).shape)}, expected none"
-            )
-        yield chunk
 
 
 def round_chunks(
@@ -52,9 +23,9 @@ def round_chunks(
         rows (slice, optional): which rows to read. Default: all.
 
     Raises:
-        MsQuantError: a value does not fit, besides what :func:`read_chunks` refuses.
+        MsQuantError: a value does not fit, besides what ``Checkpoint.float_chunks`` refuses.
     """
-    for chunk in read_chunks(checkpoint, name, rows):
+    for _, chunk in checkpoint.float_chunks(name, rows):
         yield round_finite(chunk, dtype, f"{checkpoint.file_of(name).path}: tensor {name!r}")
 
 
@@ -94,16 +65,3 @@ def check_fits(checkpoint: Checkpoint, names: Iterable[str], dtype: np.dtype) ->
         if float(ml_dtypes.finfo(checkpoint.info(name).dtype).max) > largest:
             for _ in round_chunks(checkpoint, name, dtype):
                 pass
-
-
-def _chunks(checkpoint: Checkpoint, name: str, rows: slice | None) -> Iterator[np.ndarray]:
-    file = checkpoint.file_of(name)
-    info = file.info(name)
-    if info.code not in FLOAT_CODES:
-        raise MsQuantError(
-            f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
-        )
-    first, stop = (rows.start, rows.stop) if rows else (0, info.shape[0])
-    step = max(1, CHUNK_BYTES // max(1, math.prod(info.shape[1:]) * info.dtype.itemsize))
-    for start in range(first, stop, step):
-        yield file.read_rows(name, start, min(start + step, stop))

@@ -113,20 +113,34 @@ class Checkpoint:
         return array
 
     def float32_chunks(
-        self, name: str, elements: int = CHUNK_ELEMENTS
+        self, name: str, elements: int | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Reads one tensor of any float dtype as float32, some rows at a time.
+        """As :meth:`float_chunks`, as float32; a float64 too large for it is refused."""
+        return self.float_chunks(name, elements=elements, dtype=np.dtype(np.float32))
+
+    def float_chunks(
+        self,
+        name: str,
+        rows: slice | None = None,
+        *,
+        elements: int | None = None,
+        dtype: np.dtype | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Reads one float tensor some rows at a time.
 
         Args:
             name (str): the tensor.
-            elements (int): at most this many values at a time, but at least one row.
+            rows (slice, optional): which rows to read. Default: all.
+            elements (int, optional): at most this many values at a time, but at least one row.
+                Default: 4 Mi.
+            dtype (numpy.dtype, optional): what to convert to. Default: as it is stored.
 
         Returns:
-            Iterator of (first row, float32 rows). Tensors of one shape come in the same pieces.
+            Iterator of (first row, rows), all values finite. Tensors of one shape come in the
+            same pieces.
 
         Raises:
-            MsQuantError: the tensor is missing or is not float, or, after the last rows, it holds
-                NaN or infinity.
+            MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
         """
         file = self.file_of(name)
         info = file.info(name)
@@ -134,16 +148,18 @@ class Checkpoint:
             raise MsQuantError(
                 f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
             )
-        wrong = 0
-        for start, raw in _row_chunks(file, name, elements):
-            with np.errstate(over="ignore"):  # a float64 too large becomes infinite
-                part = raw.astype(np.float32, copy=False)
-            wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
-            yield start, part
+        seen = wrong = 0
+        for start, part in _row_chunks(file, name, rows, elements or CHUNK_ELEMENTS):
+            if dtype is not None:
+                with np.errstate(over="ignore"):  # what becomes infinite is refused below
+                    part = part.astype(dtype, copy=False)
+            seen, wrong = seen + part.size, wrong + _non_finite(part)
+            if not wrong:
+                yield start, part
         if wrong:
             raise MsQuantError(
-                f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of "
-                f"{math.prod(info.shape)}, expected none"
+                f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of {seen}, "
+                "expected none"
             )
 
     def shard(self, shard: str) -> SafetensorsFile:
@@ -303,7 +319,7 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
 
 
 def _row_chunks(
-    file: SafetensorsFile, name: str, elements: int
+    file: SafetensorsFile, name: str, rows: slice | None, elements: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     shape = file.info(name).shape
     if not math.prod(shape):
@@ -311,9 +327,14 @@ def _row_chunks(
     if not shape:
         yield 0, file.read(name)
         return
-    rows = max(1, elements // math.prod(shape[1:]))
-    for start in range(0, shape[0], rows):
-        yield start, file.read_rows(name, start, min(start + rows, shape[0]))
+    first, last = (rows.start, rows.stop) if rows else (0, shape[0])
+    step = max(1, elements // math.prod(shape[1:]))
+    for start in range(first, last, step):
+        yield start, file.read_rows(name, start, min(start + step, last))
+
+
+def _non_finite(array: np.ndarray) -> int:
+    return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
 def _shard_print(file: SafetensorsFile) -> dict[str, Any]:

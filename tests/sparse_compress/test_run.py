@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ms_quant.checkpoint import floats
+from ms_quant.checkpoint import reader
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
 from sparse_compress.codec import decompress_matrix
@@ -338,7 +338,7 @@ def test_a_value_that_float16_cannot_hold_is_counted_over_the_whole_tensor(
     def enlarge(tensors: dict[str, np.ndarray]) -> None:
         tensors["model.embed_tokens.weight"][[0, -1], 0] = 1e6, -2e6
 
-    monkeypatch.setattr(floats, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 1 << 11)
     made = make(tp=2)
     config = json.loads((made.source / "config.json").read_text())
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
@@ -354,7 +354,7 @@ def test_tables_are_written_a_few_rows_at_a_time(
     file_contents: Callable[..., dict[str, bytes]],
 ) -> None:
     made = make(tp=2)
-    monkeypatch.setattr(floats, "CHUNK_BYTES", 1000)  # a row of the embedding is 640 bytes
+    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 500)  # a row of the embedding is 640 bytes
     again = replace(made.options, output=tmp_path / "again")
     read = Checkpoint.read_float32
 
