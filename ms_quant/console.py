@@ -162,16 +162,24 @@ def show_fields(result: dict[str, Any]) -> None:
     """A flat result as two columns."""
     table = Table(show_header=False, box=None)
     for key, value in result.items():
+        if value is None:
+            continue
         if key.endswith("_bytes") or key == "bytes":
             value = f"{value:,} ({human_bytes(value)})"
         elif isinstance(value, float):
             value = f"{value:.5g}"
         elif isinstance(value, dict):
-            value = "\n".join(f"{name}: {part}" for name, part in value.items()) or "none"
+            value = "\n".join(f"{name}: {_inline(part)}" for name, part in value.items()) or "none"
         elif isinstance(value, list):
             value = "\n".join(map(str, value)) or "none"
         table.add_row(key.replace("_", " "), Text(str(value)))
     Console().print(table)
+
+
+def _inline(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{part} {name.replace('_', ' ')}" for name, part in value.items())
 
 
 def exit_if_problems(problems: list[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -142,19 +143,19 @@ def _show_verification(result: dict[str, Any]) -> None:
 
 
 def _show_info(result: dict[str, Any]) -> None:
-    table = Table(
-        Column("layer", no_wrap=True), "rank", "shape", "zeros", "raw", "stored", "ratio", "bypass"
-    )
+    numbers = ("rank", "shape", "zeros", "raw", "stored", "ratio", "bypass")
+    columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
+    table = Table(Column("layer", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.pop("rows"):
         table.add_row(
             row["layer"].removeprefix("model.layers."),
             str(row["rank"]),
-            " x ".join(map(str, row["shape"])),
+            "x".join(map(str, row["shape"])),
             f"{100 * row['sparsity']:.1f} %",
             f"{row['raw_bytes']:,}",
             f"{row['stored_bytes']:,}",
             f"{row['ratio']:.3f}",
-            f"{row['bypass_tiles']} of {row['tiles']}",
+            f"{row['bypass_tiles']}/{row['tiles']}",
         )
     Console().print(table)
     show_fields(result)
