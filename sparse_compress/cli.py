@@ -100,8 +100,7 @@ def run(
         emit(estimate(request), as_json, show_fields)
         return
     use_mindspore()
-    if backend_note():
-        note(f"note: {backend_note()}")
+    _note_backend()
     with step_progress() as progress:
         result = compress(options, progress, request)
     for name, reason in result["uncompressed"].items():
@@ -120,6 +119,7 @@ def verify(
     """Decode every tile, check every tensor, recompute the int8 weights from the source."""
     from sparse_compress.verify import verify as prove
 
+    _note_backend()
     with step_progress() as progress:
         result = prove(checkpoint, source, progress)
     emit(result, as_json, _show_verification)
@@ -132,6 +132,12 @@ def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     from sparse_compress.info import info as describe
 
     emit(describe(checkpoint), as_json, _show_info)
+
+
+def _note_backend() -> None:
+    """Says so, once, when the slow codec is at work."""
+    if backend_note():
+        note(f"note: {backend_note()}")
 
 
 def _show_verification(result: dict[str, Any]) -> None:
