@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 
-.PHONY: demo test lint format bench clean
+CODEC = sparse_compress/codec/src
+FUZZ_SECONDS ?= 20
+FUZZ_FLAGS = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
+
+.PHONY: demo test lint format bench fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -25,6 +30,17 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
+
+# The decoder under sanitizers, guided by coverage. FUZZ_KEEP=--keep adds what it finds to the corpus.
+fuzz: build/fuzz/fuzz_unzip
+	$< tests/sparse_compress/fuzz_corpus --seconds $(FUZZ_SECONDS) $(FUZZ_KEEP)
+
+build/fuzz/%.o: $(CODEC)/%.cpp $(wildcard $(CODEC)/*.h)
+	mkdir -p $(@D)
+	$(CXX) $(FUZZ_FLAGS) -fsanitize-coverage=trace-pc -c $< -o $@
+
+build/fuzz/fuzz_unzip: $(CODEC)/fuzz_unzip.cpp $(TRACED)
+	$(CXX) $(FUZZ_FLAGS) $^ -o $@ -pthread
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard sparse_compress/codec/src/*)
 	$(PYTHON) -m venv $(VENV)

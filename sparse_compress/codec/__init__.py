@@ -20,7 +20,7 @@ from sparse_compress.codec.format import (
     check_dictionary,
     check_tile_sizes,
     get_mode,
-    rank_bytes,
+    rank_counts,
 )
 from sparse_compress.codec.index import RECORD, pack_index, unpack_index
 
@@ -105,7 +105,7 @@ def encode(
     if raw.size != sizes.sum():
         raise CodecError(f"the stream has {raw.size} bytes; its tiles add up to {sizes.sum()}")
     if dictionary is None:
-        ranked = rank_bytes(raw, table.dictionary_size)
+        ranked = rank_counts(codec.count_bytes(raw), table.dictionary_size)
     else:
         ranked = check_dictionary(dictionary, table)
     weight, stored, coded = codec.encode_tiles(raw, sizes, table, ranked, threads)

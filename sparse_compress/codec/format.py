@@ -133,17 +133,24 @@ def bits_of(codeword: str) -> int:
 
 
 def rank_bytes(stream: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The `size` most frequent bytes: count descending, then byte value ascending.
+    """The `size` most frequent bytes: count descending, then byte value ascending."""
+    return rank_counts(count_bytes(stream), size)
 
-    The stream has an even number of bytes, as every tile has.
-    """
+
+def rank_counts(counts: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+    """As `rank_bytes`, from how often each byte value occurs."""
+    return np.argsort(-counts, kind="stable")[:size].astype(np.uint8)
+
+
+def count_bytes(stream: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each byte value occurs, int64 (256,), in an even number of bytes."""
     counts = np.zeros(256, np.int64)
     # bincount widens its input to 8 bytes an element: count pairs, and not all at once.
     for start in range(0, stream.size, _COUNTED_AT_ONCE):
         pairs = stream[start : start + _COUNTED_AT_ONCE].view(np.uint16)
         table = np.bincount(pairs, minlength=1 << 16).reshape(256, 256)
         counts += table.sum(axis=0) + table.sum(axis=1)
-    return np.argsort(-counts, kind="stable")[:size].astype(np.uint8)
+    return counts
 
 
 def check_dictionary(dictionary: ArrayLike, mode: Mode) -> NDArray[np.uint8]:

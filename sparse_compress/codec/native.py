@@ -16,7 +16,7 @@ from sparse_compress.codec.index import Records
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
-_ABI = 1
+_ABI = 2
 _OK, _BAD_TILE = 0, 1
 _SUFFIXES = {".so", ".dll", ".dylib"}
 NOT_BUILT = (
@@ -63,6 +63,13 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def count_bytes(stream: Bytes) -> Ints:
+    """How often each byte value occurs, int64 (256,)."""
+    counts = np.empty(256, np.int64)
+    _library().unzip_count(_pointer(stream), ctypes.c_int64(stream.size), _pointer(counts))
+    return counts
+
+
 def encode_tiles(
     stream: Bytes, tile_sizes: Ints, mode: Mode, dictionary: Bytes, threads: int = 1
 ) -> tuple[Bytes, Ints, NDArray[np.bool_]]:
@@ -85,7 +92,8 @@ def encode_tiles(
     )
     if status != _OK:
         raise CodecError(f"the native encoder refused its arguments (status {status})")
-    return weight[: int(stored.sum())].copy(), stored, coded.astype(np.bool_)
+    weight.resize(int(stored.sum()), refcheck=False)  # gives back the rest, without a copy
+    return weight, stored, coded.astype(np.bool_)
 
 
 def decode_tiles(

@@ -28,9 +28,12 @@ from sparse_compress.codec.format import (
     Cause,
     Mode,
     bits_of,
+    count_bytes,
     tile_error,
 )
 from sparse_compress.codec.index import Records
+
+__all__ = ["count_bytes", "decode_tiles", "encode_tiles"]
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]

@@ -31,6 +31,7 @@ inline int DictionarySize(int mode) { return mode == kLow ? 36 : 34; }
 
 struct Code {
   uint16_t bits = 0;
+  uint16_t inverse = 0;  // as many bits, each the other way
   uint8_t length = 0;
   uint8_t taken = 1;  // raw bytes that it codes
 };
@@ -42,6 +43,7 @@ inline Code Reversed(unsigned bits, unsigned length) {
   for (unsigned i = 0; i < length; ++i) {
     code.bits = static_cast<uint16_t>(code.bits << 1 | ((bits >> i) & 1));
   }
+  code.inverse = static_cast<uint16_t>(~code.bits & ((1u << length) - 1));
   return code;
 }
 
@@ -73,6 +75,7 @@ inline Meaning MeaningOf(int mode, int number) {
   return number == 4 ? rank(1) : rank(number - 4);
 }
 
+// Little endian, whatever the host; compilers make one instruction of it.
 inline uint64_t LoadWord(const uint8_t* from) {
   uint64_t word = 0;
   for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);
@@ -101,47 +104,75 @@ struct Checksums {
   uint8_t even = 0;
 };
 
+// `size` is a multiple of 8.
 inline Checksums ChecksumsOf(const uint8_t* raw, size_t size) {
+  uint64_t all = 0;
+  for (size_t i = 0; i < size; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, raw + i, 8);
+    all ^= word;
+  }
+  uint8_t bytes[8];
+  std::memcpy(bytes, &all, 8);
   Checksums sums;
-  for (size_t i = 0; i < size; i += 2) {
-    sums.even ^= raw[i];
-    sums.odd ^= raw[i + 1];
+  for (int i = 0; i < 8; i += 2) {
+    sums.even ^= bytes[i];
+    sums.odd ^= bytes[i + 1];
   }
   return sums;
 }
 
-constexpr int kLongestRun = 9;
+constexpr size_t kLongestRun = 9;
+// Raw bytes and streams may be read and written so far past their end.
+constexpr size_t kSlack = 128;
 
-struct EncodeTable {
-  int mode;
-  const uint8_t* dictionary;
-  // Codes by run length and byte; the byte is the first one of the dictionary if it is a run.
-  Code codes[kLongestRun + 1][256];
-  // How many bytes to code at once when that many are the first byte: in a word with room for
-  // any run, and in one with room for 3 bits only.
-  uint8_t take[2][kLongestRun + 1] = {};
-
-  EncodeTable(int mode, const uint8_t* dictionary) : mode(mode), dictionary(dictionary) {
-    for (unsigned byte = 0; byte < 256; ++byte) codes[0][byte] = Literal(byte);
+class EncodeTable {
+ public:
+  EncodeTable(int mode, const uint8_t* dictionary) : mode_(mode), dictionary_(dictionary) {
+    for (unsigned byte = 0; byte < 256; ++byte) singles_[byte] = Literal(byte);
     for (int number = 0; number < kCodewords; ++number) {
       const Meaning meaning = MeaningOf(mode, number);
       if (meaning.repeats == kUnused) continue;
       if (meaning.rank == 0) {
-        EnterRun(meaning.repeats, Codeword(number));
+        runs_[meaning.repeats] = Codeword(number);
+        runs_[meaning.repeats].taken = meaning.repeats;
       } else {
-        codes[0][dictionary[meaning.rank]] = Codeword(number);
+        singles_[dictionary[meaning.rank]] = Codeword(number);
       }
     }
+    singles_[dictionary[0]] = runs_[1];
+    for (size_t run = 2; run <= kLongestRun; ++run) {
+      if (runs_[run].length == 0) runs_[run] = runs_[run - 1];
+    }
+    for (unsigned byte = 0; byte < 256; ++byte) steps_[byte] = Packed(singles_[byte]);
+    steps_[256 | dictionary[0]] = Packed(runs_[2]);
   }
 
-  void EnterRun(uint8_t repeats, Code code) {
-    code.taken = repeats;
-    codes[repeats][dictionary[0]] = code;
-    for (int run = repeats; run <= kLongestRun; ++run) {
-      take[0][run] = std::max(take[0][run], repeats);
-      if (code.length == 3) take[1][run] = std::max(take[1][run], repeats);
-    }
+  int mode() const { return mode_; }
+  const uint8_t* dictionary() const { return dictionary_; }
+
+  const Code& Single(unsigned byte) const { return singles_[byte]; }
+
+  // The code of a byte, or with 256 added of two of the first byte: its inverse bits, and above
+  // them its length. The hot loop of low mode has only this to load.
+  uint32_t Step(unsigned byte) const { return steps_[byte]; }
+
+  // The code that takes most of `run` first bytes, if `room` bits are left for it.
+  const Code& Run(size_t run, unsigned room) const {
+    const Code& longest = runs_[run];
+    return longest.length <= room ? longest : runs_[std::min<size_t>(run, kShortRun)];
   }
+
+ private:
+  static uint32_t Packed(const Code& code) { return code.inverse | code.length << 16; }
+
+  static constexpr size_t kShortRun = 4;  // the longest in 3 bits, in high mode
+
+  int mode_;
+  const uint8_t* dictionary_;
+  Code singles_[256];
+  uint32_t steps_[512] = {};
+  Code runs_[kLongestRun + 1];
 };
 
 // Returns the stored bytes: fewer than, or as many as, those of the tile.
@@ -154,41 +185,45 @@ struct Entry {
   uint8_t byte;
 };
 
-// For the next 12 bits: the code they begin with. Rebuilt only when the dictionary changes.
+// For the next 12 bits: the code they begin with; and, for words without surprises, all the codes
+// that they hold. Rebuilt only when the dictionary changes.
 class DecodeTable {
  public:
-  explicit DecodeTable(int mode) : mode_(mode) {
-    Enter(Reversed(0b111011111, kEndLength), kEnd, 0);
-    for (unsigned byte = 0; byte < 256; ++byte) {
-      Enter(Literal(byte), 1, static_cast<uint8_t>(byte));
-    }
-  }
+  // Of the bits in a word, so many may be left before its last codes are looked up at once. All
+  // lengths are multiples of 3, so 1, 4, 7 or 10 bits are left then.
+  static constexpr unsigned kLast = 10;
 
-  void Use(const uint8_t* dictionary) {
-    const size_t size = DictionarySize(mode_);
-    if (filled_ && std::memcmp(dictionary_, dictionary, size) == 0) return;
-    std::memcpy(dictionary_, dictionary, size);
-    filled_ = true;
-    for (int number = 0; number < kCodewords; ++number) {
-      const Meaning meaning = MeaningOf(mode_, number);
-      Enter(Codeword(number), meaning.repeats, dictionary[meaning.rank]);
-    }
-  }
+  explicit DecodeTable(int mode);
+
+  void Use(const uint8_t* dictionary);
 
   int mode() const { return mode_; }
   const Entry& operator[](uint64_t bits) const { return entries_[bits & 4095]; }
 
+  // Up to 6 raw bytes, then how many they are (a run may be longer: the bytes after these are the
+  // first of the dictionary), then the length of their codes. Nothing of END and the unused code.
+  uint64_t Many(uint64_t bits) const { return many_[bits & 4095]; }
+
+  // The same for the last `left` bits of a word; length 0 if they are not codes and fill.
+  uint64_t Last(uint64_t bits, unsigned left) const { return last_[left / 3][bits & 1023]; }
+
+  uint8_t first() const { return dictionary_[0]; }
+
+  // Two of the first byte, where Many and Last have count and length.
+  uint64_t padding() const { return padding_; }
+
  private:
-  void Enter(Code code, uint8_t repeats, uint8_t byte) {
-    for (unsigned bits = code.bits; bits < 4096; bits += 1u << code.length) {
-      entries_[bits] = Entry{code.length, repeats, byte};
-    }
-  }
+  void Enter(Code code, uint8_t repeats, uint8_t byte);
+  void Collect();
+  uint64_t Pack(uint64_t bits, unsigned left, bool last) const;
 
   int mode_;
   bool filled_ = false;
   uint8_t dictionary_[kMaxDictionary] = {};
+  uint64_t padding_ = 0;
   Entry entries_[4096];
+  uint64_t many_[4096];
+  uint64_t last_[4][1024];
 };
 
 // Returns whether the tile is good; otherwise *failure tells the engine and the cause.

@@ -56,18 +56,23 @@ int32_t Encode(const uint8_t* stream, int64_t stream_bytes, const int64_t* tile_
   const std::vector<int64_t> starts = Starts(tile_sizes, tiles);
   if (starts.empty() || starts[tiles] != stream_bytes) return UNZIP_BAD_ARGUMENT;
   const EncodeTable table(mode, dictionary);
-  // A stored tile is never longer than the raw one: each first goes to the place of its input.
-  Share(tiles, ThreadsFor(threads, tiles), [&](int64_t, int64_t first, int64_t last) {
+  // A stored tile is never longer than the raw one: each part lays its tiles back to back from the
+  // place of its input on, and then the parts close up.
+  const int64_t parts = ThreadsFor(threads, tiles);
+  std::vector<int64_t> begins(static_cast<size_t>(parts)), lengths(begins.size());
+  Share(tiles, parts, [&](int64_t part, int64_t first, int64_t last) {
+    begins[part] = starts[first];
     for (int64_t tile = first; tile < last; ++tile) {
-      stored[tile] = static_cast<int64_t>(EncodeTile(table, stream + starts[tile],
-                                                     static_cast<size_t>(tile_sizes[tile]),
-                                                     weight + starts[tile], coded + tile));
+      stored[tile] = static_cast<int64_t>(
+          EncodeTile(table, stream + starts[tile], static_cast<size_t>(tile_sizes[tile]),
+                     weight + begins[part] + lengths[part], coded + tile));
+      lengths[part] += stored[tile];
     }
   });
   int64_t end = 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    std::memmove(weight + end, weight + starts[tile], static_cast<size_t>(stored[tile]));
-    end += stored[tile];
+  for (int64_t part = 0; part < parts; ++part) {
+    std::memmove(weight + end, weight + begins[part], static_cast<size_t>(lengths[part]));
+    end += lengths[part];
   }
   return UNZIP_OK;
 }
@@ -117,7 +122,22 @@ int32_t Decode(const uint8_t* weight, int64_t weight_bytes, const int64_t* offse
 }  // namespace
 }  // namespace unzip
 
-int32_t unzip_abi_version(void) { return 1; }
+int32_t unzip_abi_version(void) { return 2; }
+
+void unzip_count(const uint8_t* stream, int64_t stream_bytes, int64_t* counts) {
+  // Several tables, so that equal bytes in a row need not wait for each other.
+  constexpr int kTables = 8;
+  int64_t tables[kTables][256] = {};
+  int64_t i = 0;
+  for (; i + kTables <= stream_bytes; i += kTables) {
+    for (int table = 0; table < kTables; ++table) ++tables[table][stream[i + table]];
+  }
+  for (; i < stream_bytes; ++i) ++tables[0][stream[i]];
+  for (int byte = 0; byte < 256; ++byte) {
+    counts[byte] = 0;
+    for (int table = 0; table < kTables; ++table) counts[byte] += tables[table][byte];
+  }
+}
 
 int32_t unzip_encode(const uint8_t* stream, int64_t stream_bytes, const int64_t* tile_sizes,
                      int64_t tiles, int32_t mode, const uint8_t* dictionary, int32_t threads,

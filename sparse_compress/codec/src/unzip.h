@@ -54,6 +54,9 @@ typedef struct {
 // Changes whenever a signature or a number above does.
 UNZIP_API int32_t unzip_abi_version(void);
 
+// How often each byte value occurs.
+UNZIP_API void unzip_count(const uint8_t* stream, int64_t stream_bytes, int64_t* counts);
+
 // Codes `tiles` tiles of `tile_sizes` raw bytes that lie back to back in `stream`.
 // `mode` is the first byte of the engine headers (0xA8 low, 0x88 high); `dictionary` holds 36 or
 // 34 distinct bytes by rank. `weight` has room for `stream_bytes`; the stored tiles go there back
