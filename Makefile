@@ -30,6 +30,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/unzip.py
 
 # The decoder under sanitizers, guided by coverage. FUZZ_KEEP=--keep adds what it finds to the corpus.
 fuzz: build/fuzz/fuzz_unzip

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.serving import open_model
 from ms_quant.models.config import block_prefix
 
@@ -22,12 +22,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """
     model = open_model(directory)
     files = [path for path in sorted(directory.rglob("*.safetensors")) if path.is_file()]
-    roots = sorted({path.parent for path in files})
-    tensors = [
-        (name, checkpoint.info(name))
-        for checkpoint in map(Checkpoint, roots)
-        for name in checkpoint.names
-    ]
+    tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
     by_dtype: Counter[str] = Counter()
     for _, info in tensors:
         by_dtype[info.code] += info.stop - info.start

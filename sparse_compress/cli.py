@@ -23,6 +23,7 @@ from ms_quant.console import (
 )
 from ms_quant.console import run as run_app
 from sparse_compress.codec import backend_note
+from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.request import SparseOptions, check
 
 app = typer.Typer(
@@ -43,6 +44,9 @@ def run(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
+    target: Annotated[
+        str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
+    ] = DEFAULT,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 2,
     sparsity: Annotated[float, typer.Option(help="Share of weights to prune.")] = 0.5,
     pruning: Annotated[
@@ -78,6 +82,7 @@ def run(
         model=model,
         output=output,
         calib=calib,
+        target=target,
         tp=tp,
         sparsity=sparsity,
         pruning=pruning,
@@ -126,12 +131,19 @@ def verify(
     exit_if_problems(result["problems"])
 
 
-@app.command(epilog=example("sparse-compress info Qwen3-8B-W8A8SC"))
-def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+@app.command(epilog=example("sparse-compress info Qwen3-8B-W8A8SC --plot layers.html"))
+def info(
+    checkpoint: CheckpointArgument,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="HTML page to make: sizes, entropy bounds, histograms. Needs plotly."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """A table of layers: shape, sparsity, size and ratio on each rank."""
     from sparse_compress.info import info as describe
 
-    emit(describe(checkpoint), as_json, _show_info)
+    emit(describe(checkpoint, plot), as_json, _show_info)
 
 
 def _note_backend() -> None:

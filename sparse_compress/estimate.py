@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ms_quant.estimate import estimate as quantization_estimate
-from sparse_compress.request import RUNTIME, Request, most_bytes
+from sparse_compress.request import Request, most_bytes
 
 KEPT = (
     "algorithm",
@@ -36,6 +36,7 @@ def estimate(request: Request) -> dict[str, Any]:
     return {
         "output": str(options.output),
         "flavour": f"W8A8SC TP{layout.tp}",
+        "target": layout.target.name,
         "tp": layout.tp,
         "sparsity": options.sparsity,
         "pruning": options.pruning,
@@ -44,6 +45,6 @@ def estimate(request: Request) -> dict[str, Any]:
         "compressed": [fused for _, _, fused in layout.linears() if fused in layout.compressed],
         "uncompressed": request.uncompressed,
         "float16_lost": request.lost,
-        "served_by": [RUNTIME] if served else [],
+        "served_by": [layout.target.runtime] if served else [],
         "not_served_by": request.not_served_by,
     }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
 from ms_quant.strict_json import read_json
+from sparse_compress import report
 from sparse_compress.codec import backend_note
+from sparse_compress.codec.format import count_bytes
 from sparse_compress.layouts import Layout
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof
@@ -29,32 +33,53 @@ def open_sparse(directory: Path) -> SparseModel:
     """
     model = open_w8a8sc(directory)
     if not isinstance(model, SparseModel):
-        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint in the vllm-mindspore layout")
+        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint")
     return model
 
 
-def info(directory: Path) -> dict[str, Any]:
-    """A row for each compressed linear of each rank. Every tile is decoded to count zeros.
+def info(directory: Path, plot: Path | None = None) -> dict[str, Any]:
+    """A row for each compressed linear of each rank. Every tile is decoded, one linear at a time.
 
     Args:
         directory: the checkpoint.
+        plot: an HTML page to make about it; needs the extra ``report``.
 
     Returns:
-        JSON: what :func:`summary` returns, with ``rows`` of ``layer``, ``rank``, ``shape``
-        ``[n, k]``, ``sparsity`` (share of zeros), ``raw_bytes``, ``stored_bytes`` (tiles and
-        index), ``ratio``, ``tiles`` and ``bypass_tiles`` (stored raw).
+        JSON: what :func:`summary` returns, with ``plot`` where there is one, and ``rows`` of
+        ``layer``, ``rank``, ``shape`` ``[n, k]``, ``sparsity`` (share of zeros), ``raw_bytes``,
+        ``stored_bytes`` (tiles and index), ``ratio``, ``entropy_bytes`` (order-0 bound),
+        ``tiles`` and ``bypass_tiles`` (stored raw).
 
     Raises:
-        MsQuantError: the directory is no W8A8SC checkpoint, or a tile cannot be decoded.
+        MsQuantError: the directory is no W8A8SC checkpoint, a tile cannot be decoded, or the page
+            cannot be made.
     """
-    model, rows = open_sparse(Path(directory)), []
+    directory = Path(directory)
+    model, rows, histograms = open_sparse(directory), [], []
+    if plot is not None:
+        report.check_page(plot, directory)
     for _, group, fused in model.layout.linears():
         if fused in model.layout.compressed:
             for rank in range(model.layout.tp):
                 row = linear_sizes(model, rank, fused, group)
-                zeros = row["raw_bytes"] - int(np.count_nonzero(model.decode(rank, fused, group)))
-                rows.append({**row, "sparsity": zeros / row["raw_bytes"]})
-    return {**summary(Path(directory)), "rows": rows}
+                counts = count_bytes(model.decode(rank, fused, group).view(np.uint8).reshape(-1))
+                measures = {
+                    "sparsity": int(counts[0]) / row["raw_bytes"],
+                    "entropy_bytes": entropy_bytes(counts),
+                }
+                rows.append({**row, **measures})
+                histograms.append(counts)
+    result = {**summary(directory), "rows": rows}
+    if plot is not None:
+        report.write_page(plot, result, histograms)
+        result["plot"] = str(plot)
+    return result
+
+
+def entropy_bytes(counts: NDArray[np.int64]) -> int:
+    """The bytes that no code goes below that only knows these counts (order-0 entropy)."""
+    share = counts[counts > 0] / counts.sum()
+    return math.ceil(-float(counts[counts > 0] @ np.log2(share)) / 8)
 
 
 def linear_sizes(model: SparseModel, rank: int, fused: str, group: LinearGroup) -> dict[str, Any]:

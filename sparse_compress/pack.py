@@ -15,14 +15,14 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import StaticActivation
 from sparse_compress.codec import compress_matrix
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import TILE_ROWS
-from sparse_compress.layouts import EMBEDDING, HEAD, INT64, Layout
+from sparse_compress.layouts import EMBEDDING, HEAD, INT64, NORM, Layout
 from sparse_compress.partition import fused_shape, place, vocab_rows
 
 THREADS = os.cpu_count() or 1
-NORM = "model.norm.weight"
 Arrays = dict[str, np.ndarray]
 Tensors = dict[str, tuple[TensorPlan, Callable[[], np.ndarray | Iterator[np.ndarray]]]]
 """Tensors by name: what each will be, and what gives it."""
@@ -144,19 +144,33 @@ class Packer:
             weights.append(linear.weight[where.rows, where.columns])
             scales.append(linear.deq_scale[where.rows])
             biases.append(linear.quant_bias[where.rows])
-        activation, columns = linear.activation, where.columns
-        assert activation is not None
+        assert linear.activation is not None
         fused = f"{block_prefix(index)}{group.fused}"
         weight = np.concatenate(weights)
-        coded, tiles = compress_matrix(weight, threads=THREADS)
+        coded, tiles, info = compress_matrix(weight, threads=THREADS)
         return {
             f"{fused}.weight": coded,
             f"{fused}.index": tiles,
             f"{fused}.deq_scale": deq_bits(np.concatenate(scales)),
             f"{fused}.quant_bias": _once(np.concatenate(biases), rank, group),
-            f"{fused}.input_scale": to_float16(activation.input_scale[columns], fused),
-            f"{fused}.input_offset": np.full(weight.shape[1], activation.offset, np.int8),
+            **self._input(fused, linear.activation, where.columns),
+            **({f"{fused}.info": info} if self.layout.target.info else {}),
         }
+
+    def _input(self, fused: str, activation: StaticActivation, columns: slice) -> Arrays:
+        """How a rank's input is quantized: for each channel, or by one value for all."""
+        scale = to_float16(activation.input_scale, fused)
+        if self.layout.target.per_channel_input:
+            scale = scale[columns]
+        elif (scale == scale[0]).all():
+            scale = scale[:1]
+        else:
+            raise MsQuantError(
+                f"{fused}.input_scale: differs between channels, expected one value as target "
+                f"{self.layout.target.name} holds"
+            )
+        offset = np.full(scale.shape, activation.offset, np.int8)
+        return {f"{fused}.input_scale": scale, f"{fused}.input_offset": offset}
 
 
 def _once(bias: np.ndarray, rank: int, group: LinearGroup) -> np.ndarray:

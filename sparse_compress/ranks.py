@@ -1,4 +1,4 @@
-"""Rank directories: their tensors, and whether they are those that the layout asks for."""
+"""The ranks of a checkpoint: their tensors, and whether they are those that the layout asks for."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ import numpy as np
 
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_file
 from ms_quant.errors import MsQuantError
-from sparse_compress.layouts import Layout, rank_name
+from sparse_compress.layouts import Layout, Target
 
 
 class RankTensors:
-    """The tensors of one rank directory, from every safetensors file in it.
+    """The tensors of one rank.
 
     Args:
-        directory: such as ``OUTPUT/rank_0``.
+        place: its file, or a directory such as ``OUTPUT/rank_0``, of which every safetensors file
+            is read.
 
     Raises:
-        MsQuantError: there is no such directory or no file in it, or two files hold one tensor.
+        MsQuantError: there is no such place or no tensor in it, or two files hold one tensor.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        if not directory.is_dir():
-            raise MsQuantError(f"{directory}: no such rank directory, expected as described")
+    def __init__(self, place: Path):
+        self.place = place
         self._files: dict[str, SafetensorsFile] = {}
-        for path in sorted(directory.glob("*.safetensors")):
+        for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
             file = open_file(path)
             for name in file.tensors:
                 if name in self._files:
@@ -36,7 +35,7 @@ class RankTensors:
                     )
                 self._files[name] = file
         if not self._files:
-            raise MsQuantError(f"{directory}: holds no tensors, expected those of a rank")
+            raise MsQuantError(f"{place}: holds no tensors, expected those of a rank")
 
     @property
     def names(self) -> set[str]:
@@ -64,7 +63,7 @@ class RankTensors:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            raise MsQuantError(f"{self.directory}: has no tensor {name!r}")
+            raise MsQuantError(f"{self.place}: has no tensor {name!r}")
         return self._files[name]
 
 
@@ -76,7 +75,7 @@ def structure_problems(layout: Layout, ranks: list[RankTensors]) -> list[str]:
             if name not in rank.names:
                 shape = "one dimension" if spec.shape is None else list(spec.shape)
                 problems.append(
-                    f"{rank.directory}: tensor {name!r} is missing, expected {spec.dtype} {shape}"
+                    f"{rank.place}: tensor {name!r} is missing, expected {spec.dtype} {shape}"
                 )
                 continue
             info = rank.info(name)
@@ -90,16 +89,16 @@ def structure_problems(layout: Layout, ranks: list[RankTensors]) -> list[str]:
     return problems
 
 
-def open_ranks(directory: Path, tp: int) -> list[RankTensors]:
-    """Exactly the rank directories of a checkpoint.
+def open_ranks(directory: Path, target: Target, tp: int) -> list[RankTensors]:
+    """Exactly the ranks of a checkpoint.
 
-    The runtime falls back to rank_0 without a word where one is missing; here that is an error.
+    A runtime may fall back to rank 0 without a word where one is missing; here that is an error.
 
     Raises:
-        MsQuantError: a rank directory is missing, one too many, or malformed.
+        MsQuantError: a rank is missing, one too many, or malformed.
     """
-    found = sorted(path.name for path in directory.glob("rank_*"))
-    expected = sorted(map(rank_name, range(tp)))
-    if found != expected:
-        raise MsQuantError(f"{directory}: has {found!r:.80}, expected {expected!r:.80}")
-    return [RankTensors(directory / rank_name(rank)) for rank in range(tp)]
+    found = sorted(path.name for path in directory.glob(target.ranks))
+    places = [target.rank_place(rank) for rank in range(tp)]
+    if found != sorted(places):
+        raise MsQuantError(f"{directory}: has {found!r:.80}, expected {sorted(places)!r:.80}")
+    return [RankTensors(directory / place) for place in places]

@@ -13,10 +13,9 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
-from sparse_compress import layouts
-from sparse_compress.codec import decompress_matrix
+from sparse_compress.codec import decompress_matrix, matrix_info
 from sparse_compress.fp16 import FLOAT16, SMALLEST_NORMAL
-from sparse_compress.layouts import DESCRIPTION, EMBEDDING, HEAD, Layout, rank_name
+from sparse_compress.layouts import EMBEDDING, HEAD, Layout, find_target, rank_name
 from sparse_compress.pack import deq_floats
 from sparse_compress.partition import (
     Place,
@@ -35,7 +34,7 @@ class SparseModel:
     Args:
         directory: the checkpoint.
         layout: what it holds.
-        ranks: its rank directories, whose structure is right.
+        ranks: its ranks, whose structure is right.
 
     Attributes:
         config: the model's shape.
@@ -125,11 +124,12 @@ class SparseModel:
     def decode(self, rank: int, fused: str, group: LinearGroup) -> np.ndarray:
         """A rank's fused int8 weight."""
         tensors = self.ranks[rank]
+        info = matrix_info(*fused_shape(self.config, self.layout.tp, group))
+        if self.layout.target.info:
+            _check_info(tensors, f"{fused}.info", info)
         weight, tiles = tensors.read(f"{fused}.weight"), tensors.read(f"{fused}.index")
         try:
-            return decompress_matrix(
-                weight, tiles, *fused_shape(self.config, self.layout.tp, group)
-            )
+            return decompress_matrix(weight, tiles, info, "low")
         except MsQuantError as error:
             path = tensors.path(f"{fused}.weight")
             raise MsQuantError(f"{path}: tensor '{fused}.weight': {error}") from None
@@ -152,6 +152,9 @@ class SparseModel:
     def _input(self, name: str, places: list[Place], size: int) -> np.ndarray:
         """A tensor over the input channels."""
         parts = [rank.read(name) for rank in self.ranks]
+        if not self.layout.target.per_channel_input:
+            one = join(parts, [(slice(0, 1),)] * len(parts), (1,), name)
+            return np.repeat(one, size)
         return join(parts, [(where.columns,) for where in places], (size,), name)
 
     def _fused_bias(self, name: str, group: LinearGroup, member: str) -> np.ndarray:
@@ -223,24 +226,34 @@ class SparseModel:
         return [place(self.config, tp, rank, group, member) for rank in range(tp)]
 
 
+def _check_info(tensors: RankTensors, name: str, expected: np.ndarray) -> None:
+    found = tensors.read(name)
+    if not np.array_equal(found, expected):
+        raise MsQuantError(
+            f"{tensors.path(name)}: tensor {name!r} is {found.tolist()}, expected "
+            f"{expected.tolist()}"
+        )
+
+
 def open_w8a8sc(directory: Path) -> ServedModel | None:
-    """Opens a W8A8SC checkpoint in the vllm-mindspore layout.
+    """Opens a W8A8SC checkpoint of any target.
 
     Args:
         directory: the checkpoint.
 
     Returns:
-        The model, decoded in software as it is read; None when the directory has no
-        ``quant_model_description_w8a8sc.json``.
+        The model, decoded in software as it is read; None when the directory has no target's
+        description.
 
     Raises:
-        MsQuantError: the description, a rank directory or a tensor is not what it should be.
+        MsQuantError: the description, a rank or a tensor is not what it should be.
     """
     directory = Path(directory)
-    if not (directory / DESCRIPTION).exists():
+    target = find_target(directory)
+    if target is None:
         return None
-    layout = layouts.read_layout(directory, load_config(directory))
-    ranks = open_ranks(directory, layout.tp)
+    layout = target.read(directory, load_config(directory))
+    ranks = open_ranks(directory, target, layout.tp)
     problems = structure_problems(layout, ranks)
     if problems:
         raise MsQuantError(problems[0])

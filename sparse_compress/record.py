@@ -12,7 +12,7 @@ from ms_quant.plan import make_plan
 from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import TILE_ROWS
-from sparse_compress.layouts import MAX_RANKS, Layout
+from sparse_compress.layouts import MAX_RANKS, Layout, fused_linears, get_target
 from sparse_compress.partition import check_tp, fused_shape
 from sparse_compress.prune import check_pruning
 from sparse_compress.request import outside_limits
@@ -28,7 +28,14 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     path = directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record")
-    kinds = {"tp": int, "sparsity": float, "pruning": str, "algorithm": str, "exclude": list}
+    kinds = {
+        "target": str,
+        "tp": int,
+        "sparsity": float,
+        "pruning": str,
+        "algorithm": str,
+        "exclude": list,
+    }
     if not isinstance(record, dict) or record.get("format") != "W8A8SC":
         raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
     for key, kind in kinds.items():
@@ -65,12 +72,13 @@ def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]
     stated = read_json(path, MAX_RECORD_BYTES).get("uncompressed")
     if not isinstance(stated, dict):
         raise MsQuantError(f"{path}: uncompressed is {stated!r:.80}, expected reasons by name")
-    tp = record["tp"]
+    target, tp = get_target(record["target"], config.model_type), record["tp"]
     check_tp(config, tp)
+    target.check(config, tp, record["algorithm"])
     plan = make_plan(config, "W8A8", record["algorithm"], dtype=FLOAT16, exclude=record["exclude"])
     limits = outside_limits(config, tp)
     compressed = set()
-    for index, group, fused in Layout(config, tp, frozenset()).linears():
+    for index, group, fused in fused_linears(config):
         asked = group in plan.groups(index)
         partial = fused_shape(config, tp, group)[0] % TILE_ROWS  # may code too badly to be stored
         if asked and group.name in limits:
@@ -80,4 +88,4 @@ def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]
             raise MsQuantError(f"{path}: {fused} is not {expected}, expected it by the arguments")
         if asked and fused not in stated:
             compressed.add(fused)
-    return Layout(config, tp, frozenset(compressed))
+    return Layout(config, tp, frozenset(compressed), target)

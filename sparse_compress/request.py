@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,14 +15,9 @@ from ms_quant.places import check_places
 from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare
 from sparse_compress.fp16 import survey
 from sparse_compress.fractal import unsupported_reason
-from sparse_compress.layouts import Layout
+from sparse_compress.layouts import DEFAULT, Layout, TensorSpec, fused_linears, get_target
 from sparse_compress.partition import check_tp, fused_shape
 from sparse_compress.prune import check_pruning
-
-SERVED_FAMILIES = ("qwen2", "qwen3")
-RUNTIME = (
-    "vllm-mindspore on Atlas 300I Duo (--quantization golden-stick --load-format sparse_quant)"
-)
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class SparseOptions:
         job: job directory; None is OUTPUT.job.
         keep_job: leave the job directory when all is done.
         any_environment: resume under other versions, CPU or thread count.
+        target: name of the runtime that the output is for.
     """
 
     model: Path
@@ -62,6 +58,7 @@ class SparseOptions:
     job: Path | None = None
     keep_job: bool = False
     any_environment: bool = False
+    target: str = DEFAULT
 
     def quantization(self, exclude: Sequence[str]) -> QuantizeOptions:
         """The part of the request that the driver of ``ms-quant`` serves."""
@@ -104,11 +101,7 @@ class Request:
     @property
     def not_served_by(self) -> list[str]:
         """Why the runtime cannot load what is made, in sentences."""
-        family = self.layout.config.model_type
-        if family in SERVED_FAMILIES:
-            return []
-        served = " and ".join(SERVED_FAMILIES)
-        return [f"vllm-mindspore serves W8A8SC only for {served}, not {family}"]
+        return self.layout.target.not_served_by(self.layout.config.model_type)
 
 
 def check(options: SparseOptions) -> Request:
@@ -119,26 +112,29 @@ def check(options: SparseOptions) -> Request:
 
     Raises:
         MsQuantError: anything that would make the job fail later; among it a value that float16
-            cannot hold, and a number of ranks that does not divide the model.
+            cannot hold, a number of ranks that does not divide the model, and a model that the
+            target cannot hold.
     """
     plain = options.quantization(options.exclude)
     check_places(options.model, options.output, plain.job_directory)
     check_pruning(options.sparsity, options.pruning)
     config = load_config(options.model)
+    target = get_target(options.target, config.model_type)
     check_tp(config, options.tp)
+    target.check(config, options.tp, options.algorithm)
     checkpoint = Checkpoint(options.model)
     check_model(checkpoint, config)
     limits = outside_limits(config, options.tp)
     reasons = _reasons(config, limits, options.exclude)
-    fused = {path for _, _, path in Layout(config, options.tp, frozenset()).linears()}
+    fused = {path for _, _, path in fused_linears(config)}
     if fused <= set(reasons):
         name, reason = next(iter(reasons.items()))
         raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
-    layout = Layout(config, options.tp, frozenset(fused - set(reasons)))
+    layout = Layout(config, options.tp, frozenset(fused - set(reasons)), target)
     extension = Extension(
         numbers={"sparsity": float(options.sparsity), "pruning": options.pruning},
-        writing={"format": "W8A8SC", "layout": "vllm-mindspore", "tp": options.tp},
-        output_bytes=most_bytes(layout),
+        writing={"format": "W8A8SC", "target": target.name, "tp": options.tp},
+        output_bytes=most_bytes(layout) + spool_bytes(layout),
     )
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(config, limits))
@@ -148,11 +144,21 @@ def check(options: SparseOptions) -> Request:
 
 def most_bytes(layout: Layout) -> int:
     """Bytes of the tensors of all ranks, if no tile were smaller than its content."""
-    one = sum(
+    return layout.tp * _sizes(layout.tensors().values())
+
+
+def spool_bytes(layout: Layout) -> int:
+    """Bytes of the blocks that are kept beside the output until a rank's only file is whole."""
+    if not layout.target.one_file:
+        return 0
+    return layout.config.num_layers * _sizes(layout.block_tensors(0).values())
+
+
+def _sizes(specs: Iterable[TensorSpec]) -> int:
+    return sum(
         (spec.most if spec.shape is None else math.prod(spec.shape)) * spec.dtype.itemsize
-        for spec in layout.tensors().values()
+        for spec in specs
     )
-    return layout.tp * one
 
 
 def outside_limits(config: ModelConfig, tp: int) -> dict[str, str]:
@@ -168,7 +174,7 @@ def outside_limits(config: ModelConfig, tp: int) -> dict[str, str]:
 def _reasons(config: ModelConfig, limits: dict[str, str], exclude: Sequence[str]) -> dict[str, str]:
     """Fused path to the reason why it stays float16."""
     reasons = {}
-    for index, group, fused in Layout(config, 1, frozenset()).linears():
+    for index, group, fused in fused_linears(config):
         members = [f"{block_prefix(index)}{member}" for member in group.members]
         matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
         if group.name in limits:

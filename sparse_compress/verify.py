@@ -24,10 +24,13 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.remake import Comparison, ScaleRule
 from ms_quant.strict_json import read_json
-from sparse_compress import layouts
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import tile_count
-from sparse_compress.layouts import DESCRIPTION, Layout
+from sparse_compress.layouts import (
+    MAX_DESCRIPTION_BYTES,
+    TARGETS,
+    Layout,
+)
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof, compressed_groups
 from sparse_compress.prune import pruned_count
@@ -82,15 +85,15 @@ def verify(
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
     directory = Path(directory)
-    if not (directory / DESCRIPTION).exists() and (directory / golden_stick.DESCRIPTION).exists():
+    described = any((directory / target.description).exists() for target in TARGETS.values())
+    if not described and (directory / golden_stick.DESCRIPTION).exists():
         raise MsQuantError(
             f"{directory}: is a golden-stick checkpoint, expected a W8A8SC checkpoint; "
             "ms-quant verify proves it"
         )
-    if not (directory / DESCRIPTION).exists() and not (directory / RECORD).exists():
-        raise MsQuantError(
-            f"{directory}: is no W8A8SC checkpoint, expected {DESCRIPTION} and {RECORD}"
-        )
+    if not described and not (directory / RECORD).exists():
+        names = " or ".join(target.description for target in TARGETS.values())
+        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint, expected {names}, and {RECORD}")
     original = None
     if source is not None:
         original = Checkpoint(source)
@@ -125,7 +128,7 @@ def _contents(
 ) -> list[str]:
     record, config = read_record(directory), load_config(directory)
     layout = recorded_layout(directory, config, record)
-    ranks = open_ranks(directory, layout.tp)
+    ranks = open_ranks(directory, layout.target, layout.tp)
     problems = structure_problems(layout, ranks) + _guard(_config_problems, directory, source)
     if problems:
         return problems
@@ -149,9 +152,9 @@ def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str
 def _description_problems(
     directory: Path, layout: Layout, ranks: list[RankTensors]
 ) -> Iterator[str]:
-    path = directory / DESCRIPTION
-    expected = layouts.description(layout, lambda rank, name: ranks[rank].info(name).shape[0])
-    found = read_json(path, layouts.MAX_DESCRIPTION_BYTES)
+    path = directory / layout.target.description
+    expected = layout.target.describe(layout, lambda rank, name: ranks[rank].info(name).shape[0])
+    found = read_json(path, MAX_DESCRIPTION_BYTES)
     for key in sorted({*expected, *found}):
         ours, theirs = expected.get(key), found.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):

@@ -52,6 +52,7 @@ _NAMES = "|".join(
     [
         *map(re.escape, (RECORD, "config.json", *COPIED)),
         r"(quant-)?model-\d{5,}-of-\d{5,}\.safetensors",
+        r"model-rank-\d+-part-0\.safetensors",
         r"model\.safetensors\.index\.json",
         r"quant\w*_description\w*\.json",
         r"block-\d{5,}\.proof",

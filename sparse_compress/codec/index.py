@@ -79,6 +79,14 @@ def shortest_coded(tile_sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return -(-engine // BLOCK) * STORE_GRAIN
 
 
+def last_record(index: NDArray[np.uint8]) -> tuple[int, bool] | None:
+    """(stored bytes, coded) of the last tile as an unchecked index gives them; None without one."""
+    if index.size < RECORD or index.size % RECORD:
+        return None
+    fields = int(index[-RECORD:].view("<u4")[0])
+    return (fields & _LENGTH_BITS) * STORE_GRAIN, bool(fields & _CODED_BIT)
+
+
 def unpack_index(
     index: NDArray[np.uint8],
     tile_sizes: NDArray[np.int64],

@@ -103,8 +103,8 @@ def make(
         key = repr((sorted((model or {}).items()), sorted(options.items())))
         if key not in made_before:
             base = tmp_path_factory.mktemp("sparse")
-            keys = {"layers": 1, "vocab_size": VOCAB, "change": cut_vocabulary}
-            made_at = tiny_model(f"source{len(made_before)}", **keys, **DIMENSIONS, **(model or {}))
+            keys = {"layers": 1, "vocab_size": VOCAB, "change": cut_vocabulary, **DIMENSIONS}
+            made_at = tiny_model(f"source{len(made_before)}", **{**keys, **(model or {})})
             source = Path(shutil.move(made_at, base / "source"))
             text = Path(shutil.copy(calib_text, base))
             request = SparseOptions(source, base / "out", text, **{**CALIBRATION, **options})

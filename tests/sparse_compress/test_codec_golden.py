@@ -25,15 +25,15 @@ def read(name):
 def test_golden(case, backend):
     weight, index = read(case["name"])
     sizes = [case["tile_bytes"]] * case["tiles"]
-    options = (case["mode"], case["init_offset"])
+    options = {"mode": case["mode"], "init_offset": case["init_offset"], "backend": backend}
 
-    stream = codec.decode(weight, index, sizes, *options, backend=backend)
+    stream = codec.decode_tiles(weight, index, sizes, **options)
     assert hashlib.sha256(stream.tobytes()).hexdigest() == case["sha256"]["input"]
 
     ranked = rank_bytes(stream, get_mode(case["mode"]).dictionary_size)
     assert ranked.tobytes().hex() == case["dictionary"]
 
-    again, index_again = codec.encode(stream, sizes, *options, backend=backend)
+    again, index_again = codec.encode_tiles(stream, sizes, **options)
     assert again.tobytes() == weight.tobytes()
     assert index_again.tobytes() == index.tobytes()
     coded = (index.view("<u4")[::2] >> 15) & 1
@@ -43,7 +43,7 @@ def test_golden(case, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_of_128_by_320(backend):
     zeros = np.zeros((128, 320), np.int8)
-    weight, index = codec.compress_matrix(zeros, backend=backend)
+    weight, index, info = codec.compress_matrix(zeros, backend=backend)
     assert index.tobytes().hex(" ", 4) == "33800000 00000000 0e800000 33000000"
     assert weight.size == 6528 + 1792
 
@@ -57,12 +57,12 @@ def test_zeros_of_128_by_320(backend):
     assert first[40 + 195 * 8 :][:8].hex(" ") == "bc 0f 00 00 00 00 00 00"
     assert not any(first[40 + 196 * 8 :])
 
-    assert not codec.decompress_matrix(weight, index, 128, 320, backend=backend).any()
+    assert not codec.decompress_matrix(weight, index, info, backend=backend).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_in_high_mode(backend):
-    weight, _ = codec.encode(np.zeros(32768, np.uint8), [32768], "high", backend=backend)
+    weight, _ = codec.encode_tiles(np.zeros(32768, np.uint8), [32768], "high", backend=backend)
     assert weight.size == 4352
     # Seven runs of nine and one zero make a window of 64; the rest of the word stays zero.
     word = weight.view(np.uint8).reshape(-1, 4, 32)[:, 0].reshape(-1)[40:48]
@@ -72,8 +72,8 @@ def test_zeros_in_high_mode(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_init_offset_changes_the_index_only(backend):
     stream = (np.arange(2048) & 7).astype(np.uint8)
-    weight, index = codec.encode(stream, [1024, 1024], backend=backend)
-    moved, moved_index = codec.encode(stream, [1024, 1024], init_offset=129, backend=backend)
+    weight, index = codec.encode_tiles(stream, [1024, 1024], backend=backend)
+    moved, moved_index = codec.encode_tiles(stream, [1024, 1024], init_offset=129, backend=backend)
     assert moved.tobytes() == weight.tobytes()
     assert (moved_index.view("<u4") - index.view("<u4")).tolist() == [0, 2, 0, 2]
 

@@ -119,18 +119,29 @@ def by_rank(stream, mode):
 @given(case=cases())
 def test_like_the_plain_encoder_and_back(backend, case):
     stream, sizes, mode, init_offset, dictionary = case
-    weight, index = codec.encode(stream, sizes, mode, init_offset, dictionary, backend, threads=2)
+    weight, index = codec.encode_tiles(
+        stream,
+        sizes,
+        mode,
+        dictionary=dictionary,
+        init_offset=init_offset,
+        backend=backend,
+        threads=2,
+    )
     d = by_rank(stream, mode) if dictionary is None else [int(v) for v in dictionary]
     expected_weight, expected_index = plain_encode(stream, sizes, mode, init_offset, d)
     assert weight.tobytes() == expected_weight
     assert index.tobytes() == expected_index
-    back = codec.decode(weight, index, sizes, mode, init_offset, backend, threads=2)
+    back = codec.decode_tiles(
+        weight, index, sizes, mode=mode, init_offset=init_offset, backend=backend, threads=2
+    )
     assert np.array_equal(back, stream)
 
 
 def outcome(backend, weight, index, sizes, mode, init_offset):
     try:
-        return codec.decode(weight, index, sizes, mode, init_offset, backend).tobytes()
+        options = {"mode": mode, "init_offset": init_offset, "backend": backend}
+        return codec.decode_tiles(weight, index, sizes, **options).tobytes()
     except CodecError as error:
         return str(error)
 
@@ -154,7 +165,9 @@ def replace_words(rng, weight, index):
 def test_corrupted_input_never_crashes(case, seed, part):
     stream, sizes, mode, init_offset, dictionary = case
     rng = np.random.default_rng(seed)
-    weight, index = codec.encode(stream, sizes, mode, init_offset, dictionary, "reference")
+    weight, index = codec.encode_tiles(
+        stream, sizes, mode, dictionary=dictionary, init_offset=init_offset, backend="reference"
+    )
     if part == "words":
         replace_words(rng, weight, index)
     else:
@@ -168,7 +181,7 @@ def coded_tile(seed):
     rng = np.random.default_rng(seed)
     stream = np.clip(rng.normal(0, 8, 4096).round(), -128, 127).astype(np.int8).view(np.uint8)
     stream[rng.random(4096) < 0.5] = 0
-    return stream, *codec.encode(stream, [4096], ("low", "high")[seed % 2])
+    return stream, *codec.encode_tiles(stream, [4096], ("low", "high")[seed % 2])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -180,14 +193,14 @@ def test_flipped_bits_of_a_coded_tile_are_detected(seed):
         flipped = weight.copy()
         flipped.view(np.uint8)[position // 8] ^= 1 << position % 8
         with pytest.raises(CodecError, match="tile 0, engine"):
-            codec.decode(flipped, index, [4096], ("low", "high")[seed % 2])
+            codec.decode_tiles(flipped, index, [4096], mode=("low", "high")[seed % 2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exchanged_bytes_escape_the_checksum(backend):
     """What the XOR cannot see: two codes of one length exchanged, two positions apart."""
     stream = np.tile(np.array([1, 1, 1, 2, 2, 3, 4, 0], np.uint8), 64)
-    weight, index = codec.encode(stream, [512], backend=backend)
+    weight, index = codec.encode_tiles(stream, [512], backend=backend)
     first_word = weight.view(np.uint8)[4 * 32 + 8 : 4 * 32 + 16].view("<u8")
     # d0 = 1, d1 = 2, then 0, 3, 4 by value: 001 000 010 010 100 101000 011.
     bits = f"{int(first_word[0]):064b}"[::-1]
@@ -195,13 +208,13 @@ def test_exchanged_bytes_escape_the_checksum(backend):
     # Raw bytes 3 and 5 are 2 and 3: both 3 bits, both at odd positions.
     changed = bits[:6] + bits[12:15] + bits[9:12] + bits[6:9] + bits[15:]
     first_word[0] = int(changed[::-1], 2)
-    decoded = codec.decode(weight, index, [512], backend=backend)
+    decoded = codec.decode_tiles(weight, index, [512], backend=backend)
     assert decoded[:8].tolist() == [1, 1, 1, 3, 2, 2, 4, 0]
     assert np.array_equal(decoded[8:], stream[8:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tiles(backend):
-    weight, index = codec.encode(np.zeros(0, np.uint8), [], backend=backend)
+    weight, index = codec.encode_tiles(np.zeros(0, np.uint8), [], backend=backend)
     assert weight.size == index.size == 0
-    assert codec.decode(weight, index, [], backend=backend).size == 0
+    assert codec.decode_tiles(weight, index, [], backend=backend).size == 0

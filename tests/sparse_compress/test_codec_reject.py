@@ -51,7 +51,7 @@ def decode(words, backend, mode=LOW, **changes):
     weight = np.concatenate([tile(*[good] * 4)] * 2 + [tile(good, bad, good, good)])
     blocks = good.size // 32
     index = np.concatenate([record(blocks, blocks * i) for i in range(3)])
-    return codec.decode(weight, index, [512] * 3, mode.name, backend=backend)
+    return codec.decode_tiles(weight, index, [512] * 3, mode=mode.name, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,17 +136,17 @@ INDEXES = {
 def test_index(message, backend):
     weight, index = np.concatenate([TILE, TILE]), np.concatenate(INDEXES[message])
     with pytest.raises(CodecError, match=message):
-        codec.decode(weight, index, [512, 512], backend=backend)
+        codec.decode_tiles(weight, index, [512, 512], backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_index_of_another_init_offset(backend):
     index = record(3, 7)
-    assert not codec.decode(TILE, index, [512], init_offset=7 * 128, backend=backend).any()
+    assert not codec.decode_tiles(TILE, index, [512], init_offset=7 * 128, backend=backend).any()
     with pytest.raises(CodecError, match="byte 896, outside the weight"):
-        codec.decode(TILE, index, [512], backend=backend)
+        codec.decode_tiles(TILE, index, [512], backend=backend)
     with pytest.raises(CodecError, match="byte -128, outside the weight"):
-        codec.decode(TILE, index, [512], init_offset=8 * 128, backend=backend)
+        codec.decode_tiles(TILE, index, [512], init_offset=8 * 128, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -156,36 +156,38 @@ def test_the_first_bad_tile_and_engine_are_named(backend):
     index = np.concatenate([record(3), record(3, 3)])
     for threads in (1, 2):
         with pytest.raises(CodecError, match=r"^tile 0, engine 2: END comes before L"):
-            codec.decode(weight, index, [512, 512], backend=backend, threads=threads)
+            codec.decode_tiles(weight, index, [512, 512], backend=backend, threads=threads)
 
 
 ZEROS = np.zeros(512, np.uint8)
 ARGUMENTS = {
-    "mode is 'middle'": lambda: codec.encode(ZEROS, [512], "middle"),
-    "backend is 'gpu'": lambda: codec.encode(ZEROS, [512], backend="gpu"),
-    "tile 1: 513 raw bytes": lambda: codec.encode(ZEROS, [512, 513]),
-    "tile 0: 33280 raw bytes; expected a multiple of 512 up to 32768": lambda: codec.decode(
+    "mode is 'middle'": lambda: codec.encode_tiles(ZEROS, [512], "middle"),
+    "backend is 'gpu'": lambda: codec.encode_tiles(ZEROS, [512], backend="gpu"),
+    "tile 1: 513 raw bytes": lambda: codec.encode_tiles(ZEROS, [512, 513]),
+    "tile 0: 33280 raw bytes; expected a multiple of 512 up to 32768": lambda: codec.decode_tiles(
         TILE, record(3), [33280]
     ),
-    "tile 0: 0 raw bytes": lambda: codec.decode(TILE, record(3), [0]),
-    "tile 0: -512 raw bytes": lambda: codec.decode(TILE, record(3), [-512]),
-    "tile sizes are float64": lambda: codec.decode(
+    "tile 0: 0 raw bytes": lambda: codec.decode_tiles(TILE, record(3), [0]),
+    "tile 0: -512 raw bytes": lambda: codec.decode_tiles(TILE, record(3), [-512]),
+    "tile sizes are float64": lambda: codec.decode_tiles(
         TILE,
         record(3),
         [512.0],  # type: ignore[list-item]
     ),
-    "the stream has 512 bytes; its tiles add up to 1024": lambda: codec.encode(ZEROS, [1024]),
-    "the stream is float32 of shape": lambda: codec.encode(ZEROS.astype(np.float32), [512]),
-    "the weight is int8 of shape": lambda: codec.decode(TILE.reshape(2, -1), record(3), [512]),
-    "low mode needs 36 integers": lambda: codec.encode(ZEROS, [512], dictionary=range(34)),
-    "distinct byte values": lambda: codec.encode(ZEROS, [512], dictionary=[0] * 36),
-    "in 0..255": lambda: codec.encode(ZEROS, [512], dictionary=range(250, 286)),
-    "init_offset is -1": lambda: codec.encode(ZEROS, [512], init_offset=-1),
-    "record holds 32 bits": lambda: codec.encode(
+    "the data has 512 bytes; its tiles add up to 1024": lambda: codec.encode_tiles(ZEROS, [1024]),
+    "the data is float32 of shape": lambda: codec.encode_tiles(ZEROS.astype(np.float32), [512]),
+    "the weight is int8 of shape": lambda: codec.decode_tiles(
+        TILE.reshape(2, -1), record(3), [512]
+    ),
+    "low mode needs 36 integers": lambda: codec.encode_tiles(ZEROS, [512], dictionary=range(34)),
+    "distinct byte values": lambda: codec.encode_tiles(ZEROS, [512], dictionary=[0] * 36),
+    "in 0..255": lambda: codec.encode_tiles(ZEROS, [512], dictionary=range(250, 286)),
+    "init_offset is -1": lambda: codec.encode_tiles(ZEROS, [512], init_offset=-1),
+    "record holds 32 bits": lambda: codec.encode_tiles(
         np.zeros(1024, np.uint8), [512, 512], init_offset=2**39 - 128
     ),
     "a .2147483648, 4096. weight takes": lambda: codec.decompress_matrix(
-        TILE, record(3), 2**31, 4096
+        TILE, record(3), codec.matrix_info(2**31, 4096)
     ),
 }
 

@@ -106,9 +106,10 @@ def test_matrix_roundtrip(shape, mode, backend):
     rng = np.random.default_rng(3)
     weight = np.clip(rng.normal(0, 9, shape).round(), -128, 127).astype(np.int8)
     weight[rng.random(shape) < 0.6] = 0
-    stored, index = codec.compress_matrix(weight, mode, backend)
-    n, k = shape
-    assert np.array_equal(codec.decompress_matrix(stored, index, n, k, mode, backend), weight)
+    packed = codec.compress_matrix(weight, mode, backend=backend)
+    assert packed.info.tolist() == [8, 8, *shape[::-1], 1]
+    assert packed.info.dtype == np.int64
+    assert np.array_equal(codec.decompress_matrix(*packed, mode, backend=backend), weight)
 
 
 def test_a_weight_that_grows_is_refused():

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ms_quant.errors import MsQuantError
 from sparse_compress.info import info
-from sparse_compress.layouts import DESCRIPTION
+from sparse_compress.layouts.vllm_mindspore import DESCRIPTION
 from sparse_compress.prune import prune
 from sparse_compress.reader import SparseModel, open_w8a8sc
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from ms_quant.checkpoint import reader
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
-from sparse_compress.codec import decompress_matrix
+from sparse_compress.codec import decompress_matrix, matrix_info
 from sparse_compress.estimate import estimate
 from sparse_compress.request import SparseOptions, check
 from sparse_compress.run import run
@@ -44,7 +44,7 @@ def source_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 def decoded(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
     n, k = len(tensors[f"{name}.deq_scale"]), len(tensors[f"{name}.input_scale"])
-    return decompress_matrix(tensors[f"{name}.weight"], tensors[f"{name}.index"], n, k)
+    return decompress_matrix(tensors[f"{name}.weight"], tensors[f"{name}.index"], matrix_info(n, k))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

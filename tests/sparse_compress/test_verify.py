@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.codec import compress_matrix, decompress_matrix
+from sparse_compress.codec import compress_matrix, decompress_matrix, matrix_info
 from sparse_compress.ranks import RankTensors
 from sparse_compress.verify import verify
 
@@ -69,10 +69,11 @@ def recode(name: str, edit: Callable[[np.ndarray], None], keep_bias: bool = Fals
 
     def change(tensors: Tensors) -> None:
         n, k = len(tensors[f"{name}.deq_scale"]), len(tensors[f"{name}.input_scale"])
-        old = decompress_matrix(tensors[f"{name}.weight"], tensors[f"{name}.index"], n, k)
+        info = matrix_info(n, k)
+        old = decompress_matrix(tensors[f"{name}.weight"], tensors[f"{name}.index"], info)
         new = old.copy()
         edit(new)
-        tensors[f"{name}.weight"], tensors[f"{name}.index"] = compress_matrix(new)
+        tensors[f"{name}.weight"], tensors[f"{name}.index"], _ = compress_matrix(new)
         if not keep_bias:
             offset = int(tensors[f"{name}.input_offset"][0])
             step = (new.astype(np.int64) - old).sum(axis=1) * offset

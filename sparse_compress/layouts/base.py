@@ -1,0 +1,252 @@
+"""What every target's layout shares: the tensors of a rank, and what a target may decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms import ALGORITHMS
+from ms_quant.checkpoint import golden_stick
+from ms_quant.checkpoint.writer import shard_names
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.families import LinearGroup
+from sparse_compress.fp16 import FLOAT16
+from sparse_compress.fractal import COLUMNS, ROWS, tile_count
+from sparse_compress.partition import fused_shape, padded_vocab
+
+MAX_DESCRIPTION_BYTES = 256 << 20
+MAX_RANKS = 1024
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
+INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
+INDEX_RECORD = 8
+STORE_GRAIN = 128
+
+Length = Callable[[int, str], int]
+"""Gives the length of a coded tensor from its rank and name."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor of a rank must be.
+
+    Attributes:
+        dtype: its type.
+        shape: its shape; None for coded weights, whose length depends on their content.
+        most: the largest length of a coded weight.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...] | None
+    most: int = 0
+
+    def problem(self, dtype: np.dtype, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with a tensor of this type and shape, or None."""
+        found = f"found {dtype} {list(shape)}"
+        if self.shape is not None:
+            if (dtype, shape) == (self.dtype, self.shape):
+                return None
+            return f"{found}, expected {self.dtype} {list(self.shape)}"
+        good = dtype == self.dtype and len(shape) == 1 and 0 < shape[0] <= self.most
+        if good and shape[0] % STORE_GRAIN == 0:
+            return None
+        return (
+            f"{found}, expected {self.dtype} of one dimension, a multiple of {STORE_GRAIN} up to "
+            f"{self.most}"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """How one runtime wants a W8A8SC checkpoint. Each target is one module.
+
+    Attributes:
+        name: what ``--target`` calls it.
+        runtime: who serves it, with the options to give.
+        claim: how the sentence about families begins that are not among ``families``.
+        families: those that the runtime is known to serve.
+        description: name of the description file.
+        ranks: glob of what holds the ranks' tensors.
+        rank_place: path of a rank's directory, or of its file where it has only one.
+        one_file: whether a rank is one file; otherwise a directory, with a file for each block.
+        per_channel_input: whether ``input_scale`` and ``input_offset`` have a value for each
+            input channel, or a single one.
+        info: whether a compressed linear has the tensor ``info``.
+        refusal: why a model cannot be written for so many ranks, or None.
+        describe: the content of the description file.
+        found: whether a directory has a description of this target.
+        read: the layout that a directory's description states.
+    """
+
+    name: str
+    runtime: str
+    claim: str
+    families: tuple[str, ...]
+    description: str
+    ranks: str
+    rank_place: Callable[[int], str]
+    one_file: bool
+    per_channel_input: bool
+    info: bool
+    refusal: Callable[[ModelConfig, int], str | None]
+    describe: Callable[[Layout, Length], dict[str, Any]]
+    found: Callable[[Path], bool]
+    read: Callable[[Path, ModelConfig], Layout]
+
+    def check(self, config: ModelConfig, tp: int, algorithm: str) -> None:
+        """Refuses what this target cannot hold.
+
+        Args:
+            config: the model.
+            tp: how many ranks there are.
+            algorithm: name of the quantization algorithm.
+
+        Raises:
+            MsQuantError: names the target and the reason.
+        """
+        smooths = algorithm in ALGORITHMS and ALGORITHMS[algorithm].smooths
+        if smooths and not self.per_channel_input:
+            raise MsQuantError(
+                f"target {self.name} holds one input_scale for all channels, so it has no place "
+                f"for the smoothing of algorithm {algorithm}, expected minmax"
+            )
+        reason = self.refusal(config, tp)
+        if reason:
+            raise MsQuantError(f"target {self.name} cannot hold this model: {reason}")
+
+    def not_served_by(self, family: str) -> list[str]:
+        """Why the runtime is not known to load a family, in sentences."""
+        if family in self.families:
+            return []
+        return [f"{self.claim} only for {' and '.join(self.families)}, not {family}"]
+
+    def rank_files(self, config: ModelConfig, rank: int) -> list[str]:
+        """Paths of a rank's files."""
+        if self.one_file:
+            return [self.rank_place(rank)]
+        return block_files(config, self.rank_place(rank))
+
+    def linear_specs(self, n: int, k: int) -> dict[str, TensorSpec]:
+        """Suffix to specification of a compressed linear's tensors on a rank, less its bias."""
+        channels = k if self.per_channel_input else 1
+        most = -(-n // ROWS) * ROWS * (-(-k // COLUMNS) * COLUMNS)
+        specs = {
+            "weight": TensorSpec(INT8, None, most),
+            "index": TensorSpec(INT8, (INDEX_RECORD * tile_count(n, k),)),
+            "deq_scale": TensorSpec(INT64, (n,)),
+            "quant_bias": TensorSpec(INT32, (n,)),
+            "input_scale": TensorSpec(FLOAT16, (channels,)),
+            "input_offset": TensorSpec(INT8, (channels,)),
+        }
+        return {**specs, "info": TensorSpec(INT64, (5,))} if self.info else specs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors a checkpoint holds.
+
+    Attributes:
+        config: the model.
+        tp: how many ranks there are.
+        compressed: fused paths of the compressed linears, such as
+            ``"model.layers.0.self_attn.qkv_proj"``.
+        target: whom it is for.
+    """
+
+    config: ModelConfig
+    tp: int
+    compressed: frozenset[str]
+    target: Target
+
+    def linears(self) -> Iterator[tuple[int, LinearGroup, str]]:
+        """(block, group, fused path) of every fused linear, in model order."""
+        return fused_linears(self.config)
+
+    def has_bias(self, group: LinearGroup) -> bool:
+        """Whether the linears of a group have a bias."""
+        return has_bias(self.config, group)
+
+    def norms(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Name to shape of the tensors of a block that belong to no linear."""
+        return {
+            f"{block_prefix(index)}{name}": shape
+            for name, shape in self.config.block_shapes().items()
+            if name.rpartition(".")[0] not in self.config.linear_shapes()
+        }
+
+    def float_names(self) -> list[str]:
+        """Hugging Face names of the tensors that become float16, in model order."""
+        coded = {
+            f"{block_prefix(index)}{member}.weight"
+            for index, group, fused in self.linears()
+            if fused in self.compressed
+            for member in group.members
+        }
+        return [name for name in self.config.parameter_shapes() if name not in coded]
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor of a rank by its runtime name. All ranks hold the same names and shapes,
+        but for the length of coded weights."""
+        specs: dict[str, TensorSpec] = {}
+        for index in range(self.config.num_layers):
+            specs.update(self.block_tensors(index))
+        rows = padded_vocab(self.config) // self.tp
+        hidden = self.config.hidden_size
+        specs[EMBEDDING] = TensorSpec(FLOAT16, (rows, hidden))
+        specs[NORM] = TensorSpec(FLOAT16, (hidden,))
+        if not self.config.tied:
+            specs[HEAD] = TensorSpec(FLOAT16, (rows, hidden))
+        return specs
+
+    def block_tensors(self, index: int) -> dict[str, TensorSpec]:
+        """The tensors of one block on a rank."""
+        specs = {name: TensorSpec(FLOAT16, shape) for name, shape in self.norms(index).items()}
+        for group in self.config.family.groups:
+            fused = f"{block_prefix(index)}{group.fused}"
+            n, k = fused_shape(self.config, self.tp, group)
+            if fused in self.compressed:
+                found = self.target.linear_specs(n, k)
+                specs.update({f"{fused}.{suffix}": spec for suffix, spec in found.items()})
+            else:
+                specs[f"{fused}.weight"] = TensorSpec(FLOAT16, (n, k))
+            if self.has_bias(group):
+                specs[f"{fused}.bias"] = TensorSpec(FLOAT16, (n,))
+        return specs
+
+
+def fused_linears(config: ModelConfig) -> Iterator[tuple[int, LinearGroup, str]]:
+    """(block, group, fused path) of every fused linear of a model, in its order."""
+    for index in range(config.num_layers):
+        for group in config.family.groups:
+            yield index, group, f"{block_prefix(index)}{group.fused}"
+
+
+def has_bias(config: ModelConfig, group: LinearGroup) -> bool:
+    """Whether the linears of a group have a bias."""
+    return f"{group.members[0]}.bias" in config.block_shapes()
+
+
+def rank_name(rank: int) -> str:
+    """What messages call a rank, and the directory of its blocks."""
+    return f"rank_{rank}"
+
+
+def block_files(config: ModelConfig, directory: str) -> list[str]:
+    """Paths of the files of a rank's directory: one for each block, the last for the rest."""
+    return [f"{directory}/{name}" for name in shard_names("model", config.num_layers + 1)]
+
+
+def proof_file(index: int) -> str:
+    """Path of a block's proof. Its suffix keeps loaders from taking it for weights."""
+    return f"proof/block-{index:05d}.proof"
+
+
+def model_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the output, the same for every target."""
+    return golden_stick.model_config(config.raw, FLOAT16)
