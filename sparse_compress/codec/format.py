@@ -132,13 +132,8 @@ def bits_of(codeword: str) -> int:
     return int(codeword[::-1], 2)
 
 
-def rank_bytes(stream: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The `size` most frequent bytes: count descending, then byte value ascending."""
-    return rank_counts(count_bytes(stream), size)
-
-
 def rank_counts(counts: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """As `rank_bytes`, from how often each byte value occurs."""
+    """The `size` most frequent bytes: count descending, then byte value ascending."""
     return np.argsort(-counts, kind="stable")[:size].astype(np.uint8)
 
 
