@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ms_quant.algorithms import get_algorithm
-from ms_quant.algorithms.problem import Problem, apply
+from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.models.config import block_prefix
@@ -23,22 +25,58 @@ WeightTransform = Callable[[str, np.ndarray, ActivationStats | None], np.ndarray
 """Called with a linear's full path, its float32 weight and its input's statistics."""
 
 
+Rounding = Callable[[Problem, Solution], tuple[dict[str, QuantizedLinear], dict[str, Any]]]
+"""Makes the int8 linears of a group, and notes about them for the report. It sees the Hessian."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What another command puts around the algorithm.
+
+    Attributes:
+        transform: changes a weight before it is quantized (pruning).
+        rounding: what makes int8 linears of the algorithm's answer; None rounds to nearest.
+    """
+
+    transform: WeightTransform | None = None
+    rounding: Rounding | None = None
+
+
+PLAIN = Steps()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration has seen of a group.
+
+    Attributes:
+        stats: statistics of its input.
+        loss: error of the block's output with candidates in place of the float linears.
+        power: mean square of the block's output.
+    """
+
+    stats: ActivationStats | None
+    loss: Callable[[Mapping[str, QuantizedLinear]], float]
+    power: float = 1.0
+
+
 def quantize_group(
     plan: Plan,
     index: int,
     group: LinearGroup,
     array: Callable[[str], np.ndarray | None],
-    stats: ActivationStats | None,
-    loss: Callable[[Mapping[str, QuantizedLinear]], float],
-    transform: WeightTransform | None,
-) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:
+    seen: Seen,
+    steps: Steps,
+) -> tuple[dict[str, QuantizedLinear], dict[str, Any]]:
     """The int8 linears of one group, and what the algorithm chose."""
     prefix = block_prefix(index)
     weights, biases = {}, {}
     for member in group.members:
         weight, bias = array(f"{member}.weight"), array(f"{member}.bias")
         assert weight is not None
-        weights[member] = transform(prefix + member, weight, stats) if transform else weight
+        if steps.transform:
+            weight = steps.transform(prefix + member, weight, seen.stats)
+        weights[member] = weight
         if bias is not None:
             biases[member] = bias
     problem = Problem(
@@ -46,13 +84,17 @@ def quantize_group(
         scheme=plan.scheme,
         weights=weights,
         biases=biases,
-        stats=stats,
+        stats=seen.stats,
         dtype=plan.dtype,
-        loss=loss,
+        loss=seen.loss,
         alpha=plan.alpha,
+        power=seen.power,
     )
     solution = get_algorithm(plan.algorithm, plan.scheme).solve(problem)
-    return apply(problem, solution), dict(solution.note)
+    if steps.rounding is None:
+        return apply(problem, solution), dict(solution.note)
+    linears, note = steps.rounding(problem, solution)
+    return linears, {**solution.note, **note}
 
 
 def quantize_data_free(
@@ -68,7 +110,7 @@ def quantize_data_free(
         linears: dict[str, QuantizedLinear] = {}
         groups = plan.groups(index)
         for done, group in enumerate(groups):
-            found, _ = quantize_group(plan, index, group, array, None, _no_loss, None)
+            found, _ = quantize_group(plan, index, group, array, Seen(None, _no_loss), PLAIN)
             linears.update(found)
             progress(index, (done + 1) / len(groups))
         job.finish_block(index, linears, {}, {})

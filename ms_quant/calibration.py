@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from mindspore import Tensor
 
-from ms_quant.blocks import Progress, WeightTransform, quantize_group
+from ms_quant.blocks import PLAIN, Progress, Seen, Steps, quantize_group
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
@@ -78,6 +78,10 @@ class SearchWindows:
         for kept, state in zip(self.states, states, strict=True):
             kept[first:last] = state[self.chosen[first:last] - start]
 
+    def power(self) -> float:
+        """Mean square of the block's output."""
+        return float(np.mean(np.square(self.states[2]), dtype=np.float64))
+
     def batches(self) -> Iterator[np.ndarray]:
         """Inputs, middles and outputs, of some windows at a time."""
         step = max(1, BATCH_TOKENS // self.length)
@@ -101,7 +105,7 @@ def calibrate(
     tokens: np.ndarray,
     job: JobDirectory,
     progress: Progress,
-    transform: WeightTransform | None = None,
+    steps: Steps = PLAIN,
 ) -> None:
     """Quantizes every unfinished block of a job.
 
@@ -111,7 +115,7 @@ def calibrate(
         tokens: int32 (sequences, tokens) calibration data.
         job: where finished blocks and hidden states are.
         progress: told how far each block is.
-        transform: changes a weight before it is quantized (pruning).
+        steps: what is done around the algorithm.
 
     Raises:
         MsQuantError: a weight or an activation is NaN or inf, or the disk is full.
@@ -122,14 +126,15 @@ def calibrate(
         embed(checkpoint, tokens, job)
     for index in range(first, plan.config.num_layers):
         runner.load(checkpoint, index)
-        stats, searched = _observe(plan, runner, job, index, tokens.shape, progress)
+        hessian = steps.rounding is not None
+        stats, searched = _observe(plan, runner, job, index, tokens.shape, progress, hessian)
         linears: dict[str, QuantizedLinear] = {}
         notes = {}
         groups = plan.groups(index)
         for done, group in enumerate(groups):
-            loss = _block_loss(runner, group, searched)
+            seen = Seen(stats[group.name], _block_loss(runner, group, searched), searched.power())
             linears_of_group, notes[group.name] = quantize_group(
-                plan, index, group, runner.array, stats[group.name], loss, transform
+                plan, index, group, runner.array, seen, steps
             )
             linears.update(linears_of_group)
             progress(index, (1 + (done + 1) / len(groups)) / 2)
@@ -144,6 +149,7 @@ def _observe(
     index: int,
     shape: tuple[int, ...],
     progress: Progress,
+    hessian: bool,
 ) -> tuple[dict[str, ActivationStats], SearchWindows]:
     """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
     sequences, length = shape
@@ -153,7 +159,9 @@ def _observe(
         path = group.members[0]
         cell = get_cell(runner.block, path)
         name = f"{block_prefix(index)}{path}: calibration input"
-        stats[group.name] = ActivationStats(cell.in_channels, sequences * length, name=name)
+        stats[group.name] = ActivationStats(
+            cell.in_channels, sequences * length, name=name, with_hessian=hessian
+        )
         recorders[path] = Recorder(cell, stats[group.name].update)
     last = index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)

@@ -18,10 +18,12 @@ class ActivationStats:
         total_tokens: how many tokens will be seen; decides which rows are kept.
         keep_rows: at most this many evenly strided token rows are kept for searches.
         name: what the errors call it.
+        with_hessian: sum up the products of channels, too.
 
     Attributes:
         low, high: float32 (K,), smallest and largest value of each channel.
         sum_squares: float64 (K,).
+        products: float32 (K, K), the sum of x x^T over the tokens, or None.
         tokens: tokens seen so far.
     """
 
@@ -29,9 +31,11 @@ class ActivationStats:
     total_tokens: int
     keep_rows: int = 512
     name: str = "activation"
+    with_hessian: bool = False
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
     sum_squares: np.ndarray = field(init=False)
+    products: np.ndarray | None = field(init=False, default=None)
     tokens: int = 0
     _rows: list[np.ndarray] = field(default_factory=list, repr=False)
 
@@ -39,6 +43,8 @@ class ActivationStats:
         self.low = np.full(self.channels, np.inf, np.float32)
         self.high = np.full(self.channels, -np.inf, np.float32)
         self.sum_squares = np.zeros(self.channels, np.float64)
+        if self.with_hessian:
+            self.products = np.zeros((self.channels, self.channels), np.float32)
 
     def update(self, x: np.ndarray) -> None:
         """Adds a batch of tokens, (..., K) float32.
@@ -53,6 +59,8 @@ class ActivationStats:
         np.minimum(self.low, rows.min(axis=0), out=self.low)
         np.maximum(self.high, rows.max(axis=0), out=self.high)
         self.sum_squares += np.einsum("tk,tk->k", rows, rows, dtype=np.float64)
+        if self.products is not None:
+            self.products += rows.T @ rows
         stride = max(1, -(-self.total_tokens // self.keep_rows))
         first = -self.tokens % stride
         self._rows.append(rows[first::stride].copy())
@@ -67,6 +75,13 @@ class ActivationStats:
     def l2_norm(self) -> np.ndarray:
         """float32 (K,), the L2 norm of each channel over all tokens seen."""
         return np.sqrt(self.sum_squares).astype(np.float32)
+
+    @property
+    def hessian(self) -> np.ndarray:
+        """float32 (K, K), the mean of x x^T over the tokens: half the Hessian of a linear's
+        squared output error with respect to a row of its weight."""
+        assert self.products is not None
+        return self.products / np.float32(max(1, self.tokens))
 
     @property
     def rows(self) -> np.ndarray:

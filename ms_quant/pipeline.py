@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.blocks import Progress, WeightTransform, quantize_data_free
+from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
 from ms_quant.checkpoint import activations, golden_stick
 from ms_quant.checkpoint.atomic import FileRecord, write_json
 from ms_quant.checkpoint.finish import OutputDirectory
@@ -69,7 +69,7 @@ def complete(
     prepared: Prepared,
     progress: Progress,
     write: Callable[[JobDirectory, OutputDirectory], None],
-    transform: WeightTransform | None = None,
+    steps: Steps = PLAIN,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -77,7 +77,7 @@ def complete(
         prepared: the checked request.
         progress: told how far each block is.
         write: writes and finishes the output of a job whose blocks are finished.
-        transform: changes a weight before it is quantized (pruning).
+        steps: what is done around the algorithm.
 
     Returns:
         True when the output was finished before.
@@ -94,7 +94,7 @@ def complete(
         output = prepared.output()  # another process may have finished it just now
         if not output.finished:
             with output.open():
-                run_blocks(prepared, job, progress, transform)
+                run_blocks(prepared, job, progress, steps)
                 write(job, output)
         if not prepared.options.keep_job:
             job.remove()
@@ -114,7 +114,7 @@ def run_blocks(
     prepared: Prepared,
     job: JobDirectory,
     progress: Progress,
-    transform: WeightTransform | None = None,
+    steps: Steps = PLAIN,
 ) -> None:
     """Finishes every block of a job."""
     if prepared.tokens is None:
@@ -122,7 +122,7 @@ def run_blocks(
     elif job.finished_blocks() < prepared.plan.config.num_layers:
         from ms_quant.calibration import calibrate
 
-        calibrate(prepared.plan, prepared.checkpoint, prepared.tokens, job, progress, transform)
+        calibrate(prepared.plan, prepared.checkpoint, prepared.tokens, job, progress, steps)
 
 
 def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ms_quant.blocks import Steps
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.pipeline import complete
@@ -47,8 +48,8 @@ def run(
     def write(job: JobDirectory, output: OutputDirectory) -> None:
         write_checkpoint(_without_too_long(request, job), job, output, progress)
 
-    transform = pruning_transform(options.sparsity, options.pruning)
-    finished_before = complete(request.prepared, block_progress, write, transform)
+    steps = Steps(pruning_transform(options.sparsity, options.pruning))
+    finished_before = complete(request.prepared, block_progress, write, steps)
     return {
         **summary(options.output),
         "target": options.target,

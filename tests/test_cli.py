@@ -289,10 +289,10 @@ if when == "importing":
 else:
     from ms_quant import pipeline
     original = pipeline.run_blocks
-    def run_blocks(prepared, job, progress, transform):
+    def run_blocks(prepared, job, progress, steps):
         def interrupted(index, part):
             os.kill(os.getpid(), signal.SIGINT)
-        original(prepared, job, interrupted, transform)
+        original(prepared, job, interrupted, steps)
     pipeline.run_blocks = run_blocks
 ms_quant.cli.main()
 """

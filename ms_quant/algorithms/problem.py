@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ms_quant.numerics.linear import QuantizedLinear, quantize_linear, static_activation
+from ms_quant.numerics.linear import (
+    QuantizedLinear,
+    StaticActivation,
+    quantize_linear,
+    static_activation,
+)
 from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.observers import ActivationStats
 from ms_quant.spec import Scheme
@@ -45,6 +50,7 @@ class Problem:
         loss: error of the network with the linears of a candidate in place of the float ones;
             a mean squared error over calibration tokens.
         alpha: smoothing strength where the algorithm takes one.
+        power: mean square of the network's output, what ``loss`` is to be compared with.
     """
 
     name: str
@@ -55,16 +61,22 @@ class Problem:
     dtype: np.dtype
     loss: Callable[[Mapping[str, QuantizedLinear]], float]
     alpha: float = 0.5
+    power: float = 1.0
+
+
+def input_quantization(problem: Problem, solution: Solution) -> StaticActivation:
+    """How the shared input is quantized, where that is static."""
+    assert problem.stats is not None
+    return static_activation(
+        problem.stats.low, problem.stats.high, solution.smooth, problem.dtype, problem.name
+    )
 
 
 def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
-    """The int8 linears that a solution stands for."""
+    """The int8 linears that a solution stands for, rounded to nearest."""
     activation, scale_dtype = None, weight_scale_dtype(problem.dtype)
     if not problem.scheme.activation.dynamic:
-        assert problem.stats is not None
-        activation = static_activation(
-            problem.stats.low, problem.stats.high, solution.smooth, problem.dtype, problem.name
-        )
+        activation = input_quantization(problem, solution)
         scale_dtype = np.dtype(np.float32)  # only deq_scale is stored, in float32
     return {
         name: quantize_linear(
