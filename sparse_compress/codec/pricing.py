@@ -101,7 +101,7 @@ def _stored(bits: Fraction) -> int:
     return -int(-bits // (8 * STORE_GRAIN)) * 8 * STORE_GRAIN
 
 
-def _units(mode: Mode) -> NDArray[np.int64]:
+def code_units(mode: Mode) -> NDArray[np.int64]:
     """Length of the code of a single byte by its rank, in units of 3 bits."""
     units = np.full(256, _MOST_UNITS)
     for codeword, meaning in zip(CODEWORDS, mode.meanings, strict=True):
@@ -118,7 +118,7 @@ def _lower_bound(ranked: list[int], mode: Mode, tile_bytes: int) -> Fraction:
     byte takes at least the lesser of the two; the headers are shared by at most `tile_bytes`.
     """
     fill = Fraction(WORD_BITS, _USED_BITS)
-    least = [Fraction(UNIT * int(units)) for units in _units(mode)]
+    least = [Fraction(UNIT * int(units)) for units in code_units(mode)]
     # A run of the most frequent byte: 2 in 3 bits, or 9 in 6.
     least[0] = Fraction(3, 2) if mode is LOW else Fraction(6, 9)
     headers = Fraction(ENGINES * 8 * HEADER, tile_bytes)
@@ -141,7 +141,7 @@ def _estimate(ranked: NDArray[np.int64], mode: Mode, tile_bytes: int) -> float:
     size = min(tile_bytes, total) / ENGINES
     codes = _codes(share, mode)
     new_word, end_word = _word_ends(codes / codes.sum())
-    bits = _units(mode) * float(UNIT)
+    bits = code_units(mode) * float(UNIT)
     bits[0] = (codes @ np.arange(1, _MOST_UNITS + 1) * UNIT - share[1:] @ bits[1:]) / share[0]
     mean = share @ bits
     variance = float(share @ (bits - mean) ** 2)
@@ -167,7 +167,7 @@ def _within_window(holds: float, variance: float) -> float:
 
 def _codes(share: NDArray[np.float64], mode: Mode) -> NDArray[np.float64]:
     """Codes of 1, 2, 3 and 4 units of 3 bits that one byte takes in the mean."""
-    units = _units(mode)
+    units = code_units(mode)
     codes = np.bincount(units[1:] - 1, share[1:], _MOST_UNITS).astype(np.float64)
     # Runs of the first byte have geometric lengths: P(r >= m) is first ** (m - 1). A run of r
     # takes ceil(r / 2) codes; in high mode r // 9, then 0, 1 or 2 for a rest of 0, 1-4 or 5-8.

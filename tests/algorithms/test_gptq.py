@@ -1,4 +1,4 @@
-"""The column step against the textbook: one column at a time, the inverse updated by elimination."""
+"""The column step against the textbook: after each column the rest is solved again."""
 
 from __future__ import annotations
 
