@@ -22,7 +22,7 @@ from ms_quant.console import (
     use_mindspore,
 )
 from ms_quant.console import run as run_app
-from sparse_compress.codec import backend_note
+from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.request import SparseOptions, check
 
@@ -32,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+WorkersOption = Annotated[
+    int, typer.Option(help="Threads that code one tensor.", min=1, show_default="all cores")
+]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a W8A8SC checkpoint.")]
 
 
@@ -69,6 +72,7 @@ def run(
         bool,
         typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
     ] = False,
+    workers: WorkersOption = CORES,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,6 +99,7 @@ def run(
         job=job,
         keep_job=keep_job,
         any_environment=any_environment,
+        workers=workers,
     )
     request = check(options)
     for line in request.not_served_by:
@@ -119,6 +124,7 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="The float checkpoint it was made from.")
     ] = None,
+    workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:
     """Decode every tile, check every tensor, recompute the int8 weights from the source."""
@@ -126,7 +132,7 @@ def verify(
 
     _note_backend()
     with step_progress() as progress:
-        result = prove(checkpoint, source, progress)
+        result = prove(checkpoint, source, progress, workers)
     emit(result, as_json, _show_verification)
     exit_if_problems(result["problems"])
 
@@ -138,12 +144,13 @@ def info(
         Path | None,
         typer.Option(help="HTML page to make: sizes, entropy bounds, histograms. Needs plotly."),
     ] = None,
+    workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:
     """A table of layers: shape, sparsity, size and ratio on each rank."""
     from sparse_compress.info import info as describe
 
-    emit(describe(checkpoint, plot), as_json, _show_info)
+    emit(describe(checkpoint, plot, workers), as_json, _show_info)
 
 
 def _note_backend() -> None:

@@ -14,7 +14,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
 from ms_quant.strict_json import read_json
 from sparse_compress import report
-from sparse_compress.codec import backend_note
+from sparse_compress.codec import CORES, backend_note
 from sparse_compress.codec.format import count_bytes
 from sparse_compress.layouts import Layout
 from sparse_compress.partition import fused_shape
@@ -25,24 +25,25 @@ COUNTS = ("size", "pruned", "source_zeros", "rounded", "zeros", "input_scale_rai
 CODED_BIT = 1 << 15
 
 
-def open_sparse(directory: Path) -> SparseModel:
+def open_sparse(directory: Path, workers: int = CORES) -> SparseModel:
     """Opens a W8A8SC checkpoint.
 
     Raises:
         MsQuantError: the directory is none, or its structure is wrong.
     """
-    model = open_w8a8sc(directory)
+    model = open_w8a8sc(directory, workers)
     if not isinstance(model, SparseModel):
         raise MsQuantError(f"{directory}: is no W8A8SC checkpoint")
     return model
 
 
-def info(directory: Path, plot: Path | None = None) -> dict[str, Any]:
+def info(directory: Path, plot: Path | None = None, workers: int = CORES) -> dict[str, Any]:
     """A row for each compressed linear of each rank. Every tile is decoded, one linear at a time.
 
     Args:
         directory: the checkpoint.
         plot: an HTML page to make about it; needs the extra ``report``.
+        workers: how many threads decode a linear.
 
     Returns:
         JSON: what :func:`summary` returns, with ``plot`` where there is one, and ``rows`` of
@@ -55,7 +56,7 @@ def info(directory: Path, plot: Path | None = None) -> dict[str, Any]:
             cannot be made.
     """
     directory = Path(directory)
-    model, rows, histograms = open_sparse(directory), [], []
+    model, rows, histograms = open_sparse(directory, workers), [], []
     if plot is not None:
         report.check_page(plot, directory)
     for _, group, fused in model.layout.linears():
@@ -104,8 +105,8 @@ def summary(directory: Path) -> dict[str, Any]:
     """What a finished checkpoint is, from its record, its proofs and its headers.
 
     Returns:
-        JSON: ``output``, ``flavour``, ``tp``, ``sparsity`` asked for, ``pruning``, ``algorithm``;
-        ``compressed_linears`` (fused, of one rank) and ``uncompressed`` (fused path to reason);
+        JSON: ``output``, ``flavour``, ``target``, ``tp``, ``sparsity`` asked for, ``pruning``,
+        ``algorithm``; ``compressed_linears`` (of one rank) and ``uncompressed`` (path to reason);
         ``raw_bytes``, ``stored_bytes`` (tiles and index) and ``ratio`` of the compressed linears
         of all ranks; ``tensor_bytes`` of all tensors of all ranks; ``weights``: counts over the
         compressed linears (``size``, ``pruned``, ``source_zeros`` that were 0 before pruning and
@@ -131,6 +132,7 @@ def summary(directory: Path) -> dict[str, Any]:
     return {
         "output": str(directory),
         "flavour": model.flavour,
+        "target": model.layout.target.name,
         "tp": model.layout.tp,
         **{key: record.get(key) for key in ("sparsity", "pruning", "algorithm")},
         "compressed_linears": len(model.layout.compressed),

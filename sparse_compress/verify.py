@@ -24,6 +24,7 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.remake import Comparison, ScaleRule
 from ms_quant.strict_json import read_json
+from sparse_compress.codec import CORES
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import tile_count
 from sparse_compress.layouts import (
@@ -31,6 +32,7 @@ from sparse_compress.layouts import (
     TARGETS,
     Layout,
 )
+from sparse_compress.pack import bias_units
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof, compressed_groups
 from sparse_compress.prune import pruned_count
@@ -68,6 +70,7 @@ def verify(
     directory: Path,
     source: Path | None = None,
     progress: Progress = lambda step, part: None,
+    workers: int = CORES,
 ) -> dict[str, Any]:
     """Checks a W8A8SC checkpoint.
 
@@ -75,6 +78,7 @@ def verify(
         directory: the checkpoint.
         source: the float checkpoint it was made from.
         progress: told how far the steps ``"files"`` and ``"tensors"`` are.
+        workers: how many threads decode a linear.
 
     Returns:
         JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
@@ -102,7 +106,7 @@ def verify(
     problems = [*_guard(check_files, directory), *_guard(unlisted_files, directory)]
     progress("files", 1.0)
     checked: dict[str, int] = {}
-    problems += _guard(_contents, directory, original, progress, checked)
+    problems += _guard(_contents, directory, original, progress, checked, workers)
     where = None if source is None else str(source)
     return {
         "checkpoint": str(directory),
@@ -124,7 +128,11 @@ def _guard(check: Callable[..., Iterable[str]], *arguments: Any) -> list[str]:
 
 
 def _contents(
-    directory: Path, source: Checkpoint | None, progress: Progress, checked: dict[str, int]
+    directory: Path,
+    source: Checkpoint | None,
+    progress: Progress,
+    checked: dict[str, int],
+    workers: int,
 ) -> list[str]:
     record, config = read_record(directory), load_config(directory)
     layout = recorded_layout(directory, config, record)
@@ -133,11 +141,12 @@ def _contents(
     if problems:
         return problems
     problems += _guard(_description_problems, directory, layout, ranks)
-    subject = Subject(directory, SparseModel(directory, layout, ranks), record, source, checked)
+    model = SparseModel(directory, layout, ranks, workers)
+    subject = Subject(directory, model, record, source, checked)
     for index in range(config.num_layers):
         problems += _guard(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
-    for name in layout.float_names():
+    for name in dict.fromkeys([*layout.float_names(), *layout.tables]):
         problems += _guard(_float_problems, subject, name)
     progress("tensors", 1.0)
     return problems
@@ -220,18 +229,25 @@ def _source_problems(
     comparison, stored = Comparison(), replace(linear, weight_scale=proof.weight_scale(member))
     comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
     yield from comparison.problems(name, "weight_scale", source.shape)
+    if linear.bias is not None and subject.model.layout.target.folds_bias:
+        bias = subject.source.read_float32(f"{name}.bias")
+        expected = bias_units(bias, linear.deq_scale) * linear.deq_scale
+        wrong = int(np.count_nonzero(linear.bias != expected.astype(np.float32)))
+        if wrong:
+            yield f"{name}.quant_bias: {wrong} of {bias.size} values do not hold the source's bias"
 
 
 def _float_problems(subject: Subject, name: str) -> Iterator[str]:
     """One float tensor: finite, the same wherever ranks share it, and the source's."""
     subject.count(float_tensors=1)
+    original = subject.model.layout.table_source(name)
     wrong = different = size = 0
     for start, part in subject.model.float16_chunks(name):
         size += part.size
         wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
         if subject.source is not None:
-            rows = subject.source.file_of(name).read_rows(name, start, start + len(part))
-            expected = to_float16(rows.astype(np.float32), name)
+            rows = subject.source.file_of(original).read_rows(original, start, start + len(part))
+            expected = to_float16(rows.astype(np.float32), original)
             different += int(np.count_nonzero(part.view("<u2") != expected.view("<u2")))
     if wrong:
         yield f"{name}: {wrong} of {size} values are NaN or inf, expected finite ones"

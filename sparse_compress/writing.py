@@ -68,8 +68,11 @@ class Writer:
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.layout = self.request.layout
-        self.packer = Packer(self.layout, self.request.prepared.checkpoint, self.job)
+        request = self.request
+        self.layout = request.layout
+        self.packer = Packer(
+            self.layout, request.prepared.checkpoint, self.job, request.options.workers
+        )
 
     def write(self) -> list[FileRecord]:
         """Writes all of them.

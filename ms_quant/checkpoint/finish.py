@@ -55,6 +55,7 @@ _NAMES = "|".join(
         r"model-rank-\d+-part-0\.safetensors",
         r"model\.safetensors\.index\.json",
         r"quant\w*_description\w*\.json",
+        r"quant_model_weight\w*(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?",
         r"block-\d{5,}\.proof",
     ]
 )

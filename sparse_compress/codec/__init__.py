@@ -4,7 +4,7 @@ Two backends give the same bytes and the same errors: ``native`` (C++) and ``ref
 The format is described in ``docs/unzip_format.md``.
 """
 
-from sparse_compress.codec.backends import backend_name, backend_note
+from sparse_compress.codec.backends import CORES, backend_name, backend_note
 from sparse_compress.codec.format import CodecError
 from sparse_compress.codec.matrix import (
     CompressedMatrix,
@@ -17,6 +17,7 @@ from sparse_compress.codec.pricing import Price, price
 from sparse_compress.codec.tiles import decode_tiles, encode_tiles
 
 __all__ = [
+    "CORES",
     "CodecError",
     "CompressedMatrix",
     "Price",
