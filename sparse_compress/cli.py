@@ -35,7 +35,9 @@ app = typer.Typer(
 WorkersOption = Annotated[
     int, typer.Option(help="Threads that code one tensor.", min=1, show_default="all cores")
 ]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a W8A8SC checkpoint.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compressed checkpoint.")]
 
 
 @app.command(
@@ -45,7 +47,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a W8A8SC 
 )
 def run(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    output: OutputOption,
     calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
     target: Annotated[
         str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
@@ -73,7 +75,7 @@ def run(
         typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
     ] = False,
     workers: WorkersOption = CORES,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune, quantize to W8A8, slice for tensor parallelism and code into UNZIP tiles.
@@ -118,12 +120,58 @@ def run(
     emit(result, as_json, show_fields)
 
 
+@app.command(epilog=example("sparse-compress compress Qwen3-8B-W8A8S -o Qwen3-8B-W8A8SC"))
+def compress(
+    directory: Annotated[
+        Path, typer.Argument(help="W8A8S or W16A16S directory as msModelSlim writes it.")
+    ],
+    output: OutputOption,
+    workers: WorkersOption = CORES,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Code the weights of a quantized directory into UNZIP tiles, whatever its model.
+
+    Started again after a kill, it goes on where it stopped.
+    """
+    from sparse_compress.compress import check as check_directory
+    from sparse_compress.compress import compress as code
+
+    request = check_directory(directory, output, workers)
+    if dry_run:
+        emit(request.plan(), as_json, show_fields)
+        return
+    _note_backend()
+    with step_progress() as progress:
+        result = code(directory, output, progress, workers, request)
+    for name, reason in result["uncompressed"].items():
+        note(f"note: {name} stays as it is: {reason}")
+    emit(result, as_json, show_fields)
+
+
+@app.command(epilog=example("sparse-compress decompress Qwen3-8B-W8A8SC -o Qwen3-8B-W8A8S"))
+def decompress(
+    checkpoint: CheckpointArgument,
+    output: OutputOption,
+    workers: WorkersOption = CORES,
+    as_json: JsonOption = False,
+) -> None:
+    """Restore the quantized weights, bit for bit, in one directory as msModelSlim writes it.
+
+    Started again after a kill, it goes on where it stopped.
+    """
+    from sparse_compress.decompress import decompress as restore
+
+    _note_backend()
+    with step_progress() as progress:
+        result = restore(checkpoint, output, progress, workers)
+    emit(result, as_json, show_fields)
+
+
 @app.command(epilog=example("sparse-compress verify Qwen3-8B-W8A8SC --source Qwen3-8B"))
 def verify(
     checkpoint: CheckpointArgument,
-    source: Annotated[
-        Path | None, typer.Option(help="The float checkpoint it was made from.")
-    ] = None,
+    source: Annotated[Path | None, typer.Option(help="The checkpoint it was made from.")] = None,
     workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,15 +15,12 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
-from sparse_compress.codec import CORES, compress_matrix
+from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import TILE_ROWS
 from sparse_compress.layouts import INT64, NORM, Layout
 from sparse_compress.partition import fused_shape, place
-
-Arrays = dict[str, np.ndarray]
-Tensors = dict[str, tuple[TensorPlan, Callable[[], np.ndarray | Iterator[np.ndarray]]]]
-"""Tensors by name: what each will be, and what gives it."""
+from sparse_compress.spool import Arrays, Tensors
 
 
 def deq_bits(scale: np.ndarray) -> np.ndarray:
@@ -159,7 +156,7 @@ class Packer:
             return None
         try:
             compress_matrix(self._int8_weight(rank, index, group), threads=self.workers)
-        except MsQuantError as error:
+        except TooLongError as error:
             return str(error)
         return None
 

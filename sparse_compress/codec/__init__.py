@@ -8,10 +8,12 @@ from sparse_compress.codec.backends import CORES, backend_name, backend_note
 from sparse_compress.codec.format import CodecError
 from sparse_compress.codec.matrix import (
     CompressedMatrix,
+    TooLongError,
     compress_matrix,
     decompress_matrix,
     encoded_size,
     matrix_info,
+    matrix_shape,
 )
 from sparse_compress.codec.pricing import Price, price
 from sparse_compress.codec.tiles import decode_tiles, encode_tiles
@@ -21,6 +23,7 @@ __all__ = [
     "CodecError",
     "CompressedMatrix",
     "Price",
+    "TooLongError",
     "backend_name",
     "backend_note",
     "compress_matrix",
@@ -29,5 +32,6 @@ __all__ = [
     "encode_tiles",
     "encoded_size",
     "matrix_info",
+    "matrix_shape",
     "price",
 ]

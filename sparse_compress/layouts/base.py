@@ -16,7 +16,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from sparse_compress.fp16 import FLOAT16
-from sparse_compress.fractal import COLUMNS, ROWS, tile_count
+from sparse_compress.fractal import most_bytes, tile_count
 from sparse_compress.partition import VOCAB_MULTIPLE, fused_shape, vocab_rows
 
 MAX_DESCRIPTION_BYTES = 256 << 20
@@ -164,9 +164,8 @@ class Target:
     def linear_specs(self, n: int, k: int) -> dict[str, TensorSpec]:
         """Suffix to specification of a compressed linear's tensors on a rank, less its bias."""
         channels = k if self.per_channel_input else 1
-        most = -(-n // ROWS) * ROWS * (-(-k // COLUMNS) * COLUMNS)
         specs = {
-            "weight": TensorSpec(INT8, None, most),
+            "weight": TensorSpec(INT8, None, most_bytes(n, k)),
             "index": TensorSpec(INT8, (INDEX_RECORD * tile_count(n, k),)),
             "deq_scale": TensorSpec(INT64, (n,)),
             "quant_bias": TensorSpec(INT32, (n,)),
