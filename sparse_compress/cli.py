@@ -218,7 +218,7 @@ def _show_verification(result: dict[str, Any]) -> None:
 def _show_info(result: dict[str, Any]) -> None:
     numbers = ("rank", "shape", "zeros", "raw", "stored", "ratio", "bypass")
     columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
-    table = Table(Column("layer", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(Column("layer", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.pop("rows"):
         table.add_row(
             row["layer"].removeprefix("model.layers."),

@@ -137,22 +137,25 @@ def slim_summary(slim: SlimDirectory) -> dict[str, Any]:
     Returns:
         JSON: ``output``, ``flavour``, ``target``; ``compressed_linears`` and ``uncompressed``
         (path to reason); ``raw_bytes``, ``stored_bytes`` (tiles and index) and ``ratio`` of the
-        compressed linears; ``tensor_bytes`` of all tensors; ``codec_note``.
+        compressed linears; ``tensor_bytes`` of all tensors; ``codec_note``. Of one that is not
+        compressed only ``output``, ``flavour``, ``quantized_linears`` and ``tensor_bytes``.
     """
-    kinds = {coding.coded for coding in slim.coded.values()}
-    sizes = [sizes for sizes, _ in slim_linears(slim, 1)]
+    codings = [*slim.coded.values()] or [*slim.plain.values()]
     infos = map(slim.info, slim.checkpoint.names)
+    found = {
+        "output": str(slim.directory),
+        "flavour": "+".join(sorted({c.coded if slim.coded else c.plain for c in codings})),
+        "tensor_bytes": sum(info.stop - info.start for info in infos),
+    }
+    if not slim.coded:
+        return {**found, "quantized_linears": len(slim.plain)}
     plain = {path: slim.info(f"{path}.weight").shape for path in slim.plain}
     return {
-        "output": str(slim.directory),
-        "flavour": "+".join(sorted(kinds or {coding.plain for coding in slim.plain.values()})),
+        **found,
         "target": TARGET.name,
         "compressed_linears": len(slim.coded),
-        "uncompressed": {
-            path: slim.plain[path].left(shape) for path, shape in plain.items() if slim.coded
-        },
-        **_totals(sizes),
-        "tensor_bytes": sum(info.stop - info.start for info in infos),
+        "uncompressed": {path: slim.plain[path].left(shape) for path, shape in plain.items()},
+        **_totals([sizes for sizes, _ in slim_linears(slim, 1)]),
         "codec_note": backend_note(),
     }
 
