@@ -10,6 +10,7 @@ from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
 from ms_quant.plan import Plan
 
+IN_PROGRESS = "output in progress"
 BLOCK_OVERHEAD = 1 << 14  # header and norms of a finished block's file
 
 
@@ -24,11 +25,27 @@ def check_places(model: Path, output: Path, job: Path) -> None:
     Raises:
         MsQuantError: names the two.
     """
-    partial = output.with_name(output.name + ".partial")
-    for place, what in ((output, "output"), (partial, "output in progress"), (job, "job")):
+    check_output_place(model, output)
+    for place, what in ((model, "model"), (output, "output"), (_partial(output), IN_PROGRESS)):
+        _check_apart(job, "job", place, what)
+
+
+def check_output_place(model: Path, output: Path) -> None:
+    """Refuses an output that is or overlaps what it is made from.
+
+    Args:
+        model: directory to read.
+        output: directory to make.
+
+    Raises:
+        MsQuantError: names the two.
+    """
+    for place, what in ((output, "output"), (_partial(output), IN_PROGRESS)):
         _check_apart(place, what, model, "model")
-    _check_apart(job, "job", output, "output")
-    _check_apart(job, "job", partial, "output in progress")
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:

@@ -22,7 +22,7 @@ from ms_quant.console import (
     use_mindspore,
 )
 from ms_quant.console import run as run_app
-from sparse_compress.codec import backend_note
+from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.request import SparseOptions, check
 
@@ -32,7 +32,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a W8A8SC checkpoint.")]
+WorkersOption = Annotated[
+    int, typer.Option(help="Threads that code one tensor.", min=1, show_default="all cores")
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compressed checkpoint.")]
 
 
 @app.command(
@@ -42,7 +47,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a W8A8SC 
 )
 def run(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    output: OutputOption,
     calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
     target: Annotated[
         str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
@@ -69,7 +74,8 @@ def run(
         bool,
         typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
+    workers: WorkersOption = CORES,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune, quantize to W8A8, slice for tensor parallelism and code into UNZIP tiles.
@@ -95,6 +101,7 @@ def run(
         job=job,
         keep_job=keep_job,
         any_environment=any_environment,
+        workers=workers,
     )
     request = check(options)
     for line in request.not_served_by:
@@ -113,12 +120,59 @@ def run(
     emit(result, as_json, show_fields)
 
 
+@app.command(epilog=example("sparse-compress compress Qwen3-8B-W8A8S -o Qwen3-8B-W8A8SC"))
+def compress(
+    directory: Annotated[
+        Path, typer.Argument(help="W8A8S or W16A16S directory as msModelSlim writes it.")
+    ],
+    output: OutputOption,
+    workers: WorkersOption = CORES,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Code the weights of a quantized directory into UNZIP tiles, whatever its model.
+
+    Started again after a kill, it goes on where it stopped.
+    """
+    from sparse_compress.compress import check as check_directory
+    from sparse_compress.compress import compress as code
+
+    request = check_directory(directory, output, workers)
+    if dry_run:
+        emit(request.plan(), as_json, show_fields)
+        return
+    _note_backend()
+    with step_progress() as progress:
+        result = code(directory, output, progress, workers, request)
+    for name, reason in result["uncompressed"].items():
+        note(f"note: {name} stays as it is: {reason}")
+    emit(result, as_json, show_fields)
+
+
+@app.command(epilog=example("sparse-compress decompress Qwen3-8B-W8A8SC -o Qwen3-8B-W8A8S"))
+def decompress(
+    checkpoint: CheckpointArgument,
+    output: OutputOption,
+    workers: WorkersOption = CORES,
+    as_json: JsonOption = False,
+) -> None:
+    """Restore the quantized weights, bit for bit, in one directory as msModelSlim writes it.
+
+    Started again after a kill, it goes on where it stopped.
+    """
+    from sparse_compress.decompress import decompress as restore
+
+    _note_backend()
+    with step_progress() as progress:
+        result = restore(checkpoint, output, progress, workers)
+    emit(result, as_json, show_fields)
+
+
 @app.command(epilog=example("sparse-compress verify Qwen3-8B-W8A8SC --source Qwen3-8B"))
 def verify(
     checkpoint: CheckpointArgument,
-    source: Annotated[
-        Path | None, typer.Option(help="The float checkpoint it was made from.")
-    ] = None,
+    source: Annotated[Path | None, typer.Option(help="The checkpoint it was made from.")] = None,
+    workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:
     """Decode every tile, check every tensor, recompute the int8 weights from the source."""
@@ -126,7 +180,7 @@ def verify(
 
     _note_backend()
     with step_progress() as progress:
-        result = prove(checkpoint, source, progress)
+        result = prove(checkpoint, source, progress, workers)
     emit(result, as_json, _show_verification)
     exit_if_problems(result["problems"])
 
@@ -138,12 +192,13 @@ def info(
         Path | None,
         typer.Option(help="HTML page to make: sizes, entropy bounds, histograms. Needs plotly."),
     ] = None,
+    workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:
     """A table of layers: shape, sparsity, size and ratio on each rank."""
     from sparse_compress.info import info as describe
 
-    emit(describe(checkpoint, plot), as_json, _show_info)
+    emit(describe(checkpoint, plot, workers), as_json, _show_info)
 
 
 def _note_backend() -> None:
@@ -163,7 +218,7 @@ def _show_verification(result: dict[str, Any]) -> None:
 def _show_info(result: dict[str, Any]) -> None:
     numbers = ("rank", "shape", "zeros", "raw", "stored", "ratio", "bypass")
     columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
-    table = Table(Column("layer", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(Column("layer", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.pop("rows"):
         table.add_row(
             row["layer"].removeprefix("model.layers."),

@@ -41,6 +41,11 @@ def unsupported_reason(n: int, k: int) -> str | None:
     return None
 
 
+def most_bytes(n: int, k: int) -> int:
+    """The longest compressed (n, k) weight that the runtimes accept."""
+    return -(-n // ROWS) * ROWS * (-(-k // COLUMNS) * COLUMNS)
+
+
 def tile_count(n: int, k: int) -> int:
     """The number of tiles of an (n, k) int8 matrix.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,17 +14,13 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics.linear import StaticActivation
-from sparse_compress.codec import compress_matrix
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import TILE_ROWS
-from sparse_compress.layouts import EMBEDDING, HEAD, INT64, NORM, Layout
-from sparse_compress.partition import fused_shape, place, vocab_rows
-
-THREADS = os.cpu_count() or 1
-Arrays = dict[str, np.ndarray]
-Tensors = dict[str, tuple[TensorPlan, Callable[[], np.ndarray | Iterator[np.ndarray]]]]
-"""Tensors by name: what each will be, and what gives it."""
+from sparse_compress.layouts import INT64, NORM, Layout
+from sparse_compress.partition import fused_shape, place
+from sparse_compress.spool import Arrays, Tensors
 
 
 def deq_bits(scale: np.ndarray) -> np.ndarray:
@@ -48,6 +43,41 @@ def deq_floats(bits: np.ndarray, name: str) -> np.ndarray:
     return bits.astype(np.int32).view(np.float32)
 
 
+def bias_units(bias: np.ndarray, deq_scale: np.ndarray) -> np.ndarray:
+    """A float bias in steps of the integer sum: whole float64 (n,), half to even."""
+    return np.rint(bias.astype(np.float64) / deq_scale)
+
+
+def fold_bias(linear: QuantizedLinear, bias: np.ndarray, path: str) -> np.ndarray:
+    """``quant_bias`` with a float bias in it, int32 (n,): rint(bias / deq_scale) more.
+
+    Raises:
+        MsQuantError: a sum does not fit int32.
+    """
+    total = linear.quant_bias + bias_units(bias, linear.deq_scale)
+    limits = np.iinfo(np.int32)
+    wrong = int(np.count_nonzero((total < limits.min) | (total > limits.max)))
+    if wrong:
+        raise MsQuantError(
+            f"{path}.quant_bias: {wrong} of {total.size} values do not fit int32 with the bias in "
+            "them"
+        )
+    return total.astype(np.int32)
+
+
+def plain_quant_bias(weight: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """``quant_bias`` of a linear without a bias, int32 (n,)."""
+    return (-int(offset[0]) * weight.sum(axis=1, dtype=np.int64)).astype(np.int32)
+
+
+def unfold_bias(
+    quant_bias: np.ndarray, weight: np.ndarray, offset: np.ndarray, deq_scale: np.ndarray
+) -> np.ndarray:
+    """The bias that :func:`fold_bias` left of a float bias: float32 (n,)."""
+    units = quant_bias.astype(np.float64) - plain_quant_bias(weight, offset)
+    return (units * deq_scale).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Packer:
     """Makes the tensors of a rank's files. In memory are those of one file and one linear.
@@ -56,22 +86,24 @@ class Packer:
         layout: what the output holds.
         checkpoint: the source, for what stays float.
         job: the finished int8 linears.
+        workers: how many threads code a linear.
     """
 
     layout: Layout
     checkpoint: Checkpoint
     job: JobDirectory
+    workers: int = CORES
 
     def block(self, rank: int, index: int) -> Arrays:
         """The tensors of a block, by runtime name."""
         tensors = {name: self._float16(name) for name in self.layout.norms(index)}
-        for group in self.layout.config.family.groups:
+        for group in self.layout.groups:
             fused = f"{block_prefix(index)}{group.fused}"
             if fused in self.layout.compressed:
                 tensors.update(self._compressed(rank, index, group))
             else:
                 tensors[f"{fused}.weight"] = self._float_weight(rank, index, group)
-            if self.layout.has_bias(group):
+            if self.layout.stores_bias(index, group):
                 tensors[f"{fused}.bias"] = self._bias(rank, index, group)
         return tensors
 
@@ -79,11 +111,11 @@ class Packer:
         """The embedding, the last norm and the head. Tables are read as they are written."""
         norm = self._float16(NORM)
         tensors: Tensors = {NORM: (TensorPlan(NORM, norm.dtype, norm.shape), lambda: norm)}
-        rows = vocab_rows(self.layout.config, self.layout.tp, rank)
+        rows = self.layout.vocab_rows(rank)
         shape = (rows.stop - rows.start, self.layout.config.hidden_size)
-        for name in (EMBEDDING,) if self.layout.config.tied else (EMBEDDING, HEAD):
+        for name in self.layout.tables:
             plan = TensorPlan(name, FLOAT16, shape)
-            tensors[name] = plan, partial(self._table, name, rows)
+            tensors[name] = plan, partial(self._table, self.layout.table_source(name), rows)
         return tensors
 
     def _table(self, name: str, rows: slice) -> Iterator[np.ndarray]:
@@ -123,8 +155,8 @@ class Packer:
         if n % TILE_ROWS == 0:
             return None
         try:
-            compress_matrix(self._int8_weight(rank, index, group), threads=THREADS)
-        except MsQuantError as error:
+            compress_matrix(self._int8_weight(rank, index, group), threads=self.workers)
+        except TooLongError as error:
             return str(error)
         return None
 
@@ -143,11 +175,13 @@ class Packer:
             linear = self.job.linear(index, member)
             weights.append(linear.weight[where.rows, where.columns])
             scales.append(linear.deq_scale[where.rows])
-            biases.append(linear.quant_bias[where.rows])
+            biases.append(
+                self._quant_bias(linear, f"{block_prefix(index)}{member}", group)[where.rows]
+            )
         assert linear.activation is not None
         fused = f"{block_prefix(index)}{group.fused}"
         weight = np.concatenate(weights)
-        coded, tiles, info = compress_matrix(weight, threads=THREADS)
+        coded, tiles, info = compress_matrix(weight, threads=self.workers)
         return {
             f"{fused}.weight": coded,
             f"{fused}.index": tiles,
@@ -156,6 +190,12 @@ class Packer:
             **self._input(fused, linear.activation, where.columns),
             **({f"{fused}.info": info} if self.layout.target.info else {}),
         }
+
+    def _quant_bias(self, linear: QuantizedLinear, path: str, group: LinearGroup) -> np.ndarray:
+        if not (self.layout.target.folds_bias and self.layout.has_bias(group)):
+            return linear.quant_bias
+        bias = self.checkpoint.read_float32(f"{path}.bias")
+        return fold_bias(linear, bias, path)
 
     def _input(self, fused: str, activation: StaticActivation, columns: slice) -> Arrays:
         """How a rank's input is quantized: for each channel, or by one value for all."""
@@ -169,7 +209,7 @@ class Packer:
                 f"{fused}.input_scale: differs between channels, expected one value as target "
                 f"{self.layout.target.name} holds"
             )
-        offset = np.full(scale.shape, activation.offset, np.int8)
+        offset = np.full(scale.shape, activation.offset, self.layout.target.offset_dtype)
         return {f"{fused}.input_scale": scale, f"{fused}.input_offset": offset}
 
 

@@ -27,9 +27,9 @@ class Place:
     columns: slice
 
 
-def padded_vocab(config: ModelConfig) -> int:
-    """Rows of the embedding with its zero rows: the vocabulary, up to a multiple of 64."""
-    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def padded_vocab(config: ModelConfig, multiple: int = VOCAB_MULTIPLE) -> int:
+    """Rows of the embedding with its zero rows: the vocabulary, up to a multiple."""
+    return -(-config.vocab_size // multiple) * multiple
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:
@@ -106,9 +106,9 @@ def fused_shape(config: ModelConfig, tp: int, group: LinearGroup) -> tuple[int, 
     return rows, columns.stop - columns.start
 
 
-def vocab_rows(config: ModelConfig, tp: int, rank: int) -> slice:
+def vocab_rows(config: ModelConfig, tp: int, rank: int, multiple: int = VOCAB_MULTIPLE) -> slice:
     """The rows of the padded embedding that a rank holds."""
-    count = padded_vocab(config) // tp
+    count = padded_vocab(config, multiple) // tp
     return slice(rank * count, (rank + 1) * count)
 
 

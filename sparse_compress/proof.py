@@ -43,14 +43,13 @@ def proof_plans(layout: Layout, index: int) -> list[TensorPlan]:
         ]
         for member in group.members:
             plans.append(TensorPlan(f"{member}.weight_scale", FLOAT32, (shapes[member][0],)))
-    return plans
+    return list(dict.fromkeys(plans))  # linears that are not fused share a group's
 
 
 def compressed_groups(layout: Layout, index: int) -> list[LinearGroup]:
     """The groups of a block that are compressed."""
     prefix = block_prefix(index)
-    groups = layout.config.family.groups
-    return [group for group in groups if f"{prefix}{group.fused}" in layout.compressed]
+    return [group for group in layout.groups if f"{prefix}{group.fused}" in layout.compressed]
 
 
 def write_proof(

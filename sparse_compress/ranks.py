@@ -42,6 +42,11 @@ class RankTensors:
         return set(self._files)
 
     @property
+    def files(self) -> list[SafetensorsFile]:
+        """The files that it is in, sorted by path."""
+        return sorted({f.path: f for f in self._files.values()}.values(), key=lambda f: f.path)
+
+    @property
     def bytes(self) -> int:
         """The size of all tensors."""
         places = (self.info(name) for name in self._files)

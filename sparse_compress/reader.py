@@ -13,17 +13,17 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
-from sparse_compress.codec import decompress_matrix, matrix_info
+from sparse_compress.codec import CORES, decompress_matrix, matrix_info
 from sparse_compress.fp16 import FLOAT16, SMALLEST_NORMAL
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout, find_target, rank_name
-from sparse_compress.pack import deq_floats
+from sparse_compress.pack import deq_floats, plain_quant_bias, unfold_bias
 from sparse_compress.partition import (
     Place,
     fused_rows,
     fused_shape,
     join,
     place,
-    vocab_rows,
+    same_bits,
 )
 from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
 
@@ -35,14 +35,18 @@ class SparseModel:
         directory: the checkpoint.
         layout: what it holds.
         ranks: its ranks, whose structure is right.
+        workers: how many threads decode a linear.
 
     Attributes:
         config: the model's shape.
         flavour: such as ``"W8A8SC TP2"``.
     """
 
-    def __init__(self, directory: Path, layout: Layout, ranks: list[RankTensors]):
+    def __init__(
+        self, directory: Path, layout: Layout, ranks: list[RankTensors], workers: int = CORES
+    ):
         self.directory, self.layout, self.ranks = directory, layout, ranks
+        self.workers = workers
         self.config = layout.config
         self.flavour = f"W8A8SC TP{layout.tp}"
         self._groups = {
@@ -110,15 +114,18 @@ class SparseModel:
             name = f"{block_prefix(index)}{member}"
             out = [(where.rows,) for where in places]
             both = [(where.rows, where.columns) for where in places]
-            linears[member] = static_linear(
-                name,
-                join([part[rows] for part in coded], both, shape, f"{fused}.weight"),
-                join([part[rows] for part in scales], out, shape[:1], f"{fused}.deq_scale"),
-                self._fused_bias(f"{fused}.quant_bias", group, member),
-                self._input_scale(fused, places, shape[1]),
-                self._input(f"{fused}.input_offset", places, shape[1]),
-                self.tensor(f"{name}.bias") if self.layout.has_bias(group) else None,
-            )
+            weight = join([part[rows] for part in coded], both, shape, f"{fused}.weight")
+            deq = join([part[rows] for part in scales], out, shape[:1], f"{fused}.deq_scale")
+            quant_bias = self._fused_bias(f"{fused}.quant_bias", group, member)
+            offset = self._input_offset(fused, places, shape[1])
+            bias = None
+            if self.layout.stores_bias(index, group):
+                bias = self.tensor(f"{name}.bias")
+            elif self.layout.has_bias(group):
+                bias = unfold_bias(quant_bias, weight, offset, deq)
+                quant_bias = plain_quant_bias(weight, offset)
+            scale = self._input_scale(fused, places, shape[1])
+            linears[member] = static_linear(name, weight, deq, quant_bias, scale, offset, bias)
         return linears
 
     def decode(self, rank: int, fused: str, group: LinearGroup) -> np.ndarray:
@@ -129,7 +136,7 @@ class SparseModel:
             _check_info(tensors, f"{fused}.info", info)
         weight, tiles = tensors.read(f"{fused}.weight"), tensors.read(f"{fused}.index")
         try:
-            return decompress_matrix(weight, tiles, info, "low")
+            return decompress_matrix(weight, tiles, info, "low", threads=self.workers)
         except MsQuantError as error:
             path = tensors.path(f"{fused}.weight")
             raise MsQuantError(f"{path}: tensor '{fused}.weight': {error}") from None
@@ -148,6 +155,16 @@ class SparseModel:
                 "the smallest normal float16"
             )
         return scale.astype(np.float32)
+
+    def _input_offset(self, fused: str, places: list[Place], size: int) -> np.ndarray:
+        name = f"{fused}.input_offset"
+        offset = self._input(name, places, size)
+        with np.errstate(invalid="ignore"):
+            found = offset.astype(np.int8)
+        wrong = int(np.count_nonzero(found != offset))
+        if wrong:
+            raise MsQuantError(f"{name}: {wrong} of {size} values are not those of an int8")
+        return found
 
     def _input(self, name: str, places: list[Place], size: int) -> np.ndarray:
         """A tensor over the input channels."""
@@ -196,7 +213,7 @@ class SparseModel:
         if name not in (EMBEDDING, HEAD):
             yield 0, self.tensor_float16(name)
             return
-        if name == HEAD and self.config.tied:
+        if name not in self.layout.tables:
             name = EMBEDDING
         size, padding = self.config.vocab_size, False
         for start, part in self._stored_vocabulary(name):
@@ -204,16 +221,24 @@ class SparseModel:
             padding |= bool(part[len(rows) :].any())
             if len(rows):
                 yield start, rows
+        if name == HEAD and self.config.tied:
+            self._check_tied()
         if padding:
             raise MsQuantError(f"{name}: rows {size} and on are padding, expected zeros")
 
     def _stored_vocabulary(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         step = max(1, CHUNK_ELEMENTS // self.config.hidden_size)
         for index, rank in enumerate(self.ranks):
-            rows = vocab_rows(self.config, self.layout.tp, index)
+            rows = self.layout.vocab_rows(index)
             for start in range(rows.start, rows.stop, step):
                 stop = min(start + step, rows.stop)
                 yield start, rank.read_rows(name, start - rows.start, stop - rows.start)
+
+    def _check_tied(self) -> None:
+        tables = (self._stored_vocabulary(name) for name in (EMBEDDING, HEAD))
+        for (_, first), (_, second) in zip(*tables, strict=True):
+            if not same_bits(first, second):
+                raise MsQuantError(f"{HEAD}: differs from {EMBEDDING}, to which it is tied")
 
     def _vocabulary(self, name: str) -> np.ndarray:
         table = np.empty((self.config.vocab_size, self.config.hidden_size), FLOAT16)
@@ -235,11 +260,12 @@ def _check_info(tensors: RankTensors, name: str, expected: np.ndarray) -> None:
         )
 
 
-def open_w8a8sc(directory: Path) -> ServedModel | None:
+def open_w8a8sc(directory: Path, workers: int = CORES) -> ServedModel | None:
     """Opens a W8A8SC checkpoint of any target.
 
     Args:
         directory: the checkpoint.
+        workers: how many threads decode a linear.
 
     Returns:
         The model, decoded in software as it is read; None when the directory has no target's
@@ -257,4 +283,4 @@ def open_w8a8sc(directory: Path) -> ServedModel | None:
     problems = structure_problems(layout, ranks)
     if problems:
         raise MsQuantError(problems[0])
-    return SparseModel(directory, layout, ranks)
+    return SparseModel(directory, layout, ranks, workers)

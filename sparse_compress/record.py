@@ -12,7 +12,7 @@ from ms_quant.plan import make_plan
 from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import TILE_ROWS
-from sparse_compress.layouts import MAX_RANKS, Layout, fused_linears, get_target
+from sparse_compress.layouts import MAX_RANKS, Layout, get_target
 from sparse_compress.partition import check_tp, fused_shape
 from sparse_compress.prune import check_pruning
 from sparse_compress.request import outside_limits
@@ -76,13 +76,14 @@ def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]
     check_tp(config, tp)
     target.check(config, tp, record["algorithm"])
     plan = make_plan(config, "W8A8", record["algorithm"], dtype=FLOAT16, exclude=record["exclude"])
-    limits = outside_limits(config, tp)
+    limits = outside_limits(target, config, tp)
     compressed = set()
-    for index, group, fused in fused_linears(config):
-        asked = group in plan.groups(index)
+    for index, group, fused in target.linears(config):
+        planned = group.name in {found.name for found in plan.groups(index)}
+        asked = planned and group.fused not in limits
+        if planned and not asked and fused not in stated:
+            raise MsQuantError(f"{directory}: {fused}: {limits[group.fused]}")
         partial = fused_shape(config, tp, group)[0] % TILE_ROWS  # may code too badly to be stored
-        if asked and group.name in limits:
-            raise MsQuantError(f"{directory}: {fused}: {limits[group.name]}")
         if (fused in stated) == asked and not (asked and partial):
             expected = "compressed" if asked else "uncompressed"
             raise MsQuantError(f"{path}: {fused} is not {expected}, expected it by the arguments")

@@ -236,7 +236,7 @@ def _uncompressed(result: dict[str, Any]) -> str:
         f"<li>{escape(str(name))}: {escape(str(reason))}</li>"
         for name, reason in result.get("uncompressed", {}).items()
     )
-    return f"<h2>Left in float16</h2>\n<ul>{items}</ul>\n" if items else ""
+    return f"<h2>Left uncompressed</h2>\n<ul>{items}</ul>\n" if items else ""
 
 
 def _measures() -> str:

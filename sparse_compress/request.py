@@ -13,9 +13,10 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.places import check_places
 from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare
+from sparse_compress.codec import CORES
 from sparse_compress.fp16 import survey
 from sparse_compress.fractal import unsupported_reason
-from sparse_compress.layouts import DEFAULT, Layout, TensorSpec, fused_linears, get_target
+from sparse_compress.layouts import DEFAULT, Layout, Target, TensorSpec, get_target
 from sparse_compress.partition import check_tp, fused_shape
 from sparse_compress.prune import check_pruning
 
@@ -41,6 +42,7 @@ class SparseOptions:
         keep_job: leave the job directory when all is done.
         any_environment: resume under other versions, CPU or thread count.
         target: name of the runtime that the output is for.
+        workers: how many threads code a linear.
     """
 
     model: Path
@@ -59,6 +61,7 @@ class SparseOptions:
     keep_job: bool = False
     any_environment: bool = False
     target: str = DEFAULT
+    workers: int = CORES
 
     def quantization(self, exclude: Sequence[str]) -> QuantizeOptions:
         """The part of the request that the driver of ``ms-quant`` serves."""
@@ -124,9 +127,9 @@ def check(options: SparseOptions) -> Request:
     target.check(config, options.tp, options.algorithm)
     checkpoint = Checkpoint(options.model)
     check_model(checkpoint, config)
-    limits = outside_limits(config, options.tp)
-    reasons = _reasons(config, limits, options.exclude)
-    fused = {path for _, _, path in fused_linears(config)}
+    limits = outside_limits(target, config, options.tp)
+    reasons = _reasons(target, config, limits, options.exclude)
+    fused = {path for _, _, path in target.linears(config)}
     if fused <= set(reasons):
         name, reason = next(iter(reasons.items()))
         raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
@@ -137,7 +140,7 @@ def check(options: SparseOptions) -> Request:
         output_bytes=most_bytes(layout) + spool_bytes(layout),
     )
     lost = survey(checkpoint, layout.float_names())
-    exclude = (*options.exclude, *_members(config, limits))
+    exclude = (*options.exclude, *_members(target, config, limits))
     prepared = prepare(options.quantization(exclude), extension)
     return Request(options, prepared, layout, reasons, lost)
 
@@ -161,34 +164,38 @@ def _sizes(specs: Iterable[TensorSpec]) -> int:
     )
 
 
-def outside_limits(config: ModelConfig, tp: int) -> dict[str, str]:
-    """Group name to the reason why the hardware cannot take its slices, the same in all blocks."""
+def outside_limits(target: Target, config: ModelConfig, tp: int) -> dict[str, str]:
+    """Path in a block to the reason why the hardware cannot take its slices."""
     found = {}
-    for group in config.family.groups:
+    for group in target.groups(config):
         reason = unsupported_reason(*fused_shape(config, tp, group))
         if reason:
-            found[group.name] = reason
+            found[group.fused] = reason
     return found
 
 
-def _reasons(config: ModelConfig, limits: dict[str, str], exclude: Sequence[str]) -> dict[str, str]:
+def _reasons(
+    target: Target, config: ModelConfig, limits: dict[str, str], exclude: Sequence[str]
+) -> dict[str, str]:
     """Fused path to the reason why it stays float16."""
     reasons = {}
-    for index, group, fused in fused_linears(config):
-        members = [f"{block_prefix(index)}{member}" for member in group.members]
+    together = {group.name: group.members for group in config.family.groups}
+    for index, group, fused in target.linears(config):
+        members = [f"{block_prefix(index)}{member}" for member in together[group.name]]
         matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
-        if group.name in limits:
-            reasons[fused] = limits[group.name]
+        if group.fused in limits:
+            reasons[fused] = limits[group.fused]
         elif matched:
             reasons[fused] = f"excluded by {matched[0]!r}"
     return reasons
 
 
-def _members(config: ModelConfig, limits: dict[str, str]) -> list[str]:
-    """One linear of each group outside the limits; its whole group stays float."""
+def _members(target: Target, config: ModelConfig, limits: dict[str, str]) -> list[str]:
+    """One linear of each group that is wholly outside the limits; its whole group stays float."""
+    inside = {group.name for group in target.groups(config) if group.fused not in limits}
     return [
         f"{block_prefix(index)}{group.members[0]}"
         for index in range(config.num_layers)
         for group in config.family.groups
-        if group.name in limits
+        if group.name not in inside
     ]

@@ -31,8 +31,7 @@ def run(
             has it already.
 
     Returns:
-        What was made, as JSON: see :func:`sparse_compress.info.summary`; ``"target"``, whom it is
-        for; ``"not_served_by"``,
+        What was made, as JSON: see :func:`sparse_compress.info.summary`; ``"not_served_by"``,
         sentences about runtimes that cannot load it; and ``"finished_before"``, True when there
         was nothing left to do.
 
@@ -52,7 +51,6 @@ def run(
     finished_before = complete(request.prepared, block_progress, write, steps)
     return {
         **summary(options.output),
-        "target": options.target,
         "not_served_by": request.not_served_by,
         "finished_before": finished_before,
     }
@@ -61,7 +59,7 @@ def run(
 def _without_too_long(request: Request, job: JobDirectory) -> Request:
     """The request, less the linears that code so badly that the runtimes would refuse them."""
     checkpoint, layout = request.prepared.checkpoint, request.layout
-    packer, reasons = Packer(layout, checkpoint, job), {}
+    packer, reasons = Packer(layout, checkpoint, job, request.options.workers), {}
     for index, group, fused in layout.linears():
         if fused in layout.compressed:
             found = (packer.too_long(rank, index, group) for rank in range(layout.tp))

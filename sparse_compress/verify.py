@@ -6,7 +6,7 @@ decoded; with the source, every int8 weight is made again and compared bit for b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,24 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.remake import Comparison, ScaleRule
 from ms_quant.strict_json import read_json
+from sparse_compress.codec import CORES
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import tile_count
+from sparse_compress.guard import guard
 from sparse_compress.layouts import (
     MAX_DESCRIPTION_BYTES,
     TARGETS,
     Layout,
 )
+from sparse_compress.pack import bias_units
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof, compressed_groups
 from sparse_compress.prune import pruned_count
 from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
 from sparse_compress.record import read_record, recorded_layout
+from sparse_compress.slim import SlimDirectory
+from sparse_compress.slim_verify import is_rewritten, slim_problems
 
 Progress = Callable[[str, float], None]
 
@@ -68,41 +73,38 @@ def verify(
     directory: Path,
     source: Path | None = None,
     progress: Progress = lambda step, part: None,
+    workers: int = CORES,
 ) -> dict[str, Any]:
     """Checks a W8A8SC checkpoint.
 
     Args:
         directory: the checkpoint.
-        source: the float checkpoint it was made from.
+        source: the checkpoint it was made from: a float one, or for what ``compress`` and
+            ``decompress`` made, a directory of msModelSlim, compressed or not.
         progress: told how far the steps ``"files"`` and ``"tensors"`` are.
+        workers: how many threads decode a linear.
 
     Returns:
         JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
         checkpoint is right) and ``checked``: counts of ``linears``, ``tiles``, ``float_tensors``
-        and, with a source, ``recomputed`` linears.
+        and, with a source, ``recomputed`` linears or ``compared`` tensors.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
     directory = Path(directory)
-    described = any((directory / target.description).exists() for target in TARGETS.values())
-    if not described and (directory / golden_stick.DESCRIPTION).exists():
-        raise MsQuantError(
-            f"{directory}: is a golden-stick checkpoint, expected a W8A8SC checkpoint; "
-            "ms-quant verify proves it"
-        )
-    if not described and not (directory / RECORD).exists():
-        names = " or ".join(target.description for target in TARGETS.values())
-        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint, expected {names}, and {RECORD}")
-    original = None
-    if source is not None:
-        original = Checkpoint(source)
-        check_model(original, load_config(source))
+    rewritten, checked = is_rewritten(directory), dict[str, int]()
+    original: Checkpoint | SlimDirectory | None = None
+    if rewritten:
+        original = None if source is None else SlimDirectory(source)
+    else:
+        _require_checkpoint(directory)
+        original = None if source is None else _float_source(source)
     progress("files", 0.0)
-    problems = [*_guard(check_files, directory), *_guard(unlisted_files, directory)]
+    problems = [*guard(check_files, directory), *guard(unlisted_files, directory)]
     progress("files", 1.0)
-    checked: dict[str, int] = {}
-    problems += _guard(_contents, directory, original, progress, checked)
+    contents = slim_problems if rewritten else _contents
+    problems += guard(contents, directory, original, progress, checked, workers)
     where = None if source is None else str(source)
     return {
         "checkpoint": str(directory),
@@ -112,33 +114,45 @@ def verify(
     }
 
 
-def _guard(check: Callable[..., Iterable[str]], *arguments: Any) -> list[str]:
-    """The problems that a check finds, the last of which may be that it could not go on."""
-    problems: list[str] = []
-    try:
-        for problem in check(*arguments):
-            problems.append(problem)
-    except MsQuantError as error:
-        problems.append(str(error))
-    return problems
+def _require_checkpoint(directory: Path) -> None:
+    described = any((directory / target.description).exists() for target in TARGETS.values())
+    if not described and (directory / golden_stick.DESCRIPTION).exists():
+        raise MsQuantError(
+            f"{directory}: is a golden-stick checkpoint, expected a W8A8SC checkpoint; "
+            "ms-quant verify proves it"
+        )
+    if not described and not (directory / RECORD).exists():
+        names = " or ".join(sorted({target.description for target in TARGETS.values()}))
+        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint, expected {names}, and {RECORD}")
+
+
+def _float_source(source: Path) -> Checkpoint:
+    checkpoint = Checkpoint(source)
+    check_model(checkpoint, load_config(source))
+    return checkpoint
 
 
 def _contents(
-    directory: Path, source: Checkpoint | None, progress: Progress, checked: dict[str, int]
+    directory: Path,
+    source: Checkpoint | None,
+    progress: Progress,
+    checked: dict[str, int],
+    workers: int,
 ) -> list[str]:
     record, config = read_record(directory), load_config(directory)
     layout = recorded_layout(directory, config, record)
     ranks = open_ranks(directory, layout.target, layout.tp)
-    problems = structure_problems(layout, ranks) + _guard(_config_problems, directory, source)
+    problems = structure_problems(layout, ranks) + guard(_config_problems, directory, source)
     if problems:
         return problems
-    problems += _guard(_description_problems, directory, layout, ranks)
-    subject = Subject(directory, SparseModel(directory, layout, ranks), record, source, checked)
+    problems += guard(_description_problems, directory, layout, ranks)
+    model = SparseModel(directory, layout, ranks, workers)
+    subject = Subject(directory, model, record, source, checked)
     for index in range(config.num_layers):
-        problems += _guard(_block_problems, subject, index)
+        problems += guard(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
-    for name in layout.float_names():
-        problems += _guard(_float_problems, subject, name)
+    for name in dict.fromkeys([*layout.float_names(), *layout.tables]):
+        problems += guard(_float_problems, subject, name)
     progress("tensors", 1.0)
     return problems
 
@@ -173,7 +187,7 @@ def _block_problems(subject: Subject, index: int) -> Iterator[str]:
     layout = subject.model.layout
     proof = Proof(subject.directory, layout, index)
     for group in compressed_groups(layout, index):
-        yield from _guard(_group_problems, subject, proof, index, group)
+        yield from guard(_group_problems, subject, proof, index, group)
 
 
 def _group_problems(
@@ -220,18 +234,25 @@ def _source_problems(
     comparison, stored = Comparison(), replace(linear, weight_scale=proof.weight_scale(member))
     comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
     yield from comparison.problems(name, "weight_scale", source.shape)
+    if linear.bias is not None and subject.model.layout.target.folds_bias:
+        bias = subject.source.read_float32(f"{name}.bias")
+        expected = bias_units(bias, linear.deq_scale) * linear.deq_scale
+        wrong = int(np.count_nonzero(linear.bias != expected.astype(np.float32)))
+        if wrong:
+            yield f"{name}.quant_bias: {wrong} of {bias.size} values do not hold the source's bias"
 
 
 def _float_problems(subject: Subject, name: str) -> Iterator[str]:
     """One float tensor: finite, the same wherever ranks share it, and the source's."""
     subject.count(float_tensors=1)
+    original = subject.model.layout.table_source(name)
     wrong = different = size = 0
     for start, part in subject.model.float16_chunks(name):
         size += part.size
         wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
         if subject.source is not None:
-            rows = subject.source.file_of(name).read_rows(name, start, start + len(part))
-            expected = to_float16(rows.astype(np.float32), name)
+            rows = subject.source.file_of(original).read_rows(original, start, start + len(part))
+            expected = to_float16(rows.astype(np.float32), original)
             different += int(np.count_nonzero(part.view("<u2") != expected.view("<u2")))
     if wrong:
         yield f"{name}: {wrong} of {size} values are NaN or inf, expected finite ones"

@@ -11,11 +11,11 @@ from ms_quant.checkpoint.atomic import FileRecord, disk_errors, write_json
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.writer import TensorPlan, write_file
 from sparse_compress import layouts
-from sparse_compress.pack import Arrays, Packer, Tensors
+from sparse_compress.pack import Packer
 from sparse_compress.proof import write_proof
 from sparse_compress.request import Request
+from sparse_compress.spool import remove, stored, whole, write_tensors
 
 Progress = Callable[[str, float], None]
 """Called with the step's name and how much of it is done, 0 to 1."""
@@ -68,8 +68,11 @@ class Writer:
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.layout = self.request.layout
-        self.packer = Packer(self.layout, self.request.prepared.checkpoint, self.job)
+        request = self.request
+        self.layout = request.layout
+        self.packer = Packer(
+            self.layout, request.prepared.checkpoint, self.job, request.options.workers
+        )
 
     def write(self) -> list[FileRecord]:
         """Writes all of them.
@@ -103,19 +106,12 @@ class Writer:
         else:
             list(self._blocks(rank, spool))
         yield self._once(name, partial(self._rest, rank, blocks))
-        self._remove(blocks, self.output.partial / spool)
+        remove(blocks, self.output.partial / spool)
 
     def _blocks(self, rank: int, place: str) -> Iterator[FileRecord]:
         self._make(place)
         for index, name in enumerate(layouts.block_files(self.layout.config, place)[:-1]):
             yield self._once(name, partial(self._block, rank, index))
-
-    def _remove(self, files: list[Path], directory: Path) -> None:
-        with disk_errors(directory, "the end of the rank"):
-            for path in files:
-                path.unlink(missing_ok=True)
-            if directory.is_dir():
-                directory.rmdir()
 
     def _make(self, name: str) -> None:
         with disk_errors(self.output.partial / name, "the directory"):
@@ -134,33 +130,13 @@ class Writer:
         return write_proof(path, self.layout, index, self.job, source, *how)
 
     def _block(self, rank: int, index: int, path: Path) -> FileRecord:
-        return _write_tensors(path, _whole(self.packer.block(rank, index)))
+        return write_tensors(path, whole(self.packer.block(rank, index)))
 
     def _rest(self, rank: int, blocks: list[Path], path: Path) -> FileRecord:
         tensors = self.packer.rest(rank)
         for block in blocks:
-            tensors.update(_stored(block))
-        return _write_tensors(path, tensors)
-
-
-def _whole(arrays: Arrays) -> Tensors:
-    return {
-        name: (TensorPlan(name, array.dtype, array.shape), partial(arrays.__getitem__, name))
-        for name, array in arrays.items()
-    }
-
-
-def _stored(path: Path) -> Tensors:
-    """The tensors of a file, each read when it is asked for."""
-    file = open_file(path)
-    return {
-        name: (TensorPlan(name, info.dtype, info.shape), partial(file.read, name))
-        for name, info in file.tensors.items()
-    }
-
-
-def _write_tensors(path: Path, tensors: Tensors) -> FileRecord:
-    return write_file(path, [plan for plan, _ in tensors.values()], lambda name: tensors[name][1]())
+            tensors.update(stored(block))
+        return write_tensors(path, tensors)
 
 
 def _write_description(request: Request, directory: Path) -> FileRecord:

@@ -51,10 +51,11 @@ def source_problems(directory: Path, source: Path, dtype: np.dtype) -> Iterator[
         key, ours, theirs = found
         yield f"{path}: {key} is {ours!r:.80}, expected {theirs!r:.80} as the source has it"
     for name in COPIED:
-        yield from _copy_problems(directory / name, source / name)
+        yield from copy_problems(directory / name, source / name)
 
 
-def _copy_problems(copy: Path, original: Path) -> Iterator[str]:
+def copy_problems(copy: Path, original: Path) -> Iterator[str]:
+    """How a file is not the copy of another that it should be: there where that is, and equal."""
     if not original.is_file():
         if copy.exists():
             yield f"{copy}: expected no such file, the source has none"

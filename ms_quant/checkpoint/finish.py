@@ -48,19 +48,19 @@ COPIED = (
     "NOTICE",
 )
 
-_NAMES = "|".join(
+_MADE = "|".join(
     [
-        *map(re.escape, (RECORD, "config.json", *COPIED)),
+        *map(re.escape, (RECORD, "config.json")),
         r"(quant-)?model-\d{5,}-of-\d{5,}\.safetensors",
         r"model-rank-\d+-part-0\.safetensors",
         r"model\.safetensors\.index\.json",
         r"quant\w*_description\w*\.json",
+        r"quant_model_weight\w*(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?",
         r"block-\d{5,}\.proof",
+        r"tensor-\d{5,}\.safetensors",
     ]
 )
-_DIRECTORY = re.compile(r"rank_\d+|proof")
-_TEMPORARY = re.compile(rf"(({_DIRECTORY.pattern})/)?\.({_NAMES})\.\d+\.tmp")
-_OURS = re.compile(rf"(({_DIRECTORY.pattern})/)?({_NAMES})|{_TEMPORARY.pattern}")
+_DIRECTORY = re.compile(r"rank_\d+|proof|tensors|optional")
 _BEGINNING = re.compile(rf"\.{re.escape(RECORD)}\.\d+\.tmp")
 
 
@@ -71,14 +71,26 @@ class OutputDirectory:
         path: the final directory.
         record: what it shall hold; a finished output with another record is refused.
         any_environment: a finished output may come from other versions, CPU or thread count.
+        copied: paths of files that are copied from the source where it has them.
 
     Raises:
         MsQuantError: the directory exists with other content, is a symbolic link, or has no name
             of its own; or a file of the finished output is missing or has another size.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any], any_environment: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        record: Mapping[str, Any],
+        any_environment: bool = False,
+        copied: Sequence[str] = COPIED,
+    ):
         check_output_name(path)
+        self.copied = copied
+        names = "|".join([_MADE, *(re.escape(Path(name).name) for name in copied)])
+        inside = rf"(({_DIRECTORY.pattern})/)?"
+        self._temporary = re.compile(rf"{inside}\.({names})\.\d+\.tmp")
+        self._ours = re.compile(rf"{inside}({names})|{self._temporary.pattern}")
         self.path, self.record = path, json.loads(json.dumps(record))
         self.partial = path.with_name(path.name + ".partial")
         self.finished = path.exists() and self._is_finished(any_environment)
@@ -125,7 +137,7 @@ class OutputDirectory:
             mark = self._mark() or {}
             # A whole output under this name: a user may have put it there.
             foreign = "files" in mark or any(
-                not _OURS.fullmatch(path.relative_to(self.partial).as_posix())
+                not self._ours.fullmatch(path.relative_to(self.partial).as_posix())
                 for path in self.partial.rglob("*")
                 if not (path.is_dir() and _DIRECTORY.fullmatch(path.name))
             )
@@ -147,7 +159,7 @@ class OutputDirectory:
         """How much of the output an interrupted run has left."""
         if not self._is_begun():
             return 0
-        return sum(path.stat().st_size for path in self._files(_OURS))
+        return sum(path.stat().st_size for path in self._files(self._ours))
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -165,7 +177,7 @@ class OutputDirectory:
             with disk_errors(self.partial, "the output directory"):
                 if self._mark() is not None and not self._is_begun():
                     self._clear()
-                for path in self._files(_TEMPORARY):
+                for path in self._files(self._temporary):
                     path.unlink()
             if self._mark() is None:
                 write_json(self.partial / RECORD, {"record": self.record})
@@ -181,7 +193,7 @@ class OutputDirectory:
     def _clear(self) -> None:
         """Deletes another job's files; the mark goes last, so a kill in between leaves it ours."""
         mark = self.partial / RECORD
-        for path in self._files(_OURS):
+        for path in self._files(self._ours):
             if path != mark:
                 path.unlink()
         for path in self.partial.iterdir():
@@ -209,11 +221,7 @@ class OutputDirectory:
             source: the model whose tokenizer files are copied.
             facts: further entries of the record.
         """
-        copied = [
-            write_bytes(self.partial / name, (source / name).read_bytes())
-            for name in COPIED
-            if (source / name).is_file()
-        ]
+        copied = [self._copy(source, name) for name in self.copied if (source / name).is_file()]
         listed = {
             file.name: {"bytes": file.bytes, "sha256": file.sha256}
             for file in sorted([*files, *copied], key=lambda file: file.name)
@@ -224,6 +232,18 @@ class OutputDirectory:
             sync_directory(self.partial)
             self.partial.rename(self.path)
             sync_directory(self.path.parent)
+
+    def _copy(self, source: Path, name: str) -> FileRecord:
+        path = self.partial / name
+        with disk_errors(path, "its directory"):
+            path.parent.mkdir(exist_ok=True)
+        return replace(write_bytes(path, (source / name).read_bytes()), name=name)
+
+    def discard(self) -> None:
+        """Removes the begun output: nothing will come of it."""
+        with disk_errors(self.partial, "its end"):
+            self._clear()
+            self.partial.rmdir()
 
 
 def check_output_name(path: Path) -> None:

@@ -40,22 +40,23 @@ class Checkpoint:
 
     Args:
         directory (Path | str): the model directory.
+        prefix (str): only files, the index among them, whose names begin so are looked at.
 
     Raises:
         MsQuantError: there is no such directory or no safetensors file in it, the index is
             malformed or names a missing shard, or two files hold the same tensor.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, prefix: str = "") -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise MsQuantError(f"{self.directory}: no such model directory")
-        self._index = _find_index(self.directory)
+        self._index = _find_index(self.directory, prefix)
         self._open: dict[str, SafetensorsFile] = {}
         if self._index is not None:
             self._places = _read_index(self._index)
         else:
-            self._places = self._scan()
+            self._places = self._scan(prefix)
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +150,7 @@ class Checkpoint:
                 f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
             )
         seen = wrong = 0
-        for start, part in _row_chunks(file, name, rows, elements or CHUNK_ELEMENTS):
+        for start, part in row_chunks(file, name, rows, elements or CHUNK_ELEMENTS):
             if dtype is not None:
                 with np.errstate(over="ignore"):  # what becomes infinite is refused below
                     part = part.astype(dtype, copy=False)
@@ -185,9 +186,9 @@ class Checkpoint:
                     f"{self._index} says"
                 )
 
-    def _scan(self) -> dict[str, str]:
+    def _scan(self, prefix: str) -> dict[str, str]:
         places: dict[str, str] = {}
-        for shard in _unindexed_files(self.directory):
+        for shard in _unindexed_files(self.directory, prefix):
             for name in self.shard(shard).tensors:
                 if name in places:
                     raise MsQuantError(
@@ -253,16 +254,18 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "config_sha256": sha256_file(config) if config.is_file() else None,
         "shards": {
-            path.name: _shard_print(checkpoint.shard(path.name)) for path in checkpoint.files()
+            path.name: shard_print(checkpoint.shard(path.name)) for path in checkpoint.files()
         },
     }
 
 
-def _find_index(directory: Path) -> Path | None:
-    if (directory / INDEX_NAME).is_file():
+def _find_index(directory: Path, prefix: str) -> Path | None:
+    if INDEX_NAME.startswith(prefix) and (directory / INDEX_NAME).is_file():
         return directory / INDEX_NAME
     found = sorted(
-        path for path in directory.glob("*.index.json") if not path.name.endswith(".bin.index.json")
+        path
+        for path in directory.glob(f"{prefix}*.index.json")
+        if not path.name.endswith(".bin.index.json")
     )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
@@ -270,14 +273,15 @@ def _find_index(directory: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _unindexed_files(directory: Path) -> list[str]:
-    if (directory / SINGLE_NAME).is_file():
+def _unindexed_files(directory: Path, prefix: str) -> list[str]:
+    if SINGLE_NAME.startswith(prefix) and (directory / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
-    names = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("."))
+    found = directory.glob(f"{prefix}*.safetensors")
+    names = sorted(path.name for path in found if not path.name.startswith("."))
     if not names:
         raise MsQuantError(
-            f"{directory}: found no .safetensors file, expected at least one "
-            "(.bin, .pt and other pickle files are not read)"
+            f"{directory}: found no {prefix and prefix + '*'}.safetensors file, expected at least "
+            "one (.bin, .pt and other pickle files are not read)"
         )
     return names
 
@@ -318,9 +322,10 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
         )
 
 
-def _row_chunks(
-    file: SafetensorsFile, name: str, rows: slice | None, elements: int
+def row_chunks(
+    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int = CHUNK_ELEMENTS
 ) -> Iterator[tuple[int, np.ndarray]]:
+    """Reads a tensor some rows at a time: (first row, rows). Nothing comes of an empty one."""
     shape = file.info(name).shape
     if not math.prod(shape):
         return
@@ -337,7 +342,8 @@ def _non_finite(array: np.ndarray) -> int:
     return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
-def _shard_print(file: SafetensorsFile) -> dict[str, Any]:
+def shard_print(file: SafetensorsFile) -> dict[str, Any]:
+    """What :func:`fingerprint` knows of one file."""
     samples = hashlib.sha256()
     room = file.size - file.data_start - SAMPLE_BYTES
     for step in range(SAMPLES if room > 0 else 1):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 
 from sparse_compress.codec import native, reference
 from sparse_compress.codec.format import CodecError
+
+CORES = os.cpu_count() or 1
+"""How many threads code one tensor where nobody says otherwise."""
 
 
 def backend_name(backend: str | None = None) -> str:

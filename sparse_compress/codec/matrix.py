@@ -14,6 +14,10 @@ from sparse_compress.codec.index import RECORD
 from sparse_compress.codec.tiles import BytesLike, Sizes, as_bytes, decode_tiles, encode_tiles
 
 
+class TooLongError(MsQuantError):
+    """A weight codes so badly that the runtimes would refuse it."""
+
+
 class CompressedMatrix(NamedTuple):
     """An int8 matrix as it is stored.
 
@@ -61,16 +65,17 @@ def compress_matrix(
         CompressedMatrix, the int8 weight (c,), the int8 index (8 * tiles,), the int64 info (5,).
 
     Raises:
-        MsQuantError: when the shape cannot be laid out, or when the stored weight would be longer
-            than round16(n) * round32(k), which the runtimes refuse. The latter only happens when
-            n is not a multiple of 128 and the weight hardly compresses.
+        MsQuantError: when the shape cannot be laid out.
+        TooLongError: when the stored weight would be longer than round16(n) * round32(k), which
+            the runtimes refuse. This only happens when n is not a multiple of 128 and the weight
+            hardly compresses.
     """
     stream, sizes = fractal.to_fractal(np.asarray(weight))
     coded, index = encode_tiles(stream, sizes, mode, backend=backend, threads=threads)
     n, k = np.shape(weight)
-    most = -(-n // fractal.ROWS) * fractal.ROWS * (-(-k // fractal.COLUMNS) * fractal.COLUMNS)
+    most = fractal.most_bytes(n, k)
     if coded.size > most:
-        raise MsQuantError(
+        raise TooLongError(
             f"the ({n}, {k}) weight takes {coded.size} bytes compressed; "
             f"the runtimes accept at most {most}: leave it uncompressed"
         )
@@ -104,16 +109,28 @@ def decompress_matrix(
         MsQuantError: when the shape cannot be laid out.
         CodecError: when info, index or a tile is wrong, naming the tile and the reason.
     """
-    n, k = _shape(info)
-    # Before anything of size n x k is made: a shape read from a file may be absurd.
-    tiles, packed = fractal.tile_count(n, k), as_bytes(index, "index")
-    if packed.size != RECORD * tiles:
-        raise CodecError(
-            f"the index has {packed.size} bytes; a ({n}, {k}) weight takes {RECORD * tiles}"
-        )
+    packed = as_bytes(index, "index")
+    n, k = matrix_shape(info, packed.size)
     sizes = fractal.tile_sizes(n, k)
     stream = decode_tiles(weight, packed, sizes, mode=mode, backend=backend, threads=threads)
     return fractal.from_fractal(stream, n, k)
+
+
+def matrix_shape(info: ArrayLike, index_bytes: int) -> tuple[int, int]:
+    """(n, k) of a stored matrix. An absurd shape, as a file may state, is found without making it.
+
+    Args:
+        info: int64 (5,).
+        index_bytes: bytes of the index.
+
+    Raises:
+        MsQuantError: info is malformed, or does not agree with the index.
+    """
+    n, k = _shape(info)
+    expected = RECORD * fractal.tile_count(n, k)
+    if index_bytes != expected:
+        raise CodecError(f"the index has {index_bytes} bytes; a ({n}, {k}) weight takes {expected}")
+    return n, k
 
 
 def encoded_size(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.layouts import mindie, vllm_ascend, vllm_mindspore
+from sparse_compress.layouts import mindie, msmodelslim, vllm_ascend, vllm_mindspore
 from sparse_compress.layouts.base import (
     EMBEDDING,
     HEAD,
@@ -20,7 +20,6 @@ from sparse_compress.layouts.base import (
     Target,
     TensorSpec,
     block_files,
-    fused_linears,
     model_config,
     proof_file,
     rank_name,
@@ -40,7 +39,6 @@ __all__ = [
     "TensorSpec",
     "block_files",
     "find_target",
-    "fused_linears",
     "get_target",
     "model_config",
     "proof_file",
@@ -48,7 +46,8 @@ __all__ = [
 ]
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (vllm_mindspore.TARGET, vllm_ascend.TARGET)
+    target.name: target
+    for target in (vllm_mindspore.TARGET, vllm_ascend.TARGET, msmodelslim.TARGET)
 }
 DEFAULT = vllm_mindspore.TARGET.name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from sparse_compress.fp16 import FLOAT16
-from sparse_compress.fractal import COLUMNS, ROWS, tile_count
-from sparse_compress.partition import fused_shape, padded_vocab
+from sparse_compress.fractal import most_bytes, tile_count
+from sparse_compress.partition import VOCAB_MULTIPLE, fused_shape, vocab_rows
 
 MAX_DESCRIPTION_BYTES = 256 << 20
 MAX_RANKS = 1024
@@ -82,6 +82,11 @@ class Target:
         describe: the content of the description file.
         found: whether a directory has a description of this target.
         read: the layout that a directory's description states.
+        fused: whether linears that read the same input are one, as the family table fuses them.
+        vocab_multiple: the vocabulary is padded with zero rows to a multiple of this.
+        offset_dtype: type of ``input_offset``.
+        folds_bias: whether the bias of a compressed linear is part of ``quant_bias``.
+        stores_tied_head: whether a head that is tied to the embedding is stored as well.
     """
 
     name: str
@@ -98,6 +103,11 @@ class Target:
     describe: Callable[[Layout, Length], dict[str, Any]]
     found: Callable[[Path], bool]
     read: Callable[[Path, ModelConfig], Layout]
+    fused: bool = True
+    vocab_multiple: int = VOCAB_MULTIPLE
+    offset_dtype: np.dtype = INT8
+    folds_bias: bool = False
+    stores_tied_head: bool = False
 
     def check(self, config: ModelConfig, tp: int, algorithm: str) -> None:
         """Refuses what this target cannot hold.
@@ -124,7 +134,26 @@ class Target:
         """Why the runtime is not known to load a family, in sentences."""
         if family in self.families:
             return []
+        if not self.families:
+            return [self.claim]
         return [f"{self.claim} only for {' and '.join(self.families)}, not {family}"]
+
+    def groups(self, config: ModelConfig) -> tuple[LinearGroup, ...]:
+        """The linears of a block as they are stored. A linear that is not fused keeps the name of
+        its group, by which calibration results go."""
+        if self.fused:
+            return config.family.groups
+        return tuple(
+            replace(group, members=(member,), fused=member)
+            for group in config.family.groups
+            for member in group.members
+        )
+
+    def linears(self, config: ModelConfig) -> Iterator[tuple[int, LinearGroup, str]]:
+        """(block, group, path) of every linear as it is stored, in model order."""
+        for index in range(config.num_layers):
+            for group in self.groups(config):
+                yield index, group, f"{block_prefix(index)}{group.fused}"
 
     def rank_files(self, config: ModelConfig, rank: int) -> list[str]:
         """Paths of a rank's files."""
@@ -135,14 +164,13 @@ class Target:
     def linear_specs(self, n: int, k: int) -> dict[str, TensorSpec]:
         """Suffix to specification of a compressed linear's tensors on a rank, less its bias."""
         channels = k if self.per_channel_input else 1
-        most = -(-n // ROWS) * ROWS * (-(-k // COLUMNS) * COLUMNS)
         specs = {
-            "weight": TensorSpec(INT8, None, most),
+            "weight": TensorSpec(INT8, None, most_bytes(n, k)),
             "index": TensorSpec(INT8, (INDEX_RECORD * tile_count(n, k),)),
             "deq_scale": TensorSpec(INT64, (n,)),
             "quant_bias": TensorSpec(INT32, (n,)),
             "input_scale": TensorSpec(FLOAT16, (channels,)),
-            "input_offset": TensorSpec(INT8, (channels,)),
+            "input_offset": TensorSpec(self.offset_dtype, (channels,)),
         }
         return {**specs, "info": TensorSpec(INT64, (5,))} if self.info else specs
 
@@ -166,11 +194,38 @@ class Layout:
 
     def linears(self) -> Iterator[tuple[int, LinearGroup, str]]:
         """(block, group, fused path) of every fused linear, in model order."""
-        return fused_linears(self.config)
+        return self.target.linears(self.config)
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linears of a block as they are stored."""
+        return self.target.groups(self.config)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables over the vocabulary that are stored."""
+        if self.config.tied and not self.target.stores_tied_head:
+            return (EMBEDDING,)
+        return EMBEDDING, HEAD
+
+    def table_source(self, name: str) -> str:
+        """The source's name of a table."""
+        return EMBEDDING if name == HEAD and self.config.tied else name
+
+    def vocab_rows(self, rank: int) -> slice:
+        """The rows of the tables that a rank holds; those after the vocabulary are zero."""
+        return vocab_rows(self.config, self.tp, rank, self.target.vocab_multiple)
 
     def has_bias(self, group: LinearGroup) -> bool:
         """Whether the linears of a group have a bias."""
         return has_bias(self.config, group)
+
+    def stores_bias(self, index: int, group: LinearGroup) -> bool:
+        """Whether a group has a bias that is a tensor of its own."""
+        folded = self.target.folds_bias and (
+            f"{block_prefix(index)}{group.fused}" in self.compressed
+        )
+        return self.has_bias(group) and not folded
 
     def norms(self, index: int) -> dict[str, tuple[int, ...]]:
         """Name to shape of the tensors of a block that belong to no linear."""
@@ -182,11 +237,13 @@ class Layout:
 
     def float_names(self) -> list[str]:
         """Hugging Face names of the tensors that become float16, in model order."""
+        suffixes = ("weight", "bias") if self.target.folds_bias else ("weight",)
         coded = {
-            f"{block_prefix(index)}{member}.weight"
+            f"{block_prefix(index)}{member}.{suffix}"
             for index, group, fused in self.linears()
             if fused in self.compressed
             for member in group.members
+            for suffix in suffixes
         }
         return [name for name in self.config.parameter_shapes() if name not in coded]
 
@@ -196,18 +253,16 @@ class Layout:
         specs: dict[str, TensorSpec] = {}
         for index in range(self.config.num_layers):
             specs.update(self.block_tensors(index))
-        rows = padded_vocab(self.config) // self.tp
-        hidden = self.config.hidden_size
-        specs[EMBEDDING] = TensorSpec(FLOAT16, (rows, hidden))
+        rows, hidden = self.vocab_rows(0), self.config.hidden_size
         specs[NORM] = TensorSpec(FLOAT16, (hidden,))
-        if not self.config.tied:
-            specs[HEAD] = TensorSpec(FLOAT16, (rows, hidden))
+        for name in self.tables:
+            specs[name] = TensorSpec(FLOAT16, (rows.stop, hidden))
         return specs
 
     def block_tensors(self, index: int) -> dict[str, TensorSpec]:
         """The tensors of one block on a rank."""
         specs = {name: TensorSpec(FLOAT16, shape) for name, shape in self.norms(index).items()}
-        for group in self.config.family.groups:
+        for group in self.groups:
             fused = f"{block_prefix(index)}{group.fused}"
             n, k = fused_shape(self.config, self.tp, group)
             if fused in self.compressed:
@@ -215,16 +270,9 @@ class Layout:
                 specs.update({f"{fused}.{suffix}": spec for suffix, spec in found.items()})
             else:
                 specs[f"{fused}.weight"] = TensorSpec(FLOAT16, (n, k))
-            if self.has_bias(group):
+            if self.stores_bias(index, group):
                 specs[f"{fused}.bias"] = TensorSpec(FLOAT16, (n,))
         return specs
-
-
-def fused_linears(config: ModelConfig) -> Iterator[tuple[int, LinearGroup, str]]:
-    """(block, group, fused path) of every fused linear of a model, in its order."""
-    for index in range(config.num_layers):
-        for group in config.family.groups:
-            yield index, group, f"{block_prefix(index)}{group.fused}"
 
 
 def has_bias(config: ModelConfig, group: LinearGroup) -> bool:

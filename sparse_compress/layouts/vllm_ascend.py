@@ -13,22 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.strict_json import read_json
-from sparse_compress.layouts.base import (
-    MAX_DESCRIPTION_BYTES,
-    MAX_RANKS,
-    Layout,
-    Length,
-    Target,
-    fused_linears,
-    has_bias,
-)
+from ms_quant.models.config import ModelConfig
+from sparse_compress.layouts import typed
+from sparse_compress.layouts.base import MAX_RANKS, Layout, Length, Target, has_bias
 from sparse_compress.partition import VOCAB_MULTIPLE
 
 DESCRIPTION = "quant_model_description.json"
-CODED, PARAMETER, FLOAT = "W8A8SC", "W8A8S", "FLOAT"
-CODED_SUFFIXES = ("weight", "index", "info")
 VERSION = "1.0.0"
 RANKS = "model-rank-*"
 
@@ -66,35 +56,14 @@ def refusal(config: ModelConfig, tp: int) -> str | None:
 
 
 def describe(layout: Layout, length: Length | None = None) -> dict[str, Any]:
-    """The description of a checkpoint.
-
-    Args:
-        layout: the checkpoint.
-        length: not used; no length is stated.
-
-    Returns:
-        JSON: a type for each tensor by its fused name, and for the weight of each linear in a
-        fused one, by which the runtime looks types up.
-    """
-    result: dict[str, Any] = {"model_quant_type": CODED, "version": VERSION}
-    for name in layout.tensors():
-        path, _, suffix = name.rpartition(".")
-        if path in layout.compressed:
-            result[name] = CODED if suffix in CODED_SUFFIXES else PARAMETER
-        else:
-            result[name] = FLOAT
-    for index, group, fused in layout.linears():
-        for member in group.members:
-            result[f"{block_prefix(index)}{member}.weight"] = result[f"{fused}.weight"]
-    return result
+    """The description of a checkpoint; no length is stated in it."""
+    return {**typed.describe(layout), "version": VERSION}
 
 
 def is_described(directory: Path) -> bool:
     """Whether a directory has such a description; other formats use the same file name."""
-    path = directory / DESCRIPTION
-    if not path.exists():
-        return False
-    return read_json(path, MAX_DESCRIPTION_BYTES).get("model_quant_type") == CODED
+    whole = any(directory.glob("quant_model_weight*"))  # msModelSlim's own
+    return not whole and typed.kind_of(directory / DESCRIPTION) == typed.CODED
 
 
 def read_layout(directory: Path, config: ModelConfig) -> Layout:
@@ -108,21 +77,10 @@ def read_layout(directory: Path, config: ModelConfig) -> Layout:
         MsQuantError: an entry of the description is missing, unknown or of another type, or there
             are too many files or none.
     """
-    path = directory / DESCRIPTION
-    value = read_json(path, MAX_DESCRIPTION_BYTES)
     tp = len(list(directory.glob(RANKS)))
     if not 1 <= tp <= MAX_RANKS:
         raise MsQuantError(f"{directory}: has {tp} files {RANKS}, expected 1 to {MAX_RANKS}")
-    fused = (name for _, _, name in fused_linears(config))
-    compressed = frozenset(name for name in fused if value.get(f"{name}.weight") == CODED)
-    layout = Layout(config, tp, compressed, TARGET)
-    expected = describe(layout)
-    for key in sorted({*expected, *value}):
-        if value.get(key) != expected.get(key):
-            raise MsQuantError(
-                f"{path}: {key} is {value.get(key)!r:.80}, expected {expected.get(key)!r}"
-            )
-    return layout
+    return typed.read_layout(directory / DESCRIPTION, config, tp, TARGET)
 
 
 TARGET = Target(

@@ -21,7 +21,6 @@ from sparse_compress.layouts.base import (
     Layout,
     Length,
     Target,
-    fused_linears,
     rank_name,
 )
 
@@ -77,7 +76,7 @@ def read_layout(directory: Path, config: ModelConfig) -> Layout:
         if found != compressed[0]:
             name = min(found ^ compressed[0])
             raise MsQuantError(f"{path}: {key} and rank_0 differ in {name}, expected the same kind")
-    unknown = compressed[0] - {fused for _, _, fused in fused_linears(config)}
+    unknown = compressed[0] - {fused for _, _, fused in TARGET.linears(config)}
     if unknown:
         raise MsQuantError(f"{path}: names {min(unknown)}, expected a linear of the model")
     return Layout(config, len(ranks), compressed[0], TARGET)
@@ -106,6 +105,12 @@ def _compressed(entry: Any, where: str) -> frozenset[str]:
     return frozenset(found)
 
 
+def is_described(directory: Path) -> bool:
+    """Whether a directory has such a description; msModelSlim uses the same file name."""
+    path = directory / DESCRIPTION
+    return path.exists() and "model_quant_type" not in read_json(path, MAX_DESCRIPTION_BYTES)
+
+
 TARGET = Target(
     name="vllm-mindspore",
     runtime="vllm-mindspore on Atlas 300I Duo "
@@ -120,6 +125,6 @@ TARGET = Target(
     info=False,
     refusal=lambda config, tp: None,
     describe=describe,
-    found=lambda directory: (directory / DESCRIPTION).exists(),
+    found=is_described,
     read=read_layout,
 )

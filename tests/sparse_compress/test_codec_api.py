@@ -21,8 +21,8 @@ def gaussian(shape, zeros=0.5, sigma=9, seed=0):
 def test_public_names():
     for name in sparse_compress.__all__:
         assert getattr(sparse_compress, name) is getattr(codec, name)
-    with pytest.raises(AttributeError, match="no attribute 'compress'"):
-        _ = sparse_compress.compress
+    with pytest.raises(AttributeError, match="no attribute 'compression'"):
+        _ = sparse_compress.compression
 
 
 @pytest.mark.parametrize("mode", ["low", "high"])
