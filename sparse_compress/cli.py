@@ -24,6 +24,7 @@ from ms_quant.console import (
 from ms_quant.console import run as run_app
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
+from sparse_compress.rate.goal import parse_share
 from sparse_compress.request import SparseOptions, check
 
 app = typer.Typer(
@@ -42,7 +43,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compres
 
 @app.command(
     epilog=example(
-        "sparse-compress run Qwen3-8B -o Qwen3-8B-W8A8SC --tp 2 --sparsity 0.5 --calib text.jsonl"
+        "sparse-compress run Qwen3-8B -o Qwen3-8B-W8A8SC --target-ratio 0.45 --calib text.jsonl"
     )
 )
 def run(
@@ -53,10 +54,24 @@ def run(
         str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
     ] = DEFAULT,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 2,
-    sparsity: Annotated[float, typer.Option(help="Share of weights to prune.")] = 0.5,
+    target_ratio: Annotated[
+        float | None,
+        typer.Option(help="Size to reach, such as 0.45: weights are rounded for error and size."),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(help="Or: by how much perplexity may grow, such as 0.5%. Needs --heldout."),
+    ] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Text to measure that perplexity on.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Or: share of weights to prune. Default: 0.5")
+    ] = None,
     pruning: Annotated[
-        str, typer.Option(help="activation: |W| * ||X||; magnitude: |W|.")
-    ] = "activation",
+        str | None,
+        typer.Option(help="activation: |W| * ||X||; magnitude: |W|. Default: activation"),
+    ] = None,
     algorithm: Annotated[str, typer.Option(help="minmax, smoothquant or osl.")] = "minmax",
     alpha: Annotated[
         float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
@@ -78,7 +93,9 @@ def run(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune, quantize to W8A8, slice for tensor parallelism and code into UNZIP tiles.
+    """Make W8A8 weights that code well, slice them for tensor parallelism and code them.
+
+    Weights are rounded for a size or a loss of quality, or pruned.
 
     Started again after a kill, it goes on where it stopped.
     """
@@ -90,6 +107,9 @@ def run(
         calib=calib,
         target=target,
         tp=tp,
+        target_ratio=target_ratio,
+        max_ppl_increase=None if max_ppl_increase is None else parse_share(max_ppl_increase),
+        heldout=heldout,
         sparsity=sparsity,
         pruning=pruning,
         algorithm=algorithm,

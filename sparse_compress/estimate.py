@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ms_quant.estimate import estimate as quantization_estimate
-from sparse_compress.request import Request, most_bytes
+from sparse_compress.request import Request, SparseOptions, most_bytes
 
 KEPT = (
     "algorithm",
@@ -16,6 +16,14 @@ KEPT = (
     "memory_bytes",
     "estimated_seconds",
 )
+
+
+def asked(options: SparseOptions) -> dict[str, Any]:
+    """What decides the size: the pruning or the goal."""
+    if options.pruned:
+        return {"sparsity": options.pruned.share, "pruning": options.pruned.kind}
+    goals = {"target_ratio": options.target_ratio, "max_ppl_increase": options.max_ppl_increase}
+    return {name: value for name, value in goals.items() if value is not None}
 
 
 def estimate(request: Request) -> dict[str, Any]:
@@ -38,8 +46,7 @@ def estimate(request: Request) -> dict[str, Any]:
         "flavour": f"W8A8SC TP{layout.tp}",
         "target": layout.target.name,
         "tp": layout.tp,
-        "sparsity": options.sparsity,
-        "pruning": options.pruning,
+        **asked(options),
         **{key: found[key] for key in KEPT},
         "output_bytes": most_bytes(layout),
         "compressed": [fused for _, _, fused in layout.linears() if fused in layout.compressed],

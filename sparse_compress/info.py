@@ -171,7 +171,9 @@ def summary(directory: Path) -> dict[str, Any]:
 
     Returns:
         JSON: ``output``, ``flavour``, ``target``, ``tp``, ``sparsity`` asked for, ``pruning``,
-        ``algorithm``; ``compressed_linears`` (of one rank) and ``uncompressed`` (path to reason);
+        ``algorithm``; of rate-distortion rounding its goal, ``price``, ``predicted_ratio`` and,
+        where they were measured, ``float_perplexity`` and ``perplexity``;
+        ``compressed_linears`` (of one rank) and ``uncompressed`` (path to reason);
         ``raw_bytes``, ``stored_bytes`` (tiles and index) and ``ratio`` of the compressed linears
         of all ranks; ``tensor_bytes`` of all tensors of all ranks; ``weights``: counts over the
         compressed linears (``size``, ``pruned``, ``source_zeros`` that were 0 before pruning and
@@ -191,7 +193,8 @@ def summary(directory: Path) -> dict[str, Any]:
         "flavour": model.flavour,
         "target": model.layout.target.name,
         "tp": model.layout.tp,
-        **{key: record.get(key) for key in ("sparsity", "pruning", "algorithm")},
+        **{key: record[key] for key in ("sparsity", "pruning", "algorithm") if key in record},
+        **_rate(record.get("rate"), value.get("rate")),
         "compressed_linears": len(model.layout.compressed),
         "uncompressed": value.get("uncompressed", {}),
         **_totals([sizes for sizes, _ in sparse_linears(model)]),
@@ -200,6 +203,15 @@ def summary(directory: Path) -> dict[str, Any]:
         "float16_lost": value.get("float16_lost", {}),
         "codec_note": backend_note(),
     }
+
+
+def _rate(goal: Any, found: Any) -> dict[str, Any]:
+    """The goal of rate-distortion rounding and what it led to, numbers only."""
+    both = {
+        **(goal if isinstance(goal, dict) else {}),
+        **(found if isinstance(found, dict) else {}),
+    }
+    return {key: value for key, value in both.items() if isinstance(value, float)}
 
 
 def _weight_counts(directory: Path, layout: Layout) -> dict[str, int]:

@@ -25,7 +25,7 @@ from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
 from ms_quant.strict_json import parse_json
 from sparse_compress.fp16 import SMALLEST_NORMAL
 from sparse_compress.layouts import Layout, proof_file
-from sparse_compress.prune import prune, pruned_count
+from sparse_compress.prune import Pruning, prune, pruned_count
 
 FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 
@@ -58,17 +58,17 @@ def write_proof(
     index: int,
     job: JobDirectory,
     checkpoint: Checkpoint,
-    sparsity: float,
-    pruning: str,
+    pruning: Pruning | None,
 ) -> FileRecord:
     """Writes a block's proof, and counts its zeros.
 
     The counts are in the file's metadata: for each linear ``size``, ``pruned``, ``zeros`` of the
     int8 weight, ``source_zeros`` that were 0 without pruning, and ``rounded`` ones, that rounding
-    to int8 made.
+    to int8 made. Without pruning the metadata hold the relative squared error of each weight, too.
     """
     tensors: dict[str, np.ndarray] = {}
     counts: dict[str, dict[str, int]] = {}
+    errors: dict[str, float] = {}
     for group in compressed_groups(layout, index):
         norm = job.statistic(index, f"{group.name}.l2_norm")
         tensors[f"{group.name}.l2_norm"] = norm
@@ -76,14 +76,32 @@ def write_proof(
             linear = job.linear(index, member)
             tensors[f"{member}.weight_scale"] = linear.weight_scale
             source = checkpoint.read_float32(f"{block_prefix(index)}{member}.weight")
-            pruned = prune(source, sparsity, norm if pruning == "activation" else None)
-            counts[member] = _count(linear.weight, pruned, sparsity)
+            if pruning is None:
+                counts[member] = _count(linear.weight, source, 0.0)
+                errors[member] = weight_error(source, linear)
+                continue
+            pruned = prune(source, pruning.share, norm if pruning.kind == "activation" else None)
+            counts[member] = _count(linear.weight, pruned, pruning.share)
         assert linear.activation is not None
         low = int(np.count_nonzero(linear.activation.input_scale <= SMALLEST_NORMAL))
         counts[group.members[0]]["input_scale_raised"] = low
         tensors.update(_activation_tensors(group, linear.activation))
     metadata = {"counts": json.dumps(counts, sort_keys=True)}
+    if errors:
+        metadata["errors"] = json.dumps(errors, sort_keys=True)
     return write_file(path, proof_plans(layout, index), tensors.__getitem__, metadata)
+
+
+def weight_error(source: np.ndarray, linear: QuantizedLinear) -> float:
+    """Squared difference of a weight and the int8 one, over the square of the former.
+
+    Both are taken with the smoothing. The sums are in float64, so that any machine finds the same
+    but for the last digits.
+    """
+    assert linear.activation is not None
+    smoothed = (source * linear.activation.smooth).astype(np.float64)
+    wrong = smoothed - linear.weight * linear.weight_scale[:, None].astype(np.float64)
+    return float(np.square(wrong).sum() / max(np.square(smoothed).sum(), 1e-300))
 
 
 def _count(weight: np.ndarray, pruned: np.ndarray, sparsity: float) -> dict[str, int]:
@@ -150,6 +168,19 @@ class Proof:
                 f"{self.file.path}: metadata 'counts' is malformed, expected counts of zeros"
             ) from None
 
+    def error(self, member: str) -> float:
+        """The stated relative error of a weight.
+
+        Raises:
+            MsQuantError: the metadata do not hold it.
+        """
+        try:
+            return float(parse_json(self.file.metadata.get("errors", "").encode())[member])
+        except (ValueError, TypeError, KeyError):
+            raise MsQuantError(
+                f"{self.file.path}: metadata 'errors' is malformed, expected that of {member}"
+            ) from None
+
     def norm(self, group: LinearGroup) -> np.ndarray:
         return self._finite(f"{group.name}.l2_norm", 0.0)
 
@@ -192,16 +223,13 @@ class Proof:
                     return f"{name} differs from {self.file.path} in {wrong} of {np.size(found)}"
         return None
 
-    def smoothed(
-        self, group: LinearGroup, source: np.ndarray, sparsity: float, pruning: str
-    ) -> np.ndarray:
+    def smoothed(self, group: LinearGroup, source: np.ndarray, pruning: Pruning) -> np.ndarray:
         """The pruned and smoothed float32 weight, (out, in), that was rounded to int8.
 
         Args:
             group: the linear's group.
             source: float32 (out, in), the weight of the source checkpoint.
-            sparsity: share of pruned weights.
-            pruning: kind of importance.
+            pruning: what was pruned.
         """
-        norm = self.norm(group) if pruning == "activation" else None
-        return prune(source, sparsity, norm) * self.activation(group).smooth
+        norm = self.norm(group) if pruning.kind == "activation" else None
+        return prune(source, pruning.share, norm) * self.activation(group).smooth

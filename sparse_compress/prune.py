@@ -10,6 +10,7 @@ Source: Sun et al., arXiv 2306.11695, equation 1; compared over the tensor, not 
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,17 @@ from ms_quant.errors import MsQuantError
 from ms_quant.observers import ActivationStats
 
 PRUNINGS = ("activation", "magnitude")
+SPARSITY = 0.5
+
+
+class Pruning(NamedTuple):
+    """Attributes:
+    share: of the weights of each linear, 0 to below 1.
+    kind: one of PRUNINGS.
+    """
+
+    share: float
+    kind: str
 
 
 def check_pruning(sparsity: float, pruning: str) -> None:

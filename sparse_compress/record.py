@@ -14,7 +14,7 @@ from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import TILE_ROWS
 from sparse_compress.layouts import MAX_RANKS, Layout, get_target
 from sparse_compress.partition import check_tp, fused_shape
-from sparse_compress.prune import check_pruning
+from sparse_compress.prune import Pruning, check_pruning
 from sparse_compress.request import outside_limits
 
 MAX_PATTERNS = 1000  # each is compared with every linear
@@ -28,16 +28,15 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     path = directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record")
+    if not isinstance(record, dict) or record.get("format") != "W8A8SC":
+        raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
     kinds = {
         "target": str,
         "tp": int,
-        "sparsity": float,
-        "pruning": str,
+        **({"rate": dict} if "rate" in record else {"sparsity": float, "pruning": str}),
         "algorithm": str,
         "exclude": list,
     }
-    if not isinstance(record, dict) or record.get("format") != "W8A8SC":
-        raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
     for key, kind in kinds.items():
         if type(record.get(key)) is not kind:
             raise MsQuantError(
@@ -52,8 +51,14 @@ def read_record(directory: Path) -> dict[str, Any]:
         )
     if not all(isinstance(pattern, str) for pattern in record["exclude"]):
         raise MsQuantError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
-    check_pruning(record["sparsity"], record["pruning"])
+    if "rate" not in record:
+        check_pruning(record["sparsity"], record["pruning"])
     return record
+
+
+def recorded_pruning(record: dict[str, Any]) -> Pruning | None:
+    """How the weights were pruned, or None where they were rounded for a goal."""
+    return None if "rate" in record else Pruning(record["sparsity"], record["pruning"])
 
 
 def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]) -> Layout:

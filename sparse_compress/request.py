@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.data import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.places import check_places
@@ -18,7 +20,8 @@ from sparse_compress.fp16 import survey
 from sparse_compress.fractal import unsupported_reason
 from sparse_compress.layouts import DEFAULT, Layout, Target, TensorSpec, get_target
 from sparse_compress.partition import check_tp, fused_shape
-from sparse_compress.prune import check_pruning
+from sparse_compress.prune import PRUNINGS, SPARSITY, Pruning, check_pruning
+from sparse_compress.rate.goal import Goal, check_increase, check_ratio
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,12 @@ class SparseOptions:
         output: directory to make.
         calib: calibration file.
         tp: how many ranks to write.
-        sparsity: share of each linear's weights that is pruned, 0 to below 1.
-        pruning: ``"activation"`` or ``"magnitude"``.
+        sparsity: share of each linear's weights that is pruned, 0 to below 1; None is 0.5 where
+            no goal is given.
+        pruning: ``"activation"`` or ``"magnitude"``; None is the former.
+        target_ratio: in place of pruning, the size to reach by rate-distortion rounding.
+        max_ppl_increase: in place of that, by how much perplexity may grow; 0.005 is 0.5 %.
+        heldout: the text that perplexity is measured on.
         algorithm: name of the quantization algorithm.
         alpha: smoothing strength of ``smoothquant``; None is 0.5.
         samples: how many windows of the calibration data to use.
@@ -49,8 +56,11 @@ class SparseOptions:
     output: Path
     calib: Path
     tp: int = 2
-    sparsity: float = 0.5
-    pruning: str = "activation"
+    sparsity: float | None = None
+    pruning: str | None = None
+    target_ratio: float | None = None
+    max_ppl_increase: float | None = None
+    heldout: Path | None = None
     algorithm: str = "minmax"
     alpha: float | None = None
     samples: int = 64
@@ -62,6 +72,19 @@ class SparseOptions:
     any_environment: bool = False
     target: str = DEFAULT
     workers: int = CORES
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether weights are rounded for a goal; else they are pruned."""
+        return self.target_ratio is not None or self.max_ppl_increase is not None
+
+    @property
+    def pruned(self) -> Pruning | None:
+        """How weights are pruned, if they are."""
+        if self.has_goal:
+            return None
+        share = SPARSITY if self.sparsity is None else float(self.sparsity)
+        return Pruning(share, self.pruning or PRUNINGS[0])
 
     def quantization(self, exclude: Sequence[str]) -> QuantizeOptions:
         """The part of the request that the driver of ``ms-quant`` serves."""
@@ -93,6 +116,8 @@ class Request:
         layout: what the output will hold.
         uncompressed: fused path to the reason why it stays float16.
         lost: tensor name to what float16 loses of it.
+        goal: of rate-distortion rounding; None for pruning.
+        rate: what the goal led to, once that is known.
     """
 
     options: SparseOptions
@@ -100,6 +125,8 @@ class Request:
     layout: Layout
     uncompressed: dict[str, str]
     lost: dict[str, dict[str, int]]
+    goal: Goal | None = None
+    rate: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def not_served_by(self) -> list[str]:
@@ -120,7 +147,8 @@ def check(options: SparseOptions) -> Request:
     """
     plain = options.quantization(options.exclude)
     check_places(options.model, options.output, plain.job_directory)
-    check_pruning(options.sparsity, options.pruning)
+    goal = _goal(options)
+    pruned = options.pruned
     config = load_config(options.model)
     target = get_target(options.target, config.model_type)
     check_tp(config, options.tp)
@@ -134,15 +162,47 @@ def check(options: SparseOptions) -> Request:
         name, reason = next(iter(reasons.items()))
         raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
     layout = Layout(config, options.tp, frozenset(fused - set(reasons)), target)
+    writing: dict[str, Any] = {"format": "W8A8SC", "target": target.name, "tp": options.tp}
     extension = Extension(
-        numbers={"sparsity": float(options.sparsity), "pruning": options.pruning},
-        writing={"format": "W8A8SC", "target": target.name, "tp": options.tp},
+        numbers={"sparsity": pruned.share, "pruning": pruned.kind} if pruned else {},
+        writing={**writing, "rate": goal.record()} if goal else writing,
         output_bytes=most_bytes(layout) + spool_bytes(layout),
     )
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(target, config, limits))
     prepared = prepare(options.quantization(exclude), extension)
-    return Request(options, prepared, layout, reasons, lost)
+    return Request(options, prepared, layout, reasons, lost, goal)
+
+
+def _goal(options: SparseOptions) -> Goal | None:
+    """The goal, or None where weights are pruned.
+
+    Raises:
+        MsQuantError: two ways are asked for at once, or one is out of its range.
+    """
+    ways = {
+        "target-ratio": options.target_ratio,
+        "max-ppl-increase": options.max_ppl_increase,
+        "sparsity": options.sparsity,
+        "pruning": options.pruning,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1 and given != ["sparsity", "pruning"]:
+        raise MsQuantError(f"--{given[0]} and --{given[1]} exclude each other, expected one")
+    if (options.heldout is None) != (options.max_ppl_increase is None):
+        raise MsQuantError(
+            "--max-ppl-increase and --heldout FILE belong together, expected both or neither"
+        )
+    if options.pruned:
+        check_pruning(*options.pruned)
+        return None
+    if options.target_ratio is not None:
+        check_ratio(options.target_ratio)
+        return Goal(options.target_ratio)
+    assert options.max_ppl_increase is not None and options.heldout is not None
+    check_increase(options.max_ppl_increase)
+    tokens = eval_windows(options.heldout, options.model, options.seq_len)
+    return Goal(None, options.max_ppl_increase, tokens[: options.samples])
 
 
 def most_bytes(layout: Layout) -> int:

@@ -1,14 +1,18 @@
-"""From a float checkpoint to a W8A8SC checkpoint: prune, quantize, slice, compress, write."""
+"""From a float checkpoint to a W8A8SC checkpoint: prune or round for a goal, slice, code, write."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ms_quant.blocks import Progress as BlockProgress
 from ms_quant.blocks import Steps
-from ms_quant.checkpoint.finish import OutputDirectory
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.pipeline import complete
+from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import survey
 from sparse_compress.info import summary
 from sparse_compress.pack import Packer
@@ -26,7 +30,8 @@ def run(
 
     Args:
         options: what to make.
-        progress: told how far the steps ``"quantize"`` and ``"compress"`` are.
+        progress: told how far the steps ``"quantize"`` and ``"compress"`` are; for a goal also
+            ``"measure"`` and ``"evaluate"``.
         request: what :func:`~sparse_compress.request.check` made of the options, where the caller
             has it already.
 
@@ -44,16 +49,52 @@ def run(
     def block_progress(index: int, part: float) -> None:
         progress("quantize", (index + part) / blocks)
 
-    def write(job: JobDirectory, output: OutputDirectory) -> None:
-        write_checkpoint(_without_too_long(request, job), job, output, progress)
-
-    steps = Steps(pruning_transform(options.sparsity, options.pruning))
-    finished_before = complete(request.prepared, block_progress, write, steps)
+    if options.pruned:
+        steps = Steps(pruning_transform(*options.pruned))
+        finished_before = complete(
+            request.prepared, block_progress, _writer(request, progress), steps
+        )
+    else:
+        finished_before = _run_for_goal(request, block_progress, progress)
     return {
         **summary(options.output),
         "not_served_by": request.not_served_by,
         "finished_before": finished_before,
     }
+
+
+def _run_for_goal(request: Request, block_progress: BlockProgress, progress: Progress) -> bool:
+    """Searches the price for the goal, and makes the checkpoint of that price."""
+    from sparse_compress.rate.search import Search, at_price, remove_measured
+
+    assert request.goal is not None
+    prepared = request.prepared
+    finished = prepared.output().finished
+    if finished:
+        prepared = at_price(prepared, _recorded_price(request.options.output))
+        complete(prepared, block_progress, _writer(request, progress))
+    else:
+        found = Search(prepared, request.goal, progress).find()
+        request = replace(request, rate=found.facts)
+        complete(found.prepared, block_progress, _writer(request, progress), found.steps)
+    if not request.options.keep_job:
+        remove_measured(prepared)
+    return finished
+
+
+def _recorded_price(output: Path) -> float:
+    """The price that a finished output was made with."""
+    found = read_json(output / RECORD, MAX_RECORD_BYTES).get("rate")
+    return float(found["price"]) if isinstance(found, dict) and "price" in found else 0.0
+
+
+def _writer(
+    request: Request, progress: Progress
+) -> Callable[[JobDirectory, OutputDirectory], None]:
+    def write(job: JobDirectory, output: OutputDirectory) -> None:
+        write_checkpoint(_without_too_long(request, job), job, output, progress)
+
+    return write
 
 
 def _without_too_long(request: Request, job: JobDirectory) -> Request:

@@ -6,6 +6,7 @@ decoded; with the source, every int8 weight is made again and compared bit for b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,15 +36,16 @@ from sparse_compress.layouts import (
 )
 from sparse_compress.pack import bias_units
 from sparse_compress.partition import fused_shape
-from sparse_compress.proof import Proof, compressed_groups
+from sparse_compress.proof import Proof, compressed_groups, weight_error
 from sparse_compress.prune import pruned_count
 from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
-from sparse_compress.record import read_record, recorded_layout
+from sparse_compress.record import read_record, recorded_layout, recorded_pruning
 from sparse_compress.slim import SlimDirectory
 from sparse_compress.slim_verify import is_rewritten, slim_problems
 
 Progress = Callable[[str, float], None]
+ERROR_DIGITS = 1e-6
 
 
 @dataclass
@@ -87,7 +89,7 @@ def verify(
     Returns:
         JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
         checkpoint is right) and ``checked``: counts of ``linears``, ``tiles``, ``float_tensors``
-        and, with a source, ``recomputed`` linears or ``compared`` tensors.
+        and, with a source, ``recomputed`` or ``measured`` linears or ``compared`` tensors.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
@@ -199,17 +201,18 @@ def _group_problems(
     tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
     subject.count(linears=len(linears), tiles=tiles)
     proof.norm(group)
+    pruning = recorded_pruning(subject.record)
     problem = proof.problem(group, linears)
     if problem:
         yield f"{fused}: {problem}"
     for member, linear in linears.items():
         name = f"{block_prefix(index)}{member}"
-        least = pruned_count(subject.record["sparsity"], linear.weight.size)
+        least = pruned_count(pruning.share, linear.weight.size) if pruning else 0
         zeros = linear.weight.size - int(np.count_nonzero(linear.weight))
         if zeros < least:
             yield (
                 f"{name}.weight: {zeros} zeros of {linear.weight.size}, expected at least {least} "
-                f"at sparsity {subject.record['sparsity']}"
+                f"at sparsity {pruning.share if pruning else 0}"
             )
         if subject.source is not None:
             yield from _source_problems(subject, proof, name, group, member, linear)
@@ -226,14 +229,29 @@ def _source_problems(
     member: str,
     linear: QuantizedLinear,
 ) -> Iterator[str]:
-    """Makes an int8 weight again from the source and compares every value."""
+    """Makes an int8 weight again from the source and compares every value.
+
+    What was rounded for a goal depends on all calibration data: there its distance from the source
+    is measured again.
+    """
     assert subject.source is not None
     source, record = subject.source.read_float32(f"{name}.weight"), subject.record
-    smoothed = proof.smoothed(group, source, record["sparsity"], record["pruning"])
-    subject.count(recomputed=1)
-    comparison, stored = Comparison(), replace(linear, weight_scale=proof.weight_scale(member))
-    comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
-    yield from comparison.problems(name, "weight_scale", source.shape)
+    pruning = recorded_pruning(record)
+    stored = replace(linear, weight_scale=proof.weight_scale(member))
+    if pruning is None:
+        subject.count(measured=1)
+        stated = proof.error(member)
+        found = weight_error(source, replace(stored, activation=proof.activation(group)))
+        if not math.isclose(found, stated, rel_tol=ERROR_DIGITS, abs_tol=ERROR_DIGITS):
+            yield (
+                f"{name}.weight: its relative squared error from the source is {found:.6g}, "
+                f"expected {stated:.6g} as {proof.file.path} states"
+            )
+    else:
+        subject.count(recomputed=1)
+        comparison, smoothed = Comparison(), proof.smoothed(group, source, pruning)
+        comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
+        yield from comparison.problems(name, "weight_scale", source.shape)
     if linear.bias is not None and subject.model.layout.target.folds_bias:
         bias = subject.source.read_float32(f"{name}.bias")
         expected = bias_units(bias, linear.deq_scale) * linear.deq_scale

@@ -45,6 +45,7 @@ def write_checkpoint(
         "chosen": {f"block {i}": job.notes(i) for i in range(layout.config.num_layers)},
         "uncompressed": request.uncompressed,
         "float16_lost": request.lost,
+        **({"rate": dict(request.rate)} if request.goal else {}),
     }
     output.finish(files, request.options.model, facts)
 
@@ -125,9 +126,8 @@ class Writer:
         return record
 
     def _proof(self, index: int, path: Path) -> FileRecord:
-        options, source = self.request.options, self.packer.checkpoint
-        how = (options.sparsity, options.pruning)
-        return write_proof(path, self.layout, index, self.job, source, *how)
+        source, pruned = self.packer.checkpoint, self.request.options.pruned
+        return write_proof(path, self.layout, index, self.job, source, pruned)
 
     def _block(self, rank: int, index: int, path: Path) -> FileRecord:
         return write_tensors(path, whole(self.packer.block(rank, index)))

@@ -8,6 +8,7 @@ directory and returns a ``ServedModel``, or None when the directory is not of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
@@ -15,11 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from ms_quant.checkpoint import golden_stick
+from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.plan import Plan
 
 
 class ServedModel(Protocol):
@@ -59,6 +62,23 @@ class FloatModel:
 
     def linear(self, path: str) -> QuantizedLinear | None:
         return None
+
+
+class JobModel(FloatModel):
+    """The blocks of a finished job in the float model that they were made from."""
+
+    def __init__(self, plan: Plan, job: JobDirectory, directory: Path):
+        super().__init__(directory)
+        self.flavour, self.job = plan.scheme.name, job
+        self._quantized = frozenset(plan.quantized())
+
+    def linear(self, path: str) -> QuantizedLinear | None:
+        if path not in self._quantized:
+            return None
+        _, _, index, member = path.split(".", 3)
+        bias = f"{path}.bias"
+        found = self.tensor(bias) if bias in self.checkpoint.names else None
+        return replace(self.job.linear(int(index), member), bias=found)
 
 
 class GoldenStickModel:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 
-PRICES = tuple(2.0**power for power in range(-15, -2))
+PRICES = tuple(2.0**power for power in range(-13, -1))
 """Of a bit per weight, in relative error, at which a linear is measured."""
 LOWEST, HIGHEST = 2.0**-40, 2.0**20
 SEARCH_STEPS = 60

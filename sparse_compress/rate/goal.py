@@ -1,0 +1,66 @@
+"""What a user wants of rate-distortion rounding."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of two.
+
+    Attributes:
+        target_ratio: stored bytes over weights of the compressed linears, above 0 and below 1.
+        max_ppl_increase: by how much the perplexity of held-out text may grow; 0.005 is 0.5 %.
+        tokens: int32 (windows, tokens), the held-out text.
+    """
+
+    target_ratio: float | None = None
+    max_ppl_increase: float | None = None
+    tokens: np.ndarray | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The goal as the output's record states it."""
+        if self.tokens is None:
+            return {"target_ratio": self.target_ratio}
+        digest = hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
+        return {"max_ppl_increase": self.max_ppl_increase, "heldout_sha256": digest}
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises:
+    MsQuantError: it is not between 0 and 1.
+    """
+    if not 0 < ratio < 1:
+        raise MsQuantError(f"target ratio is {ratio}, expected a number above 0 and below 1")
+
+
+def check_increase(increase: float) -> None:
+    """Raises:
+    MsQuantError: it is not above 0 and at most 1.
+    """
+    if not 0 < increase <= 1:
+        raise MsQuantError(
+            f"max ppl increase is {increase}, expected a share above 0 and up to 1, such as 0.005 "
+            "or 0.5%"
+        )
+
+
+def parse_share(text: str) -> float:
+    """A share such as ``"0.5%"`` or ``"0.005"``.
+
+    Raises:
+        MsQuantError: it is no number.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise MsQuantError(
+            f"max ppl increase is {text!r:.80}, expected a share such as 0.005 or 0.5%"
+        ) from None

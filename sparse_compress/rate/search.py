@@ -1,0 +1,219 @@
+"""The price of a bit that reaches a goal: a size, or how much worse the model may become.
+
+Beside the job directory lies JOB.measure: the curves of all linears, and the prices that were
+tried. Both are resumed and, at the end, removed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ms_quant.blocks import Steps
+from ms_quant.checkpoint.atomic import write_json
+from ms_quant.checkpoint.job import JobDirectory
+from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import block_prefix
+from ms_quant.pipeline import run_blocks
+from ms_quant.request import Prepared
+from ms_quant.strict_json import read_json
+from sparse_compress.rate.goal import Goal
+from sparse_compress.rate.share import (
+    Curve,
+    local_prices,
+    predict,
+    price_for_damage,
+    price_for_ratio,
+)
+from sparse_compress.rate.steps import choosing, measure
+
+TRIES = "tries.json"
+MOST_TRIES = 8
+CLOSE = 0.9
+"""A try is good enough when it uses this much of the budget."""
+FARTHEST = 16.0
+"""The predicted damage changes by no more than this factor from one try to the next."""
+Progress = Callable[[str, float], None]
+
+
+class Found(NamedTuple):
+    """Attributes:
+    prepared: the request with a job of that price.
+    steps: how its blocks are rounded.
+    facts: JSON for the record: ``price``, ``predicted_ratio`` and, where it was the goal,
+        ``float_perplexity`` and ``perplexity``.
+    """
+
+    prepared: Prepared
+    steps: Steps
+    facts: dict[str, Any]
+
+
+class Search:
+    """Finds the price for a goal.
+
+    Args:
+        prepared: the checked request.
+        goal: what to reach.
+        progress: told how far the steps ``"measure"``, ``"quantize"`` and ``"evaluate"`` are.
+    """
+
+    def __init__(self, prepared: Prepared, goal: Goal, progress: Progress):
+        self.prepared, self.goal, self.progress = prepared, goal, progress
+        self.measuring = measuring_job(prepared)
+
+    def find(self) -> Found:
+        """Measures, and tries prices where the goal asks for it.
+
+        Raises:
+            MsQuantError: the goal cannot be reached.
+        """
+        with self.measuring.open():
+            blocks = self._progress("measure")
+            run_blocks(self.prepared, self.measuring, blocks, Steps(rounding=measure))
+            curves = read_curves(self.prepared, self.measuring)
+            if self.goal.target_ratio is not None:
+                return self._found(curves, price_for_ratio(curves, self.goal.target_ratio), {})
+            return self._try_prices(curves)
+
+    def _progress(self, step: str) -> Callable[[int, float], None]:
+        blocks = self.prepared.plan.config.num_layers
+        return lambda index, part: self.progress(step, (index + part) / blocks)
+
+    def _found(self, curves: Mapping[str, Curve], price: float, facts: dict[str, Any]) -> Found:
+        steps = Steps(rounding=choosing(local_prices(curves, price)))
+        known = {"price": price, "predicted_ratio": predict(curves, price).ratio}
+        return Found(at_price(self.prepared, price), steps, {**known, **facts})
+
+    def _try_prices(self, curves: Mapping[str, Curve]) -> Found:
+        assert self.goal.max_ppl_increase is not None
+        budget = math.log1p(self.goal.max_ppl_increase)
+        path = self.measuring.directory / TRIES
+        tries: dict[str, Any] = read_json(path) if path.exists() else {"losses": []}
+        if "float" not in tries:
+            tries["float"] = self._loss(FloatModel(self.prepared.options.model))
+            write_json(path, tries)
+        points: list[tuple[float, float, float]] = []
+        damage = budget
+        for number in range(MOST_TRIES):
+            price = price_for_damage(curves, damage)
+            damage = predict(curves, price).damage
+            found = self._found(curves, price, {})
+            if number == len(tries["losses"]):
+                self._forget([price for price, _, _ in points])
+                tries["losses"].append(self._loss_of_job(found))
+                write_json(path, tries)
+            points.append((price, damage, tries["losses"][number] - tries["float"]))
+            if CLOSE * budget <= points[-1][2] <= budget:
+                break
+            damage = next_damage([point[1:] for point in points], budget)
+        price, _, increase = self._best(points, budget)
+        self._forget([other for other, _, _ in points if other != price])
+        before = math.exp(tries["float"])
+        facts = {"float_perplexity": before, "perplexity": before * math.exp(increase)}
+        return self._found(curves, price, facts)
+
+    def _best(
+        self, points: list[tuple[float, float, float]], budget: float
+    ) -> tuple[float, float, float]:
+        good = [point for point in points if point[2] <= budget]
+        if good:
+            return max(good)
+        least = min(point[2] for point in points)
+        raise MsQuantError(
+            f"max ppl increase {100 * math.expm1(budget):g} % cannot be reached: the least that "
+            f"was found is {100 * math.expm1(least):.3g} %, of which quantized activations are a "
+            "part"
+        )
+
+    def _loss_of_job(self, found: Found) -> float:
+        prepared, job = found.prepared, found.prepared.job()
+        with job.open():
+            run_blocks(prepared, job, self._progress("quantize"), found.steps)
+            return self._loss(JobModel(prepared.plan, job, prepared.options.model))
+
+    def _loss(self, model: ServedModel) -> float:
+        from ms_quant.evaluation import perplexity
+
+        assert self.goal.tokens is not None
+        return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]
+
+    def _forget(self, prices: list[float]) -> None:
+        """Removes the job of a price that was tried; there is one job directory for all."""
+        for price in prices:
+            remove_job(at_price(self.prepared, price).job)
+
+
+def next_damage(points: list[tuple[float, float]], budget: float) -> float:
+    """The damage to predict in the next try.
+
+    The increase of the loss is taken as linear in the damage, through the two tries nearest to
+    the budget, or through one and the origin.
+
+    Args:
+        points: damage predicted and increase found, of each try so far.
+        budget: the largest increase.
+    """
+    nearest = sorted(points, key=lambda point: abs(point[1] - budget))[:2]
+    (damage, increase) = nearest[0]
+    goal = budget * (1 + CLOSE) / 2
+    slope, rest = (increase / damage, 0.0) if damage > 0 else (1.0, 0.0)
+    if len(nearest) == 2 and nearest[1][0] != damage:
+        slope = (nearest[1][1] - increase) / (nearest[1][0] - damage)
+        rest = increase - slope * damage
+    wanted = (goal - rest) / slope if slope > 0 else damage / 2
+    low = max([d for d, found in points if found <= budget], default=damage / FARTHEST)
+    high = min([d for d, found in points if found > budget], default=damage * FARTHEST)
+    if not low < wanted < high:
+        wanted = math.sqrt(low * high) if low < high else min(low, high) / 2
+    return wanted
+
+
+def at_price(prepared: Prepared, price: float) -> Prepared:
+    """The request with a job of that price."""
+    return replace(prepared, record={**prepared.record, "price": price})
+
+
+def measuring_directory(job: Path) -> Path:
+    return job.with_name(job.name + ".measure")
+
+
+def measuring_job(prepared: Prepared) -> JobDirectory:
+    """The job whose blocks hold curves and no linears."""
+    options = prepared.options
+    record = {**prepared.record, "phase": "measure"}
+    directory = measuring_directory(options.job_directory)
+    return JobDirectory(directory, record, options.any_environment)
+
+
+def remove_measured(prepared: Prepared) -> None:
+    """Removes what measuring left, where it is of this request."""
+    directory = measuring_directory(prepared.options.job_directory)
+    remove_job(lambda: measuring_job(prepared), directory / TRIES)
+
+
+def remove_job(make: Callable[[], JobDirectory], *files: Path) -> None:
+    """Removes a job with some files in it, unless its directory is of another job or in use."""
+    with suppress(MsQuantError):
+        job = make()
+        if job.directory.is_dir():
+            with job.open():
+                for path in files:
+                    path.unlink(missing_ok=True)
+                job.remove()
+
+
+def read_curves(prepared: Prepared, job: JobDirectory) -> dict[str, Curve]:
+    """The curves of a finished measurement, by fused path."""
+    plan, curves = prepared.plan, {}
+    for index in range(plan.config.num_layers):
+        notes = job.notes(index)
+        for group in plan.groups(index):
+            name = f"{block_prefix(index)}{group.fused}"
+            curves[name] = Curve.from_json(notes[group.name])
+    return curves
