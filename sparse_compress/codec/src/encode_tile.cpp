@@ -76,9 +76,9 @@ void CodeWords(const EncodeTable& table, const Raw* raw, size_t size, Stream* st
   for (int i = 0; i < kLanes; ++i) progress[i] = Progress{words[i].raw(), written};
 }
 
-size_t CountRun(const uint8_t* raw, uint8_t first) {
+size_t CountRun(const uint8_t* raw, uint8_t first, size_t most) {
   size_t run = 0;
-  while (run < kLongestRun && raw[run] == first) ++run;
+  while (run < most && raw[run] == first) ++run;
   return run;
 }
 
@@ -89,12 +89,12 @@ void CodeRest(const EncodeTable& table, const uint8_t* raw, size_t size, uint8_t
   const size_t most = table.mode() == kLow ? 2 : kLongestRun;
   size_t at = progress->raw;
   uint8_t* out = stream + progress->written;
-  for (bool ended = false; !ended;) {
+  for (bool ended = false; !ended; out += 8) {
     const size_t window = std::min(at + kWindow, size);
     uint64_t word = 0;
     unsigned used = 0;
     while (at < window) {
-      const size_t run = std::min(CountRun(raw + at, first), std::min<size_t>(most, window - at));
+      const size_t run = CountRun(raw + at, first, std::min<size_t>(most, window - at));
       const unsigned bits = kWordBits - used;
       const Code& code = run ? table.Run(run, bits) : table.Single(raw[at]);
       if (code.length > bits) break;
@@ -103,11 +103,12 @@ void CodeRest(const EncodeTable& table, const uint8_t* raw, size_t size, uint8_t
       at += code.taken;
     }
     ended = at == size && used + kEndLength <= kWordBits;
-    // A word that holds a whole window is filled with zeros.
-    const bool fill = at < window || at == size;
-    word |= ended ? static_cast<uint64_t>(kEndBits) << used : fill ? Fill(used) : 0;
+    if (ended) {
+      word |= uint64_t{kEndBits} << used;
+    } else if (at < window || at == size) {
+      word |= Fill(used);
+    }  // and zeros behind a whole window
     StoreWord(out, word);
-    out += 8;
   }
   progress->written = static_cast<uint32_t>(out - stream);
 }
@@ -153,8 +154,6 @@ void EncodeSome(const EncodeTable& table, const uint8_t* tiles, size_t tile_byte
   const size_t size = tile_bytes / kEngines;
   for (int i = 0; i < kLanes; ++i) {
     Gather(tiles + i / kEngines * tile_bytes, i % kEngines, size, kChunk, raw[i]);
-    // A run ends with the raw bytes.
-    std::memset(raw[i] + size, ~table.dictionary()[0], kSlack);
     WriteHeader(table, raw[i], size, streams[i]);
     progress[i] = Progress{0, kHeader};
   }

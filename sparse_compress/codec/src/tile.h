@@ -32,7 +32,6 @@ inline int DictionarySize(int mode) { return mode == kLow ? 36 : 34; }
 
 struct Code {
   uint16_t bits = 0;
-  uint16_t inverse = 0;  // as many bits, each the other way
   uint8_t length = 0;
   uint8_t taken = 1;  // raw bytes that it codes
 };
@@ -44,7 +43,6 @@ inline Code Reversed(unsigned bits, unsigned length) {
   for (unsigned i = 0; i < length; ++i) {
     code.bits = static_cast<uint16_t>(code.bits << 1 | ((bits >> i) & 1));
   }
-  code.inverse = static_cast<uint16_t>(~code.bits & ((1u << length) - 1));
   return code;
 }
 
