@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,24 @@ from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.remake import Comparison, ScaleRule
-from ms_quant.strict_json import read_json
 from sparse_compress.codec import CORES
+from sparse_compress.divide import SlimModel
+from sparse_compress.divide_verify import divided_problems
 from sparse_compress.fp16 import FLOAT16, to_float16
 from sparse_compress.fractal import tile_count
 from sparse_compress.guard import guard
 from sparse_compress.layouts import (
-    MAX_DESCRIPTION_BYTES,
     TARGETS,
-    Layout,
 )
 from sparse_compress.pack import bias_units
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof, compressed_groups
 from sparse_compress.prune import pruned_count
-from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
+from sparse_compress.ranks import description_problems, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
 from sparse_compress.record import read_record, recorded_layout
 from sparse_compress.slim import SlimDirectory
-from sparse_compress.slim_verify import is_rewritten, slim_problems
+from sparse_compress.slim_verify import rewriting, slim_problems
 
 Progress = Callable[[str, float], None]
 
@@ -93,18 +93,24 @@ def verify(
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
     directory = Path(directory)
-    rewritten, checked = is_rewritten(directory), dict[str, int]()
-    original: Checkpoint | SlimDirectory | None = None
-    if rewritten:
-        original = None if source is None else SlimDirectory(source)
-    else:
+    record, checked = rewriting(directory), dict[str, int]()
+    if record is None:
         _require_checkpoint(directory)
-        original = None if source is None else _float_source(source)
+    contents, opened = _check_of(record)
+    original = None if source is None else opened(source)
     progress("files", 0.0)
     problems = [*guard(check_files, directory), *guard(unlisted_files, directory)]
     progress("files", 1.0)
-    contents = slim_problems if rewritten else _contents
-    problems += guard(contents, directory, original, progress, checked, workers)
+    problems += guard(
+        partial(
+            contents,
+            directory,
+            source=original,
+            progress=progress,
+            checked=checked,
+            workers=workers,
+        )
+    )
     where = None if source is None else str(source)
     return {
         "checkpoint": str(directory),
@@ -112,6 +118,17 @@ def verify(
         "problems": problems,
         "checked": checked,
     }
+
+
+def _check_of(
+    record: dict[str, Any] | None,
+) -> tuple[Callable[..., list[str]], Callable[[Path], Any]]:
+    """The check of a checkpoint's content, by who made it, and what opens its source."""
+    if record is None:
+        return _contents, _float_source
+    if "target" in record:
+        return partial(divided_problems, record=record), SlimModel
+    return slim_problems, SlimDirectory
 
 
 def _require_checkpoint(directory: Path) -> None:
@@ -145,7 +162,7 @@ def _contents(
     problems = structure_problems(layout, ranks) + guard(_config_problems, directory, source)
     if problems:
         return problems
-    problems += guard(_description_problems, directory, layout, ranks)
+    problems += guard(description_problems, directory, layout, ranks)
     model = SparseModel(directory, layout, ranks, workers)
     subject = Subject(directory, model, record, source, checked)
     for index in range(config.num_layers):
@@ -161,25 +178,6 @@ def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str
     yield from config_problems(directory, FLOAT16)
     if source is not None:
         yield from source_problems(directory, source.directory, FLOAT16)
-
-
-def _description_problems(
-    directory: Path, layout: Layout, ranks: list[RankTensors]
-) -> Iterator[str]:
-    path = directory / layout.target.description
-    expected = layout.target.describe(layout, lambda rank, name: ranks[rank].info(name).shape[0])
-    found = read_json(path, MAX_DESCRIPTION_BYTES)
-    for key in sorted({*expected, *found}):
-        ours, theirs = expected.get(key), found.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            for name in sorted({*ours, *theirs}):
-                if ours.get(name) != theirs.get(name):
-                    yield (
-                        f"{path}: {key}: {name} is {theirs.get(name)!r:.80}, expected "
-                        f"{ours.get(name)!r}"
-                    )
-        elif ours != theirs:
-            yield f"{path}: {key} is {theirs!r:.80}, expected {ours!r:.80}"
 
 
 def _block_problems(subject: Subject, index: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.compress import compress
+from sparse_compress.compress import check, compress
 from sparse_compress.decompress import decompress
 from sparse_compress.reader import open_w8a8sc
 from sparse_compress.verify import verify
@@ -66,7 +66,7 @@ def test_every_target_gives_the_same_directory(
 def test_compressed_again_it_is_what_run_wrote(make_for: Make, tmp_path: Path) -> None:
     made = make_for("msmodelslim", 1)
     decompress(made.output, tmp_path / "plain")
-    compress(tmp_path / "plain", tmp_path / "again")
+    compress(check(tmp_path / "plain", tmp_path / "again"))
     same(tmp_path / "again" / CODED, made.output / CODED)
     model = open_w8a8sc(tmp_path / "again")
     assert model is not None and model.flavour == "W8A8SC TP1"
