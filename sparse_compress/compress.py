@@ -16,12 +16,13 @@ from ms_quant.errors import MsQuantError
 from sparse_compress import divide
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
+from sparse_compress.coding import CODED, PLAIN
 from sparse_compress.divide import Division
 from sparse_compress.fractal import tile_count
 from sparse_compress.info import slim_summary, summary
 from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.rewrite import Progress, Rewrite
-from sparse_compress.slim import CODED, PLAIN, SlimDirectory
+from sparse_compress.slim import SlimDirectory
 from sparse_compress.spool import Arrays
 
 INFO_BYTES = 40

@@ -15,6 +15,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from sparse_compress.codec import CORES
+from sparse_compress.coding import PARAMETERS, PLAIN
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.info import open_sparse, slim_summary
 from sparse_compress.layouts import EMBEDDING, HEAD, find_target
@@ -23,12 +24,8 @@ from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
 from sparse_compress.pack import deq_bits, fold_bias
 from sparse_compress.reader import SparseModel
 from sparse_compress.rewrite import Progress, Rewrite
-from sparse_compress.slim import (
-    PARAMETERS,
-    PLAIN,
-    SlimDirectory,
-    companions,
-)
+from sparse_compress.slim import SlimDirectory
+from sparse_compress.slim_files import companions
 from sparse_compress.spool import Arrays, Tensors
 
 

@@ -20,6 +20,7 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
 from ms_quant.places import check_output_place
 from sparse_compress.codec import CORES
+from sparse_compress.coding import PARAMETERS
 from sparse_compress.fp16 import FLOAT16, SMALLEST_NORMAL, survey
 from sparse_compress.layouts import HEAD, Layout, get_target
 from sparse_compress.layouts.typed import CODED, PARAMETER
@@ -27,7 +28,7 @@ from sparse_compress.pack import Packer, deq_floats, unfold_bias
 from sparse_compress.partition import check_tp
 from sparse_compress.request import most_bytes, outside_limits, spool_bytes
 from sparse_compress.rewrite import COMMAND
-from sparse_compress.slim import PARAMETERS, SlimDirectory
+from sparse_compress.slim import SlimDirectory
 from sparse_compress.writing import Progress, Writer, finish
 
 

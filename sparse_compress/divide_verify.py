@@ -13,7 +13,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from sparse_compress.divide import SlimModel
-from sparse_compress.fp16 import FLOAT16, to_float16
+from sparse_compress.float_verify import Counts, count, float_problems, stored_floats
+from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import tile_count
 from sparse_compress.guard import guard
 from sparse_compress.layouts import get_target
@@ -21,7 +22,6 @@ from sparse_compress.partition import fused_shape
 from sparse_compress.ranks import description_problems, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
 from sparse_compress.rewrite import Progress
-from sparse_compress.slim_verify import Counts, count
 
 
 def divided_problems(
@@ -50,8 +50,8 @@ def divided_problems(
         elif source is not None and source.quantized(f"{block_prefix(index)}{group.members[0]}"):
             problems.append(f"{directory}: {fused} is float, expected it compressed")
         progress("tensors", (index + 1) / (config.num_layers + 1))
-    for name in dict.fromkeys([*layout.float_names(), *layout.tables]):
-        problems += guard(_float_problems, model, source, name, checked)
+    for name in stored_floats(model):
+        problems += guard(float_problems, model, source, name, checked)
     if source is not None:
         problems += guard(source_problems, directory, source.slim.directory, FLOAT16)
     progress("tensors", 1.0)
@@ -84,20 +84,3 @@ def _group_problems(
                     f"{block_prefix(index)}{member}.{suffix}: {wrong} of {np.size(found)} values "
                     f"differ from {source.slim.directory}"
                 )
-
-
-def _float_problems(
-    model: SparseModel, source: SlimModel | None, name: str, checked: Counts
-) -> Iterator[str]:
-    count(checked, float_tensors=1)
-    original, wrong = model.layout.table_source(name), 0
-    for start, part in model.float16_chunks(name):
-        if not np.isfinite(part).all():
-            yield f"{name}: holds NaN or inf, expected finite values"
-        if source is not None:
-            rows = slice(start, start + len(part))
-            pieces = [chunk for _, chunk in source.float_chunks(original, rows)]
-            expected = to_float16(np.concatenate(pieces).astype(np.float32, copy=False), name)
-            wrong += int(np.count_nonzero(part.view("<u2") != expected.view("<u2")))
-    if wrong:
-        yield f"{name}: {wrong} values differ from the source's as float16"

@@ -23,7 +23,8 @@ from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof
 from sparse_compress.reader import SparseModel, open_w8a8sc
 from sparse_compress.rewrite import COMMAND
-from sparse_compress.slim import SlimDirectory, is_slim
+from sparse_compress.slim import SlimDirectory
+from sparse_compress.slim_files import is_slim
 
 COUNTS = ("size", "pruned", "source_zeros", "rounded", "zeros", "input_scale_raised")
 CODED_BIT = 1 << 15

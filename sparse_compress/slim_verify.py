@@ -13,12 +13,12 @@ from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
+from sparse_compress.float_verify import Counts, count
 from sparse_compress.guard import guard
 from sparse_compress.rewrite import COMMAND, Progress
 from sparse_compress.slim import SlimDirectory
 
 PROOF = "proof"  # only ``run`` makes one
-Counts = dict[str, int]
 
 
 def rewriting(directory: Path) -> dict[str, Any] | None:
@@ -118,9 +118,3 @@ def _different(first: np.ndarray, second: np.ndarray) -> int:
     """How many values differ in their bits."""
     raw = np.dtype(f"u{first.dtype.itemsize}")
     return int(np.count_nonzero(first.view(raw) != second.view(raw)))
-
-
-def count(checked: Counts, **found: int) -> None:
-    """Adds to the counts of what was looked at."""
-    for key, number in found.items():
-        checked[key] = checked.get(key, 0) + number

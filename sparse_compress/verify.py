@@ -7,7 +7,7 @@ decoded; with the source, every int8 weight is made again and compared bit for b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from ms_quant.remake import Comparison, ScaleRule
 from sparse_compress.codec import CORES
 from sparse_compress.divide import SlimModel
 from sparse_compress.divide_verify import divided_problems
-from sparse_compress.fp16 import FLOAT16, to_float16
+from sparse_compress.float_verify import Counts, count, float_problems, stored_floats
+from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import tile_count
 from sparse_compress.guard import guard
 from sparse_compress.layouts import (
@@ -62,11 +63,7 @@ class Subject:
     model: SparseModel
     record: dict[str, Any]
     source: Checkpoint | None
-    checked: dict[str, int] = field(default_factory=dict)
-
-    def count(self, **found: int) -> None:
-        for key, number in found.items():
-            self.checked[key] = self.checked.get(key, 0) + number
+    checked: Counts
 
 
 def verify(
@@ -168,8 +165,8 @@ def _contents(
     for index in range(config.num_layers):
         problems += guard(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
-    for name in dict.fromkeys([*layout.float_names(), *layout.tables]):
-        problems += guard(_float_problems, subject, name)
+    for name in stored_floats(model):
+        problems += guard(float_problems, model, source, name, checked)
     progress("tensors", 1.0)
     return problems
 
@@ -195,7 +192,7 @@ def _group_problems(
     linears = subject.model.group(index, group)
     layout = subject.model.layout
     tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
-    subject.count(linears=len(linears), tiles=tiles)
+    count(subject.checked, linears=len(linears), tiles=tiles)
     proof.norm(group)
     problem = proof.problem(group, linears)
     if problem:
@@ -228,7 +225,7 @@ def _source_problems(
     assert subject.source is not None
     source, record = subject.source.read_float32(f"{name}.weight"), subject.record
     smoothed = proof.smoothed(group, source, record["sparsity"], record["pruning"])
-    subject.count(recomputed=1)
+    count(subject.checked, recomputed=1)
     comparison, stored = Comparison(), replace(linear, weight_scale=proof.weight_scale(member))
     comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
     yield from comparison.problems(name, "weight_scale", source.shape)
@@ -238,21 +235,3 @@ def _source_problems(
         wrong = int(np.count_nonzero(linear.bias != expected.astype(np.float32)))
         if wrong:
             yield f"{name}.quant_bias: {wrong} of {bias.size} values do not hold the source's bias"
-
-
-def _float_problems(subject: Subject, name: str) -> Iterator[str]:
-    """One float tensor: finite, the same wherever ranks share it, and the source's."""
-    subject.count(float_tensors=1)
-    original = subject.model.layout.table_source(name)
-    wrong = different = size = 0
-    for start, part in subject.model.float16_chunks(name):
-        size += part.size
-        wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
-        if subject.source is not None:
-            rows = subject.source.file_of(original).read_rows(original, start, start + len(part))
-            expected = to_float16(rows.astype(np.float32), original)
-            different += int(np.count_nonzero(part.view("<u2") != expected.view("<u2")))
-    if wrong:
-        yield f"{name}: {wrong} of {size} values are NaN or inf, expected finite ones"
-    if different:
-        yield f"{name}: {different} of {size} values differ from the source's as float16"
