@@ -165,11 +165,13 @@ def decompress(
 
     Started again after a kill, it goes on where it stopped.
     """
+    from sparse_compress.decompress import check as check_checkpoint
     from sparse_compress.decompress import decompress as restore
 
+    request = check_checkpoint(checkpoint, output, workers)
     _note_backend()
     with step_progress() as progress:
-        result = restore(checkpoint, output, progress, workers)
+        result = restore(request, progress)
     emit(result, as_json, show_fields)
 
 

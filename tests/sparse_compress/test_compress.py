@@ -20,7 +20,8 @@ from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix
 from sparse_compress.compress import check
 from sparse_compress.compress import compress as run_request
-from sparse_compress.decompress import decompress
+from sparse_compress.decompress import check as check_coded
+from sparse_compress.decompress import decompress as run_decompression
 from sparse_compress.info import info
 from sparse_compress.reader import open_w8a8sc
 from sparse_compress.verify import verify
@@ -30,6 +31,10 @@ Tensors = dict[str, np.ndarray]
 
 def compress(source: Path, output: Path, *progress: Any, workers: int = 2) -> dict[str, Any]:
     return run_request(check(source, output, workers), *progress)
+
+
+def decompress(coded: Path, output: Path) -> dict[str, Any]:
+    return run_decompression(check_coded(coded, output, 2))
 
 
 WIDE, OUT = "mixer.0.in", "mixer.0.out"
@@ -228,12 +233,11 @@ def watch(owner, name):
 for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
     watch(Path, name)
 
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import decompress
 if command == "compress":
-    compress(check(Path(source), Path(output)))
+    from sparse_compress.compress import check, compress as work
 else:
-    decompress(Path(source), Path(output))
+    from sparse_compress.decompress import check, decompress as work
+work(check(Path(source), Path(output)))
 """
 
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from ms_quant.errors import MsQuantError
 from sparse_compress.compress import check, compress
-from sparse_compress.decompress import decompress
+from sparse_compress.decompress import check as check_coded
+from sparse_compress.decompress import decompress as run_decompression
 from sparse_compress.reader import open_w8a8sc
 from sparse_compress.verify import verify
 
@@ -22,6 +23,10 @@ DESCRIPTION = "quant_model_description_w8a8s.json"
 LAYER = "model.layers.0"
 RANKS = [("vllm-mindspore", 1), ("vllm-mindspore", 2), ("vllm-ascend", 1), ("vllm-ascend", 2)]
 Make = Callable[..., Any]
+
+
+def decompress(coded: Path, output: Path) -> dict[str, Any]:
+    return run_decompression(check_coded(coded, output, 2))
 
 
 def unchanged(tensors: dict[str, np.ndarray]) -> None:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from ms_quant.errors import MsQuantError
 from sparse_compress.cli import app
 from sparse_compress.compress import check, compress
-from sparse_compress.decompress import decompress
+from sparse_compress.decompress import check as check_coded
+from sparse_compress.decompress import decompress as run_decompression
 from sparse_compress.info import info
 from sparse_compress.reader import open_w8a8sc
 from sparse_compress.verify import verify
@@ -26,6 +27,12 @@ LAYER = "model.layers.0"
 KEY = f"{LAYER}.self_attn.k_proj"
 RANKS = [("vllm-mindspore", 1), ("vllm-mindspore", 2), ("vllm-ascend", 1), ("vllm-ascend", 2)]
 Make = Callable[..., Any]
+
+
+def decompress(coded: Path, output: Path) -> dict[str, Any]:
+    return run_decompression(check_coded(coded, output, 2))
+
+
 Tensors = dict[str, np.ndarray]
 
 
