@@ -35,7 +35,6 @@ from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
 from ms_quant.console import use_mindspore
 from ms_quant.data import eval_windows
-from ms_quant.models.config import block_prefix
 from ms_quant.numerics.affine import per_channel_scale
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline import run_blocks

@@ -21,7 +21,7 @@ from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.writer import plan_shards, shard_names, write_index
 from ms_quant.errors import MsQuantError
 from ms_quant.places import check_output_place
-from sparse_compress.slim import file_names
+from sparse_compress.slim_files import file_names
 from sparse_compress.spool import Arrays, Tensors, remove, stored, whole, write_tensors
 
 Progress = Callable[[str, float], None]

@@ -18,13 +18,25 @@ from typer.testing import CliRunner
 from ms_quant.errors import MsQuantError
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import decompress
+from sparse_compress.compress import check
+from sparse_compress.compress import compress as run_request
+from sparse_compress.decompress import check as check_coded
+from sparse_compress.decompress import decompress as run_decompression
 from sparse_compress.info import info
 from sparse_compress.reader import open_w8a8sc
 from sparse_compress.verify import verify
 
 Tensors = dict[str, np.ndarray]
+
+
+def compress(source: Path, output: Path, *progress: Any, workers: int = 2) -> dict[str, Any]:
+    return run_request(check(source, output, workers), *progress)
+
+
+def decompress(coded: Path, output: Path) -> dict[str, Any]:
+    return run_decompression(check_coded(coded, output, 2))
+
+
 WIDE, OUT = "mixer.0.in", "mixer.0.out"
 LAYOUTS = {
     "v0": ("quant_model_description_{0}sc.json", "quant_model_description_{0}s.json"),
@@ -221,9 +233,11 @@ def watch(owner, name):
 for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
     watch(Path, name)
 
-from sparse_compress.compress import compress
-from sparse_compress.decompress import decompress
-{"compress": compress, "decompress": decompress}[command](Path(source), Path(output))
+if command == "compress":
+    from sparse_compress.compress import check, compress as work
+else:
+    from sparse_compress.decompress import check, decompress as work
+work(check(Path(source), Path(output)))
 """
 
 
