@@ -222,7 +222,7 @@ class Division:
         output = self.directory()
         if not output.finished:
             free_space_check(output.partial, max(0, self.disk_bytes - output.bytes_present()))
-            with output.open():
+            with output.open_or_discard():
                 packer = Packer(self.layout, self.model, self.model, self.workers)
                 _refuse_too_long(packer)
                 files = Writer(packer, output, progress).write()

@@ -196,7 +196,7 @@ def test_a_bias_that_the_model_has_not_is_refused(plain: Make, tmp_path: Path) -
     source = plain(put(f"{KEY}.quant_bias", 77777, 5))
     with pytest.raises(MsQuantError, match=r"k_proj\.quant_bias': 1 of 128 values differ from -in"):
         compress(check(source, tmp_path / "out", 2, "vllm-ascend", 2))
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob("out*")) == []
 
 
 def test_a_changed_source_or_tile_is_found(plain: Make, tmp_path: Path, damage: Make) -> None:
