@@ -158,7 +158,7 @@ def ratio_at(ours: list[Point], loss: float) -> float | None:
 def report(points: list[Point], before: float) -> list[str]:
     ours = [point for point in points if point["way"] == "rate"]
     lines = [
-        "| way | setting | stored / raw | perplexity | vs float | ours at that perplexity | saves |",
+        "| way | setting | stored / raw | perplexity | vs float | ours there | saves |",
         "|---|---|---|---|---|---|---|",
     ]
     for point in points:
