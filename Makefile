@@ -31,6 +31,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/unzip.py
+	$(BIN)/python benchmarks/rate.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
 
 # The decoder under sanitizers, guided by coverage. FUZZ_KEEP=--keep adds what it finds to the corpus.
 fuzz: build/fuzz/fuzz_unzip

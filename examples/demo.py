@@ -1,4 +1,4 @@
-"""The main job on the bundled model: quantize four ways, verify, evaluate, one table.
+"""The main job on the bundled model: quantize five ways, verify, evaluate, one table.
 
     python examples/demo.py [OUTPUT_DIRECTORY]
 
@@ -31,6 +31,7 @@ CHECKPOINTS = {
     "W8A8 min-max": ("ms-quant", "quantize", "--scheme", "W8A8", *CALIB),
     "W8A8 OSL": ("ms-quant", "quantize", "--scheme", "W8A8", "--algorithm", "osl", *CALIB),
     "W8A8_DYNAMIC": ("ms-quant", "quantize", "--scheme", "W8A8_DYNAMIC"),
+    "W8A8SC TP2 at 0.45": ("sparse-compress", "run", "--tp", "2", "--target-ratio", "0.45", *CALIB),
     "W8A8SC TP2 50 %": ("sparse-compress", "run", "--tp", "2", "--sparsity", "0.5", *CALIB),
 }
 

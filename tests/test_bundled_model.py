@@ -16,6 +16,7 @@ from sparse_compress.fractal import unsupported_reason
 from sparse_compress.partition import fused_shape
 from sparse_compress.request import SparseOptions
 from sparse_compress.run import run
+from sparse_compress.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stdlib-qwen3-6m"
@@ -123,3 +124,17 @@ def test_sparse_compression_pays_and_activation_aware_pruning_is_no_worse(tmp_pa
         found[pruning] = perplexity(tmp_path / pruning, tokens)
     assert found["activation"] <= found["magnitude"]
     assert exact < found["activation"] < 10 * exact
+
+
+def test_rounding_for_a_size_reaches_it_at_a_fraction_of_what_pruning_costs(
+    tmp_path, tokens, exact
+):
+    options = SparseOptions(
+        MODEL, tmp_path / "made", TEXT / "calibration.txt", target_ratio=0.45, samples=32
+    )
+    result = run(options)
+    assert 0.44 < result["ratio"] <= 0.45
+    assert perplexity(tmp_path / "made", tokens) < 1.015 * exact
+    verified = verify(tmp_path / "made", MODEL)
+    assert verified["problems"] == []
+    assert verified["checked"]["measured"] == 21
