@@ -37,7 +37,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
     tokens = 0 if prepared.tokens is None else prepared.tokens.size
     searches = get_algorithm(plan.algorithm, plan.scheme).searches
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
-    seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * _flops())
+    seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
     memory = DATA_FREE_COPIES * 4 * weights
     if prepared.tokens is not None:
@@ -82,7 +82,7 @@ def _is_quantized(prepared: Prepared, member: str) -> bool:
     return not any(f"{block_prefix(index)}{member}" in floats for index in blocks)
 
 
-def _flops() -> float:
+def flops() -> float:
     """Float32 operations a second of one large matrix product."""
     a = np.ones((1024, 1024), np.float32)
     a @ a

@@ -24,6 +24,7 @@ from ms_quant.console import (
 from ms_quant.console import run as run_app
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
+from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
 from sparse_compress.rate.goal import parse_share
 from sparse_compress.request import SparseOptions, check
 
@@ -146,24 +147,28 @@ def compress(
         Path, typer.Argument(help="W8A8S or W16A16S directory as msModelSlim writes it.")
     ],
     output: OutputOption,
+    target: Annotated[
+        str, typer.Option(help="msmodelslim: any model; or, of known families, a runtime.")
+    ] = SLIM_TARGET.name,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks of a runtime.", min=1)] = 1,
     workers: WorkersOption = CORES,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Code the weights of a quantized directory into UNZIP tiles, whatever its model.
+    """Code the weights of a quantized directory into UNZIP tiles.
 
     Started again after a kill, it goes on where it stopped.
     """
     from sparse_compress.compress import check as check_directory
     from sparse_compress.compress import compress as code
 
-    request = check_directory(directory, output, workers)
+    request = check_directory(directory, output, workers, target, tp)
     if dry_run:
         emit(request.plan(), as_json, show_fields)
         return
     _note_backend()
     with step_progress() as progress:
-        result = code(directory, output, progress, workers, request)
+        result = code(request, progress)
     for name, reason in result["uncompressed"].items():
         note(f"note: {name} stays as it is: {reason}")
     emit(result, as_json, show_fields)
@@ -180,11 +185,13 @@ def decompress(
 
     Started again after a kill, it goes on where it stopped.
     """
+    from sparse_compress.decompress import check as check_checkpoint
     from sparse_compress.decompress import decompress as restore
 
+    request = check_checkpoint(checkpoint, output, workers)
     _note_backend()
     with step_progress() as progress:
-        result = restore(checkpoint, output, progress, workers)
+        result = restore(request, progress)
     emit(result, as_json, show_fields)
 
 

@@ -13,12 +13,16 @@ from ms_quant.checkpoint.atomic import sha256_file
 from ms_quant.checkpoint.reader import fingerprint
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
+from sparse_compress import divide
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
+from sparse_compress.coding import CODED, PLAIN
+from sparse_compress.divide import Division
 from sparse_compress.fractal import tile_count
-from sparse_compress.info import slim_summary
+from sparse_compress.info import slim_summary, summary
+from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.rewrite import Progress, Rewrite
-from sparse_compress.slim import CODED, PLAIN, SlimDirectory
+from sparse_compress.slim import SlimDirectory
 from sparse_compress.spool import Arrays
 
 INFO_BYTES = 40
@@ -50,18 +54,30 @@ class Compression:
         }
 
 
-def check(directory: Path, output: Path, workers: int = CORES) -> Compression:
-    """Checks a directory before any work.
+def check(
+    directory: Path,
+    output: Path,
+    workers: int = CORES,
+    target: str = TARGET.name,
+    tp: int = 1,
+) -> Compression | Division:
+    """Checks a request before any work.
 
     Args:
         directory: the directory to compress.
         output: the directory to make.
         workers: how many threads code a weight.
+        target: whom it is for.
+        tp: how many ranks to write.
 
     Raises:
         MsQuantError: the directory is malformed, is compressed, or holds nothing to compress; or
-            the output cannot be made.
+            the output cannot be made, or the target cannot hold it.
     """
+    if target != TARGET.name:
+        return divide.check(directory, output, target, tp, workers)
+    if tp != 1:
+        raise MsQuantError(f"target {target} is not split over ranks, tp is {tp}, expected 1")
     slim = SlimDirectory(directory)
     if slim.coded:
         raise MsQuantError(f"{slim.path}: {next(iter(slim.coded))}.weight is compressed already")
@@ -102,31 +118,29 @@ def check(directory: Path, output: Path, workers: int = CORES) -> Compression:
 
 
 def compress(
-    directory: Path,
-    output: Path,
-    progress: Progress = lambda step, part: None,
-    workers: int = CORES,
-    request: Compression | None = None,
+    request: Compression | Division, progress: Progress = lambda step, part: None
 ) -> dict[str, Any]:
     """Compresses a directory, or goes on with it.
 
     Args:
-        directory: the directory to compress.
-        output: the directory to make.
+        request: what :func:`check` made of the directory.
         progress: told how far the step ``"compress"`` is.
-        workers: how many threads code a weight.
-        request: what :func:`check` made of them, where the caller has it already.
 
     Returns:
-        JSON: see :func:`sparse_compress.info.slim_summary`; and ``"finished_before"``, True when
-        there was nothing left to do.
+        JSON: see :func:`sparse_compress.info.slim_summary` and
+        :func:`sparse_compress.info.summary`; and ``"finished_before"``, True when there was
+        nothing left to do.
 
     Raises:
         MsQuantError: the directory cannot be compressed; no output is left behind.
     """
-    request = request or check(directory, output, workers)
-    finished_before = request.job.run(progress)
-    return {**slim_summary(SlimDirectory(output)), "finished_before": finished_before}
+    if isinstance(request, Division):
+        done = request.run(progress)
+        found = {**summary(request.output), "not_served_by": request.not_served_by}
+    else:
+        done = request.job.run(progress)
+        found = slim_summary(SlimDirectory(request.job.output))
+    return {**found, "finished_before": done}
 
 
 def _part(slim: SlimDirectory, path: str, workers: int) -> Arrays:

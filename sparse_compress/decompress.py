@@ -15,6 +15,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from sparse_compress.codec import CORES
+from sparse_compress.coding import PARAMETERS, PLAIN
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.info import open_sparse, slim_summary
 from sparse_compress.layouts import EMBEDDING, HEAD, find_target
@@ -23,41 +24,45 @@ from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
 from sparse_compress.pack import deq_bits, fold_bias
 from sparse_compress.reader import SparseModel
 from sparse_compress.rewrite import Progress, Rewrite
-from sparse_compress.slim import (
-    PARAMETERS,
-    PLAIN,
-    SlimDirectory,
-    companions,
-)
+from sparse_compress.slim import SlimDirectory
+from sparse_compress.slim_files import companions
 from sparse_compress.spool import Arrays, Tensors
 
 
-def decompress(
-    directory: Path,
-    output: Path,
-    progress: Progress = lambda step, part: None,
-    workers: int = CORES,
-) -> dict[str, Any]:
-    """Restores the quantized checkpoint, or goes on with it.
+def check(directory: Path, output: Path, workers: int = CORES) -> Rewrite:
+    """Checks a checkpoint before any work.
 
     Args:
         directory: a checkpoint of any target, or a compressed directory of msModelSlim.
         output: the directory to make.
-        progress: told how far the step ``"decompress"`` is.
         workers: how many threads decode a weight.
+
+    Raises:
+        MsQuantError: a file is malformed, a smoothing vector has no place in the output, or the
+            output cannot be made.
+    """
+    directory, output = Path(directory), Path(output)
+    job = _whole(directory, output, workers) or _ranks(directory, output, workers)
+    job.directory()  # refuses a place that is taken
+    return job
+
+
+def decompress(request: Rewrite, progress: Progress = lambda step, part: None) -> dict[str, Any]:
+    """Restores the quantized checkpoint, or goes on with it.
+
+    Args:
+        request: what :func:`check` made of the checkpoint.
+        progress: told how far the step ``"decompress"`` is.
 
     Returns:
         JSON: see :func:`sparse_compress.info.slim_summary`; and ``"finished_before"``, True when
         there was nothing left to do.
 
     Raises:
-        MsQuantError: a file is malformed, a tile cannot be decoded, or a smoothing vector has no
-            place in the output; no output is left behind.
+        MsQuantError: a tile cannot be decoded; no output is left behind.
     """
-    directory, output = Path(directory), Path(output)
-    job = _whole(directory, output, workers) or _ranks(directory, output, workers)
-    finished_before = job.run(progress)
-    return {**slim_summary(SlimDirectory(output)), "finished_before": finished_before}
+    finished_before = request.run(progress)
+    return {**slim_summary(SlimDirectory(request.output)), "finished_before": finished_before}
 
 
 def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.safetensors_file import TensorInfo
 from ms_quant.errors import MsQuantError
 
 FLOAT16 = np.dtype(np.float16)
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
+
+
+class Floats(Protocol):
+    """Where the float tensors come from."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape of a tensor as it is stored."""
+
+    def read_float32(self, name: str) -> np.ndarray:
+        """A whole tensor."""
+
+    def float_chunks(
+        self, name: str, rows: slice | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The same some rows at a time: (first row, rows)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ def underflow(array: np.ndarray, rounded: np.ndarray) -> Underflow:
     return Underflow(to_zero, int(np.count_nonzero(small & (rounded != 0))))
 
 
-def survey(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, dict[str, int]]:
+def survey(checkpoint: Floats, names: Iterable[str]) -> dict[str, dict[str, int]]:
     """Tries every float tensor of the output before the long work, a few rows at a time.
 
     Args:
@@ -93,7 +109,7 @@ def survey(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, dict[str, 
     return lost
 
 
-def _survey(checkpoint: Checkpoint, name: str) -> Underflow:
+def _survey(checkpoint: Floats, name: str) -> Underflow:
     found, size, wrong, largest = Underflow(), 0, 0, 0.0
     for _, chunk in checkpoint.float_chunks(name):
         wide = chunk.astype(np.float32, copy=False)

@@ -22,7 +22,9 @@ from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof
 from sparse_compress.reader import SparseModel, open_w8a8sc
-from sparse_compress.slim import SlimDirectory, is_slim
+from sparse_compress.rewrite import COMMAND
+from sparse_compress.slim import SlimDirectory
+from sparse_compress.slim_files import is_slim
 
 COUNTS = ("size", "pruned", "source_zeros", "rounded", "zeros", "input_scale_raised")
 CODED_BIT = 1 << 15
@@ -178,7 +180,8 @@ def summary(directory: Path) -> dict[str, Any]:
         of all ranks; ``tensor_bytes`` of all tensors of all ranks; ``weights``: counts over the
         compressed linears (``size``, ``pruned``, ``source_zeros`` that were 0 before pruning and
         were not chosen by it, ``rounded`` to 0, ``zeros`` in all, ``input_scale_raised`` values to
-        the smallest normal float16); ``float16_lost`` (tensor to counts); ``codec_note``.
+        the smallest normal float16), None where ``compress`` made it; ``float16_lost`` (tensor to
+        counts); ``codec_note``.
 
     Raises:
         MsQuantError: the directory is no such checkpoint, or its structure is wrong.
@@ -199,7 +202,7 @@ def summary(directory: Path) -> dict[str, Any]:
         "uncompressed": value.get("uncompressed", {}),
         **_totals([sizes for sizes, _ in sparse_linears(model)]),
         "tensor_bytes": sum(rank.bytes for rank in model.ranks),
-        "weights": _weight_counts(directory, model.layout),
+        "weights": None if COMMAND in record else _weight_counts(directory, model.layout),
         "float16_lost": value.get("float16_lost", {}),
         "codec_note": backend_note(),
     }

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
-from sparse_compress.fp16 import FLOAT16, to_float16
+from sparse_compress.fp16 import FLOAT16, Floats, to_float16
 from sparse_compress.fractal import TILE_ROWS
 from sparse_compress.layouts import INT64, NORM, Layout
 from sparse_compress.partition import fused_shape, place
@@ -78,6 +77,13 @@ def unfold_bias(
     return (units * deq_scale).astype(np.float32)
 
 
+class Linears(Protocol):
+    """Where the int8 linears come from."""
+
+    def linear(self, index: int, path: str) -> QuantizedLinear:
+        """The linear of a block at a path relative to it."""
+
+
 @dataclass(frozen=True)
 class Packer:
     """Makes the tensors of a rank's files. In memory are those of one file and one linear.
@@ -90,8 +96,8 @@ class Packer:
     """
 
     layout: Layout
-    checkpoint: Checkpoint
-    job: JobDirectory
+    checkpoint: Floats
+    job: Linears
     workers: int = CORES
 
     def block(self, rank: int, index: int) -> Arrays:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_file
 from ms_quant.errors import MsQuantError
-from sparse_compress.layouts import Layout, Target
+from ms_quant.strict_json import read_json
+from sparse_compress.layouts import MAX_DESCRIPTION_BYTES, Layout, Target
 
 
 class RankTensors:
@@ -92,6 +94,26 @@ def structure_problems(layout: Layout, ranks: list[RankTensors]) -> list[str]:
             for name in sorted(rank.names - set(expected))
         ]
     return problems
+
+
+def description_problems(
+    directory: Path, layout: Layout, ranks: list[RankTensors]
+) -> Iterator[str]:
+    """Where the description is not the one that follows from the layout, one line each."""
+    path = directory / layout.target.description
+    expected = layout.target.describe(layout, lambda rank, name: ranks[rank].info(name).shape[0])
+    found = read_json(path, MAX_DESCRIPTION_BYTES)
+    for key in sorted({*expected, *found}):
+        ours, theirs = expected.get(key), found.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            for name in sorted({*ours, *theirs}):
+                if ours.get(name) != theirs.get(name):
+                    yield (
+                        f"{path}: {key}: {name} is {theirs.get(name)!r:.80}, expected "
+                        f"{ours.get(name)!r}"
+                    )
+        elif ours != theirs:
+            yield f"{path}: {key} is {theirs!r:.80}, expected {ours!r:.80}"
 
 
 def open_ranks(directory: Path, target: Target, tp: int) -> list[RankTensors]:

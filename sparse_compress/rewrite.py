@@ -19,9 +19,8 @@ from ms_quant import __version__
 from ms_quant.checkpoint.atomic import FileRecord, disk_errors, free_space_check, write_json
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.writer import plan_shards, shard_names, write_index
-from ms_quant.errors import MsQuantError
 from ms_quant.places import check_output_place
-from sparse_compress.slim import file_names
+from sparse_compress.slim_files import file_names
 from sparse_compress.spool import Arrays, Tensors, remove, stored, whole, write_tensors
 
 Progress = Callable[[str, float], None]
@@ -91,7 +90,7 @@ class Rewrite:
         if not output.finished:
             needed = self.most_bytes + self.part_bytes
             free_space_check(output.partial, max(0, needed - output.bytes_present()))
-            with output.open():
+            with output.open_or_discard():
                 _Writer(self, output, progress).write()
         return output.finished
 
@@ -111,11 +110,7 @@ class _Writer:
         for path in paths:
             tensors.update(stored(path))
         name, weights = file_names(self.job.versioned, self.job.kind)
-        try:
-            description = self.job.describe(set(tensors))
-        except MsQuantError:  # nothing of this is worth keeping
-            self.output.discard()
-            raise
+        description = self.job.describe(set(tensors))
         files = self._shards(tensors) if self.job.sharded else [self._file(weights, tensors)]
         files.append(write_json(self.output.partial / name, description))
         remove(paths, place)

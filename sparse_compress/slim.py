@@ -8,72 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ms_quant.checkpoint.finish import COPIED, MAX_RECORD_BYTES, RECORD
 from ms_quant.checkpoint.reader import CHUNK_ELEMENTS, FLOAT_CODES, Checkpoint, row_chunks
 from ms_quant.checkpoint.safetensors_file import CODES, TensorInfo
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
 from sparse_compress.codec import decompress_matrix, matrix_shape
+from sparse_compress.coding import CODED, INT8, PLAIN, Coding
 from sparse_compress.fp16 import FLOAT16
-from sparse_compress.fractal import most_bytes, unsupported_reason
-from sparse_compress.layouts import INT64, MAX_DESCRIPTION_BYTES, find_target
-from sparse_compress.layouts.msmodelslim import TARGET
+from sparse_compress.layouts import INT64, MAX_DESCRIPTION_BYTES
 from sparse_compress.layouts.typed import CODED_SUFFIXES, FLOAT, KIND_KEY
+from sparse_compress.slim_files import companions, find_description
 
-DESCRIPTIONS = "quant_model_description*.json"
 WEIGHTS_PREFIX = "quant_model_weight"
-VERSIONED = "quant_model_description.json"
-COMPANIONS = (".jinja", ".json", ".model", ".py", ".txt", ".yaml")
-OPTIONAL = "optional"
-PARAMETERS = ("deq_scale", "quant_bias", "input_scale", "input_offset")
-INT8 = np.dtype(np.int8)
-
-
-@dataclass(frozen=True)
-class Coding:
-    """A type of weights that can be compressed.
-
-    Attributes:
-        plain: the type before.
-        coded: the type after.
-        mode: of the codec.
-        dtype: of the weight.
-        parameters: suffixes of the tensors that such a linear has besides its weight.
-    """
-
-    plain: str
-    coded: str
-    mode: str
-    dtype: np.dtype
-    parameters: tuple[str, ...]
-
-    def reason(self, shape: tuple[int, ...]) -> str | None:
-        """Why the hardware does not take a weight of this shape, or None."""
-        return unsupported_reason(shape[0], shape[1] * self.dtype.itemsize)
-
-    def most_bytes(self, shape: tuple[int, ...]) -> int:
-        """The largest coded weight that the runtimes take."""
-        return most_bytes(shape[0], shape[1] * self.dtype.itemsize)
-
-    def left(self, shape: tuple[int, ...]) -> str:
-        """Why a weight is not compressed, as one that could be would have been."""
-        too_long = f"takes more than the {self.most_bytes(shape)} bytes that the runtimes accept"
-        return self.reason(shape) or f"compressed, it {too_long}"
-
-
-CODINGS = (
-    Coding("W8A8S", "W8A8SC", "low", INT8, PARAMETERS),
-    Coding("W16A16S", "W16A16SC", "high", FLOAT16, ()),
-)
-PLAIN = {coding.plain: coding for coding in CODINGS}
-CODED = {coding.coded: coding for coding in CODINGS}
 
 
 class SlimDirectory:
@@ -95,7 +47,7 @@ class SlimDirectory:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
-        self.path = _find_description(self.directory)
+        self.path = find_description(self.directory)
         self.description = read_json(self.path, MAX_DESCRIPTION_BYTES)
         self.checkpoint = Checkpoint(self.directory, WEIGHTS_PREFIX)
         for path in self.checkpoint.files():
@@ -284,48 +236,3 @@ class SlimDirectory:
     def _found(self, name: str) -> str:
         info = self.info(name)
         return f"{info.code} {list(info.shape)}"
-
-
-def is_slim(directory: Path) -> bool:
-    """Whether a directory is msModelSlim's and not one that ``run`` made."""
-    target, path = find_target(directory), directory / RECORD
-    record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None
-    if target not in (None, TARGET) or (isinstance(record, dict) and "target" in record):
-        return False
-    return any(directory.glob(DESCRIPTIONS))
-
-
-def companions(directory: Path) -> tuple[str, ...]:
-    """Files that go with a checkpoint's tensors, as paths in it, less those that describe them."""
-    own = {RECORD}
-    for pattern in (DESCRIPTIONS, "*.index.json"):
-        own |= {path.name for path in directory.glob(pattern)}
-    found = [
-        path.relative_to(directory).as_posix()
-        for path in [*directory.iterdir(), *directory.glob(f"{OPTIONAL}/*")]
-        if path.is_file()
-        and not path.name.startswith(".")
-        and (path.parent.name == OPTIONAL or path.suffix in COMPANIONS or path.name in COPIED)
-    ]
-    return tuple(sorted(set(found) - own))
-
-
-def file_names(versioned: bool, kind: str) -> tuple[str, str]:
-    """(description, weights) of a directory that is not sharded.
-
-    Args:
-        versioned: whether the description has a version.
-        kind: the type, such as ``"W8A8S"``.
-    """
-    weights = f"quant_model_weight_{kind.lower()}.safetensors"
-    return VERSIONED if versioned else f"quant_model_description_{kind.lower()}.json", weights
-
-
-def _find_description(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise MsQuantError(f"{directory}: no such directory")
-    found = sorted(directory.glob(DESCRIPTIONS))
-    if len(found) != 1:
-        names = [path.name for path in found]
-        raise MsQuantError(f"{directory}: has {names!r:.200}, expected one {DESCRIPTIONS}")
-    return found[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,22 +13,22 @@ from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
+from sparse_compress.float_verify import Counts, count
 from sparse_compress.guard import guard
 from sparse_compress.rewrite import COMMAND, Progress
 from sparse_compress.slim import SlimDirectory
 
 PROOF = "proof"  # only ``run`` makes one
-Counts = dict[str, int]
 
 
-def is_rewritten(directory: Path) -> bool:
-    """Whether ``compress`` or ``decompress`` made a directory."""
+def rewriting(directory: Path) -> dict[str, Any] | None:
+    """The record of a directory that ``compress`` or ``decompress`` made; None of any other."""
     path = directory / RECORD
     try:
         record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None
     except MsQuantError:  # the check of the files says so
-        return not (directory / PROOF).is_dir()
-    return isinstance(record, dict) and COMMAND in record
+        return None if (directory / PROOF).is_dir() else {}
+    return record if isinstance(record, dict) and COMMAND in record else None
 
 
 def slim_problems(
@@ -43,9 +44,9 @@ def slim_problems(
     if problems:
         return problems
     names = slim.restored_plans()
-    for count, name in enumerate(names, 1):
+    for done, name in enumerate(names, 1):
         problems += guard(_tensor_problems, slim, source, name, checked, workers)
-        progress("tensors", count / len(names))
+        progress("tensors", done / len(names))
     if source is not None:
         for name in sorted({*slim.companions(), *source.companions()}):
             problems += copy_problems(directory / name, source.directory / name)
@@ -83,14 +84,14 @@ def _tensor_problems(
     if coded:
         weight = slim.decode(path, workers)
         tiles = slim.info(f"{path}.index").shape[0] // INDEX_RECORD
-        _count(checked, linears=1, tiles=tiles)
+        count(checked, linears=1, tiles=tiles)
         for parameter in slim.coded[path].parameters[:2]:
             shape = slim.info(f"{path}.{parameter}").shape
             if shape != weight.shape[:1]:
                 yield f"{path}.{parameter}: {list(shape)}, expected {len(weight)} values"
     if source is None:
         return
-    _count(checked, compared=1)
+    count(checked, compared=1)
     whole = coded or (path in source.coded and suffix == "weight")
     if whole:
         ours = weight if coded else slim.checkpoint.read(name)
@@ -117,8 +118,3 @@ def _different(first: np.ndarray, second: np.ndarray) -> int:
     """How many values differ in their bits."""
     raw = np.dtype(f"u{first.dtype.itemsize}")
     return int(np.count_nonzero(first.view(raw) != second.view(raw)))
-
-
-def _count(checked: Counts, **found: int) -> None:
-    for key, number in found.items():
-        checked[key] = checked.get(key, 0) + number

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,25 @@ from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.remake import Comparison, ScaleRule
-from ms_quant.strict_json import read_json
 from sparse_compress.codec import CORES
-from sparse_compress.fp16 import FLOAT16, to_float16
+from sparse_compress.divide import SlimModel
+from sparse_compress.divide_verify import divided_problems
+from sparse_compress.float_verify import Counts, count, float_problems, stored_floats
+from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import tile_count
 from sparse_compress.guard import guard
 from sparse_compress.layouts import (
-    MAX_DESCRIPTION_BYTES,
     TARGETS,
-    Layout,
 )
 from sparse_compress.pack import bias_units
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof, compressed_groups, weight_error
 from sparse_compress.prune import pruned_count
-from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
+from sparse_compress.ranks import description_problems, open_ranks, structure_problems
 from sparse_compress.reader import SparseModel
 from sparse_compress.record import read_record, recorded_layout, recorded_pruning
 from sparse_compress.slim import SlimDirectory
-from sparse_compress.slim_verify import is_rewritten, slim_problems
+from sparse_compress.slim_verify import rewriting, slim_problems
 
 Progress = Callable[[str, float], None]
 ERROR_DIGITS = 1e-9
@@ -64,11 +65,7 @@ class Subject:
     model: SparseModel
     record: dict[str, Any]
     source: Checkpoint | None
-    checked: dict[str, int] = field(default_factory=dict)
-
-    def count(self, **found: int) -> None:
-        for key, number in found.items():
-            self.checked[key] = self.checked.get(key, 0) + number
+    checked: Counts
 
 
 def verify(
@@ -95,18 +92,24 @@ def verify(
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
     directory = Path(directory)
-    rewritten, checked = is_rewritten(directory), dict[str, int]()
-    original: Checkpoint | SlimDirectory | None = None
-    if rewritten:
-        original = None if source is None else SlimDirectory(source)
-    else:
+    record, checked = rewriting(directory), dict[str, int]()
+    if record is None:
         _require_checkpoint(directory)
-        original = None if source is None else _float_source(source)
+    contents, opened = _check_of(record)
+    original = None if source is None else opened(source)
     progress("files", 0.0)
     problems = [*guard(check_files, directory), *guard(unlisted_files, directory)]
     progress("files", 1.0)
-    contents = slim_problems if rewritten else _contents
-    problems += guard(contents, directory, original, progress, checked, workers)
+    problems += guard(
+        partial(
+            contents,
+            directory,
+            source=original,
+            progress=progress,
+            checked=checked,
+            workers=workers,
+        )
+    )
     where = None if source is None else str(source)
     return {
         "checkpoint": str(directory),
@@ -114,6 +117,17 @@ def verify(
         "problems": problems,
         "checked": checked,
     }
+
+
+def _check_of(
+    record: dict[str, Any] | None,
+) -> tuple[Callable[..., list[str]], Callable[[Path], Any]]:
+    """The check of a checkpoint's content, by who made it, and what opens its source."""
+    if record is None:
+        return _contents, _float_source
+    if "target" in record:
+        return partial(divided_problems, record=record), SlimModel
+    return slim_problems, SlimDirectory
 
 
 def _require_checkpoint(directory: Path) -> None:
@@ -147,14 +161,14 @@ def _contents(
     problems = structure_problems(layout, ranks) + guard(_config_problems, directory, source)
     if problems:
         return problems
-    problems += guard(_description_problems, directory, layout, ranks)
+    problems += guard(description_problems, directory, layout, ranks)
     model = SparseModel(directory, layout, ranks, workers)
     subject = Subject(directory, model, record, source, checked)
     for index in range(config.num_layers):
         problems += guard(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
-    for name in dict.fromkeys([*layout.float_names(), *layout.tables]):
-        problems += guard(_float_problems, subject, name)
+    for name in stored_floats(model):
+        problems += guard(float_problems, model, source, name, checked)
     progress("tensors", 1.0)
     return problems
 
@@ -163,25 +177,6 @@ def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str
     yield from config_problems(directory, FLOAT16)
     if source is not None:
         yield from source_problems(directory, source.directory, FLOAT16)
-
-
-def _description_problems(
-    directory: Path, layout: Layout, ranks: list[RankTensors]
-) -> Iterator[str]:
-    path = directory / layout.target.description
-    expected = layout.target.describe(layout, lambda rank, name: ranks[rank].info(name).shape[0])
-    found = read_json(path, MAX_DESCRIPTION_BYTES)
-    for key in sorted({*expected, *found}):
-        ours, theirs = expected.get(key), found.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            for name in sorted({*ours, *theirs}):
-                if ours.get(name) != theirs.get(name):
-                    yield (
-                        f"{path}: {key}: {name} is {theirs.get(name)!r:.80}, expected "
-                        f"{ours.get(name)!r}"
-                    )
-        elif ours != theirs:
-            yield f"{path}: {key} is {theirs!r:.80}, expected {ours!r:.80}"
 
 
 def _block_problems(subject: Subject, index: int) -> Iterator[str]:
@@ -199,7 +194,7 @@ def _group_problems(
     linears = subject.model.group(index, group)
     layout = subject.model.layout
     tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
-    subject.count(linears=len(linears), tiles=tiles)
+    count(subject.checked, linears=len(linears), tiles=tiles)
     proof.norm(group)
     pruning = recorded_pruning(subject.record)
     problem = proof.problem(group, linears)
@@ -239,7 +234,7 @@ def _source_problems(
     pruning = recorded_pruning(record)
     stored = replace(linear, weight_scale=proof.weight_scale(member))
     if pruning is None:
-        subject.count(measured=1)
+        count(subject.checked, measured=1)
         stated = proof.error(member)
         found = weight_error(source, replace(stored, activation=proof.activation(group)))
         if not math.isclose(found, stated, rel_tol=ERROR_DIGITS, abs_tol=1e-24):
@@ -248,7 +243,7 @@ def _source_problems(
                 f"expected {stated:.6g} as {proof.file.path} states"
             )
     else:
-        subject.count(recomputed=1)
+        count(subject.checked, recomputed=1)
         comparison, smoothed = Comparison(), proof.smoothed(group, source, pruning)
         comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
         yield from comparison.problems(name, "weight_scale", source.shape)
@@ -258,21 +253,3 @@ def _source_problems(
         wrong = int(np.count_nonzero(linear.bias != expected.astype(np.float32)))
         if wrong:
             yield f"{name}.quant_bias: {wrong} of {bias.size} values do not hold the source's bias"
-
-
-def _float_problems(subject: Subject, name: str) -> Iterator[str]:
-    """One float tensor: finite, the same wherever ranks share it, and the source's."""
-    subject.count(float_tensors=1)
-    original = subject.model.layout.table_source(name)
-    wrong = different = size = 0
-    for start, part in subject.model.float16_chunks(name):
-        size += part.size
-        wrong += part.size - int(np.count_nonzero(np.isfinite(part)))
-        if subject.source is not None:
-            rows = subject.source.file_of(original).read_rows(original, start, start + len(part))
-            expected = to_float16(rows.astype(np.float32), original)
-            different += int(np.count_nonzero(part.view("<u2") != expected.view("<u2")))
-    if wrong:
-        yield f"{name}: {wrong} of {size} values are NaN or inf, expected finite ones"
-    if different:
-        yield f"{name}: {different} of {size} values differ from the source's as float16"

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ms_quant.checkpoint.atomic import FileRecord, disk_errors, write_json
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.safetensors_file import open_file
 from sparse_compress import layouts
+from sparse_compress.layouts import Layout
 from sparse_compress.pack import Packer
 from sparse_compress.proof import write_proof
 from sparse_compress.request import Request
@@ -35,19 +37,41 @@ def write_checkpoint(
     Raises:
         MsQuantError: the disk does not take a file, or a linear does not fit the target.
     """
-    layout, directory = request.layout, output.partial
-    files = [
-        *Writer(request, job, output, progress).write(),
-        write_json(directory / "config.json", layouts.model_config(layout.config)),
-        _write_description(request, directory),
-    ]
+    options, layout, source = request.options, request.layout, request.prepared.checkpoint
+    packer = Packer(layout, source, job, options.workers)
+
+    def proof(index: int, path: Path) -> FileRecord:
+        return write_proof(path, layout, index, job, source, options.pruned)
+
+    files = Writer(packer, output, progress, proof).write()
     facts = {
         "chosen": {f"block {i}": job.notes(i) for i in range(layout.config.num_layers)},
         "uncompressed": request.uncompressed,
         "float16_lost": request.lost,
         **({"rate": dict(request.rate)} if request.goal else {}),
     }
-    output.finish(files, request.options.model, facts)
+    finish(layout, output, files, options.model, facts)
+
+
+def finish(
+    layout: Layout,
+    output: OutputDirectory,
+    files: list[FileRecord],
+    source: Path,
+    facts: dict[str, Any],
+) -> None:
+    """Writes what describes the files, and gives the output its name.
+
+    Args:
+        layout: what the output holds.
+        output: where it is.
+        files: what was written.
+        source: the directory whose tokenizer files are copied.
+        facts: further entries of the record.
+    """
+    config = write_json(output.partial / "config.json", layouts.model_config(layout.config))
+    description = _write_description(layout, output.partial)
+    output.finish([*files, config, description], source, facts)
 
 
 @dataclass
@@ -55,25 +79,21 @@ class Writer:
     """Writes proofs and ranks, one file at a time.
 
     Attributes:
-        request: what to write.
-        job: the finished linears.
+        packer: makes the tensors.
         output: where to.
         progress: told how far it is.
+        proof: writes the proof of a block, where there is one.
         steps: how many files are done.
     """
 
-    request: Request
-    job: JobDirectory
+    packer: Packer
     output: OutputDirectory
     progress: Progress
+    proof: Callable[[int, Path], FileRecord] | None = None
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        request = self.request
-        self.layout = request.layout
-        self.packer = Packer(
-            self.layout, request.prepared.checkpoint, self.job, request.options.workers
-        )
+        self.layout = self.packer.layout
 
     def write(self) -> list[FileRecord]:
         """Writes all of them.
@@ -81,9 +101,11 @@ class Writer:
         Returns:
             What was written, in no particular order.
         """
-        self._make("proof")
-        blocks = range(self.layout.config.num_layers)
-        files = [self._once(layouts.proof_file(i), partial(self._proof, i)) for i in blocks]
+        files: list[FileRecord] = []
+        if self.proof is not None:
+            self._make("proof")
+            for index in range(self.layout.config.num_layers):
+                files.append(self._once(layouts.proof_file(index), partial(self.proof, index)))
         rank = self._file if self.layout.target.one_file else self._directory
         for number in range(self.layout.tp):
             files += rank(number)
@@ -122,12 +144,9 @@ class Writer:
         record = self.output.write_once(name, write)
         self.steps += 1
         blocks, tp = self.layout.config.num_layers, self.layout.tp
-        self.progress("compress", self.steps / (blocks * (tp + 1) + tp))
+        proofs = 0 if self.proof is None else blocks
+        self.progress("compress", self.steps / (blocks * tp + tp + proofs))
         return record
-
-    def _proof(self, index: int, path: Path) -> FileRecord:
-        source, pruned = self.packer.checkpoint, self.request.options.pruned
-        return write_proof(path, self.layout, index, self.job, source, pruned)
 
     def _block(self, rank: int, index: int, path: Path) -> FileRecord:
         return write_tensors(path, whole(self.packer.block(rank, index)))
@@ -139,8 +158,8 @@ class Writer:
         return write_tensors(path, tensors)
 
 
-def _write_description(request: Request, directory: Path) -> FileRecord:
-    layout, target = request.layout, request.layout.target
+def _write_description(layout: Layout, directory: Path) -> FileRecord:
+    target = layout.target
     lengths = {}
     for rank in range(layout.tp):
         for name in target.rank_files(layout.config, rank):

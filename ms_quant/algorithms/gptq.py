@@ -48,7 +48,19 @@ def inverse_factor(hessian: np.ndarray) -> np.ndarray:
         hessian: float64 (K, K), positive definite; see :func:`damped`.
     """
     backwards = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return np.triu(np.linalg.inv(backwards))
+    return _invert(np.ascontiguousarray(backwards))  # BLAS takes no negative strides
+
+
+def _invert(upper: np.ndarray) -> np.ndarray:
+    """The inverse of an upper triangular matrix, half by half; NumPy has only the general one."""
+    size, half = len(upper), len(upper) // 2
+    if size <= BLOCK:
+        return np.triu(np.linalg.inv(upper))
+    result = np.zeros_like(upper)
+    result[:half, :half] = _invert(upper[:half, :half])
+    result[half:, half:] = _invert(upper[half:, half:])
+    result[:half, half:] = -result[:half, :half] @ upper[:half, half:] @ result[half:, half:]
+    return result
 
 
 def solve_columns(weight: np.ndarray, factor: np.ndarray, rounder: Rounder) -> None:
@@ -63,9 +75,10 @@ def solve_columns(weight: np.ndarray, factor: np.ndarray, rounder: Rounder) -> N
     columns = weight.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = np.empty((len(weight), stop - start), weight.dtype)
+        block = np.asfortranarray(weight[:, start:stop])
+        errors = np.empty_like(block)  # column by column in memory, too
         for j in range(start, stop):
-            error = (weight[:, j] - rounder(j, weight[:, j])) / factor[j, j]
-            weight[:, j + 1 : stop] -= np.outer(error, factor[j, j + 1 : stop])
-            errors[:, j - start] = error
+            done = j - start
+            target = block[:, done] - errors[:, :done] @ factor[start:j, j]
+            errors[:, done] = (target - rounder(j, target)) / factor[j, j]
         weight[:, stop:] -= errors @ factor[start:stop, stop:]

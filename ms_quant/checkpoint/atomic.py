@@ -20,6 +20,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_BYTES = 1 << 20
 
 
+class DiskError(MsQuantError):
+    """A file cannot be written; what is asked for may be right."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What was written.
@@ -44,7 +48,7 @@ def disk_errors(path: Path, what: str = "the file") -> Iterator[None]:
         what (str): the part being written, for the message.
 
     Raises:
-        MsQuantError: the disk is full, or the write failed in another way.
+        DiskError: the disk is full, or the write failed in another way.
     """
     try:
         yield
@@ -53,7 +57,7 @@ def disk_errors(path: Path, what: str = "the file") -> Iterator[None]:
             reason = f"no space left on device while writing {what}"
         else:
             reason = f"writing {what} failed ({error.strerror or error})"
-        raise MsQuantError(f"{path}: {reason}") from error
+        raise DiskError(f"{path}: {reason}") from error
 
 
 class Sink:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.checkpoint.atomic import (
+    DiskError,
     FileRecord,
     disk_errors,
     json_text,
@@ -239,11 +240,22 @@ class OutputDirectory:
             path.parent.mkdir(exist_ok=True)
         return replace(write_bytes(path, (source / name).read_bytes()), name=name)
 
-    def discard(self) -> None:
-        """Removes the begun output: nothing will come of it."""
-        with disk_errors(self.partial, "its end"):
-            self._clear()
-            self.partial.rmdir()
+    @contextmanager
+    def open_or_discard(self) -> Iterator[None]:
+        """As :meth:`open`; what was begun goes when an error says that nothing will come of it.
+
+        A full disk is no such error.
+        """
+        with self.open():
+            try:
+                yield
+            except DiskError:
+                raise
+            except MsQuantError:
+                with disk_errors(self.partial, "its end"):
+                    self._clear()
+                    self.partial.rmdir()
+                raise
 
 
 def check_output_name(path: Path) -> None:

@@ -225,7 +225,7 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
         expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     for name in found:
         if name in expected:
-            _check_tensor(checkpoint, name, expected[name])
+            check_tensor(checkpoint, name, expected[name])
         elif not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
             raise MsQuantError(
                 f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
@@ -308,7 +308,12 @@ def _check_shard_name(shard: Any, where: str) -> None:
         )
 
 
-def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor of another shape, or of no type that a float model has.
+
+    Raises:
+        MsQuantError: names the tensor, what was found and what was expected.
+    """
     file = checkpoint.file_of(name)
     info = file.info(name)
     if info.shape != shape:

@@ -72,9 +72,9 @@ class Dictionary:
         """
         best = np.full_like(target, self.first)
         cost = np.square(target - np.float32(self.first)) + price * np.float32(first_bits)
-        cell = np.clip(np.floor(2 * target) + _CELLS // 2, 0, _CELLS - 1).astype(np.intp)
+        cell = (2 * target + np.float32(_CELLS // 2)).clip(0, _CELLS - 1).astype(np.intp)
         for bits, table in self._nearest.items():
-            _keep_better(best, cost, target, table[cell], price * np.float32(bits))
+            _keep_better(best, cost, target, table.take(cell), price * np.float32(bits))
         literal = np.clip(np.rint(target), -127, 127)
         _keep_better(best, cost, target, literal, price * np.float32(LITERAL_BITS))
         return best, cost
@@ -83,10 +83,11 @@ class Dictionary:
 def _keep_better(
     best: Floats, cost: Floats, target: Floats, value: Floats, charge: np.ndarray | np.floating
 ) -> None:
-    found = np.square(target - value) + charge
-    better = found < cost
-    np.copyto(best, value, where=better)
-    np.copyto(cost, found, where=better)
+    found = target - value
+    found *= found
+    found += charge
+    np.copyto(best, value, where=found < cost)
+    np.minimum(cost, found, out=cost)
 
 
 def _nearest_table(values: NDArray[np.integer]) -> Floats:

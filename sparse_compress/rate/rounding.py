@@ -179,23 +179,23 @@ def descend(
     columns = weight.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        moved = np.zeros((len(weight), stop - start), np.float32)
+        slopes = np.asfortranarray(gradient[:, start:stop])
+        moved = np.empty_like(slopes)
         for run in range(start, stop, RUN):
             end = min(run + RUN, stop)
             after = _open_after(codes[:, run:end] == dictionary.first)
             before = np.zeros(len(weight), bool)
             for j in range(run, end):
+                done, curve = j - start, hessian[j, j]
                 old = codes[:, j].astype(np.float32)
-                curve = hessian[j, j]
-                target = old + gradient[:, j] / (curve * scale)
+                slope = slopes[:, done] - moved[:, :done] @ hessian[start:j, j]
+                target = old + slope / (curve * scale)
                 local = np.float32(price) / (curve * np.square(scale))
                 first_bits = np.where(before | after[j - run + 1], np.float32(0), FIRST_BITS)
                 value, _ = dictionary.choose(target, local, first_bits.astype(np.float32))
                 before = (value == dictionary.first) & ~before
                 codes[:, j] = value
-                change = (value - old) * scale
-                moved[:, j - start] = change
-                gradient[:, j:stop] -= np.outer(change, hessian[j, j:stop])
+                moved[:, done] = (value - old) * scale
         gradient[:, stop:] -= moved @ hessian[start:stop, stop:]
 
 

@@ -35,6 +35,8 @@ from sparse_compress.rate.steps import choosing, measure
 
 TRIES = "tries.json"
 MOST_TRIES = 8
+AIM = 0.995
+"""Of a target ratio, so that what is predicted from some rows does not end above it."""
 CLOSE = 0.9
 """A try is good enough when it uses this much of the budget."""
 FARTHEST = 16.0
@@ -83,7 +85,8 @@ class Search:
             run_blocks(self.prepared, self.measuring, blocks, Steps(rounding=measure))
             curves = read_curves(self.prepared, self.measuring)
             if self.goal.target_ratio is not None:
-                return self._found(curves, price_for_ratio(curves, self.goal.target_ratio), {})
+                aim = AIM * self.goal.target_ratio
+                return self._found(curves, price_for_ratio(curves, aim), {})
             return self._try_prices(curves)
 
     def _progress(self, step: str) -> Callable[[int, float], None]:

@@ -40,11 +40,12 @@ def test_agrees_with_solving_the_rest_again(columns: int) -> None:
     np.testing.assert_array_equal(found, oracle(weight, hessian, step))
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
-    hessian = damped(correlated(40, 3))
+@pytest.mark.parametrize("columns", [1, 40, 2 * BLOCK + 3])
+def test_the_factor_is_that_of_the_inverse(columns: int) -> None:
+    hessian = damped(correlated(columns, 3))
     factor = inverse_factor(hessian)
     assert (np.diagonal(factor) > 0).all() and not np.tril(factor, -1).any()
-    np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(40), atol=1e-9)
+    np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(len(hessian)), atol=1e-9)
 
 
 def test_what_is_left_of_the_error_is_the_sum_over_columns() -> None:

@@ -196,6 +196,42 @@ def test_flipped_bits_of_a_coded_tile_are_detected(seed):
             codec.decode_tiles(flipped, index, [4096], mode=("low", "high")[seed % 2])
 
 
+def long_tiles(seed):
+    """Tiles that go far with several codes at once; an engine that ends long before the others."""
+    rng = np.random.default_rng(seed)
+    stream = np.clip(rng.normal(0, 12, 5 * 16384).round(), -128, 127).astype(np.int8)
+    stream[rng.random(stream.size) < rng.choice([0, 0.5, 0.7, 0.97])] = 0
+    stream.reshape(-1, 4, 64)[256:512, 2] = 0
+    stream = stream.view(np.uint8)
+    # 255 is a literal, of the same bits as what fills a word.
+    stream[stream == 255] = 1
+    stream[rng.integers(0, stream.size, 40)] = 255
+    return stream, [16384, 16384, 16384, 8192, 8192, 8192 + 512, 8192 - 512]
+
+
+@NATIVE
+@pytest.mark.parametrize("mode", ["low", "high"])
+@pytest.mark.parametrize("seed", range(3))
+def test_long_tiles_like_the_reference(mode, seed):
+    stream, sizes = long_tiles(seed)
+    weight, index = codec.encode_tiles(stream, sizes, mode, backend="reference")
+    for threads in (1, 3):
+        native = codec.encode_tiles(stream, sizes, mode, backend="native", threads=threads)
+        assert np.array_equal(native[0], weight)
+        assert np.array_equal(native[1], index)
+    back = codec.decode_tiles(weight, index, sizes, mode=mode, backend="native")
+    assert np.array_equal(back, stream)
+    words = weight.view("<u8")
+    for position in np.random.default_rng(seed).integers(0, words.size, 3):
+        broken = words.copy()
+        broken[position] ^= np.uint64(1) << np.uint64(position % 64)
+        found = {
+            outcome(backend, broken.view(np.int8), index, sizes, mode, 0)
+            for backend in ("native", "reference")
+        }
+        assert len(found) == 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exchanged_bytes_escape_the_checksum(backend):
     """What the XOR cannot see: two codes of one length exchanged, two positions apart."""

@@ -15,16 +15,30 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from ms_quant.checkpoint.atomic import DiskError
 from ms_quant.errors import MsQuantError
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import decompress
+from sparse_compress.compress import check
+from sparse_compress.compress import compress as run_request
+from sparse_compress.decompress import check as check_coded
+from sparse_compress.decompress import decompress as run_decompression
 from sparse_compress.info import info
 from sparse_compress.reader import open_w8a8sc
+from sparse_compress.spool import write_tensors
 from sparse_compress.verify import verify
 
 Tensors = dict[str, np.ndarray]
+
+
+def compress(source: Path, output: Path, *progress: Any, workers: int = 2) -> dict[str, Any]:
+    return run_request(check(source, output, workers), *progress)
+
+
+def decompress(coded: Path, output: Path) -> dict[str, Any]:
+    return run_decompression(check_coded(coded, output, 2))
+
+
 WIDE, OUT = "mixer.0.in", "mixer.0.out"
 LAYOUTS = {
     "v0": ("quant_model_description_{0}sc.json", "quant_model_description_{0}s.json"),
@@ -221,9 +235,11 @@ def watch(owner, name):
 for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
     watch(Path, name)
 
-from sparse_compress.compress import compress
-from sparse_compress.decompress import decompress
-{"compress": compress, "decompress": decompress}[command](Path(source), Path(output))
+if command == "compress":
+    from sparse_compress.compress import check, compress as work
+else:
+    from sparse_compress.decompress import check, decompress as work
+work(check(Path(source), Path(output)))
 """
 
 
@@ -285,6 +301,42 @@ def test_a_finished_part_is_not_made_again(
     monkeypatch.setattr("sparse_compress.compress.compress_matrix", count)
     compress(plain, tmp_path / "out")
     assert len(coded) == 1 and not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_begun_stays_when_the_disk_is_full(
+    source: Any, tmp_path: Path, file_contents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = source()
+    compress(plain, tmp_path / "expected")
+
+    def full(path: Path, *arguments: Any) -> Any:
+        if path.name == "tensor-00001.safetensors":
+            raise DiskError("no space left on device")
+        return write_tensors(path, *arguments)
+
+    monkeypatch.setattr("sparse_compress.rewrite.write_tensors", full)
+    with pytest.raises(DiskError):
+        compress(plain, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "tensors" / "tensor-00000.safetensors").is_file()
+    monkeypatch.undo()
+    compress(plain, tmp_path / "out")
+    assert file_contents(tmp_path / "out") == file_contents(tmp_path / "expected")
+
+
+def test_files_of_a_versioned_directory_are_of_bounded_size(
+    source: Any, slim_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_compress.rewrite.SHARD_BYTES", 100_000)
+    plain = source("w8a8s", "v1")
+    compress(plain, tmp_path / "out")
+    decompress(tmp_path / "out", tmp_path / "back")
+    files = sorted((tmp_path / "back").glob("quant_model_weights-*.safetensors"))
+    assert len(files) > 2
+    assert [path.name[20:] for path in files][
+        -1
+    ] == f"{len(files):05d}-of-{len(files):05d}.safetensors"
+    same(slim_models.tensors_of(tmp_path / "back"), slim_models.tensors_of(plain))
+    assert verify(tmp_path / "back", plain)["problems"] == []
 
 
 def test_one_weight_is_in_memory_at_a_time(
@@ -581,7 +633,7 @@ def test_defects_of_coded_tensors_are_named(source: Any, tmp_path: Path, number:
         with pytest.raises(MsQuantError) as caught:
             work()
         assert message in str(caught.value), str(caught.value)
-    assert not (tmp_path / "back").exists()
+    assert list(tmp_path.glob("back*")) == []
 
 
 def test_an_odd_row_of_bytes_is_no_float16(source: Any, tmp_path: Path) -> None:

@@ -1,12 +1,6 @@
 #include "tile.h"
 
 namespace unzip {
-namespace {
-
-constexpr unsigned kBytes = 6;  // of an entry of Many
-
-}  // namespace
-
 DecodeTable::DecodeTable(int mode) : mode_(mode) {
   Enter(Reversed(0b111011111, kEndLength), kEnd, 0);
   for (unsigned byte = 0; byte < 256; ++byte) {
@@ -19,11 +13,14 @@ void DecodeTable::Use(const uint8_t* dictionary) {
   if (filled_ && std::memcmp(dictionary_, dictionary, size) == 0) return;
   std::memcpy(dictionary_, dictionary, size);
   filled_ = true;
+  run_ = uint64_t{0x0101010101010101} * dictionary[0];
   for (int number = 0; number < kCodewords; ++number) {
     const Meaning meaning = MeaningOf(mode_, number);
     Enter(Codeword(number), meaning.repeats, dictionary[meaning.rank]);
   }
-  Collect();
+  for (unsigned bits = 0; bits < 4096; ++bits) steps_[~bits & 4095] = Collect(bits);
+  // Twelve ones may also fill a word: left to those who look closer.
+  steps_[0] = 0;
 }
 
 void DecodeTable::Enter(Code code, uint8_t repeats, uint8_t byte) {
@@ -32,35 +29,22 @@ void DecodeTable::Enter(Code code, uint8_t repeats, uint8_t byte) {
   }
 }
 
-void DecodeTable::Collect() {
-  padding_ = uint64_t{0x0101} * dictionary_[0] << 48;
-  for (unsigned bits = 0; bits < 4096; ++bits) many_[bits] = Pack(bits, 12, false);
-  for (unsigned left = 1; left <= kLast; left += 3) {
-    for (unsigned bits = 0; bits < 1u << left; ++bits)
-      last_[left / 3][bits] = Pack(bits, left, true);
-  }
-}
-
-uint64_t DecodeTable::Pack(uint64_t bits, unsigned left, bool last) const {
-  uint64_t packed = uint64_t{0x010101010101} * dictionary_[0];
+uint64_t DecodeTable::Collect(uint64_t bits) const {
+  uint64_t bytes = run_ >> 8 * (8 - kBytes);
   unsigned count = 0, length = 0;
   for (;;) {
-    if (last && bits == (uint64_t{1} << left) - 1)
-      return packed | uint64_t{count} << 48 | uint64_t{1} << 56;
     const Entry entry = entries_[bits];
     const bool run = entry.byte == dictionary_[0];
-    if (entry.length > left || entry.repeats == kEnd || entry.repeats == kUnused) break;
-    if (count > 0 && count + entry.repeats > kBytes) break;
-    if (!run) {
-      packed &= ~(uint64_t{0xFF} << 8 * count);
-      packed |= uint64_t{entry.byte} << 8 * count;
+    const unsigned most = run && mode_ == kHigh ? kBytes + kMore : kBytes;
+    if (entry.repeats == kEnd || entry.repeats == kUnused || length + entry.length > 12 ||
+        count + entry.repeats > most) {
+      return length | bytes << 8 | uint64_t{count} << 56;
     }
+    if (!run) bytes ^= static_cast<uint64_t>(entry.byte ^ dictionary_[0]) << 8 * count;
     count += entry.repeats;
     length += entry.length;
-    left -= entry.length;
     bits >>= entry.length;
   }
-  return last ? packed : packed | uint64_t{count} << 48 | uint64_t{length} << 56;
 }
 
 }  // namespace unzip

@@ -3,6 +3,8 @@
 namespace unzip {
 namespace {
 
+using Stored = uint8_t[kMaxEngine];
+
 struct Verdict {
   int cause = 0;
   int64_t value = 0;
@@ -62,8 +64,8 @@ Verdict DecodeWord(const DecodeTable& table, uint64_t rest, uint8_t* raw, size_t
     }
     if (entry.repeats > size - here) return stop(UNZIP_PAST_LENGTH);
     if (entry.repeats > window - here) return stop(UNZIP_PAST_WINDOW);
-    // A run is in place already: `raw` starts out full of the first byte.
-    raw[here] = entry.byte;
+    // Always as many: what is too much is written over, or behind the raw bytes.
+    std::memset(raw + here, entry.byte, kLongestRun);
     here += entry.repeats;
   }
   *at = here;
@@ -72,7 +74,6 @@ Verdict DecodeWord(const DecodeTable& table, uint64_t rest, uint8_t* raw, size_t
 
 Verdict DecodeEngine(const DecodeTable& table, const uint8_t* stream, size_t stored, uint8_t* raw,
                      size_t size) {
-  std::memset(raw, table.first(), size);
   size_t at = 0;
   bool ended = false;
   for (size_t read = kHeader; read < stored; read += 8) {
@@ -92,96 +93,83 @@ Verdict DecodeEngine(const DecodeTable& table, const uint8_t* stream, size_t sto
   return Verdict{};
 }
 
-constexpr uint64_t kBytesMask = (uint64_t{1} << 48) - 1;
-constexpr int kSureSteps = 5;  // 4 steps leave 16 bits at least
-constexpr int kMoreSteps = 4;
+// The four engines, a word of each at once. They are independent of each other, so the processor
+// need not wait for any of them.
+struct Lanes {
+  uint64_t rest[kEngines];  // of the word, inverted: shifting it adds ones
+  uint64_t used[kEngines];  // bits of it, in the lowest byte
+  uint8_t* out[kEngines];
 
-// One engine's word while it is decoded several codes at a time.
-struct Lane {
-  uint64_t rest;
-  unsigned left;
-  uint8_t* out;
+  bool busy() const { return (rest[0] | rest[1] | rest[2] | rest[3]) != 0; }
 
-  // `out` has room beyond: what is written there again is the first byte of the dictionary.
-  void Take(const DecodeTable& table, uint64_t codes) {
-    StoreWord(out, (codes & kBytesMask) | table.padding());
-    out += codes >> 48 & 0xFF;
-    rest >>= codes >> 56;
-    left -= codes >> 56;
+  template <bool kHighMode>
+  void Advance(const DecodeTable& table) {
+    for (int i = 0; i < kEngines; ++i) {
+      const uint64_t step = table.Step(rest[i]);
+      StoreWord(out[i], step >> 8);
+      if (kHighMode) StoreWord(out[i] + DecodeTable::kBytes, table.run());
+      out[i] += step >> 56;
+      used[i] += step;
+      rest[i] >>= step & 63;
+    }
+  }
+
+  template <bool kHighMode>
+  void Decode(const DecodeTable& table, const uint8_t* words) {
+    constexpr int kSure = 7;  // hardly any group of words takes fewer
+    for (int i = 0; i < kEngines; ++i) {
+      rest[i] = ~LoadWord(words + i * kBlock);
+      used[i] = 0;
+    }
+    for (int step = 0; step < DecodeTable::kMostSteps; ++step) {
+      if (step >= kSure && !busy()) break;
+      Advance<kHighMode>(table);
+    }
+  }
+
+  // Whether there are codes that end before `limit`, and ones behind them.
+  bool Filled(int i, const uint8_t* limit) const {
+    const unsigned left = kWordBits - static_cast<unsigned>(used[i] & 0xFF);
+    return rest[i] == 0 && left - 1 < kLongestFill && out[i] < limit;
   }
 };
 
-// Decodes one word of every engine at once, so that the processor need not wait for any of them.
-// Returns false, as if nothing had been done, for a word that the raw bytes end with, that fills
-// a window, or that is not as it should be.
-bool DecodeWords(const DecodeTable& table, const uint8_t* const* words, uint8_t* const* raw,
-                 size_t size, size_t* at) {
-  Lane lanes[kEngines];
-  for (int i = 0; i < kEngines; ++i) lanes[i] = Lane{LoadWord(words[i]), kWordBits, raw[i] + at[i]};
-  for (int step = 0; step < kSureSteps; ++step) {
-    for (Lane& lane : lanes) lane.Take(table, table.Many(lane.rest));
-  }
-  const uint64_t idle = table.padding() >> 48 | table.padding() >> 32 | table.padding() >> 16;
-  for (int step = 0; step < kMoreSteps; ++step) {
-    for (Lane& lane : lanes) {
-      // All ones while more than the last bits are left: a branch would be mispredicted.
-      const auto more = static_cast<uint64_t>(
-          (static_cast<int64_t>(DecodeTable::kLast) - static_cast<int64_t>(lane.left)) >> 63);
-      lane.Take(table, (table.Many(lane.rest) & more) | (idle & ~more));
-    }
-  }
-  bool good = true;
-  for (const Lane& lane : lanes) good &= lane.left <= DecodeTable::kLast;
-  if (good) {
-    for (int i = 0; i < kEngines; ++i) {
-      const uint64_t codes = table.Last(lanes[i].rest, lanes[i].left);
-      StoreWord(lanes[i].out, (codes & kBytesMask) | table.padding());
-      lanes[i].out += codes >> 48 & 0xFF;
-      const size_t end = static_cast<size_t>(lanes[i].out - raw[i]);
-      good &= codes >> 56 == 1 && end < size && end < at[i] + kWindow;
-    }
-  }
-  for (int i = 0; i < kEngines; ++i) {
-    if (good) {
-      at[i] = static_cast<size_t>(lanes[i].out - raw[i]);
-    } else {
-      std::memset(raw[i] + at[i], table.first(), kSlack);
-    }
-  }
-  return good;
-}
-
 // Decodes the streams of a tile. Returns whether they are good; if not, DecodeEngine says why.
-bool DecodeEngines(const DecodeTable& table, const uint8_t* const* streams, size_t stored,
-                   uint8_t* const* raw, size_t size) {
+template <bool kHighMode>
+bool DecodeEngines(const DecodeTable& table, const uint8_t* stored, size_t bytes, size_t size,
+                   Raw* raw) {
+  Lanes lanes;
   size_t at[kEngines] = {};
   bool ended[kEngines] = {};
-  bool any_ended = false;
-  for (int i = 0; i < kEngines; ++i) std::memset(raw[i], table.first(), size + kSlack);
-  for (size_t read = kHeader; read < stored; read += 8) {
-    const uint8_t* words[kEngines];
-    for (int i = 0; i < kEngines; ++i) words[i] = streams[i] + read;
-    if (!any_ended && DecodeWords(table, words, raw, size, at)) continue;
+  for (size_t read = kHeader; read < bytes; read += 8) {
+    const uint8_t* words = stored + read / kBlock * kBlock * kEngines + read % kBlock;
+    for (int i = 0; i < kEngines; ++i) lanes.out[i] = raw[i] + at[i];
+    lanes.Decode<kHighMode>(table, words);
     for (int i = 0; i < kEngines; ++i) {
-      const uint64_t word = LoadWord(words[i]);
+      // A word of low mode is too short for a window.
+      const size_t limit = kHighMode ? std::min(size, at[i] + kWindow) : size;
+      if (lanes.Filled(i, raw[i] + limit)) {
+        at[i] = static_cast<size_t>(lanes.out[i] - raw[i]);
+        continue;
+      }
+      const uint64_t word = LoadWord(words + i * kBlock);
       if (ended[i] ? word != 0 : DecodeWord(table, word, raw[i], size, &at[i], &ended[i]).cause) {
         return false;
       }
-      any_ended |= ended[i];
     }
   }
   bool good = true;
   for (int i = 0; i < kEngines; ++i) {
+    const uint8_t* header = stored + i * kBlock;
     const Checksums sums = ChecksumsOf(raw[i], size);
-    good &= ended[i] && sums.odd == streams[i][4] && sums.even == streams[i][5];
+    good &= ended[i] && sums.odd == header[4] && sums.even == header[5];
   }
   return good;
 }
 
 // Decodes one engine after the other. Returns false at the first that is not good.
-bool DecodeInTurn(const DecodeTable& table, const uint8_t* const* streams, size_t stored,
-                  const uint8_t* dictionary, uint8_t* const* raw, size_t size,
-                  unzip_failure* failure) {
+bool DecodeInTurn(const DecodeTable& table, const Stored* streams, size_t stored,
+                  const uint8_t* dictionary, size_t size, Raw* raw, unzip_failure* failure) {
   for (int engine = 0; engine < kEngines; ++engine) {
     Verdict verdict = CheckHeader(streams[engine], dictionary, size, table.mode());
     if (verdict.cause == 0) {
@@ -197,38 +185,44 @@ bool DecodeInTurn(const DecodeTable& table, const uint8_t* const* streams, size_
   return true;
 }
 
-bool GoodHeaders(const uint8_t* const* streams, const uint8_t* dictionary, size_t size, int mode) {
+bool GoodHeaders(const Stored* streams, const uint8_t* dictionary, size_t size, int mode) {
   for (int engine = 0; engine < kEngines; ++engine) {
     if (CheckHeader(streams[engine], dictionary, size, mode).cause) return false;
   }
   return true;
 }
 
+bool DecodeCoded(DecodeTable* table, const uint8_t* stored, size_t bytes, size_t size, Raw* raw,
+                 unzip_failure* failure) {
+  Stored streams[kEngines];
+  const auto gather = [&](size_t count) {
+    for (int i = 0; i < kEngines; ++i) Gather(stored, i, count, kBlock, streams[i]);
+  };
+  gather(2 * kBlock);  // the headers
+  uint8_t dictionary[kMaxDictionary];
+  ReadDictionary(streams[0], table->mode(), dictionary);
+  table->Use(dictionary);
+  const auto decode = table->mode() == kLow ? DecodeEngines<false> : DecodeEngines<true>;
+  if (GoodHeaders(streams, dictionary, size, table->mode()) &&
+      decode(*table, stored, bytes, size, raw)) {
+    return true;
+  }
+  gather(bytes);
+  return DecodeInTurn(*table, streams, bytes, dictionary, size, raw, failure);
+}
+
 }  // namespace
 
 bool DecodeTile(DecodeTable* table, const uint8_t* stored, size_t stored_bytes, bool coded,
                 uint8_t* tile, size_t tile_bytes, unzip_failure* failure) {
-  uint8_t stream_space[kEngines][kMaxEngine];
-  uint8_t raw_space[kEngines][kMaxEngine + kSlack];
-  const uint8_t* streams[kEngines];
-  uint8_t* raw[kEngines];
+  Raw raw[kEngines];
   const size_t size = tile_bytes / kEngines, bytes = stored_bytes / kEngines;
-  for (int engine = 0; engine < kEngines; ++engine) {
-    streams[engine] = stream_space[engine];
-    raw[engine] = raw_space[engine];
-    Gather(stored, engine, bytes, kBlock, coded ? stream_space[engine] : raw_space[engine]);
+  if (!coded) {
+    for (int i = 0; i < kEngines; ++i) Gather(stored, i, bytes, kBlock, raw[i]);
+  } else if (!DecodeCoded(table, stored, bytes, size, raw, failure)) {
+    return false;
   }
-  if (coded) {
-    uint8_t dictionary[kMaxDictionary];
-    ReadDictionary(streams[0], table->mode(), dictionary);
-    table->Use(dictionary);
-    const bool good = GoodHeaders(streams, dictionary, size, table->mode()) &&
-                      DecodeEngines(*table, streams, bytes, raw, size);
-    if (!good && !DecodeInTurn(*table, streams, bytes, dictionary, raw, size, failure))
-      return false;
-  }
-  for (int engine = 0; engine < kEngines; ++engine)
-    Scatter(raw[engine], engine, size, kChunk, tile);
+  for (int i = 0; i < kEngines; ++i) Scatter(raw[i], i, size, kChunk, tile);
   return true;
 }
 

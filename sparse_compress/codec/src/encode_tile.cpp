@@ -1,100 +1,116 @@
-#include "tile.h"
+#include "encode.h"
 
 namespace unzip {
 namespace {
 
-// One engine's stream on its way. The part of `word` that is not used yet is all ones, as the
-// format fills words, so a word that is full needs no more work.
-struct Lane {
-  const uint8_t* raw;
-  const uint8_t* end;
-  uint8_t* out;
-  uint64_t word = ~uint64_t{0};
-  unsigned used = 0;
+// How far an engine is.
+struct Progress {
+  uint32_t raw;
+  uint32_t written;
+};
 
-  size_t left() const { return static_cast<size_t>(end - raw); }
+// All bits from `used` (at most 63) on.
+inline uint64_t Fill(unsigned used) { return ~uint64_t{0} << used; }
 
-  void Put(uint64_t inverse, unsigned length) {
-    word ^= inverse << used;
-    used += length;
+// A word on its way: its codes and, added to where its raw bytes start, the sums of its steps.
+struct Word {
+  uint64_t codes;
+  uint32_t sums;
+
+  uint32_t raw() const { return sums & 0xFFFF; }
+  unsigned used() const { return sums >> EncodeStep::kLength; }
+
+  void Add(const EncodeStep& step) {
+    codes |= uint64_t{step.codes} << used();
+    sums += step.sums;
   }
 
-  void Next() {
-    StoreWord(out, word);
-    out += 8;
-    word = ~uint64_t{0};
-    used = 0;
-  }
-
-  void End() {
-    if (used + kEndLength > kWordBits) Next();
-    const uint64_t below = (uint64_t{1} << used) - 1;
-    word = (word & below) | static_cast<uint64_t>(kEndBits) << used;
-    Next();
+  // Adds a step if it fits; otherwise returns all ones. Its codes are there even then, as what
+  // comes behind those that fit is filled. A branch would be mispredicted too often.
+  uint32_t Try(const EncodeStep& step) {
+    Add(step);
+    const auto full = static_cast<uint32_t>(static_cast<int32_t>(sums) >> 31);
+    sums -= step.sums & full;
+    return full;
   }
 };
 
-// Codes one or two bytes in low mode. There is no branch on the data: it would be mispredicted too
-// often. A word never holds a whole window: 21 codes of 2 bytes are 42.
-inline void Step(const EncodeTable& table, unsigned pair, Lane* lane) {
-  uint16_t two;
-  std::memcpy(&two, lane->raw, 2);
-  const unsigned again = two == pair;
-  const uint32_t code = table.Step(again << 8 | lane->raw[0]);
-  lane->raw += 1 + again;
-  // All ones if the word is full: compilers make branches of conditions.
-  const int64_t room = static_cast<int64_t>(kWordBits) - lane->used - (code >> 16);
-  const uint64_t full = static_cast<uint64_t>(room >> 63);
-  StoreWord(lane->out, lane->word);
-  lane->out += full & 8;
-  lane->word |= full;
-  lane->used &= static_cast<unsigned>(~full);
-  lane->Put(code & 0xFFFF, code >> 16);
+// Codes a word of low mode in all lanes at once, so that the processor need not wait for any.
+template <int kLanes>
+inline void CodeWord(const EncodeTable& table, const Raw* raw, Stream* streams, uint32_t written,
+                     Word* words) {
+  for (int step = 0; step < 2; ++step) {  // of 24 bits at most
+    for (int i = 0; i < kLanes; ++i) words[i].Add(table.Pair(raw[i] + words[i].raw()));
+  }
+  uint32_t full;
+  do {
+    full = ~uint32_t{0};
+    for (int i = 0; i < kLanes; ++i) full &= words[i].Try(table.Pair(raw[i] + words[i].raw()));
+  } while (!full);
+  for (int i = 0; i < kLanes; ++i) {
+    // The first byte of the pair that did not fit may do so alone; its code is there already.
+    words[i].Try(EncodeStep{0, table.One(raw[i][words[i].raw()]).sums});
+    StoreWord(streams[i] + written, words[i].codes | Fill(words[i].used()));
+    words[i] = Word{0, words[i].raw()};
+  }
 }
 
-// Lanes are independent of each other, so the processor works on all of them at once.
+// Codes words of low mode as long as every lane has enough raw bytes. All lanes have the same
+// number of words.
 template <int kLanes>
-void CodeLow(const EncodeTable& table, Lane* lanes) {
-  const unsigned pair = table.dictionary()[0] * 0x101u;
-  Lane mine[kLanes];
-  std::copy(lanes, lanes + kLanes, mine);
+void CodeWords(const EncodeTable& table, const Raw* raw, size_t size, Stream* streams,
+               Progress* progress) {
+  constexpr uint32_t kMost = 42;  // raw bytes of a word: 21 codes of 2
+  Word words[kLanes];
+  uint32_t written = progress[0].written;
+  for (int i = 0; i < kLanes; ++i) words[i] = Word{0, progress[i].raw};
   for (;;) {
-    size_t left = mine[0].left();
-    for (int i = 1; i < kLanes; ++i) left = std::min(left, mine[i].left());
-    if (left < 2) break;
-    for (size_t step = 0; step < left / 2; ++step) {
-      for (int i = 0; i < kLanes; ++i) Step(table, pair, &mine[i]);
+    size_t left = size;
+    for (const Word& word : words) left = std::min(left, size - word.raw());
+    if (left < kMost + 2) break;
+    for (size_t count = (left - 2) / kMost; count > 0; --count) {
+      CodeWord<kLanes>(table, raw, streams, written, words);
+      written += 8;
     }
   }
-  std::copy(mine, mine + kLanes, lanes);
+  for (int i = 0; i < kLanes; ++i) progress[i] = Progress{words[i].raw(), written};
 }
 
-size_t CountRun(const uint8_t* raw, uint8_t first) {
+size_t CountRun(const uint8_t* raw, uint8_t first, size_t most) {
   size_t run = 0;
-  while (run < kLongestRun && raw[run] == first) ++run;
+  while (run < most && raw[run] == first) ++run;
   return run;
 }
 
-// Codes the rest of a lane in any mode.
-void CodeRest(const EncodeTable& table, Lane* lane) {
+// Codes the rest of an engine in any mode.
+void CodeRest(const EncodeTable& table, const uint8_t* raw, size_t size, uint8_t* stream,
+              Progress* progress) {
   const uint8_t first = table.dictionary()[0];
   const size_t most = table.mode() == kLow ? 2 : kLongestRun;
-  while (lane->left() > 0) {
-    const uint8_t* window = lane->raw + std::min(kWindow, lane->left());
-    while (lane->raw < window) {
-      const size_t room = std::min<size_t>(most, window - lane->raw);
-      const size_t run = std::min(CountRun(lane->raw, first), room);
-      const unsigned bits = kWordBits - lane->used;
-      const Code& code = run ? table.Run(run, bits) : table.Single(lane->raw[0]);
+  size_t at = progress->raw;
+  uint8_t* out = stream + progress->written;
+  for (bool ended = false; !ended; out += 8) {
+    const size_t window = std::min(at + kWindow, size);
+    uint64_t word = 0;
+    unsigned used = 0;
+    while (at < window) {
+      const size_t run = CountRun(raw + at, first, std::min<size_t>(most, window - at));
+      const unsigned bits = kWordBits - used;
+      const Code& code = run ? table.Run(run, bits) : table.Single(raw[at]);
       if (code.length > bits) break;
-      lane->Put(code.inverse, code.length);
-      lane->raw += code.taken;
+      word |= static_cast<uint64_t>(code.bits) << used;
+      used += code.length;
+      at += code.taken;
     }
-    if (lane->left() == 0) break;
-    // A word that holds a whole window is filled with zeros instead.
-    if (lane->raw == window) lane->word &= (uint64_t{1} << lane->used) - 1;
-    lane->Next();
+    ended = at == size && used + kEndLength <= kWordBits;
+    if (ended) {
+      word |= uint64_t{kEndBits} << used;
+    } else if (at < window || at == size) {
+      word |= Fill(used);
+    }  // and zeros behind a whole window
+    StoreWord(out, word);
   }
+  progress->written = static_cast<uint32_t>(out - stream);
 }
 
 void WriteHeader(const EncodeTable& table, const uint8_t* raw, size_t size, uint8_t* stream) {
@@ -110,40 +126,66 @@ void WriteHeader(const EncodeTable& table, const uint8_t* raw, size_t size, uint
   std::memcpy(stream + 6, dictionary + early, 34);
 }
 
+// Interleaves the streams of a tile, or its raw bytes if that is shorter; returns whether it is
+// not.
+bool LayOut(const Raw* raw, size_t size, Stream* streams, const Progress* progress, uint8_t* out,
+            int64_t* stored) {
+  size_t longest = 0;
+  for (int i = 0; i < kEngines; ++i) longest = std::max<size_t>(longest, progress[i].written);
+  const bool coded = longest <= size;
+  longest = coded ? (longest + kBlock - 1) / kBlock * kBlock : size;
+  for (int i = 0; i < kEngines; ++i) {
+    const size_t written = progress[i].written;
+    if (coded) std::memset(streams[i] + written, 0, longest - written);
+    Scatter(coded ? streams[i] : raw[i], i, longest, kBlock, out);
+  }
+  *stored = static_cast<int64_t>(longest * kEngines);
+  return coded;
+}
+
+// Codes `kTiles` tiles of the same size at once.
+template <int kTiles>
+void EncodeSome(const EncodeTable& table, const uint8_t* tiles, size_t tile_bytes,
+                EncodeSpace* space, uint8_t* out, int64_t* stored, uint8_t* coded) {
+  constexpr int kLanes = kTiles * kEngines;
+  Raw* raw = space->raw;
+  Stream* streams = space->streams;
+  Progress progress[kLanes];
+  const size_t size = tile_bytes / kEngines;
+  for (int i = 0; i < kLanes; ++i) {
+    Gather(tiles + i / kEngines * tile_bytes, i % kEngines, size, kChunk, raw[i]);
+    WriteHeader(table, raw[i], size, streams[i]);
+    progress[i] = Progress{0, kHeader};
+  }
+  if (table.mode() == kLow) CodeWords<kLanes>(table, raw, size, streams, progress);
+  for (int i = 0; i < kLanes; ++i) {
+    if (table.mode() == kLow) CodeWords<1>(table, &raw[i], size, &streams[i], &progress[i]);
+    CodeRest(table, raw[i], size, streams[i], &progress[i]);
+  }
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int first = tile * kEngines;
+    coded[tile] = LayOut(&raw[first], size, &streams[first], &progress[first], out, &stored[tile]);
+    out += stored[tile];
+  }
+}
+
 }  // namespace
 
-size_t EncodeTile(const EncodeTable& table, const uint8_t* tile, size_t tile_bytes, uint8_t* out,
-                  uint8_t* coded) {
-  uint8_t raw[kEngines][kMaxEngine + kSlack];
-  // A word takes 5 codes at least, so no stream is twice as long as its raw bytes.
-  uint8_t streams[kEngines][2 * kMaxEngine + kSlack];
-  const size_t size = tile_bytes / kEngines;
-  Lane lanes[kEngines];
-  for (int engine = 0; engine < kEngines; ++engine) {
-    Gather(tile, engine, size, kChunk, raw[engine]);
-    // A run ends with the raw bytes.
-    std::memset(raw[engine] + size, ~table.dictionary()[0], kSlack);
-    WriteHeader(table, raw[engine], size, streams[engine]);
-    lanes[engine].raw = raw[engine];
-    lanes[engine].end = raw[engine] + size;
-    lanes[engine].out = streams[engine] + kHeader;
+int64_t EncodeTiles(const EncodeTable& table, const uint8_t* raw, const int64_t* tile_sizes,
+                    int64_t tiles, EncodeSpace* space, uint8_t* out, int64_t* stored,
+                    uint8_t* coded) {
+  int64_t length = 0;
+  for (int64_t tile = 0; tile < tiles;) {
+    const auto size = static_cast<size_t>(tile_sizes[tile]);
+    const bool two = tile + 1 < tiles && tile_sizes[tile + 1] == tile_sizes[tile];
+    const auto encode = two ? EncodeSome<2> : EncodeSome<1>;
+    encode(table, raw, size, space, out + length, stored + tile, coded + tile);
+    for (const int64_t end = tile + 1 + two; tile < end; ++tile) {
+      raw += size;
+      length += stored[tile];
+    }
   }
-  if (table.mode() == kLow) CodeLow<4>(table, lanes);
-  size_t longest = 0;
-  for (int engine = 0; engine < kEngines; ++engine) {
-    CodeRest(table, &lanes[engine]);
-    lanes[engine].End();
-    longest = std::max(longest, static_cast<size_t>(lanes[engine].out - streams[engine]));
-  }
-  *coded = longest <= size;
-  longest = *coded ? (longest + kBlock - 1) / kBlock * kBlock : size;
-  for (int engine = 0; engine < kEngines; ++engine) {
-    uint8_t* stream = streams[engine];
-    const size_t written = lanes[engine].out - stream;
-    if (*coded) std::memset(stream + written, 0, longest - written);
-    Scatter(*coded ? stream : raw[engine], engine, longest, kBlock, out);
-  }
-  return longest * kEngines;
+  return length;
 }
 
 }  // namespace unzip

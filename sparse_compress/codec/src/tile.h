@@ -19,6 +19,7 @@ constexpr size_t kHeader = 40;
 constexpr size_t kWindow = 64;
 constexpr unsigned kWordBits = 64;
 constexpr unsigned kEndLength = 9;
+constexpr unsigned kLongestFill = 10;
 constexpr unsigned kEndBits = 0b111110111;  // 111011111, first bit lowest
 constexpr int kLow = 0xA8;
 constexpr int kHigh = 0x88;
@@ -31,7 +32,6 @@ inline int DictionarySize(int mode) { return mode == kLow ? 36 : 34; }
 
 struct Code {
   uint16_t bits = 0;
-  uint16_t inverse = 0;  // as many bits, each the other way
   uint8_t length = 0;
   uint8_t taken = 1;  // raw bytes that it codes
 };
@@ -43,7 +43,6 @@ inline Code Reversed(unsigned bits, unsigned length) {
   for (unsigned i = 0; i < length; ++i) {
     code.bits = static_cast<uint16_t>(code.bits << 1 | ((bits >> i) & 1));
   }
-  code.inverse = static_cast<uint16_t>(~code.bits & ((1u << length) - 1));
   return code;
 }
 
@@ -75,15 +74,31 @@ inline Meaning MeaningOf(int mode, int number) {
   return number == 4 ? rank(1) : rank(number - 4);
 }
 
-// Little endian, whatever the host; compilers make one instruction of it.
+// Little endian, whatever the host. Compilers do not always see through bytes one by one.
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+inline uint64_t Swapped(uint64_t word) { return __builtin_bswap64(word); }
+inline uint16_t Swapped(uint16_t pair) { return __builtin_bswap16(pair); }
+#else
+inline uint64_t Swapped(uint64_t word) { return word; }
+inline uint16_t Swapped(uint16_t pair) { return pair; }
+#endif
+
 inline uint64_t LoadWord(const uint8_t* from) {
-  uint64_t word = 0;
-  for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);
-  return word;
+  uint64_t word;
+  std::memcpy(&word, from, 8);
+  return Swapped(word);
 }
 
 inline void StoreWord(uint8_t* to, uint64_t word) {
-  for (int i = 0; i < 8; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
+  word = Swapped(word);
+  std::memcpy(to, &word, 8);
+}
+
+// The first byte is the lower one.
+inline unsigned LoadPair(const uint8_t* from) {
+  uint16_t pair;
+  std::memcpy(&pair, from, 2);
+  return Swapped(pair);
 }
 
 // Copies every fourth piece of `bytes` bytes, from engine `engine` on.
@@ -126,58 +141,8 @@ constexpr size_t kLongestRun = 9;
 // Raw bytes and streams may be read and written so far past their end.
 constexpr size_t kSlack = 128;
 
-class EncodeTable {
- public:
-  EncodeTable(int mode, const uint8_t* dictionary) : mode_(mode), dictionary_(dictionary) {
-    for (unsigned byte = 0; byte < 256; ++byte) singles_[byte] = Literal(byte);
-    for (int number = 0; number < kCodewords; ++number) {
-      const Meaning meaning = MeaningOf(mode, number);
-      if (meaning.repeats == kUnused) continue;
-      if (meaning.rank == 0) {
-        runs_[meaning.repeats] = Codeword(number);
-        runs_[meaning.repeats].taken = meaning.repeats;
-      } else {
-        singles_[dictionary[meaning.rank]] = Codeword(number);
-      }
-    }
-    singles_[dictionary[0]] = runs_[1];
-    for (size_t run = 2; run <= kLongestRun; ++run) {
-      if (runs_[run].length == 0) runs_[run] = runs_[run - 1];
-    }
-    for (unsigned byte = 0; byte < 256; ++byte) steps_[byte] = Packed(singles_[byte]);
-    steps_[256 | dictionary[0]] = Packed(runs_[2]);
-  }
-
-  int mode() const { return mode_; }
-  const uint8_t* dictionary() const { return dictionary_; }
-
-  const Code& Single(unsigned byte) const { return singles_[byte]; }
-
-  // The code of a byte, or with 256 added of two of the first byte: its inverse bits, and above
-  // them its length. The hot loop of low mode has only this to load.
-  uint32_t Step(unsigned byte) const { return steps_[byte]; }
-
-  // The code that takes most of `run` first bytes, if `room` bits are left for it.
-  const Code& Run(size_t run, unsigned room) const {
-    const Code& longest = runs_[run];
-    return longest.length <= room ? longest : runs_[std::min<size_t>(run, kShortRun)];
-  }
-
- private:
-  static uint32_t Packed(const Code& code) { return code.inverse | code.length << 16; }
-
-  static constexpr size_t kShortRun = 4;  // the longest in 3 bits, in high mode
-
-  int mode_;
-  const uint8_t* dictionary_;
-  Code singles_[256];
-  uint32_t steps_[512] = {};
-  Code runs_[kLongestRun + 1];
-};
-
-// Returns the stored bytes: fewer than, or as many as, those of the tile.
-size_t EncodeTile(const EncodeTable& table, const uint8_t* tile, size_t tile_bytes, uint8_t* out,
-                  uint8_t* coded);
+// Raw bytes of an engine.
+using Raw = uint8_t[kMaxEngine + kSlack];
 
 struct Entry {
   uint8_t length;
@@ -189,9 +154,13 @@ struct Entry {
 // that they hold. Rebuilt only when the dictionary changes.
 class DecodeTable {
  public:
-  // Of the bits in a word, so many may be left before its last codes are looked up at once. All
-  // lengths are multiples of 3, so 1, 4, 7 or 10 bits are left then.
-  static constexpr unsigned kLast = 10;
+  // Raw bytes of a step; others behind these are the first of the dictionary, in high mode only.
+  static constexpr unsigned kBytes = 6;
+  static constexpr unsigned kMore = 8;
+  // Two steps take 15 bits at least: the second begins with the code that was too long for the
+  // first. A few words of high mode take more of them.
+  static constexpr int kMostSteps = 9;
+  static_assert(kMostSteps * (kBytes + kMore) <= kSlack, "bad words are written before refused");
 
   explicit DecodeTable(int mode);
 
@@ -200,30 +169,24 @@ class DecodeTable {
   int mode() const { return mode_; }
   const Entry& operator[](uint64_t bits) const { return entries_[bits & 4095]; }
 
-  // Up to 6 raw bytes, then how many they are (a run may be longer: the bytes after these are the
-  // first of the dictionary), then the length of their codes. Nothing of END and the unused code.
-  uint64_t Many(uint64_t bits) const { return many_[bits & 4095]; }
+  // The codes that some bits begin with. From the lowest bit on: 8 bits, how many they are; the raw
+  // bytes; 8 bits, the number of these. The bits are inverted, so that those behind a word are like
+  // the ones that fill it: no codes. Nor has a step END, the unused code or the literal of 255.
+  uint64_t Step(uint64_t inverse) const { return steps_[inverse & 4095]; }
 
-  // The same for the last `left` bits of a word; length 0 if they are not codes and fill.
-  uint64_t Last(uint64_t bits, unsigned left) const { return last_[left / 3][bits & 1023]; }
-
-  uint8_t first() const { return dictionary_[0]; }
-
-  // Two of the first byte, where Many and Last have count and length.
-  uint64_t padding() const { return padding_; }
+  // The first byte of the dictionary, eight times.
+  uint64_t run() const { return run_; }
 
  private:
   void Enter(Code code, uint8_t repeats, uint8_t byte);
-  void Collect();
-  uint64_t Pack(uint64_t bits, unsigned left, bool last) const;
+  uint64_t Collect(uint64_t bits) const;
 
   int mode_;
   bool filled_ = false;
   uint8_t dictionary_[kMaxDictionary] = {};
-  uint64_t padding_ = 0;
+  uint64_t run_ = 0;
   Entry entries_[4096];
-  uint64_t many_[4096];
-  uint64_t last_[4][1024];
+  alignas(64) uint64_t steps_[4096];
 };
 
 // Returns whether the tile is good; otherwise *failure tells the engine and the cause.

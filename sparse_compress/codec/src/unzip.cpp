@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <thread>
 #include <vector>
 
-#include "tile.h"
+#include "encode.h"
 
 namespace unzip {
 namespace {
@@ -60,14 +61,12 @@ int32_t Encode(const uint8_t* stream, int64_t stream_bytes, const int64_t* tile_
   // place of its input on, and then the parts close up.
   const int64_t parts = ThreadsFor(threads, tiles);
   std::vector<int64_t> begins(static_cast<size_t>(parts)), lengths(begins.size());
+  const std::unique_ptr<EncodeSpace[]> spaces(new EncodeSpace[begins.size()]);
   Share(tiles, parts, [&](int64_t part, int64_t first, int64_t last) {
     begins[part] = starts[first];
-    for (int64_t tile = first; tile < last; ++tile) {
-      stored[tile] = static_cast<int64_t>(
-          EncodeTile(table, stream + starts[tile], static_cast<size_t>(tile_sizes[tile]),
-                     weight + begins[part] + lengths[part], coded + tile));
-      lengths[part] += stored[tile];
-    }
+    lengths[part] =
+        EncodeTiles(table, stream + starts[first], tile_sizes + first, last - first, &spaces[part],
+                    weight + begins[part], stored + first, coded + first);
   });
   int64_t end = 0;
   for (int64_t part = 0; part < parts; ++part) {
@@ -119,23 +118,32 @@ int32_t Decode(const uint8_t* weight, int64_t weight_bytes, const int64_t* offse
   return UNZIP_OK;
 }
 
+// Adds the counts of at most 2^32 bytes.
+void CountBytes(const uint8_t* stream, int64_t bytes, int64_t* counts) {
+  // Several tables, so that equal bytes in a row need not wait for each other. Processors mistake
+  // addresses for equal whose low bits are: the tables lie apart by other than a power of two.
+  constexpr int kTables = 8;
+  uint32_t tables[kTables][256 + 16] = {};
+  int64_t i = 0;
+  for (; i + kTables <= bytes; i += kTables) {
+    for (int table = 0; table < kTables; ++table) ++tables[table][stream[i + table]];
+  }
+  for (; i < bytes; ++i) ++tables[0][stream[i]];
+  for (const auto& table : tables) {
+    for (int byte = 0; byte < 256; ++byte) counts[byte] += table[byte];
+  }
+}
+
 }  // namespace
 }  // namespace unzip
 
 int32_t unzip_abi_version(void) { return 2; }
 
 void unzip_count(const uint8_t* stream, int64_t stream_bytes, int64_t* counts) {
-  // Several tables, so that equal bytes in a row need not wait for each other.
-  constexpr int kTables = 8;
-  int64_t tables[kTables][256] = {};
-  int64_t i = 0;
-  for (; i + kTables <= stream_bytes; i += kTables) {
-    for (int table = 0; table < kTables; ++table) ++tables[table][stream[i + table]];
-  }
-  for (; i < stream_bytes; ++i) ++tables[0][stream[i]];
-  for (int byte = 0; byte < 256; ++byte) {
-    counts[byte] = 0;
-    for (int table = 0; table < kTables; ++table) counts[byte] += tables[table][byte];
+  constexpr int64_t kPart = int64_t{1} << 30;
+  std::fill(counts, counts + 256, 0);
+  for (int64_t i = 0; i < stream_bytes; i += kPart) {
+    unzip::CountBytes(stream + i, std::min(kPart, stream_bytes - i), counts);
   }
 }
 
