@@ -85,8 +85,8 @@ class Search:
             run_blocks(self.prepared, self.measuring, blocks, Steps(rounding=measure))
             curves = read_curves(self.prepared, self.measuring)
             if self.goal.target_ratio is not None:
-                aim = AIM * self.goal.target_ratio
-                return self._found(curves, price_for_ratio(curves, aim), {})
+                price = price_for_ratio(curves, self.goal.target_ratio, AIM)
+                return self._found(curves, price, {})
             return self._try_prices(curves)
 
     def _progress(self, step: str) -> Callable[[int, float], None]:

@@ -94,9 +94,9 @@ def heldout(half: Any, texts: dict[Path, Path]) -> Path:
 
 @pytest.fixture
 def lossy(half: Any, heldout: Path, tmp_path: Path) -> SparseOptions:
-    """A request for a loss of quality; its measurement has been done for ``half``."""
-    found = replace(half.options, output=tmp_path / "out", target_ratio=None, max_ppl_increase=1.0)
-    return replace(found, heldout=heldout)
+    """A request for a loss of quality, of one fused linear."""
+    options = replace(half.options, output=tmp_path / "out", exclude=(*EXCLUDE, "*.q_proj"))
+    return replace(options, target_ratio=None, max_ppl_increase=1.0, heldout=heldout)
 
 
 def opened(directory: Path) -> ServedModel:
@@ -135,7 +135,7 @@ def test_a_ratio_is_reached_at_any_number_of_ranks(make: Make, tmp_path: Path) -
     job = tmp_path / "job"
     whole = make(MODEL, target_ratio=0.45, job=job, keep_job=True, **OPTIONS)
     assert whole.summary["ratio"] == pytest.approx(0.45, rel=0.02)
-    assert whole.summary["predicted_ratio"] == pytest.approx(0.45, rel=1e-6)
+    assert whole.summary["predicted_ratio"] == pytest.approx(0.45, rel=0.01)
     assert whole.summary["target_ratio"] == 0.45 and whole.summary["price"] > 0
     assert "sparsity" not in whole.summary and "pruning" not in whole.summary
     two, again = replace(whole.options, output=tmp_path / "two", tp=2), Stop("never", 1.0)

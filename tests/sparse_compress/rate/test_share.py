@@ -119,6 +119,16 @@ def test_a_ratio_that_asks_for_nothing_has_the_least_damage() -> None:
     assert set(local_prices(CURVES, price).values()) == {PRICES[0]}
 
 
+def test_an_aim_below_the_ratio_is_not_needed_to_reach_it() -> None:
+    aimed = predict(CURVES, price_for_ratio(CURVES, 0.4, 0.9)).ratio
+    assert aimed == pytest.approx(0.36, rel=1e-6)
+    least = outcome(dict.fromkeys(IDEALS, PRICES[-1])).ratio
+    price = price_for_ratio(CURVES, 1.05 * least, 0.9)
+    assert predict(CURVES, price).ratio == pytest.approx(least, rel=1e-9)
+    with pytest.raises(MsQuantError, match=r"^target ratio 0\.05 cannot be reached"):
+        price_for_ratio(CURVES, 0.05, 0.9)
+
+
 def test_an_unreachable_ratio_is_refused_with_the_smallest_one() -> None:
     least = outcome(dict.fromkeys(IDEALS, PRICES[-1])).ratio
     expected = (
