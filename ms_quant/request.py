@@ -80,11 +80,13 @@ class Extension:
         numbers: entries of the job record: what it does to the numbers.
         writing: entries of the output's record that only concern how it is written.
         output_bytes: most bytes of the output's tensors.
+        unknown: entries of the job record that only work will tell.
     """
 
     numbers: Mapping[str, Any] = field(default_factory=dict)
     writing: Mapping[str, Any] = field(default_factory=dict)
     output_bytes: int = 0
+    unknown: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Prepared:
         record: what changes numbers; a job with the same goes on.
         output_record: that, and how the output is written.
         output_bytes: most bytes of the output's tensors.
+        unknown: entries that the record does not have yet.
     """
 
     options: QuantizeOptions
@@ -108,6 +111,7 @@ class Prepared:
     record: dict[str, Any]
     output_record: dict[str, Any]
     output_bytes: int
+    unknown: Sequence[str] = ()
 
     def output(self) -> OutputDirectory:
         """The output as it is on the disk now."""
@@ -117,7 +121,8 @@ class Prepared:
     def job(self) -> JobDirectory:
         """The job as it is on the disk now."""
         options = self.options
-        return JobDirectory(options.job_directory, self.record, options.any_environment)
+        environment = options.any_environment
+        return JobDirectory(options.job_directory, self.record, environment, self.unknown)
 
 
 def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
@@ -157,6 +162,7 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
         record,
         {**record, **extension.writing},
         extension.output_bytes,
+        extension.unknown,
     )
     _check_disk(prepared)
     return prepared

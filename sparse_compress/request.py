@@ -167,6 +167,7 @@ def check(options: SparseOptions) -> Request:
         numbers={"sparsity": pruned.share, "pruning": pruned.kind} if pruned else {},
         writing={**writing, "rate": goal.record()} if goal else writing,
         output_bytes=most_bytes(layout) + spool_bytes(layout),
+        unknown=["price"] if goal else [],
     )
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(target, config, limits))
@@ -198,11 +199,15 @@ def _goal(options: SparseOptions) -> Goal | None:
         return None
     if options.target_ratio is not None:
         check_ratio(options.target_ratio)
-        return Goal(options.target_ratio)
+        return Goal(float(options.target_ratio))
     assert options.max_ppl_increase is not None and options.heldout is not None
     check_increase(options.max_ppl_increase)
     tokens = eval_windows(options.heldout, options.model, options.seq_len)
-    return Goal(None, options.max_ppl_increase, tokens[: options.samples])
+    if tokens.shape[1] < 2:
+        raise MsQuantError(
+            f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"
+        )
+    return Goal(None, float(options.max_ppl_increase), tokens[: options.samples])
 
 
 def most_bytes(layout: Layout) -> int:

@@ -78,7 +78,7 @@ def _run_for_goal(request: Request, block_progress: BlockProgress, progress: Pro
         request = replace(request, rate=found.facts)
         complete(found.prepared, block_progress, _writer(request, progress), found.steps)
     if not request.options.keep_job:
-        remove_measured(prepared)
+        remove_measured(request.prepared)
     return finished
 
 

@@ -46,7 +46,7 @@ from sparse_compress.slim import SlimDirectory
 from sparse_compress.slim_verify import rewriting, slim_problems
 
 Progress = Callable[[str, float], None]
-ERROR_DIGITS = 1e-6
+ERROR_DIGITS = 1e-9
 
 
 @dataclass
@@ -237,7 +237,7 @@ def _source_problems(
         count(subject.checked, measured=1)
         stated = proof.error(member)
         found = weight_error(source, replace(stored, activation=proof.activation(group)))
-        if not math.isclose(found, stated, rel_tol=ERROR_DIGITS, abs_tol=ERROR_DIGITS):
+        if not math.isclose(found, stated, rel_tol=ERROR_DIGITS, abs_tol=1e-24):
             yield (
                 f"{name}.weight: its relative squared error from the source is {found:.6g}, "
                 f"expected {stated:.6g} as {proof.file.path} states"

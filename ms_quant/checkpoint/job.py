@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,15 +134,22 @@ class JobDirectory:
         record: what the job computes, as JSON. Its ``environment`` entry may differ when
             `any_environment` is set.
         any_environment: go on under other versions, CPU or thread count.
+        unknown: entries that a job has and this record does not have yet; they are not compared.
 
     Raises:
         MsQuantError: the directory holds a job with another record, or is no job at all.
     """
 
-    def __init__(self, directory: Path, record: Mapping[str, Any], any_environment: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        record: Mapping[str, Any],
+        any_environment: bool = False,
+        unknown: Sequence[str] = (),
+    ):
         self.directory = directory
         self.record = json.loads(json.dumps(record))
-        self.any_environment = any_environment
+        self.any_environment, self.unknown = any_environment, unknown
         self._check()
 
     def _check(self) -> None:
@@ -162,7 +169,9 @@ class JobDirectory:
         )
 
     def _compare(self, old: Mapping[str, Any]) -> None:
-        found = explain_difference(old, self.record, "begun", self.any_environment)
+        unknown = {key: old.get(key, "to be found") for key in self.unknown}
+        new = {**self.record, **unknown}
+        found = explain_difference(old, new, "begun", self.any_environment)
         if not found:
             return
         path, clause = found

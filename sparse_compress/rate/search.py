@@ -6,6 +6,7 @@ tried. Both are resumed and, at the end, removed.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,10 @@ CLOSE = 0.9
 """A try is good enough when it uses this much of the budget."""
 FARTHEST = 16.0
 """The predicted damage changes by no more than this factor from one try to the next."""
+INSIDE = 0.1
+"""A try between two others keeps this part of their distance, in logarithms, from each."""
+SAME = 0.02
+"""No damage is tried that is nearer than this to one that was, in logarithms."""
 Progress = Callable[[str, float], None]
 
 
@@ -80,8 +85,8 @@ class Search:
             run_blocks(self.prepared, self.measuring, blocks, Steps(rounding=measure))
             curves = read_curves(self.prepared, self.measuring)
             if self.goal.target_ratio is not None:
-                aim = AIM * self.goal.target_ratio
-                return self._found(curves, price_for_ratio(curves, aim), {})
+                price = price_for_ratio(curves, self.goal.target_ratio, AIM)
+                return self._found(curves, price, {})
             return self._try_prices(curves)
 
     def _progress(self, step: str) -> Callable[[int, float], None]:
@@ -97,20 +102,23 @@ class Search:
         assert self.goal.max_ppl_increase is not None
         budget = math.log1p(self.goal.max_ppl_increase)
         path = self.measuring.directory / TRIES
-        tries: dict[str, Any] = read_json(path) if path.exists() else {"losses": []}
+        goals: dict[str, Any] = read_json(path) if path.exists() else {}
+        tries = goals.setdefault(json.dumps(self.goal.record(), sort_keys=True), {"losses": []})
         if "float" not in tries:
             tries["float"] = self._loss(FloatModel(self.prepared.options.model))
-            write_json(path, tries)
+            write_json(path, goals)
         points: list[tuple[float, float, float]] = []
         damage = budget
         for number in range(MOST_TRIES):
             price = price_for_damage(curves, damage)
             damage = predict(curves, price).damage
+            if any(abs(math.log(damage / tried)) < SAME for _, tried, _ in points):
+                break
             found = self._found(curves, price, {})
             if number == len(tries["losses"]):
                 self._forget([price for price, _, _ in points])
                 tries["losses"].append(self._loss_of_job(found))
-                write_json(path, tries)
+                write_json(path, goals)
             points.append((price, damage, tries["losses"][number] - tries["float"]))
             if CLOSE * budget <= points[-1][2] <= budget:
                 break
@@ -128,6 +136,7 @@ class Search:
         if good:
             return max(good)
         least = min(point[2] for point in points)
+        self._forget([price for price, _, _ in points])
         raise MsQuantError(
             f"max ppl increase {100 * math.expm1(budget):g} % cannot be reached: the least that "
             f"was found is {100 * math.expm1(least):.3g} %, of which quantized activations are a "
@@ -155,31 +164,43 @@ class Search:
 def next_damage(points: list[tuple[float, float]], budget: float) -> float:
     """The damage to predict in the next try.
 
-    The increase of the loss is taken as linear in the damage, through the two tries nearest to
-    the budget, or through one and the origin.
+    The increase of the loss is taken as a power of the damage: through the most damage that was
+    within the budget and the next that was not; where there are no such two, through the two tries
+    nearest to the budget; after one try as proportional to it.
 
     Args:
-        points: damage predicted and increase found, of each try so far.
+        points: damage predicted and increase found, of each try so far; none is so near to the
+            budget that no other is wanted.
         budget: the largest increase.
     """
-    nearest = sorted(points, key=lambda point: abs(point[1] - budget))[:2]
-    (damage, increase) = nearest[0]
     goal = budget * (1 + CLOSE) / 2
-    slope, rest = (increase / damage, 0.0) if damage > 0 else (1.0, 0.0)
-    if len(nearest) == 2 and nearest[1][0] != damage:
-        slope = (nearest[1][1] - increase) / (nearest[1][0] - damage)
-        rest = increase - slope * damage
-    wanted = (goal - rest) / slope if slope > 0 else damage / 2
-    low = max([d for d, found in points if found <= budget], default=damage / FARTHEST)
-    high = min([d for d, found in points if found > budget], default=damage * FARTHEST)
-    if not low < wanted < high:
-        wanted = math.sqrt(low * high) if low < high else min(low, high) / 2
-    return wanted
+    low = max((point for point in points if point[1] <= budget), default=None)
+    over = [point for point in points if point[1] > budget]
+    high = min((point for point in over if low is None or point[0] > low[0]), default=None)
+    if low and high:
+        power = _power(low, high)
+        part = math.log(goal / low[1]) / power / math.log(high[0] / low[0]) if power else 0.5
+        return low[0] * (high[0] / low[0]) ** min(max(part, INSIDE), 1 - INSIDE)
+    first, *more = sorted(points, key=lambda point: abs(point[1] - budget))[:2]
+    power = _power(first, more[0]) if more else float(first[1] > 0)
+    least, most = (low[0], low[0] * FARTHEST) if low else (min(over)[0] / FARTHEST, min(over)[0])
+    if power:
+        distance = math.log(goal / first[1]) / power
+        if math.log(least / first[0]) < distance < math.log(most / first[0]):
+            return first[0] * math.exp(distance)
+    return math.sqrt(least * most)
+
+
+def _power(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """The power of the damage that the increase is between two tries; 0 where it is none."""
+    if min(a[1], b[1]) <= 0 or a[0] == b[0]:
+        return 0.0
+    return max(0.0, math.log(b[1] / a[1]) / math.log(b[0] / a[0]))
 
 
 def at_price(prepared: Prepared, price: float) -> Prepared:
     """The request with a job of that price."""
-    return replace(prepared, record={**prepared.record, "price": price})
+    return replace(prepared, record={**prepared.record, "price": price}, unknown=())
 
 
 def measuring_directory(job: Path) -> Path:
@@ -197,7 +218,8 @@ def measuring_job(prepared: Prepared) -> JobDirectory:
 def remove_measured(prepared: Prepared) -> None:
     """Removes what measuring left, where it is of this request."""
     directory = measuring_directory(prepared.options.job_directory)
-    remove_job(lambda: measuring_job(prepared), directory / TRIES)
+    begun = directory.glob(f".{TRIES}.*.tmp")
+    remove_job(lambda: measuring_job(prepared), directory / TRIES, *begun)
 
 
 def remove_job(make: Callable[[], JobDirectory], *files: Path) -> None:

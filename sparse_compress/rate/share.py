@@ -84,15 +84,16 @@ def predict(curves: Mapping[str, Curve], price: float) -> Prediction:
     return Prediction(stored / total, damage)
 
 
-def price_for_ratio(curves: Mapping[str, Curve], ratio: float) -> float:
+def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0) -> float:
     """The least price at which no more is stored.
 
     Args:
         curves: of all linears.
         ratio: stored bytes over weights.
+        aim: the part of it to aim at, where a price leads there.
 
     Raises:
-        MsQuantError: no price leads there.
+        MsQuantError: no price leads to the ratio.
     """
     least = predict(curves, HIGHEST).ratio
     if least > ratio:
@@ -100,7 +101,8 @@ def price_for_ratio(curves: Mapping[str, Curve], ratio: float) -> float:
             f"target ratio {ratio:g} cannot be reached: the smallest that this model's linears "
             f"are predicted to take is {least:.3f}"
         )
-    return _least_price(lambda price: predict(curves, price).ratio <= ratio)
+    wanted = max(aim * ratio, least)
+    return _least_price(lambda price: predict(curves, price).ratio <= wanted)
 
 
 def price_for_damage(curves: Mapping[str, Curve], damage: float) -> float:

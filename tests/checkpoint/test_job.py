@@ -260,3 +260,17 @@ def test_hidden_states_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(MsQuantError, match=r"hidden\.npy: no space left .* hidden states"):
         hidden.commit()
     assert not (tmp_path / "hidden.npy").exists()
+
+
+def test_what_is_not_known_yet_is_not_compared_but_must_be_there(tmp_path: Path) -> None:
+    with JobDirectory(tmp_path / "job", {**RECORD, "price": 0.5}).open():
+        pass
+    JobDirectory(tmp_path / "job", RECORD, unknown=("price",))
+    with pytest.raises(MsQuantError, match=r"begun with price = 0\.5, now price is None"):
+        JobDirectory(tmp_path / "job", RECORD)
+    with pytest.raises(MsQuantError, match="begun with seed = "):
+        JobDirectory(tmp_path / "job", {**RECORD, "seed": 5}, unknown=("price",))
+    with JobDirectory(tmp_path / "plain", RECORD).open():
+        pass
+    with pytest.raises(MsQuantError, match="with price = None, now price is 'to be found'"):
+        JobDirectory(tmp_path / "plain", RECORD, unknown=("price",))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import open_model, static_linear
+from ms_quant.checkpoint.serving import JobModel, open_model, static_linear
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation import perplexity, token_losses
+from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
 
 WEIGHT = np.array([[1, 2], [3, -4]], np.int8)
 ONES = np.ones(2, np.float32)
@@ -35,3 +38,42 @@ def test_pieces_of_a_float_model_are_its_tensor(tiny_model: Callable[..., Path])
     name = "model.embed_tokens.weight"
     rows = [part for _, part in model.chunks(name)]
     np.testing.assert_array_equal(np.concatenate(rows), model.tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ({"family": "qwen2"}, {"algorithm": "smoothquant"}),
+        ({"family": "llama", "biases": True, "tied": True}, {"exclude": ("*.0.*.down_proj",)}),
+        ({"family": "qwen3"}, {"dtype": "float16"}),
+    ],
+)
+def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+    blocking_mindspore: None,
+    model: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """bfloat16 weights of this size are float16 numbers, too, but for some tiny ones."""
+    source = tiny_model(**model)
+    request = QuantizeOptions(
+        source, tmp_path / "out", calib=calib_text, samples=4, seq_len=16, keep_job=True, **options
+    )
+    prepared = prepare(request)
+    quantize_checkpoint(request, prepared=prepared)
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
+    job, written = JobModel(prepared.plan, prepared.job(), source), open_model(tmp_path / "out")
+    ours, theirs = token_losses(job, tokens), token_losses(written, tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert perplexity(job, tokens)["loss"] == pytest.approx(perplexity(written, tokens)["loss"])
+    assert np.abs(ours - token_losses(open_model(source), tokens)).max() > 1e-3
+    assert job.flavour == "W8A8"
+    for path in prepared.plan.quantized():
+        mine, other = job.linear(path), written.linear(path)
+        assert mine is not None and other is not None
+        np.testing.assert_array_equal(mine.weight, other.weight)
+        assert (mine.bias is None) == (other.bias is None)
+    for path in ("model.norm", *prepared.plan.float_linears()):
+        assert job.linear(path) is None
