@@ -52,12 +52,12 @@ class Seen:
     Attributes:
         stats: statistics of its input.
         loss: error of the block's output with candidates in place of the float linears.
-        power: mean square of the block's output.
+        damage: the same relative to the output of each token.
     """
 
     stats: ActivationStats | None
     loss: Callable[[Mapping[str, QuantizedLinear]], float]
-    power: float = 1.0
+    damage: Callable[[Mapping[str, QuantizedLinear]], float]
 
 
 def quantize_group(
@@ -88,7 +88,7 @@ def quantize_group(
         dtype=plan.dtype,
         loss=seen.loss,
         alpha=plan.alpha,
-        power=seen.power,
+        damage=seen.damage,
     )
     solution = get_algorithm(plan.algorithm, plan.scheme).solve(problem)
     if steps.rounding is None:
@@ -110,7 +110,9 @@ def quantize_data_free(
         linears: dict[str, QuantizedLinear] = {}
         groups = plan.groups(index)
         for done, group in enumerate(groups):
-            found, _ = quantize_group(plan, index, group, array, Seen(None, _no_loss), PLAIN)
+            found, _ = quantize_group(
+                plan, index, group, array, Seen(None, _no_loss, _no_loss), PLAIN
+            )
             linears.update(found)
             progress(index, (done + 1) / len(groups))
         job.finish_block(index, linears, {}, {})

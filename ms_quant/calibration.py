@@ -8,6 +8,7 @@ on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 from mindspore import Tensor
@@ -28,6 +29,7 @@ from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
 
 EMBEDDING = "model.embed_tokens.weight"
+SMALLEST = np.finfo(np.float64).tiny
 
 
 class BlockRunner:
@@ -77,10 +79,6 @@ class SearchWindows:
         first, last = np.searchsorted(self.chosen, [start, start + len(states[0])])
         for kept, state in zip(self.states, states, strict=True):
             kept[first:last] = state[self.chosen[first:last] - start]
-
-    def power(self) -> float:
-        """Mean square of the block's output."""
-        return float(np.mean(np.square(self.states[2]), dtype=np.float64))
 
     def batches(self) -> Iterator[np.ndarray]:
         """Inputs, middles and outputs, of some windows at a time."""
@@ -132,7 +130,8 @@ def calibrate(
         notes = {}
         groups = plan.groups(index)
         for done, group in enumerate(groups):
-            seen = Seen(stats[group.name], _block_loss(runner, group, searched), searched.power())
+            errors = partial(_token_errors, runner, group, searched)
+            seen = Seen(stats[group.name], partial(_loss, errors), partial(_damage, errors))
             linears_of_group, notes[group.name] = quantize_group(
                 plan, index, group, runner.array, seen, steps
             )
@@ -181,21 +180,37 @@ def _observe(
     return stats, searched
 
 
-def _block_loss(
-    runner: BlockRunner, group: LinearGroup, searched: SearchWindows
-) -> Callable[[Mapping[str, QuantizedLinear]], float]:
-    """Mean squared error of the block's output with a candidate in place of a float group."""
+Candidate = Mapping[str, QuantizedLinear]
+Errors = Callable[[Candidate], Iterator[tuple[np.ndarray, np.ndarray]]]
 
-    def output(hidden: np.ndarray, middle: np.ndarray) -> np.ndarray:
-        return runner.feed_forward(middle if group.in_mlp else runner.attend(hidden))
 
-    def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
-        cells = {path: QuantLinear(linear) for path, linear in candidate.items()}
-        with replaced(runner.block, cells):
-            errors = [
-                np.square(output(hidden, middle) - exact).sum(dtype=np.float64)
-                for hidden, middle, exact in searched.batches()
-            ]
-        return float(np.sum(errors) / searched.states[2].size)
+def _token_errors(
+    runner: BlockRunner, group: LinearGroup, searched: SearchWindows, candidate: Candidate
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What a candidate in place of a float group changes in the block's output, and that output."""
+    cells = {path: QuantLinear(linear) for path, linear in candidate.items()}
+    with replaced(runner.block, cells):
+        for hidden, middle, exact in searched.batches():
+            found = runner.feed_forward(middle if group.in_mlp else runner.attend(hidden))
+            yield found - exact, exact
 
-    return loss
+
+def _loss(errors: Errors, candidate: Candidate) -> float:
+    """Mean squared error of the block's output."""
+    squares = [(np.square(e).sum(dtype=np.float64), e.size) for e, _ in errors(candidate)]
+    return float(sum(square for square, _ in squares) / sum(size for _, size in squares))
+
+
+def _damage(errors: Errors, candidate: Candidate) -> float:
+    """Squared error over squared output of a token, in the mean over tokens.
+
+    Some tokens have a few activations that are larger than all others together. In a mean of
+    squares over tokens they alone would count.
+    """
+    shares = [_power(e) / np.maximum(_power(y), SMALLEST) for e, y in errors(candidate)]
+    return float(np.concatenate([share.reshape(-1) for share in shares]).mean())
+
+
+def _power(x: np.ndarray) -> np.ndarray:
+    """Squared length of each token, float64."""
+    return np.square(x, dtype=np.float64).sum(axis=-1)

@@ -64,7 +64,8 @@ def run(
         typer.Option(help="Or: by how much perplexity may grow, such as 0.5%. Needs --heldout."),
     ] = None,
     heldout: Annotated[
-        Path | None, typer.Option(help="Text to measure that perplexity on.")
+        Path | None,
+        typer.Option(help="Text whose first --samples windows that perplexity is measured on."),
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Or: share of weights to prune. Default: 0.5")
@@ -138,6 +139,11 @@ def run(
         result = compress(options, progress, request)
     for name, reason in result["uncompressed"].items():
         note(f"note: {name} stays float16: {reason}")
+    if result["ratio"] > (target_ratio or 1):
+        note(
+            f"note: the ratio is {result['ratio']:.4f}, above the target: it is predicted without "
+            "the padding of slices whose rows are not a multiple of 128"
+        )
     emit(result, as_json, show_fields)
 
 
@@ -202,7 +208,10 @@ def verify(
     workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode every tile, check every tensor, recompute the int8 weights from the source."""
+    """Decode every tile and check every tensor; with the source, every weight against it.
+
+    Pruned weights are made again, bit for bit; rounded ones are measured against the source.
+    """
     from sparse_compress.verify import verify as prove
 
     _note_backend()

@@ -22,7 +22,7 @@ KEPT = (
 
 # Measured with benchmarks/rate.py on 2 cores: the column step and three passes of descent, the
 # prices that a linear is measured at, and the factor of the Hessian.
-SECONDS_A_WEIGHT, FACTOR_FLOPS = 0.7e-6, 8
+SECONDS_A_WEIGHT, SECONDS_A_PRICE, FACTOR_FLOPS = 0.7e-6, 0.2, 8
 MEASURED_ROWS = len(PRICES) * SAMPLE_ROWS
 
 
@@ -39,7 +39,7 @@ def rate_seconds(request: Request) -> float:
     speed, seconds = flops(), 0.0
     for n, k in _group_shapes(request):
         seconds += 2 * FACTOR_FLOPS * k**3 / speed
-        seconds += (n + MEASURED_ROWS) * k * SECONDS_A_WEIGHT
+        seconds += (n + MEASURED_ROWS) * k * SECONDS_A_WEIGHT + len(PRICES) * SECONDS_A_PRICE
     return request.layout.config.num_layers * seconds
 
 

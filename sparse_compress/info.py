@@ -214,7 +214,7 @@ def _rate(goal: Any, found: Any) -> dict[str, Any]:
         **(goal if isinstance(goal, dict) else {}),
         **(found if isinstance(found, dict) else {}),
     }
-    return {key: value for key, value in both.items() if isinstance(value, float)}
+    return {key: value for key, value in both.items() if isinstance(value, int | float)}
 
 
 def _weight_counts(directory: Path, layout: Layout) -> dict[str, int]:

@@ -163,7 +163,7 @@ class Proof:
                 str(member): {str(key): int(count) for key, count in found.items()}
                 for member, found in counts.items()
             }
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError):
             raise MsQuantError(
                 f"{self.file.path}: metadata 'counts' is malformed, expected counts of zeros"
             ) from None
@@ -176,7 +176,7 @@ class Proof:
         """
         try:
             return float(parse_json(self.file.metadata.get("errors", "").encode())[member])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise MsQuantError(
                 f"{self.file.path}: metadata 'errors' is malformed, expected that of {member}"
             ) from None

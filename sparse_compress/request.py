@@ -163,9 +163,12 @@ def check(options: SparseOptions) -> Request:
         raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
     layout = Layout(config, options.tp, frozenset(fused - set(reasons)), target)
     writing: dict[str, Any] = {"format": "W8A8SC", "target": target.name, "tp": options.tp}
+    numbers: dict[str, Any] = {"rate": goal.record()} if goal else {}
+    if pruned:
+        numbers = {"sparsity": pruned.share, "pruning": pruned.kind}
     extension = Extension(
-        numbers={"sparsity": pruned.share, "pruning": pruned.kind} if pruned else {},
-        writing={**writing, "rate": goal.record()} if goal else writing,
+        numbers=numbers,
+        writing=writing,
         output_bytes=most_bytes(layout) + spool_bytes(layout),
         unknown=["price"] if goal else [],
     )

@@ -85,7 +85,8 @@ def _run_for_goal(request: Request, block_progress: BlockProgress, progress: Pro
 def _recorded_price(output: Path) -> float:
     """The price that a finished output was made with."""
     found = read_json(output / RECORD, MAX_RECORD_BYTES).get("rate")
-    return float(found["price"]) if isinstance(found, dict) and "price" in found else 0.0
+    price = found.get("price") if isinstance(found, dict) else None
+    return price if isinstance(price, float) else 0.0
 
 
 def _writer(

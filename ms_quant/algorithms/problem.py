@@ -50,7 +50,8 @@ class Problem:
         loss: error of the network with the linears of a candidate in place of the float ones;
             a mean squared error over calibration tokens.
         alpha: smoothing strength where the algorithm takes one.
-        power: mean square of the network's output, what ``loss`` is to be compared with.
+        damage: squared error over squared output of each token, in the mean over tokens; a token
+            with huge activations counts as any other. None where no block is run.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Problem:
     dtype: np.dtype
     loss: Callable[[Mapping[str, QuantizedLinear]], float]
     alpha: float = 0.5
-    power: float = 1.0
+    damage: Callable[[Mapping[str, QuantizedLinear]], float] | None = None
 
 
 def input_quantization(problem: Problem, solution: Solution) -> StaticActivation:

@@ -10,6 +10,9 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 
+LEAST_RATIO = 0.199
+"""Of a tile that holds nothing but pairs of d0: four engines of a header and 196 words."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -35,10 +38,13 @@ class Goal:
 
 def check_ratio(ratio: float) -> None:
     """Raises:
-    MsQuantError: it is not between 0 and 1.
+    MsQuantError: it is not between LEAST_RATIO and 1.
     """
-    if not 0 < ratio < 1:
-        raise MsQuantError(f"target ratio is {ratio}, expected a number above 0 and below 1")
+    if not LEAST_RATIO < ratio < 1:
+        raise MsQuantError(
+            f"target ratio is {ratio}, expected a number above {LEAST_RATIO}, which the format "
+            "takes at least, and below 1"
+        )
 
 
 def check_increase(increase: float) -> None:

@@ -100,8 +100,8 @@ def to_grid(levels: Doubles, weight: Singles) -> tuple[float, Dictionary]:
     The grid reaches the largest weight, unless it would be too coarse for the levels then; rows
     with larger weights get a larger step of their own.
     """
-    between = np.diff(np.sort(levels[:CHEAPEST])).min()
-    step = min(float(np.abs(weight).max()) / 127, float(between) / STEPS_BETWEEN)
+    between = np.diff(np.unique(levels[:CHEAPEST]))
+    step = min(float(np.abs(weight).max()) / 127, *between / STEPS_BETWEEN)
     on_grid = np.clip(np.rint(levels / step), -127, 127).astype(np.int64)
     _, first = np.unique(on_grid, return_index=True)
     return step, Dictionary(on_grid[np.sort(first)], 0.25)

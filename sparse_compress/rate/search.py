@@ -53,7 +53,7 @@ class Found(NamedTuple):
     prepared: the request with a job of that price.
     steps: how its blocks are rounded.
     facts: JSON for the record: ``price``, ``predicted_ratio`` and, where it was the goal,
-        ``float_perplexity`` and ``perplexity``.
+        ``float_perplexity``, ``perplexity`` and ``heldout_windows``.
     """
 
     prepared: Prepared
@@ -102,8 +102,7 @@ class Search:
         assert self.goal.max_ppl_increase is not None
         budget = math.log1p(self.goal.max_ppl_increase)
         path = self.measuring.directory / TRIES
-        goals: dict[str, Any] = read_json(path) if path.exists() else {}
-        tries = goals.setdefault(json.dumps(self.goal.record(), sort_keys=True), {"losses": []})
+        goals, tries = read_tries(path, self.goal)
         if "float" not in tries:
             tries["float"] = self._loss(FloatModel(self.prepared.options.model))
             write_json(path, goals)
@@ -126,7 +125,12 @@ class Search:
         price, _, increase = self._best(points, budget)
         self._forget([other for other, _, _ in points if other != price])
         before = math.exp(tries["float"])
-        facts = {"float_perplexity": before, "perplexity": before * math.exp(increase)}
+        assert self.goal.tokens is not None
+        facts = {
+            "float_perplexity": before,
+            "perplexity": before * math.exp(increase),
+            "heldout_windows": len(self.goal.tokens),
+        }
         return self._found(curves, price, facts)
 
     def _best(
@@ -210,7 +214,8 @@ def measuring_directory(job: Path) -> Path:
 def measuring_job(prepared: Prepared) -> JobDirectory:
     """The job whose blocks hold curves and no linears."""
     options = prepared.options
-    record = {**prepared.record, "phase": "measure"}
+    record = {key: value for key, value in prepared.record.items() if key != "rate"}
+    record["phase"] = "measure"
     directory = measuring_directory(options.job_directory)
     return JobDirectory(directory, record, options.any_environment)
 
@@ -240,5 +245,28 @@ def read_curves(prepared: Prepared, job: JobDirectory) -> dict[str, Curve]:
         notes = job.notes(index)
         for group in plan.groups(index):
             name = f"{block_prefix(index)}{group.fused}"
-            curves[name] = Curve.from_json(notes[group.name])
+            try:
+                curves[name] = Curve.from_json(notes[group.name])
+            except (KeyError, TypeError, ValueError, OverflowError):
+                raise _malformed(job.block_file(index)) from None
     return curves
+
+
+def read_tries(path: Path, goal: Goal) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was tried: for all goals, and of these the entry of one.
+
+    Raises:
+        MsQuantError: the file is malformed.
+    """
+    goals = read_json(path) if path.exists() else {}
+    tries = goals.setdefault(json.dumps(goal.record(), sort_keys=True), {"losses": []})
+    if not isinstance(tries, dict) or not isinstance(tries.get("losses"), list):
+        raise _malformed(path)
+    found = [*tries["losses"], *([tries["float"]] if "float" in tries else [])]
+    if not all(isinstance(loss, float) and math.isfinite(loss) for loss in found):
+        raise _malformed(path)
+    return goals, tries
+
+
+def _malformed(path: Path) -> MsQuantError:
+    return MsQuantError(f"{path}: is malformed; delete {path.parent} to measure again")

@@ -8,6 +8,7 @@ its relative error for a bit per weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ PRICES = tuple(2.0**power for power in range(-13, -1))
 """Of a bit per weight, in relative error, at which a linear is measured."""
 LOWEST, HIGHEST = 2.0**-40, 2.0**20
 SEARCH_STEPS = 60
+ROUNDED = 5e-7
+"""Prices are rounded up to six digits: the last ones differ between processors."""
 
 
 class Curve(NamedTuple):
@@ -38,13 +41,18 @@ class Curve(NamedTuple):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Curve:
-        """The curve that a note holds."""
-        return cls(
-            int(value["weights"]),
-            float(value["sensitivity"]),
-            tuple(map(float, value["errors"])),
-            tuple(map(float, value["ratios"])),
-        )
+        """The curve that a note holds.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: it holds none.
+        """
+        errors, ratios = (tuple(map(float, value[key])) for key in ("errors", "ratios"))
+        weights, sensitivity = int(value["weights"]), float(value["sensitivity"])
+        numbers = (weights, sensitivity, *ratios, *(1 + error for error in errors))
+        good = all(math.isfinite(number) and number > 0 for number in numbers)
+        if not good or not len(errors) == len(ratios) == len(PRICES):
+            raise ValueError
+        return cls(weights, sensitivity, errors, ratios)
 
 
 class Prediction(NamedTuple):
@@ -115,4 +123,4 @@ def _least_price(enough: Callable[[float], bool]) -> float:
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(float(np.exp(middle))) else (middle, high)
-    return float(np.exp(high))
+    return float(f"{np.exp(high) * (1 + ROUNDED):.6g}")

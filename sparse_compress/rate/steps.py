@@ -105,10 +105,11 @@ def sensitivity(problem: Problem, solution: Solution, subject: Subject) -> float
     codes = np.rint(subject.weight / scale[:, None]).astype(np.int8)
     coarse = Rounded(codes, scale)
     error = relative_error(subject.weight, subject.hessian, coarse)
-    worse = problem.loss(subject.split(problem, coarse)) - problem.loss(apply(problem, solution))
-    if not (error > 0 and problem.power > 0):
+    if not error > 0:
         return 1.0
-    return max(worse / problem.power / error, LEAST_SENSITIVITY)
+    assert problem.damage is not None
+    before, after = apply(problem, solution), subject.split(problem, coarse)
+    return max((problem.damage(after) - problem.damage(before)) / error, LEAST_SENSITIVITY)
 
 
 def choosing(prices: Mapping[str, float]) -> Rounding:

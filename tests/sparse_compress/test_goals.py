@@ -345,10 +345,10 @@ def test_a_finished_run_says_so_and_removes_what_is_left(kept: SparseOptions) ->
 def test_a_kept_measurement_serves_another_target(
     kept: SparseOptions, tmp_path: Path, make: Make, file_contents: Files
 ) -> None:
-    """The job of the other price must go first; the refusal says so and does no harm."""
+    """The job of the other goal must go first; the refusal says so and does no harm."""
     job, other = tmp_path / "out.job", replace(kept, output=tmp_path / "small", target_ratio=0.35)
     other = replace(other, job=job)
-    match = r"out\.job: it was begun with price = 0\.\d+, now price is 0\.\d+; finish it with its "
+    match = r"out\.job: it was begun with rate\.target_ratio = 0\.5, now .* is 0\.35; finish it"
     with pytest.raises(MsQuantError, match=match):
         run(other)
     assert left(other.output) == [] and job.exists()
@@ -371,9 +371,9 @@ def test_another_target_into_the_same_output_is_refused(half: Any, tmp_path: Pat
     assert left(half.output) == ["out"]
     begun = replace(half.options, output=tmp_path / "out")
     Stop("quantize", 1.0).run(begun)
-    with pytest.raises(MsQuantError, match=r"begun with price = 0\.\d+, now price is 0\.\d+"):
+    with pytest.raises(MsQuantError, match=r"begun with rate\.target_ratio = 0\.5, now .* is 0\.4"):
         run(replace(begun, target_ratio=0.4))
-    with pytest.raises(MsQuantError, match=r"begun with price = 0\.\d+, now price is None"):
+    with pytest.raises(MsQuantError, match=r"begun with rate = .*0\.5.*, now rate is None"):
         run(replace(begun, target_ratio=None))
 
 
@@ -388,8 +388,8 @@ def test_the_job_of_a_pruning_is_refused_before_any_work(half: Any, tmp_path: Pa
 def test_an_unreachable_ratio_is_refused_and_another_one_needs_no_measuring(
     half: Any, tmp_path: Path
 ) -> None:
-    options = replace(half.options, output=tmp_path / "out", target_ratio=0.01)
-    with pytest.raises(MsQuantError, match=r"target ratio 0\.01 cannot be reached: the smallest"):
+    options = replace(half.options, output=tmp_path / "out", target_ratio=0.2)
+    with pytest.raises(MsQuantError, match=r"target ratio 0\.2 cannot be reached: the smallest"):
         run(options)
     assert left(options.output) == ["out.job.measure"]
     seen = []
@@ -483,7 +483,7 @@ def arguments(options: SparseOptions, *more: object) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--target-ratio", "0"], "target ratio is 0.0, expected a number above 0 and below 1"),
+        (["--target-ratio", "0"], "target ratio is 0.0, expected a number above 0.199, which"),
         (["--target-ratio", "1"], "target ratio is 1.0, expected a number"),
         (["--target-ratio", "-1"], "target ratio is -1.0, expected a number"),
         (["--target-ratio", "nan"], "target ratio is nan, expected a number"),
