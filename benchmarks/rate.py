@@ -1,6 +1,6 @@
 """Perplexity against stored bytes: five ways to make a W8A8S checkpoint, five sizes each.
 
-    python benchmarks/rate.py MODEL --calib TEXT --heldout TEXT [--windows 120] [--json FILE] [--plot FILE.svg]
+    python benchmarks/rate.py MODEL --calib TEXT --heldout TEXT [--windows 286] [--plot FILE.svg]
 
 Each way rounds the same linears from the same calibration data; activations are quantized alike
 (static, min-max). Stored bytes are those of the coded linears, tiles and index, over the number of
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=120)
+    parser.add_argument("--windows", type=int, default=286)
     parser.add_argument("--plot", type=Path)
     parser.add_argument(
         "--json", type=Path, default=Path("rate.json"), help="points; those it has are kept"
