@@ -115,20 +115,3 @@ def mean_first_bits(first_share: float) -> float:
     """What one more d0 costs in the mean, among independent values: the derivative of
     3 p / (1 + p), the bits that d0 takes."""
     return FIRST_BITS / (1 + first_share) ** 2
-
-
-def code_bits(codes: Codes, dictionary: Dictionary) -> int:
-    """The bits of all codes of a weight, with pairs of d0 in the rows of its fractals.
-
-    The codec also pairs across the two rows of a window, fills words and adds headers.
-    """
-    prices = np.full(256, LITERAL_BITS)
-    prices[dictionary.values.view(np.uint8)] = BITS[: len(dictionary.values)]
-    prices[np.uint8(dictionary.first & 0xFF)] = 0
-    total = int(prices[codes.view(np.uint8)].sum())
-    for start in range(0, codes.shape[1], RUN):
-        is_open = np.zeros(len(codes), bool)
-        for column in codes[:, start : start + RUN].T:
-            is_open = (column == dictionary.first) & ~is_open
-            total += FIRST_BITS * int(np.count_nonzero(is_open))
-    return total

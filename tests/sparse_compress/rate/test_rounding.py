@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparse_compress.codec import encoded_size
 from sparse_compress.rate import rounding
-from sparse_compress.rate.dictionary import Dictionary, code_bits, pair_saving
+from sparse_compress.rate.dictionary import Dictionary, pair_saving
 from sparse_compress.rate.rounding import (
     column_step,
     curvature,
@@ -23,6 +24,7 @@ from sparse_compress.rate.rounding import (
 )
 
 RUN = 32
+CodeBits = Callable[[np.ndarray, Dictionary], int]
 
 
 def case(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,6 +43,7 @@ def total_cost(
     scale: np.ndarray,
     codes: np.ndarray,
     dictionary: Dictionary,
+    code_bits: CodeBits,
 ) -> float:
     error = weight.astype(np.float64) - codes * scale[:, None].astype(np.float64)
     squared = np.einsum("nk,kl,nl->", error, hessian.astype(np.float64), error)
@@ -96,21 +99,23 @@ def test_the_column_step_is_the_slow_one(rows: int, columns: int) -> None:
     seed=st.integers(0, 1000),
     price=st.sampled_from([1e-7, 1e-5, 1e-3]),
 )
-def test_descent_never_goes_up(rows: int, columns: int, seed: int, price: float) -> None:
+def test_descent_never_goes_up(
+    code_bits: CodeBits, rows: int, columns: int, seed: int, price: float
+) -> None:
     weight, hessian = case(rows, columns, seed)
     hessian = curvature(hessian).hessian
     rng = np.random.default_rng(seed)
     scale = rng.uniform(0.002, 0.01, rows).astype(np.float32)
     codes = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
     dictionary = Dictionary.of(codes)
-    costs = [total_cost(weight, hessian, price, scale, codes, dictionary)]
+    costs = [total_cost(weight, hessian, price, scale, codes, dictionary, code_bits)]
     for _ in range(3):
         descend(weight, hessian, price, scale, dictionary, codes)
-        costs.append(total_cost(weight, hessian, price, scale, codes, dictionary))
+        costs.append(total_cost(weight, hessian, price, scale, codes, dictionary, code_bits))
     assert all(b <= a * (1 + 1e-5) for a, b in pairwise(costs)), costs
 
 
-def test_where_descent_ends_no_single_change_helps() -> None:
+def test_where_descent_ends_no_single_change_helps(code_bits: CodeBits) -> None:
     weight, hessian = case(2, 40, 9)
     hessian, price = curvature(hessian).hessian, 2e-5
     scale = np.full(2, 0.01, np.float32)
@@ -121,13 +126,13 @@ def test_where_descent_ends_no_single_change_helps() -> None:
         descend(weight, hessian, price, scale, dictionary, codes)
         if (codes == before).all():
             break
-    least = total_cost(weight, hessian, price, scale, codes, dictionary)
+    least = total_cost(weight, hessian, price, scale, codes, dictionary, code_bits)
     for r in range(2):
         for j in range(40):
             for value in range(-8, 9):
                 changed = codes.copy()
                 changed[r, j] = value
-                cost = total_cost(weight, hessian, price, scale, changed, dictionary)
+                cost = total_cost(weight, hessian, price, scale, changed, dictionary, code_bits)
                 assert cost >= least * (1 - 1e-5), (r, j, value)
 
 
