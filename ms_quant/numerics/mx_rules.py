@@ -68,11 +68,9 @@ def _msmodelslim_fp4(amax: np.ndarray) -> np.ndarray:
 
 
 def _nearest_divided(amax: np.ndarray, divisor: float) -> np.ndarray:
-    """log2 of the power of two nearest to amax / divisor; a tie goes to the even byte."""
+    """log2 of the power of two nearest to amax / divisor; a tie (1.5 * 2**k) goes up."""
     scale = amax / np.float32(divisor)
-    exponent, mantissa = floor_log2(scale), np.frexp(scale)[0] * 2
-    odd = (exponent + BIAS) % 2 == 1
-    return exponent + ((mantissa > 1.5) | ((mantissa == 1.5) & odd))
+    return floor_log2(scale) + (np.frexp(scale)[0] >= 0.75)
 
 
 @dataclass(frozen=True)
