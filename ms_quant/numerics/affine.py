@@ -44,16 +44,17 @@ def check_finite(x: np.ndarray, name: str) -> None:
         raise MsQuantError(f"{name}: {bad} of {x.size} values are NaN or inf, expected finite ones")
 
 
-def symmetric_scale(absmax: ArrayLike) -> np.ndarray:
-    """Scale of symmetric int8 quantization.
+def symmetric_scale(absmax: ArrayLike, largest: float = QMAX) -> np.ndarray:
+    """Scale of symmetric quantization.
 
     Args:
         absmax: largest magnitude of each slice, any shape, at least 0.
+        largest: the number that absmax becomes; 127 for int8.
 
     Returns:
-        float32 array of the same shape: absmax / 127, and 1 where that is not a normal number.
+        float32 array of the same shape: absmax / largest, and 1 where that is not a normal number.
     """
-    return _normal_or_one(np.asarray(absmax, np.float32) / np.float32(QMAX))
+    return _normal_or_one(np.asarray(absmax, np.float32) / np.float32(largest))
 
 
 def _normal_or_one(scale: np.ndarray) -> np.ndarray:
