@@ -11,7 +11,7 @@ C is kv heads * head_dim, of a token's key or value. q = round(x / scale + offse
 stands for (q - offset) * scale. vllm-ascend reads it back as q * scale and ignores the offset: for
 it only symmetric scales are right, whose offset is 0.
 
-Source: msModelSlim 26.1 ``dynamic_cache`` and vllm-ascend 0.13, as docs/numerics.md states them.
+Source: msModelSlim 26.1 ``dynamic_cache``, vllm-ascend of 2026-08; docs/numerics.md states them.
 """
 
 from __future__ import annotations

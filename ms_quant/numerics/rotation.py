@@ -45,7 +45,7 @@ def base_order(n: int, name: str) -> int:
 def hadamard(n: int, name: str = "hadamard") -> np.ndarray:
     """The normalized Hadamard matrix kron(Sylvester(n / m), Paley(m)) / sqrt(n), float64 (n, n).
 
-    Orthogonal. Symmetric for powers of two only.
+    Orthogonal; not symmetric where m comes from Paley's first construction.
     """
     m = base_order(n, name)
     return np.kron(_sylvester(n // m), _base(m)) / math.sqrt(n)
@@ -77,7 +77,7 @@ def apply_hadamard(x: np.ndarray, name: str, signs: np.ndarray | None = None) ->
         float64 (..., n). log2(n / m) + m additions for each element.
     """
     check_finite(x, name)
-    n = x.shape[-1]
+    n = x.shape[-1] if x.ndim else 0
     m = base_order(n, name)
     if signs is not None and signs.shape != (n,):
         raise MsQuantError(f"{name}: signs of shape {signs.shape}, expected ({n},)")

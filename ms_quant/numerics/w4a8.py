@@ -1,16 +1,16 @@
 """W4A8_DYNAMIC's own tensors: ``scale_bias`` and two-level scales, in NumPy.
 
-Source: msModelSlim 26.1's V0 and V1 savers and vllm-ascend 0.13, as docs/numerics.md states them.
+Source: msModelSlim 26.1's V0 and V1 savers, vllm-ascend of 2026-08; docs/numerics.md states them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics import affine, groupwise
+from ms_quant.numerics import affine, groupwise, storage
 
 ROW_PARALLEL_SLICES = 16  # the largest tensor parallel size that the stored sums serve
 PROTECTED = 119  # msModelSlim's bound of the int8 weight in between; 7 * 17
@@ -70,7 +70,12 @@ class TwoLevel:
 
 
 def quantize_two_level(
-    weight: np.ndarray, group: int, name: str, largest: int = PROTECTED
+    weight: np.ndarray,
+    group: int,
+    name: str,
+    *,
+    scale_dtype: np.dtype = storage.DTYPES["float32"],
+    largest: int = PROTECTED,
 ) -> TwoLevel:
     """Per channel to 8 bits, then those codes per group to 4.
 
@@ -78,12 +83,16 @@ def quantize_two_level(
         weight: float (out, in), finite.
         group: G, which divides in; 256 is usual.
         name: the tensor's name, for errors.
+        scale_dtype: type in which both scales are stored; they are rounded up to it before use.
         largest: the int8 code on which a row's largest magnitude lands.
     """
     wide = groupwise.finite(weight, name)
     if wide.ndim != 2:
         raise MsQuantError(f"{name}: shape {wide.shape}, expected two axes")
     scale = affine.symmetric_scale(np.abs(wide).max(axis=1, keepdims=True, initial=0), largest)
+    scale = storage.round_up(scale, scale_dtype, f"{name}_scale").astype(np.float32)
     between = affine.quantize(wide, scale)
     by = groupwise.parameters(between, (1, group), name, bits=4)
-    return TwoLevel(groupwise.quantize(between, by, name), scale, by.scale)
+    second = storage.round_up(by.scale, scale_dtype, f"{name}_scale_second").astype(np.float32)
+    codes = groupwise.quantize(between, replace(by, scale=second), name)
+    return TwoLevel(codes, scale, second)

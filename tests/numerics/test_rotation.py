@@ -164,5 +164,7 @@ def test_refusals():
     for bad in (np.nan, np.inf):
         with pytest.raises(MsQuantError, match="x: 1 of 4 values are NaN or inf"):
             rotation.apply_hadamard(np.array([1, 2, bad, 3]), "x")
+    with pytest.raises(MsQuantError, match="x: no Hadamard matrix of order 0"):
+        rotation.apply_hadamard(np.ones(()), "x")
     with pytest.raises(MsQuantError, match=r"x: signs of shape \(1,\), expected \(4,\)"):
         rotation.apply_hadamard(np.ones(4), "x", np.ones(1))

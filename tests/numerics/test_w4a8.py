@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics import w4a8
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES as SLICES
 
 RNG = np.random.default_rng(0)
@@ -98,6 +99,28 @@ def test_two_levels_by_hand():
     assert found.codes.tolist() == [[7, -2, 7, 3, 0, 0]]
     assert found.dequantize().tolist() == weight.tolist()
     assert found.scale_bias("w").tolist() == [[8 * 95.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_scales_are_rounded_up_to_the_stored_type_before_use(dtype):
+    weight = RNG.standard_normal((3, 64)).astype(np.float32)
+    exact, found = (
+        w4a8.quantize_two_level(weight, 16, "w", scale_dtype=d) for d in (DTYPES["float32"], dtype)
+    )
+    for scale in (found.scale, found.second):
+        assert scale.dtype == np.float32
+        np.testing.assert_array_equal(scale.astype(dtype).astype(np.float32), scale)
+    assert np.all(found.scale >= exact.scale)
+    second = np.repeat(found.second.astype(np.float64), 16, axis=1)
+    error = np.abs(weight - found.dequantize().astype(np.float64))
+    assert np.all(error <= found.scale * (0.5 + 0.5 * second) * (1 + 2.0**-12))
+
+
+def test_refuses_scales_beyond_the_stored_type():
+    with pytest.raises(MsQuantError, match=r"w_scale: .* does not fit float16"):
+        w4a8.quantize_two_level(
+            np.full((1, 2), 1e9, np.float32), 2, "w", scale_dtype=DTYPES["float16"]
+        )
 
 
 def test_two_level_scale_bias_is_exact():
