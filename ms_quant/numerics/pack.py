@@ -1,12 +1,22 @@
-"""Two 4-bit codes in a byte.
+"""int4 codes packed in pairs or words, in each layout that a runtime reads, in NumPy.
 
-::
+Codes are int8 (out, in) arrays of -8..7, N = out and K = in below. Unless said otherwise a
+nibble is two's complement, ``q & 15``, and the pair's even element is in the low nibble.
 
-    bit      7 6 5 4 | 3 2 1 0
-    element   2j + 1 |   2j        along the last axis
+=====================  ==============  =========================================================
+layout                 stored          read by
+=====================  ==============  =========================================================
+``along_in``           int8 (N, K/2)   msModelSlim V0's W4A16 per channel
+``along_out``          int8 (N/2, K)   W4A8_DYNAMIC of vllm-ascend; V0's W4A16 per group
+``transposed``         int8 (K, N/2)   Golden Stick's qint4x2; MindFormers
+``words``              int32 (N, K/8)  LLM-Compressor's W4A16, pack-quantized
+``nibbles``            uint8 (N, K/2)  E2M1 weights of msModelSlim, MindIE-SD and vllm-ascend
+not packed             int8 (N, K)     W4A4_DYNAMIC, FlatQuant; MindIE-SD, which packs at load
+=====================  ==============  =========================================================
 
-Source: the packed E2M1 weights of msModelSlim, MindIE-SD and vllm-ascend. Those have an even number
-of inputs; the zero nibble after an odd number is this project's choice.
+Packing and unpacking are each other's inverse for every code and every byte.
+
+Source: the checkpoints' formulas as docs/numerics.md states them.
 """
 
 from __future__ import annotations
@@ -14,10 +24,92 @@ from __future__ import annotations
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.numerics.affine import LIMITS
+
+CODES_IN_WORD = 8
 
 
-def pack_nibbles(codes: np.ndarray, name: str = "codes") -> np.ndarray:
-    """Packs along the last axis, the low nibble first.
+def pack_along_in(codes: np.ndarray, name: str) -> np.ndarray:
+    """Pairs of adjacent inputs: int8 (N, K) to int8 (N, K/2).
+
+    ::
+
+        bit        7        4 3        0
+        byte[n,j]  q[n, 2j+1] q[n, 2j]
+    """
+    _check_codes(codes, name, axis=1, multiple=2)
+    return _join(codes[:, ::2], codes[:, 1::2])
+
+
+def unpack_along_in(packed: np.ndarray, name: str) -> np.ndarray:
+    """int8 or uint8 (N, K/2) to int8 (N, K); inverts :func:`pack_along_in`."""
+    return np.stack(_nibbles(packed, name), axis=2).reshape(len(packed), 2 * packed.shape[1])
+
+
+def pack_along_out(codes: np.ndarray, name: str) -> np.ndarray:
+    """Pairs of adjacent output rows: int8 (N, K) to int8 (N/2, K).
+
+    ::
+
+        bit        7        4 3        0
+        byte[i,k]  q[2i+1, k] q[2i, k]
+    """
+    _check_codes(codes, name, axis=0, multiple=2)
+    return _join(codes[::2], codes[1::2])
+
+
+def unpack_along_out(packed: np.ndarray, name: str) -> np.ndarray:
+    """int8 or uint8 (N/2, K) to int8 (N, K); inverts :func:`pack_along_out`."""
+    return np.stack(_nibbles(packed, name), axis=1).reshape(2 * len(packed), packed.shape[1])
+
+
+def pack_transposed(codes: np.ndarray, name: str) -> np.ndarray:
+    """The transpose in pairs along its last axis, out: int8 (N, K) to int8 (K, N/2).
+
+    ::
+
+        bit        7        4 3        0
+        byte[k,i]  q[2i+1, k] q[2i, k]
+    """
+    return np.ascontiguousarray(pack_along_out(codes, name).T)
+
+
+def unpack_transposed(packed: np.ndarray, name: str) -> np.ndarray:
+    """int8 or uint8 (K, N/2) to int8 (N, K); inverts :func:`pack_transposed`."""
+    return unpack_along_out(packed.T, name)
+
+
+def pack_words(codes: np.ndarray, name: str) -> np.ndarray:
+    """Eight adjacent inputs in a word: int8 (N, K) to int32 (N, K/8).
+
+    A nibble holds q + 8, not two's complement::
+
+        bit        31        28     7          4 3        0
+        word[n,j]  q[n, 8j+7]+8 ... q[n, 8j+1]+8 q[n, 8j]+8
+
+    The contract gives no padding: K that 8 does not divide is refused.
+    """
+    _check_codes(codes, name, axis=1, multiple=CODES_IN_WORD)
+    rows, columns = codes.shape
+    nibbles = (codes + np.int8(8)).astype(np.uint32)
+    nibbles = nibbles.reshape(rows, columns // CODES_IN_WORD, CODES_IN_WORD)
+    return np.bitwise_or.reduce(nibbles << _SHIFTS, axis=2).view(np.int32)
+
+
+def unpack_words(packed: np.ndarray, name: str) -> np.ndarray:
+    """int32 (N, K/8) to int8 (N, K); inverts :func:`pack_words`."""
+    _check_array(packed, name, ("int32",))
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    nibbles = (words[:, :, None] >> _SHIFTS) & np.uint32(15)
+    return nibbles.astype(np.int8).reshape(len(packed), CODES_IN_WORD * packed.shape[1]) - np.int8(
+        8
+    )
+
+
+def pack_nibbles(codes: np.ndarray, name: str) -> np.ndarray:
+    """Codes of four bits without a sign, such as E2M1: pairs along the last axis, low nibble first.
+
+    Weights have an even number of inputs; the zero nibble after an odd number is our choice.
 
     Args:
         codes: uint8 (..., K), each below 16.
@@ -36,7 +128,7 @@ def pack_nibbles(codes: np.ndarray, name: str = "codes") -> np.ndarray:
     return packed
 
 
-def unpack_nibbles(packed: np.ndarray, length: int, name: str = "codes") -> np.ndarray:
+def unpack_nibbles(packed: np.ndarray, length: int, name: str) -> np.ndarray:
     """The inverse of :func:`pack_nibbles`.
 
     Args:
@@ -58,3 +150,41 @@ def unpack_nibbles(packed: np.ndarray, length: int, name: str = "codes") -> np.n
         )
     codes = np.stack([packed & 15, packed >> 4], axis=-1)
     return codes.reshape(*packed.shape[:-1], 2 * expected)[..., :length]
+
+
+_SHIFTS = np.arange(0, 4 * CODES_IN_WORD, 4, dtype=np.uint32)
+
+
+def _join(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    bits = (low.view(np.uint8) & np.uint8(15)) | (high.view(np.uint8) << np.uint8(4))
+    return np.ascontiguousarray(bits).view(np.int8)
+
+
+def _nibbles(packed: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """int8 low and high nibbles; an arithmetic right shift extends the sign."""
+    _check_array(packed, name, ("int8", "uint8"))
+    signed = packed.view(np.int8)
+    return (signed << np.int8(4)) >> np.int8(4), signed >> np.int8(4)
+
+
+def _check_codes(codes: np.ndarray, name: str, axis: int, multiple: int) -> None:
+    _check_array(codes, name, ("int8",))
+    if codes.shape[axis] % multiple:
+        side = ("out", "in")[axis]
+        raise MsQuantError(
+            f"{name}: {side} = {codes.shape[axis]} of shape {codes.shape}, "
+            f"expected a multiple of {multiple} to pack int4"
+        )
+    smallest, largest = LIMITS[4]
+    if codes.size and (codes.min() < smallest or codes.max() > largest):
+        raise MsQuantError(
+            f"{name}: codes {codes.min()}..{codes.max()}, expected {smallest}..{largest} for int4"
+        )
+
+
+def _check_array(array: np.ndarray, name: str, dtypes: tuple[str, ...]) -> None:
+    if array.ndim != 2 or array.dtype.name not in dtypes:
+        raise MsQuantError(
+            f"{name}: {array.dtype.name} of shape {array.shape}, expected two axes "
+            f"of {' or '.join(dtypes)}"
+        )

@@ -209,9 +209,9 @@ def test_numbers_that_are_not_finite_are_refused(bad):
 
 def test_packing_puts_the_first_code_low():
     codes = np.array([[0x1, 0xF, 0x3], [0x8, 0x0, 0xA]], np.uint8)
-    packed = pack_nibbles(codes)
+    packed = pack_nibbles(codes, "w")
     assert packed.tolist() == [[0xF1, 0x03], [0x08, 0x0A]]
-    np.testing.assert_array_equal(unpack_nibbles(packed, 3), codes)
+    np.testing.assert_array_equal(unpack_nibbles(packed, 3, "w"), codes)
     assert codes.tolist() == [[0x1, 0xF, 0x3], [0x8, 0x0, 0xA]]  # the argument is left alone
 
 
@@ -219,9 +219,9 @@ def test_packing_puts_the_first_code_low():
     hnp.arrays(np.uint8, hnp.array_shapes(max_dims=3, min_side=0), elements=st.integers(0, 15)),
 )
 def test_packing_comes_back(codes):
-    packed = pack_nibbles(codes)
+    packed = pack_nibbles(codes, "w")
     assert packed.shape == (*codes.shape[:-1], (codes.shape[-1] + 1) // 2)
-    np.testing.assert_array_equal(unpack_nibbles(packed, codes.shape[-1]), codes)
+    np.testing.assert_array_equal(unpack_nibbles(packed, codes.shape[-1], "w"), codes)
 
 
 def test_packing_refuses_what_does_not_fit():
