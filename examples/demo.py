@@ -31,7 +31,7 @@ CHECKPOINTS = {
     "W8A8 min-max": ("ms-quant", "quantize", "--scheme", "W8A8", *CALIB),
     "W8A8 OSL": ("ms-quant", "quantize", "--scheme", "W8A8", "--algorithm", "osl", *CALIB),
     "W8A8_DYNAMIC": ("ms-quant", "quantize", "--scheme", "W8A8_DYNAMIC"),
-    "W8A8SC TP2 at 0.45": ("sparse-compress", "run", "--tp", "2", "--target-ratio", "0.45", *CALIB),
+    "W8A8SC TP2 50 %": ("sparse-compress", "run", "--tp", "2", "--sparsity", "0.5", *CALIB),
 }
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     exact, full = evaluated["perplexity"], size(MODEL)
     table.add_row("float (bf16)", f"{exact:.3f}", "", f"{full:,}", "1.000", "", f"{peak / 1e6:.0f}")
     for name, command in CHECKPOINTS.items():
-        made = output / name.lower().replace(" ", "-")
+        made = output / name.lower().replace(" %", "").replace(" ", "-")
         tool, verb, *options = command
         result, seconds, peak = run(tool, verb, str(MODEL), "-o", str(made), *options)
         run(tool, "verify", str(made), "--source", str(MODEL))
