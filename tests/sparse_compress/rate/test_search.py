@@ -26,6 +26,7 @@ from sparse_compress.rate.search import (
     measuring_directory,
     measuring_job,
     next_damage,
+    read_tries,
     remove_job,
     remove_measured,
 )
@@ -334,3 +335,43 @@ def test_nothing_is_made_where_nothing_is(world: World) -> None:
     world.job.write_text("a file")
     remove_job(at_price(world.prepared, 0.5).job)
     assert world.job.read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"KEY": 3}',
+        '{"KEY": {}}',
+        '{"KEY": {"losses": 2.0}}',
+        '{"KEY": {"losses": ["2.0"]}}',
+        '{"KEY": {"losses": [], "float": null}}',
+        '{"KEY": {"losses": [1e999]}}',
+    ],
+)
+def test_a_malformed_file_of_tries_is_named(tmp_path: Path, text: str) -> None:
+    goal, path = Goal(None, 0.01, np.zeros((1, 4), np.int32)), tmp_path / "tries.json"
+    key = json.dumps(json.dumps(goal.record(), sort_keys=True))
+    path.write_text(text.replace('"KEY"', key))
+    with pytest.raises(MsQuantError, match=r"tries\.json"):
+        read_tries(path, goal)
+    path.write_text(f'{{{key}: {{"losses": [2.5], "float": 2.0}}}}')
+    assert read_tries(path, goal)[1] == {"losses": [2.5], "float": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"errors": [0.1]},
+        {"ratios": None},
+        {"sensitivity": float("nan")},
+        {"sensitivity": 0},
+        {"weights": "many"},
+        {"errors": [-2.0] * len(PRICES)},
+    ],
+)
+def test_a_note_that_holds_no_curve_is_refused(change: dict) -> None:
+    good = {"weights": 8, "sensitivity": 0.5, "errors": [0.1] * len(PRICES)}
+    good["ratios"] = [0.5] * len(PRICES)
+    assert Curve.from_json(good).weights == 8
+    with pytest.raises((TypeError, ValueError)):
+        Curve.from_json({**good, **change})
