@@ -1,18 +1,22 @@
-"""Quantizing the linears of one block: the part that needs no network to run."""
+"""Quantizing the linears of one block: the part that needs no network to run.
+
+First every group's smoothing is decided, on the float weights. Where it has no place in the
+group's own tensors it is folded into what comes before: into a norm's gain, or into the rows of
+the linear whose output it divides. Then the weights, so changed, are rounded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import get_algorithm
-from ms_quant.algorithms.problem import Problem, Solution, apply
+from ms_quant.algorithms.problem import Loss, Problem, Solution, apply
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.models.config import block_prefix
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.observers import ActivationStats
@@ -21,12 +25,15 @@ from ms_quant.plan import Plan
 Progress = Callable[[int, float], None]
 """Called with a block's index and how much of it is done, 0 to 1."""
 
+Array = Callable[[str], np.ndarray | None]
+"""Gives a float32 parameter of the block by its name, or None when it has none of that name."""
+
 WeightTransform = Callable[[str, np.ndarray, ActivationStats | None], np.ndarray]
 """Called with a linear's full path, its float32 weight and its input's statistics."""
 
 
 Rounding = Callable[[Problem, Solution], tuple[dict[str, QuantizedLinear], dict[str, Any]]]
-"""Makes the int8 linears of a group, and notes about them for the report. It sees the Hessian."""
+"""Makes the linears of a group, and notes about them for the report. It sees the Hessian."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,71 @@ class Seen:
     """
 
     stats: ActivationStats | None
-    loss: Callable[[Mapping[str, QuantizedLinear]], float]
-    damage: Callable[[Mapping[str, QuantizedLinear]], float]
+    loss: Loss
+    damage: Loss
 
 
-def quantize_group(
+@dataclass
+class Block:
+    """A quantized block.
+
+    Attributes:
+        linears: path to quantized linear.
+        floats: float32 tensors that folding has changed, by name.
+        notes: group to what was chosen.
+    """
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    floats: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def quantize_block(
     plan: Plan,
     index: int,
-    group: LinearGroup,
-    array: Callable[[str], np.ndarray | None],
-    seen: Seen,
-    steps: Steps,
-) -> tuple[dict[str, QuantizedLinear], dict[str, Any]]:
-    """The int8 linears of one group, and what the algorithm chose."""
+    array: Array,
+    seen: Callable[[LinearGroup], Seen],
+    steps: Steps = PLAIN,
+    progress: Callable[[float], None] = lambda part: None,
+) -> Block:
+    """The quantized linears of one block, and what the algorithms chose.
+
+    Args:
+        plan: what to do.
+        index: of the block.
+        array: its float parameters.
+        seen: what calibration has seen of a group.
+        steps: what is done around the algorithms.
+        progress: told how much is done, 0 to 1.
+    """
+    block, groups = Block(), plan.groups(index)
+    pending = []
+    for done, group in enumerate(groups):
+        problem = _problem(plan, index, group, array, seen(group), steps)
+        solution = plan.chain.first(problem)
+        if solution.smooth is not None and not plan.scheme.activation.holds_smoothing:
+            smooth = _fold(plan, group, array, block.floats, solution.smooth)
+            solution = replace(solution, smooth=smooth)
+        pending.append((group, problem, solution))
+        progress((done + 1) / len(groups) / 2)
+    for done, (group, problem, solution) in enumerate(pending):
+        problem = _with_scaled_rows(plan, problem, pending, block.floats)
+        if steps.rounding is None:
+            solution = plan.chain.rest(problem, solution)
+            linears, note = apply(problem, solution), dict(solution.note)
+        else:
+            linears, note = steps.rounding(problem, solution)
+            note = {**solution.note, **note}
+        folded = {path: replace(linear, smooth=None) for path, linear in linears.items()}
+        block.linears.update(folded)
+        block.notes[group.name] = note
+        progress((1 + (done + 1) / len(groups)) / 2)
+    return block
+
+
+def _problem(
+    plan: Plan, index: int, group: LinearGroup, array: Array, seen: Seen, steps: Steps
+) -> Problem:
     prefix = block_prefix(index)
     weights, biases = {}, {}
     for member in group.members:
@@ -79,7 +138,8 @@ def quantize_group(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    problem = Problem(
+    feed = plan.feed(index, group)
+    return Problem(
         name=f"{prefix}{group.fused}",
         scheme=plan.scheme,
         weights=weights,
@@ -87,35 +147,90 @@ def quantize_group(
         stats=seen.stats,
         dtype=plan.dtype,
         loss=seen.loss,
-        alpha=plan.alpha,
         damage=seen.damage,
+        smoothing=plan.scheme.activation.holds_smoothing or feed is not None,
+        shared=_shared(plan.config, group, feed),
     )
-    solution = get_algorithm(plan.algorithm, plan.scheme).solve(problem)
-    if steps.rounding is None:
-        return apply(problem, solution), dict(solution.note)
-    linears, note = steps.rounding(problem, solution)
-    return linears, {**solution.note, **note}
+
+
+def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[int, int]:
+    """Which inputs must share their smoothing: query heads that read the same value head."""
+    if feed is None or feed != group.feed or not group.by_head:
+        return 1, 1
+    return config.num_heads // config.num_kv_heads, config.head_dim
+
+
+def _fold(
+    plan: Plan,
+    group: LinearGroup,
+    array: Array,
+    floats: dict[str, np.ndarray],
+    smooth: np.ndarray,
+) -> np.ndarray:
+    """Divides what feeds a group by its smoothing vector.
+
+    A norm's gain is divided here, and the vector redefined by what is stored of it; the rows of a
+    linear are divided when it is rounded.
+
+    Returns:
+        float32 (in,), what the weights' columns are multiplied by.
+    """
+    if not group.feeds_from_norm:
+        return smooth
+    name = f"{group.feed}.weight"
+    gain = array(name)
+    assert gain is not None
+    stored = (gain / smooth).astype(plan.dtype).astype(np.float32)
+    live = (stored != 0) & np.isfinite(stored)
+    floats[name] = np.where(live, stored, gain)
+    return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
+
+
+def _with_scaled_rows(
+    plan: Plan,
+    problem: Problem,
+    pending: list[tuple[LinearGroup, Problem, Solution]],
+    floats: dict[str, np.ndarray],
+) -> Problem:
+    """The problem with the rows of its linears divided by the smoothing of what they feed."""
+    if plan.scheme.activation.holds_smoothing:
+        return problem
+    weights, biases = dict(problem.weights), dict(problem.biases)
+    for group, consumer, solution in pending:
+        if group.feed not in weights or solution.smooth is None:
+            continue
+        heads, size = consumer.shared
+        rows = (
+            solution.smooth.reshape(-1, heads, size)[:, 0].reshape(-1)
+            if size > 1
+            else (solution.smooth)
+        )
+        weights[group.feed] = weights[group.feed] / rows[:, None]
+        if group.feed in biases:
+            biases[group.feed] = biases[group.feed] / rows
+            floats[f"{group.feed}.bias"] = biases[group.feed]
+    return replace(problem, weights=weights, biases=biases)
 
 
 def quantize_data_free(
     plan: Plan, checkpoint: Checkpoint, job: JobDirectory, progress: Progress
 ) -> None:
-    """Quantizes every unfinished block of a job whose scheme needs no calibration."""
+    """Quantizes every unfinished block of a job that needs no calibration."""
     for index in range(job.finished_blocks(), plan.config.num_layers):
         prefix = block_prefix(index)
 
         def array(name: str, prefix: str = prefix) -> np.ndarray | None:
             return checkpoint.read_float32(prefix + name) if name.endswith("weight") else None
 
-        linears: dict[str, QuantizedLinear] = {}
-        groups = plan.groups(index)
-        for done, group in enumerate(groups):
-            found, _ = quantize_group(
-                plan, index, group, array, Seen(None, _no_loss, _no_loss), PLAIN
-            )
-            linears.update(found)
-            progress(index, (done + 1) / len(groups))
-        job.finish_block(index, linears, {}, {})
+        def done(part: float, index: int = index) -> None:
+            progress(index, part)
+
+        block = quantize_block(plan, index, array, _unseen, PLAIN, done)
+        job.finish_block(index, block, {})
+
+
+def _unseen(group: LinearGroup) -> Seen:
+    return Seen(None, _no_loss, _no_loss)
 
 
 def _no_loss(candidate: Mapping[str, QuantizedLinear]) -> float:

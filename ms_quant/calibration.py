@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from mindspore import Tensor
 
-from ms_quant.blocks import PLAIN, Progress, Seen, Steps, quantize_group
+from ms_quant.blocks import PLAIN, Progress, Seen, Steps, quantize_block
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
@@ -124,21 +124,27 @@ def calibrate(
         embed(checkpoint, tokens, job)
     for index in range(first, plan.config.num_layers):
         runner.load(checkpoint, index)
-        hessian = steps.rounding is not None
+        hessian = steps.rounding is not None or plan.chain.any("hessian")
         stats, searched = _observe(plan, runner, job, index, tokens.shape, progress, hessian)
-        linears: dict[str, QuantizedLinear] = {}
-        notes = {}
-        groups = plan.groups(index)
-        for done, group in enumerate(groups):
-            errors = partial(_token_errors, runner, group, searched)
-            seen = Seen(stats[group.name], partial(_loss, errors), partial(_damage, errors))
-            linears_of_group, notes[group.name] = quantize_group(
-                plan, index, group, runner.array, seen, steps
-            )
-            linears.update(linears_of_group)
-            progress(index, (1 + (done + 1) / len(groups)) / 2)
+        seen = partial(_seen, runner, stats, searched)
+        half = partial(_second_half, progress, index)
+        block = quantize_block(plan, index, runner.array, seen, steps, half)
         norms = {f"{name}.l2_norm": stats[name].l2_norm for name in stats}
-        job.finish_block(index, linears, norms, notes)
+        job.finish_block(index, block, norms)
+
+
+def _second_half(progress: Progress, index: int, part: float) -> None:
+    progress(index, (1 + part) / 2)
+
+
+def _seen(
+    runner: BlockRunner,
+    stats: Mapping[str, ActivationStats],
+    searched: SearchWindows,
+    group: LinearGroup,
+) -> Seen:
+    errors = partial(_token_errors, runner, group, searched)
+    return Seen(stats[group.name], partial(_loss, errors), partial(_damage, errors))
 
 
 def _observe(

@@ -22,7 +22,14 @@ from ms_quant.console import (
 )
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import quantize_checkpoint
-from ms_quant.request import SAMPLES, SHARD_BYTES, QuantizeOptions, prepare, require_mindspore
+from ms_quant.request import (
+    SAMPLES,
+    SHARD_BYTES,
+    QuantizeOptions,
+    make_choices,
+    prepare,
+    require_mindspore,
+)
 
 app = typer.Typer(
     help="Quantize language models for Ascend, on any machine, and prove the result.",
@@ -46,9 +53,26 @@ def quantize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     scheme: Annotated[str, typer.Option(help="See [b]ms-quant schemes[/b].")] = "W8A8",
-    algorithm: Annotated[str, typer.Option(help="minmax, smoothquant or osl.")] = "minmax",
+    algorithm: Annotated[
+        str,
+        typer.Option(help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq."),
+    ] = "minmax",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a weight scale; 0 is per channel.", min=0)
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Weights without zero points.")
+    ] = None,
+    float_undivided: Annotated[
+        bool,
+        typer.Option("--float-undivided", help="Leave linears float that groups do not divide."),
+    ] = False,
     alpha: Annotated[
         float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another option of the scheme or algorithm, NAME=VALUE."),
     ] = None,
     calib: Annotated[
         Path | None, typer.Option(help="Calibration data: text, .jsonl or .npz.")
@@ -85,7 +109,11 @@ def quantize(
         output=output,
         scheme=scheme,
         algorithm=algorithm,
-        alpha=alpha,
+        choices=make_choices(
+            {"alpha": alpha, "group_size": group_size, "symmetric": symmetric},
+            setting or [],
+            float_undivided,
+        ),
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -144,12 +172,17 @@ def evaluate(
     use_mindspore()
     from ms_quant.checkpoint.serving import open_model
     from ms_quant.data import eval_windows
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation import is_phased, perplexity
 
     model = open_model(checkpoint)
     tokens = eval_windows(text, checkpoint, seq_len)[:windows]
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress)
+    if is_phased(model):
+        with block_progress("evaluating decode", model.config.num_layers) as progress:
+            decoded = perplexity(model, tokens, progress, decode=True)
+        measured["perplexity_decode"] = decoded["perplexity"]
+        measured["loss_decode"] = decoded["loss"]
     emit(
         {"checkpoint": str(checkpoint), "flavour": model.flavour, **measured}, as_json, show_fields
     )
@@ -190,7 +223,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 @app.command(epilog=example("ms-quant schemes --json"))
 def schemes(as_json: JsonOption = False) -> None:
     """The schemes and algorithms there are, and which runtime serves them."""
-    from ms_quant.algorithms import ALGORITHMS
+    from ms_quant.algorithms import ALGORITHMS, PLAIN
     from ms_quant.schemes import SCHEMES
 
     result = {
@@ -198,10 +231,10 @@ def schemes(as_json: JsonOption = False) -> None:
             {
                 "name": scheme.name,
                 "summary": scheme.summary,
+                "options": list(scheme.options),
                 "algorithms": [
-                    name
-                    for name, algorithm in ALGORITHMS.items()
-                    if not (algorithm.smooths and scheme.activation.dynamic)
+                    PLAIN,
+                    *(name for name, row in ALGORITHMS.items() if not row.suits(scheme)),
                 ],
                 "served_by": list(scheme.served_by),
                 "not_served_by": list(scheme.not_served_by),

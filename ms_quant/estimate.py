@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import get_algorithm
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
@@ -35,7 +34,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
     shapes = config.linear_shapes()
     weights = sum(out * into for out, into in shapes.values())
     tokens = 0 if prepared.tokens is None else prepared.tokens.size
-    searches = get_algorithm(plan.algorithm, plan.scheme).searches
+    searches = plan.chain.searches
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
     seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves

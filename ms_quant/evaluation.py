@@ -28,6 +28,7 @@ from ms_quant.models.decoder import (
     causal_mask,
     rope_tensors,
 )
+from ms_quant.numerics.activation import PhasedActivation
 from ms_quant.numerics.affine import check_finite
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -57,6 +58,16 @@ def load_block(model: ServedModel, index: int) -> DecoderBlock:
     return block
 
 
+def is_phased(model: ServedModel) -> bool:
+    """Whether linears of a model tell prefill and decode apart."""
+    for index in range(model.config.num_layers):
+        for path in model.config.linear_shapes():
+            linear = model.linear(f"{block_prefix(index)}{path}")
+            if linear is not None:
+                return isinstance(linear.activation, PhasedActivation)
+    return False
+
+
 def load_norm(model: ServedModel) -> RMSNorm:
     """The last norm."""
     norm = RMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
@@ -72,6 +83,7 @@ def perplexity(
     model: ServedModel,
     tokens: np.ndarray,
     progress: Progress = silent,
+    decode: bool = False,
 ) -> dict[str, Any]:
     """Perplexity over windows of tokens, block by block, hidden states on disk.
 
@@ -81,6 +93,7 @@ def perplexity(
         model: the checkpoint.
         tokens: int32 (windows, seq_len), seq_len at least 2.
         progress: told how far each block is.
+        decode: compute as token by token, where linears tell the phases apart.
 
     Returns:
         ``perplexity``, ``loss`` (mean negative log likelihood, natural logarithm), ``tokens``
@@ -92,7 +105,7 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    losses = token_losses(model, tokens, progress)
+    losses = token_losses(model, tokens, progress, decode)
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
@@ -108,14 +121,15 @@ def token_losses(
     model: ServedModel,
     tokens: np.ndarray,
     progress: Progress = silent,
+    decode: bool = False,
 ) -> np.ndarray:
     """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
     with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
-        return _losses(model, tokens, Path(directory), progress)
+        return _losses(model, tokens, Path(directory), progress, decode)
 
 
 def _losses(
-    model: ServedModel, tokens: np.ndarray, directory: Path, progress: Progress
+    model: ServedModel, tokens: np.ndarray, directory: Path, progress: Progress, decode: bool
 ) -> np.ndarray:
     count, length = tokens.shape
     shape = (count, length, model.config.hidden_size)
@@ -130,7 +144,7 @@ def _losses(
         block = load_block(model, index)
         for start in range(0, count, batch):
             hidden = Tensor(read_hidden(source, start, start + batch))
-            yield from finite(block(hidden, cos, sin, mask), index)
+            yield from finite(block(hidden, cos, sin, mask, None, decode), index)
             progress(index, min(1.0, (start + batch) / count))
 
     for index in range(model.config.num_layers):
@@ -204,7 +218,7 @@ class Generator:
         mask = causal_mask(stop)[:, :, start:]
         hidden = Tensor(self.table[ids][None])
         for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
-            hidden = block(hidden, cos, sin, mask, cache)
+            hidden = block(hidden, cos, sin, mask, cache, start > 0)
             finite(hidden, index)
         last = self.norm(hidden[:, -1:]).asnumpy().reshape(-1)
         return self.head @ last

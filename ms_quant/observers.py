@@ -22,7 +22,7 @@ class ActivationStats:
 
     Attributes:
         low, high: float32 (K,), smallest and largest value of each channel.
-        sum_squares: float64 (K,).
+        sum_squares, sum_abs: float64 (K,).
         products: float32 (K, K), the sum of x x^T over the tokens, or None.
         tokens: tokens seen so far.
     """
@@ -35,6 +35,7 @@ class ActivationStats:
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
     sum_squares: np.ndarray = field(init=False)
+    sum_abs: np.ndarray = field(init=False)
     products: np.ndarray | None = field(init=False, default=None)
     tokens: int = 0
     _rows: list[np.ndarray] = field(default_factory=list, repr=False)
@@ -43,6 +44,7 @@ class ActivationStats:
         self.low = np.full(self.channels, np.inf, np.float32)
         self.high = np.full(self.channels, -np.inf, np.float32)
         self.sum_squares = np.zeros(self.channels, np.float64)
+        self.sum_abs = np.zeros(self.channels, np.float64)
         if self.with_hessian:
             self.products = np.zeros((self.channels, self.channels), np.float32)
 
@@ -59,6 +61,7 @@ class ActivationStats:
         np.minimum(self.low, rows.min(axis=0), out=self.low)
         np.maximum(self.high, rows.max(axis=0), out=self.high)
         self.sum_squares += np.einsum("tk,tk->k", rows, rows, dtype=np.float64)
+        self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
         if self.products is not None:
             self.products += rows.T @ rows
         stride = max(1, -(-self.total_tokens // self.keep_rows))
@@ -75,6 +78,11 @@ class ActivationStats:
     def l2_norm(self) -> np.ndarray:
         """float32 (K,), the L2 norm of each channel over all tokens seen."""
         return np.sqrt(self.sum_squares).astype(np.float32)
+
+    @property
+    def mean_abs(self) -> np.ndarray:
+        """float32 (K,), the mean magnitude of each channel."""
+        return (self.sum_abs / max(1, self.tokens)).astype(np.float32)
 
     @property
     def hessian(self) -> np.ndarray:

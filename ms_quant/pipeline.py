@@ -158,6 +158,9 @@ def _tensor_getter(
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in NEED_WEIGHT)
             return golden_stick.linear_tensor(plan, linear, suffix)
+        changed = job.changed_tensor(name)
+        if changed is not None:
+            return changed.astype(plan.dtype)
         return round_chunks(prepared.checkpoint, name, plan.dtype)
 
     return get

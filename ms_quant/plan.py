@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import get_algorithm
-from ms_quant.algorithms.smooth import check_alpha
+from ms_quant.algorithms import Chain, get_chain
 from ms_quant.budget import SEARCH_TOKENS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
@@ -19,12 +19,24 @@ from ms_quant.spec import Scheme
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Attributes:
+    scheme: options of the scheme's weights, such as ``group_size``.
+    algorithm: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
+    float_undivided: leave linears float whose inputs groups do not divide, instead of refusing.
+    """
+
+    scheme: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: Mapping[str, Any] = field(default_factory=dict)
+    float_undivided: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Attributes:
     config: the model.
     scheme: what its linears become.
-    algorithm: name of the algorithm.
-    alpha: smoothing strength, for algorithms that take one.
+    chain: the algorithms.
     dtype: type of what stays float in the output.
     float_groups: full path prefixes of the groups that stay float, such as
         ``"model.layers.0.down"``.
@@ -33,17 +45,30 @@ class Plan:
 
     config: ModelConfig
     scheme: Scheme
-    algorithm: str
-    alpha: float
+    chain: Chain
     dtype: np.dtype
     float_groups: frozenset[str] = frozenset()
     search_tokens: int = SEARCH_TOKENS
+
+    @property
+    def algorithm(self) -> str:
+        """The names of the algorithms, joined."""
+        return self.chain.name
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scheme.needs_calibration or self.chain.any("calibrated")
 
     def groups(self, index: int) -> list[LinearGroup]:
         """The groups of a block that are quantized."""
         prefix = block_prefix(index)
         groups = self.config.family.groups
         return [group for group in groups if f"{prefix}{group.name}" not in self.float_groups]
+
+    def feed(self, index: int, group: LinearGroup) -> str | None:
+        """Where the smoothing of a group's input may be folded: a norm, or a quantized linear."""
+        quantized = {member for other in self.groups(index) for member in other.members}
+        return group.feed if group.feeds_from_norm or group.feed in quantized else None
 
     def quantized(self) -> list[str]:
         """Full paths of the quantized linears, in model order."""
@@ -70,28 +95,28 @@ def make_plan(
     scheme: str,
     algorithm: str,
     *,
-    alpha: float = 0.5,
     dtype: np.dtype,
     exclude: Sequence[str] = (),
+    options: Choices | None = None,
 ) -> Plan:
     """Checks the choices against each other and the model.
 
     Args:
         config: the model.
         scheme: a name from ``SCHEMES``.
-        algorithm: a name from ``ALGORITHMS``.
-        alpha: smoothing strength, 0 to 1.
+        algorithm: names from ``ALGORITHMS`` joined with ``+``, or ``"minmax"``.
         dtype: bfloat16 or float16.
         exclude: glob patterns of linears that stay float. Serving runtimes fuse q/k/v and
             gate/up, so the whole group of a matched linear stays float.
+        options: what else was chosen.
 
     Raises:
         MsQuantError: an unknown name, a combination that no checkpoint can hold, a pattern that
-            matches nothing, or nothing left to quantize.
+            matches nothing, a size that groups do not divide, or nothing left to quantize.
     """
-    chosen = get_scheme(scheme)
-    get_algorithm(algorithm, chosen)
-    check_alpha(alpha)
+    options = options or Choices()
+    chosen = get_scheme(scheme, **options.scheme)
+    chain = get_chain(algorithm, chosen, options.algorithm)
     floats, unmatched = set(), set(exclude)
     for index in range(config.num_layers):
         for group in config.family.groups:
@@ -106,7 +131,32 @@ def make_plan(
             f"exclude pattern {min(unmatched)!r} matches no linear, expected something like "
             "'model.layers.0.*' or '*.down_proj'"
         )
-    plan = Plan(config, chosen, algorithm, alpha, dtype, frozenset(floats))
+    plan = Plan(config, chosen, chain, dtype, frozenset(floats))
+    divided = frozenset(_undivided(plan, options.float_undivided))
+    plan = replace(plan, float_groups=plan.float_groups | divided)
     if not plan.quantized():
-        raise MsQuantError("the exclude patterns match every linear, nothing is left to quantize")
+        raise MsQuantError("every linear stays float, nothing is left to quantize")
     return plan
+
+
+def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
+    """The groups with a number of inputs that the scheme's groups do not divide.
+
+    Raises:
+        MsQuantError: there is one and it may not stay float.
+    """
+    shapes = plan.config.linear_shapes()
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            member = group.members[0]
+            try:
+                plan.scheme.weight.check_columns(
+                    shapes[member][1], f"{block_prefix(index)}{member}.weight"
+                )
+            except MsQuantError as error:
+                if not stay_float:
+                    raise MsQuantError(
+                        f"{error}; expected another group size, or --float-undivided to leave "
+                        "such linears float"
+                    ) from None
+                yield f"{block_prefix(index)}{group.name}"

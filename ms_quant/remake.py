@@ -9,7 +9,8 @@ import numpy as np
 
 from ms_quant.algorithms.clip import RATIOS
 from ms_quant.numerics import affine
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.activation import Activation
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES, round_up
 
 PROBE_TOKENS, PROBE_STEPS = 64, 32.0
@@ -135,7 +136,7 @@ class OutputError:
         channels: its size.
     """
 
-    activation: StaticActivation | None
+    activation: Activation
     channels: int
     inputs: np.ndarray = field(init=False)
     squares: float = 0.0
@@ -143,7 +144,7 @@ class OutputError:
 
     def __post_init__(self) -> None:
         x = np.random.default_rng(0).standard_normal((PROBE_TOKENS, self.channels), np.float32)
-        if self.activation is not None:
+        if isinstance(self.activation, StaticActivation):
             offset = self.activation.offset
             x = np.clip(x * np.float32(PROBE_STEPS), affine.QMIN - offset, affine.QMAX - offset)
             x *= self.activation.input_scale
@@ -193,9 +194,7 @@ def compare(
     comparison = Comparison()
     for start, weight in chunks:
         rows = slice(start, start + len(weight))
-        part = replace(
-            linear, weight=linear.weight[rows], weight_scale=linear.weight_scale[rows], bias=None
-        )
+        part = int8_linear(linear.weight[rows], linear.weight_scale[rows], None, linear.activation)
         error.add(part, weight)
         if smooth is not None:
             with np.errstate(over="ignore", under="ignore"):  # a forged scale; the rule refuses inf

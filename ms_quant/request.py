@@ -22,10 +22,11 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
-from ms_quant.plan import Plan, make_plan
+from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.schemes import VALUES, as_value
 
 SHARD_BYTES = 4 << 30
-ALPHA, SAMPLES, SEQ_LEN, SEED = 0.5, 64, 256, 0
+SAMPLES, SEQ_LEN, SEED = 64, 256, 0
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class QuantizeOptions:
         model: directory of the float checkpoint.
         output: directory to make.
         scheme: name of the scheme.
-        algorithm: name of the algorithm.
-        alpha: smoothing strength of ``smoothquant``; None is 0.5.
-        calib: calibration file; needed by static schemes.
+        algorithm: names of the algorithms, joined with ``+``.
+        choices: options of both.
+        calib: calibration file; needed by static schemes and most algorithms.
         samples: how many windows of it to use; None is 64.
         seq_len: tokens of a window; None is 256.
         seed: seed of the choice of windows; None is 0.
@@ -54,7 +55,7 @@ class QuantizeOptions:
     output: Path
     scheme: str = "W8A8"
     algorithm: str = "minmax"
-    alpha: float | None = None
+    choices: Choices = field(default_factory=Choices)
     calib: Path | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -70,6 +71,30 @@ class QuantizeOptions:
     def job_directory(self) -> Path:
         check_output_name(self.output)
         return self.job or self.output.with_name(self.output.name + ".job")
+
+
+def make_choices(
+    named: Mapping[str, Any], settings: Sequence[str], float_undivided: bool = False
+) -> Choices:
+    """Options of the scheme and the algorithms, each where it belongs.
+
+    Args:
+        named: option to value; None is not asked for.
+        settings: ``"NAME=VALUE"``.
+        float_undivided: see :class:`~ms_quant.plan.Choices`.
+
+    Raises:
+        MsQuantError: a setting is malformed or given twice.
+    """
+    found = {name: value for name, value in named.items() if value is not None}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name or name in found:
+            raise MsQuantError(f"--set {setting!r}: expected NAME=VALUE, each name once")
+        found[name] = value
+    scheme = {name: as_value(name, value) for name, value in found.items() if name in VALUES}
+    algorithm = {name: value for name, value in found.items() if name not in VALUES}
+    return Choices(scheme, algorithm, float_undivided)
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,8 @@ class Prepared:
         """The job as it is on the disk now."""
         options = self.options
         environment = options.any_environment
-        return JobDirectory(options.job_directory, self.record, environment, self.unknown)
+        scheme = self.plan.scheme
+        return JobDirectory(options.job_directory, self.record, environment, self.unknown, scheme)
 
 
 def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
@@ -142,9 +168,9 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
         config,
         options.scheme,
         options.algorithm,
-        alpha=ALPHA if options.alpha is None else options.alpha,
         dtype=output_dtype(config, options.dtype),
         exclude=options.exclude,
+        options=options.choices,
     )
     refuse_unused(options, plan)
     checkpoint = Checkpoint(options.model)
@@ -152,7 +178,7 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     if extension is None:
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(plan), plan.dtype)
-    tokens = _calibration_tokens(options) if plan.scheme.needs_calibration else None
+    tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     prepared = Prepared(
         options,
@@ -175,14 +201,14 @@ def _record(
     record: dict[str, Any] = {
         "scheme": plan.scheme.name,
         "algorithm": plan.algorithm,
+        **({"scheme_options": plan.scheme.chosen} if plan.scheme.chosen else {}),
+        **({"algorithm_options": plan.chain.chosen} if plan.chain.chosen else {}),
         "dtype": plan.dtype.name,
         "exclude": list(options.exclude),
         "source": fingerprint(checkpoint),
         "environment": {"ms_quant": __version__},
     }
     if tokens is not None:
-        if plan.algorithm == "smoothquant":
-            record["alpha"] = plan.alpha
         record["calibration"] = {
             "samples": len(tokens),
             "seq_len": tokens.shape[1],
@@ -199,17 +225,13 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     Raises:
         MsQuantError: names the option.
     """
-    if options.alpha is not None and plan.algorithm != "smoothquant":
-        raise MsQuantError(
-            f"algorithm {plan.algorithm} takes no alpha, expected it only with smoothquant"
-        )
-    if plan.scheme.needs_calibration:
+    if plan.needs_calibration:
         return
     for name in ("calib", "samples", "seq_len", "seed"):
         if getattr(options, name) is not None:
             raise MsQuantError(
-                f"scheme {plan.scheme.name} uses no calibration data, expected no "
-                f"--{name.replace('_', '-')}"
+                f"scheme {plan.scheme.name} with {plan.algorithm} uses no calibration data, "
+                f"expected no --{name.replace('_', '-')}"
             )
 
 
@@ -239,12 +261,14 @@ def require_mindspore(why: str) -> None:
         )
 
 
-def _calibration_tokens(options: QuantizeOptions) -> np.ndarray:
-    require_mindspore(f"scheme {options.scheme} runs the model on calibration data")
+def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
+    what = f"scheme {options.scheme}"
+    if not plan.scheme.needs_calibration:
+        what = f"algorithm {plan.algorithm}"
+    require_mindspore(f"{what} runs the model on calibration data")
     if options.calib is None:
         raise MsQuantError(
-            f"scheme {options.scheme} needs calibration data, expected --calib FILE "
-            "(text, .jsonl or .npz)"
+            f"{what} needs calibration data, expected --calib FILE (text, .jsonl or .npz)"
         )
     samples = SAMPLES if options.samples is None else options.samples
     seq_len = SEQ_LEN if options.seq_len is None else options.seq_len

@@ -1,34 +1,24 @@
-"""What a number format is: frozen records, without behaviour."""
+"""What a scheme is: a frozen record, without behaviour of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from ms_quant.numerics.activation import ActivationFormat
+from ms_quant.numerics.grid import WeightFormat
+from ms_quant.numerics.storage import DTYPES
 
 
-class Granularity(str, Enum):
-    """Which values share one scale."""
+class ScaleType(str, Enum):
+    """The type in which the runtime holds a weight's scales; codes are made with scales of it."""
 
-    PER_TENSOR = "per-tensor"
-    PER_CHANNEL = "per-channel"
-    PER_TOKEN = "per-token"
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """One operand of a quantized linear.
-
-    Attributes:
-        dtype: name of the stored or computed type.
-        granularity: which values share one scale.
-        symmetric: True when the zero point is 0.
-        dynamic: True when scales are computed at run time.
-    """
-
-    dtype: str
-    granularity: Granularity
-    symmetric: bool = True
-    dynamic: bool = False
+    FLOAT32 = "float32"
+    MODEL = "the model's"
+    BFLOAT16 = "bfloat16 for bfloat16 models, else float32"
 
 
 @dataclass(frozen=True)
@@ -37,20 +27,40 @@ class Scheme:
 
     Attributes:
         name: name as checkpoint descriptions spell it.
-        weight: how weights are stored.
+        weight: how weights become codes.
         activation: how inputs are quantized.
         summary: one line for ``ms-quant schemes``.
-        served_by: runtimes that serve it from a golden-stick checkpoint.
+        flavour: the checkpoint flavour that holds it by default.
+        served_by: runtimes that serve it from a checkpoint of that flavour.
         not_served_by: runtimes that do not, with the reason.
+        scale_type: of the weight's scales.
+        algorithm: the algorithm that the scheme cannot do without, or "".
+        options: names of what may be chosen of the weight's format.
     """
 
     name: str
-    weight: QuantSpec
-    activation: QuantSpec
+    weight: WeightFormat
+    activation: ActivationFormat
     summary: str
+    flavour: str
     served_by: tuple[str, ...]
     not_served_by: tuple[str, ...] = ()
+    scale_type: ScaleType = ScaleType.FLOAT32
+    algorithm: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def needs_calibration(self) -> bool:
         return not self.activation.dynamic
+
+    def scale_dtype(self, model_dtype: np.dtype) -> np.dtype:
+        """The type of the weight's scales for a model of some type."""
+        narrow = self.scale_type is ScaleType.MODEL or (
+            self.scale_type is ScaleType.BFLOAT16 and model_dtype.name == "bfloat16"
+        )
+        return model_dtype if narrow else DTYPES["float32"]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options of the weight's format as they are, for records."""
+        return {name: getattr(self.weight, name) for name in self.options}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS
+from ms_quant.algorithms import ALGORITHMS, PLAIN, has, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
@@ -123,8 +123,8 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
         if record.get(key) != stated:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {stated!r}"
     algorithm = record.get("algorithm")
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
+    if not is_known(algorithm):
+        known = ", ".join([PLAIN, *ALGORITHMS])
         yield f"{path}: algorithm is {algorithm!r:.80}, expected one of {known}"
 
 
@@ -138,7 +138,7 @@ def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterat
         except MsQuantError as error:
             yield str(error)
             continue
-        if linear is None or linear.activation is None:
+        if linear is None or not isinstance(linear.activation, StaticActivation):
             continue
         if first is None:
             first = (path, linear.activation)
@@ -160,7 +160,7 @@ def _activation_problems(
         yield str(error)
         return
     subject.activations[name] = activation
-    if not ALGORITHMS[subject.algorithm].smooths:
+    if not has(subject.algorithm, "smooths"):
         wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
         if wrong:
             yield wrong
@@ -232,8 +232,8 @@ def _remaking(
     subject: Subject, linear: QuantizedLinear, group: str
 ) -> tuple[str, np.ndarray | None, ScaleRule]:
     """The tensor that stores a linear's scales, its smoothing vector and the rule for scales."""
-    clipped = ALGORITHMS[subject.algorithm].clips
-    if linear.activation is None:
+    clipped = has(subject.algorithm, "clips")
+    if not isinstance(linear.activation, StaticActivation):
         return "weight_scale", None, ScaleRule(clipped, weight_scale_dtype(subject.plan.dtype))
     activation = subject.activations[group]
     return "deq_scale", activation.smooth, ScaleRule(clipped, factor=activation.scale)

@@ -14,6 +14,7 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import folded_bias
 from sparse_compress.codec import CORES
 from sparse_compress.coding import PARAMETERS, PLAIN
 from sparse_compress.fp16 import FLOAT16
@@ -21,7 +22,7 @@ from sparse_compress.info import open_sparse, slim_summary
 from sparse_compress.layouts import EMBEDDING, HEAD, find_target
 from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
-from sparse_compress.pack import deq_bits, fold_bias
+from sparse_compress.pack import deq_bits
 from sparse_compress.reader import SparseModel
 from sparse_compress.rewrite import Progress, Rewrite
 from sparse_compress.slim import SlimDirectory
@@ -154,14 +155,10 @@ def _group(model: SparseModel, index: int, group: LinearGroup) -> Arrays:
     """The int8 linears of a group, merged from the ranks."""
     arrays: Arrays = {}
     for member, linear in model.group(index, group).items():
-        path, activation = f"{block_prefix(index)}{member}", linear.activation
-        assert activation is not None
-        quant_bias = linear.quant_bias
-        if linear.bias is not None:
-            quant_bias = fold_bias(linear, linear.bias, path)
+        path, activation = f"{block_prefix(index)}{member}", linear.static
         values = (
             deq_bits(linear.deq_scale),
-            quant_bias,
+            folded_bias(linear, path),
             activation.input_scale[:1].astype(FLOAT16),
             np.array([activation.offset], TARGET.offset_dtype),
         )

@@ -17,7 +17,7 @@ from ms_quant.checkpoint.safetensors_file import TensorInfo
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.places import check_output_place
 from sparse_compress.codec import CORES
 from sparse_compress.coding import PARAMETERS
@@ -88,7 +88,7 @@ class SlimModel:
                 "values differ from -input_offset * sum of the weight's row, and a "
                 f"{self.config.model_type} model has no bias there"
             )
-        return QuantizedLinear(weight, deq, bias if has_bias else None, one)
+        return int8_linear(weight, deq, bias if has_bias else None, one)
 
     def activation(self, path: str) -> tuple[np.float32, int]:
         """(input_scale, input_offset) of a linear, as float16 and int8 hold them.

@@ -69,13 +69,12 @@ def _group_problems(
         return
     for member, ours in linears.items():
         theirs = source.linear(index, member)
-        assert ours.activation is not None and theirs.activation is not None
         count(checked, compared=1)
         pairs: dict[str, tuple[Any, Any]] = {
             "weight": (ours.weight, theirs.weight),
             "deq_scale": (ours.deq_scale, theirs.deq_scale),
-            "input_scale": (ours.activation.input_scale, theirs.activation.input_scale),
-            "input_offset": (ours.activation.offset, theirs.activation.offset),
+            "input_scale": (ours.static.input_scale, theirs.static.input_scale),
+            "input_offset": (ours.static.offset, theirs.static.offset),
         }
         for suffix, (found, expected) in pairs.items():
             wrong = int(np.count_nonzero(found != expected))

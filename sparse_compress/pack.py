@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.fp16 import FLOAT16, Floats, to_float16
 from sparse_compress.fractal import TILE_ROWS
@@ -42,28 +42,6 @@ def deq_floats(bits: np.ndarray, name: str) -> np.ndarray:
     return bits.astype(np.int32).view(np.float32)
 
 
-def bias_units(bias: np.ndarray, deq_scale: np.ndarray) -> np.ndarray:
-    """A float bias in steps of the integer sum: whole float64 (n,), half to even."""
-    return np.rint(bias.astype(np.float64) / deq_scale)
-
-
-def fold_bias(linear: QuantizedLinear, bias: np.ndarray, path: str) -> np.ndarray:
-    """``quant_bias`` with a float bias in it, int32 (n,): rint(bias / deq_scale) more.
-
-    Raises:
-        MsQuantError: a sum does not fit int32.
-    """
-    total = linear.quant_bias + bias_units(bias, linear.deq_scale)
-    limits = np.iinfo(np.int32)
-    wrong = int(np.count_nonzero((total < limits.min) | (total > limits.max)))
-    if wrong:
-        raise MsQuantError(
-            f"{path}.quant_bias: {wrong} of {total.size} values do not fit int32 with the bias in "
-            "them"
-        )
-    return total.astype(np.int32)
-
-
 def plain_quant_bias(weight: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """``quant_bias`` of a linear without a bias, int32 (n,)."""
     return (-int(offset[0]) * weight.sum(axis=1, dtype=np.int64)).astype(np.int32)
@@ -72,7 +50,7 @@ def plain_quant_bias(weight: np.ndarray, offset: np.ndarray) -> np.ndarray:
 def unfold_bias(
     quant_bias: np.ndarray, weight: np.ndarray, offset: np.ndarray, deq_scale: np.ndarray
 ) -> np.ndarray:
-    """The bias that :func:`fold_bias` left of a float bias: float32 (n,)."""
+    """The bias that :func:`folded_bias` left of a float bias: float32 (n,)."""
     units = quant_bias.astype(np.float64) - plain_quant_bias(weight, offset)
     return (units * deq_scale).astype(np.float32)
 
@@ -184,7 +162,6 @@ class Packer:
             biases.append(
                 self._quant_bias(linear, f"{block_prefix(index)}{member}", group)[where.rows]
             )
-        assert linear.activation is not None
         fused = f"{block_prefix(index)}{group.fused}"
         weight = np.concatenate(weights)
         coded, tiles, info = compress_matrix(weight, threads=self.workers)
@@ -193,7 +170,7 @@ class Packer:
             f"{fused}.index": tiles,
             f"{fused}.deq_scale": deq_bits(np.concatenate(scales)),
             f"{fused}.quant_bias": _once(np.concatenate(biases), rank, group),
-            **self._input(fused, linear.activation, where.columns),
+            **self._input(fused, linear.static, where.columns),
             **({f"{fused}.info": info} if self.layout.target.info else {}),
         }
 
@@ -201,7 +178,7 @@ class Packer:
         if not (self.layout.target.folds_bias and self.layout.has_bias(group)):
             return linear.quant_bias
         bias = self.checkpoint.read_float32(f"{path}.bias")
-        return fold_bias(linear, bias, path)
+        return folded_bias(replace(linear, bias=bias), path)
 
     def _input(self, fused: str, activation: StaticActivation, columns: slice) -> Arrays:
         """How a rank's input is quantized: for each channel, or by one value for all."""

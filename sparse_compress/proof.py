@@ -21,7 +21,7 @@ from ms_quant.checkpoint.writer import FileRecord, TensorPlan, write_file
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.strict_json import parse_json
 from sparse_compress.fp16 import SMALLEST_NORMAL
 from sparse_compress.layouts import Layout, proof_file
@@ -82,10 +82,9 @@ def write_proof(
                 continue
             pruned = prune(source, pruning.share, norm if pruning.kind == "activation" else None)
             counts[member] = _count(linear.weight, pruned, pruning.share)
-        assert linear.activation is not None
-        low = int(np.count_nonzero(linear.activation.input_scale <= SMALLEST_NORMAL))
+        low = int(np.count_nonzero(linear.static.input_scale <= SMALLEST_NORMAL))
         counts[group.members[0]]["input_scale_raised"] = low
-        tensors.update(_activation_tensors(group, linear.activation))
+        tensors.update(_activation_tensors(group, linear.static))
     metadata = {"counts": json.dumps(counts, sort_keys=True)}
     if errors:
         metadata["errors"] = json.dumps(errors, sort_keys=True)
@@ -98,8 +97,7 @@ def weight_error(source: np.ndarray, linear: QuantizedLinear) -> float:
     Both are taken with the smoothing. The sums are in float64, so that any machine finds the same
     but for the last digits.
     """
-    assert linear.activation is not None
-    smoothed = (source * linear.activation.smooth).astype(np.float64)
+    smoothed = (source * linear.static.smooth).astype(np.float64)
     wrong = smoothed - linear.weight * linear.weight_scale[:, None].astype(np.float64)
     return float(np.square(wrong).sum() / max(np.square(smoothed).sum(), 1e-300))
 
@@ -208,13 +206,10 @@ class Proof:
         """How the decoded linears of a group differ from the recorded parameters, or None."""
         activation = self.activation(group)
         for member, linear in linears.items():
-            assert linear.activation is not None
-            stated = QuantizedLinear(
-                linear.weight, self.weight_scale(member), activation=activation
-            )
+            stated = int8_linear(linear.weight, self.weight_scale(member), None, activation)
             pairs: dict[str, tuple[Any, Any]] = {
-                "input_scale": (linear.activation.input_scale, activation.input_scale),
-                "input_offset": (linear.activation.offset, activation.offset),
+                "input_scale": (linear.static.input_scale, activation.input_scale),
+                "input_offset": (linear.static.offset, activation.offset),
                 "deq_scale": (linear.deq_scale, stated.deq_scale),
             }
             for name, (found, expected) in pairs.items():

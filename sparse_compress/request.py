@@ -14,6 +14,7 @@ from ms_quant.data import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.places import check_places
+from ms_quant.plan import Choices
 from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare
 from sparse_compress.codec import CORES
 from sparse_compress.fp16 import survey
@@ -93,7 +94,7 @@ class SparseOptions:
             self.output,
             "W8A8",
             self.algorithm,
-            alpha=self.alpha,
+            choices=Choices(algorithm={} if self.alpha is None else {"alpha": self.alpha}),
             calib=self.calib,
             samples=self.samples,
             seq_len=self.seq_len,

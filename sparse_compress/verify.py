@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS
+from ms_quant.algorithms import has
 from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.finish import RECORD, check_files, unlisted_files
@@ -23,7 +23,7 @@ from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
-from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
 from ms_quant.remake import Comparison, ScaleRule
 from sparse_compress.codec import CORES
 from sparse_compress.divide import SlimModel
@@ -35,7 +35,6 @@ from sparse_compress.guard import guard
 from sparse_compress.layouts import (
     TARGETS,
 )
-from sparse_compress.pack import bias_units
 from sparse_compress.partition import fused_shape
 from sparse_compress.proof import Proof, compressed_groups, weight_error
 from sparse_compress.prune import pruned_count
@@ -232,7 +231,7 @@ def _source_problems(
     assert subject.source is not None
     source, record = subject.source.read_float32(f"{name}.weight"), subject.record
     pruning = recorded_pruning(record)
-    stored = replace(linear, weight_scale=proof.weight_scale(member))
+    stored = int8_linear(linear.weight, proof.weight_scale(member), linear.bias, linear.activation)
     if pruning is None:
         count(subject.checked, measured=1)
         stated = proof.error(member)
@@ -245,7 +244,7 @@ def _source_problems(
     else:
         count(subject.checked, recomputed=1)
         comparison, smoothed = Comparison(), proof.smoothed(group, source, pruning)
-        comparison.add(0, smoothed, stored, ScaleRule(ALGORITHMS[record["algorithm"]].clips))
+        comparison.add(0, smoothed, stored, ScaleRule(has(record["algorithm"], "clips")))
         yield from comparison.problems(name, "weight_scale", source.shape)
     if linear.bias is not None and subject.model.layout.target.folds_bias:
         bias = subject.source.read_float32(f"{name}.bias")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ms_quant.schemes import SCHEMES
+
 pytestmark = pytest.mark.slow
 
 COMMANDS = ["quantize", "verify", "eval", "generate", "inspect", "schemes"]
@@ -375,7 +377,7 @@ def test_without_mindspore(
     assert result(run("verify", output, "--source", model, "--json"))["problems"] == []
     assert result(run("inspect", output, "--json"))["flavour"] == "golden-stick W8A8_DYNAMIC"
     assert result(run("inspect", model, "--json"))["flavour"] == "float"
-    assert len(result(run("schemes", "--json"))["schemes"]) == 2
+    assert len(result(run("schemes", "--json"))["schemes"]) == len(SCHEMES)
     for arguments in (
         ["eval", output, "--text", calib_text],
         ["generate", output, "--prompt", "the"],

@@ -15,6 +15,7 @@ from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -40,6 +41,9 @@ def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
+
+
+STRENGTH = Choices(algorithm={"alpha": 0.7})
 
 
 def rounded_up(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -112,7 +116,11 @@ def smoothing(x: np.ndarray, weights: list[np.ndarray], alpha: float) -> np.ndar
         ({}, {"family": "qwen3"}, 4),
         ({}, {"family": "llama", "dtype": "float16", "biases": True}, 3),  # a short last batch
         ({}, {"family": "qwen2", "dtype": "float32", "tied": True}, 1),
-        ({"algorithm": "smoothquant", "alpha": 0.7}, {"family": "qwen2", "shards": 3}, 4),
+        (
+            {"algorithm": "smoothquant", "choices": STRENGTH},
+            {"family": "qwen2", "shards": 3},
+            4,
+        ),
         ({"exclude": ("*.0.mlp.up_proj", "*.v_proj")}, {"family": "qwen3"}, 4),
         ({"dtype": "float16"}, {"family": "qwen3"}, 4),
     ],
@@ -147,7 +155,7 @@ def test_calibrated_tensors_are_those_of_the_oracle(
             x = inputs[paths[0]]
             smooth = np.ones(x.shape[1], np.float32)
             if options.get("algorithm") == "smoothquant":
-                smooth = smoothing(x, list(weights.values()), options["alpha"])
+                smooth = smoothing(x, list(weights.values()), options["choices"].algorithm["alpha"])
             expected.update(by_hand(x, weights, smooth, dtype))
     assert sorted(found) == sorted(expected)
     for name, array in expected.items():

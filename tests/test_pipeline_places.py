@@ -19,6 +19,7 @@ from ms_quant.checkpoint import atomic
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
+from ms_quant.plan import Choices
 
 
 @pytest.fixture
@@ -237,12 +238,18 @@ def test_a_corrected_model_is_told_what_to_do(
 
 
 UNUSED = [
-    ({"calib": Path("/nonexistent")}, "W8A8_DYNAMIC uses no calibration data, expected no --calib"),
-    ({"samples": 64}, "W8A8_DYNAMIC uses no calibration data, expected no --samples"),
-    ({"seq_len": 256}, "W8A8_DYNAMIC uses no calibration data, expected no --seq-len"),
-    ({"seed": 0}, "W8A8_DYNAMIC uses no calibration data, expected no --seed"),
-    ({"alpha": 0.9}, "algorithm minmax takes no alpha, expected it only with smoothquant"),
-    ({"scheme": "W8A8", "algorithm": "osl", "alpha": 0.5}, "algorithm osl takes no alpha"),
+    ({"calib": Path("/nonexistent")}, "with minmax uses no calibration data, expected no --calib"),
+    ({"samples": 64}, "with minmax uses no calibration data, expected no --samples"),
+    ({"seq_len": 256}, "with minmax uses no calibration data, expected no --seq-len"),
+    ({"seed": 0}, "with minmax uses no calibration data, expected no --seed"),
+    (
+        {"choices": Choices(algorithm={"alpha": 0.9})},
+        "minmax takes no option 'alpha'",
+    ),
+    (
+        {"scheme": "W8A8", "algorithm": "osl", "choices": Choices(algorithm={"alpha": 0.5})},
+        "algorithm osl takes no option 'alpha'",
+    ),
 ]
 
 

@@ -21,6 +21,7 @@ from ms_quant.checkpoint.atomic import Sink, disk_errors
 from ms_quant.checkpoint.job import HiddenStates, JobDirectory
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -168,11 +169,14 @@ def test_a_damaged_model_is_refused_before_any_work(
         ({"samples": 0}, "samples is 0, expected a positive number"),
         ({"scheme": "W2A2"}, "scheme 'W2A2' is unknown, expected one of W8A8, W8A8_DYNAMIC"),
         ({"algorithm": "magic"}, "algorithm 'magic' is unknown, expected one of minmax"),
-        ({"algorithm": "osl", "scheme": "W8A8_DYNAMIC"}, "'osl' does not work with scheme"),
-        ({"algorithm": "smoothquant", "alpha": 1.5}, r"alpha is 1\.5, expected a number from 0"),
+        ({"algorithm": "osl", "scheme": "W8A16"}, "'osl' does not work with scheme"),
+        (
+            {"algorithm": "smoothquant", "choices": Choices(algorithm={"alpha": 1.5})},
+            r"smoothquant\.alpha is 1\.5: Input should be",
+        ),
         ({"dtype": "float64"}, "dtype 'float64' is not supported"),
         ({"exclude": ("*.experts.*",)}, r"pattern '\*\.experts\.\*' matches no linear"),
-        ({"exclude": ("*",)}, "match every linear, nothing is left"),
+        ({"exclude": ("*",)}, "every linear stays float, nothing is left"),
         ({"output": Path()}, "the output has no name"),
         ({"output": Path("/")}, "the output has no name"),
     ],

@@ -9,15 +9,15 @@ import pytest
 from ms_quant.algorithms import ALGORITHMS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
-from ms_quant.plan import Plan, make_plan
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.schemes import SCHEMES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = parse_config(
     {
         "model_type": "qwen3",
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -89,18 +89,18 @@ def test_exclude_takes_whole_groups(exclude, float_groups, floats):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "W4A4"}, r"^scheme 'W4A4' is unknown, expected one of W8A8, W8A8_DYNAMIC$"),
+        ({"scheme": "W4A4"}, r"^scheme 'W4A4' is unknown, expected one of W8A8, W8A8_DYNAMIC, "),
         ({"scheme": "w8a8"}, r"^scheme 'w8a8' is unknown"),
         ({"algorithm": "magic"}, r"^algorithm 'magic' is unknown, expected one of minmax, "),
         (
-            {"scheme": "W8A8_DYNAMIC", "algorithm": "osl"},
-            r"^algorithm 'osl' does not work with scheme W8A8_DYNAMIC: .* expected 'minmax'$",
+            {"scheme": "W8A16", "algorithm": "osl"},
+            r"^algorithm 'osl' does not work with scheme W8A16: .* expected one of minmax, awq",
         ),
-        ({"scheme": "W8A8_DYNAMIC", "algorithm": "smoothquant"}, r"^algorithm 'smoothquant' does"),
-        ({"alpha": -0.1}, r"^alpha is -0\.1, expected a number from 0 to 1$"),
-        ({"alpha": 1.01}, r"^alpha is 1\.01"),
-        ({"alpha": float("nan")}, r"^alpha is nan"),
-        ({"exclude": ["*"]}, r"match every linear, nothing is left to quantize$"),
+        ({"algorithm": "svd"}, r"^algorithm 'svd' does not work with scheme W8A8: its tensors"),
+        ({"algorithm": "osl+smoothquant"}, r"'osl\+smoothquant': osl and smoothquant both decide"),
+        ({"algorithm": "gptq+gptq"}, r"gptq and gptq both decide the rounding, expected one$"),
+        ({"algorithm": "osl+"}, r"^algorithm '' is unknown"),
+        ({"exclude": ["*"]}, r"every linear stays float, nothing is left to quantize$"),
         ({"exclude": ["*.w1"]}, r"^exclude pattern '\*\.w1' matches no linear"),
         ({"exclude": ["model.layers.2.*"]}, r"^exclude pattern 'model\.layers\.2\.\*'"),
         ({"exclude": ["*.o_proj", "*.O_PROJ"]}, r"^exclude pattern '\*\.O_PROJ'"),
@@ -113,24 +113,53 @@ def test_refused(options, message):
         plan(**options)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, "1.0"])
 def test_alpha_bounds_are_included(alpha):
-    assert plan(algorithm="smoothquant", alpha=alpha).alpha == alpha
+    made = plan(algorithm="smoothquant", options=Choices(algorithm={"alpha": alpha}))
+    assert made.chain.chosen == {"smoothquant": {"alpha": float(alpha)}}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "message"),
+    [
+        ("smoothquant", {"alpha": -0.1}, r"^smoothquant\.alpha is -0\.1: .* equal to 0$"),
+        ("smoothquant", {"alpha": 1.01}, r"^smoothquant\.alpha is 1\.01"),
+        ("smoothquant", {"alpha": float("nan")}, r"^smoothquant\.alpha is nan"),
+        ("smoothquant", {"alpha": "much"}, r"^smoothquant\.alpha is 'much'"),
+        ("osl", {"alpha": 0.5}, r"^algorithm osl takes no option 'alpha', expected none$"),
+        ("gptq", {"act_order": "maybe"}, r"^gptq\.act_order is 'maybe': .* valid boolean"),
+        ("gptq", {"awq.clip": True}, r"takes no option 'awq\.clip', expected gptq\.damping, gptq"),
+    ],
+)
+def test_options_are_refused_by_name(algorithm, settings, message):
+    with pytest.raises(MsQuantError, match=message):
+        plan(algorithm=algorithm, options=Choices(algorithm=settings))
+
+
+def test_algorithms_are_done_in_the_order_of_their_stages():
+    assert plan(algorithm="gptq+osl").algorithm == "osl+gptq"
+    assert plan("W4A4_MXFP4_SVD", "gptq").algorithm == "svd+gptq"
+
+
+def test_groups_that_do_not_divide_the_inputs():
+    undivided = Choices({"group_size": 128}, float_undivided=True)
+    message = (
+        r"^model\.layers\.0\.self_attn\.q_proj\.weight: groups of 128 do not divide K = 64; "
+        r"expected another group size, or --float-undivided"
+    )
+    with pytest.raises(MsQuantError, match=message):
+        plan("W4A16", options=Choices({"group_size": 128}))
+    made = plan("W4A16", options=undivided)
+    assert {path.rpartition(".")[2] for path in made.quantized()} == {"down_proj"}
+    assert plan("W4A16", options=Choices({"group_size": 64})).float_linears() == []
 
 
 def test_every_pair_is_either_planned_or_refused():
-    planned = set()
     for scheme in SCHEMES:
         for algorithm, row in ALGORITHMS.items():
-            if row.smooths and get_scheme(scheme).activation.dynamic:
-                with pytest.raises(MsQuantError):
+            if row.suits(SCHEMES[scheme]):
+                with pytest.raises(MsQuantError, match=r"does not work with scheme"):
                     plan(scheme, algorithm)
             else:
-                assert plan(scheme, algorithm).algorithm == algorithm
-                planned.add((scheme, algorithm))
-    assert planned == {
-        ("W8A8", "minmax"),
-        ("W8A8", "smoothquant"),
-        ("W8A8", "osl"),
-        ("W8A8_DYNAMIC", "minmax"),
-    }
+                chosen = {"group_size": 64} if scheme == "W4A16" else {}
+                assert algorithm in plan(scheme, algorithm, options=Choices(chosen)).algorithm

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from ms_quant.algorithms.clip import RATIOS
-from ms_quant.numerics.linear import QuantizedLinear, quantize_linear, static_activation
+from ms_quant.numerics.linear import (
+    QuantizedLinear,
+    int8_linear,
+    quantize_linear,
+    static_activation,
+)
 from ms_quant.remake import Comparison, ScaleRule, compare, output_error
 
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -86,5 +91,5 @@ def test_output_error_probes_the_range_the_linear_was_made_for(low: float, high:
     activation = static_activation(*ranges, None, np.dtype(ml_dtypes.bfloat16), "x")
     linear = quantize_linear(weight, None, activation, np.dtype(np.float32))
     assert 0 < output_error(linear, weight) < 0.03
-    wrong = QuantizedLinear(linear.weight[::-1], linear.weight_scale, None, activation)
+    wrong = int8_linear(linear.weight[::-1], linear.weight_scale, None, activation)
     assert output_error(wrong, weight) > 0.5

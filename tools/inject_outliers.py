@@ -29,11 +29,12 @@ def column_factors(source: Path, channels: int, factor: float, seed: int) -> dic
         raise SystemExit(f"factor is {factor}, expected a power of two")
     factors = {}
     for index in range(config.num_layers):
-        for norm, fed in config.family.norm_feeds:
+        for group in config.family.groups:
+            if not group.feeds_from_norm:
+                continue
             scale = np.ones(config.hidden_size, np.float32)
             scale[rng.choice(config.hidden_size, channels, replace=False)] = factor
-            factors[f"{block_prefix(index)}{norm}.weight"] = scale
-            group = next(group for group in config.family.groups if group.name == fed)
+            factors[f"{block_prefix(index)}{group.feed}.weight"] = scale
             for member in group.members:
                 factors[f"{block_prefix(index)}{member}.weight"] = 1 / scale
     return factors

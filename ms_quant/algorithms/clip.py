@@ -1,35 +1,65 @@
-"""Weight clipping: a smaller range for each output row, chosen by that row's output error.
+"""Weight clipping: a smaller range for each group of a row, chosen by its own output error.
 
-Source: the clip search of AWQ (Lin et al., arXiv 2306.00978), for whole rows.
+Source: the clip search of AWQ (Lin et al., arXiv 2306.00978).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 
-from ms_quant.numerics import affine
+from ms_quant.algorithms.problem import Problem, Solution, prepared, seen_inputs
+from ms_quant.numerics.grid import AffineFormat, Grid
 
 RATIOS = tuple(round(1.0 - 0.05 * i, 2) for i in range(10))  # 1, 0.95, ..., 0.55
+Fit = Callable[[np.ndarray, float], Grid]
 
 
-def search_clip(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """The clipping factor of each row with the smallest output error.
+def _per_channel(weight: np.ndarray, ratio: float) -> Grid:
+    return AffineFormat().fit(weight, "weight", clip=ratio)
+
+
+def search_clip(weight: np.ndarray, inputs: np.ndarray, fit: Fit = _per_channel) -> np.ndarray:
+    """The clipping factor of each group of a row with the smallest output error.
 
     Args:
         weight: float32 (out, in), as it will be quantized (smoothing applied).
         inputs: float32 (tokens, in), as the linear will see them.
+        fit: gives the grid of a weight whose ranges are multiplied by a factor; int8 per channel
+            if not said otherwise.
 
     Returns:
-        float32 (out, 1). The mean over tokens of (x . (dq(q(w)) - w))^2 is smallest, sums in
-        float32; a tie goes to the larger factor.
+        float32 (out, groups). The mean over tokens of (x . (dq(q(w)) - w))^2 over the inputs of a
+        group is smallest, sums in float32; a tie goes to the larger factor.
     """
-    best = np.full(len(weight), np.inf)
-    chosen = np.ones((len(weight), 1), np.float32)
+    size = fit(weight, 1.0).group or weight.shape[1]
+    groups = max(1, weight.shape[1] // max(1, size))
+    best = np.full((len(weight), groups), np.inf)
+    chosen = np.ones((len(weight), groups), np.float32)
     for ratio in RATIOS:
-        scale = affine.per_channel_scale(weight, ratio)
-        error = affine.dequantize(affine.quantize(weight, scale), scale) - weight
-        loss = np.square(inputs @ error.T).mean(axis=0, dtype=np.float64)
-        better = loss < best
-        best[better] = loss[better]
-        chosen[better] = ratio
+        grid = fit(weight, ratio)
+        error = grid.values(grid.round(weight)) - weight
+        for group in range(groups):
+            part = slice(group * size, (group + 1) * size)
+            output = inputs[:, part] @ error[:, part].T
+            loss = np.square(output).mean(axis=0, dtype=np.float64)
+            better = loss < best[:, group]
+            best[better, group] = loss[better]
+            chosen[better, group] = ratio
     return chosen
+
+
+def solve(
+    problem: Problem, solution: Solution, options: None = None, skip: tuple[str, ...] = ()
+) -> Solution:
+    """Clips every linear of a group but those whose names end with one of ``skip``."""
+    inputs, dtype = seen_inputs(problem, solution), problem.scheme.scale_dtype(problem.dtype)
+    format = problem.scheme.weight
+    clips = {
+        name: search_clip(weight, inputs, lambda w, ratio: format.fit(w, "weight", dtype, ratio))
+        for name, weight in prepared(problem, solution).items()
+        if not name.endswith(skip)
+    }
+    return replace(solution, clip=clips)

@@ -12,14 +12,39 @@ Source: Frantar et al., arXiv 2210.17323, section 3.3; the factor is made withou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+
+from ms_quant.algorithms.problem import Problem, Solution, grid_of, noted, prepared, seen_hessian
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.grid import Grid
 
 DAMPING = 0.01
 BLOCK = 128
+RETRIES = 4
 
 Rounder = Callable[[int, np.ndarray], np.ndarray]
 """Called with a column's index and its target (out,); returns the rounded values (out,)."""
+
+Refit = Callable[[int, np.ndarray], None]
+"""Called before a group's first column with its index and the group's targets (out, group)."""
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """Attributes:
+    damping: share of the mean of the Hessian's diagonal that is added to it.
+    act_order: round the columns with the largest inputs first.
+    static_groups: take a group's scale from the weight as it was, not as the columns before it
+        have changed it. The formats hold no order of columns, so act_order needs it per group.
+    """
+
+    damping: Annotated[float, Field(gt=0, le=1)] = DAMPING
+    act_order: bool = False
+    static_groups: bool = False
 
 
 def damped(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
@@ -63,22 +88,102 @@ def _invert(upper: np.ndarray) -> np.ndarray:
     return result
 
 
-def solve_columns(weight: np.ndarray, factor: np.ndarray, rounder: Rounder) -> None:
+def solve_columns(
+    weight: np.ndarray,
+    factor: np.ndarray,
+    rounder: Rounder,
+    group: int = 0,
+    refit: Refit | None = None,
+) -> None:
     """Rounds the columns of a weight in their order.
 
     Args:
         weight: (out, K).
         factor: U of :func:`inverse_factor`, of the weight's type.
         rounder: rounds one column; what it returns is the only result.
+        group: columns of a group, a divisor or a multiple of 128.
+        refit: told the targets of each group before its first column.
     """
     weight = weight.copy()
     columns = weight.shape[1]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
+    size = max(BLOCK, group) if refit else BLOCK
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
         block = np.asfortranarray(weight[:, start:stop])
         errors = np.empty_like(block)  # column by column in memory, too
         for j in range(start, stop):
             done = j - start
+            if refit and done % group == 0:
+                ahead = slice(done, done + group)
+                refit(j, block[:, ahead] - errors[:, :done] @ factor[start:j, start:stop][:, ahead])
             target = block[:, done] - errors[:, :done] @ factor[start:j, j]
             errors[:, done] = (target - rounder(j, target)) / factor[j, j]
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
+
+
+def factor_with_retry(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, float]:
+    """:func:`inverse_factor` of the damped H, with ten times the damping where that fails.
+
+    Returns:
+        float64 (K, K), and the damping that was used.
+    """
+    for attempt in range(RETRIES):
+        tried = damping * 10**attempt
+        try:
+            return inverse_factor(damped(hessian, tried)), tried
+        except np.linalg.LinAlgError:
+            continue
+    raise MsQuantError(
+        f"the Hessian of {len(hessian)} inputs is not positive definite with damping {tried:g}"
+    )
+
+
+def round_weight(
+    weight: np.ndarray, grid: Grid, factor: np.ndarray, order: np.ndarray, refit: bool
+) -> np.ndarray:
+    """The codes of a weight on a grid, column by column.
+
+    Args:
+        weight: float32 (out, K).
+        grid: fitted to the weight; its groups change in place with ``refit``.
+        factor: U of the Hessian whose rows and columns are in ``order``.
+        order: the columns in the order in which they are rounded.
+        refit: take each group's parameters anew before its first column; needs the columns' own
+            order.
+    """
+    codes = grid.round(weight)
+
+    def rounder(j: int, target: np.ndarray) -> np.ndarray:
+        column = int(order[j])  # parameters are those of the column's own place
+        codes[:, column : column + 1] = grid.round(target[:, None], column)
+        return grid.values(codes[:, column : column + 1], column)[:, 0]
+
+    def begin(j: int, targets: np.ndarray) -> None:
+        grid.refit(np.ascontiguousarray(targets), j)
+
+    narrow = factor.astype(np.float32)
+    solve_columns(weight[:, order], narrow, rounder, grid.group, begin if refit else None)
+    return codes
+
+
+def solve(problem: Problem, solution: Solution, options: GptqOptions) -> Solution:
+    hessian = seen_hessian(problem, solution)
+    order = np.arange(len(hessian))
+    if options.act_order:
+        order = np.argsort(-np.diagonal(hessian), kind="stable")
+    factor, damping = factor_with_retry(hessian[order][:, order], options.damping)
+    grids, codes = {}, {}
+    for name, weight in prepared(problem, solution).items():
+        grid = grid_of(problem, solution, name, weight)
+        chosen = name in solution.grids or name in solution.clip
+        grouped = grid.group < weight.shape[1]
+        if options.act_order and grouped and not (options.static_groups or chosen):
+            raise MsQuantError(
+                f"{problem.name}: act_order with groups of {grid.group} needs static_groups, as "
+                "no checkpoint here holds the order of the columns"
+            )
+        refit = grouped and not options.static_groups and not chosen
+        codes[name] = round_weight(weight, grid, factor, order, refit)
+        grids[name] = grid
+    solution = replace(solution, grids=grids, codes=codes)
+    return solution if damping == options.damping else noted(solution, damping=damping)

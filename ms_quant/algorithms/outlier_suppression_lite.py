@@ -11,36 +11,25 @@ Source: docs/algorithms.md, "OutlierSuppressionLite"; the smoothing formula is S
 
 from __future__ import annotations
 
-from ms_quant.algorithms.clip import search_clip
-from ms_quant.algorithms.problem import Problem, Solution, apply
-from ms_quant.algorithms.smooth import smooth_scale, weight_absmax
+from dataclasses import replace
+
+from ms_quant.algorithms import clip
+from ms_quant.algorithms.problem import Problem, Solution, apply, noted
+from ms_quant.algorithms.smooth import smoothing_vector
 
 ALPHAS = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
-def solve(problem: Problem) -> Solution:
-    assert problem.stats is not None
-    columns = weight_absmax(problem.weights.values())
-    best, best_loss = Solution(), problem.loss(apply(problem, Solution()))
-    for alpha in ALPHAS:
-        smooth = smooth_scale(problem.stats.absmax, columns, alpha)
-        candidate = Solution(smooth, note={"alpha": alpha})
+def solve(problem: Problem, solution: Solution, options: None = None) -> Solution:
+    best, best_loss = solution, problem.loss(apply(problem, solution))
+    for alpha in ALPHAS if problem.smoothing else ():
+        candidate = replace(solution, smooth=smoothing_vector(problem, alpha))
         loss = problem.loss(apply(problem, candidate))
         if loss < best_loss:
-            best, best_loss = candidate, loss
-    clipped = Solution(best.smooth, _clip(problem, best), best.note)
-    loss = problem.loss(apply(problem, clipped))
-    if loss <= best_loss:  # the clip search sees one linear, not the block
-        best, best_loss = clipped, loss
-    return Solution(best.smooth, best.clip, {**best.note, "loss": best_loss})
-
-
-def _clip(problem: Problem, solution: Solution) -> dict:
-    assert problem.stats is not None
-    activation = next(iter(apply(problem, solution).values())).activation
-    assert activation is not None
-    inputs = problem.stats.rows / activation.smooth
-    return {
-        name: search_clip(weight * activation.smooth, inputs)
-        for name, weight in problem.weights.items()
-    }
+            best, best_loss = noted(candidate, alpha=alpha), loss
+    if problem.scheme.weight.clips:
+        clipped = clip.solve(problem, best)
+        loss = problem.loss(apply(problem, clipped))
+        if loss <= best_loss:  # the clip search sees one linear, not the block
+            best, best_loss = clipped, loss
+    return noted(best, loss=best_loss)

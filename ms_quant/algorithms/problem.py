@@ -1,24 +1,23 @@
 """What an algorithm is given, and what it answers.
 
-An algorithm is a function ``solve(problem) -> Solution``. It ends as numbers in the scheme's
-tensors: a smoothing vector and a clipping factor for each row. :func:`apply` turns them into
-int8 linears, in one place for every algorithm.
+An algorithm is a function ``solve(problem, solution) -> Solution`` that adds to what the ones
+before it have found. It ends as numbers: a smoothing vector, factors on the weights' ranges, a
+grid, codes on it, a transform, a branch. :func:`apply` turns them into quantized linears, in one
+place for every algorithm and scheme.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from ms_quant.numerics.linear import (
-    QuantizedLinear,
-    StaticActivation,
-    quantize_linear,
-    static_activation,
-)
-from ms_quant.numerics.storage import weight_scale_dtype
+from ms_quant.numerics import rotation
+from ms_quant.numerics.activation import Activation, PerToken, Seen, StaticActivation
+from ms_quant.numerics.grid import Grid
+from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.observers import ActivationStats
 from ms_quant.spec import Scheme
 
@@ -27,13 +26,29 @@ from ms_quant.spec import Scheme
 class Solution:
     """Attributes:
     smooth: float32 (in,), what the input is divided by; None for no smoothing.
-    clip: linear name to float32 (out, 1), the factor on each row's range; missing means 1.
+    input_range: (low, high) of the input after smoothing, in place of what was seen; or None.
+    kronecker: transform of the smoothed input, or None.
+    input_clip: factor on each token's range, for per-token activations.
+    branch: linear name to the low-rank part of its weight that stays float.
+    clip: linear name to the factor on each group's range, (out, 1) or (out, groups); missing
+        means 1.
+    grids: linear name to the grid, where it does not follow from the weight's range.
+    codes: linear name to the codes on it, where they are not the nearest ones.
     note: what was chosen, for the report.
     """
 
     smooth: np.ndarray | None = None
+    input_range: tuple[float, float] | None = None
+    kronecker: Kronecker | None = None
+    input_clip: float = 1.0
+    branch: Mapping[str, LowRank] = field(default_factory=dict)
     clip: Mapping[str, np.ndarray] = field(default_factory=dict)
-    note: Mapping[str, float] = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+Loss = Callable[[Mapping[str, QuantizedLinear]], float]
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,15 @@ class Problem:
         scheme: the scheme to reach.
         weights: linear name to float32 (out, in).
         biases: linear name to float32 (out,), where there is one.
-        stats: statistics of the shared input, None when the scheme needs none.
+        stats: statistics of the shared input, None when nothing needs them.
         dtype: type that scales in the model's type are stored in.
         loss: error of the network with the linears of a candidate in place of the float ones;
             a mean squared error over calibration tokens.
-        alpha: smoothing strength where the algorithm takes one.
         damage: squared error over squared output of each token, in the mean over tokens; a token
             with huge activations counts as any other. None where no block is run.
+        smoothing: whether there is a place for a smoothing vector of this input.
+        shared: how many adjacent sets of ``head`` inputs must share their smoothing, as query
+            heads that read one value head do; (1, 1) for none.
     """
 
     name: str
@@ -60,28 +77,116 @@ class Problem:
     biases: Mapping[str, np.ndarray]
     stats: ActivationStats | None
     dtype: np.dtype
-    loss: Callable[[Mapping[str, QuantizedLinear]], float]
-    alpha: float = 0.5
-    damage: Callable[[Mapping[str, QuantizedLinear]], float] | None = None
+    loss: Loss
+    damage: Loss | None = None
+    smoothing: bool = True
+    shared: tuple[int, int] = (1, 1)
+
+    @property
+    def seen(self) -> ActivationStats:
+        """The statistics, of an algorithm that has asked for them."""
+        assert self.stats is not None, self.name
+        return self.stats
+
+    def share(self, values: np.ndarray) -> np.ndarray:
+        """(in,) values of channels, where those that must share one all have the largest."""
+        heads, size = self.shared
+        if heads == 1:
+            return values
+        sets = values.reshape(-1, heads, size)
+        return np.broadcast_to(sets.max(axis=1, keepdims=True), sets.shape).reshape(-1)
 
 
-def input_quantization(problem: Problem, solution: Solution) -> StaticActivation:
-    """How the shared input is quantized, where that is static."""
-    assert problem.stats is not None
-    return static_activation(
-        problem.stats.low, problem.stats.high, solution.smooth, problem.dtype, problem.name
-    )
+def input_quantization(problem: Problem, solution: Solution) -> Activation:
+    """How the shared input is quantized."""
+    format = problem.scheme.activation
+    if isinstance(format, PerToken):
+        return PerToken(format.bits, solution.input_clip)
+    if format.dynamic:
+        return format.fit(None, None)
+    low, high = problem.seen.low, problem.seen.high
+    if solution.input_range is not None:
+        low, high = (np.full_like(low, bound) for bound in solution.input_range)
+    smooth = solution.smooth
+    if smooth is not None and not format.holds_smoothing:
+        low, high, smooth = low / smooth, high / smooth, None
+    return format.fit(Seen(low, high, problem.dtype, problem.name), smooth)
+
+
+def smoothing(solution: Solution, activation: Activation) -> np.ndarray | None:
+    """float32 (in,): what the input is divided by in all; a static activation's own vector."""
+    if isinstance(activation, StaticActivation) and not activation.folds_bias:
+        return activation.smooth
+    return solution.smooth
+
+
+def prepared(problem: Problem, solution: Solution) -> dict[str, np.ndarray]:
+    """The weights as they are rounded: linear name to float32 (out, in)."""
+    smooth = smoothing(solution, input_quantization(problem, solution))
+    weights = {}
+    for name, weight in problem.weights.items():
+        if smooth is not None:
+            weight = weight * smooth
+        if name in solution.branch:
+            weight = weight - solution.branch[name].weight
+        if solution.kronecker is not None:
+            left, right = solution.kronecker.left, solution.kronecker.right
+            weight = rotation.fold_kronecker(weight, left, right, name).astype(np.float32)
+        weights[name] = weight
+    return weights
 
 
 def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
-    """The int8 linears that a solution stands for, rounded to nearest."""
-    activation, scale_dtype = None, weight_scale_dtype(problem.dtype)
-    if not problem.scheme.activation.dynamic:
-        activation = input_quantization(problem, solution)
-        scale_dtype = np.dtype(np.float32)  # only deq_scale is stored, in float32
-    return {
-        name: quantize_linear(
-            weight, problem.biases.get(name), activation, scale_dtype, solution.clip.get(name, 1.0)
+    """The quantized linears that a solution stands for, rounded to nearest where it says nothing
+    else."""
+    activation = input_quantization(problem, solution)
+    inside = smoothing(solution, activation) is not solution.smooth
+    linears = {}
+    for name, weight in prepared(problem, solution).items():
+        grid = grid_of(problem, solution, name, weight)
+        codes = solution.codes[name] if name in solution.codes else grid.round(weight)
+        linears[name] = QuantizedLinear(
+            codes,
+            grid,
+            problem.biases.get(name),
+            activation,
+            None if inside else solution.smooth,
+            solution.kronecker,
+            solution.branch.get(name),
         )
-        for name, weight in problem.weights.items()
-    }
+    return linears
+
+
+def grid_of(problem: Problem, solution: Solution, name: str, weight: np.ndarray) -> Grid:
+    """The grid of one linear's weight, as it will be rounded."""
+    if name in solution.grids:
+        return solution.grids[name]
+    dtype = problem.scheme.scale_dtype(problem.dtype)
+    return problem.scheme.weight.fit(weight, name, dtype, solution.clip.get(name, 1.0))
+
+
+def seen_inputs(problem: Problem, solution: Solution) -> np.ndarray:
+    """float32 (tokens, in): the kept tokens as the weight's columns meet them, not quantized."""
+    x = problem.seen.rows
+    smooth = smoothing(solution, input_quantization(problem, solution))
+    if smooth is not None:
+        x = x / smooth
+    return x if solution.kronecker is None else solution.kronecker.apply(x)
+
+
+def seen_hessian(problem: Problem, solution: Solution) -> np.ndarray:
+    """float32 (in, in): the mean of x x^T over all tokens, of the same inputs."""
+    hessian = problem.seen.hessian
+    smooth = smoothing(solution, input_quantization(problem, solution))
+    if smooth is not None:
+        hessian = hessian / smooth / smooth[:, None]
+    if solution.kronecker is not None:
+        left, right = solution.kronecker.left, solution.kronecker.right
+        for _ in range(2):  # K^T H K, as H is symmetric
+            hessian = rotation.apply_kronecker(hessian, left, right, problem.name).T
+    return np.ascontiguousarray(hessian, np.float32)
+
+
+def noted(solution: Solution, **note: Any) -> Solution:
+    """The solution with more in its note."""
+    return replace(solution, note={**solution.note, **note})

@@ -5,20 +5,22 @@ Source: Xiao et al., arXiv 2211.10438, equation 4.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Annotated
+
 import numpy as np
+from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution
-from ms_quant.errors import MsQuantError
+from ms_quant.algorithms.problem import Problem, Solution, noted
 
 
-def check_alpha(alpha: float) -> None:
-    """Refuses a smoothing strength out of range.
-
-    Raises:
-        MsQuantError: it is not a number from 0 to 1.
+@dataclass(frozen=True)
+class SmoothOptions:
+    """Attributes:
+    alpha: strength; 0 leaves the range with the activations, 1 moves all of it to the weights.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise MsQuantError(f"alpha is {alpha}, expected a number from 0 to 1")
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 def smooth_scale(act_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float) -> np.ndarray:
@@ -44,8 +46,15 @@ def weight_absmax(weights) -> np.ndarray:
     return np.max([np.abs(weight).max(axis=0, initial=0) for weight in weights], axis=0)
 
 
-def solve(problem: Problem) -> Solution:
-    assert problem.stats is not None
-    columns = weight_absmax(problem.weights.values())
-    smooth = smooth_scale(problem.stats.absmax, columns, problem.alpha)
-    return Solution(smooth, note={"alpha": problem.alpha})
+def smoothing_vector(problem: Problem, alpha: float) -> np.ndarray:
+    """float32 (in,) of a problem's linears together."""
+    act = problem.share(problem.seen.absmax)
+    columns = problem.share(weight_absmax(problem.weights.values()))
+    return smooth_scale(act, columns, alpha)
+
+
+def solve(problem: Problem, solution: Solution, options: SmoothOptions) -> Solution:
+    if not problem.smoothing:
+        return solution
+    smooth = smoothing_vector(problem, options.alpha)
+    return noted(replace(solution, smooth=smooth), alpha=options.alpha)

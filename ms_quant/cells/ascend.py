@@ -10,6 +10,10 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore.ops.auto_generate import DynamicQuantExt, QuantBatchMatmul, QuantV2
 
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.activation import PerToken, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear
+
 
 class Operators:
     """The operators of one QuantLinear."""
@@ -26,6 +30,22 @@ class Operators:
                 transpose_x1=False, transpose_x2=True, dtype=dtype
             )
         return self._matmul[dtype]
+
+
+def operators(linear: QuantizedLinear) -> Operators:
+    """The operators of a linear.
+
+    Raises:
+        MsQuantError: there are none here for its scheme.
+    """
+    activation = linear.activation
+    per_channel = isinstance(activation, StaticActivation) and not activation.folds_bias
+    if not linear.integer or not (per_channel or activation == PerToken(8)):
+        raise MsQuantError(
+            "QuantLinear: this scheme has no Ascend operators here yet, expected W8A8 or "
+            "W8A8_DYNAMIC; on CPU every scheme runs"
+        )
+    return Operators()
 
 
 def forward(cell, rows: Tensor) -> Tensor:

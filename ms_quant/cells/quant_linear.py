@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
 from ms_quant.models.decoder import repeat_rows
-from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
-from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
+from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
 
 EXACT_K = 1024  # a float32 sum of this many products of int8 is exact: 1024 * 2**14 = 2**24
+EXACT = 2**24
 
 
 def _frozen(array: np.ndarray) -> Parameter:
     return Parameter(Tensor(np.ascontiguousarray(array)), requires_grad=False)
 
 
-class QuantLinear(nn.Cell):
-    r"""A linear with int8 weights and int8 activations.
+def _on_host(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Tensor:
+    """A NumPy function of a tensor's own memory; in PyNative only."""
+    return Tensor.from_numpy(np.ascontiguousarray(function(x.asnumpy())))
 
-    The products of int8 activations and int8 weights are summed exactly, as int32 would, and the
-    result is bit-equal to :meth:`ms_quant.numerics.linear.QuantizedLinear.forward`. On CPU the
-    sum is a float32 matrix product over chunks of at most 1,024 inputs, which is exact, added in
-    int32. On Ascend MindSpore's quantization operators are called instead.
+
+class QuantLinear(nn.Cell):
+    r"""A linear with a quantized weight and an input quantized as its scheme says.
+
+    With integer weights per channel and integer inputs the products are summed exactly, as int32
+    would, and the result is bit-equal to
+    :meth:`ms_quant.numerics.linear.QuantizedLinear.forward`. On CPU the sum is a float32 matrix
+    product over chunks of at most 1,024 inputs, which is exact, added in int32. With anything else
+    the input and the weight are dequantized and multiplied in float32; the weight once, when the
+    Cell is made. Inputs in float8 or microscaling formats, and those of a Kronecker transform, are
+    quantized in NumPy, which works in PyNative only.
+
+    On Ascend MindSpore's quantization operators are called for W8A8 and W8A8_DYNAMIC; other schemes
+    have no operator here yet and are refused.
 
     .. math::
         y = (\mathrm{int8}(x / s_{in} + z) W^T + b_q) \cdot s_{deq} + b
 
     Args:
-        linear (QuantizedLinear): the int8 weight, its scales and bias.
+        linear (QuantizedLinear): the weight in codes, how the input is quantized, and the bias.
         device_target (str, optional): ``"CPU"`` or ``"Ascend"``. Default: ``None``, the current
             device target.
 
     Inputs:
         - **x** (Tensor) - float, of shape :math:`(*, in)`.
+        - **decode** (bool, optional) - the phase, for schemes whose input is quantized in another
+          way when a generation goes on token by token. Default: ``False``.
 
     Outputs:
         Tensor of shape :math:`(*, out)`, of the type of `x`.
+
+    Raises:
+        MsQuantError: the scheme has no Ascend operator here.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -58,56 +78,108 @@ class QuantLinear(nn.Cell):
         super().__init__()
         self.out_channels, self.in_channels = linear.weight.shape
         self.weight = _frozen(linear.weight)
-        self.static = linear.activation is not None
-        if linear.activation is not None:
-            self.input_scale = _frozen(linear.activation.input_scale)
-            offset = np.full(self.in_channels, linear.activation.offset, np.int8)
-            self.input_offset = _frozen(offset)
-            self.offset = float(linear.activation.offset)
-            self.deq_scale = _frozen(linear.deq_scale)
-            self.quant_bias = _frozen(linear.quant_bias)
-        else:
-            self.weight_scale = _frozen(linear.weight_scale)
+        activation = linear.activation
+        self.phased = isinstance(activation, PhasedActivation)
+        self.static = isinstance(activation, StaticActivation)
+        self.integer = linear.integer
+        self.folds_bias = False
+        if self.static or self.phased:
+            self._take_static(linear)
+        if not self.static:
+            for name, array in linear.grid.arrays().items():
+                squeezed = array[:, 0] if linear.integer else array
+                self.insert_param_to_cell(name, _frozen(squeezed))
+        self._take_input(activation)
+        self._take_extras(linear)
         self.has_bias = linear.bias is not None
         if linear.bias is not None:
             self.bias = _frozen(linear.bias)
         target = device_target or ms.get_context("device_target")
-        self.operators = ascend.Operators() if target == "Ascend" else None
+        self.operators = ascend.operators(linear) if target == "Ascend" else None
         self.matmul = ops.MatMul(transpose_b=True)
         self.row_max = ops.ReduceMax(keep_dims=True)
+        if not linear.integer and self.operators is None:
+            self.float_weight = Tensor.from_numpy(linear.grid.values(linear.weight))
 
-    def construct(self, x: Tensor) -> Tensor:
+    def _take_static(self, linear: QuantizedLinear) -> None:
+        static = linear.static
+        self.input_scale = _frozen(static.input_scale)
+        self.input_offset = _frozen(np.full(self.in_channels, static.offset, np.int8))
+        self.offset = float(static.offset)
+        self.deq_scale = _frozen(linear.deq_scale)
+        self.folds_bias = static.folds_bias
+        bias = folded_bias(linear, "linear") if static.folds_bias else linear.quant_bias
+        self.quant_bias = _frozen(bias)
+        # One float32 addition of integers below 2**24 + 1 rounds their exact sum, as converting
+        # the int32 sum would.
+        largest = int(np.abs(bias.astype(np.int64)).max(initial=0))
+        self.one_product = self.in_channels <= EXACT_K and largest <= EXACT
+
+    def _take_input(self, activation: Activation) -> None:
+        tokens = activation.prefill if isinstance(activation, PhasedActivation) else activation
+        self.code_limits = tuple(map(float, LIMITS[8]))
+        self.clip_ratio = 1.0
+        if isinstance(tokens, PerToken):
+            self.code_limits = tuple(map(float, LIMITS[tokens.bits]))
+            self.clip_ratio = float(np.float32(tokens.clip))
+        self.fake = None if isinstance(tokens, Float) else tokens.fake
+
+    def _take_extras(self, linear: QuantizedLinear) -> None:
+        self.kronecker, self.has_branch = None, linear.branch is not None
+        self.smooths = linear.smooth is not None
+        if linear.smooth is not None:
+            self.smooth = _frozen(linear.smooth)
+        if linear.kronecker is not None:
+            self.left_trans = _frozen(linear.kronecker.left)
+            self.right_trans = _frozen(linear.kronecker.right)
+            self.kronecker = linear.kronecker.apply
+        if linear.branch is not None:
+            self.svd_lowrank_l1 = _frozen(linear.branch.l1)
+            self.svd_lowrank_l2 = _frozen(linear.branch.l2)
+
+    def construct(self, x: Tensor, decode: bool = False) -> Tensor:
         shape = x.shape[:-1] + (self.out_channels,)
         rows = x.reshape(-1, self.in_channels)
         if rows.shape[0] == 0:
             return ops.zeros(shape, x.dtype)
         if self.operators is not None:
             return ascend.forward(self, rows).reshape(shape)
-        if self.static:
-            y = self._static(rows.astype(ms.float32))
-        else:
-            y = self._dynamic(rows.astype(ms.float32))
-        if self.has_bias:
+        rows = rows.astype(ms.float32)
+        if self.smooths:
+            rows = rows / repeat_rows(self.smooth, rows.shape[0])
+        static = self.static or (self.phased and decode)
+        y = self._product(rows, static)
+        if self.has_branch:
+            y = y + self.matmul(self.matmul(rows, self.svd_lowrank_l1), self.svd_lowrank_l2)
+        if self.has_bias and not (static and self.folds_bias):
             y = y + repeat_rows(self.bias, rows.shape[0])
         return y.reshape(shape).astype(x.dtype)
+
+    def _product(self, rows: Tensor, static: bool) -> Tensor:
+        if self.kronecker is not None:
+            rows = _on_host(self.kronecker, rows)
+        if self.integer:
+            return self._static(rows) if static else self._dynamic(rows)
+        if self.fake is not None:
+            rows = _on_host(self.fake, rows)
+        return self.matmul(rows, self.float_weight)
 
     def _static(self, rows: Tensor) -> Tensor:
         count = rows.shape[0]
         steps = rows / repeat_rows(self.input_scale, count) + self.offset
         qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
-        if self.in_channels <= EXACT_K:
-            # Both terms are integers below 2**24 + 1, so one float32 addition rounds their exact
-            # sum, as converting the int32 sum would.
+        if self.one_product:
             total = self._chunk(qx, 0) + repeat_rows(self.quant_bias.astype(ms.float32), count)
         else:
             total = (self._sum(qx) + self.quant_bias).astype(ms.float32)
         return total * repeat_rows(self.deq_scale, count)
 
     def _dynamic(self, rows: Tensor) -> Tensor:
-        x_scale = self.row_max(ops.abs(rows), -1) / float(QMAX)
+        smallest, largest = self.code_limits
+        x_scale = self.row_max(ops.abs(rows), -1) * self.clip_ratio / largest
         x_scale = ops.select(x_scale >= float(SMALLEST_SCALE), x_scale, ops.ones_like(x_scale))
         steps = rows / ops.matmul(x_scale, ops.ones((1, self.in_channels), rows.dtype))
-        qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
+        qx = ops.clip_by_value(ops.round(steps), smallest, largest)
         total = self._chunk(qx, 0)
         if self.in_channels > EXACT_K:
             total = self._sum(qx).astype(ms.float32)
@@ -128,5 +200,7 @@ class QuantLinear(nn.Cell):
         return total
 
     def extend_repr(self) -> str:
-        kind = "static" if self.static else "per-token"
-        return f"in={self.in_channels}, out={self.out_channels}, int8 weights, {kind} activations"
+        kind = "static" if self.static else "phased" if self.phased else "dynamic"
+        if self.fake is None:
+            kind = "float"
+        return f"in={self.in_channels}, out={self.out_channels}, {kind} input"

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn
 
-from ms_quant.algorithms import get_algorithm
+from ms_quant.algorithms import Chain, get_chain
 from ms_quant.algorithms.problem import Problem, apply
-from ms_quant.algorithms.smooth import check_alpha
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import is_linear, linears, replace_cell, replaced
@@ -19,7 +18,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes import VALUES, get_scheme
 from ms_quant.spec import Scheme
 
 
@@ -71,30 +70,34 @@ def quantize(
     *,
     calibration: Iterable | None = None,
     algorithm: str = "minmax",
-    alpha: float = 0.5,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    **options: Any,
 ) -> nn.Cell:
     """Replaces the linears of a network with :class:`QuantLinear`, in place.
 
     Args:
         network (Cell): any network with ``nn.Dense`` or ``mint.nn.Linear`` inside, in PyNative.
-        scheme (str): ``"W8A8"`` or ``"W8A8_DYNAMIC"``. Default: ``"W8A8"``.
+        scheme (str): a name from ``ms_quant.SCHEMES``. Default: ``"W8A8"``.
         calibration (Iterable, optional): what to call the network with: for each call a Tensor
             or array, a tuple or list of arguments, or a dict of named ones, as MindSpore's
-            dataset iterators give them. Needed by static schemes. Default: ``None``.
-        algorithm (str): ``"minmax"``, ``"smoothquant"`` or ``"osl"``; the search of the last
-            takes each linear's own output error. Default: ``"minmax"``.
-        alpha (float): smoothing strength of ``"smoothquant"``. Default: ``0.5``.
+            dataset iterators give them. Needed by static schemes and most algorithms.
+            Default: ``None``.
+        algorithm (str): names from ``ms_quant.ALGORITHMS`` joined with ``+``, such as
+            ``"osl+gptq"``; searches take each linear's own output error. A smoothing vector stays
+            with the linear, as one more division of its input. Default: ``"minmax"``.
         include (Sequence[str]): glob patterns of paths to quantize. Default: ``("*",)``.
         exclude (Sequence[str]): glob patterns of paths that stay float. Default: ``()``.
+        options: options of the scheme and the algorithms, such as ``group_size=64`` or
+            ``alpha=0.7``.
 
     Returns:
         Cell, `network`. When `network` itself is a linear, its replacement.
 
     Raises:
         MsQuantError: a pattern matches nothing, a static scheme without calibration, a linear
-            that no calibration input reached, `alpha` out of range, or values that are NaN or inf.
+            that no calibration input reached, an option unknown or out of range, groups that do
+            not divide a linear's inputs, or values that are NaN or inf.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -114,20 +117,22 @@ def quantize(
                 "a network of several"
             )
         holder = nn.SequentialCell(network)
-        quantize(holder, scheme, calibration=calibration, algorithm=algorithm, alpha=alpha)
+        quantize(holder, scheme, calibration=calibration, algorithm=algorithm, **options)
         quantized = holder[0]
         for name, parameter in quantized.parameters_and_names():
             parameter.name = name
         return quantized
-    wanted, solver = get_scheme(scheme), get_algorithm(algorithm, get_scheme(scheme))
-    check_alpha(alpha)
+    wanted = get_scheme(scheme, **{k: v for k, v in options.items() if k in VALUES})
+    settings = {key: value for key, value in options.items() if key not in VALUES}
+    chain = get_chain(algorithm, wanted, settings)
     cells = dict(linears(network))
     if not cells:
         raise MsQuantError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
     chosen = select(cells, include, exclude)
     for path in chosen:
-        weight_and_bias(path, cells[path])  # refuses before the long part
-    inputs = _observe(network, {n: cells[n] for n in chosen}, wanted, calibration)
+        weight, _ = weight_and_bias(path, cells[path])  # refuses before the long part
+        wanted.weight.check_columns(weight.shape[1], f"{path}.weight")
+    inputs = _observe(network, {n: cells[n] for n in chosen}, wanted, chain, calibration)
     quantized = {}
     for path in chosen:
         weight, bias = weight_and_bias(path, cells[path])
@@ -139,25 +144,34 @@ def quantize(
             stats=inputs.get(path),
             dtype=np.dtype(np.float32),
             loss=_own_output_error(path, weight, bias, inputs.get(path)),
-            alpha=alpha,
         )
-        quantized[path] = QuantLinear(apply(problem, solver.solve(problem))[path])
+        quantized[path] = QuantLinear(apply(problem, chain.solve(problem))[path])
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)
     return network
 
 
 def _observe(
-    network: nn.Cell, cells: Mapping[str, nn.Cell], scheme: Scheme, calibration: Iterable | None
+    network: nn.Cell,
+    cells: Mapping[str, nn.Cell],
+    scheme: Scheme,
+    chain: Chain,
+    calibration: Iterable | None,
 ) -> dict[str, ActivationStats]:
-    if not scheme.needs_calibration:
+    if not scheme.needs_calibration and not chain.any("calibrated"):
         return {}
     if calibration is None:
-        raise MsQuantError(f"scheme {scheme.name}: needs calibration inputs, found None")
+        what = f"scheme {scheme.name}" if scheme.needs_calibration else f"algorithm {chain.name}"
+        raise MsQuantError(f"{what}: needs calibration inputs, found None")
     calls = [_arguments(batch) for batch in calibration]
     tokens = sum(_tokens(call) for call in calls)
     stats = {
-        path: ActivationStats(cell.weight.shape[1], tokens, name=f"{path} input")
+        path: ActivationStats(
+            cell.weight.shape[1],
+            tokens,
+            name=f"{path} input",
+            with_hessian=chain.any("hessian"),
+        )
         for path, cell in cells.items()
     }
     recorders = {path: Recorder(cell, stats[path].update) for path, cell in cells.items()}

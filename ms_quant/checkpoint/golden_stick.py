@@ -44,14 +44,13 @@ def linear_tensor(plan: Plan, linear: QuantizedLinear, suffix: str) -> np.ndarra
         return linear.weight
     if suffix == "weight_scale":
         return linear.weight_scale.astype(weight_scale_dtype(plan.dtype))
-    assert linear.activation is not None
     if suffix == "deq_scale":
         return linear.deq_scale
     if suffix == "quant_bias":
         return linear.quant_bias
     if suffix == "input_scale":
-        return linear.activation.input_scale.astype(plan.dtype)
-    return np.full(linear.weight.shape[1], linear.activation.offset, np.int8)
+        return linear.static.input_scale.astype(plan.dtype)
+    return np.full(linear.weight.shape[1], linear.static.offset, np.int8)
 
 
 def tensor_plans(plan: Plan) -> list[TensorPlan]:

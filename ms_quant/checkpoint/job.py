@@ -1,7 +1,7 @@
 """The job directory: what makes a long quantization survive being killed.
 
     job.json                 what the job computes; resuming under another one is refused
-    block-00000.safetensors  the int8 linears of a finished block
+    block-00000.safetensors  the quantized linears of a finished block
     hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
     ms_quant.lock            empty; locked by the process that works here
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,10 +29,13 @@ from ms_quant.checkpoint.lock import locked
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear, from_arrays
+from ms_quant.schemes import SCHEMES
+from ms_quant.spec import Scheme
 from ms_quant.strict_json import read_json
 
 LOCK = "ms_quant.lock"
+CHANGED = "changed."  # before the names of float tensors in a block's file
 _WORK = r"(block-\d{5,}\.safetensors|hidden-\d{5,}\.npy)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
@@ -126,6 +129,18 @@ def _changed_file(old: Any, new: Any) -> str:
     return "config.json"
 
 
+class FinishedBlock(Protocol):
+    """Attributes:
+    linears: path to quantized linear.
+    floats: float32 tensors that folding has changed, by name.
+    notes: group to what was chosen.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    floats: dict[str, np.ndarray]
+    notes: dict[str, dict[str, Any]]
+
+
 class JobDirectory:
     """A job on disk, new or begun. Nothing is written before :meth:`open`.
 
@@ -135,6 +150,7 @@ class JobDirectory:
             `any_environment` is set.
         any_environment: go on under other versions, CPU or thread count.
         unknown: entries that a job has and this record does not have yet; they are not compared.
+        scheme: what its linears become.
 
     Raises:
         MsQuantError: the directory holds a job with another record, or is no job at all.
@@ -146,8 +162,9 @@ class JobDirectory:
         record: Mapping[str, Any],
         any_environment: bool = False,
         unknown: Sequence[str] = (),
+        scheme: Scheme = SCHEMES["W8A8"],
     ):
-        self.directory = directory
+        self.directory, self.scheme = directory, scheme
         self.record = json.loads(json.dumps(record))
         self.any_environment, self.unknown = any_environment, unknown
         self._check()
@@ -225,39 +242,46 @@ class JobDirectory:
     def finish_block(
         self,
         index: int,
-        linears: Mapping[str, QuantizedLinear],
+        block: FinishedBlock,
         statistics: Mapping[str, np.ndarray],
-        notes: Mapping[str, Any],
     ) -> None:
-        """Commits a block: its int8 linears, per-channel statistics and what was chosen."""
+        """Commits a block: its linears, what folding changed, statistics and what was chosen."""
         tensors = dict(statistics)
-        for path, linear in linears.items():
-            tensors.update({f"{path}.{key}": value for key, value in _to_tensors(linear).items()})
+        tensors.update({f"{CHANGED}{name}": value for name, value in block.floats.items()})
+        for path, linear in block.linears.items():
+            tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
-        metadata = {"notes": json.dumps(notes, sort_keys=True)}
+        metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
         self.hidden_file(index).unlink(missing_ok=True)
 
     def linear(self, index: int, path: str, with_weight: bool = True) -> QuantizedLinear:
-        """An int8 linear of a finished block, without its bias.
+        """A linear of a finished block, without its bias.
 
         Args:
             index: the block.
             path: the linear, relative to the block.
             with_weight: read the weight; else zeros that take no memory stand for it.
         """
-        file = open_file(self.block_file(index))
-        activation = None
-        if f"{path}.input_scale" in file.tensors:
-            activation = StaticActivation(
-                file.read(f"{path}.act_scale")[0],
-                int(file.read(f"{path}.input_offset")[0]),
-                file.read(f"{path}.input_scale"),
-            )
-        name = f"{path}.weight"
-        no_weight = np.broadcast_to(np.int8(0), file.info(name).shape)
-        weight = file.read(name) if with_weight else no_weight
-        return QuantizedLinear(weight, file.read(f"{path}.weight_scale"), None, activation)
+        file, start = open_file(self.block_file(index)), f"{path}."
+        names = [name for name in file.tensors if name.startswith(start)]
+        arrays = {
+            name.removeprefix(start): file.read(name)
+            for name in names
+            if with_weight or name != f"{path}.weight"
+        }
+        if not with_weight:
+            info = file.info(f"{path}.weight")
+            arrays["weight"] = np.broadcast_to(info.dtype.type(0), info.shape)
+        return from_arrays(self.scheme.weight, self.scheme.activation, arrays)
+
+    def changed_tensor(self, name: str) -> np.ndarray | None:
+        """A float32 tensor that folding has changed, by its full name; None for all others."""
+        parts = name.split(".", 3)
+        if len(parts) < 4 or parts[:2] != ["model", "layers"]:
+            return None
+        file, changed = open_file(self.block_file(int(parts[2]))), f"{CHANGED}{parts[3]}"
+        return file.read(changed) if changed in file.tensors else None
 
     def statistic(self, index: int, name: str) -> np.ndarray:
         return open_file(self.block_file(index)).read(name)
@@ -279,15 +303,6 @@ class JobDirectory:
 
 def _is_lock(path: Path) -> bool:
     return path.name == LOCK and path.stat().st_size == 0
-
-
-def _to_tensors(linear: QuantizedLinear) -> dict[str, np.ndarray]:
-    tensors = {"weight": linear.weight, "weight_scale": linear.weight_scale}
-    if linear.activation is not None:
-        tensors["act_scale"] = np.array([linear.activation.scale], np.float32)
-        tensors["input_offset"] = np.array([linear.activation.offset], np.int8)
-        tensors["input_scale"] = linear.activation.input_scale
-    return tensors
 
 
 class HiddenStates:

@@ -21,7 +21,7 @@ from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.plan import Plan
 
 
@@ -72,6 +72,10 @@ class JobModel(FloatModel):
         self.flavour, self.job = plan.scheme.name, job
         self._quantized = frozenset(plan.quantized())
 
+    def tensor(self, name: str) -> np.ndarray:
+        found = self.job.changed_tensor(name)
+        return super().tensor(name) if found is None else found
+
     def linear(self, path: str) -> QuantizedLinear | None:
         if path not in self._quantized:
             return None
@@ -110,7 +114,7 @@ class GoldenStickModel:
         read = self.checkpoint.read
         if kind == "W8A8_DYNAMIC":
             scale = self.checkpoint.read_float32(f"{path}.weight_scale")
-            return QuantizedLinear(read(f"{path}.weight"), scale, bias)
+            return int8_linear(read(f"{path}.weight"), scale, bias)
         return static_linear(
             path,
             read(f"{path}.weight"),
@@ -145,7 +149,7 @@ def static_linear(
     if (input_offset != input_offset[0]).any():
         raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
     activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
-    linear = QuantizedLinear(weight, deq_scale, bias, activation)
+    linear = int8_linear(weight, deq_scale, bias, activation)
     wrong = int(np.count_nonzero(linear.quant_bias != quant_bias))
     if wrong:
         raise MsQuantError(

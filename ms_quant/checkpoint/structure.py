@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ms_quant.algorithms import Chain
 from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
@@ -150,7 +151,7 @@ def _plan_of(config: ModelConfig, description: Mapping[str, Any]) -> Plan:
         if description.get(f"{block_prefix(index)}{group.members[0]}.weight") == "FLOAT"
     )
     scheme = SCHEMES[schemes[0]] if schemes else SCHEMES["W8A8"]
-    return Plan(config, scheme, "minmax", 0.5, DTYPES[config.dtype], floats)
+    return Plan(config, scheme, Chain(), DTYPES[config.dtype], floats)
 
 
 def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan]) -> Iterator[str]:

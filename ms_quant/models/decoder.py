@@ -97,6 +97,11 @@ def _dense(in_features: int, out_features: int, bias: bool) -> nn.Dense:
     )
 
 
+def project(linear: nn.Cell, x: Tensor, decode: bool) -> Tensor:
+    """The output of a linear. Only one that tells the phases apart is told which it is."""
+    return linear(x, True) if decode and getattr(linear, "phased", False) else linear(x)
+
+
 def _half_turn(size: int) -> np.ndarray:
     """The R with ``x @ R == concat(-x[size // 2:], x[:size // 2])``; exact, one term each."""
     half = size // 2
@@ -114,6 +119,8 @@ class Attention(nn.Cell):
         - **cos**, **sin** - (S, head_dim).
         - **mask** - additive, (B or 1, 1, S, T).
         - **cache** - None, or a :class:`KeyValueCache` layer slot that holds earlier tokens.
+        - **decode** - whether a generation goes on token by token: some quantized linears then
+          quantize their input in another way.
     """
 
     def __init__(self, config: ModelConfig):
@@ -138,11 +145,19 @@ class Attention(nn.Cell):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache=None) -> Tensor:
+    def construct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
         batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        q = project(self.q_proj, x, decode).reshape(batch, length, self.heads, self.head_dim)
+        k = project(self.k_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = project(self.v_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = self.rotate(self.swap_heads(q), cos, sin)
@@ -151,7 +166,7 @@ class Attention(nn.Cell):
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask)
-        return self.o_proj(self.swap_heads(y).reshape(batch, length, -1))
+        return project(self.o_proj, self.swap_heads(y).reshape(batch, length, -1), decode)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """(B, heads, S, D) queries to values of that shape, in as few slices as memory allows."""
@@ -200,9 +215,9 @@ class MLP(nn.Cell):
         self.up_proj = _dense(hidden, inter, bias)
         self.down_proj = _dense(inter, hidden, bias)
 
-    def construct(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * ops.sigmoid(gate) * self.up_proj(x))
+    def construct(self, x: Tensor, decode: bool = False) -> Tensor:
+        gate, up = project(self.gate_proj, x, decode), project(self.up_proj, x, decode)
+        return project(self.down_proj, gate * ops.sigmoid(gate) * up, decode)
 
 
 class DecoderBlock(nn.Cell):
@@ -215,16 +230,32 @@ class DecoderBlock(nn.Cell):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache=None) -> Tensor:
-        return self.feed_forward(self.attend(x, cos, sin, mask, cache))
+    def construct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
+        return self.feed_forward(self.attend(x, cos, sin, mask, cache, decode), decode)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache=None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
         """The first half: x + attention(norm(x))."""
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, decode)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, decode: bool = False) -> Tensor:
         """The second half: x + mlp(norm(x))."""
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), decode)
 
 
 class Decoder(nn.Cell):

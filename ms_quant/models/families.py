@@ -17,12 +17,22 @@ class LinearGroup:
         members: paths of the linears, relative to the block.
         fused: path of the single linear that serving runtimes fuse them into.
         parallel: ``"column"`` (outputs are split over ranks) or ``"row"`` (inputs are split).
+        feed: path of what makes the input, where a smoothing vector may be folded: a norm, or a
+            linear whose output reaches this group channel by channel.
+        by_head: whether the feed is one of value heads, each of which several query heads read.
     """
 
     name: str
     members: tuple[str, ...]
     fused: str
     parallel: str
+    feed: str = ""
+    by_head: bool = False
+
+    @property
+    def feeds_from_norm(self) -> bool:
+        """Whether the input comes from a norm."""
+        return self.feed.endswith("norm")
 
     @property
     def in_mlp(self) -> bool:
@@ -36,10 +46,19 @@ GATED_DECODER_GROUPS = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "self_attn.qkv_proj",
         "column",
+        "input_layernorm",
     ),
-    LinearGroup("o", ("self_attn.o_proj",), "self_attn.o_proj", "row"),
-    LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj", "column"),
-    LinearGroup("down", ("mlp.down_proj",), "mlp.down_proj", "row"),
+    LinearGroup(
+        "o", ("self_attn.o_proj",), "self_attn.o_proj", "row", "self_attn.v_proj", by_head=True
+    ),
+    LinearGroup(
+        "gate_up",
+        ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.gate_up_proj",
+        "column",
+        "post_attention_layernorm",
+    ),
+    LinearGroup("down", ("mlp.down_proj",), "mlp.down_proj", "row", "mlp.up_proj"),
 )
 
 
@@ -53,7 +72,6 @@ class Family:
         mlp_bias: True, False, or the name of the config key that decides.
         qk_norm: RMS norm over each head of q and k before the rotary embedding.
         groups: the quantizable linears of a block.
-        norm_feeds: which groups each norm feeds (a smoothing vector may be folded there).
     """
 
     qkv_bias: bool | str = False
@@ -61,10 +79,6 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     groups: tuple[LinearGroup, ...] = GATED_DECODER_GROUPS
-    norm_feeds: tuple[tuple[str, str], ...] = (
-        ("input_layernorm", "qkv"),
-        ("post_attention_layernorm", "gate_up"),
-    )
 
 
 FAMILIES: dict[str, Family] = {

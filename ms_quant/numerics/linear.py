@@ -1,110 +1,247 @@
-"""The int8 linear: its tensors, how they are made, and what it computes, in NumPy.
+"""The quantized linear: its tensors, how they are made, and what it computes, in NumPy.
 
-Source: the golden-stick checkpoint contract, as docs/golden_stick_format.md states it.
+One record serves every scheme. It is a weight in codes on a grid, a way to quantize the input, and
+what a few algorithms add: a smoothing vector, a Kronecker transform, a low-rank branch.
+
+Source: docs/numerics.md; the golden-stick checkpoint contract in docs/golden_stick_format.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ms_quant.numerics import affine, storage
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics import affine, rotation
+from ms_quant.numerics.activation import (
+    Activation,
+    ActivationFormat,
+    PerToken,
+    PhasedActivation,
+    StaticActivation,
+    static_activation,
+)
+from ms_quant.numerics.grid import AffineFormat, AffineGrid, Clip, Grid, WeightFormat
+
+__all__ = ["QuantizedLinear", "StaticActivation", "quantize_linear", "static_activation"]
 
 
 @dataclass(frozen=True)
-class StaticActivation:
-    """Static quantization of a linear's input, shared by all linears that read it.
+class Kronecker:
+    """A transform of the input, x @ kron(left, right); the weight has taken its inverse.
 
     Attributes:
-        scale: one float32 step s_x of the smoothed input.
-        offset: int8 zero point.
-        input_scale: float32 (in,): s_x times the smoothing vector, as the checkpoint stores it.
-            Each value is exact in the stored type.
+        left: float32 (a, a).
+        right: float32 (b, b), with a * b inputs.
     """
 
-    scale: np.float32
-    offset: int
-    input_scale: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """float32 (..., a * b)."""
+        return rotation.apply_kronecker(x, self.left, self.right, "x").astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A float branch beside the quantized product: (x @ l1^T) @ l2^T.
+
+    Attributes:
+        l1: float32 (rank, in).
+        l2: float32 (out, rank).
+    """
+
+    l1: np.ndarray
+    l2: np.ndarray
 
     @property
-    def smooth(self) -> np.ndarray:
-        """float32 (in,): what the input is divided by and the weight's columns multiplied by."""
-        return self.input_scale / self.scale
-
-
-def static_activation(
-    low: np.ndarray, high: np.ndarray, smooth: np.ndarray | None, dtype: np.dtype, name: str
-) -> StaticActivation:
-    """Quantization parameters from each input channel's range.
-
-    Args:
-        low: float32 (in,), smallest value seen.
-        high: float32 (in,), largest value seen.
-        smooth: (in,) positive, or None.
-        dtype: type that the checkpoint stores ``input_scale`` in. Stored values are rounded up,
-            so that rounding never makes an activation clip, and the smoothing vector is
-            redefined by what is stored.
-        name: the linear's name, for errors.
-    """
-    vector = np.ones(low.shape, np.float32) if smooth is None else smooth
-    scale, offset = affine.asymmetric_parameters(np.min(low / vector), np.max(high / vector))
-    stored = storage.round_up(scale * vector.astype(np.float64), dtype, f"{name}.input_scale")
-    return StaticActivation(np.float32(scale), int(offset), stored.astype(np.float32))
+    def weight(self) -> np.ndarray:
+        """float32 (out, in), what the branch stands for."""
+        return self.l2 @ self.l1
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """An int8 linear.
+    """A quantized linear.
 
     Attributes:
-        weight: int8 (out, in).
-        weight_scale: float32 (out,).
+        weight: codes (out, in), int8 or uint8; int4 and E2M1 codes are not packed.
+        grid: what the codes stand for.
         bias: float32 (out,) or None.
-        activation: static parameters, or None when activations are scaled per token.
+        activation: how the input is quantized.
+        smooth: float32 (in,), what the input is divided by first, or None. A static activation
+            of the golden-stick kind holds its smoothing itself.
+        kronecker: the transform of the input after that, or None.
+        branch: the low-rank branch, or None.
     """
 
     weight: np.ndarray
-    weight_scale: np.ndarray
+    grid: Grid
     bias: np.ndarray | None = None
-    activation: StaticActivation | None = None
+    activation: Activation = field(default_factory=PerToken)
+    smooth: np.ndarray | None = None
+    kronecker: Kronecker | None = None
+    branch: LowRank | None = None
+
+    @property
+    def weight_scale(self) -> np.ndarray:
+        """float32 (out,), the scale of each row; per-channel integer weights only."""
+        assert isinstance(self.grid, AffineGrid)
+        return self.grid.scale[:, 0]
+
+    @property
+    def static(self) -> StaticActivation:
+        """The static parameters of the input; static and phased activations only."""
+        if isinstance(self.activation, PhasedActivation):
+            return self.activation.static
+        assert isinstance(self.activation, StaticActivation)
+        return self.activation
 
     @property
     def deq_scale(self) -> np.ndarray:
         """float32 (out,), s_x * s_w; static activations only."""
-        assert self.activation is not None
-        return self.activation.scale * self.weight_scale
+        return self.static.scale * self.weight_scale
 
     @property
     def quant_bias(self) -> np.ndarray:
         """int32 (out,), -offset * sum over in of the weight; static activations only."""
-        assert self.activation is not None
-        return (-self.activation.offset * self.weight.sum(axis=1, dtype=np.int64)).astype(np.int32)
+        return (-self.static.offset * self.weight.sum(axis=1, dtype=np.int64)).astype(np.int32)
+
+    @property
+    def integer(self) -> bool:
+        """Whether the product is one of integers, with one scale for each row and token."""
+        return (
+            isinstance(self.activation, StaticActivation | PerToken | PhasedActivation)
+            and isinstance(self.grid, AffineGrid)
+            and self.grid.scale.shape[1] == 1
+            and self.grid.format.symmetric
+        )
 
     def float_weight(self) -> np.ndarray:
-        """float32 (out, in): the weight that the int8 one stands for, smoothing undone."""
-        weight = affine.dequantize(self.weight, self.weight_scale[:, None])
-        return weight if self.activation is None else weight / self.activation.smooth
+        """float32 (out, in): the weight that the codes stand for, input transforms undone."""
+        weight = self.grid.values(self.weight)
+        if self.kronecker is not None:
+            left, right = self.kronecker.left.T, self.kronecker.right.T
+            weight = rotation.apply_kronecker(weight, left, right, "weight").astype(np.float32)
+        if isinstance(self.activation, StaticActivation):
+            weight = weight / self.activation.smooth
+        if self.branch is not None:
+            weight = weight + self.branch.weight
+        return weight if self.smooth is None else weight / self.smooth
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def transformed(self, x: np.ndarray) -> np.ndarray:
+        """float32 (..., in): the input as it is quantized."""
+        x = x if self.smooth is None else x / self.smooth
+        return x if self.kronecker is None else self.kronecker.apply(x)
+
+    def forward(self, x: np.ndarray, decode: bool = False) -> np.ndarray:
         """What the linear computes, and the definition for every other path.
 
         Args:
             x: float32 (..., in).
+            decode: which phase it is, where the activation differs between phases.
 
         Returns:
-            float32 (..., out). Static: (qx @ W^T + quant_bias) * deq_scale + bias with an int32
-            sum; dynamic: ((qx @ W^T) * x_scale) * weight_scale + bias.
+            float32 (..., out). With integer weights per channel and
+
+            * static activations, and phased ones in decode: (qx @ W^T + quant_bias) * deq_scale +
+              bias, an int32 sum; where they fold the bias it is in quant_bias instead;
+            * per-token ones, and phased ones in prefill: ((qx @ W^T) * x_scale) * weight_scale +
+              bias;
+
+            with anything else the product of both dequantized, in float32, + bias.
         """
-        if self.activation is None:
-            x_scale = affine.per_token_scale(x)
-            total = affine.integer_matmul(affine.quantize(x, x_scale), self.weight)
-            y = total.astype(np.float32) * x_scale * self.weight_scale
-        else:
-            qx = affine.quantize(x, self.activation.input_scale, self.activation.offset)
-            total = affine.integer_matmul(qx, self.weight) + self.quant_bias
-            y = total.astype(np.float32) * self.deq_scale
-        return y if self.bias is None else y + self.bias
+        seen = self.transformed(x)
+        activation = self.activation
+        if isinstance(activation, PhasedActivation):
+            activation = activation.static if decode else activation.prefill
+        y = self._product(seen, activation)
+        if self.branch is not None:
+            smoothed = x if self.smooth is None else x / self.smooth
+            y = y + (smoothed @ self.branch.l1.T) @ self.branch.l2.T
+        folded = isinstance(activation, StaticActivation) and activation.folds_bias
+        return y if self.bias is None or folded else y + self.bias
+
+    def _product(self, x: np.ndarray, activation: Activation) -> np.ndarray:
+        if self.integer and isinstance(activation, StaticActivation):
+            bias = folded_bias(self, "linear") if activation.folds_bias else self.quant_bias
+            total = affine.integer_matmul(activation.codes(x), self.weight) + bias
+            return total.astype(np.float32) * self.deq_scale
+        if self.integer and isinstance(activation, PerToken):
+            codes, x_scale = activation.codes(x)
+            total = affine.integer_matmul(codes, self.weight)
+            return total.astype(np.float32) * x_scale * self.weight_scale
+        return activation.fake(x) @ self.grid.values(self.weight).T
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything but the bias, by name; :func:`from_arrays` reads it back."""
+        arrays = {"weight": self.weight, **self.grid.arrays()}
+        if isinstance(self.activation, StaticActivation | PhasedActivation):
+            arrays["act_scale"] = np.array([self.static.scale], np.float32)
+            arrays["input_offset"] = np.array([self.static.offset], np.int8)
+            arrays["input_scale"] = self.static.input_scale
+        if isinstance(self.activation, PerToken) and self.activation.clip != 1.0:
+            arrays["clip_ratio"] = np.array([self.activation.clip], np.float32)
+        if self.smooth is not None:
+            arrays["smooth"] = self.smooth
+        if self.kronecker is not None:
+            arrays |= {"left_trans": self.kronecker.left, "right_trans": self.kronecker.right}
+        if self.branch is not None:
+            arrays |= {"svd_lowrank_l1": self.branch.l1, "svd_lowrank_l2": self.branch.l2}
+        return arrays
+
+
+def from_arrays(
+    weight: WeightFormat, activation: ActivationFormat, arrays: Mapping[str, np.ndarray]
+) -> QuantizedLinear:
+    """The linear, without its bias, that :meth:`QuantizedLinear.arrays` gave.
+
+    Args:
+        weight: the scheme's format of weights.
+        activation: the scheme's format of inputs.
+        arrays: by name.
+    """
+    kronecker = branch = None
+    if "left_trans" in arrays:
+        kronecker = Kronecker(arrays["left_trans"], arrays["right_trans"])
+    if "svd_lowrank_l1" in arrays:
+        branch = LowRank(arrays["svd_lowrank_l1"], arrays["svd_lowrank_l2"])
+    return QuantizedLinear(
+        arrays["weight"],
+        weight.grid(arrays),
+        None,
+        _activation(activation, arrays),
+        arrays.get("smooth"),
+        kronecker,
+        branch,
+    )
+
+
+def _activation(format: ActivationFormat, arrays: Mapping[str, np.ndarray]) -> Activation:
+    if isinstance(format, PerToken) and "clip_ratio" in arrays:
+        return PerToken(format.bits, float(arrays["clip_ratio"][0]))
+    if format.dynamic:
+        return format.fit(None, None)
+    return format.restore(
+        StaticActivation(
+            arrays["act_scale"][0], int(arrays["input_offset"][0]), arrays["input_scale"]
+        )
+    )
+
+
+def int8_linear(
+    weight: np.ndarray,
+    weight_scale: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: Activation | None = None,
+) -> QuantizedLinear:
+    """A linear from int8 codes (out, in) and one float32 scale for each row, (out,)."""
+    scale = np.asarray(weight_scale)[:, None]
+    grid = AffineFormat().grid({"weight_scale": scale})
+    return QuantizedLinear(weight, grid, bias, activation or PerToken())
 
 
 def quantize_linear(
@@ -112,9 +249,9 @@ def quantize_linear(
     bias: np.ndarray | None,
     activation: StaticActivation | None,
     scale_dtype: np.dtype,
-    clip: np.ndarray | float = 1.0,
+    clip: Clip = 1.0,
 ) -> QuantizedLinear:
-    """Quantizes a weight per output channel.
+    """Quantizes a weight to int8 per output channel.
 
     Args:
         weight: float32 (out, in), finite.
@@ -125,6 +262,29 @@ def quantize_linear(
     """
     if activation is not None:
         weight = weight * activation.smooth
-    scale = storage.round_up(affine.per_channel_scale(weight, clip), scale_dtype, "weight_scale")
-    scale = scale.astype(np.float32)
-    return QuantizedLinear(affine.quantize(weight, scale), scale[:, 0], bias, activation)
+    grid = AffineFormat().fit(weight, "weight", scale_dtype, clip)
+    return QuantizedLinear(grid.round(weight), grid, bias, activation or PerToken())
+
+
+def bias_units(bias: np.ndarray, deq_scale: np.ndarray) -> np.ndarray:
+    """A float bias in steps of the integer sum: whole float64 (n,), half to even."""
+    return np.rint(bias.astype(np.float64) / deq_scale)
+
+
+def folded_bias(linear: QuantizedLinear, path: str) -> np.ndarray:
+    """``quant_bias`` with the linear's float bias in it, int32 (n,): rint(bias / deq_scale) more.
+
+    Raises:
+        MsQuantError: a sum does not fit int32.
+    """
+    if linear.bias is None:
+        return linear.quant_bias
+    total = linear.quant_bias + bias_units(linear.bias, linear.deq_scale)
+    limits = np.iinfo(np.int32)
+    wrong = int(np.count_nonzero((total < limits.min) | (total > limits.max)))
+    if wrong:
+        raise MsQuantError(
+            f"{path}.quant_bias: {wrong} of {total.size} values do not fit int32 with the bias in "
+            "them"
+        )
+    return total.astype(np.int32)

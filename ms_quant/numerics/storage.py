@@ -47,3 +47,8 @@ def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     near = wide.astype(dtype)
     bits: np.ndarray = near.view(np.uint32 if dtype.itemsize == 4 else np.uint16)
     return np.where(near.astype(np.float64) < wide, bits + 1, bits).astype(bits.dtype).view(dtype)
+
+
+def nearest(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """``x`` rounded to ``dtype``, positive ones not below its smallest normal number; float32."""
+    return np.maximum(x, smallest_normal(dtype)).astype(dtype).astype(np.float32)

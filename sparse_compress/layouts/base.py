@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS
+from ms_quant.algorithms import has, is_known
 from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.writer import shard_names
 from ms_quant.errors import MsQuantError
@@ -120,7 +120,12 @@ class Target:
         Raises:
             MsQuantError: names the target and the reason.
         """
-        smooths = algorithm in ALGORITHMS and ALGORITHMS[algorithm].smooths
+        if is_known(algorithm) and has(algorithm, "places"):
+            raise MsQuantError(
+                f"algorithm {algorithm} chooses codes or scales itself, which sparse compression "
+                "does, expected minmax, smoothquant, osl, awq or clip"
+            )
+        smooths = is_known(algorithm) and has(algorithm, "smooths")
         if smooths and not self.per_channel_input:
             raise MsQuantError(
                 f"target {self.name} holds one input_scale for all channels, so it has no place "

@@ -9,7 +9,7 @@ import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution, apply, input_quantization
 from ms_quant.blocks import Rounding
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from sparse_compress.codec import encoded_size
 from sparse_compress.fractal import TILE_ROWS, tile_count
 from sparse_compress.rate.dictionary import Floats
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
             rows = slice(start, start + len(weight))
             start = rows.stop
             bias = problem.biases.get(name)
-            linears[name] = QuantizedLinear(
+            linears[name] = int8_linear(
                 rounded.codes[rows], rounded.scale[rows], bias, self.activation
             )
         return linears
@@ -59,6 +59,7 @@ def make_subject(problem: Problem, solution: Solution) -> Subject:
     """The matrix of a problem, as the algorithm has smoothed it."""
     assert problem.stats is not None
     activation = input_quantization(problem, solution)
+    assert isinstance(activation, StaticActivation)
     smooth = activation.smooth
     weight = np.concatenate([weight * smooth for weight in problem.weights.values()])
     hessian = problem.stats.hessian

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_algorithm
+from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.outlier_suppression_lite import ALPHAS, solve
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.linear import quantize_linear, static_activation
@@ -92,7 +92,7 @@ def test_chooses_what_brute_force_chooses(seed, outlier):
     best = int(np.argmin(losses))
     gap = sorted(losses)[1] / losses[best]
     assert gap > 1 + 1e-5, "two candidates are too close for the oracle to tell"
-    solution = solve(problem)
+    solution = solve(problem, Solution())
     if best == 0:
         assert solution.smooth is None
         assert "alpha" not in solution.note
@@ -129,7 +129,7 @@ def test_the_loss_is_asked_about_what_will_be_deployed(dtype):
         return float(len(asked))
 
     problem = make_problem(loss, dtype=DTYPES[dtype])
-    solve(problem)
+    solve(problem, Solution())
     assert len(asked) == 1 + len(GRID) + 1  # no smoothing, the grid, the clipped winner
     vectors = [None] + [slow_smooth(problem, alpha) for alpha in GRID]
     for linears, vector in zip(asked, vectors, strict=False):
@@ -160,7 +160,7 @@ def test_the_loss_is_asked_about_what_will_be_deployed(dtype):
 )
 def test_ties_go_to_the_earlier_candidate(losses, alpha):
     answers = iter([*losses, min(losses)])
-    solution = solve(make_problem(lambda linears: next(answers)))
+    solution = solve(make_problem(lambda linears: next(answers)), Solution())
     assert solution.note.get("alpha") == alpha
     assert (solution.smooth is None) == (alpha is None)
     assert next(answers, None) is None
@@ -171,7 +171,7 @@ def test_ties_go_to_the_earlier_candidate(losses, alpha):
 )
 def test_clipping_is_kept_if_the_blocks_error_does_not_grow(clipped_loss, kept):
     answers = iter([1.0] + [2.0] * 13 + [clipped_loss])
-    solution = solve(make_problem(lambda linears: next(answers)))
+    solution = solve(make_problem(lambda linears: next(answers)), Solution())
     assert bool(solution.clip) == kept
     assert solution.note["loss"] == (clipped_loss if kept else 1.0)
 
@@ -179,8 +179,8 @@ def test_clipping_is_kept_if_the_blocks_error_does_not_grow(clipped_loss, kept):
 @pytest.mark.parametrize("seed", range(6))
 def test_never_worse_than_minmax_by_its_own_measure(seed):
     problem = make_problem(seed=seed, outlier=[1.0, 1e-3, 300.0][seed % 3])
-    minmax = get_algorithm("minmax", problem.scheme).solve(problem)
-    found = problem.loss(apply(problem, solve(problem)))
+    minmax = get_chain("minmax", problem.scheme).solve(problem)
+    found = problem.loss(apply(problem, solve(problem, Solution())))
     assert found <= problem.loss(apply(problem, minmax))
 
 
@@ -195,7 +195,7 @@ def test_dead_channels_and_columns():
     stats.update(x)
     falling = iter(range(20, 0, -1))
     problem = replace(problem, stats=stats, loss=lambda linears: float(next(falling)))
-    smoothed = solve(problem).smooth
+    smoothed = solve(problem, Solution()).smooth
     assert smoothed is not None
     assert smoothed[2] == smoothed[7] == 1
     for smooth in (None, smoothed):

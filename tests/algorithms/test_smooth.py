@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_quant.algorithms import get_algorithm
+from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.algorithms.smooth import smooth_scale, weight_absmax
 from ms_quant.numerics.storage import DTYPES
@@ -62,7 +62,7 @@ def test_columns_are_shared_by_the_group():
     np.testing.assert_array_equal(weight_absmax({"q": first}.values()), [2, 5])
 
 
-def outlier_problem(alpha: float, dtype: str = "bfloat16") -> tuple[Problem, np.ndarray]:
+def outlier_problem(dtype: str = "bfloat16") -> tuple[Problem, np.ndarray]:
     rng = np.random.default_rng(7)
     x = rng.standard_normal((64, 16)).astype("f4")
     x[:, 3] *= 100
@@ -75,14 +75,14 @@ def outlier_problem(alpha: float, dtype: str = "bfloat16") -> tuple[Problem, np.
         raise AssertionError("SmoothQuant searches nothing")
 
     scheme = get_scheme("W8A8")
-    problem = Problem("qkv", scheme, weights, {}, stats, DTYPES[dtype], no_loss, alpha)
+    problem = Problem("qkv", scheme, weights, {}, stats, DTYPES[dtype], no_loss)
     return problem, x
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
 def test_solution_is_the_formula_over_the_whole_group(alpha):
-    problem, x = outlier_problem(alpha)
-    solution = get_algorithm("smoothquant", problem.scheme).solve(problem)
+    problem, x = outlier_problem()
+    solution = get_chain("smoothquant", problem.scheme, {"alpha": alpha}).solve(problem)
     for j in range(16):
         act = max(abs(float(row[j])) for row in x)
         weight = max(abs(float(row[j])) for w in problem.weights.values() for row in w)
@@ -93,10 +93,10 @@ def test_solution_is_the_formula_over_the_whole_group(alpha):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_group_shares_one_stored_vector_and_outliers_cost_less(dtype):
-    problem, x = outlier_problem(0.5, dtype)
+    problem, x = outlier_problem(dtype)
     errors = {}
     for name in ("minmax", "smoothquant"):
-        linears = apply(problem, get_algorithm(name, problem.scheme).solve(problem))
+        linears = apply(problem, get_chain(name, problem.scheme).solve(problem))
         assert len({id(linear.activation) for linear in linears.values()}) == 1
         stored = linears["q"].activation.input_scale
         np.testing.assert_array_equal(stored.astype(DTYPES[dtype]).astype("f4"), stored)

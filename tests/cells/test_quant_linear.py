@@ -18,6 +18,7 @@ from ms_quant.cells import QuantLinear
 from ms_quant.numerics.linear import (
     QuantizedLinear,
     StaticActivation,
+    int8_linear,
     quantize_linear,
     static_activation,
 )
@@ -128,7 +129,7 @@ def extreme(inner: int, code: int, weight: int, offset: int) -> QuantizedLinear:
     activation = StaticActivation(np.float32(1), offset, np.ones(inner, "f4"))
     codes = np.full((2, inner), weight, np.int8)
     codes[1, 0] += 1 if weight < 0 else -1  # an odd neighbour
-    return QuantizedLinear(codes, np.ones(2, "f4"), None, activation)
+    return int8_linear(codes, np.ones(2, "f4"), None, activation)
 
 
 @pytest.mark.parametrize("inner", [1023, 1024, 1025, 2048, 2500])
@@ -153,7 +154,7 @@ def test_the_largest_products_without_an_offset():
     """Dynamic activations reach 127, weights -128: the largest chunk is 1,024 * 127 * 128."""
     for inner in (1024, 1025):
         weight = np.full((1, inner), -128, np.int8)
-        linear = QuantizedLinear(weight, np.ones(1, "f4"))
+        linear = int8_linear(weight, np.ones(1, "f4"))
         x = np.full((1, inner), 127, np.float32)
         expected = np.float32([[-inner * 127 * 128]])
         np.testing.assert_array_equal(linear.forward(x), expected)
@@ -178,7 +179,7 @@ def test_the_largest_products_without_an_offset():
 )
 def test_rounding_is_half_to_even_and_clips(x, code):
     activation = StaticActivation(np.float32(1), 0, np.ones(1, "f4"))
-    linear = QuantizedLinear(np.ones((1, 1), np.int8), np.ones(1, "f4"), None, activation)
+    linear = int8_linear(np.ones((1, 1), np.int8), np.ones(1, "f4"), None, activation)
     assert QuantLinear(linear)(Tensor(np.float32([[x]]))).asnumpy() == code
 
 
@@ -211,5 +212,5 @@ def test_parameters_are_the_checkpoints_tensors():
     assert not any(p.requires_grad for p in found.values())
     dynamic = QuantLinear(layer(7, False, False))
     assert sorted(p.name for p in dynamic.get_parameters()) == ["weight", "weight_scale"]
-    assert "per-token" in repr(dynamic)
+    assert "dynamic input" in repr(dynamic)
     assert "static" in repr(QuantLinear(linear))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ms_quant.blocks import Block
 from ms_quant.checkpoint import job as job_module
 from ms_quant.checkpoint import lock
 from ms_quant.checkpoint.job import (
@@ -22,7 +23,10 @@ from ms_quant.checkpoint.job import (
     read_hidden,
 )
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation
+from ms_quant.numerics.activation import Seen
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.schemes import SCHEMES, get_scheme
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
 
@@ -38,7 +42,7 @@ def static_linear(seed: int = 0) -> QuantizedLinear:
     rng = np.random.default_rng(seed)
     activation = StaticActivation(np.float32(0.25), -7, rng.random(4, np.float32) + 1)
     weight = rng.integers(-127, 128, (3, 4)).astype(np.int8)
-    return QuantizedLinear(weight, rng.random(3, np.float32), None, activation)
+    return int8_linear(weight, rng.random(3, np.float32), None, activation)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_files_of_someone_else_outlive_the_job(tmp_path: Path) -> None:
     (job.directory / ".git").mkdir()
     for path in mine:
         path.write_text("mine")
-    job.finish_block(0, {"a": static_linear()}, {}, {})
+    job.finish_block(0, Block({"a": static_linear()}), {})
     (job.directory / ".block-00001.safetensors.9.tmp").write_text("half")
     with JobDirectory(job.directory, RECORD).open():
         job.remove()
@@ -189,38 +193,42 @@ def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
     job = begin(tmp_path / "job")
     assert job.finished_blocks() == 0
     linear = static_linear()
-    dynamic = QuantizedLinear(linear.weight, linear.weight_scale)
     statistics = {"qkv.l2_norm": np.arange(4, dtype=np.float32)}
     job.hidden_file(0).write_bytes(b"input")
-    job.finish_block(0, {"a.b": linear, "c": dynamic}, statistics, {"qkv": {"alpha": 0.5}})
+    gain = np.float32([1, 2])
+    block = Block({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
+    job.finish_block(0, block, statistics)
     assert job.finished_blocks() == 1
     assert not job.hidden_file(0).exists()  # nothing needs it any more
     again = begin(tmp_path / "job")
     found = again.linear(0, "a.b")
-    assert found.activation is not None and linear.activation is not None
+    assert isinstance(found.activation, StaticActivation)
     np.testing.assert_array_equal(found.weight, linear.weight)
     light = again.linear(0, "a.b", with_weight=False)
     assert light.weight.shape == (3, 4) and light.weight.strides == (0, 0)  # no memory
     np.testing.assert_array_equal(light.deq_scale, linear.deq_scale)
     np.testing.assert_array_equal(found.weight_scale, linear.weight_scale)
     np.testing.assert_array_equal(found.quant_bias, linear.quant_bias)
-    np.testing.assert_array_equal(found.activation.input_scale, linear.activation.input_scale)
+    np.testing.assert_array_equal(found.static.input_scale, linear.static.input_scale)
     assert (found.activation.scale, found.activation.offset) == (np.float32(0.25), -7)
     assert found.activation.scale.dtype == np.float32
-    assert again.linear(0, "c").activation is None
+    changed = again.changed_tensor("model.layers.0.norm.weight")
+    np.testing.assert_array_equal(changed, gain)
+    assert again.changed_tensor("model.layers.0.other.weight") is None
+    assert again.changed_tensor("model.norm.weight") is None
     np.testing.assert_array_equal(again.statistic(0, "qkv.l2_norm"), np.arange(4))
     assert again.notes(0) == {"qkv": {"alpha": 0.5}}
 
 
 def test_a_block_after_a_gap_does_not_count(tmp_path: Path) -> None:
     job = begin(tmp_path / "job")
-    job.finish_block(1, {"a": static_linear()}, {}, {})
+    job.finish_block(1, Block({"a": static_linear()}), {})
     assert job.finished_blocks() == 0
 
 
 def test_remove_deletes_the_record_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = begin(tmp_path / "job")
-    job.finish_block(0, {"a": static_linear()}, {}, {})
+    job.finish_block(0, Block({"a": static_linear()}), {})
     unlink, order = Path.unlink, []
 
     def recorded(path: Path, missing_ok: bool = False) -> None:
@@ -274,3 +282,19 @@ def test_what_is_not_known_yet_is_not_compared_but_must_be_there(tmp_path: Path)
         pass
     with pytest.raises(MsQuantError, match="with price = None, now price is 'to be found'"):
         JobDirectory(tmp_path / "plain", RECORD, unknown=("price",))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
+    scheme, rng = get_scheme(name), np.random.default_rng(0)
+    weight = rng.standard_normal((6, 128), np.float32)
+    x = rng.standard_normal((5, 128), np.float32)
+    seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
+    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(DTYPES["bfloat16"]))
+    linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
+    job = JobDirectory(tmp_path / "job", RECORD, scheme=scheme)
+    with job.open():
+        job.finish_block(0, Block({"a": linear}), {})
+    for decode in (False, True):
+        found, expected = job.linear(0, "a").forward(x, decode), linear.forward(x, decode)
+        np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))

@@ -12,6 +12,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import (
     QuantizedLinear,
     StaticActivation,
+    int8_linear,
     quantize_linear,
     static_activation,
 )
@@ -41,7 +42,7 @@ def slow_static(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
     """The golden-stick formula, from the tensors a checkpoint holds and nothing else."""
     y = np.zeros((len(x), len(linear.weight)), np.float32)
     weight = linear.weight.tolist()
-    assert linear.activation is not None
+    assert isinstance(linear.activation, StaticActivation)
     offset = linear.activation.offset
     for t, row in enumerate(x):
         codes = []
@@ -103,7 +104,7 @@ def test_static_output_error_is_bounded(inner, outs, dtype, smooth, seed):
     sum(|a| e_b + |b| e_a + e_a e_b) at most; six float32 roundings on the way (smooth, W s,
     total, deq_scale, product, bias) are relative."""
     x, weight, bias, linear = layer(inner, outs, dtype=dtype, smooth=smooth, seed=seed)
-    assert linear.activation is not None
+    assert isinstance(linear.activation, StaticActivation)
     smooth_vector = linear.activation.input_scale.astype("f8") / float(linear.activation.scale)
     a, b = x / smooth_vector, weight * smooth_vector
     e_a = float(linear.activation.scale) * HALF_STEP
@@ -209,7 +210,7 @@ def test_quant_bias_is_an_exact_integer(inner, offset):
     rng = np.random.default_rng(inner)
     weight = rng.integers(-128, 128, (4, inner)).astype(np.int8)
     activation = StaticActivation(np.float32(0.1), offset, np.full(inner, 0.1, "f4"))
-    linear = QuantizedLinear(weight, np.full(4, 0.01, "f4"), None, activation)
+    linear = int8_linear(weight, np.full(4, 0.01, "f4"), None, activation)
     assert linear.quant_bias.dtype == np.int32
     assert linear.quant_bias.tolist() == [-offset * sum(row) for row in weight.tolist()]
     if inner == 4096 and offset == -37:
@@ -249,7 +250,7 @@ def test_weight_scale_is_stored_exactly_and_never_clips(dtype):
 
 def test_float_weight_undoes_the_smoothing():
     _, weight, _, linear = layer(33)
-    assert linear.activation is not None
+    assert isinstance(linear.activation, StaticActivation)
     for n, k in np.ndindex(weight.shape):
         smooth = float(linear.activation.input_scale[k]) / float(linear.activation.scale)
         stands_for = int(linear.weight[n, k]) * float(linear.weight_scale[n]) / smooth

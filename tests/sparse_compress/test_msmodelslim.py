@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation import perplexity
+from ms_quant.numerics.linear import folded_bias
 from sparse_compress.cli import app
 from sparse_compress.codec import decompress_matrix
 from sparse_compress.layouts import find_target
-from sparse_compress.pack import fold_bias
 from sparse_compress.reader import SparseModel, open_w8a8sc
 from sparse_compress.run import run
 from sparse_compress.verify import verify
@@ -94,7 +94,7 @@ def test_a_bias_that_int32_cannot_hold_is_refused(slim: Make) -> None:
     bias = np.zeros(320, np.float32)
     bias[7] = 3e38
     with pytest.raises(MsQuantError, match=r"x\.quant_bias: 1 of 320 values do not fit int32"):
-        fold_bias(linear, bias, "x")
+        folded_bias(replace(linear, bias=bias), "x")
 
 
 def test_the_vocabulary_is_not_padded(slim: Make) -> None:
