@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +28,32 @@ MODEL_CODES = ("F32", "F16", "BF16")
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
+
+
+class FloatTensors(Protocol):
+    """The tensors of a float model: a checkpoint's own, or what is made of them on the way.
+
+    The methods of :class:`Checkpoint`, which has more.
+    """
+
+    @property
+    def directory(self) -> Path:
+        """The model directory."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+
+    def read_float32(self, name: str) -> np.ndarray:
+        """One tensor, float32, all values finite."""
+
+    def float32_chunks(
+        self, name: str, elements: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The same in pieces of bounded size: (first row, float32 rows)."""
 
 
 class Checkpoint:

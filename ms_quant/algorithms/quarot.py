@@ -1,0 +1,169 @@
+"""QuaRot's offline rotations: an ordinary model of the same function, its outliers spread out.
+
+Nothing is done at run time, so any runtime takes the rotated model as it is. Three steps:
+
+1. Every RMSNorm gain that faces the residual stream is multiplied into the columns of the linears
+   that read the norm, and becomes 1.
+2. With R = diag(signs) H / sqrt(hidden), a token x of the residual stream becomes x @ R. Embedding
+   rows and what reads the stream: W @ R. What writes to it: R^T @ W, and b @ R for its bias.
+3. The values of every head become v @ H / sqrt(head_dim): by the rows of v_proj and its bias, and
+   undone in the columns of o_proj. Attention mixes tokens, not channels, so it does not notice.
+
+Step 2 needs step 1, and RMSNorm: without a gain it is x / |x| up to a constant, and |x @ R| = |x|,
+so norm(x @ R) = norm(x) @ R. LayerNorm subtracts a mean along (1, ..., 1), a direction that R
+moves; its mean would have to be folded away first. The norms of q and k work within heads that
+nothing rotates and keep their gains. The input of down_proj is not rotated: that takes a transform
+at run time.
+
+Source: Ashkboos et al., arXiv 2404.00456, stages 1a and 1c without the online transforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.families import Family
+from ms_quant.numerics.rotation import apply_hadamard, base_order, random_signs
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+VALUES, OUTPUT = "self_attn.v_proj", "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
+class TensorRotation:
+    """How one tensor of the rotated model is made. Axes are 0 (rows) or -1 (columns).
+
+    Attributes:
+        source: the tensor it is made from.
+        gain: the norm whose gain multiplies the columns.
+        stream: the axis along the residual stream.
+        heads: the axis along the values of all heads.
+        folded: a norm's gain that other tensors take over; it is all ones.
+    """
+
+    source: str
+    gain: str | None = None
+    stream: int | None = None
+    heads: int | None = None
+    folded: bool = False
+
+    @property
+    def mixes_rows(self) -> bool:
+        return self.stream == 0 or self.heads == 0
+
+
+class QuaRot:
+    """The rotation of one model.
+
+    Args:
+        config: the model.
+        seed: of the signs, at least 0.
+        where: what to call the config in errors.
+
+    Attributes:
+        config: the rotated model. With the last norm's gain in the head only, tied embeddings are
+            tied no more, which ``raw`` says too.
+        rotations: every tensor of the rotated model, by name.
+
+    Raises:
+        MsQuantError: there is no Hadamard matrix of the hidden size or the head size.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, where: str = "config.json"):
+        base_order(config.hidden_size, f"{where}: hidden_size")
+        base_order(config.head_dim, f"{where}: head_dim")
+        if seed < 0:
+            raise MsQuantError(f"seed is {seed}, expected at least 0")
+        self.config = untied(config)
+        self.rotations = rotations(config)
+        self._signs = random_signs(config.hidden_size, seed)
+
+    def rotate(self, name: str, x: np.ndarray, gain: np.ndarray | None = None) -> np.ndarray:
+        """Rotates a tensor, or a piece that is whole along each axis that its rotation names.
+
+        Pieces have the bits of the whole. Along ``heads`` a piece may hold some of the heads.
+
+        Args:
+            name: the tensor's name in the rotated model.
+            x: float (out, in) or (out,), finite, of the rotation's source.
+            gain: float (in,) where the rotation names one.
+
+        Returns:
+            float64 of the shape of ``x``.
+        """
+        rotation = self.rotations[name]
+        if rotation.folded:
+            return np.ones(x.shape)
+        y = x.astype(np.float64)
+        if gain is not None:
+            y *= gain
+        if rotation.heads is not None:
+            y = _along(rotation.heads, partial(_rotate_heads, self.config.head_dim, name), y)
+        if rotation.stream is not None:
+            y = _along(rotation.stream, partial(apply_hadamard, name=name, signs=self._signs), y)
+        return y
+
+    def tensor(self, name: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """One tensor of the rotated model, float64, from those of the model by name."""
+        rotation = self.rotations[name]
+        gain = None if rotation.gain is None else read(rotation.gain)
+        return self.rotate(name, read(rotation.source), gain)
+
+
+def untied(config: ModelConfig) -> ModelConfig:
+    """The same model with a head of its own."""
+    if not config.tied:
+        return config
+    return replace(config, tied=False, raw={**config.raw, "tie_word_embeddings": False})
+
+
+def rotations(config: ModelConfig) -> dict[str, TensorRotation]:
+    """Every tensor of the rotated model, by name."""
+    found = {
+        EMBEDDING: TensorRotation(EMBEDDING, stream=-1),
+        NORM: TensorRotation(NORM, folded=True),
+        HEAD: TensorRotation(EMBEDDING if config.tied else HEAD, gain=NORM, stream=-1),
+    }
+    for index in range(config.num_layers):
+        prefix = block_prefix(index)
+        for name in config.block_shapes():
+            found[prefix + name] = _of_block(config.family, prefix, name)
+    return found
+
+
+def _of_block(family: Family, prefix: str, name: str) -> TensorRotation:
+    path, _, kind = name.rpartition(".")
+    norms, is_weight = dict(family.norm_feeds), kind == "weight"
+    make = partial(TensorRotation, prefix + name)
+    if path in norms:
+        return make(folded=True)
+    group = next((group for group in family.groups if path in group.members), None)
+    if group is None:  # a norm of q or k
+        return make()
+    if group.parallel == "row":
+        return make(stream=0, heads=-1 if path == OUTPUT and is_weight else None)
+    heads = 0 if path == VALUES else None
+    if not is_weight:
+        return make(heads=heads)
+    norm = next(norm for norm, fed in norms.items() if fed == group.name)
+    return make(gain=f"{prefix}{norm}.weight", stream=-1, heads=heads)
+
+
+def _rotate_heads(head_dim: int, name: str, x: np.ndarray) -> np.ndarray:
+    """(..., heads * head_dim), each head times the Hadamard matrix of its size."""
+    heads = x.reshape(*x.shape[:-1], -1, head_dim)
+    return apply_hadamard(heads, name).reshape(x.shape)
+
+
+def _along(axis: int, rotate: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """``rotate``, which works along the last axis, along the first (0) or the last (-1)."""
+    # NumPy multiplies strided operands in another way, slower and perhaps in another order.
+    if axis == -1:
+        return rotate(np.ascontiguousarray(x))
+    return rotate(np.ascontiguousarray(x.T)).T
