@@ -119,7 +119,7 @@ def measure_way(
     with job.open():
         run_blocks(prepared, job, lambda index, part: None, steps)
         raw, stored = sizes(prepared, job)
-        loss = mean_loss(JobModel(prepared.plan, job, prepared.options.model), tokens)
+        loss = mean_loss(JobModel(prepared.plan, job, prepared.tensors), tokens)
         job.remove()
     return {"way": way, "setting": setting, "ratio": stored / raw, "loss": loss}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ms_quant.algorithms.problem import Loss, Problem, Solution, apply
 from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
@@ -138,7 +138,8 @@ def _problem(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    feed = plan.feed(index, group)
+    inside = plan.scheme.activation.holds_smoothing
+    feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",
         scheme=plan.scheme,
@@ -148,7 +149,7 @@ def _problem(
         dtype=plan.dtype,
         loss=seen.loss,
         damage=seen.damage,
-        smoothing=plan.scheme.activation.holds_smoothing or feed is not None,
+        smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
     )
 
@@ -213,7 +214,7 @@ def _with_scaled_rows(
 
 
 def quantize_data_free(
-    plan: Plan, checkpoint: Checkpoint, job: JobDirectory, progress: Progress
+    plan: Plan, checkpoint: FloatTensors, job: JobDirectory, progress: Progress
 ) -> None:
     """Quantizes every unfinished block of a job that needs no calibration."""
     for index in range(job.finished_blocks(), plan.config.num_layers):

@@ -19,7 +19,7 @@ from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import get_cell, replaced
 from ms_quant.checkpoint.job import HiddenStates, JobDirectory, read_hidden
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.embedding import used_rows
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.decoder import DecoderBlock, causal_mask, rope_tensors
@@ -42,7 +42,7 @@ class BlockRunner:
         self.cos, self.sin = rope_tensors(config, 0, length)
         self.mask = causal_mask(length)
 
-    def load(self, checkpoint: Checkpoint, index: int) -> None:
+    def load(self, checkpoint: FloatTensors, index: int) -> None:
         """Reads a block's tensors, one at a time."""
         for name, parameter in self.parameters.items():
             array = checkpoint.read_float32(f"{block_prefix(index)}{name}")
@@ -87,7 +87,7 @@ class SearchWindows:
             yield self.states[:, start : start + step]
 
 
-def embed(checkpoint: Checkpoint, tokens: np.ndarray, job: JobDirectory) -> None:
+def embed(checkpoint: FloatTensors, tokens: np.ndarray, job: JobDirectory) -> None:
     """Writes the first hidden states."""
     rows = used_rows(checkpoint.float32_chunks(EMBEDDING), tokens)
     width = checkpoint.info(EMBEDDING).shape[1]
@@ -99,7 +99,7 @@ def embed(checkpoint: Checkpoint, tokens: np.ndarray, job: JobDirectory) -> None
 
 def calibrate(
     plan: Plan,
-    checkpoint: Checkpoint,
+    checkpoint: FloatTensors,
     tokens: np.ndarray,
     job: JobDirectory,
     progress: Progress,
@@ -125,7 +125,10 @@ def calibrate(
     for index in range(first, plan.config.num_layers):
         runner.load(checkpoint, index)
         hessian = steps.rounding is not None or plan.chain.any("hessian")
-        stats, searched = _observe(plan, runner, job, index, tokens.shape, progress, hessian)
+        new_stats = partial(
+            ActivationStats, with_hessian=hessian, with_histogram=plan.chain.any("histogram")
+        )
+        stats, searched = _observe(plan, runner, job, index, tokens.shape, progress, new_stats)
         seen = partial(_seen, runner, stats, searched)
         half = partial(_second_half, progress, index)
         block = quantize_block(plan, index, runner.array, seen, steps, half)
@@ -154,7 +157,7 @@ def _observe(
     index: int,
     shape: tuple[int, ...],
     progress: Progress,
-    hessian: bool,
+    new_stats: Callable[..., ActivationStats],
 ) -> tuple[dict[str, ActivationStats], SearchWindows]:
     """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
     sequences, length = shape
@@ -164,9 +167,7 @@ def _observe(
         path = group.members[0]
         cell = get_cell(runner.block, path)
         name = f"{block_prefix(index)}{path}: calibration input"
-        stats[group.name] = ActivationStats(
-            cell.in_channels, sequences * length, name=name, with_hessian=hessian
-        )
+        stats[group.name] = new_stats(cell.in_channels, sequences * length, name=name)
         recorders[path] = Recorder(cell, stats[group.name].update)
     last = index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ms_quant.histogram import Histogram
 from ms_quant.numerics.affine import check_finite
 
 
@@ -19,11 +20,13 @@ class ActivationStats:
         keep_rows: at most this many evenly strided token rows are kept for searches.
         name: what the errors call it.
         with_hessian: sum up the products of channels, too.
+        with_histogram: count the values of all channels, too.
 
     Attributes:
         low, high: float32 (K,), smallest and largest value of each channel.
         sum_squares, sum_abs: float64 (K,).
         products: float32 (K, K), the sum of x x^T over the tokens, or None.
+        histogram: of all values, or None.
         tokens: tokens seen so far.
     """
 
@@ -32,11 +35,13 @@ class ActivationStats:
     keep_rows: int = 512
     name: str = "activation"
     with_hessian: bool = False
+    with_histogram: bool = False
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
     sum_squares: np.ndarray = field(init=False)
     sum_abs: np.ndarray = field(init=False)
     products: np.ndarray | None = field(init=False, default=None)
+    histogram: Histogram | None = field(init=False, default=None)
     tokens: int = 0
     _rows: list[np.ndarray] = field(default_factory=list, repr=False)
 
@@ -47,6 +52,8 @@ class ActivationStats:
         self.sum_abs = np.zeros(self.channels, np.float64)
         if self.with_hessian:
             self.products = np.zeros((self.channels, self.channels), np.float32)
+        if self.with_histogram:
+            self.histogram = Histogram(name=self.name)
 
     def update(self, x: np.ndarray) -> None:
         """Adds a batch of tokens, (..., K) float32.
@@ -64,6 +71,8 @@ class ActivationStats:
         self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
         if self.products is not None:
             self.products += rows.T @ rows
+        if self.histogram is not None:
+            self.histogram.update(rows)
         stride = max(1, -(-self.total_tokens // self.keep_rows))
         first = -self.tokens % stride
         self._rows.append(rows[first::stride].copy())

@@ -118,11 +118,11 @@ def run_blocks(
 ) -> None:
     """Finishes every block of a job."""
     if prepared.tokens is None:
-        quantize_data_free(prepared.plan, prepared.checkpoint, job, progress)
+        quantize_data_free(prepared.plan, prepared.tensors, job, progress)
     elif job.finished_blocks() < prepared.plan.config.num_layers:
         from ms_quant.calibration import calibrate
 
-        calibrate(prepared.plan, prepared.checkpoint, prepared.tokens, job, progress, steps)
+        calibrate(prepared.plan, prepared.tensors, prepared.tokens, job, progress, steps)
 
 
 def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
@@ -161,7 +161,7 @@ def _tensor_getter(
         changed = job.changed_tensor(name)
         if changed is not None:
             return changed.astype(plan.dtype)
-        return round_chunks(prepared.checkpoint, name, plan.dtype)
+        return round_chunks(prepared.tensors, name, plan.dtype)
 
     return get
 

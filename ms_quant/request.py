@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.finish import OutputDirectory, check_output_name
 from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
-from ms_quant.checkpoint.reader import Checkpoint, check_model, fingerprint
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
+from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
@@ -122,6 +123,7 @@ class Prepared:
         options: what was asked.
         plan: what to do to which linear.
         checkpoint: the float model.
+        tensors: the same, or as it is rotated.
         tokens: int32 (windows, tokens) calibration data, or None.
         record: what changes numbers; a job with the same goes on.
         output_record: that, and how the output is written.
@@ -132,6 +134,7 @@ class Prepared:
     options: QuantizeOptions
     plan: Plan
     checkpoint: Checkpoint
+    tensors: FloatTensors
     tokens: np.ndarray | None
     record: dict[str, Any]
     output_record: dict[str, Any]
@@ -164,7 +167,7 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     """
     check_places(options.model, options.output, options.job_directory)
     config = load_config(options.model)
-    plan = make_plan(
+    plan = original = make_plan(
         config,
         options.scheme,
         options.algorithm,
@@ -175,15 +178,17 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     refuse_unused(options, plan)
     checkpoint = Checkpoint(options.model)
     check_model(checkpoint, config)
+    plan, tensors = _rotated(plan, checkpoint)
     if extension is None:
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
-        check_fits(checkpoint, float_tensors(plan), plan.dtype)
+        check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     prepared = Prepared(
         options,
         plan,
         checkpoint,
+        tensors,
         tokens,
         record,
         {**record, **extension.writing},
@@ -192,6 +197,15 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     )
     _check_disk(prepared)
     return prepared
+
+
+def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
+    """The plan and the tensors of the model that is quantized."""
+    options = plan.chain.options.get("quarot")
+    if options is None:
+        return plan, checkpoint
+    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed)
+    return replace(plan, config=rotated.config), rotated
 
 
 def _record(

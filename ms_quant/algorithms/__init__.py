@@ -14,7 +14,17 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ms_quant.algorithms import awq, clip, gptq, outlier_suppression_lite, smooth, ssz, svd
+from ms_quant.algorithms import (
+    awq,
+    clip,
+    gptq,
+    input_range,
+    outlier_suppression_lite,
+    quarot,
+    smooth,
+    ssz,
+    svd,
+)
 from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Float
@@ -25,10 +35,12 @@ from ms_quant.spec import Scheme
 class Stage(IntEnum):
     """What an algorithm decides. Those up to SMOOTHING may ask for the block's error."""
 
-    SMOOTHING = 1
-    RESIDUAL = 2
-    RANGE = 3
-    ROUNDING = 4
+    MODEL = 0
+    INPUT = 1
+    SMOOTHING = 2
+    RESIDUAL = 3
+    RANGE = 4
+    ROUNDING = 5
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Algorithm:
     suits: None for every scheme; else a reason why it does not make sense, or "".
     calibrated: whether it looks at calibration data.
     hessian: whether it needs the products of channels.
+    histogram: whether it needs a histogram of the input.
     smooths: whether it answers with a smoothing vector.
     clips: whether the weights' ranges may have factors of ``clip.RATIOS``.
     places: whether codes may be others than the nearest ones, or scales than the ranges say.
@@ -54,6 +67,7 @@ class Algorithm:
     suits: Callable[[Scheme], str] = lambda scheme: ""
     calibrated: bool = True
     hessian: bool = False
+    histogram: bool = False
     smooths: bool = False
     clips: bool = False
     places: bool = False
@@ -63,6 +77,10 @@ class Algorithm:
 def _quantized_input(scheme: Scheme) -> str:
     weight_only = isinstance(scheme.activation, Float)
     return "its activations stay float, and only weights would get harder" if weight_only else ""
+
+
+def _static_input(scheme: Scheme) -> str:
+    return "" if scheme.needs_calibration else "its activations have no static range"
 
 
 def _clippable(scheme: Scheme) -> str:
@@ -81,6 +99,29 @@ def _own(name: str) -> Callable[[Scheme], str]:
 
 
 ALGORITHMS: dict[str, Algorithm] = {
+    "quarot": Algorithm(
+        Stage.MODEL,
+        lambda problem, solution, options: solution,
+        "Hadamard rotations folded into all weights of the model first (arXiv 2404.00456)",
+        quarot.QuarotOptions(),
+        calibrated=False,
+    ),
+    "histogram": Algorithm(
+        Stage.INPUT,
+        input_range.solve_histogram,
+        "static input range with the least error over a histogram",
+        None,
+        _static_input,
+        histogram=True,
+    ),
+    "percentile": Algorithm(
+        Stage.INPUT,
+        input_range.solve_percentile,
+        "static input range that holds a share of the values",
+        input_range.PercentileOptions(),
+        _static_input,
+        histogram=True,
+    ),
     "smoothquant": Algorithm(
         Stage.SMOOTHING,
         smooth.solve,
@@ -233,6 +274,12 @@ def get_chain(text: str, scheme: Scheme, settings: Mapping[str, Any] | None = No
             raise MsQuantError(
                 f"algorithm {text!r}: {one} and {other} both decide the {stage}, expected one"
             )
+    smoothing = [name for name in names if ALGORITHMS[name].smooths]
+    if smoothing and any(ALGORITHMS[name].histogram for name in names):
+        raise MsQuantError(
+            f"algorithm {text!r}: {names[0]} looks at the input before {smoothing[0]} smooths it, "
+            "expected one of them"
+        )
     return Chain(tuple(names), _options(names, dict(settings or {})))
 
 

@@ -23,8 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
@@ -33,6 +35,15 @@ from ms_quant.numerics.rotation import apply_hadamard, base_order, random_signs
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 VALUES, OUTPUT = "self_attn.v_proj", "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
+class QuarotOptions:
+    """Attributes:
+    seed: of the signs of the rotations.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -139,9 +150,10 @@ def rotations(config: ModelConfig) -> dict[str, TensorRotation]:
 
 def _of_block(family: Family, prefix: str, name: str) -> TensorRotation:
     path, _, kind = name.rpartition(".")
-    norms, is_weight = dict(family.norm_feeds), kind == "weight"
+    is_weight = kind == "weight"
+    norms = {group.name: group.feed for group in family.groups if group.feeds_from_norm}
     make = partial(TensorRotation, prefix + name)
-    if path in norms:
+    if path in norms.values():
         return make(folded=True)
     group = next((group for group in family.groups if path in group.members), None)
     if group is None:  # a norm of q or k
@@ -151,8 +163,7 @@ def _of_block(family: Family, prefix: str, name: str) -> TensorRotation:
     heads = 0 if path == VALUES else None
     if not is_weight:
         return make(heads=heads)
-    norm = next(norm for norm, fed in norms.items() if fed == group.name)
-    return make(gain=f"{prefix}{norm}.weight", stream=-1, heads=heads)
+    return make(gain=f"{prefix}{norms[group.name]}.weight", stream=-1, heads=heads)
 
 
 def _rotate_heads(head_dim: int, name: str, x: np.ndarray) -> np.ndarray:

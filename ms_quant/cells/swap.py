@@ -171,6 +171,7 @@ def _observe(
             tokens,
             name=f"{path} input",
             with_hessian=chain.any("hessian"),
+            with_histogram=chain.any("histogram"),
         )
         for path, cell in cells.items()
     }

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.errors import MsQuantError
 
 
 def round_chunks(
-    checkpoint: Checkpoint, name: str, dtype: np.dtype, rows: slice | None = None
+    checkpoint: FloatTensors, name: str, dtype: np.dtype, rows: slice | None = None
 ) -> Iterator[np.ndarray]:
     """Reads a float tensor in pieces and rounds them, half to even; equal types keep their bits.
 
     Args:
-        checkpoint (Checkpoint): where it is.
+        checkpoint (FloatTensors): where it is.
         name (str): the tensor, of at least one dimension.
         dtype (numpy.dtype): the type to round to.
         rows (slice, optional): which rows to read. Default: all.
@@ -26,7 +26,7 @@ def round_chunks(
         MsQuantError: a value does not fit, besides what ``Checkpoint.float_chunks`` refuses.
     """
     for _, chunk in checkpoint.float_chunks(name, rows):
-        yield round_finite(chunk, dtype, f"{checkpoint.file_of(name).path}: tensor {name!r}")
+        yield round_finite(chunk, dtype, checkpoint.place(name))
 
 
 def round_finite(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
@@ -54,7 +54,7 @@ def round_finite(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
     return rounded
 
 
-def check_fits(checkpoint: Checkpoint, names: Iterable[str], dtype: np.dtype) -> None:
+def check_fits(checkpoint: FloatTensors, names: Iterable[str], dtype: np.dtype) -> None:
     """Tries every tensor whose type has larger numbers than ``dtype``, before any work.
 
     Raises:

@@ -55,6 +55,14 @@ class FloatTensors(Protocol):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The same in pieces of bounded size: (first row, float32 rows)."""
 
+    def float_chunks(
+        self, name: str, rows: slice | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows of a tensor in pieces of bounded size, in the type they are stored in."""
+
+    def place(self, name: str) -> str:
+        """Where a tensor is, for errors."""
+
 
 class Checkpoint:
     """The tensors of a model directory.
@@ -188,6 +196,10 @@ class Checkpoint:
                 f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of {seen}, "
                 "expected none"
             )
+
+    def place(self, name: str) -> str:
+        """The file of a tensor and its name, for errors."""
+        return f"{self.file_of(name).path}: tensor {name!r}"
 
     def shard(self, shard: str) -> SafetensorsFile:
         """The opened shard of a file name, checked against the index."""

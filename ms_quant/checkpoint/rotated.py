@@ -105,6 +105,22 @@ class RotatedCheckpoint(FloatTensors):
             self._rotate(name, part, gain)
             yield start, part
 
+    def float_chunks(
+        self, name: str, rows: slice | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """As :meth:`float32_chunks`, of the rows that are wanted."""
+        for start, part in self.float32_chunks(name):
+            if rows is None:
+                yield start, part
+                continue
+            wanted = part[max(0, rows.start - start) : max(0, rows.stop - start)]
+            if len(wanted):
+                yield max(start, rows.start), wanted
+
+    def place(self, name: str) -> str:
+        """The model directory and the name of a tensor, for errors."""
+        return f"{self.directory}: tensor {name!r} once rotated"
+
     def _rotation(self, name: str) -> TensorRotation:
         if name not in self._shapes:
             raise MsQuantError(f"{self.directory}: the rotated model has no tensor {name!r}")
@@ -121,8 +137,8 @@ class RotatedCheckpoint(FloatTensors):
                 array[block] = rotated
             if not np.isfinite(array[block]).all():
                 raise MsQuantError(
-                    f"{self.directory}: tensor {name!r} holds {np.abs(rotated).max():g} once "
-                    "rotated, expected values that fit float32"
+                    f"{self.place(name)} holds {np.abs(rotated).max():g}, expected values that "
+                    "fit float32"
                 )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
@@ -48,11 +48,13 @@ class FloatModel:
     """A Hugging Face checkpoint."""
 
     flavour = "float"
+    checkpoint: FloatTensors
 
     def __init__(self, directory: Path):
         self.config = load_config(directory)
-        self.checkpoint = Checkpoint(directory)
-        check_model(self.checkpoint, self.config)
+        checkpoint = Checkpoint(directory)
+        check_model(checkpoint, self.config)
+        self.checkpoint = checkpoint
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)
@@ -65,10 +67,16 @@ class FloatModel:
 
 
 class JobModel(FloatModel):
-    """The blocks of a finished job in the float model that they were made from."""
+    """The blocks of a finished job in the float model that they were made from.
 
-    def __init__(self, plan: Plan, job: JobDirectory, directory: Path):
-        super().__init__(directory)
+    Args:
+        plan: what was done.
+        job: the finished job.
+        checkpoint: the float model, as the job has read it.
+    """
+
+    def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
+        self.config, self.checkpoint = plan.config, checkpoint
         self.flavour, self.job = plan.scheme.name, job
         self._quantized = frozenset(plan.quantized())
 

@@ -151,7 +151,7 @@ class Search:
         prepared, job = found.prepared, found.prepared.job()
         with job.open():
             run_blocks(prepared, job, self._progress("quantize"), found.steps)
-            return self._loss(JobModel(prepared.plan, job, prepared.options.model))
+            return self._loss(JobModel(prepared.plan, job, prepared.tensors))
 
     def _loss(self, model: ServedModel) -> float:
         from ms_quant.evaluation import perplexity

@@ -141,7 +141,7 @@ def test_refusals(tiny_model: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (3e38, r"holds \S+e\+3[89] once rotated, expected"),
+        (3e38, r"once rotated holds \S+e\+3[89], expected"),
         (np.nan, "holds 256 NaN or infinite values"),
     ],
 )

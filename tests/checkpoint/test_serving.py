@@ -64,7 +64,10 @@ def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
     prepared = prepare(request)
     quantize_checkpoint(request, prepared=prepared)
     tokens = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
-    job, written = JobModel(prepared.plan, prepared.job(), source), open_model(tmp_path / "out")
+    job, written = (
+        JobModel(prepared.plan, prepared.job(), prepared.tensors),
+        open_model(tmp_path / "out"),
+    )
     ours, theirs = token_losses(job, tokens), token_losses(written, tokens)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert perplexity(job, tokens)["loss"] == pytest.approx(perplexity(written, tokens)["loss"])

@@ -378,7 +378,7 @@ def test_a_strength_that_nothing_uses_is_refused(
     make: Callable[..., Any], tmp_path: Path, algorithm: str
 ) -> None:
     options = replace(make(tp=2).options, output=tmp_path / "out", algorithm=algorithm, alpha=0.5)
-    refused(options, f"algorithm {algorithm} takes no alpha")
+    refused(options, f"algorithm {algorithm} takes no option 'alpha'")
 
 
 @pytest.mark.parametrize(
