@@ -20,6 +20,7 @@ from pydantic import Field
 
 from ms_quant.algorithms.problem import Problem, Solution, grid_of, noted, prepared, seen_hessian
 from ms_quant.errors import MsQuantError
+from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.grid import Grid
 
 DAMPING = 0.01
@@ -132,6 +133,7 @@ def factor_with_retry(hessian: np.ndarray, damping: float, name: str) -> tuple[n
     Returns:
         float64 (K, K), and the damping that was used.
     """
+    check_finite(hessian, f"{name}: Hessian")
     for attempt in range(RETRIES):
         tried = damping * 10**attempt
         try:

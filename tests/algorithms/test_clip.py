@@ -172,3 +172,23 @@ def test_solve_searches_the_weights_as_they_will_be_rounded():
         np.testing.assert_array_equal(
             grid.scale, scheme.weight.fit(scaled, name, DTYPES["bfloat16"], factors).scale
         )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_of_one_scale_have_one_ratio(seed):
+    """The one with the smallest error of all rows together; 1 is a candidate."""
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((8, 24)) * np.exp(rng.standard_normal((8, 1)))).astype("f4")
+    weight[:, 0] *= 4
+    inputs = rng.standard_normal((50, 24)).astype(np.float32)
+    inputs[:, 0] *= 0.01
+    format = AffineFormat(8, per_tensor=True)
+    ratios = search_clip(weight, inputs, lambda w, ratio: format.fit(w, "w", clip=ratio))
+    assert (ratios == ratios[0]).all()
+
+    def loss(ratio: np.ndarray | float) -> float:
+        grid = format.fit(weight, "w", clip=ratio)
+        error = grid.values(grid.round(weight)) - weight.astype(np.float64)
+        return float(np.square(inputs @ error.T).sum())
+
+    assert loss(ratios) <= min(map(loss, RATIOS)) * (1 + 1e-4)

@@ -18,7 +18,14 @@ from ms_quant.algorithms.gptq import (
     solve,
     solve_columns,
 )
-from ms_quant.algorithms.problem import Problem, Solution, apply, prepared, seen_hessian
+from ms_quant.algorithms.problem import (
+    Problem,
+    Solution,
+    apply,
+    prepared,
+    seen_hessian,
+    seen_inputs,
+)
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.grid import (
     AffineFormat,
@@ -31,6 +38,7 @@ from ms_quant.numerics.grid import (
     TwoLevelGrid,
     WeightFormat,
 )
+from ms_quant.numerics.linear import Kronecker
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats
 from ms_quant.schemes import get_scheme
@@ -333,6 +341,49 @@ def test_the_hessian_is_that_of_the_smoothed_inputs():
     # 384 products, their sums, the mean and two divisions in float32
     size = np.sqrt(np.outer(np.diagonal(exact), np.diagonal(exact)))
     assert (np.abs(found - exact) <= 390 * 2.0**-24 * size).all()
+
+
+def test_the_hessian_is_that_of_the_transformed_inputs():
+    problem, x = problem_of("W8A8_DYNAMIC", {})
+    rng = np.random.default_rng(4)
+    smooth = np.exp(rng.standard_normal(128)).astype(np.float32)
+    factors = [np.eye(n) + 0.1 * rng.standard_normal((n, n)) for n in (8, 16)]
+    kronecker = Kronecker(*(matrix.astype(np.float32) for matrix in factors))
+    solution = Solution(smooth=smooth, kronecker=kronecker)
+    whole = np.kron(kronecker.left.astype("f8"), kronecker.right)
+    inputs = (x / smooth.astype("f8")) @ whole
+    np.testing.assert_allclose(seen_inputs(problem, solution), inputs, rtol=1e-4, atol=1e-3)
+    exact = inputs.T @ inputs / len(x)
+    found = seen_hessian(problem, solution)
+    assert found.flags.c_contiguous
+    assert np.abs(found - exact).max() <= 1e-4 * np.diagonal(exact).max()
+    # and the weights have taken the inverse, so that the product stays
+    for name, weight in prepared(problem, solution).items():
+        product = x.astype("f8") @ problem.weights[name].T
+        assert np.abs(inputs @ weight.T - product).max() <= 1e-4 * np.abs(product).max()
+        linear = apply(problem, solution)[name]
+        step = np.abs(weight).max(axis=1, keepdims=True) / 127
+        assert (np.abs(linear.grid.values(linear.weight) - weight) <= step * 0.51).all()
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_PER_CHANNEL", "W8A8_MIX"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_chosen_range_is_one_of_the_smoothed_input(scheme, smoothed):
+    problem, _ = problem_of(scheme, {})
+    smooth = np.exp(np.random.default_rng(5).standard_normal(128)).astype(np.float32)
+    solution = Solution(smooth=smooth if smoothed else None, input_range=(-2.0, 3.1))
+    static = apply(problem, solution)["q"].static
+    assert 5.1 / 255 * (1 - 1e-6) <= static.scale <= 5.1 / 255 * (1 + 2.0**-7)  # bfloat16
+    assert static.offset == round(-128 + 2 / float(static.scale))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_hessian_that_is_not_finite_is_refused_by_name(value):
+    """Products of channels overflow long before the channels do."""
+    problem, _ = problem_of("W4A16", {"group_size": 0})
+    problem.stats.products[0, 0] = value
+    with pytest.raises(MsQuantError, match=r"^qk: Hessian: 1 of 16384 values are NaN or inf"):
+        solve(problem, Solution(), GptqOptions())
 
 
 def test_a_hessian_that_is_not_positive_gets_more_damping():
