@@ -181,7 +181,8 @@ def _fold(
     name = f"{group.feed}.weight"
     gain = array(name)
     assert gain is not None
-    stored = (gain / smooth).astype(plan.dtype).astype(np.float32)
+    with np.errstate(over="ignore"):
+        stored = (gain / smooth).astype(plan.dtype).astype(np.float32)
     live = (stored != 0) & np.isfinite(stored)
     floats[name] = np.where(live, stored, gain)
     return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution, prepared, seen_inputs
-from ms_quant.numerics.grid import AffineFormat, Grid
+from ms_quant.numerics.grid import AffineFormat, AffineGrid, Grid
 
 RATIOS = tuple(round(1.0 - 0.05 * i, 2) for i in range(10))  # 1, 0.95, ..., 0.55
 Fit = Callable[[np.ndarray, float], Grid]
@@ -32,7 +32,8 @@ def search_clip(weight: np.ndarray, inputs: np.ndarray, fit: Fit = _per_channel)
 
     Returns:
         float32 (out, groups). The mean over tokens of (x . (dq(q(w)) - w))^2 over the inputs of a
-        group is smallest, sums in float32; a tie goes to the larger factor.
+        group is smallest, sums in float32; a tie goes to the larger factor. Where all rows have
+        one scale it is the sum over the rows, and all have one factor.
     """
     size = fit(weight, 1.0).group or weight.shape[1]
     groups = max(1, weight.shape[1] // max(1, size))
@@ -45,6 +46,8 @@ def search_clip(weight: np.ndarray, inputs: np.ndarray, fit: Fit = _per_channel)
             part = slice(group * size, (group + 1) * size)
             output = inputs[:, part] @ error[:, part].T
             loss = np.square(output).mean(axis=0, dtype=np.float64)
+            if isinstance(grid, AffineGrid) and grid.format.per_tensor:
+                loss = np.full_like(loss, loss.sum())
             better = loss < best[:, group]
             best[better, group] = loss[better]
             chosen[better, group] = ratio

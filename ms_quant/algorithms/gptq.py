@@ -20,6 +20,7 @@ from pydantic import Field
 
 from ms_quant.algorithms.problem import Problem, Solution, grid_of, noted, prepared, seen_hessian
 from ms_quant.errors import MsQuantError
+from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.grid import Grid
 
 DAMPING = 0.01
@@ -121,12 +122,18 @@ def solve_columns(
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
 
 
-def factor_with_retry(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, float]:
+def factor_with_retry(hessian: np.ndarray, damping: float, name: str) -> tuple[np.ndarray, float]:
     """:func:`inverse_factor` of the damped H, with ten times the damping where that fails.
+
+    Args:
+        hessian: (K, K), symmetric.
+        damping: what is tried first.
+        name: of the linears, for the error.
 
     Returns:
         float64 (K, K), and the damping that was used.
     """
+    check_finite(hessian, f"{name}: Hessian")
     for attempt in range(RETRIES):
         tried = damping * 10**attempt
         try:
@@ -134,7 +141,8 @@ def factor_with_retry(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, 
         except np.linalg.LinAlgError:
             continue
     raise MsQuantError(
-        f"the Hessian of {len(hessian)} inputs is not positive definite with damping {tried:g}"
+        f"{name}: the Hessian of {len(hessian)} inputs is not positive definite with damping "
+        f"{tried:g}"
     )
 
 
@@ -171,7 +179,7 @@ def solve(problem: Problem, solution: Solution, options: GptqOptions) -> Solutio
     order = np.arange(len(hessian))
     if options.act_order:
         order = np.argsort(-np.diagonal(hessian), kind="stable")
-    factor, damping = factor_with_retry(hessian[order][:, order], options.damping)
+    factor, damping = factor_with_retry(hessian[order][:, order], options.damping, problem.name)
     grids, codes = {}, {}
     for name, weight in prepared(problem, solution).items():
         grid = grid_of(problem, solution, name, weight)

@@ -104,12 +104,12 @@ def input_quantization(problem: Problem, solution: Solution) -> Activation:
         return PerToken(format.bits, solution.input_clip)
     if format.dynamic:
         return format.fit(None, None)
-    low, high = problem.seen.low, problem.seen.high
-    if solution.input_range is not None:
-        low, high = (np.full_like(low, bound) for bound in solution.input_range)
-    smooth = solution.smooth
+    low, high, smooth = problem.seen.low, problem.seen.high, solution.smooth
     if smooth is not None and not format.holds_smoothing:
         low, high, smooth = low / smooth, high / smooth, None
+    if solution.input_range is not None:
+        inside = np.ones_like(low) if smooth is None else smooth
+        low, high = (np.float32(bound) * inside for bound in solution.input_range)
     return format.fit(Seen(low, high, problem.dtype, problem.name), smooth)
 
 

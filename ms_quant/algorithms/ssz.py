@@ -39,7 +39,8 @@ def improve(weight: np.ndarray, grid: AffineGrid, steps: int = 20) -> AffineGrid
         grid: symmetric, fitted to the weight.
         steps: at most this many improvements.
     """
-    groups = weight.reshape(len(weight), grid.scale.shape[1], -1)
+    rows, count = grid.scale.shape
+    groups = weight.reshape(rows, count, weight.shape[1] // count)
     best, error = grid, _errors(groups, weight, grid)
     scale = grid.scale
     for _ in range(steps):

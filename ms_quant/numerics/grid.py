@@ -31,7 +31,7 @@ from typing import Protocol
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics import affine, minifloat, mx, w4a8
+from ms_quant.numerics import affine, groupwise, minifloat, mx, w4a8
 from ms_quant.numerics.minifloat import E2M1, E4M3
 from ms_quant.numerics.mx_rules import HUGE, RULES, MxRule
 from ms_quant.numerics.storage import DTYPES, round_up
@@ -167,7 +167,10 @@ class AffineGrid:
     def parameters(self, weight: np.ndarray, clip: Clip = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Scale and zero point of each whole group of a weight."""
         rows, columns = weight.shape
-        groups = weight.reshape(rows, columns // self.group if self.group else 1, -1)
+        size = self.group or columns
+        groups = groupwise.finite(weight, self.name).reshape(
+            rows, columns // size if size else 1, size
+        )
         factor, bits = np.float32(1) * clip, self.format.bits
         smallest, largest = affine.LIMITS[bits]
         low = groups.min(axis=2, initial=0) * factor
@@ -228,6 +231,7 @@ class TwoLevelFormat:
         self, weight: np.ndarray, name: str, scale_dtype: np.dtype = FLOAT32, clip: Clip = 1.0
     ) -> TwoLevelGrid:
         self.check_columns(weight.shape[1], name)
+        weight = groupwise.finite(weight, name)
         absmax = np.abs(weight).max(axis=1, keepdims=True, initial=0)
         scale = _stored(affine.symmetric_scale(absmax, w4a8.PROTECTED), scale_dtype, name)
         between = affine.quantize(weight, scale).astype(np.float32)

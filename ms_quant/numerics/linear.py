@@ -123,11 +123,11 @@ class QuantizedLinear:
     def float_weight(self) -> np.ndarray:
         """float32 (out, in): the weight that the codes stand for, input transforms undone."""
         weight = self.grid.values(self.weight)
+        if isinstance(self.activation, StaticActivation):
+            weight = weight / self.activation.smooth
         if self.kronecker is not None:
             left, right = self.kronecker.left.T, self.kronecker.right.T
             weight = rotation.apply_kronecker(weight, left, right, "weight").astype(np.float32)
-        if isinstance(self.activation, StaticActivation):
-            weight = weight / self.activation.smooth
         if self.branch is not None:
             weight = weight + self.branch.weight
         return weight if self.smooth is None else weight / self.smooth
@@ -162,7 +162,7 @@ class QuantizedLinear:
         if self.branch is not None:
             smoothed = x if self.smooth is None else x / self.smooth
             y = y + (smoothed @ self.branch.l1.T) @ self.branch.l2.T
-        folded = isinstance(activation, StaticActivation) and activation.folds_bias
+        folded = isinstance(activation, StaticActivation) and activation.folds_bias and self.integer
         return y if self.bias is None or folded else y + self.bias
 
     def _product(self, x: np.ndarray, activation: Activation) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,14 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
+from ms_quant.numerics.activation import Float, PerToken, PhasedActivation, Seen
+from ms_quant.numerics.grid import AffineFormat, Float8Format
 from ms_quant.numerics.linear import (
+    Kronecker,
+    LowRank,
     QuantizedLinear,
     StaticActivation,
+    from_arrays,
     int8_linear,
     quantize_linear,
     static_activation,
 )
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.spec import Scheme
 
 F32, BF16, F16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 ROUNDOFF = 2.0**-24
@@ -281,3 +290,221 @@ def test_clip_narrows_rows_apart():
         assert linear.weight_scale[n] == scale
         codes = [min(127, max(-128, round(float(value / scale)))) for value in weight[n]]
         assert linear.weight[n].tolist() == codes
+
+
+INTEGER = {  # scheme: (bits of tokens, or None for static), by the docstring of forward
+    "W8A8": None,
+    "W8A8_PER_TENSOR": None,
+    "W8A8_PER_CHANNEL": None,
+    "W8A8_DYNAMIC": 8,
+    "W8A8_MIX": 8,
+    "W4A8_DYNAMIC": 8,
+    "W4A4_DYNAMIC": 4,
+}
+CHOICES = [
+    *((name, {}) for name in SCHEMES),
+    ("W8A16", {"group_size": 32}),
+    ("W8A16", {"symmetric": False}),
+    ("W4A16", {"group_size": 32, "symmetric": False}),
+    ("W4A8_DYNAMIC", {"group_size": 64}),
+    ("W4A4_MXFP4_DUALSCALE", {"dual_block_size": 64}),
+]
+VARIANTS = [
+    pytest.param(get_scheme(name, **more), id=f"{name}{more or ''}") for name, more in CHOICES
+]
+
+
+def made(scheme: Scheme, *, inner: int = 128, bias: bool = True, seed: int = 0):
+    """Some inputs and a linear of a scheme, rounded to nearest."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((5, inner)) + 0.3).astype("f4")
+    x[1] = 0
+    weight = rng.standard_normal((6, inner)).astype("f4") * 0.1
+    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(BF16))
+    activation = scheme.activation.fit(Seen(*ranges(x), BF16, "x"), None)
+    offsets = rng.standard_normal(6).astype("f4") if bias else None
+    return x, QuantizedLinear(grid.round(weight), grid, offsets, activation)
+
+
+def slow_folded(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
+    """(qx @ W^T + quant_bias with the bias in it) * deq_scale, in Python integers."""
+    static, y = linear.static, np.zeros((len(x), len(linear.weight)), np.float32)
+    for t, row in enumerate(x):
+        steps = [float(np.float32(v / static.scale) + np.float32(static.offset)) for v in row]
+        codes = [min(127, max(-128, round(step))) for step in steps]
+        for n, weights in enumerate(linear.weight.tolist()):
+            unit = np.float32(static.scale * linear.grid.scale[n, 0])
+            total = sum((a - static.offset) * b for a, b in zip(codes, weights, strict=True))
+            if linear.bias is not None:
+                total += round(float(linear.bias[n]) / float(unit))
+            y[t, n] = np.float32(total) * unit
+    return y
+
+
+def slow_tokens(linear: QuantizedLinear, x: np.ndarray, bits: int, clip: float = 1.0):
+    """((qx @ W^T) * x_scale) * weight_scale + bias, in Python integers."""
+    largest, y = 2 ** (bits - 1) - 1, np.zeros((len(x), len(linear.weight)), np.float32)
+    for t, row in enumerate(x):
+        absmax = np.float32(max(abs(value) for value in row) * np.float32(clip))
+        scale = np.float32(absmax / np.float32(largest)) if absmax > 0 else np.float32(1)
+        codes = [min(largest, max(-largest - 1, round(float(value / scale)))) for value in row]
+        for n, weights in enumerate(linear.weight.tolist()):
+            total = sum(a * b for a, b in zip(codes, weights, strict=True))
+            y[t, n] = np.float32(total) * scale * linear.grid.scale[n, 0]
+            if linear.bias is not None:
+                y[t, n] += linear.bias[n]
+    return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", INTEGER)
+def test_integer_schemes_are_the_formula(name, bias):
+    scheme = get_scheme(name)
+    x, linear = made(scheme, bias=bias, inner=33)
+    assert linear.integer
+    if name == "W8A8":
+        np.testing.assert_array_equal(linear.forward(x), slow_static(linear, x))
+    elif INTEGER[name] is None:
+        assert linear.static.folds_bias
+        np.testing.assert_array_equal(linear.forward(x), slow_folded(linear, x))
+    else:
+        expected = slow_tokens(linear, x, INTEGER[name])
+        np.testing.assert_array_equal(linear.forward(x), expected)
+    phased = name == "W8A8_MIX"
+    decoded = slow_folded(linear, x) if phased else linear.forward(x)
+    np.testing.assert_array_equal(linear.forward(x, decode=True), decoded)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_clipped_tokens(bits, clip):
+    x, linear = made(get_scheme("W4A4_DYNAMIC"), inner=33)
+    linear = replace(linear, activation=PerToken(bits, clip))
+    np.testing.assert_array_equal(linear.forward(x), slow_tokens(linear, x, bits, clip))
+
+
+@pytest.mark.parametrize("scheme", [p for p in VARIANTS if p.id not in INTEGER])
+def test_other_schemes_are_the_product_of_both_dequantized(scheme):
+    """K products and K - 1 sums in any order, and the bias: each off by 2**-24 of what it gives,
+    so that the sum is off by (K + 1) * 2**-24 of the sum of magnitudes, and a little."""
+    x, linear = made(scheme)
+    assert not linear.integer
+    seen = linear.activation.fake(x).astype("f8")
+    weight = linear.grid.values(linear.weight).astype("f8")
+    bound = 130 * ROUNDOFF * (np.abs(seen) @ np.abs(weight).T + np.abs(linear.bias)) * 1.001
+    found = linear.forward(x)
+    assert found.dtype == np.float32
+    for t, n in np.ndindex(found.shape):
+        exact = sum(a * b for a, b in zip(seen[t], weight[n], strict=True)) + linear.bias[n]
+        assert abs(found[t, n] - exact) <= bound[t, n]
+    np.testing.assert_array_equal(linear.forward(x, decode=True), found)
+
+
+def test_a_bias_is_not_lost_where_no_integer_sum_could_hold_it():
+    x, linear = made(get_scheme("W8A8_PER_CHANNEL"), inner=64)
+    weight = linear.float_weight()
+    for format in (AffineFormat(8, 32), Float8Format()):
+        grid = format.fit(weight, "w")
+        other = replace(linear, weight=grid.round(weight), grid=grid)
+        without = replace(other, bias=None).forward(x)
+        np.testing.assert_array_equal(other.forward(x), without + linear.bias)
+
+
+def power(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return (2.0 ** rng.integers(-2, 3, shape)).astype("f4")
+
+
+def exact_linear(fields: set[str], static: bool) -> tuple[np.ndarray, QuantizedLinear]:
+    """Small integers times powers of two, so that float32 sums and products are all exact."""
+    rng = np.random.default_rng(len(fields))
+    codes = rng.integers(-7, 8, (5, 8)).astype(np.int8)
+    activation = StaticActivation(np.float32(0.5), 3, 0.5 * power(rng, 8)) if static else Float()
+    sylvester = np.float32([[1, 1], [1, -1]])
+    right = np.kron(sylvester, np.float32([[1, 0], [2, 1]]))
+    linear = QuantizedLinear(
+        codes,
+        AffineFormat(8).grid({"weight_scale": power(rng, 5, 1)}),
+        rng.integers(-4, 5, 5).astype("f4"),
+        activation,
+        power(rng, 8) if "smooth" in fields else None,
+        Kronecker(sylvester, right) if "kronecker" in fields else None,
+        LowRank(power(rng, 2, 8), power(rng, 5, 2)) if "branch" in fields else None,
+    )
+    return rng.integers(-4, 5, (6, 8)).astype("f4"), linear
+
+
+FIELDS = [set(), {"smooth"}, {"kronecker"}, {"branch"}, {"smooth", "kronecker", "branch"}]
+
+
+def slow_effective(linear: QuantizedLinear) -> np.ndarray:
+    """The matrix of what forward does to a float input, one unit vector after the other."""
+    columns = []
+    for unit in np.eye(8):
+        x = unit if linear.smooth is None else unit / linear.smooth
+        seen = x
+        if linear.kronecker is not None:
+            seen = seen @ np.kron(linear.kronecker.left, linear.kronecker.right)
+        if isinstance(linear.activation, StaticActivation):
+            seen = seen / linear.activation.smooth
+        y = (linear.weight * linear.grid.scale.astype("f8")) @ seen
+        if linear.branch is not None:
+            y = y + linear.branch.l2.astype("f8") @ (linear.branch.l1 @ x)
+        columns.append(y)
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_float_weight_undoes_every_transform(fields, static):
+    x, linear = exact_linear(fields, static)
+    found = linear.float_weight()
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, slow_effective(linear))
+    if not static:
+        expected = x.astype("f8") @ found.T + linear.bias
+        np.testing.assert_array_equal(linear.forward(x), expected)
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_inputs_are_quantized_after_the_transforms(fields):
+    """The branch reads the smoothed input as it is."""
+    x, linear = exact_linear(fields, static=False)
+    linear = replace(linear, activation=PerToken(4))
+    smoothed = x if linear.smooth is None else x / linear.smooth
+    seen = smoothed
+    if linear.kronecker is not None:
+        seen = (seen @ np.kron(linear.kronecker.left, linear.kronecker.right)).astype("f4")
+    np.testing.assert_array_equal(linear.transformed(x), seen)
+    plain = replace(linear, smooth=None, kronecker=None, branch=None, bias=None)
+    expected = plain.forward(seen)
+    if linear.branch is not None:
+        expected = expected + smoothed @ linear.branch.weight.T
+    expected = expected + linear.bias
+    np.testing.assert_allclose(linear.forward(x), expected, rtol=4 * ROUNDOFF, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("scheme", VARIANTS)
+def test_arrays_give_the_linear_back(scheme, fields):
+    x, linear = made(scheme, bias=False)
+    rng = np.random.default_rng(3)
+    if isinstance(linear.activation, PerToken):
+        linear = replace(linear, activation=PerToken(linear.activation.bits, 0.75))
+    more = {
+        "smooth": power(rng, 128),
+        "kronecker": Kronecker(np.eye(8, dtype="f4")[::-1], np.eye(16, dtype="f4")),
+        "branch": LowRank(power(rng, 3, 128), power(rng, 6, 3)),
+    }
+    linear = replace(linear, **{name: more[name] for name in fields})
+    arrays = linear.arrays()
+    assert all(isinstance(array, np.ndarray) for array in arrays.values())
+    again = from_arrays(scheme.weight, scheme.activation, arrays)
+    assert type(again.activation) is type(linear.activation)
+    for decode in (False, True):
+        found, expected = again.forward(x, decode), linear.forward(x, decode)
+        assert found.tobytes() == expected.tobytes()
+    assert again.arrays().keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert again.arrays()[name].tobytes() == array.tobytes(), name
+    if isinstance(linear.activation, StaticActivation | PhasedActivation):
+        assert again.static.folds_bias == linear.static.folds_bias
