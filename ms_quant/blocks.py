@@ -138,7 +138,8 @@ def _problem(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    feed = plan.feed(index, group)
+    inside = plan.scheme.activation.holds_smoothing  # then nothing is folded
+    feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",
         scheme=plan.scheme,
@@ -148,7 +149,7 @@ def _problem(
         dtype=plan.dtype,
         loss=seen.loss,
         damage=seen.damage,
-        smoothing=plan.scheme.activation.holds_smoothing or feed is not None,
+        smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
     )
 
