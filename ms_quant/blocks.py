@@ -138,7 +138,7 @@ def _problem(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    inside = plan.scheme.activation.holds_smoothing
+    inside = plan.scheme.activation.holds_smoothing  # then nothing is folded
     feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",

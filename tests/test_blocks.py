@@ -342,6 +342,15 @@ def test_a_scheme_that_holds_its_smoothing_folds_nothing():
         assert (np.abs(error) <= step * (0.5 + 2.0**-14)).all()
 
 
+def test_heads_share_nothing_where_nothing_is_folded():
+    """Equation 4 of SmoothQuant for every channel of o, which each have a scale of their own."""
+    case = folded("W8A8", "smoothquant", steps=Steps())
+    rows = np.abs(run(case.before, case.x)["o"]).max(axis=0)
+    columns = np.abs(case.before["self_attn.o_proj.weight"]).max(axis=0)
+    found = case.block.linears["self_attn.o_proj"].static.smooth
+    np.testing.assert_allclose(found, np.sqrt(rows / columns), rtol=2.0**-7)  # as bfloat16
+
+
 @pytest.mark.parametrize(
     ("scheme", "algorithm"), [("W8A8_DYNAMIC", "smoothquant"), ("W8A8_PER_CHANNEL", "smoothquant")]
 )

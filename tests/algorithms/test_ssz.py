@@ -101,6 +101,19 @@ def test_no_group_is_worse_than_before(format, dtype, clip, weight):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_more_steps_are_never_worse(format):
+    """With codes given, the error is a parabola of the scale, so that the stored number nearest
+    to its lowest point is the best stored one; and the nearest codes are the best for a scale."""
+    weight = np.random.default_rng(10).standard_normal((400, K)).astype(np.float32)
+    grid = format.fit(weight, "w", BF16)
+    least = errors(weight, grid)
+    for steps in range(1, 5):
+        found = errors(weight, improve(weight, grid, steps))
+        assert (found <= least).all()
+        least = found
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_where_it_ends_the_scale_is_the_least_squares_one(format):
     weight = random_weight(7)
     grid = format.fit(weight, "w")

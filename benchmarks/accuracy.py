@@ -1,0 +1,171 @@
+"""Held-out perplexity, bytes and seconds of every scheme with every algorithm that suits it.
+
+    python benchmarks/accuracy.py MODEL --calib TEXT --heldout TEXT [--windows 64] [--json FILE]
+        [--table FILE.md]
+
+Each row quantizes MODEL and its outlier twin from the same calibration data (64 windows of 256
+tokens) and predicts the first windows of the held-out text. The twin computes the same function in
+float: a few channels of every norm are 32 times as large, and what reads them as much smaller
+(tools/inject_outliers.py). ``bytes`` are those of the quantized linears' tensors as the scheme's
+checkpoint holds them, over the number of their weights; ``seconds`` are of quantizing.
+
+Rows that the JSON file already holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms import ALGORITHMS, PLAIN
+from ms_quant.checkpoint.serving import FloatModel, JobModel
+from ms_quant.console import use_mindspore
+from ms_quant.data import eval_windows
+from ms_quant.pipeline import run_blocks
+from ms_quant.plan import Choices
+from ms_quant.request import QuantizeOptions, linear_bytes, prepare
+from ms_quant.schemes import SCHEMES
+
+INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
+COMBINED = ("smoothquant+gptq", "osl+gptq", "awq+gptq", "quarot+gptq", "quarot+osl+gptq")
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "W8A16": [{}, {"group_size": 128}],
+    "W4A16": [{"group_size": 0}, {}, {"group_size": 32}, {"symmetric": False}],
+    "W4A8_DYNAMIC": [{}, {"group_size": 64}],
+    "W4A4_MXFP4": [{}, {"rule": "mxfp4_cann0"}, {"rule": "mxfp4_cann2_7.25"}],
+}
+Row = dict[str, Any]
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Scheme, algorithms and options of the scheme."""
+    for name, scheme in SCHEMES.items():
+        for options in VARIANTS.get(name, [{}]):
+            for algorithm in (PLAIN, *ALGORITHMS, *COMBINED):
+                parts = () if algorithm == PLAIN else algorithm.split("+")
+                if scheme.algorithm in parts or any(ALGORITHMS[p].suits(scheme) for p in parts):
+                    continue
+                if not options.get("symmetric", True) and "ssz" in parts:
+                    continue
+                yield name, algorithm, options
+
+
+def measure(
+    model: Path, scheme: str, algorithm: str, options: Row, calib: Path, tokens: np.ndarray
+) -> Row:
+    """Quantizes one model in one way and evaluates it."""
+    from ms_quant.evaluation import is_phased, perplexity
+
+    with tempfile.TemporaryDirectory() as directory:
+        request = QuantizeOptions(
+            model, Path(directory) / "out", scheme, algorithm, Choices(options), calib
+        )
+        if not _calibrated(scheme, algorithm):
+            request = QuantizeOptions(
+                model, Path(directory) / "out", scheme, algorithm, Choices(options)
+            )
+        prepared = prepare(request)
+        job, started = prepared.job(), time.monotonic()
+        with job.open():
+            run_blocks(prepared, job, lambda index, part: None)
+            seconds = time.monotonic() - started
+            served = JobModel(prepared.plan, job, prepared.tensors)
+            found = {
+                "perplexity": perplexity(served, tokens)["perplexity"],
+                "bytes": linear_bytes(prepared.plan),
+                "seconds": round(seconds, 1),
+            }
+            if is_phased(served):
+                found["decode"] = perplexity(served, tokens, decode=True)["perplexity"]
+            job.remove()
+    return found
+
+
+def _calibrated(scheme: str, algorithm: str) -> bool:
+    chain = [*algorithm.split("+"), SCHEMES[scheme].algorithm]
+    return SCHEMES[scheme].needs_calibration or any(
+        ALGORITHMS[name].calibrated for name in chain if name in ALGORITHMS
+    )
+
+
+def table(results: dict[str, Row], floats: dict[str, float]) -> list[str]:
+    """The rows in Markdown."""
+    lines = [
+        "| scheme | options | algorithms | bytes/weight | model | twin | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for scheme, algorithm, options in rows():
+        found = results.get(key(scheme, algorithm, options))
+        if found is None:
+            continue
+        chosen = ", ".join(f"{name} {value}" for name, value in options.items())
+        cells = [_cell(found[which], floats[which]) for which in ("model", "twin")]
+        lines.append(
+            f"| {scheme} | {chosen} | {algorithm} | {found['model']['bytes']:.3f} "
+            f"| {cells[0]} | {cells[1]} | {found['model']['seconds']:.0f} |"
+        )
+    return lines
+
+
+def _cell(found: Row, before: float) -> str:
+    text = f"{found['perplexity']:.3f} ({100 * (found['perplexity'] / before - 1):+.2f} %)"
+    return f"{text}; decode {found['decode']:.3f}" if "decode" in found else text
+
+
+def key(scheme: str, algorithm: str, options: Row) -> str:
+    return json.dumps([scheme, algorithm, options])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--heldout", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--json", type=Path, default=Path("accuracy.json"))
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    use_mindspore()
+    from ms_quant.evaluation import perplexity
+
+    tokens = eval_windows(arguments.heldout, arguments.model, 256)[: arguments.windows]
+    kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    with tempfile.TemporaryDirectory() as directory:
+        twin = Path(directory) / "twin"
+        runpy.run_path(str(INJECT))["inject"](arguments.model, twin)
+        models = {"model": arguments.model, "twin": twin}
+        floats = {
+            name: perplexity(FloatModel(path), tokens)["perplexity"]
+            for name, path in models.items()
+        }
+        results = kept.get("rows", {}) if kept.get("windows") == arguments.windows else {}
+        for row in rows():
+            if key(*row) not in results:
+                results[key(*row)] = {
+                    name: measure(path, *row, arguments.calib, tokens)
+                    for name, path in models.items()
+                }
+                print(row, results[key(*row)], flush=True)
+                arguments.json.write_text(
+                    json.dumps({"windows": arguments.windows, "rows": results}, indent=0)
+                )
+    head = (
+        f"{tokens[:, 1:].size} held-out tokens; float perplexity {floats['model']:.4f} "
+        f"(twin {floats['twin']:.4f})"
+    )
+    text = "\n".join([head, "", *table(results, floats), ""])
+    print(text)
+    if arguments.table:
+        arguments.table.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
