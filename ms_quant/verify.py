@@ -18,7 +18,7 @@ from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_prob
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
-from ms_quant.checkpoint.serving import GoldenStickModel
+from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
@@ -43,7 +43,7 @@ class Subject:
         activations: group to the parameters of its input, as far as they were found right.
     """
 
-    model: GoldenStickModel
+    model: QuantizedModel
     plan: Plan
     record: dict[str, Any]
     activations: dict[str, StaticActivation] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     problems += _record_problems(directory / RECORD, record, plan)
     if problems:
         return result
-    subject = Subject(GoldenStickModel(directory), plan, record)
+    subject = Subject(QuantizedModel(directory), plan, record)
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
             problems += _group_problems(subject, block_prefix(index), group)

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
 from ms_quant.checkpoint.finish import COPIED
-from ms_quant.checkpoint.golden_stick import QUANTIZATION_KEYS, model_config
 from ms_quant.checkpoint.job import find_difference
 from ms_quant.models.config import load_config
 from ms_quant.strict_json import read_json
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def model_config(raw: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """config.json for the runtime: no quantization entries, and the dtype of what stays float.
+
+    Older runtimes read only ``torch_dtype``, so it is always there; ``dtype`` where the source
+    has it.
+    """
+    config = {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), Mapping):
+        inner = config["text_config"].items()
+        config["text_config"] = {k: v for k, v in inner if k not in QUANTIZATION_KEYS}
+    if "dtype" in config:
+        config["dtype"] = dtype.name
+    config["torch_dtype"] = dtype.name
+    return config
 
 
 def config_problems(directory: Path, dtype: np.dtype | None = None) -> Iterator[str]:
