@@ -39,7 +39,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
 
     Returns:
         ``problems`` (one sentence each; empty when the checkpoint is right), ``quantized`` and
-        ``float`` counts, and with a source ``layers``: path and relative output error of each.
+        ``float`` counts, and with a source what :class:`SourceProof` adds.
 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.

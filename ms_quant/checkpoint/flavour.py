@@ -57,6 +57,11 @@ class Flavour:
     floats: frozenset[str] = frozenset()
     bias_dtype: np.dtype | None = None
 
+    @property
+    def title(self) -> str:
+        """What messages call such a checkpoint."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name} checkpoint"
+
     def tensor_plans(self, plan: Plan) -> list[TensorPlan]:
         """Every tensor of the checkpoint, in model order."""
         quantized, shapes = set(plan.quantized()), plan.config.parameter_shapes()

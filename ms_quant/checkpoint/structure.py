@@ -90,7 +90,7 @@ def check_kind(directory: Path) -> Flavour:
     if flavour is not None and found == [flavour.document] and not compressed:
         return flavour
     known = FLAVOURS.values()
-    expected = " or ".join(f"{_article(row.name)} checkpoint with {row.document}" for row in known)
+    expected = " or ".join(f"{row.title} with {row.document}" for row in known)
     if compressed:
         raise MsQuantError(
             f"{directory}: is a W8A8SC checkpoint, expected {expected}; "
@@ -102,10 +102,6 @@ def check_kind(directory: Path) -> Flavour:
         f"{directory}: has the descriptions {found}, expected exactly one of "
         f"{[row.document for row in known]}"
     )
-
-
-def _article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _is_compressed(path: Path) -> bool:
