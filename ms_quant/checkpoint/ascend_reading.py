@@ -50,7 +50,11 @@ class _Source:
     def scale(self, suffix: str) -> np.ndarray:
         """Positive finite float32."""
         array = self.float32(suffix)
-        self.require(array > 0, suffix, "scales are not positive")
+        wrong = int(np.count_nonzero(array <= 0))
+        if wrong:
+            raise MsQuantError(
+                f"{self.path}.{suffix}: {wrong} scales are not positive, expected all to be"
+            )
         return array
 
     def require(self, good: np.ndarray, suffix: str, what: str) -> None:
