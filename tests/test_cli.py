@@ -71,6 +71,7 @@ def test_the_whole_story_in_json(
     options = ["--algorithm", "osl", "--calib", calib_text, "--samples", 2, "--seq-len", 8]
     arguments = ["quantize", model, "-o", output, *options, "--json"]
     planned = result(ms_quant_command(*arguments, "--dry-run"))
+    assert planned["flavour"] == "golden-stick"
     assert planned["blocks"] == 2 and planned["calibration_tokens"] == 16
     assert {"estimated_seconds", "memory_bytes", "output_bytes", "served_by"} <= planned.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]

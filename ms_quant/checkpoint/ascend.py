@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.0"
 HEAD = "lm_head.weight"
-FLOATS = frozenset({"bias", "svd_lowrank_l1", "svd_lowrank_l2"})
+BRANCH = ("svd_lowrank_l1", "svd_lowrank_l2")
+ADDED = ("left_trans", "right_trans", "clip_ratio", *BRANCH)
+FLOATS = frozenset({"bias", *BRANCH})
 
 
 def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
@@ -56,9 +58,17 @@ def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Tenso
 def linear_tensor(
     plan: Plan, group: LinearGroup, linear: QuantizedLinear, suffix: str
 ) -> np.ndarray:
-    """One tensor of a quantized linear, as stored."""
+    """One tensor of a quantized linear, as stored.
+
+    Raises:
+        MsQuantError: the linear has what no tensor of the plan holds.
+    """
     rows, columns = linear.weight.shape
-    return parts(plan, group, (rows, columns))[suffix].make(linear)
+    made = parts(plan, group, (rows, columns))
+    homeless = ({"smooth", *ADDED} & linear.arrays().keys()) - made.keys()
+    if homeless:
+        raise MsQuantError(f"the ascend flavour has no place for {min(homeless)} of a linear here")
+    return made[suffix].make(linear)
 
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
@@ -83,11 +93,12 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
 def scheme_options(description: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """The size of groups and long blocks, and the rank of branches, as the files have them."""
     options: dict[str, Any] = {"group_size": description.get("group_size")}
-    for name in checkpoint.names:
+    names = set(checkpoint.names)
+    for name in names:
         path, _, suffix = name.rpartition(".")
         if suffix == "svd_lowrank_l1":  # the largest is cut by no linear's own shape
             options["svd.rank"] = max(options.get("svd.rank", 1), *checkpoint.info(name).shape[:1])
-        if suffix == "weight_dual_scale" and f"{path}.weight" in checkpoint.names:
+        if suffix == "weight_dual_scale" and f"{path}.weight" in names:
             packed = checkpoint.info(f"{path}.weight").shape
             blocks = checkpoint.info(name).shape
             options |= _long_block(2 * packed[-1], blocks[1] if len(blocks) == 3 else 1)

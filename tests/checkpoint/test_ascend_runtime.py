@@ -200,6 +200,27 @@ def test_a_layer_without_an_entry_is_a_key_error(
 
 
 @pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("W4A4_MXFP4_DUALSCALE", Choices({"dual_block_size": 32})),
+        ("W4A4_MXFP4_SVD", Choices(algorithm={"rank": 8})),
+        ("W4A8_DYNAMIC", Choices({"group_size": 32})),
+    ],
+)
+def test_sizes_are_read_without_the_record(
+    scheme: str, options: Choices, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, output = tiny_model(layers=1, **SHAPES), tmp_path / "out"
+    quantize_checkpoint(QuantizeOptions(source, output, scheme, choices=options))
+    path, x = "model.layers.0.mlp.down_proj", np.ones((1, 128), np.float32)
+    expected = open_model(output).linear(path)
+    (output / "ms_quant.json").unlink()
+    found = open_model(output).linear(path)
+    assert expected is not None and found is not None
+    np.testing.assert_array_equal(found.forward(x), expected.forward(x))
+
+
+@pytest.mark.parametrize(
     ("scheme", "options", "stored"),
     [
         ("W8A16", {}, "I8"),
