@@ -103,7 +103,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a golden-stick checkpoint. Started again after a kill, it goes on where it stopped."""
+    """Make a quantized checkpoint. Started again after a kill, it goes on where it stopped."""
     options = QuantizeOptions(
         model=model,
         output=output,
@@ -151,7 +151,7 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove a golden-stick checkpoint: names, types, shapes, description, scales, hashes."""
+    """Prove a quantized checkpoint: names, types, shapes, description, scales, hashes."""
     from ms_quant.verify import verify_checkpoint
 
     result = verify_checkpoint(checkpoint, source)
@@ -167,7 +167,7 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(help="Use only the first windows.", min=1)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a float, golden-stick or W8A8SC checkpoint."""
+    """Perplexity of a float or quantized checkpoint."""
     require_mindspore("eval runs the model")
     use_mindspore()
     from ms_quant.checkpoint.serving import open_model
@@ -231,6 +231,7 @@ def schemes(as_json: JsonOption = False) -> None:
             {
                 "name": scheme.name,
                 "summary": scheme.summary,
+                "flavour": scheme.flavour,
                 "options": list(scheme.options),
                 "algorithms": [
                     PLAIN,
@@ -254,11 +255,14 @@ def _show_verification(result: dict[str, Any]) -> None:
     if result["layers"]:
         worst = max(result["layers"], key=lambda layer: layer["output_error"])
         print(
-            f"{len(result['layers'])} linears compared with the source; largest relative output "
-            f"error {worst['output_error']:.4f} at {worst['layer']}"
+            f"{len(result['layers'])} linears compared with the source, {result['made_again']} bit "
+            f"for bit; largest relative output error {worst['output_error']:.4f} at "
+            f"{worst['layer']}"
         )
+        if result["unknown"]:
+            print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
     if not result["problems"]:
-        print(f"{result['checkpoint']}: right, {result['quantized']} int8 linears")
+        print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
 
 
 def _show_inspection(result: dict[str, Any]) -> None:
@@ -271,10 +275,12 @@ def _show_inspection(result: dict[str, Any]) -> None:
 
 
 def _show_schemes(result: dict[str, Any]) -> None:
-    table = Table("scheme", "what", "algorithms", "served by")
+    table = Table("scheme", "what", "flavour", "algorithms", "served by")
     for row in result["schemes"]:
         served = "\n".join([*row["served_by"], *row["not_served_by"]])
-        table.add_row(row["name"], row["summary"], ", ".join(row["algorithms"]), served)
+        table.add_row(
+            row["name"], row["summary"], row["flavour"], ", ".join(row["algorithms"]), served
+        )
     Console().print(table)
     table = Table("algorithm", "what")
     for row in result["algorithms"]:

@@ -44,6 +44,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         memory += _activation_bytes(prepared.tokens, config)
     return {
         "output": str(output),
+        "flavour": plan.flavour.name,
         "scheme": plan.scheme.name,
         "algorithm": plan.algorithm,
         "dtype": plan.dtype.name,

@@ -15,7 +15,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """Flavour, sizes and how each linear is stored.
 
     Args:
-        directory: a float, golden-stick or W8A8SC checkpoint.
+        directory: a float, golden-stick, ascend or W8A8SC checkpoint.
 
     Raises:
         MsQuantError: the directory is none of them.
@@ -31,8 +31,10 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     for index in range(model.config.num_layers):
         for path, shape in model.config.linear_shapes().items():
             name = f"{block_prefix(index)}{path}"
-            code = stored.get(f"{name}.weight", ("fused and sliced, see sparse-compress info",))[0]
-            linears.append({"name": name, "stored_as": code, "shape": list(shape)})
+            found = stored.get(f"{name}.weight")
+            linears.append(
+                {"name": name, "stored_as": _stored_as(found, shape), "shape": list(shape)}
+            )
     return {
         "checkpoint": str(directory),
         "flavour": model.flavour,
@@ -44,3 +46,13 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         **{f"{code}_bytes": count for code, count in sorted(by_dtype.items())},
         "linears": linears,
     }
+
+
+def _stored_as(found: tuple[str, tuple[int, ...]] | None, shape: tuple[int, int]) -> str:
+    """The type of what is stored of a weight, and how codes of four bits are packed in it."""
+    if found is None:
+        return "fused and sliced, see sparse-compress info"
+    (code, stored), (out, into) = found, shape
+    if stored == (out, into // 2):
+        return f"{code}, pairs of inputs"
+    return f"{code}, pairs of outputs" if stored == (out // 2, into) else code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
-from ms_quant.checkpoint import activations, golden_stick
+from ms_quant.checkpoint import activations
 from ms_quant.checkpoint.atomic import FileRecord, write_json
+from ms_quant.checkpoint.companions import model_config
 from ms_quant.checkpoint.finish import OutputDirectory
-from ms_quant.checkpoint.floats import round_chunks
+from ms_quant.checkpoint.flavour import group_of
+from ms_quant.checkpoint.floats import round_chunks, round_finite
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.writer import plan_shards, shard_names, write_file, write_index
 from ms_quant.errors import MsQuantError
@@ -38,7 +41,6 @@ __all__ = [
     "quantize_checkpoint",
     "require_mindspore",
 ]
-NEED_WEIGHT = ("weight", "quant_bias")
 
 
 def quantize_checkpoint(
@@ -46,7 +48,7 @@ def quantize_checkpoint(
     progress: Progress = lambda index, part: None,
     prepared: Prepared | None = None,
 ) -> dict[str, Any]:
-    """Makes a golden-stick checkpoint, or goes on making it.
+    """Makes a quantized checkpoint, or goes on making it.
 
     Args:
         options: the request.
@@ -126,19 +128,18 @@ def run_blocks(
 
 
 def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
-    plan, directory = prepared.plan, output.partial
-    shards = plan_shards(golden_stick.tensor_plans(plan), prepared.options.shard_bytes)
-    named = dict(zip(shard_names(golden_stick.SHARD_PREFIX, len(shards)), shards, strict=True))
+    plan, directory, flavour = prepared.plan, output.partial, prepared.plan.flavour
+    shards = plan_shards(flavour.tensor_plans(plan), prepared.options.shard_bytes)
+    named = dict(zip(shard_names(flavour.shard_prefix, len(shards)), shards, strict=True))
     get = _tensor_getter(prepared, job)
 
     def write_shard(path: Path) -> FileRecord:
         return write_file(path, named[path.name], get)
 
     files = [output.write_once(name, write_shard) for name in named]
-    files.append(write_index(directory, named, output_bytes(plan)))
-    config = golden_stick.model_config(plan.config.raw, plan.dtype)
-    files.append(write_json(directory / "config.json", config))
-    files.append(write_json(directory / golden_stick.DESCRIPTION, golden_stick.description(plan)))
+    files.append(write_index(directory, named, output_bytes(plan), flavour.index))
+    files.append(write_json(directory / "config.json", model_config(plan.config.raw, plan.dtype)))
+    files.append(write_json(directory / flavour.document, flavour.description(plan)))
     facts: dict[str, Any] = {
         "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_layers)}
     }
@@ -150,18 +151,28 @@ def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> No
 def _tensor_getter(
     prepared: Prepared, job: JobDirectory
 ) -> Callable[[str], np.ndarray | Iterator[np.ndarray]]:
-    plan, quantized = prepared.plan, set(prepared.plan.quantized())
+    plan, flavour, checkpoint = prepared.plan, prepared.plan.flavour, prepared.tensors
+    quantized, names = set(plan.quantized()), set(checkpoint.names)
+    types = {tensor.name: tensor.dtype for tensor in flavour.tensor_plans(plan)}
+
+    def bias(path: str) -> np.ndarray | None:
+        name = f"{path}.bias"
+        if name not in names:
+            return None
+        changed = job.changed_tensor(name)
+        return checkpoint.read_float32(name) if changed is None else changed
 
     def get(name: str) -> np.ndarray | Iterator[np.ndarray]:
         path, _, suffix = name.rpartition(".")
         if path in quantized and suffix != "bias":
             _, _, index, member = path.split(".", 3)
-            linear = job.linear(int(index), member, suffix in NEED_WEIGHT)
-            return golden_stick.linear_tensor(plan, linear, suffix)
+            linear = job.linear(int(index), member, suffix in flavour.with_codes)
+            linear = replace(linear, bias=bias(path))
+            return flavour.linear_tensor(plan, group_of(plan, path), linear, suffix)
         changed = job.changed_tensor(name)
         if changed is not None:
-            return changed.astype(plan.dtype)
-        return round_chunks(prepared.tensors, name, plan.dtype)
+            return round_finite(changed, types[name], name)
+        return round_chunks(prepared.tensors, name, types[name])
 
     return get
 
@@ -169,6 +180,7 @@ def _tensor_getter(
 def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
     return {
         "output": str(output),
+        "flavour": plan.flavour.name,
         "scheme": plan.scheme.name,
         "algorithm": plan.algorithm,
         "dtype": plan.dtype.name,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from ms_quant.checkpoint.atomic import free_spaces_check
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
+from ms_quant.models.families import LinearGroup
 from ms_quant.plan import Plan
 
 IN_PROGRESS = "output in progress"
@@ -77,8 +79,20 @@ def job_bytes(plan: Plan, tokens: int, first: int = 0) -> int:
 
 def _block_bytes(plan: Plan, index: int) -> int:
     shapes = plan.config.linear_shapes()
-    linears = [shapes[member] for group in plan.groups(index) for member in group.members]
-    return BLOCK_OVERHEAD + sum(out * into + 4 * (out + 2 * into) for out, into in linears)
+    norms = 2 * 4 * plan.config.hidden_size  # those that folding changed
+    linears = [
+        _linear_bytes(plan, group, *shapes[member])
+        for group in plan.groups(index)
+        for member in group.members
+    ]
+    return BLOCK_OVERHEAD + norms + sum(linears)
+
+
+def _linear_bytes(plan: Plan, group: LinearGroup, out: int, into: int) -> int:
+    """At most: codes that are not packed, an input scale, a bias, and the rest in float32."""
+    stored = plan.flavour.linear_plan(plan, group, (out, into))
+    rest = sum(math.prod(s) * d.itemsize for name, (d, s) in stored.items() if name != "weight")
+    return out * into + 4 * (out + 2 * into) + 2 * rest
 
 
 def check_space(

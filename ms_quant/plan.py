@@ -11,6 +11,8 @@ import numpy as np
 
 from ms_quant.algorithms import Chain, get_chain
 from ms_quant.budget import SEARCH_TOKENS
+from ms_quant.checkpoint.flavour import Flavour
+from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
@@ -54,6 +56,11 @@ class Plan:
     def algorithm(self) -> str:
         """The names of the algorithms, joined."""
         return self.chain.name
+
+    @property
+    def flavour(self) -> Flavour:
+        """What the output's files hold."""
+        return FLAVOURS[self.scheme.flavour]
 
     @property
     def needs_calibration(self) -> bool:
@@ -132,27 +139,23 @@ def make_plan(
             "'model.layers.0.*' or '*.down_proj'"
         )
     plan = Plan(config, chosen, chain, dtype, frozenset(floats))
-    divided = frozenset(_undivided(plan, options.float_undivided))
-    plan = replace(plan, float_groups=plan.float_groups | divided)
+    undivided = frozenset(_undivided(plan, options.float_undivided))
+    plan = replace(plan, float_groups=plan.float_groups | undivided)
     if not plan.quantized():
         raise MsQuantError("every linear stays float, nothing is left to quantize")
     return plan
 
 
 def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
-    """The groups with a number of inputs that the scheme's groups do not divide.
+    """The groups with a shape that the scheme's groups do not divide or no file can hold.
 
     Raises:
         MsQuantError: there is one and it may not stay float.
     """
-    shapes = plan.config.linear_shapes()
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
-            member = group.members[0]
             try:
-                plan.scheme.weight.check_columns(
-                    shapes[member][1], f"{block_prefix(index)}{member}.weight"
-                )
+                _check_shapes(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
                     raise MsQuantError(
@@ -160,3 +163,11 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
                         "such linears float"
                     ) from None
                 yield f"{block_prefix(index)}{group.name}"
+
+
+def _check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
+    shapes = plan.config.linear_shapes()
+    for member in group.members:
+        name = f"{block_prefix(index)}{member}.weight"
+        plan.scheme.weight.check_columns(shapes[member][1], name)
+        plan.flavour.check(plan, group, shapes[member], name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ms_quant.algorithms.clip import RATIOS
 from ms_quant.numerics import affine
-from ms_quant.numerics.activation import Activation
+from ms_quant.numerics.activation import Activation, PhasedActivation
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES, round_up
 
@@ -24,11 +24,13 @@ class ScaleRule:
         clipped: whether the algorithm searched clipping factors; else only 1 is one.
         dtype: what the weight scale is rounded up to before use.
         factor: what is stored is this times the weight scale.
+        absmax: the largest magnitude of all rows where they share a scale, or None.
     """
 
     clipped: bool
     dtype: np.dtype = DTYPES["float32"]
     factor: np.float32 = field(default_factory=lambda: np.float32(1))
+    absmax: np.float32 | None = None
 
     def find(self, weight: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The weight scale of each row.
@@ -42,6 +44,8 @@ class ScaleRule:
             gives it; and bool (out,), whether one did.
         """
         absmax = _absmax(weight)
+        if self.absmax is not None:
+            absmax = np.full_like(absmax, self.absmax)
         scales, good = self._scale(absmax, 1.0), np.zeros(len(weight), np.bool_)
         for ratio in RATIOS if self.clipped else RATIOS[:1]:
             scale = self._scale(absmax, ratio)
@@ -125,11 +129,11 @@ class Comparison:
 
 @dataclass
 class OutputError:
-    """Relative error of an int8 linear's output, on random inputs of the range it was made for.
+    """Relative error of a quantized linear's output, on random inputs of the range it was made for.
 
-    Inputs are normal with a standard deviation of 32 quantization steps in every channel (1 for
-    per-token activations), cut to the range that the offset leaves, 64 tokens, seed 0. The error
-    is ||y_int8 - y_float|| / ||y_float||, without the bias.
+    Inputs are normal with a standard deviation of 1, or with static activations, those of decode
+    among them, of 32 quantization steps in every channel, cut to the range that the offset leaves;
+    64 tokens, seed 0. The error is ||y - y_float|| / ||y_float||, without the bias.
 
     Args:
         activation: the linear's input.
@@ -144,16 +148,19 @@ class OutputError:
 
     def __post_init__(self) -> None:
         x = np.random.default_rng(0).standard_normal((PROBE_TOKENS, self.channels), np.float32)
-        if isinstance(self.activation, StaticActivation):
-            offset = self.activation.offset
+        static = self.activation
+        if isinstance(static, PhasedActivation):
+            static = static.static
+        if isinstance(static, StaticActivation):
+            offset = static.offset
             x = np.clip(x * np.float32(PROBE_STEPS), affine.QMIN - offset, affine.QMAX - offset)
-            x *= self.activation.input_scale
+            x *= static.input_scale
         self.inputs = x
 
     def add(self, linear: QuantizedLinear, weight: np.ndarray) -> None:
-        """Takes in some rows of the int8 linear, without bias, and of the float weight."""
-        exact = self.inputs @ weight.T
-        self.squares += float(np.sum(np.square(linear.forward(self.inputs) - exact), dtype="f8"))
+        """Takes in some rows of the linear, without bias, and of the float weight."""
+        exact, found = self.inputs @ weight.T, linear.forward(self.inputs, decode=True)
+        self.squares += float(np.sum(np.square(found - exact), dtype="f8"))
         self.norm += float(np.sum(np.square(exact), dtype="f8"))
 
     @property
@@ -165,7 +172,7 @@ def output_error(linear: QuantizedLinear, weight: np.ndarray) -> float:
     """The :class:`OutputError` of a whole linear.
 
     Args:
-        linear: the int8 linear.
+        linear: the quantized linear.
         weight: float32 (out, in), the source's.
     """
     error = OutputError(linear.activation, weight.shape[1])

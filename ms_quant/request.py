@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ms_quant import __version__
-from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.finish import OutputDirectory, check_output_name
 from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
@@ -297,8 +296,8 @@ def float_tensors(plan: Plan) -> list[str]:
 
 
 def output_bytes(plan: Plan) -> int:
-    """Bytes of the tensors of a golden-stick checkpoint."""
-    return sum(tensor.bytes for tensor in golden_stick.tensor_plans(plan))
+    """Bytes of the tensors of a checkpoint of the plan's flavour."""
+    return sum(tensor.bytes for tensor in plan.flavour.tensor_plans(plan))
 
 
 def needed_bytes(prepared: Prepared) -> int:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import has
-from ms_quant.checkpoint import golden_stick
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.finish import RECORD, check_files, unlisted_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.structure import check_kind
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
@@ -131,14 +131,22 @@ def _check_of(
 
 def _require_checkpoint(directory: Path) -> None:
     described = any((directory / target.description).exists() for target in TARGETS.values())
-    if not described and (directory / golden_stick.DESCRIPTION).exists():
+    title = _other_kind(directory)
+    if title:
         raise MsQuantError(
-            f"{directory}: is a golden-stick checkpoint, expected a W8A8SC checkpoint; "
-            "ms-quant verify proves it"
+            f"{directory}: is {title}, expected a W8A8SC checkpoint; ms-quant verify proves it"
         )
     if not described and not (directory / RECORD).exists():
         names = " or ".join(sorted({target.description for target in TARGETS.values()}))
         raise MsQuantError(f"{directory}: is no W8A8SC checkpoint, expected {names}, and {RECORD}")
+
+
+def _other_kind(directory: Path) -> str:
+    """What a checkpoint of ms-quant's own flavours is called; empty for all else."""
+    try:
+        return check_kind(directory).title
+    except MsQuantError:
+        return ""
 
 
 def _float_source(source: Path) -> Checkpoint:

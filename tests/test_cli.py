@@ -71,6 +71,7 @@ def test_the_whole_story_in_json(
     options = ["--algorithm", "osl", "--calib", calib_text, "--samples", 2, "--seq-len", 8]
     arguments = ["quantize", model, "-o", output, *options, "--json"]
     planned = result(ms_quant_command(*arguments, "--dry-run"))
+    assert planned["flavour"] == "golden-stick"
     assert planned["blocks"] == 2 and planned["calibration_tokens"] == 16
     assert {"estimated_seconds", "memory_bytes", "output_bytes", "served_by"} <= planned.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
@@ -111,7 +112,7 @@ def test_tables_for_people(
     assert run.returncode == 0
     assert "Native (--quantization golden-stick) does not serve W8A8_DYNAMIC" in run.stderr
     run = ms_quant_command("verify", output, "--source", model)
-    assert run.returncode == 0 and "7 int8 linears" in run.stdout
+    assert run.returncode == 0 and "7 quantized linears" in run.stdout
     run = ms_quant_command("inspect", output)
     assert "model.layers.0.mlp.down_proj" in run.stdout and "16 x 24" in run.stdout
     for line in ("W8A8_DYNAMIC", "smoothquant", "osl"):

@@ -17,7 +17,7 @@ from ms_quant.checkpoint.activations import KEY
 from ms_quant.checkpoint.atomic import write_json
 from ms_quant.checkpoint.finish import RECORD, seal
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile
-from ms_quant.checkpoint.serving import GoldenStickModel
+from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
 from ms_quant.verify import verify_checkpoint
@@ -625,7 +625,7 @@ def test_evaluation_refuses_a_wrong_structure(
 ) -> None:
     edit(lambda tensors: tensors.update({name: array}))
     with pytest.raises(MsQuantError) as caught:
-        GoldenStickModel(checkpoint)
+        QuantizedModel(checkpoint)
     assert f"tensor '{name}' " in str(caught.value) and message in str(caught.value)
 
 

@@ -58,6 +58,7 @@ class Algorithm:
     clips: whether the weights' ranges may have factors of ``clip.RATIOS``.
     places: whether codes may be others than the nearest ones, or scales than the ranges say.
     searches: how many candidates it tries for a group; each takes a forward of the block.
+    adds: what it puts beside the weight: "branch" of low rank, "kronecker" transform, or "".
     """
 
     stage: Stage
@@ -72,6 +73,7 @@ class Algorithm:
     clips: bool = False
     places: bool = False
     searches: int = 0
+    adds: str = ""
 
 
 def _quantized_input(scheme: Scheme) -> str:
@@ -158,6 +160,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         _own("svd"),
         calibrated=False,
         places=True,
+        adds="branch",
     ),
     "clip": Algorithm(
         Stage.RANGE,

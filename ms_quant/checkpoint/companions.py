@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
 from ms_quant.checkpoint.finish import COPIED
-from ms_quant.checkpoint.golden_stick import QUANTIZATION_KEYS, model_config
 from ms_quant.checkpoint.job import find_difference
-from ms_quant.models.config import load_config
+from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.strict_json import read_json
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def model_config(raw: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """config.json for the runtime: no quantization entries, and the dtype of what stays float.
+
+    Older runtimes read only ``torch_dtype``, so it is always there; ``dtype`` where the source
+    has it.
+    """
+    config = {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), Mapping):
+        inner = config["text_config"].items()
+        config["text_config"] = {k: v for k, v in inner if k not in QUANTIZATION_KEYS}
+    if "dtype" in config:
+        config["dtype"] = dtype.name
+    config["torch_dtype"] = dtype.name
+    return config
 
 
 def config_problems(directory: Path, dtype: np.dtype | None = None) -> Iterator[str]:
@@ -36,16 +54,19 @@ def config_problems(directory: Path, dtype: np.dtype | None = None) -> Iterator[
             yield f"{path}: {key} is {found!r:.80}, expected {dtype.name!r}"
 
 
-def source_problems(directory: Path, source: Path, dtype: np.dtype) -> Iterator[str]:
+def source_problems(
+    directory: Path, source: Path, dtype: np.dtype, config: ModelConfig | None = None
+) -> Iterator[str]:
     """Where ``config.json`` and the tokenizer files are not the source's, one line each.
 
     Args:
         directory: the checkpoint.
         source: the float checkpoint that it was made from.
         dtype: type of what stays float.
+        config: of the model that was quantized, where it is not the source's own.
     """
     path = directory / "config.json"
-    expected = model_config(load_config(source).raw, dtype)
+    expected = model_config((config or load_config(source)).raw, dtype)
     found = find_difference(read_json(path), expected)
     if found:
         key, ours, theirs = found

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ms_quant.checkpoint.writer import TensorPlan
+from ms_quant.checkpoint.companions import model_config
+from ms_quant.checkpoint.flavour import Flavour
+from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import weight_scale_dtype
-from ms_quant.plan import Plan
+
+if TYPE_CHECKING:
+    from ms_quant.checkpoint.reader import Checkpoint
+    from ms_quant.plan import Plan
+
+__all__ = ["DESCRIPTION", "FLAVOUR", "SHARD_PREFIX", "model_config", "static_linear"]
 
 DESCRIPTION = "quantization_description.json"
 SHARD_PREFIX = "quant-model"
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 INT8, INT32, FLOAT32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 
 
@@ -53,40 +60,77 @@ def linear_tensor(plan: Plan, linear: QuantizedLinear, suffix: str) -> np.ndarra
     return np.full(linear.weight.shape[1], linear.static.offset, np.int8)
 
 
-def tensor_plans(plan: Plan) -> list[TensorPlan]:
-    """Every tensor of the checkpoint, in model order."""
-    quantized, shapes = set(plan.quantized()), plan.config.parameter_shapes()
-    plans = []
-    for name, shape in shapes.items():
-        path = name.removesuffix(".weight")
-        if path in quantized and len(shape) == 2:
-            for suffix, (dtype, size) in linear_plan(plan, (shape[0], shape[1])).items():
-                plans.append(TensorPlan(f"{path}.{suffix}", dtype, size))
-        else:
-            plans.append(TensorPlan(name, plan.dtype, shape))
-    return plans
+def read_linear(
+    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+) -> QuantizedLinear:
+    """The linear at a path. What it reads it checks: a wrong quant_bias is an error."""
+    weight = checkpoint.read(f"{path}.weight")
+    if plan.scheme.activation.dynamic:
+        return int8_linear(weight, checkpoint.read_float32(f"{path}.weight_scale"), bias)
+    return static_linear(
+        path,
+        weight,
+        checkpoint.read_float32(f"{path}.deq_scale"),
+        checkpoint.read(f"{path}.quant_bias"),
+        checkpoint.read_float32(f"{path}.input_scale"),
+        checkpoint.read(f"{path}.input_offset"),
+        bias,
+    )
 
 
-def description(plan: Plan) -> dict[str, str]:
+def static_linear(
+    path: str,
+    weight: np.ndarray,
+    deq_scale: np.ndarray,
+    quant_bias: np.ndarray,
+    input_scale: np.ndarray,
+    input_offset: np.ndarray,
+    bias: np.ndarray | None,
+) -> QuantizedLinear:
+    """A linear from the tensors of a static checkpoint, which must agree with each other.
+
+    The split of ``deq_scale`` into an activation and a weight scale is not stored and does not
+    matter: the activation scale is taken as 1.
+
+    Raises:
+        MsQuantError: offsets differ within the tensor, or quant_bias is not what the weight and
+            the offset give.
+    """
+    if not input_offset.size:
+        raise MsQuantError(f"{path}.input_offset: is empty, expected one zero point an input")
+    if (input_offset != input_offset[0]).any():
+        raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
+    activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
+    linear = int8_linear(weight, deq_scale, bias, activation)
+    wrong = int(np.count_nonzero(linear.quant_bias != quant_bias))
+    if wrong:
+        raise MsQuantError(
+            f"{path}.quant_bias: {wrong} of {quant_bias.size} values differ from "
+            "-input_offset * sum of the weight's row"
+        )
+    return linear
+
+
+def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """Tensor name to scheme. All tensors of a module carry one value, its bias included."""
     quantized = set(plan.quantized())
     return {
         tensor.name: plan.scheme.name if tensor.name.rpartition(".")[0] in quantized else "FLOAT"
-        for tensor in tensor_plans(plan)
+        for tensor in tensors
     }
 
 
-def model_config(raw: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """config.json for the runtime: no quantization entries, and the dtype of what stays float.
-
-    Older runtimes read only ``torch_dtype``, so it is always there; ``dtype`` where the source
-    has it.
-    """
-    config = {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
-    if isinstance(config.get("text_config"), Mapping):
-        inner = config["text_config"].items()
-        config["text_config"] = {k: v for k, v in inner if k not in QUANTIZATION_KEYS}
-    if "dtype" in config:
-        config["dtype"] = dtype.name
-    config["torch_dtype"] = dtype.name
-    return config
+FLAVOUR = Flavour(
+    name="golden-stick",
+    document=DESCRIPTION,
+    shard_prefix=SHARD_PREFIX,
+    index=INDEX_NAME,
+    linear_plan=lambda plan, group, shape: linear_plan(plan, shape),
+    linear_tensor=lambda plan, group, linear, suffix: linear_tensor(plan, linear, suffix),
+    read_linear=read_linear,
+    describe=describe,
+    scheme_options=lambda description, checkpoint: {},
+    check=lambda plan, group, shape, name: None,
+    with_codes=frozenset({"weight", "quant_bias"}),
+)
+tensor_plans, description = FLAVOUR.tensor_plans, FLAVOUR.description

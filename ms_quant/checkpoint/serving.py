@@ -15,14 +15,25 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.checkpoint import golden_stick
+from ms_quant.checkpoint.flavour import group_of
+from ms_quant.checkpoint.flavours import find_flavour
+from ms_quant.checkpoint.golden_stick import static_linear
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
+from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan import Plan
+
+__all__ = [
+    "FloatModel",
+    "JobModel",
+    "QuantizedModel",
+    "ServedModel",
+    "open_model",
+    "static_linear",
+]
 
 
 class ServedModel(Protocol):
@@ -41,7 +52,7 @@ class ServedModel(Protocol):
         """The same in pieces of bounded size: (first row, float32 rows)."""
 
     def linear(self, path: str) -> QuantizedLinear | None:
-        """The int8 linear at a path, with its bias; None when it is float."""
+        """The quantized linear at a path, with its bias; None when it is float."""
 
 
 class FloatModel:
@@ -93,18 +104,19 @@ class JobModel(FloatModel):
         return replace(self.job.linear(int(index), member), bias=found)
 
 
-class GoldenStickModel:
-    """A golden-stick checkpoint. What it reads it checks: a wrong quant_bias is an error."""
+class QuantizedModel:
+    """A checkpoint of one of ``FLAVOURS``. What it reads it checks: a defect is an error."""
 
     def __init__(self, directory: Path):
         structure, problems = read_structure(directory)
         if structure is None or problems:
             raise MsQuantError(problems[0])
+        self.plan, self.row = structure.plan, structure.flavour
         self.config = structure.plan.config
         self.checkpoint = structure.checkpoint
         self.description = structure.description
         kinds = {str(kind) for name, kind in self.description.items() if "." in name}
-        self.flavour = f"golden-stick {'+'.join(sorted(kinds - {'FLOAT'})) or 'FLOAT'}"
+        self.flavour = f"{self.row.name} {'+'.join(sorted(kinds - {'FLOAT'})) or 'FLOAT'}"
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)
@@ -113,58 +125,14 @@ class GoldenStickModel:
         return self.checkpoint.float32_chunks(name)
 
     def linear(self, path: str) -> QuantizedLinear | None:
-        kind = self.description.get(f"{path}.weight")
-        if kind == "FLOAT":
+        if self.description.get(f"{path}.weight") == "FLOAT":
             return None
-        names, bias = self.checkpoint.names, None
-        if f"{path}.bias" in names:
+        bias = None
+        if f"{path}.bias" in self.checkpoint.names:
             bias = self.checkpoint.read_float32(f"{path}.bias")
-        read = self.checkpoint.read
-        if kind == "W8A8_DYNAMIC":
-            scale = self.checkpoint.read_float32(f"{path}.weight_scale")
-            return int8_linear(read(f"{path}.weight"), scale, bias)
-        return static_linear(
-            path,
-            read(f"{path}.weight"),
-            self.checkpoint.read_float32(f"{path}.deq_scale"),
-            read(f"{path}.quant_bias"),
-            self.checkpoint.read_float32(f"{path}.input_scale"),
-            read(f"{path}.input_offset"),
-            bias,
+        return self.row.read_linear(
+            self.plan, group_of(self.plan, path), self.checkpoint, path, bias
         )
-
-
-def static_linear(
-    path: str,
-    weight: np.ndarray,
-    deq_scale: np.ndarray,
-    quant_bias: np.ndarray,
-    input_scale: np.ndarray,
-    input_offset: np.ndarray,
-    bias: np.ndarray | None,
-) -> QuantizedLinear:
-    """A linear from the tensors of a static checkpoint, which must agree with each other.
-
-    The split of ``deq_scale`` into an activation and a weight scale is not stored and does not
-    matter: the activation scale is taken as 1.
-
-    Raises:
-        MsQuantError: offsets differ within the tensor, or quant_bias is not what the weight and
-            the offset give.
-    """
-    if not input_offset.size:
-        raise MsQuantError(f"{path}.input_offset: is empty, expected one zero point an input")
-    if (input_offset != input_offset[0]).any():
-        raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
-    activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
-    linear = int8_linear(weight, deq_scale, bias, activation)
-    wrong = int(np.count_nonzero(linear.quant_bias != quant_bias))
-    if wrong:
-        raise MsQuantError(
-            f"{path}.quant_bias: {wrong} of {quant_bias.size} values differ from "
-            "-input_offset * sum of the weight's row"
-        )
-    return linear
 
 
 def open_model(directory: Path | str) -> ServedModel:
@@ -181,6 +149,6 @@ def open_model(directory: Path | str) -> ServedModel:
         model = opener(directory)
         if model is not None:
             return model
-    if (directory / golden_stick.DESCRIPTION).exists():
-        return GoldenStickModel(directory)
+    if find_flavour(directory) is not None:
+        return QuantizedModel(directory)
     return FloatModel(directory)

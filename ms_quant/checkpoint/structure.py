@@ -1,21 +1,23 @@
-"""The structure of a golden-stick checkpoint, from its JSON files and headers alone."""
+"""The structure of a quantized checkpoint, from its JSON files and headers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ms_quant.algorithms import Chain
-from ms_quant.checkpoint import golden_stick
+from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
+from ms_quant.checkpoint.flavour import Flavour
+from ms_quant.checkpoint.flavours import FLAVOURS, find_flavour
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes import SCHEMES, get_scheme
 from ms_quant.strict_json import read_json
 
 DESCRIPTION_ENDINGS = (
@@ -29,12 +31,14 @@ MAX_DESCRIPTION_BYTES = 256 << 20
 @dataclass(frozen=True)
 class Structure:
     """Attributes:
+    flavour: what the files hold.
     checkpoint: the tensors.
     description: tensor name to scheme, as stored.
     plan: what a consistent description stands for.
     expected: every tensor that there should be, by name.
     """
 
+    flavour: Flavour
     checkpoint: Checkpoint
     description: dict[str, Any]
     plan: Plan
@@ -42,7 +46,7 @@ class Structure:
 
 
 def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
-    """Reads and checks the structure of a golden-stick checkpoint.
+    """Reads and checks the structure of a quantized checkpoint.
 
     Args:
         directory: the checkpoint.
@@ -54,50 +58,61 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
     Raises:
         MsQuantError: the directory holds another kind of checkpoint, or a file cannot be read.
     """
-    check_kind(directory)
+    flavour = check_kind(directory)
     config = load_config(directory)
-    where = directory / golden_stick.DESCRIPTION
+    where = directory / flavour.document
     description = read_json(where, MAX_DESCRIPTION_BYTES)
     checkpoint = Checkpoint(directory)
-    problems = list(_description_problems(config, description, where))
+    problems = list(_description_problems(flavour, config, description, where))
     if problems:
         return None, problems
-    plan = _plan_of(config, description)
-    expected = {tensor.name: tensor for tensor in golden_stick.tensor_plans(plan)}
+    try:
+        plan = _plan_of(flavour, config, description, checkpoint)
+        expected = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
+    except MsQuantError as error:
+        return None, [f"{where}: {error}"]
     problems += _tensor_problems(checkpoint, expected)
-    problems += _entry_problems(description, golden_stick.description(plan), where)
-    return Structure(checkpoint, description, plan, expected), problems
+    problems += _entry_problems(description, flavour.description(plan), where)
+    return Structure(flavour, checkpoint, description, plan, expected), problems
 
 
-def check_kind(directory: Path) -> None:
-    """Refuses what is no golden-stick checkpoint, by the names of its files.
+def check_kind(directory: Path) -> Flavour:
+    """The flavour of a checkpoint, by the names of its files.
 
     Raises:
-        MsQuantError: says what the directory is instead.
+        MsQuantError: it has none; says what the directory is instead.
     """
     if not directory.is_dir():
         raise MsQuantError(f"{directory}: no such model directory")
     found = sorted(p.name for p in directory.glob("*.json") if p.name.endswith(DESCRIPTION_ENDINGS))
-    if found == [golden_stick.DESCRIPTION]:
-        return
-    if found == ["quant_model_description_w8a8sc.json"]:
+    compressed = len(found) == 1 and _is_compressed(directory / found[0])
+    flavour = find_flavour(directory)
+    if flavour is not None and found == [flavour.document] and not compressed:
+        return flavour
+    known = FLAVOURS.values()
+    expected = " or ".join(f"{row.title} with {row.document}" for row in known)
+    if compressed:
         raise MsQuantError(
-            f"{directory}: is a W8A8SC checkpoint, expected a golden-stick checkpoint; "
+            f"{directory}: is a W8A8SC checkpoint, expected {expected}; "
             "sparse-compress verify proves it"
         )
     if not found and (directory / "config.json").is_file():
-        raise MsQuantError(
-            f"{directory}: is a float checkpoint, expected a golden-stick checkpoint "
-            f"with {golden_stick.DESCRIPTION}"
-        )
+        raise MsQuantError(f"{directory}: is a float checkpoint, expected {expected}")
     raise MsQuantError(
-        f"{directory}: has the descriptions {found}, expected exactly "
-        f"['{golden_stick.DESCRIPTION}']"
+        f"{directory}: has the descriptions {found}, expected exactly one of "
+        f"{[row.document for row in known]}"
     )
 
 
+def _is_compressed(path: Path) -> bool:
+    """Whether a description is of W8A8SC, which shares a file name with another flavour."""
+    if path.name == "quant_model_description_w8a8sc.json":
+        return True
+    return read_json(path, MAX_DESCRIPTION_BYTES).get("model_quant_type") == "W8A8SC"
+
+
 def _description_problems(
-    config: ModelConfig, description: Mapping[str, Any], where: Path
+    flavour: Flavour, config: ModelConfig, description: Mapping[str, Any], where: Path
 ) -> Iterator[str]:
     known = ("FLOAT", *SCHEMES)
     modules: dict[str, str] = {}
@@ -107,7 +122,9 @@ def _description_problems(
         if value not in known:
             yield f"{where}: {key} is {value!r:.80}, expected one of {', '.join(known)}"
             continue
-        module = key.rpartition(".")[0]
+        module, _, suffix = key.rpartition(".")
+        if suffix in flavour.floats:
+            continue
         if modules.setdefault(module, value) != value:
             yield f"{where}: tensors of {module} are {modules[module]} and {value}, expected one"
     yield from _group_problems(config, modules, where)
@@ -141,8 +158,14 @@ def _entry_problems(
             yield f"{where}: names {key!r}, expected only the model's tensors"
 
 
-def _plan_of(config: ModelConfig, description: Mapping[str, Any]) -> Plan:
-    """The plan that a consistent description stands for."""
+def _plan_of(
+    flavour: Flavour, config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint
+) -> Plan:
+    """The plan that a consistent description stands for.
+
+    Raises:
+        MsQuantError: an option of the scheme has no such value.
+    """
     schemes = [value for key, value in description.items() if "." in key and value in SCHEMES]
     floats = frozenset(
         f"{block_prefix(index)}{group.name}"
@@ -150,8 +173,23 @@ def _plan_of(config: ModelConfig, description: Mapping[str, Any]) -> Plan:
         for group in config.family.groups
         if description.get(f"{block_prefix(index)}{group.members[0]}.weight") == "FLOAT"
     )
-    scheme = SCHEMES[schemes[0]] if schemes else SCHEMES["W8A8"]
-    return Plan(config, scheme, Chain(), DTYPES[config.dtype], floats)
+    of_flavour = (scheme.name for scheme in SCHEMES.values() if scheme.flavour == flavour.name)
+    name = schemes[0] if schemes else next(of_flavour)
+    told = flavour.scheme_options(description, checkpoint)
+    options = {**_recorded_options(checkpoint.directory), **told}
+    chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
+    scheme = replace(get_scheme(name, **chosen), flavour=flavour.name)
+    settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
+    chain = get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
+    return Plan(config, scheme, chain, DTYPES[config.dtype], floats)
+
+
+def _recorded_options(directory: Path) -> dict[str, Any]:
+    """The scheme's options as the record states them; what files tell themselves goes first."""
+    path = directory / RECORD
+    record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None
+    options = record.get("scheme_options") if isinstance(record, Mapping) else None
+    return dict(options) if isinstance(options, Mapping) else {}
 
 
 def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan]) -> Iterator[str]:

@@ -57,6 +57,10 @@ class ActivationFormat(Protocol):
     """What a scheme says of an input."""
 
     @property
+    def bits(self) -> int:
+        """Of a value as the linear sees it: 16, 8 or 4."""
+
+    @property
     def dynamic(self) -> bool:
         """Whether all parameters are computed at run time, so that calibration is not needed."""
 
@@ -91,6 +95,8 @@ class _Dynamic:
 class Float(_Dynamic):
     """The input stays as it is: weight-only schemes."""
 
+    bits = 16
+
     def fake(self, x: np.ndarray) -> np.ndarray:
         return x
 
@@ -121,6 +127,8 @@ class PerToken(_Dynamic):
 class PerTokenFloat8(_Dynamic):
     """E4M3 with one scale a token."""
 
+    bits = 8
+
     def fake(self, x: np.ndarray) -> np.ndarray:
         scale = minifloat.row_scale(x)
         return minifloat.round_to(x / scale, minifloat.E4M3, minifloat.Rounding.HALF_EVEN) * scale
@@ -135,6 +143,10 @@ class MxTokens(_Dynamic):
     """
 
     rule: str
+
+    @property
+    def bits(self) -> int:
+        return 4 if RULES[self.rule].element is minifloat.E2M1 else 8
 
     def fake(self, x: np.ndarray) -> np.ndarray:
         rule = RULES[self.rule]
@@ -152,6 +164,7 @@ class DualMxTokens(_Dynamic):
 
     rule: str
     size: int = mx.DUAL_BLOCK
+    bits = 4
 
     def fake(self, x: np.ndarray) -> np.ndarray:
         found = mx.quantize_dual(x, RULES[self.rule], self.size)
@@ -234,6 +247,7 @@ class StaticInt8:
 
     per_channel: bool = True
     dynamic = False
+    bits = 8
 
     @property
     def holds_smoothing(self) -> bool:
@@ -272,6 +286,7 @@ class Phased:
 
     dynamic = False
     holds_smoothing = False
+    bits = 8
 
     def fit(self, seen: Seen | None, smooth: np.ndarray | None) -> PhasedActivation:
         assert seen is not None and smooth is None

@@ -68,6 +68,14 @@ class WeightFormat(Protocol):
     """What a scheme says of a weight."""
 
     @property
+    def bits(self) -> int:
+        """Of a code: 8 or 4."""
+
+    @property
+    def integer(self) -> bool:
+        """Whether codes are integers; else they are small floats."""
+
+    @property
     def group_size(self) -> int:
         """How many adjacent inputs share parameters of their own; 0 for all."""
 
@@ -126,6 +134,7 @@ class AffineFormat:
     symmetric: bool = True
     per_tensor: bool = False
     clips = True
+    integer = True
 
     def check_columns(self, columns: int, name: str) -> None:
         _check_group(self.group_size, columns, name)
@@ -223,6 +232,7 @@ class TwoLevelFormat:
     bits = 4
     symmetric = True
     clips = True
+    integer = True
 
     def check_columns(self, columns: int, name: str) -> None:
         _check_group(self.group_size, columns, name)
@@ -280,6 +290,7 @@ class Float8Format:
     bits = 8
     symmetric = True
     clips = False
+    integer = False
 
     def check_columns(self, columns: int, name: str) -> None:
         """Any number will do."""
@@ -335,6 +346,7 @@ class MxFormat:
     group_size = mx.BLOCK
     symmetric = True
     clips = False
+    integer = False
 
     @property
     def bits(self) -> int:
@@ -410,6 +422,7 @@ class DualMxFormat:
     bits = 4
     symmetric = True
     clips = False
+    integer = False
 
     def check_columns(self, columns: int, name: str) -> None:
         _check_group(2, columns, name)

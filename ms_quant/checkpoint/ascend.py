@@ -1,0 +1,128 @@
+"""The ascend flavour, as vllm-ascend reads it and msModelSlim writes it.
+
+docs/ascend_format.md states what its files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
+from ms_quant.checkpoint.ascend_reading import read_linear
+from ms_quant.checkpoint.ascend_tensors import FLOAT32, WITH_CODES, parts, slices_of
+from ms_quant.checkpoint.flavour import Flavour, Tensors
+from ms_quant.checkpoint.writer import TensorPlan
+from ms_quant.errors import MsQuantError
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.activation import StaticInt8
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.schemes import VALUES
+
+if TYPE_CHECKING:
+    from ms_quant.checkpoint.reader import Checkpoint
+    from ms_quant.plan import Plan
+
+VERSION = "1.0.0"
+HEAD = "lm_head.weight"
+BRANCH = ("svd_lowrank_l1", "svd_lowrank_l2")
+ADDED = ("left_trans", "right_trans", "clip_ratio", *BRANCH)
+FLOATS = frozenset({"bias", *BRANCH})
+
+
+def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
+    """Refuses a linear that cannot be stored.
+
+    Raises:
+        MsQuantError: the scheme's input has a scale for each channel, or the shape cannot be
+            packed or divided over ranks; names the weight.
+    """
+    activation = plan.scheme.activation
+    if isinstance(activation, StaticInt8) and activation.per_channel:
+        raise MsQuantError(f"the ascend flavour cannot hold scheme {plan.scheme.name}")
+    codes_of(plan.scheme).check(*shape, name)
+    slices = slices_of(group)
+    if has_scale_bias(plan.scheme) and shape[1] % slices:
+        raise MsQuantError(
+            f"{name}: {shape[1]} inputs, expected a multiple of {slices}: scale_bias of a "
+            "row-parallel linear has a sum for each rank"
+        )
+
+
+def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Tensors:
+    return {key: (part.dtype, part.shape) for key, part in parts(plan, group, shape).items()}
+
+
+def linear_tensor(
+    plan: Plan, group: LinearGroup, linear: QuantizedLinear, suffix: str
+) -> np.ndarray:
+    """One tensor of a quantized linear, as stored.
+
+    Raises:
+        MsQuantError: the linear has what no tensor of the plan holds.
+    """
+    rows, columns = linear.weight.shape
+    made = parts(plan, group, (rows, columns))
+    homeless = ({"smooth", *ADDED} & linear.arrays().keys()) - made.keys()
+    if homeless:
+        raise MsQuantError(f"the ascend flavour has no place for {min(homeless)} of a linear here")
+    return made[suffix].make(linear)
+
+
+def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
+    """Tensor name to scheme, tied heads included, and what is said of the whole model."""
+    quantized, result = set(plan.quantized()), {}
+    for tensor in tensors:
+        path, _, suffix = tensor.name.rpartition(".")
+        stays = path not in quantized or suffix in FLOATS
+        result[tensor.name] = "FLOAT" if stays else plan.scheme.name
+    if plan.config.tied:
+        result[HEAD] = "FLOAT"
+    return {
+        **result,
+        "version": VERSION,
+        "model_quant_type": plan.scheme.name if quantized else "FLOAT",
+        "group_size": plan.scheme.weight.group_size,
+        "metadata": {},
+        "optional": {},
+    }
+
+
+def scheme_options(description: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The size of groups and long blocks, and the rank of branches, as the files have them."""
+    options: dict[str, Any] = {"group_size": description.get("group_size")}
+    names = set(checkpoint.names)
+    for name in names:
+        path, _, suffix = name.rpartition(".")
+        if suffix == "svd_lowrank_l1":  # the largest is cut by no linear's own shape
+            options["svd.rank"] = max(options.get("svd.rank", 1), *checkpoint.info(name).shape[:1])
+        if suffix == "weight_dual_scale" and f"{path}.weight" in names:
+            packed = checkpoint.info(f"{path}.weight").shape
+            blocks = checkpoint.info(name).shape
+            options |= _long_block(2 * packed[-1], blocks[1] if len(blocks) == 3 else 1)
+    return options
+
+
+def _long_block(columns: int, blocks: int) -> dict[str, int]:
+    """The length of long blocks, which only a linear of several tells."""
+    sizes = [size for size in VALUES["dual_block_size"] if -(-columns // size) == blocks]
+    return {"dual_block_size": sizes[0]} if blocks > 1 and sizes else {}
+
+
+FLAVOUR = Flavour(
+    name="ascend",
+    document="quant_model_description.json",
+    shard_prefix="quant_model_weights",
+    index="quant_model_weights.safetensors.index.json",
+    linear_plan=linear_plan,
+    linear_tensor=linear_tensor,
+    read_linear=read_linear,
+    describe=describe,
+    scheme_options=scheme_options,
+    check=check,
+    with_codes=WITH_CODES,
+    floats=FLOATS,
+    bias_dtype=FLOAT32,
+)

@@ -1,0 +1,166 @@
+"""A quantized linear from its tensors in the ascend flavour. What is read is checked.
+
+A tensor that contradicts another, or that holds what no writer makes, is an error: ``verify``
+reads every linear this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
+from ms_quant.checkpoint.ascend_tensors import narrowed, scale_bias, slices_of
+from ms_quant.checkpoint.flavour import in_channels
+from ms_quant.errors import MsQuantError
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.activation import (
+    Activation,
+    PerToken,
+    Phased,
+    PhasedActivation,
+    StaticActivation,
+    StaticInt8,
+)
+from ms_quant.numerics.affine import QMAX, QMIN
+from ms_quant.numerics.grid import AffineFormat, DualMxFormat, Grid, MxFormat, TwoLevelFormat
+from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
+
+if TYPE_CHECKING:
+    from ms_quant.checkpoint.reader import Checkpoint
+    from ms_quant.plan import Plan
+
+
+class _Source:
+    """The tensors of one linear, by suffix."""
+
+    def __init__(self, checkpoint: Checkpoint, path: str):
+        self.checkpoint, self.path = checkpoint, path
+        start = f"{path}."
+        self.suffixes = {n[len(start) :] for n in checkpoint.names if n.startswith(start)}
+
+    def __call__(self, suffix: str) -> np.ndarray:
+        return self.checkpoint.read(f"{self.path}.{suffix}")
+
+    def float32(self, suffix: str) -> np.ndarray:
+        return self.checkpoint.read_float32(f"{self.path}.{suffix}")
+
+    def scale(self, suffix: str) -> np.ndarray:
+        """Positive finite float32."""
+        array = self.float32(suffix)
+        wrong = int(np.count_nonzero(array <= 0))
+        if wrong:
+            raise MsQuantError(
+                f"{self.path}.{suffix}: {wrong} scales are not positive, expected all to be"
+            )
+        return array
+
+    def require(self, good: np.ndarray, suffix: str, what: str) -> None:
+        wrong = int(good.size - np.count_nonzero(good))
+        if wrong:
+            raise MsQuantError(f"{self.path}.{suffix}: {wrong} of {good.size} {what}")
+
+    def same(self, suffix: str, found: np.ndarray, made: Callable[[], np.ndarray]) -> None:
+        equal = np.equal(found, made())
+        self.require(equal, suffix, "values differ from what the other tensors give")
+
+
+def read_linear(
+    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+) -> QuantizedLinear:
+    """The linear at a path, with its bias.
+
+    Raises:
+        MsQuantError: names the tensor that is wrong.
+    """
+    source, scheme = _Source(checkpoint, path), plan.scheme
+    weight = codes_of(scheme).unpack(source("weight"), in_channels(plan, path), f"{path}.weight")
+    linear = QuantizedLinear(
+        weight,
+        _grid(plan, source, path),
+        bias,
+        _activation(plan, source, path),
+        None,
+        _kronecker(source),
+        _branch(source),
+    )
+    if isinstance(scheme.activation, StaticInt8 | Phased):
+        source.same("deq_scale", _deq_scale(source), lambda: linear.deq_scale)
+        source.same("quant_bias", source("quant_bias"), lambda: folded_bias(linear, path))
+    if has_scale_bias(scheme):
+        found, slices = source.float32("scale_bias"), slices_of(group)
+        source.same("scale_bias", found, lambda: scale_bias(weight, linear.grid, slices))
+    return linear
+
+
+def _grid(plan: Plan, source: _Source, path: str) -> Grid:
+    format = plan.scheme.weight
+    if isinstance(format, MxFormat | DualMxFormat):
+        exponents = source("weight_scale")
+        source.require(exponents != 255, "weight_scale", "exponents are 255 (NaN)")
+        arrays = {"weight_exponent": exponents}
+        if isinstance(format, DualMxFormat):
+            arrays["weight_dual_scale"] = source.scale("weight_dual_scale")[..., 0]
+        return format.grid(arrays)
+    if isinstance(plan.scheme.activation, StaticInt8):
+        return format.grid({"weight_scale": _deq_scale(source)[:, None]})
+    arrays = {"weight_scale": source.scale("weight_scale")}
+    if isinstance(format, TwoLevelFormat):
+        arrays["weight_scale_second"] = source.scale("weight_scale_second")
+        _zero_points(source, "weight_offset_second", symmetric=True)
+    symmetric = not isinstance(format, AffineFormat) or format.symmetric
+    arrays["weight_zero_point"] = _zero_points(source, "weight_offset", symmetric)
+    return format.grid(arrays)
+
+
+def _zero_points(source: _Source, suffix: str, symmetric: bool) -> np.ndarray:
+    """int8 zero points of the offsets that the runtime adds."""
+    offset = source.float32(suffix)
+    if symmetric:
+        source.require(offset == 0, suffix, "offsets are not 0, the weights are symmetric")
+    whole = (offset == np.rint(offset)) & (-offset >= QMIN) & (-offset <= QMAX)
+    source.require(whole, suffix, f"offsets are not whole numbers of {-QMAX} to {-QMIN}")
+    return (-offset).astype(np.int8)
+
+
+def _deq_scale(source: _Source) -> np.ndarray:
+    """float32 (out,), positive."""
+    stored = source("deq_scale")
+    if stored.dtype == np.int64:
+        source.require(stored == stored.astype(np.int32), "deq_scale", "values exceed 32 bits")
+        stored = narrowed(stored)
+    good = np.isfinite(stored) & (stored > 0)
+    source.require(good, "deq_scale", "scales are not positive and finite")
+    return stored
+
+
+def _activation(plan: Plan, source: _Source, path: str) -> Activation:
+    format = plan.scheme.activation
+    if isinstance(format, PerToken) and "clip_ratio" in source.suffixes:
+        clip = source.float32("clip_ratio")
+        source.require((clip > 0) & (clip <= 1), "clip_ratio", "ratios are not in (0, 1]")
+        return PerToken(format.bits, float(clip[0]))
+    if format.dynamic:
+        return format.fit(None, None)
+    step, offset = source.scale("input_scale"), source.float32("input_offset")
+    whole = (offset == np.rint(offset)) & (offset >= QMIN) & (offset <= QMAX)
+    source.require(whole, "input_offset", f"zero points are not whole numbers of {QMIN} to {QMAX}")
+    vector = np.full(in_channels(plan, path), step[0], np.float32)
+    # Without a weight_scale only the product of both scales is known: deq_scale stands for it.
+    scale = step[0] if isinstance(format, Phased) else np.float32(1)
+    static = StaticActivation(scale, int(offset[0]), vector, folds_bias=True)
+    return PhasedActivation(static) if isinstance(format, Phased) else static
+
+
+def _kronecker(source: _Source) -> Kronecker | None:
+    if "left_trans" not in source.suffixes:
+        return None
+    return Kronecker(source.float32("left_trans"), source.float32("right_trans"))
+
+
+def _branch(source: _Source) -> LowRank | None:
+    if "svd_lowrank_l1" not in source.suffixes:
+        return None
+    return LowRank(source.float32("svd_lowrank_l1"), source.float32("svd_lowrank_l2"))

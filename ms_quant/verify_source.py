@@ -1,0 +1,254 @@
+"""A checkpoint against the float model it was made from: what can be made again is, bit for bit.
+
+Where an algorithm places codes, or smoothing was folded where it cannot be read, the error of the
+linear's output is measured instead; where not even that can be known, the linear is left out, and
+the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms import has
+from ms_quant.checkpoint.companions import source_problems
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
+from ms_quant.checkpoint.rotated import RotatedCheckpoint
+from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.errors import MsQuantError
+from ms_quant.folding import Folding
+from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.activation import StaticActivation
+from ms_quant.numerics.grid import AffineFormat
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.plan import Plan
+from ms_quant.remake import Comparison, OutputError, ScaleRule
+from ms_quant.remake_grid import GridComparison, some_rows
+from ms_quant.spec import Scheme
+
+MAX_OUTPUT_ERROR = 0.1
+FOUR_BITS, BOTH_FOUR_BITS = 0.35, 0.5
+
+
+def max_output_error(scheme: Scheme) -> float:
+    """The largest relative output error that is taken for quantization.
+
+    On random gaussian weights of up to 16,384 inputs it is at most 0.05 with 8 bits, 0.18 with
+    weights of 4 and 0.25 with inputs of 4, too; another weight has 1.4.
+    """
+    if scheme.weight.bits == 8:
+        return MAX_OUTPUT_ERROR
+    return BOTH_FOUR_BITS if scheme.activation.bits == 4 else FOUR_BITS
+
+
+@dataclass
+class Subject:
+    """What is being verified; its structure is right.
+
+    Attributes:
+        model: the checkpoint's reader.
+        plan: what it holds.
+        record: the content of its ``ms_quant.json``.
+        activations: group to the parameters of its input, as far as they were found right.
+    """
+
+    model: QuantizedModel
+    plan: Plan
+    record: dict[str, Any]
+    activations: dict[str, StaticActivation] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str:
+        return self.record["record"]["algorithm"]
+
+
+@dataclass
+class SourceProof:
+    """The comparison with the source.
+
+    Args:
+        subject: the checkpoint.
+        source: the float model.
+        result: gets ``layers`` (path and output error of each linear that was compared),
+            ``made_again`` and ``measured`` (how many were, bit for bit or by their output alone)
+            and ``unknown`` (paths of those that could not be compared).
+    """
+
+    subject: Subject
+    source: FloatTensors
+    result: dict[str, Any]
+
+    def problems(self) -> Iterator[str]:
+        """Compares everything; one sentence for each difference."""
+        subject, plan = self.subject, self.subject.plan
+        ours = subject.model.checkpoint
+        self.result |= {"made_again": 0, "measured": 0, "unknown": []}
+        config = load_config(self.source.directory)
+        if "quarot" in subject.algorithm.split("+"):
+            try:
+                rotated = _rotated(self.source, config, subject.record["record"])
+            except MsQuantError as error:
+                yield str(error)
+                return
+            self.source, config = rotated, rotated.config
+        shapes = plan.config.parameter_shapes()
+        if shapes != config.parameter_shapes():
+            yield f"{self.source.directory}: another model than {ours.directory}"
+            return
+        yield from source_problems(ours.directory, self.source.directory, plan.dtype, config)
+        smooths = has(subject.algorithm, "smooths") and not plan.scheme.activation.holds_smoothing
+        self.folding = Folding(plan, ours, self.source, smooths)
+        changed, quantized = self.folding.changed(), set(plan.quantized())
+        types = {t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}
+        for name in shapes:
+            path, _, suffix = name.rpartition(".")
+            if path in quantized and suffix == "weight":
+                continue
+            if name in changed:
+                yield from self.folding.problems(name)
+            elif not _same_rounded(ours, self.source, name, types[name]):
+                yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
+        for index in range(plan.config.num_layers):
+            for group in plan.groups(index):
+                yield from self._group_problems(index, group)
+
+    def _group_problems(self, index: int, group: LinearGroup) -> Iterator[str]:
+        paths = [f"{block_prefix(index)}{member}" for member in group.members]
+        if self.folding.is_unknown(index, group):
+            self.result["unknown"] += paths
+            return
+        smooth, scaled = self.folding.smooth(index, group), self.folding.scaled_rows(index)
+        for path, member in zip(paths, group.members, strict=True):
+            linear = self.subject.model.linear(path)
+            assert linear is not None
+            name = f"{block_prefix(index)}{group.name}"
+            compared = _Compared(self.subject, self.source, path, linear, smooth, member in scaled)
+            yield from compared.problems(self.subject.activations.get(name))
+            self.result["made_again" if compared.made_again else "measured"] += 1
+            self.result["layers"].append(
+                {
+                    "layer": path,
+                    "output_error": compared.error.value,
+                    "made_again": compared.made_again,
+                }
+            )
+
+
+def _rotated(
+    source: FloatTensors, config: ModelConfig, record: Mapping[str, Any]
+) -> RotatedCheckpoint:
+    """The source as it was rotated before anything else."""
+    options = record.get("algorithm_options")
+    chosen = options.get("quarot") if isinstance(options, Mapping) else None
+    seed = chosen.get("seed") if isinstance(chosen, Mapping) else None
+    if type(seed) is not int or seed < 0:
+        raise MsQuantError(
+            f"ms_quant.json: algorithm_options: quarot.seed is {seed!r:.80}, expected that of the "
+            "rotation"
+        )
+    assert isinstance(source, Checkpoint)
+    return RotatedCheckpoint(source, config, seed)
+
+
+@dataclass
+class _Compared:
+    """One linear beside its source, some rows at a time.
+
+    Attributes:
+        smooth: float32 (in,), what folding multiplied its columns by, or None.
+        scaled: whether folding divided its rows, by what is not known.
+    """
+
+    subject: Subject
+    source: FloatTensors
+    path: str
+    linear: QuantizedLinear
+    smooth: np.ndarray | None
+    scaled: bool
+
+    def __post_init__(self) -> None:
+        self.error = OutputError(self.linear.activation, self.linear.weight.shape[1])
+        algorithm, format = self.subject.algorithm, self.subject.plan.scheme.weight
+        shared = isinstance(format, AffineFormat) and format.per_tensor and has(algorithm, "clips")
+        moved = has(algorithm, "places") or has(algorithm, "adds")
+        self.made_again = not (moved or self.scaled or shared)
+
+    def problems(self, recorded: StaticActivation | None) -> Iterator[str]:
+        """Compares it.
+
+        Args:
+            recorded: the parameters of a static input, as the record states them.
+        """
+        format, shape = self.subject.plan.scheme.weight, self.linear.weight.shape
+        by_row = self._scale_rule(recorded)
+        rows, grid = Comparison(), self._grid_comparison()
+        inside = None if recorded is None else recorded.smooth
+        for start, weight in self._chunks():
+            part = some_rows(self.linear, format, slice(start, start + len(weight)))
+            self.error.add(part, _scaled(weight, part) if self.scaled else weight)
+            if not self.made_again:
+                continue
+            if inside is not None:
+                with np.errstate(over="ignore", under="ignore"):  # a forged scale; rules refuse inf
+                    weight = weight * inside
+            if by_row is None:
+                grid.add(start, weight, part)
+            else:
+                rows.add(start, weight, part, by_row)
+        suffix = "weight_scale" if recorded is None or self._has_scale() else "deq_scale"
+        yield from rows.problems(self.path, suffix, shape)
+        yield from grid.problems(self.path, shape)
+        limit = max_output_error(self.subject.plan.scheme)
+        if not self.error.value <= limit:
+            yield (
+                f"{self.path}: relative output error {self.error.value:.3f} against "
+                f"{self.source.directory}, expected at most {limit}"
+            )
+
+    def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        for start, weight in self.source.float32_chunks(f"{self.path}.weight"):
+            yield start, weight if self.smooth is None else weight * self.smooth
+
+    def _has_scale(self) -> bool:
+        return f"{self.path}.weight_scale" in self.subject.model.checkpoint.names
+
+    def _scale_rule(self, recorded: StaticActivation | None) -> ScaleRule | None:
+        """How stored scales follow from rows of int8; None for all other weights."""
+        scheme = self.subject.plan.scheme
+        format = scheme.weight
+        if not isinstance(format, AffineFormat) or not self.linear.integer or format.bits != 8:
+            return None
+        dtype = scheme.scale_dtype(self.subject.plan.dtype)
+        factor = np.float32(1) if recorded is None or self._has_scale() else recorded.scale
+        absmax = None
+        if format.per_tensor:
+            absmax = np.float32(max(np.abs(w).max(initial=0) for _, w in self._chunks()))
+        return ScaleRule(has(self.subject.algorithm, "clips"), dtype, factor, absmax)
+
+    def _grid_comparison(self) -> GridComparison:
+        plan = self.subject.plan
+        clipped = has(self.subject.algorithm, "clips")
+        return GridComparison(plan.scheme.weight, plan.scheme.scale_dtype(plan.dtype), clipped)
+
+
+def _scaled(weight: np.ndarray, part: QuantizedLinear) -> np.ndarray:
+    """Rows of a weight times the factor, one a row, that brings each nearest to what is stored."""
+    stored = part.float_weight()
+    norm = np.square(weight).sum(axis=1)
+    factor = (stored * weight).sum(axis=1) / np.where(norm > 0, norm, 1)
+    return weight * np.where(factor > 0, factor, 1)[:, None]
+
+
+def _same_rounded(ours: FloatTensors, source: FloatTensors, name: str, dtype: np.dtype) -> bool:
+    """Whether a float tensor is the source's rounded to a type, bit for bit."""
+    same = True
+    chunks = zip(ours.float32_chunks(name), source.float32_chunks(name), strict=True)
+    for (_, found), (_, exact) in chunks:
+        with np.errstate(over="ignore"):
+            expected = exact.astype(dtype).astype(np.float32)
+        same &= np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+    return same

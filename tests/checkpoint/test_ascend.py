@@ -1,0 +1,212 @@
+"""The ascend flavour's tables against ones written by hand, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ms_quant.algorithms import ALGORITHMS, get_chain
+from ms_quant.checkpoint import ascend
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import parse_config
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.schemes import SCHEMES
+
+BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
+RAW = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 10,
+}
+K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"
+
+
+def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options: Any) -> Plan:
+    config = parse_config({**RAW, **(raw or {})})
+    return make_plan(config, scheme, "minmax", dtype=dtype, options=Choices(scheme=options))
+
+
+def table(chosen: Plan, path: str) -> dict[str, str]:
+    """Each tensor of a linear as ``"dtype [shape]"``."""
+    tensors = ascend.FLAVOUR.tensor_plans(chosen)
+    return {
+        t.name.removeprefix(f"{path}."): f"{t.dtype} {list(t.shape)}"
+        for t in tensors
+        if t.name.startswith(f"{path}.")
+    }
+
+
+def scales(level: str, *shape: int) -> dict[str, str]:
+    return {f"weight_{n}{level}": f"float32 {list(shape)}" for n in ("scale", "offset")}
+
+
+STATIC = {
+    "input_scale": "float32 [1]",
+    "input_offset": "float32 [1]",
+    "deq_scale": "float32 [32]",
+    "quant_bias": "int32 [32]",
+}
+MX = {"weight_scale": "uint8 [32, 2]"}
+PLAIN, PACKED = {"weight": "int8 [32, 64]"}, {"weight": "int8 [16, 64]"}
+BYTES = {"weight": "uint8 [32, 32]"}
+E4M3 = {"weight": "float8_e4m3fn [32, 64]"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "expected"),
+    [
+        ("W8A8_PER_TENSOR", {}, {**PLAIN, **STATIC}),
+        ("W8A8_PER_CHANNEL", {}, {**PLAIN, **STATIC}),
+        ("W8A8_MIX", {}, {**PLAIN, **STATIC, **scales("", 32, 1)}),
+        ("W8A16", {}, {**PLAIN, **scales("", 32, 1)}),
+        ("W8A16", {"group_size": 32}, {**PLAIN, **scales("", 32, 2)}),
+        ("W4A16", {"group_size": 0}, {"weight": "int8 [32, 32]", **scales("", 32, 1)}),
+        ("W4A16", {"group_size": 32}, {**PACKED, **scales("", 32, 2)}),
+        (
+            "W4A8_DYNAMIC",
+            {},
+            {**PACKED, **scales("", 32, 1), "scale_bias": "float32 [32, 1]"},
+        ),
+        (
+            "W4A8_DYNAMIC",
+            {"group_size": 32},
+            {
+                **PACKED,
+                **scales("", 32, 1),
+                **scales("_second", 32, 2),
+                "scale_bias": "float32 [32, 1]",
+            },
+        ),
+        ("W4A4_DYNAMIC", {}, {**PLAIN, **scales("", 32, 1)}),
+        ("W8A8FP8_DYNAMIC", {}, {**E4M3, **scales("", 32, 1)}),
+        ("W8A8_MXFP8", {}, {**E4M3, **MX}),
+        ("W4A8_MXFP", {}, {**BYTES, **MX}),
+        ("W4A4_MXFP4", {}, {**BYTES, **MX}),
+        (
+            "W4A4_MXFP4_DUALSCALE",
+            {},
+            {**BYTES, **MX, "weight_dual_scale": "float32 [32, 1, 1]"},
+        ),
+        (
+            "W4A4_MXFP4_SVD",
+            {},
+            {
+                **BYTES,
+                **MX,
+                "svd_lowrank_l1": "bfloat16 [32, 64]",
+                "svd_lowrank_l2": "bfloat16 [32, 32]",
+            },
+        ),
+    ],
+)
+def test_tensors_of_a_column_parallel_linear(scheme: str, options: dict, expected: dict) -> None:
+    assert table(plan(scheme, **options), K_PROJ) == {**expected, "bias": "float32 [32]"}
+
+
+def test_tensors_of_a_row_parallel_linear_and_of_float16() -> None:
+    assert table(plan("W4A8_DYNAMIC"), DOWN)["scale_bias"] == "float32 [64, 16]"
+    assert table(plan("W8A8_MIX", FP16), DOWN)["deq_scale"] == "int64 [64]"
+    assert table(plan("W8A8_MIX", FP16), K_PROJ)["bias"] == "float32 [32]"
+    assert table(plan("W4A4_MXFP4_SVD", FP16), DOWN)["svd_lowrank_l1"] == "float16 [32, 128]"
+
+
+def test_a_kronecker_transform_has_tensors_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "clip", replace(ALGORITHMS["clip"], adds="kronecker"))
+    chosen = plan("W4A4_DYNAMIC")
+    chosen = replace(chosen, chain=get_chain("clip", chosen.scheme))
+    expected = {"left_trans": "bfloat16 [8, 8]", "right_trans": "bfloat16 [8, 8]"}
+    added = {"clip_ratio": "float32 [1]", "bias": "float32 [32]", **scales("", 32, 1)}
+    assert table(chosen, K_PROJ) == {**PLAIN, **expected, **added}
+
+
+def test_description() -> None:
+    raw = {"tie_word_embeddings": True}
+    chosen = make_plan(
+        parse_config({**RAW, **raw}),
+        "W4A16",
+        "minmax",
+        dtype=BF16,
+        exclude=("*.gate_proj", "*.o_proj"),
+        options=Choices(scheme={"group_size": 32}),
+    )
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    expected: dict[str, Any] = {
+        "model.embed_tokens.weight": "FLOAT",
+        "model.layers.0.input_layernorm.weight": "FLOAT",
+        "model.layers.0.post_attention_layernorm.weight": "FLOAT",
+        "model.norm.weight": "FLOAT",
+        "lm_head.weight": "FLOAT",  # tied: there is no such tensor, but the runtime asks
+        f"{attention}.o_proj.weight": "FLOAT",
+        f"{mlp}.gate_proj.weight": "FLOAT",
+        f"{mlp}.up_proj.weight": "FLOAT",
+        "version": "1.0.0",
+        "model_quant_type": "W4A16",
+        "group_size": 32,
+        "metadata": {},
+        "optional": {},
+    }
+    for path in (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"):
+        expected |= {f"{path}.weight": "W4A16", f"{path}.weight_scale": "W4A16"}
+        expected |= {f"{path}.weight_offset": "W4A16", f"{path}.bias": "FLOAT"}
+    path = f"{mlp}.down_proj"
+    expected |= {f"{path}.{n}": "W4A16" for n in ("weight", "weight_scale", "weight_offset")}
+    assert ascend.FLAVOUR.description(chosen) == expected
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("W8A8_MIX", 0), ("W8A8_MXFP8", 32)])
+def test_group_size_of_the_description(scheme: str, size: int) -> None:
+    found = ascend.FLAVOUR.description(plan(scheme))
+    assert (found["group_size"], found["model_quant_type"]) == (size, scheme)
+
+
+def test_branches_are_float_in_the_description() -> None:
+    found = ascend.FLAVOUR.description(plan("W4A4_MXFP4_SVD"))
+    assert found[f"{DOWN}.svd_lowrank_l1"] == found[f"{DOWN}.svd_lowrank_l2"] == "FLOAT"
+    assert found[f"{DOWN}.weight"] == found[f"{DOWN}.weight_scale"] == "W4A4_MXFP4_SVD"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "raw", "message"),
+    [
+        ("W4A8_DYNAMIC", {"intermediate_size": 72}, r"0\.mlp\.down_proj\.weight: 72 inputs, expec"),
+        ("W4A8_DYNAMIC", {"intermediate_size": 81}, r"0\.mlp\.gate_proj\.weight: 81 outputs, "),
+        ("W4A16", {"intermediate_size": 81}, r"0\.mlp\.gate_proj\.weight: 81 outputs, expected an"),
+    ],
+)
+def test_a_shape_that_cannot_be_packed_is_refused(scheme: str, raw: dict, message: str) -> None:
+    options = {"group_size": 32} if scheme == "W4A16" else {}
+    with pytest.raises(MsQuantError, match=message):
+        plan(scheme, raw=raw, **options)
+    choices = Choices(scheme=options, float_undivided=True)
+    made = make_plan(parse_config({**RAW, **raw}), scheme, "minmax", dtype=BF16, options=choices)
+    assert DOWN in made.float_linears() and K_PROJ in made.quantized()
+
+
+def test_an_input_scale_for_each_channel_is_refused() -> None:
+    chosen = plan("W8A8_MIX")
+    chosen = replace(chosen, scheme=SCHEMES["W8A8"])
+    with pytest.raises(MsQuantError, match="the ascend flavour cannot hold scheme W8A8"):
+        ascend.check(chosen, chosen.groups(0)[0], (32, 64), "x")
+
+
+def test_output_bytes_are_those_of_the_tensors(
+    tiny_model: Callable[..., Path], tmp_path: Path, load_tensors: Callable
+) -> None:
+    from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+
+    source = tiny_model(hidden_size=64, intermediate_size=64, head_dim=16, shards=1)
+    made = quantize_checkpoint(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP"))
+    assert made["flavour"] == "ascend"
+    tensors = load_tensors(tmp_path / "out")
+    assert made["tensor_bytes"] == sum(array.nbytes for array in tensors.values())
