@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import runpy
 import tempfile
 import time
@@ -30,30 +31,31 @@ from ms_quant.checkpoint.serving import FloatModel, JobModel
 from ms_quant.console import use_mindspore
 from ms_quant.data import eval_windows
 from ms_quant.pipeline import run_blocks
-from ms_quant.plan import Choices
-from ms_quant.request import QuantizeOptions, linear_bytes, prepare
+from ms_quant.plan import Choices, Plan
+from ms_quant.request import QuantizeOptions, prepare
 from ms_quant.schemes import SCHEMES
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
-COMBINED = ("smoothquant+gptq", "osl+gptq", "awq+gptq", "quarot+gptq", "quarot+osl+gptq")
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "W8A16": [{}, {"group_size": 128}],
-    "W4A16": [{"group_size": 0}, {}, {"group_size": 32}, {"symmetric": False}],
-    "W4A8_DYNAMIC": [{}, {"group_size": 64}],
-    "W4A4_MXFP4": [{}, {"rule": "mxfp4_cann0"}, {"rule": "mxfp4_cann2_7.25"}],
+COMBINED = ("smoothquant+gptq", "osl+gptq", "awq+gptq", "quarot+gptq")
+VARIANTS: dict[str, list[dict[str, Any]]] = {  # with the algorithms of FEW only
+    "W8A16": [{"group_size": 128}],
+    "W4A16": [{"group_size": 0}, {"group_size": 32}, {"symmetric": False}],
+    "W4A8_DYNAMIC": [{"group_size": 64}],
+    "W4A4_MXFP4": [{"rule": "mxfp4_cann0"}, {"rule": "mxfp4_cann2_7.25"}],
 }
+FEW = (PLAIN, "awq", "gptq")
+LIKE_W8A8 = ("W8A8_PER_TENSOR", "W8A8_PER_CHANNEL")  # in their algorithms, too
 Row = dict[str, Any]
 
 
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scheme, algorithms and options of the scheme."""
     for name, scheme in SCHEMES.items():
-        for options in VARIANTS.get(name, [{}]):
-            for algorithm in (PLAIN, *ALGORITHMS, *COMBINED):
+        for options in ({}, *VARIANTS.get(name, ())):
+            few = options or name in LIKE_W8A8
+            for algorithm in FEW if few else (PLAIN, *ALGORITHMS, *COMBINED):
                 parts = () if algorithm == PLAIN else algorithm.split("+")
                 if scheme.algorithm in parts or any(ALGORITHMS[p].suits(scheme) for p in parts):
-                    continue
-                if not options.get("symmetric", True) and "ssz" in parts:
                     continue
                 yield name, algorithm, options
 
@@ -80,13 +82,21 @@ def measure(
             served = JobModel(prepared.plan, job, prepared.tensors)
             found = {
                 "perplexity": perplexity(served, tokens)["perplexity"],
-                "bytes": linear_bytes(prepared.plan),
+                "bytes": bytes_per_weight(prepared.plan),
                 "seconds": round(seconds, 1),
             }
             if is_phased(served):
                 found["decode"] = perplexity(served, tokens, decode=True)["perplexity"]
             job.remove()
     return found
+
+
+def bytes_per_weight(plan: Plan) -> float:
+    """Bytes of the quantized linears' tensors over the number of their weights."""
+    paths, shapes = set(plan.quantized()), plan.config.parameter_shapes()
+    tensors = plan.flavour.tensor_plans(plan)
+    stored = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in paths)
+    return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in paths)
 
 
 def _calibrated(scheme: str, algorithm: str) -> bool:
