@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 20
 FUZZ_FLAGS = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
-.PHONY: demo test lint format bench fuzz clean
+.PHONY: demo test lint format bench accuracy fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/unzip.py
 	$(BIN)/python benchmarks/rate.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
+
+# Every scheme with every algorithm; hours. What accuracy.json has is kept.
+accuracy: $(INSTALLED)
+	$(BIN)/python benchmarks/accuracy.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
 
 # The decoder under sanitizers, guided by coverage. FUZZ_KEEP=--keep adds what it finds to the corpus.
 fuzz: build/fuzz/fuzz_unzip

@@ -17,6 +17,7 @@ import numpy as np
 
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import find_flavour
+from ms_quant.checkpoint.floats import round_finite
 from ms_quant.checkpoint.golden_stick import static_linear
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
@@ -80,6 +81,8 @@ class FloatModel:
 class JobModel(FloatModel):
     """The blocks of a finished job in the float model that they were made from.
 
+    Float tensors are those that a checkpoint of the plan's flavour would hold, in its types.
+
     Args:
         plan: what was done.
         job: the finished job.
@@ -90,10 +93,18 @@ class JobModel(FloatModel):
         self.config, self.checkpoint = plan.config, checkpoint
         self.flavour, self.job = plan.scheme.name, job
         self._quantized = frozenset(plan.quantized())
+        self._types = {tensor.name: tensor.dtype for tensor in plan.flavour.tensor_plans(plan)}
 
     def tensor(self, name: str) -> np.ndarray:
         found = self.job.changed_tensor(name)
-        return super().tensor(name) if found is None else found
+        return self._rounded(name, super().tensor(name) if found is None else found)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        for start, part in super().chunks(name):
+            yield start, self._rounded(name, part)
+
+    def _rounded(self, name: str, array: np.ndarray) -> np.ndarray:
+        return round_finite(array, self._types[name], name).astype(np.float32)
 
     def linear(self, path: str) -> QuantizedLinear | None:
         if path not in self._quantized:

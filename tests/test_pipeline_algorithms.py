@@ -1,0 +1,189 @@
+"""Algorithms through the whole pipeline: quantized, written, proved and evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mindspore")
+
+from ms_quant.checkpoint.atomic import write_json
+from ms_quant.checkpoint.finish import RECORD, seal
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.serving import JobModel, open_model
+from ms_quant.errors import MsQuantError
+from ms_quant.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.models.config import load_config
+from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan import Choices
+from ms_quant.request import make_choices
+from ms_quant.verify import verify_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+CALIBRATED = {"samples": 4, "seq_len": 16}
+TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
+
+
+@pytest.fixture
+def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
+    def run(scheme: str, algorithm: str, model: dict | None = None, **options: Any) -> Any:
+        source = tiny_model(**{"family": "qwen3", "layers": 2, **SHAPE, **(model or {})})
+        choices = make_choices(options, [])
+        request = QuantizeOptions(
+            source, tmp_path / "out", scheme, algorithm, choices, keep_job=True
+        )
+        if prepare_needs(request):
+            request = QuantizeOptions(
+                source,
+                tmp_path / "out",
+                scheme,
+                algorithm,
+                choices,
+                calib_text,
+                **CALIBRATED,
+                keep_job=True,
+            )
+        prepared = prepare(request)
+        quantize_checkpoint(request, prepared=prepared)
+        return prepared
+
+    return run
+
+
+def prepare_needs(request: QuantizeOptions) -> bool:
+    """Whether a request is refused without calibration data."""
+    try:
+        prepare(request)
+    except MsQuantError as error:
+        assert "needs calibration data" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "options"),
+    [
+        ("W8A8", "osl+gptq", {}),
+        ("W8A8", "histogram", {}),
+        ("W8A8", "percentile+clip", {"share": 0.999}),
+        ("W8A8_DYNAMIC", "smoothquant+gptq", {"alpha": 0.4}),
+        ("W8A8_MIX", "osl", {}),
+        ("W8A16", "awq", {"exponents": 4}),
+        ("W4A16", "awq+gptq", {"group_size": 32, "exponents": 3}),
+        ("W4A16", "gptq", {"group_size": 64, "symmetric": False}),
+        ("W4A16", "gptq", {"group_size": 64, "act_order": True, "static_groups": True}),
+        ("W4A8_DYNAMIC", "ssz+gptq", {}),
+        ("W4A8_DYNAMIC", "smoothquant+clip", {"group_size": 32}),
+        ("W4A4_DYNAMIC", "quarot+smoothquant+gptq", {}),
+        ("W4A4_MXFP4", "quarot+gptq", {"rule": "mxfp4_cann0"}),
+        ("W4A4_MXFP4_DUALSCALE", "smoothquant", {"dual_block_size": 64}),
+        ("W4A4_MXFP4_SVD", "smoothquant", {"rank": 4}),
+        ("W8A8FP8_DYNAMIC", "smoothquant+gptq", {}),
+    ],
+)
+def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):
+    """Fake-quantized and stored are the same bits: every linear, and so every prediction."""
+    prepared = make(scheme, algorithm, {"family": "qwen2"}, **options)
+    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
+    written = open_model(prepared.options.output)
+    x = np.random.default_rng(1).standard_normal((7, 128), np.float32)
+    for path in prepared.plan.quantized():
+        ours, theirs = job.linear(path), written.linear(path)
+        assert ours is not None and theirs is not None
+        part = x[:, : ours.weight.shape[1]]
+        for decode in (False, True):
+            np.testing.assert_array_equal(theirs.forward(part, decode), ours.forward(part, decode))
+    found = verify_checkpoint(prepared.options.output, prepared.options.model)
+    assert found["problems"] == []
+    for decode in (False, True) if is_phased(written) else (False,):
+        ours, theirs = (token_losses(m, TOKENS, decode=decode) for m in (job, written))
+        np.testing.assert_array_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_model_is_an_ordinary_one(make, tied):
+    prepared = make("W8A8_DYNAMIC", "quarot", {"tied": tied})
+    directory, source = prepared.options.output, prepared.options.model
+    assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in Checkpoint(directory).names
+    assert load_config(directory).tied is False
+    proof = verify_checkpoint(directory, source)
+    assert proof["problems"] == [] and proof["made_again"] == 14
+    before = perplexity(open_model(source), TOKENS)["loss"]
+    after = perplexity(open_model(directory), TOKENS)["loss"]
+    assert abs(after - before) < 0.05
+    record = json.loads((directory / RECORD).read_text())
+    for wrong in (1, None, "0", -1):
+        record["record"]["algorithm_options"]["quarot"]["seed"] = wrong
+        write_json(directory / RECORD, seal({k: v for k, v in record.items() if k != "seal"}))
+        assert verify_checkpoint(directory, source)["problems"], wrong
+
+
+def test_another_seed_is_another_job(make):
+    prepared = make("W8A16", "quarot", None, seed=3)
+    assert prepared.record["algorithm_options"] == {"quarot": {"seed": 3}}
+
+
+def test_both_phases_of_a_generation(make):
+    """The first token is predicted with dynamic inputs, all later ones with static ones."""
+    prepared = make("W8A8_MIX", "minmax")
+    model = open_model(prepared.options.output)
+    assert is_phased(model)
+    generator = Generator(model)
+    seen: list[tuple[int, bool]] = []
+    for block in generator.blocks:
+        call = block.feed_forward
+
+        def spy(x: Any, decode: bool = False, call: Any = call) -> Any:
+            seen.append((x.shape[1], decode))
+            return call(x, decode)
+
+        block.feed_forward = spy
+    list(generator.generate(np.array([5, 6, 7]), 3))
+    assert seen[:2] == [(3, False)] * 2
+    assert set(seen[2:]) == {(1, True)}
+    losses = [perplexity(model, TOKENS, decode=decode)["loss"] for decode in (False, True)]
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1
+
+
+def test_smoothing_does_not_change_what_a_float_model_computes(make):
+    """With 8 bits on both sides folding into norms, values and gates leaves the losses alone."""
+    prepared = make("W8A8_DYNAMIC", "smoothquant", {"family": "qwen2"}, alpha=0.9)
+    job = prepared.job()
+    changed = [
+        name
+        for name in ("input_layernorm.weight", "self_attn.v_proj.bias")
+        if job.changed_tensor(f"model.layers.0.{name}") is not None
+    ]
+    assert len(changed) == 2
+    before = perplexity(open_model(prepared.options.model), TOKENS)["loss"]
+    after = perplexity(open_model(prepared.options.output), TOKENS)["loss"]
+    assert abs(after - before) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("named", "settings", "message"),
+    [
+        ({}, ["group_size"], r"^--set 'group_size': expected NAME=VALUE, each name once$"),
+        ({}, ["=1"], r"^--set '=1': expected NAME=VALUE"),
+        ({"alpha": 0.5}, ["alpha=0.6"], r"^--set 'alpha=0\.6': expected NAME=VALUE, each"),
+    ],
+)
+def test_malformed_settings_are_refused(named, settings, message):
+    with pytest.raises(MsQuantError, match=message):
+        make_choices(named, settings)
+
+
+def test_settings_go_where_they_belong():
+    found = make_choices(
+        {"alpha": 0.4, "group_size": None}, ["group_size=64", "symmetric=False", "gptq.damping=0.1"]
+    )
+    assert found == Choices(
+        {"group_size": 64, "symmetric": False}, {"alpha": 0.4, "gptq.damping": "0.1"}
+    )
