@@ -126,7 +126,10 @@ def calibrate(
         runner.load(checkpoint, index)
         hessian = steps.rounding is not None or plan.chain.any("hessian")
         new_stats = partial(
-            ActivationStats, with_hessian=hessian, with_histogram=plan.chain.any("histogram")
+            ActivationStats,
+            keep_rows=plan.chain.kept_tokens,
+            with_hessian=hessian,
+            with_histogram=plan.chain.any("histogram"),
         )
         stats, searched = _observe(plan, runner, job, index, tokens.shape, progress, new_stats)
         seen = partial(_seen, runner, stats, searched)

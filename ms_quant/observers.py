@@ -9,6 +9,8 @@ import numpy as np
 from ms_quant.histogram import Histogram
 from ms_quant.numerics.affine import check_finite
 
+KEPT_TOKENS = 512
+
 
 @dataclass
 class ActivationStats:
@@ -32,7 +34,7 @@ class ActivationStats:
 
     channels: int
     total_tokens: int
-    keep_rows: int = 512
+    keep_rows: int = KEPT_TOKENS
     name: str = "activation"
     with_hessian: bool = False
     with_histogram: bool = False

@@ -29,6 +29,7 @@ from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
+from ms_quant.observers import KEPT_TOKENS
 from ms_quant.spec import Scheme
 
 
@@ -38,9 +39,10 @@ class Stage(IntEnum):
     MODEL = 0
     INPUT = 1
     SMOOTHING = 2
-    RESIDUAL = 3
-    RANGE = 4
-    ROUNDING = 5
+    TRANSFORM = 3
+    RESIDUAL = 4
+    RANGE = 5
+    ROUNDING = 6
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Algorithm:
     clips: whether the weights' ranges may have factors of ``clip.RATIOS``.
     places: whether codes may be others than the nearest ones, or scales than the ranges say.
     searches: how many candidates it tries for a group; each takes a forward of the block.
+    kept_tokens: it looks at this many of the tokens' inputs themselves, at most.
     adds: what it puts beside the weight: "branch" of low rank, "kronecker" transform, or "".
     """
 
@@ -73,6 +76,7 @@ class Algorithm:
     clips: bool = False
     places: bool = False
     searches: int = 0
+    kept_tokens: int = KEPT_TOKENS
     adds: str = ""
 
 
@@ -214,6 +218,10 @@ class Chain:
     @property
     def searches(self) -> int:
         return sum(row.searches for row in self.rows)
+
+    @property
+    def kept_tokens(self) -> int:
+        return max((row.kept_tokens for row in self.rows), default=KEPT_TOKENS)
 
     @property
     def name(self) -> str:

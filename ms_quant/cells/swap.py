@@ -169,6 +169,7 @@ def _observe(
         path: ActivationStats(
             cell.weight.shape[1],
             tokens,
+            chain.kept_tokens,
             name=f"{path} input",
             with_hessian=chain.any("hessian"),
             with_histogram=chain.any("histogram"),
