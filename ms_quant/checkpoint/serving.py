@@ -82,10 +82,13 @@ class JobModel(FloatModel):
         super().__init__(directory)
         self.flavour, self.job = plan.scheme.name, job
         self._quantized = frozenset(plan.quantized())
+        self._types = {tensor.name: tensor.dtype for tensor in plan.flavour.tensor_plans(plan)}
 
     def tensor(self, name: str) -> np.ndarray:
         found = self.job.changed_tensor(name)
-        return super().tensor(name) if found is None else found
+        if found is None:
+            return super().tensor(name)
+        return found.astype(self._types[name]).astype(np.float32)  # as it will be written
 
     def linear(self, path: str) -> QuantizedLinear | None:
         if path not in self._quantized:
