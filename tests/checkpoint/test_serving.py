@@ -80,3 +80,31 @@ def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
         assert (mine.bias is None) == (other.bias is None)
     for path in ("model.norm", *prepared.plan.float_linears()):
         assert job.linear(path) is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [("W8A8_DYNAMIC", "bfloat16"), ("W8A8_MIX", "float16"), ("W4A8_MXFP", "bfloat16")],
+)
+def test_folded_linears_of_a_job_are_those_that_are_written(
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+    blocking_mindspore: None,
+    scheme: str,
+    dtype: str,
+) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    source = tiny_model(family="llama", biases=True, layers=1, dtype=dtype, **shape)
+    chosen = {"algorithm": "smoothquant", "calib": calib_text, "samples": 2, "seq_len": 16}
+    request = QuantizeOptions(source, tmp_path / "out", scheme, keep_job=True, **chosen)
+    prepared = prepare(request)
+    quantize_checkpoint(request, prepared=prepared)
+    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
+    written = open_model(tmp_path / "out")
+    x = np.random.default_rng(0).standard_normal((3, 64), np.float32)
+    for path in prepared.plan.quantized():
+        mine, other = job.linear(path), written.linear(path)
+        assert mine is not None and other is not None
+        for decode in (False, True):
+            np.testing.assert_array_equal(mine.forward(x, decode), other.forward(x, decode))
