@@ -29,6 +29,7 @@ from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
+from ms_quant.numerics.timestep import Timestep
 from ms_quant.spec import Scheme
 
 
@@ -80,6 +81,8 @@ def _quantized_input(scheme: Scheme) -> str:
 
 
 def _static_input(scheme: Scheme) -> str:
+    if isinstance(scheme.activation, Timestep):
+        return "its activations have a range for each timestep"
     return "" if scheme.needs_calibration else "its activations have no static range"
 
 

@@ -99,7 +99,7 @@ def check_kind(directory: Path) -> None:
 def _description_problems(
     config: ModelConfig, description: Mapping[str, Any], where: Path
 ) -> Iterator[str]:
-    known = ("FLOAT", *SCHEMES)
+    known = ("FLOAT", *(name for name, scheme in SCHEMES.items() if scheme.flavour))
     modules: dict[str, str] = {}
     for key, value in description.items():
         if "." not in key:
