@@ -51,6 +51,8 @@ Row = dict[str, Any]
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scheme, algorithms and options of the scheme."""
     for name, scheme in SCHEMES.items():
+        if not scheme.flavour:  # for networks, not for checkpoints
+            continue
         for options in ({}, *VARIANTS.get(name, ())):
             few = options or name in LIKE_W8A8
             for algorithm in FEW if few else (PLAIN, *ALGORITHMS, *COMBINED):

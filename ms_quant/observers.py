@@ -81,6 +81,11 @@ class ActivationStats:
         self.tokens += len(rows)
 
     @property
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """What static parameters are made for: ``low`` and ``high``."""
+        return self.low, self.high
+
+    @property
     def absmax(self) -> np.ndarray:
         """float32 (K,), largest magnitude of each channel."""
         return np.maximum(np.abs(self.low), np.abs(self.high))
@@ -106,3 +111,54 @@ class ActivationStats:
     def rows(self) -> np.ndarray:
         """float32 (<= keep_rows, K), the kept tokens."""
         return np.concatenate(self._rows) if self._rows else np.zeros((0, self.channels), "f4")
+
+
+@dataclass
+class StepStats(ActivationStats):
+    """The same over all timesteps of a diffusion model together, and the range of each.
+
+    Args:
+        steps: T.
+
+    Attributes:
+        step_low, step_high: float32 (T, K); inf and -inf where nothing was seen.
+    """
+
+    steps: int = 1
+    step_low: np.ndarray = field(init=False)
+    step_high: np.ndarray = field(init=False)
+    _row_steps: list[int] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.step_low = np.full((self.steps, self.channels), np.inf, np.float32)
+        self.step_high = np.full((self.steps, self.channels), -np.inf, np.float32)
+
+    def update_step(self, x: np.ndarray, step: int) -> None:
+        """Adds a batch of tokens of one step, (..., K) float32.
+
+        Raises:
+            MsQuantError: a value is NaN or inf.
+        """
+        rows = x.reshape(-1, self.channels)
+        if not len(rows):
+            return
+        self.update(rows)
+        self.step_low[step] = np.minimum(self.step_low[step], rows.min(axis=0))
+        self.step_high[step] = np.maximum(self.step_high[step], rows.max(axis=0))
+        self._row_steps += [step] * len(self._rows[-1])
+
+    @property
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """``step_low`` and ``step_high``."""
+        return self.step_low, self.step_high
+
+    @property
+    def seen_steps(self) -> set[int]:
+        """The steps that have a range."""
+        return set(np.flatnonzero((self.step_low <= self.step_high).all(axis=1)).tolist())
+
+    @property
+    def row_steps(self) -> np.ndarray:
+        """int64 (len(rows),), the step of each kept token."""
+        return np.array(self._row_steps, np.int64)

@@ -123,6 +123,11 @@ def make_plan(
     """
     options = options or Choices()
     chosen = get_scheme(scheme, **options.scheme)
+    if not chosen.flavour:
+        raise MsQuantError(
+            f"scheme {scheme}: is for networks and not for checkpoints of decoders, use "
+            f'ms_quant.quantize(network, "{scheme}", ...)'
+        )
     chain = get_chain(algorithm, chosen, options.algorithm)
     floats, unmatched = set(), set(exclude)
     for index in range(config.num_layers):

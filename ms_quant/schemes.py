@@ -25,6 +25,7 @@ from ms_quant.numerics.grid import (
     WeightFormat,
 )
 from ms_quant.numerics.mx_rules import RULES
+from ms_quant.numerics.timestep import Timestep
 from ms_quant.spec import ScaleType, Scheme
 
 VALUES: dict[str, tuple] = {
@@ -93,6 +94,15 @@ _ROWS = (
         Phased(),
         "W8A8_DYNAMIC in prefill and static W8A8 in decode, from one int8 weight (PDMIX)",
         scale_type=ScaleType.MODEL,
+    ),
+    Scheme(
+        "W8A8_TIMESTEP",
+        AffineFormat(8),
+        Timestep(),
+        "int8 weights, int8 activations static or per token as each timestep of a diffusion model",
+        "",
+        (),
+        ('no checkpoint is written; ms_quant.quantize(network, "W8A8_TIMESTEP", ...) runs it',),
     ),
     _ascend(
         "W8A16",

@@ -30,7 +30,8 @@ class Scheme:
         weight: how weights become codes.
         activation: how inputs are quantized.
         summary: one line for ``ms-quant schemes``.
-        flavour: the checkpoint flavour that holds it by default.
+        flavour: the checkpoint flavour that holds it by default; "" for a scheme of networks, which
+            no checkpoint of a decoder holds.
         served_by: runtimes that serve it from a checkpoint of that flavour.
         not_served_by: runtimes that do not, with the reason.
         scale_type: of the weight's scales.

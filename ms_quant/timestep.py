@@ -11,7 +11,8 @@ The names and signatures of MindIE-SD, so that a script works after changing its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeGuard
 
@@ -99,6 +100,17 @@ class TimestepManager:
             raise MsQuantError(
                 f"{name}: {index}, expected 0..{cls._count - 1} as there are {cls._count} timesteps"
             )
+
+
+@contextmanager
+def kept_timesteps() -> Iterator[None]:
+    """Puts this context's index and T back at the end, whatever was set in between."""
+    index, count = _index.get(), TimestepManager._count
+    try:
+        yield
+    finally:
+        _index.set(index)
+        TimestepManager._count = count
 
 
 class TimestepPolicyConfig:

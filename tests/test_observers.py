@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.observers import ActivationStats
+from ms_quant.observers import ActivationStats, StepStats
 
 
 def split(x: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
@@ -108,3 +108,45 @@ def test_nan_and_inf_are_refused_by_name_and_leave_no_trace(bad):
         stats.update(x)
     assert stats.tokens == 0
     assert stats.rows.shape == (0, 3)
+
+
+def batches(seed: int) -> list[tuple[int, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    made = [(int(rng.integers(0, 3)), rng.standard_normal((n, 5))) for n in (4, 0, 7, 1, 300, 200)]
+    return [(step, x.astype("f4")) for step, x in made]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_step_has_its_range_and_all_share_the_rest(seed):
+    options = {"total_tokens": 512, "keep_rows": 40, "with_hessian": True}
+    steps, plain = StepStats(5, steps=4, **options), ActivationStats(5, **options)
+    apart = [ActivationStats(5, **options) for _ in range(4)]
+    for step, x in batches(seed):
+        steps.update_step(x, step)
+        plain.update(x)
+        apart[step].update(x)
+    for name in ("low", "high", "sum_squares", "sum_abs", "products", "rows", "absmax", "tokens"):
+        np.testing.assert_array_equal(getattr(steps, name), getattr(plain, name), name)
+    for t, alone in enumerate(apart):
+        np.testing.assert_array_equal(steps.ranges[0][t], alone.low)
+        np.testing.assert_array_equal(steps.ranges[1][t], alone.high)
+    assert steps.seen_steps == {t for t, alone in enumerate(apart) if alone.tokens}
+    np.testing.assert_array_equal(plain.ranges, (plain.low, plain.high))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kept_rows_know_their_step(seed):
+    stats = StepStats(5, total_tokens=512, keep_rows=40, steps=3)
+    seen = batches(seed)
+    for step, x in seen:
+        stats.update_step(x, step)
+    assert stats.row_steps.shape == (len(stats.rows),)
+    for row, t in zip(stats.rows, stats.row_steps, strict=True):
+        assert any(step == t and (x == row).all(axis=1).any() for step, x in seen)
+
+
+def test_a_step_with_nan_leaves_no_trace():
+    stats = StepStats(3, total_tokens=4, steps=2, name="a input")
+    with pytest.raises(MsQuantError, match=r"^a input: 1 of 3 values are NaN"):
+        stats.update_step(np.float32([[1, np.nan, 2]]), 1)
+    assert not stats.seen_steps and not len(stats.row_steps)

@@ -154,8 +154,17 @@ def test_groups_that_do_not_divide_the_inputs():
     assert plan("W4A16", options=Choices({"group_size": 64})).float_linears() == []
 
 
+def test_a_scheme_of_networks_is_refused():
+    message = (
+        r"^scheme W8A8_TIMESTEP: is for networks and not for checkpoints of decoders, use "
+        r'ms_quant\.quantize\(network, "W8A8_TIMESTEP", \.\.\.\)$'
+    )
+    with pytest.raises(MsQuantError, match=message):
+        plan("W8A8_TIMESTEP")
+
+
 def test_every_pair_is_either_planned_or_refused():
-    for scheme in SCHEMES:
+    for scheme in (name for name, row in SCHEMES.items() if row.flavour):
         for algorithm, row in ALGORITHMS.items():
             if row.suits(SCHEMES[scheme]):
                 with pytest.raises(MsQuantError, match=r"does not work with scheme"):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.timestep import STRATEGIES, TimestepManager, TimestepPolicyConfig
+from ms_quant.timestep import STRATEGIES, TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 NO_INTS = [True, False, 1.0, "1", np.int64(1), [1]]
 
@@ -53,6 +53,19 @@ def test_the_count_itself_is_no_index(index):
     ):
         TimestepManager.set_timestep_idx(index)
     assert TimestepManager.get_timestep_idx() == 3  # as before
+
+
+@pytest.mark.parametrize(("index", "count"), [(None, None), (3, None), (None, 4), (2, 4), (9, 4)])
+def test_what_is_set_in_between_is_undone(index, count):
+    TimestepManager.set_timestep_idx(index)
+    TimestepManager.set_timestep_idx_max(count)  # 9 of 4 is refused when read, and stays so
+    with pytest.raises(KeyError), kept_timesteps():
+        TimestepManager.set_timestep_idx_max(7)
+        TimestepManager.set_timestep_idx(6)
+        raise KeyError
+    assert TimestepManager.get_timestep_idx_max() == count
+    TimestepManager.set_timestep_idx_max(None)
+    assert TimestepManager.get_timestep_idx() == index
 
 
 def test_an_index_left_from_a_longer_loop_is_refused_when_read():

@@ -182,7 +182,7 @@ def test_two_schemes(checkpoint: Path) -> None:
     assert "mixes the schemes W8A8, W8A8_DYNAMIC, expected one" in problem(checkpoint)
 
 
-@pytest.mark.parametrize("value", ["W4A4", "w8a8", 8, ["W8A8"]])
+@pytest.mark.parametrize("value", ["W4A4", "w8a8", 8, ["W8A8"], "W8A8_TIMESTEP"])
 def test_unknown_kind(value: object, checkpoint: Path) -> None:
     edit_json(checkpoint / DESCRIPTION, **{"model.norm.weight": value})
     found = problem(checkpoint)

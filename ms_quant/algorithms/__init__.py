@@ -29,6 +29,7 @@ from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
+from ms_quant.numerics.timestep import Timestep
 from ms_quant.observers import KEPT_TOKENS
 from ms_quant.spec import Scheme
 
@@ -56,6 +57,7 @@ class Algorithm:
     calibrated: whether it looks at calibration data.
     hessian: whether it needs the products of channels.
     histogram: whether it needs a histogram of the input.
+    rotates: whether it changes the whole model before anything is quantized.
     smooths: whether it answers with a smoothing vector.
     clips: whether the weights' ranges may have factors of ``clip.RATIOS``.
     places: whether codes may be others than the nearest ones, or scales than the ranges say.
@@ -72,6 +74,7 @@ class Algorithm:
     calibrated: bool = True
     hessian: bool = False
     histogram: bool = False
+    rotates: bool = False
     smooths: bool = False
     clips: bool = False
     places: bool = False
@@ -86,6 +89,8 @@ def _quantized_input(scheme: Scheme) -> str:
 
 
 def _static_input(scheme: Scheme) -> str:
+    if isinstance(scheme.activation, Timestep):
+        return "its activations have a range for each timestep"
     return "" if scheme.needs_calibration else "its activations have no static range"
 
 
@@ -111,6 +116,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Hadamard rotations folded into all weights of the model first (arXiv 2404.00456)",
         quarot.QuarotOptions(),
         calibrated=False,
+        rotates=True,
     ),
     "histogram": Algorithm(
         Stage.INPUT,

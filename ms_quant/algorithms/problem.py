@@ -104,7 +104,7 @@ def input_quantization(problem: Problem, solution: Solution) -> Activation:
         return PerToken(format.bits, solution.input_clip)
     if format.dynamic:
         return format.fit(None, None)
-    low, high, smooth = problem.seen.low, problem.seen.high, solution.smooth
+    (low, high), smooth = problem.seen.ranges, solution.smooth
     if smooth is not None and not format.holds_smoothing:
         low, high, smooth = low / smooth, high / smooth, None
     if solution.input_range is not None:

@@ -9,10 +9,14 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
+from ms_quant.cells.timesteps import current_step, is_static
 from ms_quant.models.decoder import repeat_rows
 from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
 from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
+from ms_quant.numerics.timestep import TimestepActivation
+from ms_quant.numerics.timestep_linear import timestep_tables
+from ms_quant.timestep import TimestepPolicyConfig
 
 EXACT_K = 1024  # a float32 sum of this many products of int8 is exact: 1024 * 2**14 = 2**24
 EXACT = 2**24
@@ -38,6 +42,9 @@ class QuantLinear(nn.Cell):
     Cell is made. Inputs in float8 or microscaling formats, and those of a Kronecker transform, are
     quantized in NumPy, which works in PyNative only.
 
+    W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
+    call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
+
     On Ascend MindSpore's quantization operators are called for W8A8 and W8A8_DYNAMIC; other schemes
     have no operator here yet and are refused.
 
@@ -48,6 +55,9 @@ class QuantLinear(nn.Cell):
         linear (QuantizedLinear): the weight in codes, how the input is quantized, and the bias.
         device_target (str, optional): ``"CPU"`` or ``"Ascend"``. Default: ``None``, the current
             device target.
+        timestep_policy (TimestepPolicyConfig, optional): which timesteps are static and which are
+            dynamic; only read for W8A8_TIMESTEP, and in each call. Default: ``None``, all are
+            dynamic.
 
     Inputs:
         - **x** (Tensor) - float, of shape :math:`(*, in)`.
@@ -58,7 +68,8 @@ class QuantLinear(nn.Cell):
         Tensor of shape :math:`(*, out)`, of the type of `x`.
 
     Raises:
-        MsQuantError: the scheme has no Ascend operator here.
+        MsQuantError: the scheme has no Ascend operator here; when called, no timestep is set, or
+            a static one that has no parameters.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -74,17 +85,26 @@ class QuantLinear(nn.Cell):
         (1, 4)
     """
 
-    def __init__(self, linear: QuantizedLinear, device_target: str | None = None):
+    def __init__(
+        self,
+        linear: QuantizedLinear,
+        device_target: str | None = None,
+        timestep_policy: TimestepPolicyConfig | None = None,
+    ):
         super().__init__()
         self.out_channels, self.in_channels = linear.weight.shape
         self.weight = _frozen(linear.weight)
         activation = linear.activation
         self.phased = isinstance(activation, PhasedActivation)
         self.static = isinstance(activation, StaticActivation)
+        self.by_step = isinstance(activation, TimestepActivation)
+        self.timestep_policy = timestep_policy or TimestepPolicyConfig()
         self.integer = linear.integer
         self.folds_bias = False
         if self.static or self.phased:
             self._take_static(linear)
+        if isinstance(activation, TimestepActivation):
+            self._take_timesteps(linear, activation)
         if not self.static:
             for name, array in linear.grid.arrays().items():
                 squeezed = array[:, 0] if linear.integer else array
@@ -109,6 +129,18 @@ class QuantLinear(nn.Cell):
         self.deq_scale = _frozen(linear.deq_scale)
         self.folds_bias = static.folds_bias
         bias = folded_bias(linear, "linear") if static.folds_bias else linear.quant_bias
+        self._take_quant_bias(bias)
+
+    def _take_timesteps(self, linear: QuantizedLinear, activation: TimestepActivation) -> None:
+        self.check_step = activation.check
+        for name, array in activation.arrays().items():
+            self.insert_param_to_cell(name, _frozen(array))
+        scale, bias = timestep_tables(linear, "linear")
+        self.deq_scale = _frozen(scale)
+        self.folds_bias = True
+        self._take_quant_bias(bias)
+
+    def _take_quant_bias(self, bias: np.ndarray) -> None:
         self.quant_bias = _frozen(bias)
         # One float32 addition of integers below 2**24 + 1 rounds their exact sum, as converting
         # the int32 sum would.
@@ -147,32 +179,49 @@ class QuantLinear(nn.Cell):
         rows = rows.astype(ms.float32)
         if self.smooths:
             rows = rows / repeat_rows(self.smooth, rows.shape[0])
-        static = self.static or (self.phased and decode)
-        y = self._product(rows, static)
+        static, step = self.static or (self.phased and decode), None
+        if self.by_step:
+            step = self._static_step()
+            static = step is not None
+        y = self._product(rows, static, step)
         if self.has_branch:
             y = y + self.matmul(self.matmul(rows, self.svd_lowrank_l1), self.svd_lowrank_l2)
         if self.has_bias and not (static and self.folds_bias):
             y = y + repeat_rows(self.bias, rows.shape[0])
         return y.reshape(shape).astype(x.dtype)
 
-    def _product(self, rows: Tensor, static: bool) -> Tensor:
+    def _static_step(self) -> int | None:
+        """The timestep that this context is in, None where it is dynamic."""
+        step = current_step(self.weight.name)
+        if not is_static(self.timestep_policy, step):
+            return None
+        self.check_step(step, self.weight.name)
+        return step
+
+    def _product(self, rows: Tensor, static: bool, step: int | None) -> Tensor:
         if self.kronecker is not None:
             rows = _on_host(self.kronecker, rows)
         if self.integer:
-            return self._static(rows) if static else self._dynamic(rows)
+            return self._static(rows, step) if static else self._dynamic(rows)
         if self.fake is not None:
             rows = _on_host(self.fake, rows)
         return self.matmul(rows, self.float_weight)
 
-    def _static(self, rows: Tensor) -> Tensor:
+    def _static(self, rows: Tensor, step: int | None) -> Tensor:
         count = rows.shape[0]
-        steps = rows / repeat_rows(self.input_scale, count) + self.offset
+        if self.by_step:
+            bias, deq_scale = self.quant_bias[step], self.deq_scale[step]
+            offset = self.input_offset[step].astype(ms.float32)
+            steps = rows / self.input_scale[step] + offset
+        else:
+            bias, deq_scale = self.quant_bias, self.deq_scale
+            steps = rows / repeat_rows(self.input_scale, count) + self.offset
         qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
         if self.one_product:
-            total = self._chunk(qx, 0) + repeat_rows(self.quant_bias.astype(ms.float32), count)
+            total = self._chunk(qx, 0) + repeat_rows(bias.astype(ms.float32), count)
         else:
-            total = (self._sum(qx) + self.quant_bias).astype(ms.float32)
-        return total * repeat_rows(self.deq_scale, count)
+            total = (self._sum(qx) + bias).astype(ms.float32)
+        return total * repeat_rows(deq_scale, count)
 
     def _dynamic(self, rows: Tensor) -> Tensor:
         smallest, largest = self.code_limits
@@ -201,6 +250,7 @@ class QuantLinear(nn.Cell):
 
     def extend_repr(self) -> str:
         kind = "static" if self.static else "phased" if self.phased else "dynamic"
+        kind = "timestep" if self.by_step else kind
         if self.fake is None:
             kind = "float"
         return f"in={self.in_channels}, out={self.out_channels}, {kind} input"

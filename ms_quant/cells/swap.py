@@ -7,19 +7,22 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import nn
 
-from ms_quant.algorithms import Chain, get_chain
+from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.problem import Problem, apply
+from ms_quant.cells import timesteps
+from ms_quant.cells.calibrate import observe
 from ms_quant.cells.quant_linear import QuantLinear
-from ms_quant.cells.recorder import Recorder
-from ms_quant.cells.tree import is_linear, linears, replace_cell, replaced
+from ms_quant.cells.tree import is_linear, linears, replace_cell
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.observers import ActivationStats
+from ms_quant.numerics.timestep import Timestep
+from ms_quant.observers import ActivationStats, StepStats
 from ms_quant.schemes import VALUES, get_scheme
 from ms_quant.spec import Scheme
+from ms_quant.timestep import TimestepPolicyConfig
 
 
 def weight_and_bias(path: str, cell: nn.Cell) -> tuple[np.ndarray, np.ndarray | None]:
@@ -72,6 +75,7 @@ def quantize(
     algorithm: str = "minmax",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    timestep_policy: TimestepPolicyConfig | None = None,
     **options: Any,
 ) -> nn.Cell:
     """Replaces the linears of a network with :class:`QuantLinear`, in place.
@@ -88,6 +92,11 @@ def quantize(
             with the linear, as one more division of its input. Default: ``"minmax"``.
         include (Sequence[str]): glob patterns of paths to quantize. Default: ``("*",)``.
         exclude (Sequence[str]): glob patterns of paths that stay float. Default: ``()``.
+        timestep_policy (TimestepPolicyConfig, optional): which timesteps of a diffusion model are
+            static and which are dynamic, for W8A8_TIMESTEP. `calibration` sets
+            ``TimestepManager.set_timestep_idx(t)`` before it gives inputs of step t; dynamic steps
+            need none. There are as many steps as ``set_timestep_idx_max`` said, else 1 + the
+            largest index of the inputs. Default: ``None``, all steps are dynamic.
         options: options of the scheme and the algorithms, such as ``group_size=64`` or
             ``alpha=0.7``.
 
@@ -96,8 +105,9 @@ def quantize(
 
     Raises:
         MsQuantError: a pattern matches nothing, a static scheme without calibration, a linear
-            that no calibration input reached, an option unknown or out of range, groups that do
-            not divide a linear's inputs, or values that are NaN or inf.
+            that no calibration input reached, or none of a static timestep, inputs of no timestep
+            where one is needed, a policy that the scheme does not take, an option unknown or out
+            of range, groups that do not divide a linear's inputs, or values that are NaN or inf.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -109,6 +119,25 @@ def quantize(
         >>> net = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
         >>> data = [Tensor(np.random.randn(32, 8).astype(np.float32))]
         >>> net = ms_quant.quantize(net, "W8A8", calibration=data)
+        >>> # A diffusion network: of four steps the last two are static.
+        >>> from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
+        >>> policy = TimestepPolicyConfig("dynamic")
+        >>> policy.register(range(2, 4), "static", "w8a8_static_linear")
+        >>> denoiser = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 8))
+        >>> def sampling(latent):
+        ...     for index in range(4):
+        ...         TimestepManager.set_timestep_idx(index)
+        ...         yield latent
+        ...         latent = latent - 0.1 * denoiser(latent)
+        >>> denoiser = ms_quant.quantize(
+        ...     denoiser, "W8A8_TIMESTEP", calibration=sampling(data[0]), timestep_policy=policy
+        ... )
+        >>> for latent in sampling(data[0]):
+        ...     print(latent.shape)
+        (32, 8)
+        (32, 8)
+        (32, 8)
+        (32, 8)
     """
     if is_linear(network):
         if tuple(include) != ("*",) or exclude:
@@ -117,7 +146,8 @@ def quantize(
                 "a network of several"
             )
         holder = nn.SequentialCell(network)
-        quantize(holder, scheme, calibration=calibration, algorithm=algorithm, **options)
+        more = {"calibration": calibration, "timestep_policy": timestep_policy, **options}
+        quantize(holder, scheme, algorithm=algorithm, **more)
         quantized = holder[0]
         for name, parameter in quantized.parameters_and_names():
             parameter.name = name
@@ -125,6 +155,12 @@ def quantize(
     wanted = get_scheme(scheme, **{k: v for k, v in options.items() if k in VALUES})
     settings = {key: value for key, value in options.items() if key not in VALUES}
     chain = get_chain(algorithm, wanted, settings)
+    if chain.any("rotates"):
+        raise MsQuantError(
+            f"algorithm {algorithm!r}: quarot rotates a whole decoder checkpoint, expected it only "
+            "with ms-quant quantize"
+        )
+    policy = _policy(wanted, timestep_policy)
     cells = dict(linears(network))
     if not cells:
         raise MsQuantError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
@@ -132,7 +168,7 @@ def quantize(
     for path in chosen:
         weight, _ = weight_and_bias(path, cells[path])  # refuses before the long part
         wanted.weight.check_columns(weight.shape[1], f"{path}.weight")
-    inputs = _observe(network, {n: cells[n] for n in chosen}, wanted, chain, calibration)
+    inputs = observe(network, {n: cells[n] for n in chosen}, wanted, chain, calibration, policy)
     quantized = {}
     for path in chosen:
         weight, bias = weight_and_bias(path, cells[path])
@@ -143,77 +179,50 @@ def quantize(
             biases={} if bias is None else {path: bias},
             stats=inputs.get(path),
             dtype=np.dtype(np.float32),
-            loss=_own_output_error(path, weight, bias, inputs.get(path)),
+            loss=_own_output_error(path, weight, bias, inputs.get(path), policy),
         )
-        quantized[path] = QuantLinear(apply(problem, chain.solve(problem))[path])
+        linear = apply(problem, chain.solve(problem))[path]
+        quantized[path] = QuantLinear(linear, timestep_policy=policy)
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)
     return network
 
 
-def _observe(
-    network: nn.Cell,
-    cells: Mapping[str, nn.Cell],
-    scheme: Scheme,
-    chain: Chain,
-    calibration: Iterable | None,
-) -> dict[str, ActivationStats]:
-    if not scheme.needs_calibration and not chain.any("calibrated"):
-        return {}
-    if calibration is None:
-        what = f"scheme {scheme.name}" if scheme.needs_calibration else f"algorithm {chain.name}"
-        raise MsQuantError(f"{what}: needs calibration inputs, found None")
-    calls = [_arguments(batch) for batch in calibration]
-    tokens = sum(_tokens(call) for call in calls)
-    stats = {
-        path: ActivationStats(
-            cell.weight.shape[1],
-            tokens,
-            chain.kept_tokens,
-            name=f"{path} input",
-            with_hessian=chain.any("hessian"),
-            with_histogram=chain.any("histogram"),
+def _policy(scheme: Scheme, given: TimestepPolicyConfig | None) -> TimestepPolicyConfig | None:
+    """The policy of a scheme of timesteps, None for others.
+
+    Raises:
+        MsQuantError: it is none, or the scheme takes none.
+    """
+    if given is not None and not isinstance(given, TimestepPolicyConfig):
+        found = type(given).__name__
+        raise MsQuantError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
+    if isinstance(scheme.activation, Timestep):
+        return given or TimestepPolicyConfig()
+    if given is not None:
+        raise MsQuantError(
+            f"timestep_policy: scheme {scheme.name} takes none, expected scheme W8A8_TIMESTEP"
         )
-        for path, cell in cells.items()
-    }
-    recorders = {path: Recorder(cell, stats[path].update) for path, cell in cells.items()}
-    with replaced(network, recorders):
-        for arguments, named in calls:
-            network(*arguments, **named)
-    for path, seen in stats.items():
-        if not seen.tokens:
-            raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
-    return stats
-
-
-def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """What one item of the calibration data stands for: arguments and named arguments."""
-
-    def tensor(value: Any) -> Any:
-        return Tensor(value) if isinstance(value, np.ndarray) else value
-
-    if isinstance(batch, Mapping):
-        return (), {key: tensor(value) for key, value in batch.items()}
-    arguments = batch if isinstance(batch, tuple | list) else (batch,)
-    return tuple(map(tensor, arguments)), {}
-
-
-def _tokens(call: tuple[tuple, dict[str, Any]]) -> int:
-    """A guess of the tokens in a call; only decides how densely rows are kept."""
-    first = next((value for value in (*call[0], *call[1].values())), None)
-    if not isinstance(first, Tensor):
-        return 1
-    channels = first.shape[-1] if first.ndim and first.is_floating_point() else 1  # or token ids
-    return max(1, first.size // max(1, channels))
+    return None
 
 
 def _own_output_error(
-    path: str, weight: np.ndarray, bias: np.ndarray | None, stats: ActivationStats | None
+    path: str,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    stats: ActivationStats | None,
+    policy: TimestepPolicyConfig | None,
 ) -> Callable[[Mapping[str, QuantizedLinear]], float]:
+    def forward(linear: QuantizedLinear) -> np.ndarray:
+        assert stats is not None
+        if policy is not None and isinstance(stats, StepStats):
+            return timesteps.forward_rows(linear, stats, policy)
+        return linear.forward(stats.rows)
+
     def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
         assert stats is not None
         exact = stats.rows @ weight.T + (0 if bias is None else bias)
-        error = candidate[path].forward(stats.rows) - exact
+        error = forward(candidate[path]) - exact
         return float(np.mean(np.square(error), dtype=np.float64))
 
     return loss

@@ -114,7 +114,7 @@ def _is_compressed(path: Path) -> bool:
 def _description_problems(
     flavour: Flavour, config: ModelConfig, description: Mapping[str, Any], where: Path
 ) -> Iterator[str]:
-    known = ("FLOAT", *SCHEMES)
+    known = ("FLOAT", *(name for name, scheme in SCHEMES.items() if scheme.flavour))
     modules: dict[str, str] = {}
     for key, value in description.items():
         if "." not in key:

@@ -13,6 +13,7 @@ PerTokenFloat8    e4m3(q) * scale, one scale a token         none
 MxTokens          blocks of 32 with a shared exponent        none
 DualMxTokens      the same under a scale for long blocks     none
 Phased            per token in prefill, static in decode     StaticActivation
+Timestep          per token or static, by diffusion step     TimestepActivation
 ================  =========================================  =======================
 
 Source: the rules of :mod:`ms_quant.numerics.affine`, ``minifloat`` and ``mx``.
@@ -34,8 +35,9 @@ class Seen:
     """What calibration saw of an input.
 
     Attributes:
-        low: float32 (in,), smallest value of each channel.
-        high: float32 (in,), largest.
+        low: float32 (in,), smallest value of each channel; (T, in) where T timesteps have their
+            own.
+        high: the same of the largest.
         dtype: type that the checkpoint stores input scales in.
         name: the linear's name, for errors.
     """

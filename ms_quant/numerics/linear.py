@@ -9,7 +9,7 @@ Source: docs/numerics.md; the golden-stick checkpoint contract in docs/golden_st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ms_quant.numerics.activation import (
     static_activation,
 )
 from ms_quant.numerics.grid import AffineFormat, AffineGrid, Clip, Grid, WeightFormat
+from ms_quant.numerics.timestep import Timestep, TimestepActivation
 
 __all__ = ["QuantizedLinear", "StaticActivation", "quantize_linear", "static_activation"]
 
@@ -113,8 +114,9 @@ class QuantizedLinear:
     @property
     def integer(self) -> bool:
         """Whether the product is one of integers, with one scale for each row and token."""
+        kinds = StaticActivation | PerToken | PhasedActivation | TimestepActivation
         return (
-            isinstance(self.activation, StaticActivation | PerToken | PhasedActivation)
+            isinstance(self.activation, kinds)
             and isinstance(self.grid, AffineGrid)
             and self.grid.scale.shape[1] == 1
             and self.grid.format.symmetric
@@ -137,12 +139,20 @@ class QuantizedLinear:
         x = x if self.smooth is None else x / self.smooth
         return x if self.kronecker is None else self.kronecker.apply(x)
 
-    def forward(self, x: np.ndarray, decode: bool = False) -> np.ndarray:
+    def at_step(self, step: int | None, name: str = "linear") -> QuantizedLinear:
+        """The same in a static timestep, or, for None, in a dynamic one; others are themselves."""
+        if not isinstance(self.activation, TimestepActivation):
+            return self
+        return replace(self, activation=self.activation.at(step, self.weight.shape[1], name))
+
+    def forward(self, x: np.ndarray, decode: bool = False, step: int | None = None) -> np.ndarray:
         """What the linear computes, and the definition for every other path.
 
         Args:
             x: float32 (..., in).
             decode: which phase it is, where the activation differs between phases.
+            step: the timestep, where it is static and the activation has parameters of each; None
+                where it is dynamic.
 
         Returns:
             float32 (..., out). With integer weights per channel and
@@ -153,7 +163,12 @@ class QuantizedLinear:
               bias;
 
             with anything else the product of both dequantized, in float32, + bias.
+
+        Raises:
+            MsQuantError: the static step has no parameters.
         """
+        if isinstance(self.activation, TimestepActivation):
+            return self.at_step(step).forward(x)
         seen = self.transformed(x)
         activation = self.activation
         if isinstance(activation, PhasedActivation):
@@ -183,6 +198,8 @@ class QuantizedLinear:
             arrays["act_scale"] = np.array([self.static.scale], np.float32)
             arrays["input_offset"] = np.array([self.static.offset], np.int8)
             arrays["input_scale"] = self.static.input_scale
+        if isinstance(self.activation, TimestepActivation):
+            arrays |= self.activation.arrays()
         if isinstance(self.activation, PerToken) and self.activation.clip != 1.0:
             arrays["clip_ratio"] = np.array([self.activation.clip], np.float32)
         if self.smooth is not None:
@@ -225,6 +242,8 @@ def _activation(format: ActivationFormat, arrays: Mapping[str, np.ndarray]) -> A
         return PerToken(format.bits, float(arrays["clip_ratio"][0]))
     if format.dynamic:
         return format.fit(None, None)
+    if isinstance(format, Timestep):
+        return format.restore_steps(arrays["input_scale"], arrays["input_offset"])
     return format.restore(
         StaticActivation(
             arrays["act_scale"][0], int(arrays["input_offset"][0]), arrays["input_scale"]

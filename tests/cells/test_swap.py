@@ -344,6 +344,7 @@ def test_bad_activations_are_refused_by_name_and_the_network_is_left_as_it_was()
         ({"scheme": "W8A16", "algorithm": "osl"}, "^algorithm 'osl' does not work with"),
         ({"algorithm": "smoothquant", "alpha": 30}, r"^smoothquant\.alpha is 30: .* equal to 1"),
         ({"alpha": 0.5}, "^algorithm minmax takes no option 'alpha', expected none"),
+        ({"algorithm": "quarot"}, "^algorithm 'quarot': quarot rotates a whole decoder"),
         ({"scheme": "W4A16", "group_size": 4}, "^group_size is 4, expected one of 0, 32, 64"),
         ({"scheme": "W4A16", "group_size": 32}, "^first.weight: groups of 32 do not divide K = 6"),
     ],
@@ -376,11 +377,11 @@ def test_replaced_puts_the_old_cells_back_after_an_error():
 def test_token_ids_as_calibration_keep_a_bounded_number_of_rows():
     """(batch, length) integers are batch * length tokens, not batch of them."""
     from ms_quant.algorithms import Chain
-    from ms_quant.cells.swap import _observe
+    from ms_quant.cells.calibrate import observe
     from ms_quant.schemes import get_scheme
 
     network = nn.SequentialCell(nn.Embedding(16, 4), nn.Dense(4, 4))
     ids = Tensor(np.arange(3 * 1024).reshape(3, 1024) % 16, ms.int32)
-    stats = _observe(network, {"1": network[1]}, get_scheme("W8A8"), Chain(), [ids])["1"]
+    stats = observe(network, {"1": network[1]}, get_scheme("W8A8"), Chain(), [ids])["1"]
     assert stats.tokens == 3072
     assert len(stats.rows) == 512

@@ -298,6 +298,7 @@ INTEGER = {  # scheme: (bits of tokens, or None for static), by the docstring of
     "W8A8_PER_CHANNEL": None,
     "W8A8_DYNAMIC": 8,
     "W8A8_MIX": 8,
+    "W8A8_TIMESTEP": 8,
     "W4A8_DYNAMIC": 8,
     "W4A4_DYNAMIC": 4,
 }
