@@ -11,6 +11,7 @@ import numpy as np
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
+from ms_quant.plan import Plan
 
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
 # how much of a matrix product's speed a whole block reaches.
@@ -18,6 +19,7 @@ IMPORT_BYTES = 450 << 20
 CALIBRATED_COPIES, DATA_FREE_COPIES = 3.0, 1.2
 ACTIVATION_COPIES, SCORE_COPIES = 5, 4
 BLOCK_EFFICIENCY = 0.25
+FACTOR_COPIES = 4  # of a Hessian in float64, while it is factored
 SEARCHED_GROUPS = 3  # of four: a candidate in the MLP needs no attention
 
 
@@ -38,10 +40,15 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
     seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
+    if plan.chain.any("hessian"):
+        seconds += config.num_layers * _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
     memory = DATA_FREE_COPIES * 4 * weights
     if prepared.tokens is not None:
         memory = CALIBRATED_COPIES * 4 * weights + IMPORT_BYTES
         memory += _activation_bytes(prepared.tokens, config)
+        if plan.chain.any("hessian"):
+            sizes = _inputs(plan)
+            memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
     return {
         "output": str(output),
         "flavour": plan.flavour.name,
@@ -64,6 +71,18 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "served_by": list(plan.scheme.served_by),
         "not_served_by": list(plan.scheme.not_served_by),
     }
+
+
+def _inputs(plan: Plan) -> list[int]:
+    """The number of inputs of each group of a block."""
+    shapes = plan.config.linear_shapes()
+    return [shapes[group.members[0]][1] for group in plan.config.family.groups]
+
+
+def _hessian_flops(plan: Plan, tokens: int) -> float:
+    """Of a block: products of channels, their inverse's factor, and the column steps."""
+    steps = sum(2 * out * into**2 for out, into in plan.config.linear_shapes().values())
+    return steps + sum(2 * tokens * k**2 + 2 * k**3 for k in _inputs(plan))
 
 
 def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:

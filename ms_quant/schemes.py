@@ -137,6 +137,13 @@ _ROWS = (
         "int4 weights per channel, int4 activations per token",
     ),
     _ascend(
+        "W4A4_FLATQUANT_DYNAMIC",
+        AffineFormat(4),
+        PerToken(4),
+        "W4A4_DYNAMIC of inputs that a trained Kronecker transform has flattened",
+        algorithm="flatquant",
+    ),
+    _ascend(
         "W8A8FP8_DYNAMIC",
         Float8Format(),
         PerTokenFloat8(),
@@ -210,7 +217,11 @@ def get_scheme(name: str, **chosen: Any) -> Scheme:
     if name == "W4A8_DYNAMIC":
         size = chosen["group_size"]
         return replace(scheme, weight=TwoLevelFormat(size) if size else AffineFormat(4))
-    return replace(scheme, weight=replace(scheme.weight, **chosen))  # type: ignore[type-var]
+    scheme = replace(scheme, weight=replace(scheme.weight, **chosen))  # type: ignore[type-var]
+    if isinstance(scheme.activation, DualMxTokens) and "dual_block_size" in chosen:
+        same = replace(scheme.activation, size=chosen["dual_block_size"])
+        return replace(scheme, activation=same)
+    return scheme
 
 
 def as_value(name: str, value: Any) -> Any:

@@ -26,7 +26,7 @@ from ms_quant.observers import ActivationStats
 from ms_quant.plan import Choices, Plan, make_plan
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
-HIDDEN, INTER, DIM, HEADS = 16, 24, 4, 4
+HIDDEN, INTER, DIM, HEADS = 16, 32, 4, 4
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": HIDDEN,

@@ -31,7 +31,7 @@ from ms_quant.models.decoder import causal_mask, rope_tensors
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes import VALUES, get_scheme
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 ROOT = Path(__file__).parent.parent
@@ -97,13 +97,17 @@ def error(groups: list[Group]) -> Callable[..., float]:
 
 def _solve(key: tuple, group: Group) -> list[float]:
     weights, stats, heldout = group
-    scheme = get_scheme(key[0], **dict(key[2:]))
+    options = dict(key[2:])
+    scheme = get_scheme(key[0], **{k: v for k, v in options.items() if k in VALUES})
+    settings = {name: value for name, value in options.items() if name not in VALUES}
 
     def loss(linears: Mapping[str, QuantizedLinear]) -> float:
         return sum(e**2 for e in _errors(linears, weights, stats.rows[::4]))
 
     problem = Problem("group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss)
-    return _errors(apply(problem, get_chain(key[1], scheme).solve(problem)), weights, heldout)
+    return _errors(
+        apply(problem, get_chain(key[1], scheme, settings).solve(problem)), weights, heldout
+    )
 
 
 @pytest.mark.parametrize("group_size", [0, 128, 64])
@@ -142,3 +146,7 @@ def test_more_bits_are_better(error):
 
 def test_a_branch_of_low_rank_helps(error):
     assert error("W4A4_MXFP4_SVD") < error("W4A4_MXFP4")
+
+
+def test_flatquant_is_far_better_than_plain_int4(error):
+    assert error("W4A4_FLATQUANT_DYNAMIC", steps=60) < 0.4 * error("W4A4_DYNAMIC")

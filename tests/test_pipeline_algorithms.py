@@ -85,6 +85,7 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W4A4_MXFP4_DUALSCALE", "smoothquant", {"dual_block_size": 64}),
         ("W4A4_MXFP4_SVD", "smoothquant", {"rank": 4}),
         ("W8A8FP8_DYNAMIC", "smoothquant+gptq", {}),
+        ("W4A4_FLATQUANT_DYNAMIC", "smoothquant+gptq", {"steps": 5}),
     ],
 )
 def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from ms_quant.algorithms import (
     awq,
     clip,
+    flatquant,
     gptq,
     input_range,
     outlier_suppression_lite,
@@ -161,6 +162,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         smooths=True,
         clips=True,
         searches=21,
+    ),
+    "flatquant": Algorithm(
+        Stage.TRANSFORM,
+        flatquant.solve,
+        "a Kronecker transform trained to flatten inputs and weights (arXiv 2410.09426)",
+        flatquant.DEFAULTS,
+        _own("flatquant"),
+        kept_tokens=2048,
+        adds="kronecker",
     ),
     "svd": Algorithm(
         Stage.RESIDUAL,

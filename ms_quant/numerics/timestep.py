@@ -69,6 +69,7 @@ class TimestepActivation:
 class Timestep:
     """The format of :class:`TimestepActivation`."""
 
+    bits = 8
     dynamic = False
     holds_smoothing = False
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import ALGORITHMS, get_chain
 from ms_quant.checkpoint import ascend
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
@@ -121,10 +120,8 @@ def test_tensors_of_a_row_parallel_linear_and_of_float16() -> None:
     assert table(plan("W4A4_MXFP4_SVD", FP16), DOWN)["svd_lowrank_l1"] == "float16 [32, 128]"
 
 
-def test_a_kronecker_transform_has_tensors_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ALGORITHMS, "clip", replace(ALGORITHMS["clip"], adds="kronecker"))
-    chosen = plan("W4A4_DYNAMIC")
-    chosen = replace(chosen, chain=get_chain("clip", chosen.scheme))
+def test_a_kronecker_transform_has_tensors_of_its_own() -> None:
+    chosen = plan("W4A4_FLATQUANT_DYNAMIC")
     expected = {"left_trans": "bfloat16 [8, 8]", "right_trans": "bfloat16 [8, 8]"}
     added = {"clip_ratio": "float32 [1]", "bias": "float32 [32]", **scales("", 32, 1)}
     assert table(chosen, K_PROJ) == {**PLAIN, **expected, **added}

@@ -301,6 +301,7 @@ INTEGER = {  # scheme: (bits of tokens, or None for static), by the docstring of
     "W8A8_TIMESTEP": 8,
     "W4A8_DYNAMIC": 8,
     "W4A4_DYNAMIC": 4,
+    "W4A4_FLATQUANT_DYNAMIC": 4,
 }
 CHOICES = [
     *((name, {}) for name in SCHEMES),

@@ -15,6 +15,7 @@ import pytest
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
 from ms_quant.request import Prepared, QuantizeOptions
+from ms_quant.schemes import SCHEMES
 from sparse_compress.rate import search
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.search import (
@@ -127,10 +128,10 @@ class World:
 
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch):
         self.options = QuantizeOptions(directory / "model", directory / "out")
-        plan: Any = SimpleNamespace(config=SimpleNamespace(num_layers=1))
+        plan: Any = SimpleNamespace(config=SimpleNamespace(num_layers=1), scheme=SCHEMES["W8A8"])
         checkpoint: Any = None
         self.prepared = Prepared(
-            self.options, plan, checkpoint, None, {"seed": 1}, {}, 0, ("price",)
+            self.options, plan, checkpoint, checkpoint, None, {"seed": 1}, {}, 0, ("price",)
         )
         self.job, self.measured = directory / "out.job", directory / "out.job.measure"
         self.tries = self.measured / "tries.json"
