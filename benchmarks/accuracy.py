@@ -108,6 +108,10 @@ def _calibrated(scheme: str, algorithm: str) -> bool:
     )
 
 
+def _searches(row: tuple[str, str, Row]) -> int:
+    return sum(ALGORITHMS[name].searches for name in row[1].split("+") if name in ALGORITHMS)
+
+
 def table(results: dict[str, Row], floats: dict[str, float]) -> list[str]:
     """The rows in Markdown."""
     lines = [
@@ -159,7 +163,7 @@ def main() -> None:
             for name, path in models.items()
         }
         results = kept.get("rows", {}) if kept.get("windows") == arguments.windows else {}
-        for row in rows():
+        for row in sorted(rows(), key=_searches):
             if key(*row) not in results:
                 results[key(*row)] = {
                     name: measure(path, *row, arguments.calib, tokens)
