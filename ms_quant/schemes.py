@@ -16,14 +16,8 @@ from ms_quant.numerics.activation import (
     Phased,
     StaticInt8,
 )
-from ms_quant.numerics.grid import (
-    AffineFormat,
-    DualMxFormat,
-    Float8Format,
-    MxFormat,
-    TwoLevelFormat,
-    WeightFormat,
-)
+from ms_quant.numerics.float_grid import DualMxFormat, Float8Format, MxFormat
+from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat, WeightFormat
 from ms_quant.numerics.mx_rules import RULES
 from ms_quant.numerics.timestep import Timestep
 from ms_quant.spec import ScaleType, Scheme

@@ -25,7 +25,8 @@ from ms_quant.numerics.activation import (
     StaticInt8,
 )
 from ms_quant.numerics.affine import QMAX, QMIN
-from ms_quant.numerics.grid import AffineFormat, DualMxFormat, Grid, MxFormat, TwoLevelFormat
+from ms_quant.numerics.float_grid import DualMxFormat, MxFormat
+from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
 
 if TYPE_CHECKING:

@@ -16,16 +16,8 @@ from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics import rotation, w4a8
 from ms_quant.numerics.activation import PerToken, Phased, StaticInt8
-from ms_quant.numerics.grid import (
-    AffineGrid,
-    DualMxFormat,
-    DualMxGrid,
-    Grid,
-    MxFormat,
-    MxGrid,
-    TwoLevelFormat,
-    TwoLevelGrid,
-)
+from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, MxFormat, MxGrid
+from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelFormat, TwoLevelGrid
 from ms_quant.numerics.groupwise import antiquant_offset
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
 

@@ -27,17 +27,8 @@ from ms_quant.algorithms.problem import (
     seen_inputs,
 )
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.grid import (
-    AffineFormat,
-    DualMxFormat,
-    DualMxGrid,
-    Float8Format,
-    Grid,
-    MxFormat,
-    TwoLevelFormat,
-    TwoLevelGrid,
-    WeightFormat,
-)
+from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, Float8Format, MxFormat
+from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat, TwoLevelGrid, WeightFormat
 from ms_quant.numerics.linear import Kronecker
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats

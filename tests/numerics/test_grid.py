@@ -11,12 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics import affine, groupwise, minifloat, mx, w4a8
+from ms_quant.numerics.float_grid import DualMxFormat, Float8Format, MxFormat
 from ms_quant.numerics.grid import (
     AffineFormat,
     AffineGrid,
-    DualMxFormat,
-    Float8Format,
-    MxFormat,
     TwoLevelFormat,
     TwoLevelGrid,
     WeightFormat,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Float, PerToken, PhasedActivation, Seen
-from ms_quant.numerics.grid import AffineFormat, Float8Format
+from ms_quant.numerics.float_grid import Float8Format
+from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import (
     Kronecker,
     LowRank,
