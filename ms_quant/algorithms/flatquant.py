@@ -28,27 +28,22 @@ channels beside the factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from ms_quant.algorithms.flat_group import Flat, Group
+from ms_quant.algorithms.flat_training import descend
 from ms_quant.algorithms.problem import Problem, Solution, prepared, seen_inputs
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics import affine, rotation
+from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import PerToken
-from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import Kronecker
 
 CLIPS = (1.0, 0.9, 0.8, 0.7)  # of all tokens and rows alike, for what is not trained
-LARGEST_CLIP = 0.98  # where training may start: the sigmoid of 1 is far off
-SMALLEST_ROW_CLIP = 0.5
 BALANCING_TURNS = 6
 DAMPING = 1e-6  # of a second moment's mean, added to each; channels may be all zeros
-WARMUP = 0.05  # of the steps
-BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-12
-TINY = 1e-30  # in place of the maximum of an all-zero row
 
 
 @dataclass(frozen=True)
@@ -76,26 +71,6 @@ class FlatOptions:
 
 
 DEFAULTS = FlatOptions()
-
-
-@dataclass(frozen=True)
-class Flat:
-    """What is deployed.
-
-    Attributes:
-        left: float32 (a, a).
-        right: float32 (b, b), a * b = K.
-        clip_ratio: in (0, 1], the factor on each token's absmax.
-        weight_clip: linear name to float32 (out, 1) in (0, 1], the factor on each row's absmax.
-        loss: of these values on the inputs they were trained on, computed as they are deployed:
-            the mean over linears of squared error over squared output, both summed over tokens.
-    """
-
-    left: np.ndarray
-    right: np.ndarray
-    clip_ratio: np.float32
-    weight_clip: Mapping[str, np.ndarray]
-    loss: float
 
 
 def train(
@@ -127,13 +102,13 @@ def train(
         MsQuantError: a value is NaN or inf, a shape or an option is wrong, or K is twice an odd
             number, which has no balanced factors.
     """
-    group = _Group(inputs, weights, name, act_bits, weight_bits)
+    group = Group(inputs, weights, name, act_bits, weight_bits)
     _check_options(options, name)
     starts = [group.deploy(*start) for start in _starts(group, options.seed)]
     best = min(starts, key=lambda flat: flat.loss)
     if best.loss > 0:
         refined = group.refine(best, options.row_clips)
-        trained = _descend(group, best, options) if options.steps else None
+        trained = descend(group, best, options) if options.steps else None
         candidates = [best, refined]
         if trained is not None:
             candidates.append(group.refine(trained, options.row_clips))
@@ -163,20 +138,6 @@ def solve(problem: Problem, solution: Solution, options: FlatOptions) -> Solutio
     )
 
 
-def _check_tensors(inputs: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> None:
-    if np.ndim(inputs) != 2 or not np.size(inputs):
-        raise MsQuantError(f"{name}: inputs of shape {np.shape(inputs)}, expected (tokens, K)")
-    if not weights:
-        raise MsQuantError(f"{name}: no weights, expected one linear or several")
-    check_finite(inputs, f"{name}: inputs")
-    for key, weight in weights.items():
-        if np.ndim(weight) != 2 or not np.size(weight) or weight.shape[1] != inputs.shape[1]:
-            raise MsQuantError(
-                f"{key}: weight of shape {np.shape(weight)}, expected (out, {inputs.shape[1]})"
-            )
-        check_finite(weight, key)
-
-
 def _check_options(options: FlatOptions, name: str) -> None:
     least = {"steps": 0, "batch_tokens": 1, "batch_rows": 1, "row_clips": 1, "seed": 0}
     for key, smallest in least.items():
@@ -189,135 +150,8 @@ def _check_options(options: FlatOptions, name: str) -> None:
             raise MsQuantError(f"{name}: {key} is {rate}, expected a positive number")
 
 
-class _Group:
-    """The linears, and what any candidate does to their outputs. Arguments as of :func:`train`."""
-
-    def __init__(
-        self,
-        inputs: np.ndarray,
-        weights: Mapping[str, np.ndarray],
-        name: str,
-        act_bits: int,
-        weight_bits: int,
-    ):
-        _check_tensors(inputs, weights, name)
-        for bits in (act_bits, weight_bits):
-            if bits not in affine.LIMITS:
-                raise MsQuantError(f"{name}: {bits} bits, expected 4 or 8")
-        self.name, self.act_bits, self.weight_bits = name, act_bits, weight_bits
-        self.factors = rotation.balanced_factors(inputs.shape[1], name)
-        self.inputs = np.asarray(inputs, np.float32)
-        self.weights = {key: np.asarray(weight, np.float32) for key, weight in weights.items()}
-        self.outputs, self.energies = {}, {}
-        wide = self.inputs.astype(np.float64)
-        for key, weight in self.weights.items():
-            outputs = wide @ weight.astype(np.float64).T
-            self.energies[key] = float(np.square(outputs).sum()) or 1.0
-            with np.errstate(over="ignore"):  # what becomes infinite is refused
-                self.outputs[key] = outputs.astype(np.float32)
-            check_finite(self.outputs[key], f"{key}: outputs")
-
-    def transformed(self, flat: Flat) -> np.ndarray:
-        """The inputs as they are rounded, float32 (tokens, K)."""
-        x = rotation.apply_kronecker(self.inputs, flat.left, flat.right, self.name)
-        return _rounded(x.astype(np.float32), flat.clip_ratio, self.act_bits)
-
-    def folded(self, flat: Flat, key: str) -> np.ndarray:
-        """W' of one linear, float32 (out, K)."""
-        weight = rotation.fold_kronecker(self.weights[key], flat.left, flat.right, key)
-        return weight.astype(np.float32)
-
-    def deploy(
-        self,
-        left: np.ndarray,
-        right: np.ndarray,
-        clip_ratio: float | np.float32,
-        weight_clip: Mapping[str, np.ndarray],
-    ) -> Flat:
-        """A candidate with its loss."""
-        factors = left.astype(np.float32), right.astype(np.float32)
-        flat = Flat(*factors, np.float32(clip_ratio), weight_clip, math.inf)
-        x, loss = self.transformed(flat), 0.0
-        for key, outputs in self.outputs.items():
-            weight = _rounded(self.folded(flat, key), weight_clip[key], self.weight_bits)
-            error = np.square(x @ weight.T - outputs, dtype=np.float64).sum()
-            loss += float(error) / (self.energies[key] * len(self.outputs))
-        return replace(flat, loss=loss) if math.isfinite(loss) else flat
-
-    def same_clip(self, ratio: float) -> dict[str, np.ndarray]:
-        """One factor for every row."""
-        return {key: np.full((len(w), 1), ratio, np.float32) for key, w in self.weights.items()}
-
-    def refine(self, flat: Flat, count: int) -> Flat:
-        """Gives each weight row the clipping of the smallest error, of ``count`` and its own."""
-        x, clips = self.transformed(flat), {}
-        for key, outputs in self.outputs.items():
-            rows, targets = _compressed(x, outputs)
-            weight = self.folded(flat, key)
-            own = flat.weight_clip[key]
-            clips[key] = _search_rows(weight, own, rows, targets, count, self.weight_bits)
-        return self.deploy(flat.left, flat.right, flat.clip_ratio, clips)
-
-
-def _rounded(x: np.ndarray, clip: np.ndarray | np.float32, bits: int) -> np.ndarray:
-    """What the codes of each row stand for, float32; ``clip`` is a number or (rows, 1)."""
-    absmax = np.abs(x).max(axis=-1, keepdims=True) * clip
-    scale = affine.symmetric_scale(absmax, affine.LIMITS[bits][1])
-    return affine.dequantize(affine.quantize(x, scale, bits=bits), scale)
-
-
-def _compressed(x: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fewer rows with the same squared errors up to a constant, if there are more than columns.
-
-    With x = Q R, |x w - y|^2 = |R w - Q^T y|^2 + constant.
-
-    Args:
-        x: float32 (tokens, K).
-        outputs: float32 (tokens, out).
-
-    Returns:
-        float32 (n, K) and (n, out), n = min(tokens, K).
-    """
-    if len(x) <= x.shape[1]:
-        return x, outputs
-    q, r = np.linalg.qr(x.astype(np.float64))
-    return r.astype(np.float32), (q.T @ outputs).astype(np.float32)
-
-
-def _search_rows(
-    weight: np.ndarray,
-    own: np.ndarray,
-    rows: np.ndarray,
-    targets: np.ndarray,
-    count: int,
-    bits: int,
-) -> np.ndarray:
-    """Clipping of each weight row with the smallest error against the targets.
-
-    Args:
-        weight: float32 (out, K).
-        own: float32 (out, 1), tried first.
-        rows: float32 (n, K).
-        targets: float32 (n, out).
-        count: how many ratios are tried beside.
-        bits: of the weight.
-
-    Returns:
-        float32 (out, 1).
-    """
-    chosen = own.copy()
-    least = np.full(len(weight), np.inf)
-    for ratio in [own, *np.linspace(SMALLEST_ROW_CLIP, 1, count, dtype=np.float32)]:
-        error = rows @ _rounded(weight, ratio, bits).T - targets
-        loss = np.square(error, dtype=np.float64).sum(axis=0)
-        better = loss < least
-        least[better] = loss[better]
-        chosen[better] = np.broadcast_to(ratio, own.shape)[better]
-    return chosen
-
-
-def _starts(group: _Group, seed: int) -> Iterator[tuple]:
-    """Arguments of :meth:`_Group.deploy`; the identity without clipping is the first."""
+def _starts(group: Group, seed: int) -> Iterator[tuple]:
+    """Arguments of :meth:`Group.deploy`; the identity without clipping is the first."""
     a, b = group.factors
     turns = [_orthogonal(a, 2 * seed), _orthogonal(b, 2 * seed + 1)]
     balanced = _balanced(group)
@@ -338,7 +172,7 @@ def _orthogonal(n: int, seed: int) -> np.ndarray:
         return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]
 
 
-def _balanced(group: _Group) -> tuple[np.ndarray, np.ndarray]:
+def _balanced(group: Group) -> tuple[np.ndarray, np.ndarray]:
     """The factors of the least tr(M Sx) tr(M^-1 Sw); see the module. float64, symmetric."""
     a, b = group.factors
     x = group.inputs.astype(np.float64).reshape(-1, a, b)
@@ -383,253 +217,3 @@ def _geometric_mean(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     root, inverse = _power(x, 0.5), _power(x, -0.5)
     mean = inverse @ _power(root @ w @ root, 0.5) @ inverse
     return (mean + mean.T) * (len(x) / (2 * np.trace(mean)))
-
-
-def _descend(group: _Group, start: Flat, options: FlatOptions) -> Flat | None:
-    """Trains from a start; None if a factor became singular on the way."""
-    parameters = {
-        "left": start.left.astype(np.float64),
-        "right": start.right.astype(np.float64),
-        "clip": _logit(start.clip_ratio),
-        "weight_clip": _logit(start.clip_ratio),
-    }
-    gradients = _gradient_function(group)
-    adam = _Adam(parameters)
-    for step, batch in enumerate(_batches(group, options)):
-        try:
-            directions = adam.directions(gradients(parameters, *batch))
-        except np.linalg.LinAlgError:
-            return None
-        rate = _schedule(step, options.steps)
-        for key in ("left", "right"):
-            factor = parameters[key]
-            change = rate * options.learning_rate / math.sqrt(len(factor))
-            parameters[key] = factor - change * (factor @ directions[key])
-        for key in ("clip", "weight_clip"):
-            parameters[key] = parameters[key] - rate * options.clip_learning_rate * directions[key]
-    return _deployed(group, parameters)
-
-
-def _normalized(group: _Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, outputs and stacked weights, scaled so that the loss is the squared error.
-
-    Neither the scale of the inputs nor that of a weight's row changes how they are rounded.
-
-    Returns:
-        float32 (tokens, K), (tokens, sum of out) and (sum of out, K); the mean over tokens of the
-        squared error summed over the outputs is :attr:`Flat.loss`.
-    """
-    count, tokens = len(group.weights), len(group.inputs)
-    size = float(np.sqrt(np.square(group.inputs, dtype=np.float64).mean())) or 1.0
-    scales = {key: math.sqrt(tokens / (count * group.energies[key])) for key in group.weights}
-    weights = [_scaled(weight, scales[key] * size) for key, weight in group.weights.items()]
-    outputs = [_scaled(y, scales[key]) for key, y in group.outputs.items()]
-    return (
-        _scaled(group.inputs, 1 / size),
-        np.concatenate(outputs, axis=1),
-        np.concatenate(weights),
-    )
-
-
-def _scaled(x: np.ndarray, factor: float) -> np.ndarray:
-    """float32; the factor alone may be too large for it."""
-    return (x.astype(np.float64) * factor).astype(np.float32)
-
-
-def _batches(group: _Group, options: FlatOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices of each step's tokens and weight rows."""
-    rng = np.random.default_rng(options.seed)
-    tokens = _draws(len(group.inputs), options.batch_tokens, rng)
-    rows = _draws(sum(map(len, group.weights.values())), options.batch_rows, rng)
-    for _ in range(options.steps):
-        yield next(tokens), next(rows)
-
-
-def _draws(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """``size`` numbers below ``count`` at a time, or all; none comes twice from one shuffling."""
-    order = np.arange(0)
-    while True:
-        if len(order) < min(size, count):
-            order = rng.permutation(count)
-        yield np.sort(order[:size])
-        order = order[size:]
-
-
-def _schedule(step: int, steps: int) -> float:
-    """A short linear rise, then a cosine to 0."""
-    return min(1.0, (step + 1) / (WARMUP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def _sigmoid(logit: np.ndarray) -> float:
-    return 1 / (1 + math.exp(-logit.item()))
-
-
-def _logit(ratio: np.float32) -> np.ndarray:
-    """float64 (1, 1)."""
-    inside = min(float(ratio), LARGEST_CLIP)
-    return np.full((1, 1), math.log(inside / (1 - inside)))
-
-
-def _deployed(group: _Group, parameters: Mapping[str, np.ndarray]) -> Flat | None:
-    """What was trained, with factors of the size of orthogonal ones; None if it is of no use."""
-    left, right = (
-        parameters[key] * (math.sqrt(len(parameters[key])) / np.linalg.norm(parameters[key]))
-        for key in ("left", "right")
-    )
-    clips = _sigmoid(parameters["clip"]), _sigmoid(parameters["weight_clip"])
-    try:
-        return group.deploy(left, right, clips[0], group.same_clip(clips[1]))
-    except MsQuantError:  # not finite, or singular
-        return None
-
-
-class _Adam:
-    """Adam's directions for a few small arrays; Kingma and Ba, arXiv 1412.6980."""
-
-    def __init__(self, parameters: Mapping[str, np.ndarray]):
-        self.mean = {key: np.zeros_like(value) for key, value in parameters.items()}
-        self.square = {key: np.zeros_like(value) for key, value in parameters.items()}
-        self.step = 0
-
-    def directions(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self.step += 1
-        result = {}
-        for key, gradient in gradients.items():
-            self.mean[key] += (1 - BETA1) * (gradient - self.mean[key])
-            self.square[key] += (1 - BETA2) * (gradient**2 - self.square[key])
-            mean = self.mean[key] / (1 - BETA1**self.step)
-            square = self.square[key] / (1 - BETA2**self.step)
-            result[key] = mean / (np.sqrt(square) + EPSILON)
-        return result
-
-
-Gradients = Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray], dict[str, np.ndarray]]
-
-
-def _gradient_function(group: _Group) -> Gradients:
-    """What gives the gradient of the loss on some tokens and weight rows.
-
-    MindSpore has the gradient with respect to the factors and to their inverses; the two are put
-    together here. For P -> P (I + D) and N = inverse(P)^T, which becomes N (I + D)^-T, the
-    gradient with respect to D at 0 is P^T gP - gN^T N.
-    """
-    from mindspore import Tensor
-
-    objective = _objective(group.act_bits, group.weight_bits)
-    x, y, w = _normalized(group)
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return Tensor(np.ascontiguousarray(array, np.float32))
-
-    def gradients(
-        parameters: Mapping[str, np.ndarray], tokens: np.ndarray, rows: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        left, right = parameters["left"], parameters["right"]
-        inverses = [np.linalg.inv(factor).T for factor in (left, right)]
-        batch = x[tokens], y[np.ix_(tokens, rows)], w[rows]
-        moving = left, right, *inverses, parameters["clip"], parameters["weight_clip"]
-        found = objective(*map(tensor, (*batch, *moving)))[1]
-        parts = [part.asnumpy().astype(np.float64) for part in found]
-        return {
-            "left": _traceless(left.T @ parts[0] - parts[2].T @ inverses[0]),
-            "right": _traceless(right.T @ parts[1] - parts[3].T @ inverses[1]),
-            "clip": parts[4],
-            "weight_clip": parts[5],
-        }
-
-    return gradients
-
-
-def _traceless(gradient: np.ndarray) -> np.ndarray:
-    """Without what is rounding noise: the loss does not depend on the scale of a factor."""
-    return gradient - np.trace(gradient) / len(gradient) * np.eye(len(gradient))
-
-
-def _objective(act_bits: int, weight_bits: int) -> Callable[..., Any]:
-    """Loss and gradient of a batch, in MindSpore.
-
-    Returns:
-        A function of x (n, K), y (n, out), w (out, K), left (a, a), right (b, b), inverse(left)^T,
-        inverse(right)^T, and the logits of clipping, (1, 1) each. It gives the loss, that is the
-        mean over tokens of the squared error, and its gradient in all but the first three.
-    """
-    import mindspore as ms
-    from mindspore import ops
-
-    ones, round_inputs, round_rows = _ones(), _fake_quant(act_bits), _fake_quant(weight_bits)
-    transposed_first = ops.BatchMatMul(transpose_a=True)
-    transposed_second = ops.MatMul(transpose_b=True)
-
-    def kronecker(x, left, right):
-        # A transpose costs ten times the copies of ``left`` that a batched product needs.
-        n, a, b = x.shape[0], left.shape[0], right.shape[0]
-        copies = ops.matmul(ones(n, 1), left.reshape(1, -1)).reshape(n, a, a)
-        return transposed_first(
-            copies, ops.matmul(x.reshape(-1, b), right).reshape(n, a, b)
-        ).reshape(n, a * b)
-
-    def loss(x, y, w, left, right, left_inverse, right_inverse, clip, weight_clip):
-        n, m = y.shape
-        clips = ops.matmul(ones(n, 1), ops.sigmoid(clip))
-        weight_clips = ops.matmul(ones(m, 1), ops.sigmoid(weight_clip))
-        inputs = round_inputs(kronecker(x, left, right), clips)
-        rows = round_rows(kronecker(w, left_inverse, right_inverse), weight_clips)
-        error = transposed_second(inputs, rows) - y
-        sums = ops.matmul(error * error, ones(m, 1))
-        return (ops.matmul(ones(1, n), sums) / n).reshape(())
-
-    return ms.value_and_grad(loss, (3, 4, 5, 6, 7, 8))
-
-
-def _ones() -> Callable[..., Any]:
-    """Ones by shape, made once: sums and copies are products with them, which are fast on CPU."""
-    import mindspore as ms
-    from mindspore import ops
-
-    made: dict[tuple[int, ...], ms.Tensor] = {}
-
-    def ones(*shape: int) -> ms.Tensor:
-        if shape not in made:
-            made[shape] = ops.ones(shape, ms.float32)
-        return made[shape]
-
-    return ones
-
-
-def _fake_quant(bits: int) -> Callable[..., Any]:
-    """Symmetric rounding of each row, with the gradient of straight-through rounding.
-
-    The gradient of a row's absmax goes to the element that has it, in equal parts if several do.
-
-    Returns:
-        A function of x (n, k) and clip (n, 1), that gives dq(q(x)), (n, k).
-    """
-    from mindspore import nn, ops
-
-    ones = _ones()
-    smallest, largest = affine.LIMITS[bits]
-
-    class FakeQuant(nn.Cell):
-        def construct(self, x, clip):
-            magnitude = ops.abs(x)
-            absmax = ops.maximum(ops.amax(magnitude, -1, keepdims=True), TINY)
-            scale, row = absmax * clip / largest, ones(1, x.shape[1])
-            steps = x * ops.matmul(1 / scale, row)
-            rounded = ops.round(steps)
-            codes = ops.maximum(ops.minimum(rounded, float(largest)), float(smallest))
-            saved = (magnitude, absmax, steps, rounded, codes)
-            return codes * ops.matmul(scale, row), saved
-
-        def bprop(self, x, clip, out, gradients):
-            magnitude, absmax, steps, rounded, codes = out[1]
-            row, column = ones(1, x.shape[1]), ones(x.shape[1], 1)
-            g = gradients[0]
-            through = g * (1 - ops.minimum(ops.abs(rounded - codes), 1.0))
-            g_scale = ops.matmul(g * codes - through * steps, column) / largest
-            # 1 at the maximum and 0 elsewhere; comparisons are slow.
-            top = ops.maximum(1 - (ops.matmul(absmax, row) - magnitude) * 1e35, 0.0)
-            share = g_scale * clip / (absmax * ops.maximum(ops.matmul(top, column), 1.0))
-            return through + top * x * ops.matmul(share, row), g_scale * absmax
-
-    cell = FakeQuant()
-    return lambda x, clip: cell(x, clip)[0]
