@@ -208,6 +208,9 @@ def get_scheme(name: str, **chosen: Any) -> Scheme:
             raise MsQuantError(f"{key} is {value!r}, expected one of {listed} for scheme {name}")
     if not chosen:
         return scheme
+    if name == "W8A16" and chosen.get("group_size"):
+        reason = f"{_VLLM_ASCEND} reads W8A16 with one scale a row only"
+        scheme = replace(scheme, served_by=(), not_served_by=(reason,))
     if name == "W4A8_DYNAMIC":
         size = chosen["group_size"]
         return replace(scheme, weight=TwoLevelFormat(size) if size else AffineFormat(4))
