@@ -7,9 +7,9 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,6 +82,14 @@ class Block:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+class Smoothed(NamedTuple):
+    """A group whose smoothing is decided."""
+
+    group: LinearGroup
+    problem: Problem
+    solution: Solution
+
+
 def quantize_block(
     plan: Plan,
     index: int,
@@ -100,18 +108,25 @@ def quantize_block(
         steps: what is done around the algorithms.
         progress: told how much is done, 0 to 1.
     """
-    block, groups = Block(), plan.groups(index)
-    pending = []
-    for done, group in enumerate(groups):
-        problem = _problem(plan, index, group, array, seen(group), steps)
-        solution = plan.chain.first(problem)
-        if solution.smooth is not None and not plan.scheme.activation.holds_smoothing:
-            smooth = _fold(plan, group, array, block.floats, solution.smooth)
-            solution = replace(solution, smooth=smooth)
-        pending.append((group, problem, solution))
-        progress((done + 1) / len(groups) / 2)
+    block, count = Block(), len(plan.groups(index))
+    folds = plan.chain.any("smooths") and not plan.scheme.activation.holds_smoothing
+
+    def smoothed() -> Iterator[Smoothed]:
+        for done, group in enumerate(plan.groups(index)):
+            problem = _problem(plan, index, group, array, seen(group), steps)
+            solution = plan.chain.first(problem)
+            if folds and solution.smooth is not None:
+                smooth = _fold(plan, group, array, block.floats, solution.smooth)
+                solution = replace(solution, smooth=smooth)
+            yield Smoothed(group, problem, solution)
+            if folds:
+                progress((done + 1) / count / 2)
+
+    # Without folding one group's weights after the other are in memory.
+    pending = list(smoothed()) if folds else smoothed()
     for done, (group, problem, solution) in enumerate(pending):
-        problem = _with_scaled_rows(plan, problem, pending, block.floats)
+        if folds:
+            problem = _with_scaled_rows(problem, pending, block.floats)
         if steps.rounding is None:
             solution = plan.chain.rest(problem, solution)
             linears, note = apply(problem, solution), dict(solution.note)
@@ -121,7 +136,7 @@ def quantize_block(
         folded = {path: replace(linear, smooth=None) for path, linear in linears.items()}
         block.linears.update(folded)
         block.notes[group.name] = note
-        progress((1 + (done + 1) / len(groups)) / 2)
+        progress((done + 1) / count if not folds else (1 + (done + 1) / count) / 2)
     return block
 
 
@@ -189,24 +204,17 @@ def _fold(
 
 
 def _with_scaled_rows(
-    plan: Plan,
-    problem: Problem,
-    pending: list[tuple[LinearGroup, Problem, Solution]],
-    floats: dict[str, np.ndarray],
+    problem: Problem, consumers: Iterable[Smoothed], floats: dict[str, np.ndarray]
 ) -> Problem:
     """The problem with the rows of its linears divided by the smoothing of what they feed."""
-    if plan.scheme.activation.holds_smoothing:
-        return problem
     weights, biases = dict(problem.weights), dict(problem.biases)
-    for group, consumer, solution in pending:
+    for group, consumer, solution in consumers:
         if group.feed not in weights or solution.smooth is None:
             continue
         heads, size = consumer.shared
-        rows = (
-            solution.smooth.reshape(-1, heads, size)[:, 0].reshape(-1)
-            if size > 1
-            else (solution.smooth)
-        )
+        rows = solution.smooth
+        if heads > 1:  # one value head's rows for the query heads that share them
+            rows = rows.reshape(-1, heads, size)[:, 0].reshape(-1)
         weights[group.feed] = weights[group.feed] / rows[:, None]
         if group.feed in biases:
             biases[group.feed] = biases[group.feed] / rows

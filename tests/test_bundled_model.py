@@ -12,6 +12,7 @@ import pytest
 from ms_quant.data import eval_windows
 from ms_quant.models.config import load_config
 from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan import Choices
 from sparse_compress.fractal import unsupported_reason
 from sparse_compress.partition import fused_shape
 from sparse_compress.request import SparseOptions
@@ -59,9 +60,13 @@ def twin(tmp_path_factory) -> Path:
     return target
 
 
-def quantized(model: Path, output: Path, scheme: str, algorithm: str) -> Path:
-    calib = TEXT / "calibration.txt" if scheme == "W8A8" else None
-    quantize_checkpoint(QuantizeOptions(model, output, scheme, algorithm, calib=calib))
+def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options: int) -> Path:
+    data_free = algorithm == "minmax" and scheme in ("W8A8_DYNAMIC", "W8A16")
+    calib = None if data_free else TEXT / "calibration.txt"
+    choices = Choices(algorithm=options)
+    quantize_checkpoint(
+        QuantizeOptions(model, output, scheme, algorithm, choices=choices, calib=calib)
+    )
     return output
 
 
@@ -95,10 +100,24 @@ def test_the_model_meets_the_unzip_limits_on_both_ranks():
     assert (MODEL / "model.safetensors").stat().st_size <= 16 << 20
 
 
-@pytest.mark.parametrize(("scheme", "algorithm"), [("W8A8", "osl"), ("W8A8_DYNAMIC", "minmax")])
+@pytest.mark.parametrize(
+    ("scheme", "algorithm"), [("W8A8", "osl"), ("W8A8_DYNAMIC", "minmax"), ("W8A16", "minmax")]
+)
 def test_quantization_costs_less_than_half_a_percent(tmp_path, tokens, exact, scheme, algorithm):
     made = quantized(MODEL, tmp_path / "made", scheme, algorithm)
     assert perplexity(made, tokens) == pytest.approx(exact, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "options", "limit"),
+    [
+        ("W4A16", "gptq", {}, 0.01),  # in groups of 128
+        ("W4A4_FLATQUANT_DYNAMIC", "minmax", {"steps": 40}, 0.05),
+    ],
+)
+def test_what_four_bits_cost(tmp_path, tokens, exact, scheme, algorithm, options, limit):
+    made = quantized(MODEL, tmp_path / "made", scheme, algorithm, **options)
+    assert exact < perplexity(made, tokens) < (1 + limit) * exact
 
 
 def test_smoothing_recovers_what_outlier_channels_cost(tmp_path, tokens, exact, twin):
