@@ -133,7 +133,7 @@ class PerTokenFloat8(_Dynamic):
 
     def fake(self, x: np.ndarray) -> np.ndarray:
         scale = minifloat.row_scale(x)
-        return minifloat.round_to(x / scale, minifloat.E4M3, minifloat.Rounding.HALF_EVEN) * scale
+        return minifloat.dequantize_rows(minifloat.quantize_rows(x, scale), scale)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ms_quant.numerics import minifloat, mx
 from ms_quant.numerics.grid import FLOAT32, Clip, check_group, columns_of, stored_scale
-from ms_quant.numerics.minifloat import E2M1, E4M3
+from ms_quant.numerics.minifloat import E2M1
 from ms_quant.numerics.mx_rules import HUGE, RULES, MxRule
 
 
@@ -53,10 +53,10 @@ class Float8Grid:
     group: int = 0
 
     def round(self, weight: np.ndarray, start: int = 0) -> np.ndarray:
-        return minifloat.encode(weight / self.scale, E4M3, name=self.name)
+        return minifloat.quantize_rows(weight, self.scale, self.name)
 
     def values(self, codes: np.ndarray, start: int = 0) -> np.ndarray:
-        return minifloat.decode(codes, E4M3, self.name) * self.scale
+        return minifloat.dequantize_rows(codes, self.scale, self.name)
 
     def refit(self, weight: np.ndarray, start: int) -> None:
         self.scale = stored_scale(

@@ -196,11 +196,22 @@ class AffineGrid:
         return scale, np.clip(zero_point, smallest, largest).astype(np.int8)
 
     def round(self, weight: np.ndarray, start: int = 0) -> np.ndarray:
+        if self._is_whole(weight):  # without a scale for every element
+            return groupwise.quantize(weight, self._by, self.name)
         scale, zero_point = self._at(start, weight.shape[1])
         return affine.quantize(weight, scale, zero_point, self.format.bits)
 
     def values(self, codes: np.ndarray, start: int = 0) -> np.ndarray:
+        if self._is_whole(codes):
+            return groupwise.dequantize(codes, self._by, self.name)
         return affine.dequantize(codes, *self._at(start, codes.shape[1]))
+
+    @property
+    def _by(self) -> groupwise.Parameters:
+        return groupwise.Parameters(self.scale, self.zero_point, self.format.bits)
+
+    def _is_whole(self, columns: np.ndarray) -> bool:
+        return self.group * self.scale.shape[1] == columns.shape[1]
 
     def _at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return (

@@ -88,9 +88,13 @@ def reference(format: WeightFormat, weight: np.ndarray):
     if isinstance(format, AffineFormat):
         return tensor_reference(weight) if format.per_tensor else affine_reference(format, weight)
     if isinstance(format, TwoLevelFormat):
-        two = w4a8.quantize_two_level(weight, format.group_size, "w")
-        arrays = {"weight_scale": two.scale, "weight_scale_second": two.second}
-        return two.codes, two.dequantize(), arrays
+        absmax = np.abs(weight).max(axis=1, keepdims=True, initial=0)
+        scale = affine.symmetric_scale(absmax, w4a8.PROTECTED)
+        between = affine.quantize(weight, scale)
+        by = groupwise.parameters(between, (1, format.group_size), "w", bits=4)
+        codes = groupwise.quantize(between, by, "w")
+        arrays = {"weight_scale": scale, "weight_scale_second": by.scale}
+        return codes, groupwise.dequantize(codes, by, "w") * scale, arrays
     if isinstance(format, Float8Format):
         scale = minifloat.row_scale(weight)
         codes = minifloat.quantize_rows(weight, scale)

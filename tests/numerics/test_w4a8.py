@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics import w4a8
+from ms_quant.numerics.grid import TwoLevelFormat, TwoLevelGrid
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES as SLICES
 
@@ -40,6 +42,37 @@ def exact(codes: np.ndarray, scale: np.ndarray, slices: int) -> list[list[float]
         ]
         for n in range(rows)
     ]
+
+
+@dataclass
+class TwoLevel:
+    """A weight on the grid of two scales."""
+
+    codes: np.ndarray
+    grid: TwoLevelGrid
+
+    @property
+    def scale(self) -> np.ndarray:
+        return self.grid.scale
+
+    @property
+    def second(self) -> np.ndarray:
+        return self.grid.second.scale
+
+    def dequantize(self) -> np.ndarray:
+        return self.grid.values(self.codes)
+
+    def scale_bias(self, name: str, slices: int = 1) -> np.ndarray:
+        return w4a8.scale_bias(
+            self.codes, self.second.astype(np.float64) * self.scale, name, slices
+        )
+
+
+def two_level(
+    weight: np.ndarray, group: int, name: str, dtype: np.dtype = DTYPES["float32"]
+) -> TwoLevel:
+    grid = TwoLevelFormat(group).fit(weight, name, dtype)
+    return TwoLevel(grid.round(weight), grid)
 
 
 @pytest.mark.parametrize("slices", [1, SLICES])
@@ -78,7 +111,7 @@ def test_why_there_is_a_correction(row):
     group=st.sampled_from([1, 2, 4, 8]),
 )
 def test_two_levels_stay_within_two_half_steps(weight, group):
-    found = w4a8.quantize_two_level(weight, group, "w")
+    found = two_level(weight, group, "w")
     assert found.codes.dtype == np.int8
     assert np.abs(found.codes).max(initial=0) <= 7
     assert found.scale.shape == (2, 1)
@@ -93,7 +126,7 @@ def test_two_levels_stay_within_two_half_steps(weight, group):
 
 def test_two_levels_by_hand():
     weight = np.array([[119, -34, 7, 3, 0, 0]], np.float32)
-    found = w4a8.quantize_two_level(weight, 2, "w")
+    found = two_level(weight, 2, "w")
     assert found.scale.tolist() == [[1.0]]
     assert found.second.tolist() == [[17.0, 1.0, 1.0]]  # the last group is all zeros
     assert found.codes.tolist() == [[7, -2, 7, 3, 0, 0]]
@@ -104,9 +137,7 @@ def test_two_levels_by_hand():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_scales_are_rounded_up_to_the_stored_type_before_use(dtype):
     weight = RNG.standard_normal((3, 64)).astype(np.float32)
-    exact, found = (
-        w4a8.quantize_two_level(weight, 16, "w", scale_dtype=d) for d in (DTYPES["float32"], dtype)
-    )
+    exact, found = (two_level(weight, 16, "w", d) for d in (DTYPES["float32"], dtype))
     for scale in (found.scale, found.second):
         assert scale.dtype == np.float32
         np.testing.assert_array_equal(scale.astype(dtype).astype(np.float32), scale)
@@ -118,20 +149,18 @@ def test_scales_are_rounded_up_to_the_stored_type_before_use(dtype):
 
 def test_refuses_scales_beyond_the_stored_type():
     with pytest.raises(MsQuantError, match=r"w_scale: .* does not fit float16"):
-        w4a8.quantize_two_level(
-            np.full((1, 2), 1e9, np.float32), 2, "w", scale_dtype=DTYPES["float16"]
-        )
+        two_level(np.full((1, 2), 1e9, np.float32), 2, "w", DTYPES["float16"])
 
 
 def test_two_level_scale_bias_is_exact():
-    found = w4a8.quantize_two_level(RNG.standard_normal((3, 64)), 16, "w")
+    found = two_level(RNG.standard_normal((3, 64)), 16, "w")
     both = found.second.astype(np.float64) * found.scale
     assert found.scale_bias("w", SLICES).tolist() == exact(found.codes, both, SLICES)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(rows):
-    found = w4a8.quantize_two_level(np.zeros((rows, 32), np.float32), 16, "w")
+    found = two_level(np.zeros((rows, 32), np.float32), 16, "w")
     assert found.dequantize().shape == (rows, 32)
     assert found.scale_bias("w", SLICES).tolist() == [[0.0] * SLICES] * rows
 
@@ -144,8 +173,6 @@ def test_refusals():
         with pytest.raises(MsQuantError, match=r"w: scales of .* do not divide codes of \(3, 64\)"):
             w4a8.scale_bias(CODES, np.ones(shape, np.float32), "w")
     with pytest.raises(MsQuantError, match="w: groups of 256 do not divide K = 64"):
-        w4a8.quantize_two_level(CODES.astype(np.float32), 256, "w")
+        two_level(CODES.astype(np.float32), 256, "w")
     with pytest.raises(MsQuantError, match="w: 1 of 2 values are NaN or inf"):
-        w4a8.quantize_two_level(np.array([[1, np.nan]]), 2, "w")
-    with pytest.raises(MsQuantError, match=r"w: shape \(2,\), expected two axes"):
-        w4a8.quantize_two_level(np.ones(2), 2, "w")
+        two_level(np.array([[1, np.nan]]), 2, "w")
