@@ -9,7 +9,8 @@ float: a few channels of every norm are 32 times as large, and what reads them a
 (tools/inject_outliers.py). ``bytes`` are those of the quantized linears' tensors as the scheme's
 checkpoint holds them, over the number of their weights; ``seconds`` are of quantizing.
 
-Rows that the JSON file already holds are not measured again.
+Rows that the JSON file already holds are not measured again, unless the float perplexities, the
+windows or the version differ.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import __version__
 from ms_quant.algorithms import ALGORITHMS, PLAIN
+from ms_quant.checkpoint.atomic import write_json
 from ms_quant.checkpoint.serving import FloatModel, JobModel
 from ms_quant.console import use_mindspore
 from ms_quant.data import eval_windows
@@ -162,7 +165,8 @@ def main() -> None:
             name: perplexity(FloatModel(path), tokens)["perplexity"]
             for name, path in models.items()
         }
-        results = kept.get("rows", {}) if kept.get("windows") == arguments.windows else {}
+        of = {"windows": arguments.windows, "version": __version__, "float": floats}
+        results = kept.get("rows", {}) if kept.get("of") == of else {}
         for row in sorted(rows(), key=_searches):
             if key(*row) not in results:
                 results[key(*row)] = {
@@ -170,9 +174,7 @@ def main() -> None:
                     for name, path in models.items()
                 }
                 print(row, results[key(*row)], flush=True)
-                arguments.json.write_text(
-                    json.dumps({"windows": arguments.windows, "rows": results}, indent=0)
-                )
+                write_json(arguments.json, {"of": of, "rows": results})
     head = (
         f"{tokens[:, 1:].size} held-out tokens; float perplexity {floats['model']:.4f} "
         f"(twin {floats['twin']:.4f})"

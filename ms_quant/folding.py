@@ -37,7 +37,8 @@ class Folding:
             return None
         name = f"{block_prefix(index)}{group.feed}.weight"
         gain, stored = self.source.read_float32(name), self.ours.read_float32(name)
-        live = stored != 0
+        kept = gain.astype(self.plan.dtype).astype(np.float32) == stored  # where nothing could fold
+        live = (stored != 0) & ~kept
         return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
 
     def is_unknown(self, index: int, group: LinearGroup) -> bool:

@@ -160,7 +160,7 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
             try:
-                _check_shapes(plan, index, group)
+                check_shapes(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
                     raise MsQuantError(
@@ -170,7 +170,12 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
                 yield f"{block_prefix(index)}{group.name}"
 
 
-def _check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
+def check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
+    """Refuses a group that the scheme's groups do not divide or no file can hold.
+
+    Raises:
+        MsQuantError: names the linear.
+    """
     shapes = plan.config.linear_shapes()
     for member in group.members:
         name = f"{block_prefix(index)}{member}.weight"

@@ -203,7 +203,7 @@ def get_scheme(name: str, **chosen: Any) -> Scheme:
             options = " or ".join(scheme.options) or "no option"
             raise MsQuantError(f"scheme {name} takes no {key}, expected {options}")
         values = [v for v in VALUES[key] if key != "rule" or _same_element(scheme, v)]
-        if value not in values:
+        if not any(type(value) is type(known) and value == known for known in values):
             listed = ", ".join(map(str, values))
             raise MsQuantError(f"{key} is {value!r}, expected one of {listed} for scheme {name}")
     if not chosen:

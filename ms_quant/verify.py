@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS, PLAIN, has, is_known
+from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, has, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
@@ -99,10 +99,28 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
     for key, stated in expected.items():
         if record.get(key) != stated:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {stated!r}"
-    algorithm = record.get("algorithm")
+    yield from _algorithm_problems(path, record, plan)
+
+
+def _algorithm_problems(path: Path, record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """What is wrong with the recorded algorithms and their options, given the scheme."""
+    algorithm, options = record.get("algorithm"), record.get("algorithm_options", {})
     if not is_known(algorithm):
         known = ", ".join([PLAIN, *ALGORITHMS])
         yield f"{path}: algorithm is {algorithm!r:.80}, expected one of {known}"
+        return
+    parts = options.values() if isinstance(options, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in parts):
+        yield f"{path}: algorithm_options is {options!r:.80}, expected options by algorithm"
+        return
+    settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
+    try:
+        chain = get_chain(str(algorithm), plan.scheme, settings)
+    except MsQuantError as error:
+        yield f"{path}: {error}"
+        return
+    if plan.quantized() and chain.name != algorithm:
+        yield f"{path}: algorithm is {algorithm!r:.80}, expected {chain.name!r}"
 
 
 def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterator[str]:

@@ -172,3 +172,28 @@ def test_every_pair_is_either_planned_or_refused():
             else:
                 chosen = {"group_size": 64} if scheme == "W4A16" else {}
                 assert algorithm in plan(scheme, algorithm, options=Choices(chosen)).algorithm
+
+
+def test_options_that_two_algorithms_take_are_told_apart():
+    scheme, chosen = "W4A4_FLATQUANT_DYNAMIC", {"steps": 5}
+    with pytest.raises(MsQuantError, match=r"expected flatquant\.steps or ssz\.steps once$"):
+        plan(scheme, "ssz", options=Choices(algorithm=chosen))
+    made = plan(scheme, "ssz", options=Choices(algorithm={"ssz.steps": 5}))
+    assert made.chain.options["ssz"].steps == 5
+    assert made.chain.options["flatquant"].steps != 5
+    twice = Choices(algorithm={"alpha": 0.5, "smoothquant.alpha": 0.6})
+    with pytest.raises(MsQuantError, match=r"given twice, expected smoothquant\.alpha once$"):
+        plan(algorithm="smoothquant", options=twice)
+
+
+@pytest.mark.parametrize("settings", [{"steps": -1}, {"learning_rate": "nan"}, {"batch_rows": 0}])
+def test_flatquant_options_are_refused_before_work(settings):
+    with pytest.raises(MsQuantError, match=r"^flatquant\."):
+        plan("W4A4_FLATQUANT_DYNAMIC", options=Choices(algorithm=settings))
+
+
+def test_a_transform_that_no_factors_have_is_refused_by_name():
+    config = parse_config({**CONFIG.raw, "intermediate_size": 100}, "dir/config.json")
+    message = r"mlp\.down_proj\.weight: 100 inputs, expected a multiple of 8"
+    with pytest.raises(MsQuantError, match=message):
+        make_plan(config, "W4A4_FLATQUANT_DYNAMIC", "minmax", dtype=BF16)

@@ -310,3 +310,41 @@ def test_bounds_of_the_output_error() -> None:
 def test_nothing_differs_in_no_rows() -> None:
     comparison = GridComparison(AffineFormat(4, 32), np.dtype(np.float32), False)
     assert list(comparison.problems("x", (0, 32))) == []
+
+
+def test_groups_that_do_not_divide_are_a_problem_not_a_traceback(make: Callable) -> None:
+    directory = make("W4A16", {"group_size": 32})
+    edit_json(directory / DESCRIPTION, group_size=256)
+    assert f"{Q}.weight: groups of 256 do not divide K = 64" in problem(directory)
+
+
+@pytest.mark.parametrize("size", [32.0, True, "32", None])
+def test_a_group_size_of_another_type(make: Callable, size: Any) -> None:
+    directory = make("W4A16", {"group_size": 32})
+    edit_json(directory / DESCRIPTION, group_size=size)
+    assert f"group_size is {size!r}, expected one of 0, 32, 64" in problem(directory)
+
+
+def test_scalar_tensors_with_telling_names(make: Callable, edit: Callable) -> None:
+    directory = make("W8A16")
+    edit(directory, lambda t: t.update({"x.svd_lowrank_l1": np.float32(1)}))
+    assert "unknown tensor 'x.svd_lowrank_l1'" in problem(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "osl"}, "algorithm 'osl' does not work with scheme W8A16"),
+        ({"algorithm": "gptq+gptq"}, "gptq and gptq both decide the rounding"),
+        ({"algorithm": "flatquant"}, "its tensors have no place for it"),
+        ({"algorithm": ["gptq"]}, "algorithm is ['gptq'], expected one of minmax"),
+        ({"algorithm_options": {"gptq": 1}}, "algorithm_options is {'gptq': 1}, expected options"),
+        ({"algorithm_options": {"gptq": {"damping": 1}}}, "takes no option 'gptq.damping'"),
+    ],
+)
+def test_a_recorded_algorithm_that_cannot_be(make: Callable, changes: dict, message: str) -> None:
+    directory = make("W8A16")
+    value = json.loads((directory / RECORD).read_text())
+    value["record"] |= changes
+    write_json(directory / RECORD, seal({k: v for k, v in value.items() if k != "sha256"}))
+    assert message in problem(directory)

@@ -90,8 +90,8 @@ def get_chain(text: str, scheme: Scheme, settings: Mapping[str, Any] | None = No
     names = [] if text == PLAIN else text.split("+")
     for name in names:
         if name not in ALGORITHMS:
-            expected = ", ".join([PLAIN, *ALGORITHMS])
-            raise MsQuantError(f"algorithm {name!r} is unknown, expected one of {expected}")
+            known = ", ".join(ALGORITHMS if len(names) > 1 else [PLAIN, *ALGORITHMS])
+            raise MsQuantError(f"algorithm {name!r} is unknown, expected one of {known}")
         reason = ALGORITHMS[name].suits(scheme)
         if reason:
             suitable = [PLAIN, *(n for n, row in ALGORITHMS.items() if not row.suits(scheme))]
@@ -109,34 +109,39 @@ def get_chain(text: str, scheme: Scheme, settings: Mapping[str, Any] | None = No
                 f"algorithm {text!r}: {one} and {other} both decide the {stage}, expected one"
             )
     smoothing = [name for name in names if ALGORITHMS[name].smooths]
-    if smoothing and any(ALGORITHMS[name].histogram for name in names):
+    looking = [name for name in names if ALGORITHMS[name].histogram]
+    if smoothing and looking:
         raise MsQuantError(
-            f"algorithm {text!r}: {names[0]} looks at the input before {smoothing[0]} smooths it, "
-            "expected one of them"
+            f"algorithm {text!r}: {looking[0]} looks at the input before {smoothing[0]} smooths "
+            "it, expected one of them"
         )
     return Chain(tuple(names), _options(names, dict(settings or {})))
 
 
 def _options(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     """The options of each algorithm, with what was set in place of the defaults."""
-    made: dict[str, Any] = {}
-    for name in names:
-        default = ALGORITHMS[name].options
-        fields = {} if default is None else vars(default)
-        found = {}
-        for key in fields:
-            for spelled in (key, f"{name}.{key}"):
-                if spelled in settings:
-                    found[key] = settings.pop(spelled)
-        made[name] = default if not found else _changed(name, default, found)
-    if settings:
-        taken = [f"{name}.{key}" for name in names for key in vars(made[name] or _NOTHING)]
-        expected = ", ".join(taken) or "none"
-        chain = "+".join(names) or PLAIN
-        raise MsQuantError(
-            f"algorithm {chain} takes no option {min(settings)!r}, expected {expected}"
+    chain, defaults = "+".join(names) or PLAIN, {name: ALGORITHMS[name].options for name in names}
+    taken = [f"{name}.{key}" for name in names for key in vars(defaults[name] or _NOTHING)]
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        meant = [full for full in taken if key in (full, full.partition(".")[2])]
+        if not meant:
+            expected = ", ".join(taken) or "none"
+            raise MsQuantError(f"algorithm {chain} takes no option {key!r}, expected {expected}")
+        if len(meant) > 1 or meant[0] in found:
+            raise MsQuantError(
+                f"algorithm {chain}: option {key!r} is one of several or given twice, expected "
+                f"{' or '.join(meant)} once"
+            )
+        found[meant[0]] = value
+    return {
+        name: _changed(
+            name,
+            default,
+            {k.partition(".")[2]: v for k, v in found.items() if k.startswith(f"{name}.")},
         )
-    return made
+        for name, default in defaults.items()
+    }
 
 
 def has(text: str, attribute: str) -> bool:
@@ -159,6 +164,8 @@ _NOTHING = _Nothing()
 
 
 def _changed(name: str, default: Any, found: dict[str, Any]) -> Any:
+    if not found:
+        return default
     try:
         made = TypeAdapter(type(default)).validate_python({**vars(default), **found})
     except ValidationError as error:

@@ -30,8 +30,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from ms_quant.algorithms.flat_group import Flat, Group
 from ms_quant.algorithms.flat_training import descend
@@ -61,13 +63,13 @@ class FlatOptions:
         seed: of the Hadamard matrices' signs and of the batches.
     """
 
-    steps: int = 400
-    batch_tokens: int = 128
-    batch_rows: int = 256
-    learning_rate: float = 0.15
-    clip_learning_rate: float = 0.05
-    row_clips: int = 41
-    seed: int = 0
+    steps: Annotated[int, Field(ge=0)] = 400
+    batch_tokens: Annotated[int, Field(ge=1)] = 128
+    batch_rows: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.15
+    clip_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    row_clips: Annotated[int, Field(ge=1)] = 41
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 DEFAULTS = FlatOptions()

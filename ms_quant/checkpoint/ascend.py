@@ -19,6 +19,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.rotation import balanced_factors
 from ms_quant.schemes import VALUES
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ms_quant.plan import Plan
 
 VERSION = "1.0.0"
+TRANSFORM_MULTIPLE = 8
 HEAD = "lm_head.weight"
 BRANCH = ("svd_lowrank_l1", "svd_lowrank_l2")
 ADDED = ("left_trans", "right_trans", "clip_ratio", *BRANCH)
@@ -43,6 +45,13 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
     if isinstance(activation, StaticInt8) and activation.per_channel:
         raise MsQuantError(f"the ascend flavour cannot hold scheme {plan.scheme.name}")
     codes_of(plan.scheme).check(*shape, name)
+    if plan.scheme.algorithm == "flatquant":
+        if shape[1] % TRANSFORM_MULTIPLE:
+            raise MsQuantError(
+                f"{name}: {shape[1]} inputs, expected a multiple of {TRANSFORM_MULTIPLE} for a "
+                "Kronecker transform"
+            )
+        balanced_factors(shape[1], name)
     slices = slices_of(group)
     if has_scale_bias(plan.scheme) and shape[1] % slices:
         raise MsQuantError(
@@ -96,12 +105,13 @@ def scheme_options(description: Mapping[str, Any], checkpoint: Checkpoint) -> di
     names = set(checkpoint.names)
     for name in names:
         path, _, suffix = name.rpartition(".")
-        if suffix == "svd_lowrank_l1":  # the largest is cut by no linear's own shape
-            options["svd.rank"] = max(options.get("svd.rank", 1), *checkpoint.info(name).shape[:1])
-        if suffix == "weight_dual_scale" and f"{path}.weight" in names:
+        shape = checkpoint.info(name).shape  # one of a wrong rank is a problem of its own
+        if suffix == "svd_lowrank_l1" and len(shape) == 2:
+            # The largest is cut by no linear's own shape.
+            options["svd.rank"] = max(options.get("svd.rank", 1), shape[0])
+        if suffix == "weight_dual_scale" and f"{path}.weight" in names and len(shape) == 3:
             packed = checkpoint.info(f"{path}.weight").shape
-            blocks = checkpoint.info(name).shape
-            options |= _long_block(2 * packed[-1], blocks[1] if len(blocks) == 3 else 1)
+            options |= _long_block(2 * packed[-1], shape[1]) if len(packed) == 2 else {}
     return options
 
 

@@ -16,7 +16,7 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Plan
+from ms_quant.plan import Plan, check_shapes
 from ms_quant.schemes import SCHEMES, get_scheme
 from ms_quant.strict_json import read_json
 
@@ -164,7 +164,7 @@ def _plan_of(
     """The plan that a consistent description stands for.
 
     Raises:
-        MsQuantError: an option of the scheme has no such value.
+        MsQuantError: an option of the scheme has no such value, or a linear no such shape.
     """
     schemes = [value for key, value in description.items() if "." in key and value in SCHEMES]
     floats = frozenset(
@@ -181,7 +181,11 @@ def _plan_of(
     scheme = replace(get_scheme(name, **chosen), flavour=flavour.name)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
     chain = get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
-    return Plan(config, scheme, chain, DTYPES[config.dtype], floats)
+    plan = Plan(config, scheme, chain, DTYPES[config.dtype], floats)
+    for index in range(config.num_layers):
+        for group in plan.groups(index):
+            check_shapes(plan, index, group)
+    return plan
 
 
 def _recorded_options(directory: Path) -> dict[str, Any]:
