@@ -33,9 +33,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/unzip.py
 	$(BIN)/python benchmarks/rate.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
 
-# Every scheme with every algorithm; hours. What accuracy.json has is kept.
+# Every scheme with every algorithm; hours. What benchmarks/accuracy.json has is kept.
 accuracy: $(INSTALLED)
-	$(BIN)/python benchmarks/accuracy.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
+	$(BIN)/python benchmarks/accuracy.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt --windows 32 --json benchmarks/accuracy.json
 
 # The decoder under sanitizers, guided by coverage. FUZZ_KEEP=--keep adds what it finds to the corpus.
 fuzz: build/fuzz/fuzz_unzip
