@@ -214,7 +214,8 @@ def get_scheme(name: str, **chosen: Any) -> Scheme:
     if name == "W4A8_DYNAMIC":
         size = chosen["group_size"]
         return replace(scheme, weight=TwoLevelFormat(size) if size else AffineFormat(4))
-    scheme = replace(scheme, weight=replace(scheme.weight, **chosen))  # type: ignore[type-var]
+    weight: Any = scheme.weight  # a record, which its protocol cannot say
+    scheme = replace(scheme, weight=replace(weight, **chosen))
     if isinstance(scheme.activation, DualMxTokens) and "dual_block_size" in chosen:
         same = replace(scheme.activation, size=chosen["dual_block_size"])
         return replace(scheme, activation=same)
@@ -228,4 +229,5 @@ def as_value(name: str, value: Any) -> Any:
 
 
 def _same_element(scheme: Scheme, rule: str) -> bool:
-    return RULES[rule].element is RULES[scheme.weight.rule].element  # type: ignore[attr-defined]
+    assert isinstance(scheme.weight, MxFormat | DualMxFormat)
+    return RULES[rule].element is RULES[scheme.weight.rule].element
