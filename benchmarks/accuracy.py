@@ -36,7 +36,7 @@ from ms_quant.data import eval_windows
 from ms_quant.pipeline import run_blocks
 from ms_quant.plan import Choices, Plan
 from ms_quant.request import QuantizeOptions, prepare
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes import KV_CACHES, SCHEMES, STATIC_CACHE
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 COMBINED = ("smoothquant+gptq", "osl+gptq", "awq+gptq", "quarot+gptq")
@@ -47,6 +47,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # with the algorithms of FEW only
     "W4A4_MXFP4": [{"rule": "mxfp4_cann0"}, {"rule": "mxfp4_cann2_7.25"}],
 }
 FEW = (PLAIN, "awq", "gptq")
+CACHED = "W8A16"  # the scheme whose linears cost least, so that the cache's cost is seen
 LIKE_W8A8 = ("W8A8_PER_TENSOR", "W8A8_PER_CHANNEL")  # in their algorithms, too
 Row = dict[str, Any]
 
@@ -63,6 +64,8 @@ def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 if scheme.algorithm in parts or any(ALGORITHMS[p].suits(scheme) for p in parts):
                     continue
                 yield name, algorithm, options
+    for kind in KV_CACHES:
+        yield CACHED, PLAIN, {"kv_cache": kind}
 
 
 def measure(
@@ -71,14 +74,14 @@ def measure(
     """Quantizes one model in one way and evaluates it."""
     from ms_quant.evaluation import is_phased, perplexity
 
+    options = dict(options)
+    cache = options.pop("kv_cache", None)
+    held = cache if cache == STATIC_CACHE else ""
     with tempfile.TemporaryDirectory() as directory:
-        request = QuantizeOptions(
-            model, Path(directory) / "out", scheme, algorithm, Choices(options), calib
-        )
-        if not _calibrated(scheme, algorithm):
-            request = QuantizeOptions(
-                model, Path(directory) / "out", scheme, algorithm, Choices(options)
-            )
+        data = calib if held or _calibrated(scheme, algorithm) else None
+        choices = Choices(options, kv_cache=held)
+        output = Path(directory) / "out"
+        request = QuantizeOptions(model, output, scheme, algorithm, choices, data)
         prepared = prepare(request)
         job, started = prepared.job(), time.monotonic()
         with job.open():
@@ -86,7 +89,7 @@ def measure(
             seconds = time.monotonic() - started
             served = JobModel(prepared.plan, job, prepared.tensors)
             found = {
-                "perplexity": perplexity(served, tokens)["perplexity"],
+                "perplexity": perplexity(served, tokens, kv_cache=cache)["perplexity"],
                 "bytes": bytes_per_weight(prepared.plan),
                 "seconds": round(seconds, 1),
             }

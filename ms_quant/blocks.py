@@ -18,6 +18,7 @@ from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.numerics import kv_cache
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
@@ -75,11 +76,13 @@ class Block:
         linears: path to quantized linear.
         floats: float32 tensors that folding has changed, by name.
         notes: group to what was chosen.
+    cache: path to float32 scales of a linear's outputs in a cache of int8.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     floats: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cache: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Smoothed(NamedTuple):
@@ -97,6 +100,7 @@ def quantize_block(
     seen: Callable[[LinearGroup], Seen],
     steps: Steps = PLAIN,
     progress: Callable[[float], None] = lambda part: None,
+    cached: Mapping[str, np.ndarray] | None = None,
 ) -> Block:
     """The quantized linears of one block, and what the algorithms chose.
 
@@ -107,6 +111,7 @@ def quantize_block(
         seen: what calibration has seen of a group.
         steps: what is done around the algorithms.
         progress: told how much is done, 0 to 1.
+        cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
     block, count = Block(), len(plan.groups(index))
     folds = plan.chain.any("smooths") and not plan.scheme.activation.holds_smoothing
@@ -124,9 +129,10 @@ def quantize_block(
 
     # Without folding one group's weights after the other are in memory.
     pending = list(smoothed()) if folds else smoothed()
+    divisors = _divisors(pending) if isinstance(pending, list) else {}
     for done, (group, problem, solution) in enumerate(pending):
         if folds:
-            problem = _with_scaled_rows(problem, pending, block.floats)
+            problem = _with_scaled_rows(problem, divisors, block.floats)
         if steps.rounding is None:
             solution = plan.chain.rest(problem, solution)
             linears, note = apply(problem, solution), dict(solution.note)
@@ -137,6 +143,9 @@ def quantize_block(
         block.linears.update(folded)
         block.notes[group.name] = note
         progress((done + 1) / count if not folds else (1 + (done + 1) / count) / 2)
+    for path, absmax in (cached or {}).items():
+        name = f"{block_prefix(index)}{path}: cached output"
+        block.cache[path] = kv_cache.channel_scale(absmax / divisors.get(path, 1), plan.dtype, name)
     return block
 
 
@@ -203,22 +212,32 @@ def _fold(
     return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
 
 
-def _with_scaled_rows(
-    problem: Problem, consumers: Iterable[Smoothed], floats: dict[str, np.ndarray]
-) -> Problem:
-    """The problem with the rows of its linears divided by the smoothing of what they feed."""
-    weights, biases = dict(problem.weights), dict(problem.biases)
-    for group, consumer, solution in consumers:
-        if group.feed not in weights or solution.smooth is None:
+def _divisors(consumers: Iterable[Smoothed]) -> dict[str, np.ndarray]:
+    """Path of a linear to float32 (out,), the smoothing of what it feeds."""
+    divisors = {}
+    for group, problem, solution in consumers:
+        if group.feeds_from_norm or solution.smooth is None:
             continue
-        heads, size = consumer.shared
+        heads, size = problem.shared
         rows = solution.smooth
         if heads > 1:  # one value head's rows for the query heads that share them
             rows = rows.reshape(-1, heads, size)[:, 0].reshape(-1)
-        weights[group.feed] = weights[group.feed] / rows[:, None]
-        if group.feed in biases:
-            biases[group.feed] = biases[group.feed] / rows
-            floats[f"{group.feed}.bias"] = biases[group.feed]
+        divisors[group.feed] = rows
+    return divisors
+
+
+def _with_scaled_rows(
+    problem: Problem, divisors: Mapping[str, np.ndarray], floats: dict[str, np.ndarray]
+) -> Problem:
+    """The problem with the rows of its linears divided by the smoothing of what they feed."""
+    weights, biases = dict(problem.weights), dict(problem.biases)
+    for path, rows in divisors.items():
+        if path not in weights:
+            continue
+        weights[path] = weights[path] / rows[:, None]
+        if path in biases:
+            biases[path] = biases[path] / rows
+            floats[f"{path}.bias"] = biases[path]
     return replace(problem, weights=weights, biases=biases)
 
 

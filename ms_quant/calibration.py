@@ -15,6 +15,7 @@ from mindspore import Tensor
 
 from ms_quant.blocks import PLAIN, Progress, Seen, Steps, quantize_block
 from ms_quant.budget import BATCH_TOKENS
+from ms_quant.cells.kv_cache import ObservedCache
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import get_cell, replaced
@@ -52,8 +53,8 @@ class BlockRunner:
         """A float32 parameter, or None when the block has none of that name."""
         return self.parameters[name].asnumpy() if name in self.parameters else None
 
-    def attend(self, hidden: np.ndarray) -> np.ndarray:
-        return self.block.attend(Tensor(hidden), self.cos, self.sin, self.mask).asnumpy()
+    def attend(self, hidden: np.ndarray, cache: ObservedCache | None = None) -> np.ndarray:
+        return self.block.attend(Tensor(hidden), self.cos, self.sin, self.mask, cache).asnumpy()
 
     def feed_forward(self, middle: np.ndarray) -> np.ndarray:
         return self.block.feed_forward(Tensor(middle)).asnumpy()
@@ -131,10 +132,13 @@ def calibrate(
             with_hessian=hessian,
             with_histogram=plan.chain.any("histogram"),
         )
-        stats, searched = _observe(plan, runner, job, index, tokens.shape, progress, new_stats)
+        cache = ObservedCache(block_prefix(index)) if plan.kv_cache else None
+        observe = partial(_observe, plan, runner, job, index, tokens.shape, progress)
+        stats, searched = observe(new_stats, cache)
         seen = partial(_seen, runner, stats, searched)
         half = partial(_second_half, progress, index)
-        block = quantize_block(plan, index, runner.array, seen, steps, half)
+        cached = None if cache is None else cache.absmax
+        block = quantize_block(plan, index, runner.array, seen, steps, half, cached)
         norms = {f"{name}.l2_norm": stats[name].l2_norm for name in stats}
         job.finish_block(index, block, norms)
 
@@ -161,6 +165,7 @@ def _observe(
     shape: tuple[int, ...],
     progress: Progress,
     new_stats: Callable[..., ActivationStats],
+    cache: ObservedCache | None,
 ) -> tuple[dict[str, ActivationStats], SearchWindows]:
     """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
     sequences, length = shape
@@ -179,7 +184,7 @@ def _observe(
     with replaced(runner.block, recorders):
         for start in range(0, sequences, batch):
             hidden = read_hidden(job.hidden_file(index), start, start + batch)
-            middle = runner.attend(hidden)
+            middle = runner.attend(hidden, cache)
             output = runner.feed_forward(middle)
             searched.add(start, hidden, middle, output)
             if following:

@@ -30,6 +30,7 @@ from ms_quant.request import (
     prepare,
     require_mindspore,
 )
+from ms_quant.schemes import FLOAT_CACHE
 
 app = typer.Typer(
     help="Quantize language models for Ascend, on any machine, and prove the result.",
@@ -39,6 +40,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 ModelArgument = Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(help="float, C8 or C8_DYNAMIC. Default: as the checkpoint says"),
+]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a checkpoint.")]
 
 
@@ -67,6 +72,9 @@ def quantize(
         bool,
         typer.Option("--float-undivided", help="Leave linears float that groups do not divide."),
     ] = False,
+    kv_cache: Annotated[
+        str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")
+    ] = FLOAT_CACHE,
     alpha: Annotated[
         float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
     ] = None,
@@ -113,6 +121,7 @@ def quantize(
             {"alpha": alpha, "group_size": group_size, "symmetric": symmetric},
             setting or [],
             float_undivided,
+            kv_cache,
         ),
         calib=calib,
         samples=samples,
@@ -165,6 +174,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="Text, .jsonl or .npz to predict.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     windows: Annotated[int | None, typer.Option(help="Use only the first windows.", min=1)] = None,
+    kv_cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized checkpoint."""
@@ -173,18 +183,26 @@ def evaluate(
     from ms_quant.checkpoint.serving import open_model
     from ms_quant.data import eval_windows
     from ms_quant.evaluation import is_phased, perplexity
+    from ms_quant.inspection import cache_name
 
     model = open_model(checkpoint)
     tokens = eval_windows(text, checkpoint, seq_len)[:windows]
     with block_progress("evaluating", model.config.num_layers) as progress:
-        measured = perplexity(model, tokens, progress)
+        measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
     if is_phased(model):
         with block_progress("evaluating decode", model.config.num_layers) as progress:
-            decoded = perplexity(model, tokens, progress, decode=True)
+            decoded = perplexity(model, tokens, progress, decode=True, kv_cache=kv_cache)
         measured["perplexity_decode"] = decoded["perplexity"]
         measured["loss_decode"] = decoded["loss"]
     emit(
-        {"checkpoint": str(checkpoint), "flavour": model.flavour, **measured}, as_json, show_fields
+        {
+            "checkpoint": str(checkpoint),
+            "flavour": model.flavour,
+            "kv_cache": kv_cache or cache_name(model),
+            **measured,
+        },
+        as_json,
+        show_fields,
     )
 
 
@@ -193,6 +211,7 @@ def generate(
     checkpoint: CheckpointArgument,
     prompt: Annotated[str, typer.Option(help="What the text begins with.")],
     max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.", min=1)] = 64,
+    kv_cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Greedy text with a key-value cache."""
@@ -206,7 +225,7 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
-    generator = Generator(open_model(checkpoint))
+    generator = Generator(open_model(checkpoint), kv_cache)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))
@@ -224,7 +243,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 def schemes(as_json: JsonOption = False) -> None:
     """The schemes and algorithms there are, and which runtime serves them."""
     from ms_quant.algorithms import ALGORITHMS, PLAIN
-    from ms_quant.schemes import SCHEMES
+    from ms_quant.schemes import KV_CACHES, SCHEMES
 
     result = {
         "schemes": [
@@ -245,6 +264,7 @@ def schemes(as_json: JsonOption = False) -> None:
         "algorithms": [
             {"name": name, "summary": algorithm.summary} for name, algorithm in ALGORITHMS.items()
         ],
+        "kv_caches": [{"name": name, "summary": what} for name, what in KV_CACHES.items()],
     }
     emit(result, as_json, _show_schemes)
 
@@ -282,10 +302,11 @@ def _show_schemes(result: dict[str, Any]) -> None:
             row["name"], row["summary"], row["flavour"], ", ".join(row["algorithms"]), served
         )
     Console().print(table)
-    table = Table("algorithm", "what")
-    for row in result["algorithms"]:
-        table.add_row(row["name"], row["summary"])
-    Console().print(table)
+    for title, rows in (("algorithm", "algorithms"), ("KV cache", "kv_caches")):
+        table = Table(title, "what")
+        for row in result[rows]:
+            table.add_row(row["name"], row["summary"])
+        Console().print(table)
 
 
 @app.callback(invoke_without_command=True)

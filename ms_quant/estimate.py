@@ -12,6 +12,7 @@ from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
 from ms_quant.plan import Plan
+from ms_quant.schemes import FLOAT_CACHE
 
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
 # how much of a matrix product's speed a whole block reaches.
@@ -54,6 +55,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "flavour": plan.flavour.name,
         "scheme": plan.scheme.name,
         "algorithm": plan.algorithm,
+        "kv_cache": plan.kv_cache or FLOAT_CACHE,
         "dtype": plan.dtype.name,
         "blocks": config.num_layers,
         "quantized_linears": len(plan.quantized()),

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_quant.budget import BATCH_TOKENS
+from ms_quant.cells.kv_cache import Int8KeyValueCache
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import replace_cell
 from ms_quant.checkpoint.atomic import free_space_check
@@ -30,6 +32,7 @@ from ms_quant.models.decoder import (
 )
 from ms_quant.numerics.activation import PhasedActivation
 from ms_quant.numerics.affine import check_finite
+from ms_quant.schemes import DYNAMIC_CACHE, FLOAT_CACHE, KV_CACHES, STATIC_CACHE
 
 EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[int, float], None]
@@ -68,6 +71,31 @@ def is_phased(model: ServedModel) -> bool:
     return False
 
 
+def new_caches(model: ServedModel, kind: str | None = None) -> list[Callable[[], KeyValueCache]]:
+    """What makes an empty cache, for each block.
+
+    Args:
+        model: the checkpoint.
+        kind: ``"float"`` or one of ``KV_CACHES``; None is the checkpoint's own.
+
+    Raises:
+        MsQuantError: there is no such kind, or the checkpoint has no scales for it.
+    """
+    if kind not in (None, FLOAT_CACHE, *KV_CACHES):
+        known = ", ".join([FLOAT_CACHE, *KV_CACHES])
+        raise MsQuantError(f"kv cache {kind!r} is unknown, expected one of {known}")
+    if kind == DYNAMIC_CACHE:
+        return [Int8KeyValueCache] * model.config.num_layers
+    scales = [model.cache_scales(index) for index in range(model.config.num_layers)]
+    if kind == STATIC_CACHE and None in scales:
+        raise MsQuantError(
+            f"kv cache {kind}: the checkpoint has no scales for it, expected another"
+        )
+    if kind == FLOAT_CACHE:
+        return [KeyValueCache] * model.config.num_layers
+    return [KeyValueCache if s is None else partial(Int8KeyValueCache, s) for s in scales]
+
+
 def load_norm(model: ServedModel) -> RMSNorm:
     """The last norm."""
     norm = RMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
@@ -84,6 +112,7 @@ def perplexity(
     tokens: np.ndarray,
     progress: Progress = silent,
     decode: bool = False,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity over windows of tokens, block by block, hidden states on disk.
 
@@ -94,6 +123,8 @@ def perplexity(
         tokens: int32 (windows, seq_len), seq_len at least 2.
         progress: told how far each block is.
         decode: compute as token by token, where linears tell the phases apart.
+        kv_cache: how keys and values are cached, see :func:`new_caches`; all are read from the
+            cache.
 
     Returns:
         ``perplexity``, ``loss`` (mean negative log likelihood, natural logarithm), ``tokens``
@@ -105,7 +136,7 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    losses = token_losses(model, tokens, progress, decode)
+    losses = token_losses(model, tokens, progress, decode, kv_cache)
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
@@ -122,15 +153,22 @@ def token_losses(
     tokens: np.ndarray,
     progress: Progress = silent,
     decode: bool = False,
+    kv_cache: str | None = None,
 ) -> np.ndarray:
     """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
     with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
-        return _losses(model, tokens, Path(directory), progress, decode)
+        return _losses(model, tokens, Path(directory), progress, decode, kv_cache)
 
 
 def _losses(
-    model: ServedModel, tokens: np.ndarray, directory: Path, progress: Progress, decode: bool
+    model: ServedModel,
+    tokens: np.ndarray,
+    directory: Path,
+    progress: Progress,
+    decode: bool,
+    kv_cache: str | None,
 ) -> np.ndarray:
+    caches = new_caches(model, kv_cache)
     count, length = tokens.shape
     shape = (count, length, model.config.hidden_size)
     free_space_check(directory, 2 * 4 * math.prod(shape))
@@ -144,7 +182,7 @@ def _losses(
         block = load_block(model, index)
         for start in range(0, count, batch):
             hidden = Tensor(read_hidden(source, start, start + batch))
-            yield from finite(block(hidden, cos, sin, mask, None, decode), index)
+            yield from finite(block(hidden, cos, sin, mask, caches[index](), decode), index)
             progress(index, min(1.0, (start + batch) / count))
 
     for index in range(model.config.num_layers):
@@ -184,12 +222,14 @@ class Generator:
 
     Args:
         model: the checkpoint.
+        kv_cache: how keys and values are cached, see :func:`new_caches`.
     """
 
-    def __init__(self, model: ServedModel):
+    def __init__(self, model: ServedModel, kv_cache: str | None = None):
         self.config = model.config
         self.table = model.tensor(EMBEDDING)
         self.blocks = [load_block(model, index) for index in range(model.config.num_layers)]
+        self.new_caches = new_caches(model, kv_cache)
         self.norm = load_norm(model)
         self.head = self.table if model.config.tied else model.tensor(head_name(model))
 
@@ -202,7 +242,7 @@ class Generator:
         """
         if not len(prompt):
             raise MsQuantError("the prompt has no tokens, expected at least one")
-        caches = [KeyValueCache() for _ in self.blocks]
+        caches = [new_cache() for new_cache in self.new_caches]
         ids = np.asarray(prompt, np.int64)
         for _ in range(new_tokens):
             token = int(np.argmax(self._step(ids, caches)))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.serving import open_model
+from ms_quant.checkpoint.serving import ServedModel, open_model
 from ms_quant.models.config import block_prefix
+from ms_quant.schemes import FLOAT_CACHE, STATIC_CACHE
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
@@ -40,12 +41,18 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "flavour": model.flavour,
         "model_type": model.config.model_type,
         "blocks": model.config.num_layers,
+        "kv_cache": cache_name(model),
         "files": len(files),
         "tensors": len(tensors),
         "bytes": sum(path.stat().st_size for path in files),
         **{f"{code}_bytes": count for code, count in sorted(by_dtype.items())},
         "linears": linears,
     }
+
+
+def cache_name(model: ServedModel) -> str:
+    """How a checkpoint says that keys and values are cached."""
+    return FLOAT_CACHE if model.cache_scales(0) is None else STATIC_CACHE
 
 
 def _stored_as(found: tuple[str, tuple[int, ...]] | None, shape: tuple[int, int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
-from ms_quant.checkpoint import activations
+from ms_quant.checkpoint import activations, kv_cache
 from ms_quant.checkpoint.atomic import FileRecord, write_json
 from ms_quant.checkpoint.companions import model_config
 from ms_quant.checkpoint.finish import OutputDirectory
@@ -30,6 +30,7 @@ from ms_quant.request import (
     prepare,
     require_mindspore,
 )
+from ms_quant.schemes import FLOAT_CACHE
 
 __all__ = [
     "Prepared",
@@ -164,6 +165,10 @@ def _tensor_getter(
 
     def get(name: str) -> np.ndarray | Iterator[np.ndarray]:
         path, _, suffix = name.rpartition(".")
+        if suffix in kv_cache.SUFFIXES:
+            _, _, index, member = path.split(".", 3)
+            scale = job.cache_scale(int(index), member)
+            return scale if suffix == kv_cache.SCALE else np.zeros_like(scale)
         if path in quantized and suffix != "bias":
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in flavour.with_codes)
@@ -183,6 +188,7 @@ def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
         "flavour": plan.flavour.name,
         "scheme": plan.scheme.name,
         "algorithm": plan.algorithm,
+        "kv_cache": plan.kv_cache or FLOAT_CACHE,
         "dtype": plan.dtype.name,
         "tensor_bytes": output_bytes(plan),
         "quantized_linears": len(plan.quantized()),

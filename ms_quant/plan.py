@@ -16,7 +16,7 @@ from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes import DYNAMIC_CACHE, KV_CACHES, SCHEMES, STATIC_CACHE, get_scheme
 from ms_quant.spec import Scheme
 
 
@@ -26,11 +26,13 @@ class Choices:
     scheme: options of the scheme's weights, such as ``group_size``.
     algorithm: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
     float_undivided: leave linears float whose inputs groups do not divide, instead of refusing.
+    kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
     algorithm: Mapping[str, Any] = field(default_factory=dict)
     float_undivided: bool = False
+    kv_cache: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Plan:
     float_groups: full path prefixes of the groups that stay float, such as
         ``"model.layers.0.down"``.
     search_tokens: searches look at this many of the calibration tokens, at most.
+    kv_cache: how keys and values are cached, one of ``KV_CACHES``, or "".
     """
 
     config: ModelConfig
@@ -51,6 +54,7 @@ class Plan:
     dtype: np.dtype
     float_groups: frozenset[str] = frozenset()
     search_tokens: int = SEARCH_TOKENS
+    kv_cache: str = ""
 
     @property
     def algorithm(self) -> str:
@@ -64,7 +68,11 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.scheme.needs_calibration or self.chain.any("calibrated")
+        return (
+            self.scheme.needs_calibration
+            or self.chain.any("calibrated")
+            or self.kv_cache == STATIC_CACHE
+        )
 
     def groups(self, index: int) -> list[LinearGroup]:
         """The groups of a block that are quantized."""
@@ -128,6 +136,7 @@ def make_plan(
             f"scheme {scheme}: is for networks and not for checkpoints of decoders, use "
             f'ms_quant.quantize(network, "{scheme}", ...)'
         )
+    _check_cache(chosen, options.kv_cache)
     chain = get_chain(algorithm, chosen, options.algorithm)
     floats, unmatched = set(), set(exclude)
     for index in range(config.num_layers):
@@ -143,12 +152,33 @@ def make_plan(
             f"exclude pattern {min(unmatched)!r} matches no linear, expected something like "
             "'model.layers.0.*' or '*.down_proj'"
         )
-    plan = Plan(config, chosen, chain, dtype, frozenset(floats))
+    plan = Plan(config, chosen, chain, dtype, frozenset(floats), kv_cache=options.kv_cache)
     undivided = frozenset(_undivided(plan, options.float_undivided))
     plan = replace(plan, float_groups=plan.float_groups | undivided)
     if not plan.quantized():
         raise MsQuantError("every linear stays float, nothing is left to quantize")
     return plan
+
+
+def _check_cache(scheme: Scheme, name: str) -> None:
+    """Refuses a kind of cache that no checkpoint of a scheme holds."""
+    if name == DYNAMIC_CACHE:
+        raise MsQuantError(
+            f"kv cache {name} scales tokens at run time and needs nothing in a checkpoint; "
+            f"ms-quant eval and generate take --kv-cache {name} for any checkpoint"
+        )
+    if name and name not in KV_CACHES:
+        raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
+    if name and not FLAVOURS[scheme.flavour].holds_cache:
+        able = [row.name for row in SCHEMES.values() if _holds_cache(row)]
+        raise MsQuantError(
+            f"kv cache {name}: a {scheme.flavour} checkpoint cannot hold it and scheme "
+            f"{scheme.name} is written as one, expected one of {', '.join(able)}"
+        )
+
+
+def _holds_cache(scheme: Scheme) -> bool:
+    return bool(scheme.flavour) and FLAVOURS[scheme.flavour].holds_cache
 
 
 def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:

@@ -23,7 +23,7 @@ from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan, make_plan
-from ms_quant.schemes import VALUES, as_value
+from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
 
 SHARD_BYTES = 4 << 30
 SAMPLES, SEQ_LEN, SEED = 64, 256, 0
@@ -74,7 +74,10 @@ class QuantizeOptions:
 
 
 def make_choices(
-    named: Mapping[str, Any], settings: Sequence[str], float_undivided: bool = False
+    named: Mapping[str, Any],
+    settings: Sequence[str],
+    float_undivided: bool = False,
+    kv_cache: str = FLOAT_CACHE,
 ) -> Choices:
     """Options of the scheme and the algorithms, each where it belongs.
 
@@ -82,6 +85,7 @@ def make_choices(
         named: option to value; None is not asked for.
         settings: ``"NAME=VALUE"``.
         float_undivided: see :class:`~ms_quant.plan.Choices`.
+        kv_cache: ``"float"`` or one of ``KV_CACHES``.
 
     Raises:
         MsQuantError: a setting is malformed or given twice.
@@ -94,7 +98,8 @@ def make_choices(
         found[name] = value
     scheme = {name: as_value(name, value) for name, value in found.items() if name in VALUES}
     algorithm = {name: value for name, value in found.items() if name not in VALUES}
-    return Choices(scheme, algorithm, float_undivided)
+    cache = "" if kv_cache == FLOAT_CACHE else kv_cache
+    return Choices(scheme, algorithm, float_undivided, cache)
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,7 @@ def _record(
         "algorithm": plan.algorithm,
         **({"scheme_options": plan.scheme.chosen} if plan.scheme.chosen else {}),
         **({"algorithm_options": plan.chain.chosen} if plan.chain.chosen else {}),
+        **({"kv_cache": plan.kv_cache} if plan.kv_cache else {}),
         "dtype": plan.dtype.name,
         "exclude": list(options.exclude),
         "source": fingerprint(checkpoint),
@@ -275,9 +281,11 @@ def require_mindspore(why: str) -> None:
 
 
 def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
-    what = f"scheme {options.scheme}"
-    if not plan.scheme.needs_calibration:
+    what = f"kv cache {plan.kv_cache}"
+    if plan.chain.any("calibrated"):
         what = f"algorithm {plan.algorithm}"
+    if plan.scheme.needs_calibration:
+        what = f"scheme {options.scheme}"
     require_mindspore(f"{what} runs the model on calibration data")
     if options.calib is None:
         raise MsQuantError(

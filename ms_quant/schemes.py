@@ -28,6 +28,11 @@ VALUES: dict[str, tuple] = {
     "rule": tuple(RULES),
     "dual_block_size": tuple(32 * 2**i for i in range(6)),
 }
+FLOAT_CACHE, STATIC_CACHE, DYNAMIC_CACHE = "float", "C8", "C8_DYNAMIC"
+KV_CACHES = {
+    STATIC_CACHE: "int8 keys and values with a static scale for each channel, of calibration",
+    DYNAMIC_CACHE: "int8 keys and values scaled per token at run time",
+}
 _GROUPED = ("group_size", "symmetric")
 _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"

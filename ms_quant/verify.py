@@ -64,6 +64,10 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
             problems += _group_problems(subject, block_prefix(index), group)
+        try:
+            subject.model.cache_scales(index)
+        except MsQuantError as error:
+            problems.append(str(error))
     problems += [p for p in _float_problems(structure) if p not in problems]
     if original is not None and not problems:
         problems += SourceProof(subject, original, result).problems()
@@ -96,6 +100,8 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
         expected["scheme"] = plan.scheme.name
         if plan.scheme.chosen:
             expected["scheme_options"] = plan.scheme.chosen
+    if plan.kv_cache:
+        expected["kv_cache"] = plan.kv_cache
     for key, stated in expected.items():
         if record.get(key) != stated:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {stated!r}"

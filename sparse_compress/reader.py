@@ -94,6 +94,9 @@ class SparseModel:
             self._cached = (fused, self.group(index, group))
         return self._cached[1][path.removeprefix(block_prefix(index))]
 
+    def cache_scales(self, index: int) -> None:
+        """Keys and values are cached as they are."""
+
     def group(self, index: int, group: LinearGroup) -> dict[str, QuantizedLinear]:
         """The int8 linears of a compressed group, decoded and merged from the ranks.
 

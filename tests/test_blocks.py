@@ -166,13 +166,14 @@ def folded(
     exclude: tuple[str, ...] = (),
     options: Choices | None = None,
     change: Callable[[Tensors], None] = lambda tensors: None,
+    cached: dict[str, np.ndarray] | None = None,
     **more: Any,
 ) -> Case:
     config = config_of(**more)
     before, x = random_block(config), tokens()
     change(before)
     plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, options=options)
-    block = quantize_block(plan, 0, before.get, seen_by(before, x), steps)
+    block = quantize_block(plan, 0, before.get, seen_by(before, x), steps, cached=cached)
     return Case(plan, before, block, x)
 
 
@@ -231,6 +232,20 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
         np.testing.assert_array_equal(gain.astype(dtype).astype(np.float32), gain)
         columns = columns_of(case, path)
         np.testing.assert_allclose(columns * gain, case.before[name], rtol=2.0**-21)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_scales_of_cached_values_follow_their_rows(kv_heads):
+    """What is cached of v is divided by the smoothing of o; keys are not touched."""
+    width = kv_heads * DIM
+    cached = {f"self_attn.{n}_proj": np.linspace(1, 9, width, dtype="f4") for n in "kv"}
+    case = folded("W4A4_DYNAMIC", num_key_value_heads=kv_heads, cached=cached)
+    rows = case.before["self_attn.v_proj.bias"] / case.after["self_attn.v_proj.bias"]
+    assert (rows != 1).all()
+    for path, divisor in (("self_attn.k_proj", 1), ("self_attn.v_proj", rows)):
+        exact, scale = cached[path] / divisor / 127, case.block.cache[path]
+        assert (scale >= exact * (1 - 1e-6)).all()
+        assert (scale <= exact * (1 + 2**-7)).all()  # rounded up to bfloat16
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -37,11 +37,11 @@ def tokens() -> np.ndarray:
     return eval_windows(TEXT / "heldout.txt", MODEL, 256)[:WINDOWS]
 
 
-def perplexity(directory: Path, tokens: np.ndarray) -> float:
+def perplexity(directory: Path, tokens: np.ndarray, **options: str) -> float:
     from ms_quant.checkpoint.serving import open_model
     from ms_quant.evaluation import perplexity as measure
 
-    return measure(open_model(directory), tokens)["perplexity"]
+    return measure(open_model(directory), tokens, **options)["perplexity"]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,20 @@ def test_quantization_costs_less_than_half_a_percent(tmp_path, tokens, exact, sc
 def test_what_four_bits_cost(tmp_path, tokens, exact, scheme, algorithm, options, limit):
     made = quantized(MODEL, tmp_path / "made", scheme, algorithm, **options)
     assert exact < perplexity(made, tokens) < (1 + limit) * exact
+
+
+def test_what_a_cache_in_int8_costs(tmp_path, tokens):
+    request = QuantizeOptions(
+        MODEL,
+        tmp_path / "made",
+        "W8A16",
+        choices=Choices(kv_cache="C8"),
+        calib=TEXT / "calibration.txt",
+    )
+    quantize_checkpoint(request)
+    exact = perplexity(request.output, tokens, kv_cache="float")
+    for kind in ("C8", "C8_DYNAMIC"):
+        assert perplexity(request.output, tokens, kv_cache=kind) == pytest.approx(exact, rel=0.002)
 
 
 def test_smoothing_recovers_what_outlier_channels_cost(tmp_path, tokens, exact, twin):

@@ -346,6 +346,14 @@ def test_the_plan_of_a_sparse_dry_run(
         (["eval", "nowhere", "--text", "{calib}"], "nowhere: no such model directory"),
         (["eval", "{model}", "--text", "nowhere.txt"], "nowhere.txt: no such file"),
         (["generate", "{model}", "--prompt", ""], "the prompt has no tokens"),
+        (
+            ["eval", "{model}", "--text", "{calib}", "--seq-len", "16", "--kv-cache", "C8"],
+            "kv cache C8: the checkpoint has no scales for it, expected another",
+        ),
+        (
+            ["quantize", "{model}", "-o", "{out}", "--calib", "{calib}", "--kv-cache", "C8"],
+            "kv cache C8: a golden-stick checkpoint cannot hold it and scheme W8A8 is written",
+        ),
         (["quantize", "nowhere", "-o", "{out}"], "nowhere: no such model directory"),
         (["quantize", "{model}", "-o", ".", "--calib", "{calib}"], ".: the output has no name"),
     ],

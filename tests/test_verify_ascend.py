@@ -44,7 +44,10 @@ def make(source: Path, tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
         if "samples" in changes:
             changes["calib"] = calib_text
         request = QuantizeOptions(
-            source, tmp_path / "out", scheme, choices=Choices(options or {}), **changes
+            source,
+            tmp_path / "out",
+            scheme,
+            **{"choices": Choices(options or {}), **changes},
         )
         quantize_checkpoint(request)
         return tmp_path / "out"
@@ -160,6 +163,34 @@ def test_values_of_a_static_linear(
     assert message in problem(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(f"{K}.kv_cache_scale", -1), "k_proj.kv_cache_scale: 1 of 32 scales are not positive"),
+        (put(f"{V}.kv_cache_offset", 3), "v_proj.kv_cache_offset: 1 of 32 offsets are not 0, run"),
+        (lambda t: t.pop(f"{V}.kv_cache_offset"), "kv_cache_offset' is missing, expected float32"),
+    ],
+)
+def test_values_of_a_cache(change: Callable, message: str, make: Callable, edit: Callable) -> None:
+    directory = make("W8A16", choices=Choices(kv_cache="C8"), **STATIC)
+    edit(directory, change)
+    assert any(message in found for found in verify_checkpoint(directory)["problems"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_cache_type": "", "kv_quant_type": ""}, "unknown tensor 'model.layers.0.self_attn.k_"),
+        ({"kv_quant_type": ""}, "kv_quant_type is '', expected 'C8'"),
+        ({f"{K}.kv_cache_scale": "FLOAT"}, "kv_cache_scale is 'FLOAT', expected 'C8'"),
+    ],
+)
+def test_the_description_of_a_cache(changes: dict, message: str, make: Callable) -> None:
+    directory = make("W8A16", choices=Choices(kv_cache="C8"), **STATIC)
+    edit_json(directory / DESCRIPTION, **changes)
+    assert any(message in found for found in verify_checkpoint(directory)["problems"])
+
+
 def test_fused_linears_share_their_input(make: Callable, edit: Callable) -> None:
     def change(tensors: Tensors) -> None:
         for suffix in ("input_scale", "deq_scale"):
@@ -194,6 +225,11 @@ def test_structure(change: Callable, message: str, make: Callable, edit: Callabl
         ({f"{Q}.weight_scale": "FLOAT"}, "tensors of model.layers.0.self_attn.q_proj are W8A16 an"),
         ({"group_size": 32}, "weight_scale' is float32 [64, 1], expected float32 [64, 2]"),
         ({"group_size": 7}, "group_size is 7, expected one of 0, 32, 64, 128, 256"),
+        (
+            {f"{K}.kv_cache_scale": "C8"},
+            "names 'model.layers.0.self_attn.k_proj.kv_cache_scale', ex",
+        ),
+        ({"kv_cache_type": "C9"}, "kv_cache_type is 'C9', expected 'C8'"),
         ({"version": "2"}, "version is '2', expected '1.0.0'"),
         ({"model_quant_type": "FLOAT"}, "model_quant_type is 'FLOAT', expected 'W8A16'"),
         ({"model.norm.weight": "W8A16"}, "model.norm.weight is 'W8A16', expected 'FLOAT'"),

@@ -30,11 +30,11 @@ from pydantic import Field
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.models.families import Family
+from ms_quant.models.families import VALUES, Family
 from ms_quant.numerics.rotation import apply_hadamard, base_order, random_signs
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-VALUES, OUTPUT = "self_attn.v_proj", "self_attn.o_proj"
+OUTPUT = "self_attn.o_proj"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
 from ms_quant.checkpoint.ascend_reading import read_linear
 from ms_quant.checkpoint.ascend_tensors import FLOAT32, WITH_CODES, parts, slices_of
@@ -86,11 +87,14 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     for tensor in tensors:
         path, _, suffix = tensor.name.rpartition(".")
         stays = path not in quantized or suffix in FLOATS
-        result[tensor.name] = "FLOAT" if stays else plan.scheme.name
+        kind = "FLOAT" if stays else plan.scheme.name
+        result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
     if plan.config.tied:
         result[HEAD] = "FLOAT"
+    cache = {"kv_cache_type": plan.kv_cache, "kv_quant_type": plan.kv_cache}
     return {
         **result,
+        **(cache if plan.kv_cache else {}),
         "version": VERSION,
         "model_quant_type": plan.scheme.name if quantized else "FLOAT",
         "group_size": plan.scheme.weight.group_size,
@@ -135,4 +139,5 @@ FLAVOUR = Flavour(
     with_codes=WITH_CODES,
     floats=FLOATS,
     bias_dtype=FLOAT32,
+    holds_cache=True,
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
@@ -41,6 +42,7 @@ class Flavour:
     with_codes: suffixes that need the linear's codes.
     floats: suffixes that the description calls FLOAT although the linear is quantized.
     bias_dtype: type of a quantized linear's bias; None is the model's.
+    holds_cache: whether it has tensors for keys and values cached in int8.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Flavour:
     with_codes: frozenset[str]
     floats: frozenset[str] = frozenset()
     bias_dtype: np.dtype | None = None
+    holds_cache: bool = False
 
     @property
     def title(self) -> str:
@@ -75,6 +78,8 @@ class Flavour:
                 plans.append(TensorPlan(name, self.bias_dtype or plan.dtype, shape))
             else:
                 plans.append(TensorPlan(name, plan.dtype, shape))
+            if plan.kv_cache and suffix == "weight" and kv_cache.is_cached(path):
+                plans += kv_cache.tensor_plans(path, shape[0])
         return plans
 
     def description(self, plan: Plan) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from ms_quant.strict_json import read_json
 
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
+CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
 _WORK = r"(block-\d{5,}\.safetensors|hidden-\d{5,}\.npy)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
@@ -134,11 +135,13 @@ class FinishedBlock(Protocol):
     linears: path to quantized linear.
     floats: float32 tensors that folding has changed, by name.
     notes: group to what was chosen.
+    cache: path to float32 scales of a linear's outputs in a cache of int8.
     """
 
     linears: dict[str, QuantizedLinear]
     floats: dict[str, np.ndarray]
     notes: dict[str, dict[str, Any]]
+    cache: dict[str, np.ndarray]
 
 
 class JobDirectory:
@@ -248,6 +251,7 @@ class JobDirectory:
         """Commits a block: its linears, what folding changed, statistics and what was chosen."""
         tensors = dict(statistics)
         tensors.update({f"{CHANGED}{name}": value for name, value in block.floats.items()})
+        tensors.update({f"{CACHE}{path}": scale for path, scale in block.cache.items()})
         for path, linear in block.linears.items():
             tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
@@ -282,6 +286,10 @@ class JobDirectory:
             return None
         file, changed = open_file(self.block_file(int(parts[2]))), f"{CHANGED}{parts[3]}"
         return file.read(changed) if changed in file.tensors else None
+
+    def cache_scale(self, index: int, path: str) -> np.ndarray:
+        """Scales of the outputs of a linear, by its path in a block, in a cache of int8."""
+        return open_file(self.block_file(index)).read(f"{CACHE}{path}")
 
     def statistic(self, index: int, name: str) -> np.ndarray:
         return open_file(self.block_file(index)).read(name)

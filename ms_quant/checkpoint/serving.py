@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import find_flavour
 from ms_quant.checkpoint.floats import round_finite
@@ -23,7 +24,8 @@ from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, load_config
+from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.families import CACHED
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan import Plan
 
@@ -55,6 +57,9 @@ class ServedModel(Protocol):
     def linear(self, path: str) -> QuantizedLinear | None:
         """The quantized linear at a path, with its bias; None when it is float."""
 
+    def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
+        """Static scales of a block's cached keys and values, by linear; None when in float."""
+
 
 class FloatModel:
     """A Hugging Face checkpoint."""
@@ -77,6 +82,9 @@ class FloatModel:
     def linear(self, path: str) -> QuantizedLinear | None:
         return None
 
+    def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
+        return None
+
 
 class JobModel(FloatModel):
     """The blocks of a finished job in the float model that they were made from.
@@ -91,7 +99,7 @@ class JobModel(FloatModel):
 
     def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
         self.config, self.checkpoint = plan.config, checkpoint
-        self.flavour, self.job = plan.scheme.name, job
+        self.flavour, self.job, self.kv_cache = plan.scheme.name, job, plan.kv_cache
         self._quantized = frozenset(plan.quantized())
         self._types = {tensor.name: tensor.dtype for tensor in plan.flavour.tensor_plans(plan)}
 
@@ -113,6 +121,11 @@ class JobModel(FloatModel):
         bias = f"{path}.bias"
         found = self.tensor(bias) if bias in self.checkpoint.names else None
         return replace(self.job.linear(int(index), member), bias=found)
+
+    def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
+        if not self.kv_cache:
+            return None
+        return {path: self.job.cache_scale(index, path) for path in CACHED}
 
 
 class QuantizedModel:
@@ -144,6 +157,12 @@ class QuantizedModel:
         return self.row.read_linear(
             self.plan, group_of(self.plan, path), self.checkpoint, path, bias
         )
+
+    def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
+        if not self.plan.kv_cache:
+            return None
+        prefix = block_prefix(index)
+        return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in CACHED}
 
 
 def open_model(directory: Path | str) -> ServedModel:

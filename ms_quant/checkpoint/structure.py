@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.checkpoint.flavour import Flavour
 from ms_quant.checkpoint.flavours import FLAVOURS, find_flavour
@@ -17,7 +18,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Plan, check_shapes
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.schemes import SCHEMES, STATIC_CACHE, get_scheme
 from ms_quant.strict_json import read_json
 
 DESCRIPTION_ENDINGS = (
@@ -117,7 +118,7 @@ def _description_problems(
     known = ("FLOAT", *(name for name, scheme in SCHEMES.items() if scheme.flavour))
     modules: dict[str, str] = {}
     for key, value in description.items():
-        if "." not in key:
+        if "." not in key or key.rpartition(".")[2] in kv_cache.SUFFIXES:
             continue
         if value not in known:
             yield f"{where}: {key} is {value!r:.80}, expected one of {', '.join(known)}"
@@ -181,7 +182,10 @@ def _plan_of(
     scheme = replace(get_scheme(name, **chosen), flavour=flavour.name)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
     chain = get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
-    plan = Plan(config, scheme, chain, DTYPES[config.dtype], floats)
+    cache = description.get("kv_cache_type", "") if flavour.holds_cache else ""
+    if cache not in ("", STATIC_CACHE):
+        raise MsQuantError(f"kv_cache_type is {cache!r:.80}, expected {STATIC_CACHE!r}")
+    plan = Plan(config, scheme, chain, DTYPES[config.dtype], floats, kv_cache=cache)
     for index in range(config.num_layers):
         for group in plan.groups(index):
             check_shapes(plan, index, group)

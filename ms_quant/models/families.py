@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KEYS, VALUES = "self_attn.k_proj", "self_attn.v_proj"
+CACHED = (KEYS, VALUES)
+"""The linears whose outputs a generation caches, by path in a block."""
+
 
 @dataclass(frozen=True)
 class LinearGroup:

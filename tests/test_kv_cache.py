@@ -1,0 +1,164 @@
+"""Checkpoints with keys and values in int8: calibrated, written, proved, evaluated, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mindspore")
+
+from ms_quant.checkpoint.serving import JobModel, open_model
+from ms_quant.errors import MsQuantError
+from ms_quant.evaluation import Generator, token_losses
+from ms_quant.inspection import inspect_checkpoint
+from ms_quant.models.config import load_config
+from ms_quant.models.families import CACHED, KEYS, VALUES
+from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan import Choices
+from ms_quant.verify import verify_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+CALIBRATED = {"samples": 4, "seq_len": 16}
+TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
+C8 = Choices(kv_cache="C8")
+
+
+@pytest.fixture
+def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
+    def run(scheme: str, family: str = "qwen3", choices: Choices = C8, **options: Any) -> Any:
+        source = tiny_model(family=family, layers=2, **SHAPE)
+        request = QuantizeOptions(
+            source,
+            tmp_path / "out",
+            scheme,
+            choices=choices,
+            keep_job=True,
+            **{"calib": calib_text, **CALIBRATED, **options},
+        )
+        prepared = prepare(request)
+        quantize_checkpoint(request, prepared=prepared)
+        return prepared
+
+    return run
+
+
+def first_keys_and_values(source: Path, tokens: np.ndarray, tensors: dict) -> list[np.ndarray]:
+    """What the first block caches, (tokens, kv heads * head_dim), float64, by definition."""
+    config = load_config(source)
+
+    def tensor(name: str) -> np.ndarray:
+        return tensors[name].astype(np.float64)
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        power = np.mean(x * x, axis=-1, keepdims=True)
+        return x / np.sqrt(power + config.rms_norm_eps) * tensor(name)
+
+    def linear(x: np.ndarray, path: str) -> np.ndarray:
+        bias = tensor(f"{path}.bias") if f"{path}.bias" in tensors else 0
+        y = x @ tensor(f"{path}.weight").T + bias
+        return y.reshape(*y.shape[:-1], -1, config.head_dim)  # (windows, tokens, heads, size)
+
+    prefix, half = "model.layers.0.", config.head_dim // 2
+    x = norm(tensor("model.embed_tokens.weight")[tokens], f"{prefix}input_layernorm.weight")
+    keys, values = linear(x, prefix + KEYS), linear(x, prefix + VALUES)
+    if config.qk_norm:
+        keys = norm(keys, f"{prefix}self_attn.k_norm.weight")
+    theta = config.raw["rope_theta"]
+    angles = np.arange(tokens.shape[1])[:, None, None] * theta ** (-np.arange(half) / half)
+    low, high, cos, sin = keys[..., :half], keys[..., half:], np.cos(angles), np.sin(angles)
+    keys = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    width = config.num_kv_heads * config.head_dim
+    return [keys.reshape(-1, width), values.reshape(-1, width)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_scales_cover_what_is_cached_and_no_more(make, load_tensors, family):
+    prepared = make("W8A16", family)
+    written = load_tensors(prepared.options.output)
+    source = load_tensors(prepared.options.model)
+    cached = first_keys_and_values(prepared.options.model, prepared.tokens, source)
+    for path, values in zip(CACHED, cached, strict=True):
+        scale = written[f"model.layers.0.{path}.kv_cache_scale"]
+        offset = written[f"model.layers.0.{path}.kv_cache_offset"]
+        assert scale.dtype == offset.dtype == np.float32
+        assert scale.shape == offset.shape == (32,) and not offset.any()
+        exact = np.abs(values).max(axis=0) / 127
+        assert (scale >= exact * (1 - 1e-5)).all()
+        assert (scale <= exact * (1 + 2**-7 + 1e-5)).all()  # rounded up to bfloat16
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("W8A16", {}),
+        ("W8A16", {"exclude": ("*.k_proj",)}),
+        ("W8A8_MIX", {"algorithm": "smoothquant"}),
+        ("W4A4_DYNAMIC", {"algorithm": "quarot+gptq", "dtype": "float16"}),
+    ],
+)
+def test_what_was_written_is_what_was_made(make, scheme, options):
+    prepared = make(scheme, **options)
+    output = prepared.options.output
+    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
+    written = open_model(output)
+    assert verify_checkpoint(output, prepared.options.model)["problems"] == []
+    description = json.loads((output / "quant_model_description.json").read_text())
+    assert description["kv_cache_type"] == description["kv_quant_type"] == "C8"
+    named = [key for key, value in description.items() if "." in key and value == "C8"]
+    assert len(named) == 2 * 2 * 2
+    assert inspect_checkpoint(output)["kv_cache"] == "C8"
+    expected = token_losses(job, TOKENS)
+    np.testing.assert_array_equal(token_losses(written, TOKENS), expected)
+    np.testing.assert_array_equal(token_losses(written, TOKENS, kv_cache="C8"), expected)
+    exact = token_losses(written, TOKENS, kv_cache="float")
+    dynamic = token_losses(written, TOKENS, kv_cache="C8_DYNAMIC")
+    for found in (expected, dynamic):
+        assert not np.array_equal(found, exact)
+        assert found.mean() == pytest.approx(exact.mean(), rel=0.1)  # random weights
+    prompt = TOKENS[0, :5]
+    assert list(Generator(written).generate(prompt, 4)) == list(Generator(job).generate(prompt, 4))
+
+
+def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
+    """It is decided beside the weights: the other tensors are those without it."""
+    prepared = make("W8A16")
+    plain = QuantizeOptions(prepared.options.model, tmp_path / "plain", "W8A16")
+    quantize_checkpoint(plain)
+    found, expected = load_tensors(prepared.options.output), load_tensors(plain.output)
+    more = {name for name in found if "kv_cache" in name}
+    assert set(found) - more == set(expected) and len(more) == 8
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("choices", "scheme", "message"),
+    [
+        (C8, "W8A8", "kv cache C8: a golden-stick checkpoint cannot hold it and scheme W8A8 is wr"),
+        (Choices(kv_cache="C8_DYNAMIC"), "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
+        (Choices(kv_cache="C4"), "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
+    ],
+)
+def test_refusals(make, tmp_path, choices, scheme, message):
+    with pytest.raises(MsQuantError, match=message):
+        make(scheme, choices=choices)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_needs_calibration_data(make):
+    with pytest.raises(MsQuantError, match="kv cache C8 needs calibration data, expected --calib"):
+        make("W8A16", calib=None)
+
+
+def test_kinds_that_a_checkpoint_cannot_serve(tiny_model):
+    model = open_model(tiny_model(layers=1, **SHAPE))
+    with pytest.raises(MsQuantError, match="kv cache C8: the checkpoint has no scales for it, exp"):
+        token_losses(model, TOKENS, kv_cache="C8")
+    with pytest.raises(MsQuantError, match="kv cache 'C4' is unknown, expected one of float, C8,"):
+        Generator(model, "C4")
