@@ -22,6 +22,7 @@ from ms_quant.numerics import kv_cache
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
+from ms_quant.spec import Fold
 
 Progress = Callable[[int, float], None]
 """Called with a block's index and how much of it is done, 0 to 1."""
@@ -114,7 +115,7 @@ def quantize_block(
         cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
     block, count = Block(), len(plan.groups(index))
-    folds = plan.chain.any("smooths") and not plan.scheme.activation.holds_smoothing
+    folds = plan.chain.any("smooths") and plan.scheme.fold is Fold.NORM
 
     def smoothed() -> Iterator[Smoothed]:
         for done, group in enumerate(plan.groups(index)):
@@ -139,8 +140,9 @@ def quantize_block(
         else:
             linears, note = steps.rounding(problem, solution)
             note = {**solution.note, **note}
-        folded = {path: replace(linear, smooth=None) for path, linear in linears.items()}
-        block.linears.update(folded)
+        if folds:
+            linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
+        block.linears.update(linears)
         block.notes[group.name] = note
         progress((done + 1) / count if not folds else (1 + (done + 1) / count) / 2)
     for path, absmax in (cached or {}).items():
@@ -162,7 +164,7 @@ def _problem(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    inside = plan.scheme.activation.holds_smoothing  # then nothing is folded
+    inside = plan.scheme.fold is not Fold.NORM
     feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",

@@ -31,6 +31,7 @@ from ms_quant.request import (
     require_mindspore,
 )
 from ms_quant.schemes import FLOAT_CACHE
+from ms_quant.spec import Held
 
 app = typer.Typer(
     help="Quantize language models for Ascend, on any machine, and prove the result.",
@@ -75,6 +76,12 @@ def quantize(
     kv_cache: Annotated[
         str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")
     ] = FLOAT_CACHE,
+    format: Annotated[
+        str, typer.Option(help="Checkpoint flavour. Default: the first that a runtime serves.")
+    ] = "",
+    fold: Annotated[
+        str, typer.Option(help="Where smoothing goes: input-scale, norm or mul-scale.")
+    ] = "",
     alpha: Annotated[
         float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
     ] = None,
@@ -122,6 +129,8 @@ def quantize(
             setting or [],
             float_undivided,
             kv_cache,
+            format,
+            fold,
         ),
         calib=calib,
         samples=samples,
@@ -250,14 +259,12 @@ def schemes(as_json: JsonOption = False) -> None:
             {
                 "name": scheme.name,
                 "summary": scheme.summary,
-                "flavour": scheme.flavour,
+                "formats": [_format_row(row) for row in scheme.held],
                 "options": list(scheme.options),
                 "algorithms": [
                     PLAIN,
                     *(name for name, row in ALGORITHMS.items() if not row.suits(scheme)),
                 ],
-                "served_by": list(scheme.served_by),
-                "not_served_by": list(scheme.not_served_by),
             }
             for scheme in SCHEMES.values()
         ],
@@ -267,6 +274,27 @@ def schemes(as_json: JsonOption = False) -> None:
         "kv_caches": [{"name": name, "summary": what} for name, what in KV_CACHES.items()],
     }
     emit(result, as_json, _show_schemes)
+
+
+def _format_row(held: Held) -> dict[str, Any]:
+    return {
+        "format": held.flavour,
+        "folds": [fold.value for fold in held.folds],
+        "served_by": list(held.served_by),
+        "only": dict(held.only),
+        "not_served_by": list(held.not_served_by),
+        "kernels": held.kernels,
+    }
+
+
+_NETWORKS = {
+    "format": "",
+    "served_by": [],
+    "not_served_by": [
+        "no checkpoint of a decoder holds it; ms_quant.quantize(network, ...) runs it"
+    ],
+    "kernels": "",
+}
 
 
 def _show_verification(result: dict[str, Any]) -> None:
@@ -295,12 +323,13 @@ def _show_inspection(result: dict[str, Any]) -> None:
 
 
 def _show_schemes(result: dict[str, Any]) -> None:
-    table = Table("scheme", "what", "flavour", "algorithms", "served by")
+    table = Table("scheme", "what", "algorithms", "format", "served by", "kernels")
     for row in result["schemes"]:
-        served = "\n".join([*row["served_by"], *row["not_served_by"]])
-        table.add_row(
-            row["name"], row["summary"], row["flavour"], ", ".join(row["algorithms"]), served
-        )
+        first = [row["name"], row["summary"], ", ".join(row["algorithms"])]
+        for place in row["formats"] or [_NETWORKS]:
+            served = "\n".join([*place["served_by"], *place["not_served_by"]])
+            table.add_row(*first, place["format"], served, place["kernels"])
+            first = ["", "", ""]
     Console().print(table)
     for title, rows in (("algorithm", "algorithms"), ("KV cache", "kv_caches")):
         table = Table(title, "what")

@@ -16,8 +16,14 @@ from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
-from ms_quant.schemes import DYNAMIC_CACHE, KV_CACHES, SCHEMES, STATIC_CACHE, get_scheme
-from ms_quant.spec import Scheme
+from ms_quant.schemes import (
+    DYNAMIC_CACHE,
+    KV_CACHES,
+    STATIC_CACHE,
+    get_scheme,
+    served_flavours,
+)
+from ms_quant.spec import Fold, Scheme
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,16 @@ class Choices:
     algorithm: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
     float_undivided: leave linears float whose inputs groups do not divide, instead of refusing.
     kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
+    format: the checkpoint flavour; "" is the one that the scheme has by default.
+    fold: where smoothing vectors go, by a name of :class:`Fold`; "" is the flavour's first choice.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
     algorithm: Mapping[str, Any] = field(default_factory=dict)
     float_undivided: bool = False
     kv_cache: str = ""
+    format: str = ""
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,16 @@ class Plan:
             or self.chain.any("calibrated")
             or self.kv_cache == STATIC_CACHE
         )
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The flavour and the fold, where they are not the scheme's defaults, for records."""
+        usual, found = get_scheme(self.scheme.name, **self.scheme.chosen), {}
+        if self.scheme.flavour != usual.flavour:
+            found["format"] = self.scheme.flavour
+        if self.scheme.fold is not get_scheme(self.scheme.name, self.scheme.flavour).fold:
+            found["fold"] = self.scheme.fold.value
+        return found
 
     def groups(self, index: int) -> list[LinearGroup]:
         """The groups of a block that are quantized."""
@@ -130,12 +150,7 @@ def make_plan(
             matches nothing, a size that groups do not divide, or nothing left to quantize.
     """
     options = options or Choices()
-    chosen = get_scheme(scheme, **options.scheme)
-    if not chosen.flavour:
-        raise MsQuantError(
-            f"scheme {scheme}: is for networks and not for checkpoints of decoders, use "
-            f'ms_quant.quantize(network, "{scheme}", ...)'
-        )
+    chosen = _chosen(scheme, options)
     _check_cache(chosen, options.kv_cache)
     chain = get_chain(algorithm, chosen, options.algorithm)
     floats, unmatched = set(), set(exclude)
@@ -160,6 +175,31 @@ def make_plan(
     return plan
 
 
+def _chosen(name: str, options: Choices) -> Scheme:
+    """The scheme as the wanted flavour holds it."""
+    if options.format and options.format not in FLAVOURS:
+        raise MsQuantError(
+            f"format {options.format!r} is unknown, expected one of {', '.join(FLAVOURS)}"
+        )
+    folds = {fold.value: fold for fold in Fold}
+    if options.fold and options.fold not in folds:
+        raise MsQuantError(f"fold {options.fold!r} is unknown, expected one of {', '.join(folds)}")
+    scheme = get_scheme(name, options.format, folds.get(options.fold), **options.scheme)
+    if not scheme.flavour:
+        raise MsQuantError(
+            f"scheme {name}: is for networks and not for checkpoints of decoders, use "
+            f'ms_quant.quantize(network, "{name}", ...)'
+        )
+    if options.format and not scheme.served_by:
+        reasons = "; ".join(scheme.not_served_by)
+        served = served_flavours(name, **options.scheme)
+        raise MsQuantError(
+            f"format {options.format}: scheme {name} would be served by no runtime ({reasons}), "
+            f"expected {' or '.join(served) or 'no --format'}"
+        )
+    return scheme
+
+
 def _check_cache(scheme: Scheme, name: str) -> None:
     """Refuses a kind of cache that no checkpoint of a scheme holds."""
     if name == DYNAMIC_CACHE:
@@ -170,15 +210,11 @@ def _check_cache(scheme: Scheme, name: str) -> None:
     if name and name not in KV_CACHES:
         raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
     if name and not FLAVOURS[scheme.flavour].holds_cache:
-        able = [row.name for row in SCHEMES.values() if _holds_cache(row)]
+        able = [f"--format {row.name}" for row in FLAVOURS.values() if row.holds_cache]
         raise MsQuantError(
-            f"kv cache {name}: a {scheme.flavour} checkpoint cannot hold it and scheme "
-            f"{scheme.name} is written as one, expected one of {', '.join(able)}"
+            f"kv cache {name}: a {scheme.flavour} checkpoint cannot hold it, expected "
+            f"{' or '.join(able)}"
         )
-
-
-def _holds_cache(scheme: Scheme) -> bool:
-    return bool(scheme.flavour) and FLAVOURS[scheme.flavour].holds_cache
 
 
 def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:

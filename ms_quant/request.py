@@ -78,6 +78,8 @@ def make_choices(
     settings: Sequence[str],
     float_undivided: bool = False,
     kv_cache: str = FLOAT_CACHE,
+    format: str = "",
+    fold: str = "",
 ) -> Choices:
     """Options of the scheme and the algorithms, each where it belongs.
 
@@ -86,6 +88,7 @@ def make_choices(
         settings: ``"NAME=VALUE"``.
         float_undivided: see :class:`~ms_quant.plan.Choices`.
         kv_cache: ``"float"`` or one of ``KV_CACHES``.
+        format, fold: see :class:`~ms_quant.plan.Choices`.
 
     Raises:
         MsQuantError: a setting is malformed or given twice.
@@ -99,7 +102,7 @@ def make_choices(
     scheme = {name: as_value(name, value) for name, value in found.items() if name in VALUES}
     algorithm = {name: value for name, value in found.items() if name not in VALUES}
     cache = "" if kv_cache == FLOAT_CACHE else kv_cache
-    return Choices(scheme, algorithm, float_undivided, cache)
+    return Choices(scheme, algorithm, float_undivided, cache, format, fold)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ def _record(
         **({"scheme_options": plan.scheme.chosen} if plan.scheme.chosen else {}),
         **({"algorithm_options": plan.chain.chosen} if plan.chain.chosen else {}),
         **({"kv_cache": plan.kv_cache} if plan.kv_cache else {}),
+        **plan.place,
         "dtype": plan.dtype.name,
         "exclude": list(options.exclude),
         "source": fingerprint(checkpoint),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import (
-    ActivationFormat,
     DualMxTokens,
     Float,
     MxTokens,
@@ -17,10 +17,10 @@ from ms_quant.numerics.activation import (
     StaticInt8,
 )
 from ms_quant.numerics.float_grid import DualMxFormat, Float8Format, MxFormat
-from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat, WeightFormat
+from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.mx_rules import RULES
 from ms_quant.numerics.timestep import Timestep
-from ms_quant.spec import ScaleType, Scheme
+from ms_quant.spec import Fold, Held, ScaleType, Scheme
 
 VALUES: dict[str, tuple] = {
     "group_size": (0, 32, 64, 128, 256),
@@ -33,25 +33,24 @@ KV_CACHES = {
     STATIC_CACHE: "int8 keys and values with a static scale for each channel, of calibration",
     DYNAMIC_CACHE: "int8 keys and values scaled per token at run time",
 }
+FLOAT_BIAS, IN_BIAS = StaticInt8(per_channel=False), StaticInt8(False, folds_bias=True)
 _GROUPED = ("group_size", "symmetric")
 _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"
 _VLLM_ASCEND = "vllm-ascend (--quantization ascend)"
 _OLD_VLLM_ASCEND = "vllm-ascend up to 0.25 (--quantization ascend)"
 _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval and generate run it"
+_INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
+_MX_OPS = "npu_dynamic_mx_quant, npu_quant_matmul"
 
 
-def _ascend(
-    name: str,
-    weight: WeightFormat,
-    activation: ActivationFormat,
-    summary: str,
-    served_by: tuple[str, ...] = (_VLLM_ASCEND,),
-    **more: Any,
-) -> Scheme:
-    """A row whose default flavour is ascend."""
+def _golden_stick(*served_by: str, kernels: str, **more: Any) -> Held:
+    return Held("golden-stick", served_by, kernels, **more)
+
+
+def _ascend(*served_by: str, kernels: str = "", **more: Any) -> Held:
     missing = () if served_by else (_NONE,)
-    return Scheme(name, weight, activation, summary, "ascend", served_by, missing, **more)
+    return Held("ascend", served_by, kernels, missing, **more)
 
 
 _ROWS = (
@@ -60,163 +59,239 @@ _ROWS = (
         AffineFormat(8),
         StaticInt8(),
         "int8 weights per channel, static int8 activations per tensor",
-        "golden-stick",
-        (_NATIVE, _MINDFORMERS),
+        (
+            _golden_stick(
+                _NATIVE,
+                _MINDFORMERS,
+                kernels="QuantV2, QuantBatchMatmul",
+                folds={Fold.INPUT_SCALE: None, Fold.NORM: FLOAT_BIAS},
+            ),
+            _ascend(
+                _VLLM_ASCEND, kernels="npu_quantize, npu_quant_matmul", folds={Fold.NORM: IN_BIAS}
+            ),
+        ),
     ),
     Scheme(
         "W8A8_DYNAMIC",
         AffineFormat(8),
         PerToken(8),
         "int8 weights per channel, int8 activations scaled per token at run time",
-        "golden-stick",
-        (_MINDFORMERS,),
-        (f"{_NATIVE} does not serve W8A8_DYNAMIC",),
-        ScaleType.BFLOAT16,
+        (
+            _golden_stick(
+                _MINDFORMERS,
+                kernels="DynamicQuantExt, QuantBatchMatmul",
+                not_served_by=(f"{_NATIVE} does not serve W8A8_DYNAMIC",),
+                scale_type=ScaleType.BFLOAT16,
+            ),
+            _ascend(_VLLM_ASCEND, kernels=_INT8_OPS, scale_type=ScaleType.MODEL),
+        ),
     ),
-    _ascend(
+    Scheme(
         "W8A8_PER_TENSOR",
         AffineFormat(8, per_tensor=True),
-        StaticInt8(per_channel=False),
+        IN_BIAS,
         "int8 weights per tensor, static int8 activations per tensor",
-        (),
+        (_ascend(),),
     ),
-    _ascend(
+    Scheme(
         "W8A8_PER_CHANNEL",
         AffineFormat(8),
-        StaticInt8(per_channel=False),
+        IN_BIAS,
         "W8A8 with one input scale and the bias in quant_bias, as MindIE-SD and msModelSlim",
-        (),
+        (_ascend(),),
     ),
-    _ascend(
+    Scheme(
         "W8A8_MIX",
         AffineFormat(8),
         Phased(),
         "W8A8_DYNAMIC in prefill and static W8A8 in decode, from one int8 weight (PDMIX)",
-        scale_type=ScaleType.MODEL,
+        (
+            _ascend(
+                _VLLM_ASCEND,
+                kernels=f"npu_quantize in decode, {_INT8_OPS}",
+                scale_type=ScaleType.MODEL,
+            ),
+        ),
     ),
     Scheme(
         "W8A8_TIMESTEP",
         AffineFormat(8),
         Timestep(),
         "int8 weights, int8 activations static or per token as each timestep of a diffusion model",
-        "",
-        (),
-        ('no checkpoint is written; ms_quant.quantize(network, "W8A8_TIMESTEP", ...) runs it',),
     ),
-    _ascend(
+    Scheme(
         "W8A16",
         AffineFormat(8),
         Float(),
         "int8 weights per channel or per group, float activations",
-        scale_type=ScaleType.MODEL,
+        (
+            _ascend(
+                _VLLM_ASCEND,
+                kernels="npu_weight_quant_batchmatmul",
+                scale_type=ScaleType.MODEL,
+                only={"group_size": 0},
+            ),
+        ),
         options=_GROUPED,
     ),
-    _ascend(
+    Scheme(
         "W4A16",
         AffineFormat(4, group_size=128),
         Float(),
         "int4 weights per group or per channel, float activations",
-        (),
-        scale_type=ScaleType.MODEL,
+        (_ascend(scale_type=ScaleType.MODEL),),
         options=_GROUPED,
     ),
-    _ascend(
+    Scheme(
         "W4A8_DYNAMIC",
         AffineFormat(4),
         PerToken(8),
         "int4 weights per channel, int8 activations per token",
-        (_OLD_VLLM_ASCEND,),
-        scale_type=ScaleType.MODEL,
+        (
+            _ascend(
+                _OLD_VLLM_ASCEND,
+                kernels="npu_weight_quant_batchmatmul",
+                scale_type=ScaleType.MODEL,
+            ),
+        ),
         options=("group_size",),
     ),
-    _ascend(
+    Scheme(
         "W4A4_DYNAMIC",
         AffineFormat(4),
         PerToken(4),
         "int4 weights per channel, int4 activations per token",
+        (_ascend(_VLLM_ASCEND, kernels=_INT8_OPS),),
     ),
-    _ascend(
+    Scheme(
         "W4A4_FLATQUANT_DYNAMIC",
         AffineFormat(4),
         PerToken(4),
         "W4A4_DYNAMIC of inputs that a trained Kronecker transform has flattened",
+        (_ascend(_VLLM_ASCEND, kernels="npu_kronecker_quant, npu_quant_matmul"),),
         algorithm="flatquant",
     ),
-    _ascend(
+    Scheme(
         "W8A8FP8_DYNAMIC",
         Float8Format(),
         PerTokenFloat8(),
         "float8 e4m3 weights per channel and activations per token",
+        (_ascend(_VLLM_ASCEND, kernels=_INT8_OPS),),
     ),
-    _ascend(
+    Scheme(
         "W8A8_MXFP8",
         MxFormat("mxfp8_msmodelslim"),
         MxTokens("mxfp8_cann0"),
         "MXFP8 weights and activations, blocks of 32",
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS),),
         options=("rule",),
     ),
-    _ascend(
+    Scheme(
         "W4A8_MXFP",
         MxFormat("mxfp4_msmodelslim", multiple=64),
         MxTokens("mxfp8_cann0"),
         "MXFP4 weights, MXFP8 activations, blocks of 32",
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS),),
         options=("rule",),
     ),
-    _ascend(
+    Scheme(
         "W4A4_MXFP4",
         MxFormat("mxfp4_msmodelslim", multiple=2),
         MxTokens("mxfp4_cann0_round"),
         "MXFP4 weights and activations, blocks of 32",
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS),),
         options=("rule",),
     ),
-    _ascend(
+    Scheme(
         "W4A4_MXFP4_DUALSCALE",
         DualMxFormat("mxfp4_msmodelslim"),
         DualMxTokens("mxfp4_cann0"),
         "MXFP4 under a second scale for each 512 inputs",
-        (),
+        (_ascend(),),
         options=("rule", "dual_block_size"),
     ),
-    _ascend(
+    Scheme(
         "W4A4_MXFP4_SVD",
         MxFormat("mxfp4_msmodelslim", multiple=2),
         MxTokens("mxfp4_cann0_round"),
         "W4A4_MXFP4 beside a float branch of low rank",
-        (),
+        (_ascend(),),
         algorithm="svd",
     ),
 )
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
-def get_scheme(name: str, **chosen: Any) -> Scheme:
-    """The scheme of that name.
+def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, **chosen: Any) -> Scheme:
+    """The scheme of that name, as one flavour holds it.
 
     Args:
         name: a name from ``SCHEMES``.
+        flavour: a checkpoint flavour; "" is the first that a runtime serves, else the first.
+        fold: where a smoothing vector goes; None is the flavour's first choice.
         chosen: other options of its weights than the row's: ``group_size`` (0 is per-channel),
             ``symmetric``, ``rule`` or ``dual_block_size``.
 
     Raises:
-        MsQuantError: there is no such scheme, or it has no such option or value.
+        MsQuantError: there is no such scheme, it has no such option or value, or the flavour
+            cannot hold it or the smoothing there.
     """
     if name not in SCHEMES:
         raise MsQuantError(f"scheme {name!r} is unknown, expected one of {', '.join(SCHEMES)}")
-    scheme = SCHEMES[name]
+    scheme = _with_options(SCHEMES[name], chosen)
+    held = [_as_served(scheme, row) for row in scheme.held]
+    if flavour:
+        held = [row for row in held if row.flavour == flavour]
+        if not held:
+            able = ", ".join(row.flavour for row in scheme.held) or "none"
+            raise MsQuantError(
+                f"scheme {name}: no {flavour} checkpoint can hold it, expected one of {able}"
+            )
+    if not held:
+        return scheme
+    row = next((row for row in held if row.served_by), held[0])
+    if fold is not None and fold not in row.folds:
+        places = " or ".join(place.value for place in row.folds)
+        raise MsQuantError(
+            f"fold {fold.value}: {row.flavour} checkpoints of scheme {name} cannot hold a "
+            f"smoothing vector there, expected {places}"
+        )
+    fold = fold or next(iter(row.folds))
+    activation = row.folds[fold]
+    row = replace(row, folds={fold: activation})
+    return replace(scheme, held=(row,), activation=activation or scheme.activation)
+
+
+def served_flavours(name: str, **chosen: Any) -> list[str]:
+    """The flavours in which some runtime serves a scheme with these options."""
+    scheme = _with_options(SCHEMES[name], chosen)
+    return [row.flavour for row in scheme.held if _as_served(scheme, row).served_by]
+
+
+def _as_served(scheme: Scheme, held: Held) -> Held:
+    """Without the runtimes that do not serve the scheme with its options."""
+    chosen = scheme.chosen
+    for option, value in held.only.items():
+        if held.served_by and chosen[option] != value:
+            reason = f"{held.served_by[0]} serves {scheme.name} with {option} {value} only"
+            return replace(held, served_by=(), not_served_by=(reason,))
+    return held
+
+
+def _with_options(scheme: Scheme, chosen: Mapping[str, Any]) -> Scheme:
     for key, value in chosen.items():
         if key not in scheme.options:
             options = " or ".join(scheme.options) or "no option"
-            raise MsQuantError(f"scheme {name} takes no {key}, expected {options}")
+            raise MsQuantError(f"scheme {scheme.name} takes no {key}, expected {options}")
         values = [v for v in VALUES[key] if key != "rule" or _same_element(scheme, v)]
         if not any(type(value) is type(known) and value == known for known in values):
             listed = ", ".join(map(str, values))
-            raise MsQuantError(f"{key} is {value!r}, expected one of {listed} for scheme {name}")
+            raise MsQuantError(
+                f"{key} is {value!r}, expected one of {listed} for scheme {scheme.name}"
+            )
     if not chosen:
         return scheme
-    if name == "W8A16" and chosen.get("group_size"):
-        reason = f"{_VLLM_ASCEND} reads W8A16 with one scale a row only"
-        scheme = replace(scheme, served_by=(), not_served_by=(reason,))
-    if name == "W4A8_DYNAMIC":
+    if scheme.name == "W4A8_DYNAMIC":
         size = chosen["group_size"]
         return replace(scheme, weight=TwoLevelFormat(size) if size else AffineFormat(4))
     weight: Any = scheme.weight  # a record, which its protocol cannot say

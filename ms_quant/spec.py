@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -21,6 +22,42 @@ class ScaleType(str, Enum):
     BFLOAT16 = "bfloat16 for bfloat16 models, else float32"
 
 
+class Fold(str, Enum):
+    """Where a smoothing vector goes."""
+
+    INPUT_SCALE = "input-scale"  # one static input scale for each channel
+    NORM = "norm"  # the norm, or the linear, that makes the input
+    MUL_SCALE = "mul-scale"  # a tensor of its own that the input is multiplied by
+
+
+def _into_norms() -> dict[Fold, ActivationFormat | None]:
+    return {Fold.NORM: None}
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one checkpoint flavour holds a scheme, and who serves that.
+
+    Attributes:
+        flavour: name of the flavour.
+        served_by: runtimes that serve it from such a checkpoint.
+        kernels: the operators that they run.
+        not_served_by: runtimes that read the flavour and do not, with the reason.
+        scale_type: of the weight's scales.
+        folds: where a smoothing vector may go, the default first, and how inputs are quantized
+            then; None is the scheme's way.
+        only: option to the value with which alone it is served.
+    """
+
+    flavour: str
+    served_by: tuple[str, ...] = ()
+    kernels: str = ""
+    not_served_by: tuple[str, ...] = ()
+    scale_type: ScaleType = ScaleType.FLOAT32
+    folds: Mapping[Fold, ActivationFormat | None] = field(default_factory=_into_norms)
+    only: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A way to quantize a linear.
@@ -30,11 +67,8 @@ class Scheme:
         weight: how weights become codes.
         activation: how inputs are quantized.
         summary: one line for ``ms-quant schemes``.
-        flavour: the checkpoint flavour that holds it by default; "" for a scheme of networks, which
-            no checkpoint of a decoder holds.
-        served_by: runtimes that serve it from a checkpoint of that flavour.
-        not_served_by: runtimes that do not, with the reason.
-        scale_type: of the weight's scales.
+        held: the flavours that hold it, the default first; of a scheme that ``get_scheme`` gives,
+            the chosen one alone. None holds a scheme of networks.
         algorithm: the algorithm that the scheme cannot do without, or "".
         options: names of what may be chosen of the weight's format.
     """
@@ -43,12 +77,27 @@ class Scheme:
     weight: WeightFormat
     activation: ActivationFormat
     summary: str
-    flavour: str
-    served_by: tuple[str, ...]
-    not_served_by: tuple[str, ...] = ()
-    scale_type: ScaleType = ScaleType.FLOAT32
+    held: tuple[Held, ...] = ()
     algorithm: str = ""
     options: tuple[str, ...] = ()
+
+    @property
+    def flavour(self) -> str:
+        """The flavour of a checkpoint; "" for a scheme of networks."""
+        return self.held[0].flavour if self.held else ""
+
+    @property
+    def fold(self) -> Fold:
+        """Where a smoothing vector goes; with a linear of a network it stays."""
+        return next(iter(self.held[0].folds)) if self.held else Fold.MUL_SCALE
+
+    @property
+    def served_by(self) -> tuple[str, ...]:
+        return self.held[0].served_by if self.held else ()
+
+    @property
+    def not_served_by(self) -> tuple[str, ...]:
+        return self.held[0].not_served_by if self.held else ()
 
     @property
     def needs_calibration(self) -> bool:
@@ -56,8 +105,9 @@ class Scheme:
 
     def scale_dtype(self, model_dtype: np.dtype) -> np.dtype:
         """The type of the weight's scales for a model of some type."""
-        narrow = self.scale_type is ScaleType.MODEL or (
-            self.scale_type is ScaleType.BFLOAT16 and model_dtype.name == "bfloat16"
+        kind = self.held[0].scale_type if self.held else ScaleType.FLOAT32
+        narrow = kind is ScaleType.MODEL or (
+            kind is ScaleType.BFLOAT16 and model_dtype.name == "bfloat16"
         )
         return model_dtype if narrow else DTYPES["float32"]
 

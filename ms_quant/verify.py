@@ -24,6 +24,7 @@ from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan
+from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
 from ms_quant.verify_source import SourceProof, Subject
 
@@ -102,6 +103,7 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
             expected["scheme_options"] = plan.scheme.chosen
     if plan.kv_cache:
         expected["kv_cache"] = plan.kv_cache
+    expected |= plan.place
     for key, stated in expected.items():
         if record.get(key) != stated:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {stated!r}"
@@ -162,7 +164,7 @@ def _activation_problems(
         yield str(error)
         return
     subject.activations[name] = activation
-    if found.folds_bias or not has(subject.algorithm, "smooths"):
+    if subject.plan.scheme.fold is Fold.NORM or not has(subject.algorithm, "smooths"):
         wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
         if wrong:
             yield wrong

@@ -28,7 +28,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan import Plan
 from ms_quant.remake import Comparison, OutputError, ScaleRule
 from ms_quant.remake_grid import GridComparison, some_rows
-from ms_quant.spec import Scheme
+from ms_quant.spec import Fold, Scheme
 
 MAX_OUTPUT_ERROR = 0.1
 FOUR_BITS, BOTH_FOUR_BITS = 0.35, 0.5
@@ -100,7 +100,7 @@ class SourceProof:
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
         yield from source_problems(ours.directory, self.source.directory, plan.dtype, config)
-        smooths = has(subject.algorithm, "smooths") and not plan.scheme.activation.holds_smoothing
+        smooths = has(subject.algorithm, "smooths") and plan.scheme.fold is Fold.NORM
         self.folding = Folding(plan, ours, self.source, smooths)
         changed, quantized = self.folding.changed(), set(plan.quantized())
         types = {t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}

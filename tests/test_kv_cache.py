@@ -140,7 +140,7 @@ def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
 @pytest.mark.parametrize(
     ("choices", "scheme", "message"),
     [
-        (C8, "W8A8", "kv cache C8: a golden-stick checkpoint cannot hold it and scheme W8A8 is wr"),
+        (C8, "W8A8", "kv cache C8: a golden-stick checkpoint cannot hold it, expected --form"),
         (Choices(kv_cache="C8_DYNAMIC"), "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
         (Choices(kv_cache="C4"), "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
     ],

@@ -34,7 +34,8 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, algorithm: str, model: dict | None = None, **options: Any) -> Any:
         source = tiny_model(**{"family": "qwen3", "layers": 2, **SHAPE, **(model or {})})
-        choices = make_choices(options, [])
+        places = {name: options.pop(name, "") for name in ("format", "fold")}
+        choices = make_choices(options, [], **places)
         request = QuantizeOptions(
             source, tmp_path / "out", scheme, algorithm, choices, keep_job=True
         )
@@ -72,6 +73,9 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W8A8", "osl+gptq", {}),
         ("W8A8", "histogram", {}),
         ("W8A8", "percentile+clip", {"share": 0.999}),
+        ("W8A8", "osl", {"fold": "norm"}),
+        ("W8A8", "smoothquant+gptq", {"format": "ascend"}),
+        ("W8A8_DYNAMIC", "awq", {"format": "ascend"}),
         ("W8A8_DYNAMIC", "smoothquant+gptq", {"alpha": 0.4}),
         ("W8A8_MIX", "osl", {}),
         ("W8A16", "awq", {"exponents": 4}),

@@ -9,6 +9,7 @@ import pytest
 from ms_quant.algorithms import ALGORITHMS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Choices, Plan, make_plan
 from ms_quant.schemes import SCHEMES
 
@@ -111,6 +112,39 @@ def test_exclude_takes_whole_groups(exclude, float_groups, floats):
 def test_refused(options, message):
     with pytest.raises(MsQuantError, match=message):
         plan(**options)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "choices", "message"),
+    [
+        ("W8A8", {"format": "gguf"}, r"^format 'gguf' is unknown, expected one of golden-stick, "),
+        ("W8A8", {"fold": "bias"}, r"^fold 'bias' is unknown, expected one of input-scale, norm"),
+        ("W4A16", {"format": "golden-stick"}, r"^scheme W4A16: no golden-stick checkpoint can ho"),
+        ("W4A4_MXFP4_SVD", {"format": "ascend"}, r"served by no runtime .* expected no --format$"),
+        (
+            "W8A8",
+            {"format": "ascend", "fold": "input-scale"},
+            r"^fold input-scale: ascend checkpoints of scheme W8A8 cannot hold .* expected norm$",
+        ),
+        ("W8A8_DYNAMIC", {"fold": "mul-scale"}, r"^fold mul-scale: golden-stick checkpoints of"),
+        ("W8A16", {"format": "ascend", "scheme": {"group_size": 64}}, r"W8A16 with group_size 0 "),
+    ],
+)
+def test_places_that_nothing_serves(scheme, choices, message):
+    with pytest.raises(MsQuantError, match=message):
+        plan(scheme, options=Choices(**choices))
+
+
+def test_flavours_of_a_scheme():
+    usual, chosen = plan(), plan(options=Choices(format="ascend"))
+    assert usual.flavour.name == "golden-stick" and usual.place == {}
+    assert chosen.flavour.name == "ascend" and chosen.place == {"format": "ascend"}
+    assert chosen.scheme.activation.folds_bias and not chosen.scheme.activation.per_channel
+    folded = plan(options=Choices(fold="norm"))
+    assert folded.place == {"fold": "norm"} and not folded.scheme.activation.per_channel
+    dynamic = plan("W8A8_DYNAMIC", options=Choices(format="ascend"))
+    assert dynamic.scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float16"]
+    assert plan("W8A8_DYNAMIC").scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float32"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, "1.0"])

@@ -113,16 +113,18 @@ def input_quantization(problem: Problem, solution: Solution) -> Activation:
     return format.fit(Seen(low, high, problem.dtype, problem.name), smooth)
 
 
-def smoothing(solution: Solution, activation: Activation) -> np.ndarray | None:
+def smoothing(problem: Problem, solution: Solution) -> np.ndarray | None:
     """float32 (in,): what the input is divided by in all; a static activation's own vector."""
-    if isinstance(activation, StaticActivation) and not activation.folds_bias:
+    if problem.scheme.activation.holds_smoothing:
+        activation = input_quantization(problem, solution)
+        assert isinstance(activation, StaticActivation)
         return activation.smooth
     return solution.smooth
 
 
 def prepared(problem: Problem, solution: Solution) -> dict[str, np.ndarray]:
     """The weights as they are rounded: linear name to float32 (out, in)."""
-    smooth = smoothing(solution, input_quantization(problem, solution))
+    smooth = smoothing(problem, solution)
     weights = {}
     for name, weight in problem.weights.items():
         if smooth is not None:
@@ -140,7 +142,7 @@ def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
     """The quantized linears that a solution stands for, rounded to nearest where it says nothing
     else."""
     activation = input_quantization(problem, solution)
-    inside = smoothing(solution, activation) is not solution.smooth
+    inside = problem.scheme.activation.holds_smoothing
     linears = {}
     for name, weight in prepared(problem, solution).items():
         grid = grid_of(problem, solution, name, weight)
@@ -168,7 +170,7 @@ def grid_of(problem: Problem, solution: Solution, name: str, weight: np.ndarray)
 def seen_inputs(problem: Problem, solution: Solution) -> np.ndarray:
     """float32 (tokens, in): the kept tokens as the weight's columns meet them, not quantized."""
     x = problem.seen.rows
-    smooth = smoothing(solution, input_quantization(problem, solution))
+    smooth = smoothing(problem, solution)
     if smooth is not None:
         x = x / smooth
     return x if solution.kronecker is None else solution.kronecker.apply(x)
@@ -177,7 +179,7 @@ def seen_inputs(problem: Problem, solution: Solution) -> np.ndarray:
 def seen_hessian(problem: Problem, solution: Solution) -> np.ndarray:
     """float32 (in, in): the mean of x x^T over all tokens, of the same inputs."""
     hessian = problem.seen.hessian
-    smooth = smoothing(solution, input_quantization(problem, solution))
+    smooth = smoothing(problem, solution)
     if smooth is not None:
         hessian = hessian / smooth / smooth[:, None]
     if solution.kronecker is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Plan, check_shapes
 from ms_quant.schemes import SCHEMES, STATIC_CACHE, get_scheme
+from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
 
 DESCRIPTION_ENDINGS = (
@@ -115,7 +116,7 @@ def _is_compressed(path: Path) -> bool:
 def _description_problems(
     flavour: Flavour, config: ModelConfig, description: Mapping[str, Any], where: Path
 ) -> Iterator[str]:
-    known = ("FLOAT", *(name for name, scheme in SCHEMES.items() if scheme.flavour))
+    known = ("FLOAT", *_held(flavour))
     modules: dict[str, str] = {}
     for key, value in description.items():
         if "." not in key or key.rpartition(".")[2] in kv_cache.SUFFIXES:
@@ -174,12 +175,11 @@ def _plan_of(
         for group in config.family.groups
         if description.get(f"{block_prefix(index)}{group.members[0]}.weight") == "FLOAT"
     )
-    of_flavour = (scheme.name for scheme in SCHEMES.values() if scheme.flavour == flavour.name)
-    name = schemes[0] if schemes else next(of_flavour)
+    name = schemes[0] if schemes else _held(flavour)[0]
     told = flavour.scheme_options(description, checkpoint)
     options = {**_recorded_options(checkpoint.directory), **told}
     chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
-    scheme = replace(get_scheme(name, **chosen), flavour=flavour.name)
+    scheme = get_scheme(name, flavour.name, _fold(options.get("fold")), **chosen)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
     chain = get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
     cache = description.get("kv_cache_type", "") if flavour.holds_cache else ""
@@ -192,12 +192,35 @@ def _plan_of(
     return plan
 
 
+def _held(flavour: Flavour) -> list[str]:
+    """The schemes that a flavour holds."""
+    rows = SCHEMES.values()
+    return [row.name for row in rows if flavour.name in {held.flavour for held in row.held}]
+
+
+def _fold(value: Any) -> Fold | None:
+    """Where smoothing went, of a record.
+
+    Raises:
+        MsQuantError: there is no such place.
+    """
+    if value is None:
+        return None
+    if value not in [fold.value for fold in Fold]:
+        known = ", ".join(fold.value for fold in Fold)
+        raise MsQuantError(f"fold is {value!r:.80}, expected one of {known}")
+    return Fold(value)
+
+
 def _recorded_options(directory: Path) -> dict[str, Any]:
     """The scheme's options as the record states them; what files tell themselves goes first."""
     path = directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None
-    options = record.get("scheme_options") if isinstance(record, Mapping) else None
-    return dict(options) if isinstance(options, Mapping) else {}
+    if not isinstance(record, Mapping):
+        return {}
+    options = record.get("scheme_options")
+    fold = {"fold": record["fold"]} if "fold" in record else {}
+    return {**(options if isinstance(options, Mapping) else {}), **fold}
 
 
 def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan]) -> Iterator[str]:

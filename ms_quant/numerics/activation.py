@@ -244,10 +244,12 @@ class StaticInt8:
 
     Attributes:
         per_channel: whether the stored input scale has a value for each channel and so holds a
-            smoothing vector, as in golden-stick; else it is one number and the bias is folded.
+            smoothing vector, as in golden-stick; else it is one number.
+        folds_bias: whether a linear's bias is rounded into ``quant_bias``, as in ascend.
     """
 
     per_channel: bool = True
+    folds_bias: bool = False
     dynamic = False
     bits = 8
 
@@ -260,10 +262,10 @@ class StaticInt8:
         if self.per_channel:
             return static_activation(seen.low, seen.high, smooth, seen.dtype, seen.name)
         assert smooth is None
-        return tensor_activation(seen)
+        return replace(tensor_activation(seen), folds_bias=self.folds_bias)
 
     def restore(self, static: StaticActivation) -> StaticActivation:
-        return replace(static, folds_bias=not self.per_channel)
+        return replace(static, folds_bias=self.folds_bias)
 
 
 @dataclass(frozen=True)

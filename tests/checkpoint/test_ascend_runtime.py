@@ -65,7 +65,7 @@ class Runtime:
         }
         assert all(self.description[f"{path}.{n}"] == kind for n in get if n != "bias")
         bias = get.get("bias", np.zeros(1))
-        if kind == "W8A8_PER_CHANNEL" or (kind == "W8A8_MIX" and decode):
+        if kind in ("W8A8", "W8A8_PER_CHANNEL") or (kind == "W8A8_MIX" and decode):
             return static(get, x)
         if kind in ("W8A16", "W4A16"):
             group = self.description["group_size"]
@@ -79,7 +79,7 @@ class Runtime:
                 [[E2M1[b >> s & 15] for b in r for s in (0, 4)] for r in get["weight"]]
             )
             return mxfp8(x) @ (weight * powers(get["weight_scale"], x)).T + bias
-        packed = "none" if kind == "W8A8_MIX" else "out"
+        packed = "none" if kind.startswith("W8") else "out"
         weight = self.unpacked(get["weight"], packed) * repeated(
             get.get("weight_scale_second", np.ones((1, 1))), x
         )
@@ -140,6 +140,12 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("W4A8_DYNAMIC", {}),
     ("W4A8_DYNAMIC", {"choices": Choices({"group_size": 32})}),
     ("W8A8_PER_CHANNEL", {"dtype": "float16", **CALIBRATED}),
+    ("W8A8", {"choices": Choices(format="ascend"), **CALIBRATED}),
+    (
+        "W8A8",
+        {"choices": Choices(format="ascend"), "algorithm": "smoothquant", **CALIBRATED},
+    ),
+    ("W8A8_DYNAMIC", {"choices": Choices(format="ascend")}),
     ("W8A8_MIX", {"algorithm": "gptq", **CALIBRATED}),
     ("W8A8_MIX", {"algorithm": "smoothquant", "dtype": "float16", **CALIBRATED}),
 ]

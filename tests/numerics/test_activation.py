@@ -205,7 +205,7 @@ def test_formats_give_what_their_names_say():
     low, high = (x / smooth).min(), (x / smooth).max()
     np.testing.assert_allclose(channel.scale, (high - min(low, 0)) / 255, rtol=2.0**-22)
     np.testing.assert_allclose(channel.smooth, smooth, rtol=2.0**-7)  # stored as bfloat16
-    tensor, phased = StaticInt8(per_channel=False).fit(seen, None), Phased().fit(seen, None)
+    tensor, phased = StaticInt8(False, folds_bias=True).fit(seen, None), Phased().fit(seen, None)
     assert tensor.folds_bias and isinstance(phased, PhasedActivation)
     assert phased.static.scale == tensor.scale and phased.static.offset == tensor.offset
     np.testing.assert_array_equal(phased.fake(x), PerToken(8).fake(x))  # of prefill
@@ -216,7 +216,7 @@ def test_formats_give_what_their_names_say():
 def test_static_formats_restore_what_was_stored():
     static = StaticActivation(np.float32(0.5), -7, np.full(4, 0.5, np.float32))
     assert not StaticInt8().restore(static).folds_bias
-    assert StaticInt8(per_channel=False).restore(static).folds_bias
+    assert StaticInt8(False, folds_bias=True).restore(static).folds_bias
     phased = Phased().restore(static)
     assert phased.static.folds_bias
     assert (phased.static.scale, phased.static.offset) == (0.5, -7)
