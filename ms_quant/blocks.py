@@ -7,7 +7,7 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -115,40 +115,46 @@ def quantize_block(
         cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
     block, count = Block(), len(plan.groups(index))
-    folds = plan.chain.any("smooths") and plan.scheme.fold is Fold.NORM
+    folding = {group.name for group in plan.groups(index) if folds(plan.of(index, group))}
+    several = bool(folding)  # then weights wait for the smoothing of what they feed
 
     def smoothed() -> Iterator[Smoothed]:
         for done, group in enumerate(plan.groups(index)):
             problem = _problem(plan, index, group, array, seen(group), steps)
-            solution = plan.chain.first(problem)
-            if folds and solution.smooth is not None:
+            solution = plan.of(index, group).chain.first(problem)
+            if group.name in folding and solution.smooth is not None:
                 smooth = _fold(plan, group, array, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)
             yield Smoothed(group, problem, solution)
-            if folds:
+            if several:
                 progress((done + 1) / count / 2)
 
     # Without folding one group's weights after the other are in memory.
-    pending = list(smoothed()) if folds else smoothed()
-    divisors = _divisors(pending) if isinstance(pending, list) else {}
+    pending = list(smoothed()) if several else smoothed()
+    divisors = _divisors(pending, folding) if isinstance(pending, list) else {}
     for done, (group, problem, solution) in enumerate(pending):
-        if folds:
+        if several:
             problem = _with_scaled_rows(problem, divisors, block.floats)
         if steps.rounding is None:
-            solution = plan.chain.rest(problem, solution)
+            solution = plan.of(index, group).chain.rest(problem, solution)
             linears, note = apply(problem, solution), dict(solution.note)
         else:
             linears, note = steps.rounding(problem, solution)
             note = {**solution.note, **note}
-        if folds:
+        if group.name in folding:
             linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
         block.linears.update(linears)
         block.notes[group.name] = note
-        progress((done + 1) / count if not folds else (1 + (done + 1) / count) / 2)
+        progress((done + 1) / count if not several else (1 + (done + 1) / count) / 2)
     for path, absmax in (cached or {}).items():
         name = f"{block_prefix(index)}{path}: cached output"
         block.cache[path] = kv_cache.channel_scale(absmax / divisors.get(path, 1), plan.dtype, name)
     return block
+
+
+def folds(plan: Plan) -> bool:
+    """Whether smoothing goes into what makes the input; of a plan of one group."""
+    return plan.chain.any("smooths") and plan.scheme.fold is Fold.NORM
 
 
 def _problem(
@@ -164,11 +170,12 @@ def _problem(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    inside = plan.scheme.fold is not Fold.NORM
+    scheme = plan.of(index, group).scheme
+    inside = scheme.fold is not Fold.NORM
     feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",
-        scheme=plan.scheme,
+        scheme=scheme,
         weights=weights,
         biases=biases,
         stats=seen.stats,
@@ -214,11 +221,11 @@ def _fold(
     return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
 
 
-def _divisors(consumers: Iterable[Smoothed]) -> dict[str, np.ndarray]:
+def _divisors(consumers: Iterable[Smoothed], folding: Container[str]) -> dict[str, np.ndarray]:
     """Path of a linear to float32 (out,), the smoothing of what it feeds."""
     divisors = {}
     for group, problem, solution in consumers:
-        if group.feeds_from_norm or solution.smooth is None:
+        if group.name not in folding or group.feeds_from_norm or solution.smooth is None:
             continue
         heads, size = problem.shared
         rows = solution.smooth

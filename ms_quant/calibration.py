@@ -125,16 +125,9 @@ def calibrate(
         embed(checkpoint, tokens, job)
     for index in range(first, plan.config.num_layers):
         runner.load(checkpoint, index)
-        hessian = steps.rounding is not None or plan.chain.any("hessian")
-        new_stats = partial(
-            ActivationStats,
-            keep_rows=plan.chain.kept_tokens,
-            with_hessian=hessian,
-            with_histogram=plan.chain.any("histogram"),
-        )
         cache = ObservedCache(block_prefix(index)) if plan.kv_cache else None
         observe = partial(_observe, plan, runner, job, index, tokens.shape, progress)
-        stats, searched = observe(new_stats, cache)
+        stats, searched = observe(steps.rounding is not None, cache)
         seen = partial(_seen, runner, stats, searched)
         half = partial(_second_half, progress, index)
         cached = None if cache is None else cache.absmax
@@ -164,7 +157,7 @@ def _observe(
     index: int,
     shape: tuple[int, ...],
     progress: Progress,
-    new_stats: Callable[..., ActivationStats],
+    with_hessian: bool,
     cache: ObservedCache | None,
 ) -> tuple[dict[str, ActivationStats], SearchWindows]:
     """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
@@ -174,8 +167,15 @@ def _observe(
     for group in plan.groups(index):
         path = group.members[0]
         cell = get_cell(runner.block, path)
-        name = f"{block_prefix(index)}{path}: calibration input"
-        stats[group.name] = new_stats(cell.in_channels, sequences * length, name=name)
+        chain = plan.of(index, group).chain
+        stats[group.name] = ActivationStats(
+            cell.in_channels,
+            sequences * length,
+            chain.kept_tokens,
+            f"{block_prefix(index)}{path}: calibration input",
+            with_hessian or chain.any("hessian"),
+            chain.any("histogram"),
+        )
         recorders[path] = Recorder(cell, stats[group.name].update)
     last = index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)

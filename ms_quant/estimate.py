@@ -37,23 +37,23 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
     shapes = config.linear_shapes()
     weights = sum(out * into for out, into in shapes.values())
     tokens = 0 if prepared.tokens is None else prepared.tokens.size
-    searches = plan.chain.searches
+    searches = max(way.chain.searches for way in plan.ways)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
     seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
-    if plan.chain.any("hessian"):
+    if plan.any("hessian"):
         seconds += config.num_layers * _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
     memory = DATA_FREE_COPIES * 4 * weights
     if prepared.tokens is not None:
         memory = CALIBRATED_COPIES * 4 * weights + IMPORT_BYTES
         memory += _activation_bytes(prepared.tokens, config)
-        if plan.chain.any("hessian"):
+        if plan.any("hessian"):
             sizes = _inputs(plan)
             memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
     return {
         "output": str(output),
         "flavour": plan.flavour.name,
-        "scheme": plan.scheme.name,
+        "scheme": plan.scheme_name,
         "algorithm": plan.algorithm,
         "kv_cache": plan.kv_cache or FLOAT_CACHE,
         "dtype": plan.dtype.name,
@@ -62,7 +62,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "float_linears": plan.float_linears(),
         "linears_of_a_block": [
             f"{name}: {out} x {into}, "
-            f"{plan.scheme.name if _is_quantized(prepared, name) else 'FLOAT in some blocks'}"
+            f"{plan.scheme_name if _is_quantized(prepared, name) else 'FLOAT in some blocks'}"
             for name, (out, into) in shapes.items()
         ],
         "calibration_tokens": tokens,
@@ -70,8 +70,8 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "disk_bytes": needed_bytes(prepared),
         "memory_bytes": int(memory),
         "estimated_seconds": round(seconds, 1),
-        "served_by": list(plan.scheme.served_by),
-        "not_served_by": list(plan.scheme.not_served_by),
+        "served_by": plan.served_by,
+        "not_served_by": plan.not_served_by,
     }
 
 

@@ -6,7 +6,7 @@ which source and checkpoint both have, or of the rows of a linear, which are rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,17 +23,17 @@ class Folding:
     plan: what the checkpoint holds.
     ours: its tensors.
     source: those of the float model.
-    active: whether the algorithm smooths and the scheme has no place for it.
+    active: the groups, by full path prefix, whose smoothing was folded.
     """
 
     plan: Plan
     ours: FloatTensors
     source: FloatTensors
-    active: bool
+    active: Container[str]
 
     def smooth(self, index: int, group: LinearGroup) -> np.ndarray | None:
         """float32 (in,): what a group's columns were multiplied by; None for nothing."""
-        if not self.active or not group.feeds_from_norm:
+        if not self._is_active(index, group) or not group.feeds_from_norm:
             return None
         name = f"{block_prefix(index)}{group.feed}.weight"
         gain, stored = self.source.read_float32(name), self.ours.read_float32(name)
@@ -44,7 +44,10 @@ class Folding:
     def is_unknown(self, index: int, group: LinearGroup) -> bool:
         """Whether a group's smoothing is in the rows of a linear, where it cannot be read."""
         feed = self.plan.feed(index, group)
-        return self.active and feed is not None and not group.feeds_from_norm
+        return self._is_active(index, group) and feed is not None and not group.feeds_from_norm
+
+    def _is_active(self, index: int, group: LinearGroup) -> bool:
+        return f"{block_prefix(index)}{group.name}" in self.active
 
     def scaled_rows(self, index: int) -> set[str]:
         """Linears of a block, by path in it, whose rows and bias others' smoothing divided."""
@@ -53,12 +56,11 @@ class Folding:
 
     def changed(self) -> set[str]:
         """Full names of the float tensors that folding may have changed."""
-        if not self.active:
-            return set()
         names = set()
         for index in range(self.plan.config.num_layers):
             prefix = block_prefix(index)
-            norms = {g.feed for g in self.plan.groups(index) if g.feeds_from_norm}
+            groups = [g for g in self.plan.groups(index) if self._is_active(index, g)]
+            norms = {g.feed for g in groups if g.feeds_from_norm}
             names |= {f"{prefix}{norm}.weight" for norm in norms}
             names |= {f"{prefix}{path}.bias" for path in self.scaled_rows(index)}
         return names

@@ -173,7 +173,7 @@ def _tensor_getter(
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in flavour.with_codes)
             linear = replace(linear, bias=bias(path))
-            return flavour.linear_tensor(plan, group_of(plan, path), linear, suffix)
+            return flavour.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
         changed = job.changed_tensor(name)
         if changed is not None:
             return round_finite(changed, types[name], name)
@@ -186,14 +186,14 @@ def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
     return {
         "output": str(output),
         "flavour": plan.flavour.name,
-        "scheme": plan.scheme.name,
+        "scheme": plan.scheme_name,
         "algorithm": plan.algorithm,
         "kv_cache": plan.kv_cache or FLOAT_CACHE,
         "dtype": plan.dtype.name,
         "tensor_bytes": output_bytes(plan),
         "quantized_linears": len(plan.quantized()),
         "float_linears": plan.float_linears(),
-        "served_by": list(plan.scheme.served_by),
-        "not_served_by": list(plan.scheme.not_served_by),
+        "served_by": plan.served_by,
+        "not_served_by": plan.not_served_by,
         "finished_before": finished_before,
     }

@@ -81,7 +81,7 @@ def _block_bytes(plan: Plan, index: int) -> int:
     shapes = plan.config.linear_shapes()
     norms = 2 * 4 * plan.config.hidden_size  # those that folding changed
     linears = [
-        _linear_bytes(plan, group, *shapes[member])
+        _linear_bytes(plan.of(index, group), group, *shapes[member])
         for group in plan.groups(index)
         for member in group.members
     ]

@@ -45,17 +45,22 @@ class Choices:
     fold: str = ""
 
 
+Way = tuple[Scheme, Chain]
+"""What the linears of a group become, and the algorithms that get them there."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
     config: the model.
-    scheme: what its linears become.
-    chain: the algorithms.
+    scheme: what its linears become; of several schemes that of the first quantized group.
+    chain: the algorithms, likewise.
     dtype: type of what stays float in the output.
     float_groups: full path prefixes of the groups that stay float, such as
         ``"model.layers.0.down"``.
     search_tokens: searches look at this many of the calibration tokens, at most.
     kv_cache: how keys and values are cached, one of ``KV_CACHES``, or "".
+    mixed: full path prefixes of the groups that become something else.
     """
 
     config: ModelConfig
@@ -65,33 +70,92 @@ class Plan:
     float_groups: frozenset[str] = frozenset()
     search_tokens: int = SEARCH_TOKENS
     kv_cache: str = ""
+    mixed: Mapping[str, Way] = field(default_factory=dict)
+
+    def at(self, path: str) -> Plan:
+        """The plan of one group alone, by its full path prefix or that of one of its linears."""
+        if not self.mixed:
+            return self
+        scheme, chain = self.mixed.get(self._group_path(path), (self.scheme, self.chain))
+        return replace(self, scheme=scheme, chain=chain, mixed={})
+
+    def of(self, index: int, group: LinearGroup) -> Plan:
+        """The plan of one group of a block alone."""
+        return self.at(f"{block_prefix(index)}{group.name}")
+
+    def scheme_of(self, path: str) -> Scheme:
+        """What a linear, by its full path, becomes."""
+        return self.at(path).scheme
+
+    def _group_path(self, path: str) -> str:
+        index, _, member = path.removeprefix("model.layers.").partition(".")
+        for group in self.config.family.groups:
+            if member in group.members:
+                return f"{block_prefix(int(index))}{group.name}"
+        return path
+
+    @property
+    def ways(self) -> list[Plan]:
+        """A plan of one group for each scheme and chain that there is, the first group's first."""
+        plans = [replace(self, mixed={})]
+        for path in self.mixed:
+            if all(self.mixed[path] != (plan.scheme, plan.chain) for plan in plans):
+                plans.append(self.at(path))
+        return plans
+
+    @property
+    def scheme_name(self) -> str:
+        """The names of the schemes, joined."""
+        return "+".join(dict.fromkeys(way.scheme.name for way in self.ways))
 
     @property
     def algorithm(self) -> str:
-        """The names of the algorithms, joined."""
-        return self.chain.name
+        """The names of the algorithms, joined; those of different ways side by side."""
+        return ", ".join(dict.fromkeys(way.chain.name for way in self.ways))
+
+    @property
+    def served_by(self) -> list[str]:
+        """The runtimes that serve every scheme there is."""
+        first, *others = (way.scheme.served_by for way in self.ways)
+        return [runtime for runtime in first if all(runtime in other for other in others)]
+
+    @property
+    def not_served_by(self) -> list[str]:
+        """Runtimes that do not serve some scheme there is, with the reason."""
+        return list(dict.fromkeys(r for way in self.ways for r in way.scheme.not_served_by))
 
     @property
     def flavour(self) -> Flavour:
         """What the output's files hold."""
         return FLAVOURS[self.scheme.flavour]
 
-    @property
-    def needs_calibration(self) -> bool:
-        return (
-            self.scheme.needs_calibration
-            or self.chain.any("calibrated")
-            or self.kv_cache == STATIC_CACHE
-        )
+    def any(self, attribute: str) -> bool:
+        """Whether some algorithm of some group has a flag of :class:`Algorithm`."""
+        return any(way.chain.any(attribute) for way in self.ways)
 
     @property
-    def place(self) -> dict[str, str]:
-        """The flavour and the fold, where they are not the scheme's defaults, for records."""
-        usual, found = get_scheme(self.scheme.name, **self.scheme.chosen), {}
-        if self.scheme.flavour != usual.flavour:
-            found["format"] = self.scheme.flavour
-        if self.scheme.fold is not get_scheme(self.scheme.name, self.scheme.flavour).fold:
-            found["fold"] = self.scheme.fold.value
+    def needs_calibration(self) -> bool:
+        static = any(way.scheme.needs_calibration for way in self.ways)
+        return static or self.any("calibrated") or self.kv_cache == STATIC_CACHE
+
+    def record(self) -> dict[str, Any]:
+        """What decides the numbers, besides the data and the model, as JSON."""
+        mixed = {path: _way_record(*way) for path, way in sorted(self.mixed.items())}
+        return {
+            **_way_record(self.scheme, self.chain),
+            **({"mixed": mixed} if mixed else {}),
+            **({"kv_cache": self.kv_cache} if self.kv_cache else {}),
+            **self._place(),
+            "dtype": self.dtype.name,
+        }
+
+    def _place(self) -> dict[str, str]:
+        """The flavour and the fold, where they are not the scheme's defaults."""
+        scheme, found = self.scheme, {}
+        if scheme.flavour != get_scheme(scheme.name, **scheme.chosen).flavour:
+            found["format"] = scheme.flavour
+        if scheme.fold is not get_scheme(scheme.name, scheme.flavour).fold:
+            found["fold"] = scheme.fold.value
         return found
 
     def groups(self, index: int) -> list[LinearGroup]:
@@ -123,6 +187,15 @@ class Plan:
             for member in self.config.linear_shapes()
             if (path := f"{block_prefix(index)}{member}") not in done
         ]
+
+
+def _way_record(scheme: Scheme, chain: Chain) -> dict[str, Any]:
+    return {
+        "scheme": scheme.name,
+        "algorithm": chain.name,
+        **({"scheme_options": scheme.chosen} if scheme.chosen else {}),
+        **({"algorithm_options": chain.chosen} if chain.chosen else {}),
+    }
 
 
 def make_plan(
@@ -217,6 +290,34 @@ def _check_cache(scheme: Scheme, name: str) -> None:
         )
 
 
+def recorded_way(record: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """What a record says was done to a group, by its full path prefix."""
+    mixed = record.get("mixed")
+    entry = mixed.get(path) if isinstance(mixed, Mapping) else None
+    return entry if isinstance(entry, Mapping) else record
+
+
+def plan_of_ways(
+    config: ModelConfig,
+    ways: Mapping[str, Way],
+    dtype: np.dtype,
+    floats: frozenset[str],
+    kv_cache: str,
+) -> Plan:
+    """The plan of groups that become what they are said to.
+
+    Args:
+        config: the model.
+        ways: group, by full path prefix, in model order, to what becomes of it; at least one.
+        dtype: type of what stays float.
+        floats: the groups that stay float.
+        kv_cache: how keys and values are cached.
+    """
+    (scheme, chain), *_ = ways.values()
+    mixed = {path: way for path, way in ways.items() if way != (scheme, chain)}
+    return Plan(config, scheme, chain, dtype, floats, kv_cache=kv_cache, mixed=mixed)
+
+
 def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
     """The groups with a shape that the scheme's groups do not divide or no file can hold.
 
@@ -243,7 +344,8 @@ def check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
         MsQuantError: names the linear.
     """
     shapes = plan.config.linear_shapes()
+    own = plan.of(index, group)
     for member in group.members:
         name = f"{block_prefix(index)}{member}.weight"
-        plan.scheme.weight.check_columns(shapes[member][1], name)
-        plan.flavour.check(plan, group, shapes[member], name)
+        own.scheme.weight.check_columns(shapes[member][1], name)
+        own.flavour.check(own, group, shapes[member], name)

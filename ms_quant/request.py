@@ -157,8 +157,8 @@ class Prepared:
         """The job as it is on the disk now."""
         options = self.options
         environment = options.any_environment
-        scheme = self.plan.scheme
-        return JobDirectory(options.job_directory, self.record, environment, self.unknown, scheme)
+        directory, scheme_of = options.job_directory, self.plan.scheme_of
+        return JobDirectory(directory, self.record, environment, self.unknown, scheme_of)
 
 
 def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
@@ -220,13 +220,7 @@ def _record(
 ) -> dict[str, Any]:
     """What decides the numbers of a job."""
     record: dict[str, Any] = {
-        "scheme": plan.scheme.name,
-        "algorithm": plan.algorithm,
-        **({"scheme_options": plan.scheme.chosen} if plan.scheme.chosen else {}),
-        **({"algorithm_options": plan.chain.chosen} if plan.chain.chosen else {}),
-        **({"kv_cache": plan.kv_cache} if plan.kv_cache else {}),
-        **plan.place,
-        "dtype": plan.dtype.name,
+        **plan.record(),
         "exclude": list(options.exclude),
         "source": fingerprint(checkpoint),
         "environment": {"ms_quant": __version__},
@@ -253,7 +247,7 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     for name in ("calib", "samples", "seq_len", "seed"):
         if getattr(options, name) is not None:
             raise MsQuantError(
-                f"scheme {plan.scheme.name} with {plan.algorithm} uses no calibration data, "
+                f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
                 f"expected no --{name.replace('_', '-')}"
             )
 
@@ -286,10 +280,11 @@ def require_mindspore(why: str) -> None:
 
 def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
     what = f"kv cache {plan.kv_cache}"
-    if plan.chain.any("calibrated"):
+    if plan.any("calibrated"):
         what = f"algorithm {plan.algorithm}"
-    if plan.scheme.needs_calibration:
-        what = f"scheme {options.scheme}"
+    for way in plan.ways:
+        if way.scheme.needs_calibration:
+            what = f"scheme {way.scheme.name}"
     require_mindspore(f"{what} runs the model on calibration data")
     if options.calib is None:
         raise MsQuantError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, has, is_known
+from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
@@ -23,7 +23,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
-from ms_quant.plan import Plan
+from ms_quant.plan import Plan, recorded_way
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
 from ms_quant.verify_source import SourceProof, Subject
@@ -96,39 +96,45 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
     if not isinstance(record, Mapping):
         yield f"{path}: record is {record!r:.80}, expected what was computed"
         return
-    expected: dict[str, Any] = {"dtype": plan.dtype.name}
-    if plan.quantized():
-        expected["scheme"] = plan.scheme.name
-        if plan.scheme.chosen:
-            expected["scheme_options"] = plan.scheme.chosen
-    if plan.kv_cache:
-        expected["kv_cache"] = plan.kv_cache
-    expected |= plan.place
-    for key, stated in expected.items():
-        if record.get(key) != stated:
-            yield f"{path}: {key} is {record.get(key)!r:.80}, expected {stated!r}"
-    yield from _algorithm_problems(path, record, plan)
+    stated = plan.record()
+    for key in ("dtype", "kv_cache", "format", "fold"):
+        wanted = stated.get(key, record.get(key))
+        if record.get(key) != wanted:
+            yield f"{path}: {key} is {record.get(key)!r:.80}, expected {wanted!r}"
+    groups = [
+        (way, recorded_way(record, f"{block_prefix(index)}{group.name}"))
+        for index in range(plan.config.num_layers)
+        for group in plan.groups(index)
+        for way in [plan.of(index, group)]
+    ]
+    found = (_way_problems(entry, way) for way, entry in groups or [(plan, record)])
+    yield from dict.fromkeys(f"{path}: {text}" for texts in found for text in texts)
 
 
-def _algorithm_problems(path: Path, record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    """What is wrong with the recorded algorithms and their options, given the scheme."""
-    algorithm, options = record.get("algorithm"), record.get("algorithm_options", {})
+def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """What is wrong with the recorded scheme of a group, its algorithms and their options."""
+    stated = plan.record()
+    for key in ("scheme", "scheme_options"):
+        if plan.quantized() and key in stated and entry.get(key) != stated[key]:
+            yield f"{key} is {entry.get(key)!r:.80}, expected {stated[key]!r}"
+            return
+    algorithm, options = entry.get("algorithm"), entry.get("algorithm_options", {})
     if not is_known(algorithm):
         known = ", ".join([PLAIN, *ALGORITHMS])
-        yield f"{path}: algorithm is {algorithm!r:.80}, expected one of {known}"
+        yield f"algorithm is {algorithm!r:.80}, expected one of {known}"
         return
     parts = options.values() if isinstance(options, Mapping) else [None]
     if not all(isinstance(part, Mapping) for part in parts):
-        yield f"{path}: algorithm_options is {options!r:.80}, expected options by algorithm"
+        yield f"algorithm_options is {options!r:.80}, expected options by algorithm"
         return
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
     try:
         chain = get_chain(str(algorithm), plan.scheme, settings)
     except MsQuantError as error:
-        yield f"{path}: {error}"
+        yield str(error)
         return
     if plan.quantized() and chain.name != algorithm:
-        yield f"{path}: algorithm is {algorithm!r:.80}, expected {chain.name!r}"
+        yield f"algorithm is {algorithm!r:.80}, expected {chain.name!r}"
 
 
 def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterator[str]:
@@ -164,7 +170,8 @@ def _activation_problems(
         yield str(error)
         return
     subject.activations[name] = activation
-    if subject.plan.scheme.fold is Fold.NORM or not has(subject.algorithm, "smooths"):
+    norm = subject.plan.at(name).scheme.fold is Fold.NORM
+    if norm or not subject.has(name, "smooths"):
         wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
         if wrong:
             yield wrong

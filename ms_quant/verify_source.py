@@ -25,7 +25,7 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.plan import Plan
+from ms_quant.plan import Plan, recorded_way
 from ms_quant.remake import Comparison, OutputError, ScaleRule
 from ms_quant.remake_grid import GridComparison, some_rows
 from ms_quant.spec import Fold, Scheme
@@ -61,9 +61,23 @@ class Subject:
     record: dict[str, Any]
     activations: dict[str, StaticActivation] = field(default_factory=dict)
 
-    @property
-    def algorithm(self) -> str:
-        return self.record["record"]["algorithm"]
+    def has(self, path: str, attribute: str) -> bool:
+        """Whether an algorithm of a group, by its full path prefix, has a flag."""
+        return has(recorded_way(self.record["record"], path)["algorithm"], attribute)
+
+    def folded(self) -> set[str]:
+        """The groups, by full path prefix, whose smoothing was folded."""
+        plan = self.plan
+        paths = [
+            f"{block_prefix(index)}{group.name}"
+            for index in range(plan.config.num_layers)
+            for group in plan.groups(index)
+        ]
+        return {
+            path
+            for path in paths
+            if plan.at(path).scheme.fold is Fold.NORM and self.has(path, "smooths")
+        }
 
 
 @dataclass
@@ -88,7 +102,7 @@ class SourceProof:
         ours = subject.model.checkpoint
         self.result |= {"made_again": 0, "measured": 0, "unknown": []}
         config = load_config(self.source.directory)
-        if "quarot" in subject.algorithm.split("+"):
+        if "quarot" in subject.record["record"]["algorithm"].split("+"):
             try:
                 rotated = _rotated(self.source, config, subject.record["record"])
             except MsQuantError as error:
@@ -100,8 +114,7 @@ class SourceProof:
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
         yield from source_problems(ours.directory, self.source.directory, plan.dtype, config)
-        smooths = has(subject.algorithm, "smooths") and plan.scheme.fold is Fold.NORM
-        self.folding = Folding(plan, ours, self.source, smooths)
+        self.folding = Folding(plan, ours, self.source, subject.folded())
         changed, quantized = self.folding.changed(), set(plan.quantized())
         types = {t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}
         for name in shapes:
@@ -126,7 +139,10 @@ class SourceProof:
             linear = self.subject.model.linear(path)
             assert linear is not None
             name = f"{block_prefix(index)}{group.name}"
-            compared = _Compared(self.subject, self.source, path, linear, smooth, member in scaled)
+            way, subject = self.subject.plan.at(name), self.subject
+            compared = _Compared(
+                subject, way, name, self.source, path, linear, smooth, member in scaled
+            )
             yield from compared.problems(self.subject.activations.get(name))
             self.result["made_again" if compared.made_again else "measured"] += 1
             self.result["layers"].append(
@@ -159,11 +175,15 @@ class _Compared:
     """One linear beside its source, some rows at a time.
 
     Attributes:
+        plan: of its group alone.
+        name: of its group.
         smooth: float32 (in,), what folding multiplied its columns by, or None.
         scaled: whether folding divided its rows, by what is not known.
     """
 
     subject: Subject
+    plan: Plan
+    name: str
     source: FloatTensors
     path: str
     linear: QuantizedLinear
@@ -172,10 +192,13 @@ class _Compared:
 
     def __post_init__(self) -> None:
         self.error = OutputError(self.linear.activation, self.linear.weight.shape[1])
-        algorithm, format = self.subject.algorithm, self.subject.plan.scheme.weight
-        shared = isinstance(format, AffineFormat) and format.per_tensor and has(algorithm, "clips")
-        moved = has(algorithm, "places") or has(algorithm, "adds")
+        format = self.plan.scheme.weight
+        shared = isinstance(format, AffineFormat) and format.per_tensor and self._has("clips")
+        moved = self._has("places") or self._has("adds")
         self.made_again = not (moved or self.scaled or shared)
+
+    def _has(self, attribute: str) -> bool:
+        return self.subject.has(self.name, attribute)
 
     def problems(self, recorded: StaticActivation | None) -> Iterator[str]:
         """Compares it.
@@ -183,7 +206,7 @@ class _Compared:
         Args:
             recorded: the parameters of a static input, as the record states them.
         """
-        format, shape = self.subject.plan.scheme.weight, self.linear.weight.shape
+        format, shape = self.plan.scheme.weight, self.linear.weight.shape
         by_row = self._scale_rule(recorded)
         rows, grid = Comparison(), self._grid_comparison()
         inside = None if recorded is None else recorded.smooth
@@ -202,7 +225,7 @@ class _Compared:
         suffix = "weight_scale" if recorded is None or self._has_scale() else "deq_scale"
         yield from rows.problems(self.path, suffix, shape)
         yield from grid.problems(self.path, shape)
-        limit = max_output_error(self.subject.plan.scheme)
+        limit = max_output_error(self.plan.scheme)
         if not self.error.value <= limit:
             yield (
                 f"{self.path}: relative output error {self.error.value:.3f} against "
@@ -218,21 +241,22 @@ class _Compared:
 
     def _scale_rule(self, recorded: StaticActivation | None) -> ScaleRule | None:
         """How stored scales follow from rows of int8; None for all other weights."""
-        scheme = self.subject.plan.scheme
+        scheme = self.plan.scheme
         format = scheme.weight
         if not isinstance(format, AffineFormat) or not self.linear.integer or format.bits != 8:
             return None
-        dtype = scheme.scale_dtype(self.subject.plan.dtype)
+        dtype = scheme.scale_dtype(self.plan.dtype)
         factor = np.float32(1) if recorded is None or self._has_scale() else recorded.scale
         absmax = None
         if format.per_tensor:
             absmax = np.float32(max(np.abs(w).max(initial=0) for _, w in self._chunks()))
-        return ScaleRule(has(self.subject.algorithm, "clips"), dtype, factor, absmax)
+        return ScaleRule(self._has("clips"), dtype, factor, absmax)
 
     def _grid_comparison(self) -> GridComparison:
-        plan = self.subject.plan
-        clipped = has(self.subject.algorithm, "clips")
-        return GridComparison(plan.scheme.weight, plan.scheme.scale_dtype(plan.dtype), clipped)
+        scheme = self.plan.scheme
+        return GridComparison(
+            scheme.weight, scheme.scale_dtype(self.plan.dtype), self._has("clips")
+        )
 
 
 def _scaled(weight: np.ndarray, part: QuantizedLinear) -> np.ndarray:

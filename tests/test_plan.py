@@ -137,11 +137,11 @@ def test_places_that_nothing_serves(scheme, choices, message):
 
 def test_flavours_of_a_scheme():
     usual, chosen = plan(), plan(options=Choices(format="ascend"))
-    assert usual.flavour.name == "golden-stick" and usual.place == {}
-    assert chosen.flavour.name == "ascend" and chosen.place == {"format": "ascend"}
+    assert usual.flavour.name == "golden-stick" and not {"format", "fold"} & usual.record().keys()
+    assert chosen.flavour.name == "ascend" and chosen.record()["format"] == "ascend"
     assert chosen.scheme.activation.folds_bias and not chosen.scheme.activation.per_channel
     folded = plan(options=Choices(fold="norm"))
-    assert folded.place == {"fold": "norm"} and not folded.scheme.activation.per_channel
+    assert folded.record()["fold"] == "norm" and not folded.scheme.activation.per_channel
     dynamic = plan("W8A8_DYNAMIC", options=Choices(format="ascend"))
     assert dynamic.scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float16"]
     assert plan("W8A8_DYNAMIC").scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float32"]

@@ -36,13 +36,13 @@ def activation_facts(
         statistic: gives a tensor of a finished block, such as ``"mlp.down_proj.act_scale"``.
 
     Returns:
-        JSON, one object for each group of a static scheme; empty for others.
+        JSON, one object for each group of a static scheme.
     """
-    if plan.scheme.activation.dynamic:
-        return {}
     facts = {}
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
+            if plan.of(index, group).scheme.activation.dynamic:
+                continue
             member = group.members[0]
             facts[f"{block_prefix(index)}{group.name}"] = {
                 "act_scale": float(statistic(index, f"{member}.act_scale")[0]),

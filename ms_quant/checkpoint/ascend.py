@@ -17,6 +17,7 @@ from ms_quant.checkpoint.ascend_tensors import FLOAT32, WITH_CODES, parts, slice
 from ms_quant.checkpoint.flavour import Flavour, Tensors
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.linear import QuantizedLinear
@@ -29,6 +30,24 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.0"
 TRANSFORM_MULTIPLE = 8
+MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
+    "W8A16",
+    "W4A16",
+    "W8A8_DYNAMIC",
+    "W8A8_MIX",
+    "W8A8",
+    "W8A8_PER_CHANNEL",
+    "W8A8_PER_TENSOR",
+    "W8A8FP8_DYNAMIC",
+    "W8A8_MXFP8",
+    "W4A8_DYNAMIC",
+    "W4A8_MXFP",
+    "W4A4_DYNAMIC",
+    "W4A4_FLATQUANT_DYNAMIC",
+    "W4A4_MXFP4",
+    "W4A4_MXFP4_DUALSCALE",
+    "W4A4_MXFP4_SVD",
+)
 HEAD = "lm_head.weight"
 BRANCH = ("svd_lowrank_l1", "svd_lowrank_l2")
 ADDED = ("left_trans", "right_trans", "clip_ratio", *BRANCH)
@@ -87,7 +106,7 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     for tensor in tensors:
         path, _, suffix = tensor.name.rpartition(".")
         stays = path not in quantized or suffix in FLOATS
-        kind = "FLOAT" if stays else plan.scheme.name
+        kind = "FLOAT" if stays else plan.scheme_of(path).name
         result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
     if plan.config.tied:
         result[HEAD] = "FLOAT"
@@ -96,26 +115,44 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
         **result,
         **(cache if plan.kv_cache else {}),
         "version": VERSION,
-        "model_quant_type": plan.scheme.name if quantized else "FLOAT",
-        "group_size": plan.scheme.weight.group_size,
+        "model_quant_type": _model_type(plan) if quantized else "FLOAT",
+        "group_size": _group_size(plan),
         "metadata": {},
         "optional": {},
     }
 
 
-def scheme_options(description: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """The size of groups and long blocks, and the rank of branches, as the files have them."""
-    options: dict[str, Any] = {"group_size": description.get("group_size")}
-    names = set(checkpoint.names)
-    for name in names:
-        path, _, suffix = name.rpartition(".")
-        shape = checkpoint.info(name).shape  # one of a wrong rank is a problem of its own
-        if suffix == "svd_lowrank_l1" and len(shape) == 2:
-            # The largest is cut by no linear's own shape.
-            options["svd.rank"] = max(options.get("svd.rank", 1), shape[0])
-        if suffix == "weight_dual_scale" and f"{path}.weight" in names and len(shape) == 3:
-            packed = checkpoint.info(f"{path}.weight").shape
-            options |= _long_block(2 * packed[-1], shape[1]) if len(packed) == 2 else {}
+def _model_type(plan: Plan) -> str:
+    """The scheme that stands for the model: the last of those there are in the runtime's order."""
+    return max((way.scheme.name for way in plan.ways), key=MODEL_TYPES.index)
+
+
+def _group_size(plan: Plan) -> int:
+    """Of the last group that has one."""
+    sizes = [plan.scheme_of(path).weight.group_size for path in plan.quantized()]
+    return next((size for size in reversed(sizes) if size), 0)
+
+
+def scheme_options(
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
+) -> dict[str, Any]:
+    """The size of groups and long blocks, and the rank of branches, as a linear's tensors are."""
+    options: dict[str, Any] = {}
+    columns = config.linear_shapes()[path.split(".", 3)[3]][1]
+    shapes = {
+        suffix: checkpoint.info(f"{path}.{suffix}").shape
+        for suffix in ("weight_scale", "weight_scale_second", "weight_dual_scale", BRANCH[0])
+        if f"{path}.{suffix}" in checkpoint
+    }
+    scale = shapes.get("weight_scale_second", shapes.get("weight_scale", ()))
+    if len(scale) == 2 and scale[1] > 1 and columns % scale[1] == 0:
+        options["group_size"] = columns // scale[1]
+    elif len(scale) == 2:  # one group, or none
+        options["group_size"] = columns if description.get("group_size") == columns else 0
+    if len(shapes.get(BRANCH[0], ())) == 2:
+        options["svd.rank"] = shapes[BRANCH[0]][0]
+    if len(shapes.get("weight_dual_scale", ())) == 3:
+        options |= _long_block(columns, shapes["weight_dual_scale"][1])
     return options
 
 

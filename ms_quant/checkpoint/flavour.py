@@ -14,6 +14,7 @@ import numpy as np
 
 from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.writer import TensorPlan
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
 
@@ -37,7 +38,7 @@ class Flavour:
         codes are zeros that take no memory.
     read_linear: the linear at a path, with this bias; what the tensors contradict is refused.
     describe: the description of a checkpoint with these tensors.
-    scheme_options: options of a scheme as far as the description and the tensors tell.
+    scheme_options: options of a linear's scheme, by its path, as far as its tensors tell.
     check: refuses a linear of a group, shape and name that cannot be stored.
     with_codes: suffixes that need the linear's codes.
     floats: suffixes that the description calls FLOAT although the linear is quantized.
@@ -53,7 +54,7 @@ class Flavour:
     linear_tensor: Callable[[Plan, LinearGroup, QuantizedLinear, str], np.ndarray]
     read_linear: Callable[[Plan, LinearGroup, Checkpoint, str, np.ndarray | None], QuantizedLinear]
     describe: Callable[[Plan, Sequence[TensorPlan]], dict[str, Any]]
-    scheme_options: Callable[[Mapping[str, Any], Checkpoint], dict[str, Any]]
+    scheme_options: Callable[[ModelConfig, Mapping[str, Any], Checkpoint, str], dict[str, Any]]
     check: Callable[[Plan, LinearGroup, tuple[int, int], str], None]
     with_codes: frozenset[str]
     floats: frozenset[str] = frozenset()
@@ -72,7 +73,8 @@ class Flavour:
         for name, shape in shapes.items():
             path, _, suffix = name.rpartition(".")
             if path in quantized and suffix == "weight":
-                parts = self.linear_plan(plan, group_of(plan, path), (shape[0], shape[1]))
+                own, group = plan.at(path), group_of(plan, path)
+                parts = self.linear_plan(own, group, (shape[0], shape[1]))
                 plans += [TensorPlan(f"{path}.{key}", *part) for key, part in parts.items()]
             elif path in quantized:
                 plans.append(TensorPlan(name, self.bias_dtype or plan.dtype, shape))

@@ -115,8 +115,9 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """Tensor name to scheme. All tensors of a module carry one value, its bias included."""
     quantized = set(plan.quantized())
     return {
-        tensor.name: plan.scheme.name if tensor.name.rpartition(".")[0] in quantized else "FLOAT"
+        tensor.name: plan.scheme_of(path).name if path in quantized else "FLOAT"
         for tensor in tensors
+        for path in [tensor.name.rpartition(".")[0]]
     }
 
 
@@ -129,7 +130,7 @@ FLAVOUR = Flavour(
     linear_tensor=lambda plan, group, linear, suffix: linear_tensor(plan, linear, suffix),
     read_linear=read_linear,
     describe=describe,
-    scheme_options=lambda description, checkpoint: {},
+    scheme_options=lambda config, description, checkpoint, path: {},
     check=lambda plan, group, shape, name: None,
     with_codes=frozenset({"weight", "quant_bias"}),
 )

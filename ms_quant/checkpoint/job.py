@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ from ms_quant.checkpoint.lock import locked
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.models.config import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
 from ms_quant.schemes import SCHEMES
 from ms_quant.spec import Scheme
@@ -153,7 +154,7 @@ class JobDirectory:
             `any_environment` is set.
         any_environment: go on under other versions, CPU or thread count.
         unknown: entries that a job has and this record does not have yet; they are not compared.
-        scheme: what its linears become.
+        scheme_of: what a linear, by its full path, becomes.
 
     Raises:
         MsQuantError: the directory holds a job with another record, or is no job at all.
@@ -165,9 +166,9 @@ class JobDirectory:
         record: Mapping[str, Any],
         any_environment: bool = False,
         unknown: Sequence[str] = (),
-        scheme: Scheme = SCHEMES["W8A8"],
+        scheme_of: Callable[[str], Scheme] = lambda path: SCHEMES["W8A8"],
     ):
-        self.directory, self.scheme = directory, scheme
+        self.directory, self.scheme_of = directory, scheme_of
         self.record = json.loads(json.dumps(record))
         self.any_environment, self.unknown = any_environment, unknown
         self._check()
@@ -277,7 +278,8 @@ class JobDirectory:
         if not with_weight:
             info = file.info(f"{path}.weight")
             arrays["weight"] = np.broadcast_to(info.dtype.type(0), info.shape)
-        return from_arrays(self.scheme.weight, self.scheme.activation, arrays)
+        scheme = self.scheme_of(f"{block_prefix(index)}{path}")
+        return from_arrays(scheme.weight, scheme.activation, arrays)
 
     def changed_tensor(self, name: str) -> np.ndarray | None:
         """A float32 tensor that folding has changed, by its full name; None for all others."""

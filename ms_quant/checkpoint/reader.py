@@ -97,6 +97,9 @@ class Checkpoint:
         """Every tensor's name, sorted."""
         return sorted(self._places)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
     def files(self) -> list[Path]:
         """The safetensors files, sorted by name."""
         return [self.directory / shard for shard in sorted(set(self._places.values()))]

@@ -99,7 +99,7 @@ class JobModel(FloatModel):
 
     def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
         self.config, self.checkpoint = plan.config, checkpoint
-        self.flavour, self.job, self.kv_cache = plan.scheme.name, job, plan.kv_cache
+        self.flavour, self.job, self.kv_cache = plan.scheme_name, job, plan.kv_cache
         self._quantized = frozenset(plan.quantized())
         self._types = {tensor.name: tensor.dtype for tensor in plan.flavour.tensor_plans(plan)}
 
@@ -152,11 +152,10 @@ class QuantizedModel:
         if self.description.get(f"{path}.weight") == "FLOAT":
             return None
         bias = None
-        if f"{path}.bias" in self.checkpoint.names:
+        if f"{path}.bias" in self.checkpoint:
             bias = self.checkpoint.read_float32(f"{path}.bias")
-        return self.row.read_linear(
-            self.plan, group_of(self.plan, path), self.checkpoint, path, bias
-        )
+        plan, group = self.plan.at(path), group_of(self.plan, path)
+        return self.row.read_linear(plan, group, self.checkpoint, path, bias)
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.plan.kv_cache:

@@ -17,7 +17,7 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Plan, check_shapes
+from ms_quant.plan import Plan, Way, check_shapes, plan_of_ways, recorded_way
 from ms_quant.schemes import SCHEMES, STATIC_CACHE, get_scheme
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
@@ -130,9 +130,6 @@ def _description_problems(
         if modules.setdefault(module, value) != value:
             yield f"{where}: tensors of {module} are {modules[module]} and {value}, expected one"
     yield from _group_problems(config, modules, where)
-    schemes = {value for value in modules.values() if value != "FLOAT"}
-    if len(schemes) > 1:
-        yield f"{where}: mixes the schemes {', '.join(sorted(schemes))}, expected one"
 
 
 def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path) -> Iterator[str]:
@@ -154,10 +151,15 @@ def _entry_problems(
     for key in sorted({*found, *expected}):
         if key not in found:
             yield f"{where}: does not name {key!r}"
-        elif key in expected and found[key] != expected[key]:
+        elif key in expected and not _same(found[key], expected[key]):
             yield f"{where}: {key} is {found[key]!r}, expected {expected[key]!r}"
         elif key not in expected and "." in key:
             yield f"{where}: names {key!r}, expected only the model's tensors"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Unlike Python, 32 and 32.0 are two."""
+    return type(one) is type(other) and one == other
 
 
 def _plan_of(
@@ -168,28 +170,36 @@ def _plan_of(
     Raises:
         MsQuantError: an option of the scheme has no such value, or a linear no such shape.
     """
-    schemes = [value for key, value in description.items() if "." in key and value in SCHEMES]
-    floats = frozenset(
-        f"{block_prefix(index)}{group.name}"
-        for index in range(config.num_layers)
-        for group in config.family.groups
-        if description.get(f"{block_prefix(index)}{group.members[0]}.weight") == "FLOAT"
-    )
-    name = schemes[0] if schemes else _held(flavour)[0]
-    told = flavour.scheme_options(description, checkpoint)
-    options = {**_recorded_options(checkpoint.directory), **told}
-    chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
-    scheme = get_scheme(name, flavour.name, _fold(options.get("fold")), **chosen)
-    settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
-    chain = get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
+    record = _record(checkpoint.directory)
+    fold, ways, floats = _fold(record.get("fold")), {}, set()
+    for index in range(config.num_layers):
+        for group in config.family.groups:
+            path = f"{block_prefix(index)}{group.name}"
+            name = description.get(f"{block_prefix(index)}{group.members[0]}.weight")
+            if name == "FLOAT":
+                floats.add(path)
+                continue
+            first = f"{block_prefix(index)}{group.members[0]}"
+            told = flavour.scheme_options(config, description, checkpoint, first)
+            ways[path] = _way(flavour, str(name), fold, {**_options(record, path), **told})
+    if not ways:
+        ways = {"": _way(flavour, _held(flavour)[0], fold, {})}
     cache = description.get("kv_cache_type", "") if flavour.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
         raise MsQuantError(f"kv_cache_type is {cache!r:.80}, expected {STATIC_CACHE!r}")
-    plan = Plan(config, scheme, chain, DTYPES[config.dtype], floats, kv_cache=cache)
+    plan = plan_of_ways(config, ways, DTYPES[config.dtype], frozenset(floats), cache)
     for index in range(config.num_layers):
         for group in plan.groups(index):
             check_shapes(plan, index, group)
     return plan
+
+
+def _way(flavour: Flavour, name: str, fold: Fold | None, options: Mapping[str, Any]) -> Way:
+    """What a group is, as far as one can tell: algorithms leave no trace but what they add."""
+    chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
+    scheme = get_scheme(name, flavour.name, fold, **chosen)
+    settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
+    return scheme, get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
 
 
 def _held(flavour: Flavour) -> list[str]:
@@ -212,15 +222,17 @@ def _fold(value: Any) -> Fold | None:
     return Fold(value)
 
 
-def _recorded_options(directory: Path) -> dict[str, Any]:
-    """The scheme's options as the record states them; what files tell themselves goes first."""
+def _record(directory: Path) -> Mapping[str, Any]:
+    """What was done, where the files say so."""
     path = directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None
-    if not isinstance(record, Mapping):
-        return {}
-    options = record.get("scheme_options")
-    fold = {"fold": record["fold"]} if "fold" in record else {}
-    return {**(options if isinstance(options, Mapping) else {}), **fold}
+    return record if isinstance(record, Mapping) else {}
+
+
+def _options(record: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The recorded options of a group's scheme; what files tell themselves goes first."""
+    options = recorded_way(record, path).get("scheme_options")
+    return dict(options) if isinstance(options, Mapping) else {}
 
 
 def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan]) -> Iterator[str]:

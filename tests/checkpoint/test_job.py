@@ -292,7 +292,7 @@ def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
     seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
     grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(DTYPES["bfloat16"]))
     linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
-    job = JobDirectory(tmp_path / "job", RECORD, scheme=scheme)
+    job = JobDirectory(tmp_path / "job", RECORD, scheme_of=lambda path: scheme)
     with job.open():
         job.finish_block(0, Block({"a": linear}), {})
     for decode in (False, True):

@@ -128,7 +128,9 @@ class World:
 
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch):
         self.options = QuantizeOptions(directory / "model", directory / "out")
-        plan: Any = SimpleNamespace(config=SimpleNamespace(num_layers=1), scheme=SCHEMES["W8A8"])
+        plan: Any = SimpleNamespace(
+            config=SimpleNamespace(num_layers=1), scheme_of=lambda path: SCHEMES["W8A8"]
+        )
         checkpoint: Any = None
         self.prepared = Prepared(
             self.options, plan, checkpoint, checkpoint, None, {"seed": 1}, {}, 0, ("price",)
