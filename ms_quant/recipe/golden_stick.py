@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from ms_quant.algorithms.clip import RATIOS
+from ms_quant.errors import MsQuantError
 from ms_quant.recipe.checks import checked
 from ms_quant.recipe.patterns import REGEX, escape
 from ms_quant.recipe.reading import Section, listed, refuse
@@ -53,11 +55,12 @@ def from_ptq_config(config: Any, layer_policies: Mapping[str, Any] | None = None
             not have; names the field.
     """
     base = _read(config, "config")
-    policies = {
-        pattern: None if policy is None else _read(policy, f"layer_policies[{pattern!r}]")
-        for pattern, policy in (layer_policies or {}).items()
-    }
-    patterns = tuple(f"{REGEX}{pattern}" for pattern in policies)
+    policies = {}
+    for key, policy in (layer_policies or {}).items():
+        where = f"layer_policies[{key!r}]"
+        _check_regex(key, where)
+        policies[key] = None if policy is None else _read(policy, where)
+    patterns = tuple(f"{REGEX}{key}" for key in policies)
     rules, steps = _translate(base, EVERYTHING, patterns)
     for pattern, policy in zip(patterns, policies.values(), strict=True):
         if policy is None:
@@ -73,6 +76,13 @@ def from_ptq_config(config: Any, layer_policies: Mapping[str, Any] | None = None
     if not rules and not cache:
         refuse(base.path("weight_quant_dtype"), None, "int8 or qint4x2", "nothing is quantized")
     return checked(Recipe(rules, steps, kv_cache=cache))
+
+
+def _check_regex(key: Any, where: str) -> None:
+    try:
+        re.compile(key)
+    except (re.error, TypeError) as error:
+        raise MsQuantError(f"{where} is no regular expression ({error})") from None
 
 
 def _translate(
