@@ -1,0 +1,71 @@
+"""Recipes: what is done to which linear, in our own language, msModelSlim's or Golden Stick's.
+
+They are data: a recipe is read, translated and checked here, and nothing is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ms_quant.errors import MsQuantError
+from ms_quant.recipe import modelslim, native
+from ms_quant.recipe.assign import Treatment, assign, idle_patterns
+from ms_quant.recipe.checks import checked
+from ms_quant.recipe.golden_stick import from_ptq_config
+from ms_quant.recipe.modelslim import from_modelslim
+from ms_quant.recipe.native import from_native, to_native
+from ms_quant.recipe.patterns import matches, unmatched
+from ms_quant.recipe.records import Recipe, Rule, Step
+from ms_quant.recipe.yaml_file import read_yaml
+
+__all__ = [
+    "Recipe",
+    "Rule",
+    "Step",
+    "Treatment",
+    "assign",
+    "checked",
+    "from_modelslim",
+    "from_native",
+    "from_ptq_config",
+    "idle_patterns",
+    "load_recipe",
+    "matches",
+    "to_native",
+    "unmatched",
+]
+
+LANGUAGES: dict[str, Callable[[Mapping[str, Any]], Recipe]] = {
+    native.APIVERSION: from_native,
+    modelslim.APIVERSION: from_modelslim,
+}
+
+
+def load_recipe(source: str | PathLike[str] | Mapping[str, Any]) -> Recipe:
+    """A recipe in any of the languages, checked.
+
+    Args:
+        source: path of a YAML file, or what such a file would hold.
+
+    Raises:
+        MsQuantError: the file is not usable, or a key is; names both.
+    """
+    if isinstance(source, Mapping):
+        return _translated(source)
+    path = Path(source)
+    document = read_yaml(path)
+    try:
+        return _translated(document)
+    except MsQuantError as error:
+        raise MsQuantError(f"{path}: {error}") from None
+
+
+def _translated(document: Mapping[str, Any]) -> Recipe:
+    language = document.get("apiversion")
+    if not isinstance(language, str) or language not in LANGUAGES:
+        found = repr(language)[:80] if "apiversion" in document else "missing"
+        raise MsQuantError(f"apiversion is {found}, expected one of {', '.join(LANGUAGES)}")
+    return checked(LANGUAGES[language](document))

@@ -1,0 +1,101 @@
+"""What a recipe does to one linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ms_quant.algorithms import get_chain
+from ms_quant.algorithms.chain import PLAIN
+from ms_quant.errors import MsQuantError
+from ms_quant.recipe.patterns import matches, unmatched
+from ms_quant.recipe.records import Recipe, Rule, Step
+from ms_quant.schemes import SCHEMES, get_scheme
+
+ADDED = {
+    ("svd", "W4A4_MXFP4"): "W4A4_MXFP4_SVD",
+    ("flatquant", "W4A4_DYNAMIC"): "W4A4_FLATQUANT_DYNAMIC",
+}
+"""A step with what it adds beside the weight, and the scheme that a rule gives becomes this one."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """Attributes:
+    scheme: name of the scheme.
+    options: of its weights.
+    algorithms: all of them, those of steps first.
+    algorithm_options: by full name.
+    """
+
+    scheme: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    algorithms: tuple[str, ...] = ()
+    algorithm_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def assign(recipe: Recipe, linears: Mapping[str, str]) -> dict[str, Treatment]:
+    """What is done to which linear.
+
+    Args:
+        recipe: a checked one.
+        linears: full path of every linear to the name of its group.
+
+    Returns:
+        path to treatment, in the order of ``linears``, without those that stay float.
+
+    Raises:
+        MsQuantError: two rules reach one, or what reaches one does not go together; names the
+            paths of both in the recipe.
+    """
+    found = {}
+    for path, group in linears.items():
+        rule = _rule(recipe, path)
+        if rule is not None:
+            steps = [step for step in recipe.steps if _reaches(step, path, group)]
+            found[path] = _treatment(path, rule, steps)
+    return found
+
+
+def idle_patterns(recipe: Recipe, paths: Sequence[str]) -> list[tuple[str, str]]:
+    """The patterns that match none of some paths, each after the path of what holds it."""
+    return [
+        (record.where, pattern)
+        for record in recipe.rules + recipe.steps
+        for pattern in unmatched(record.include + record.exclude, paths)
+    ]
+
+
+def _rule(recipe: Recipe, path: str) -> Rule | None:
+    rules = [rule for rule in recipe.rules if matches(path, rule.include, rule.exclude)]
+    if len(rules) > 1:
+        raise MsQuantError(
+            f"{path}: is reached by {rules[0].where} and {rules[1].where}, expected one; exclude "
+            "it from the other"
+        )
+    return rules[0] if rules else None
+
+
+def _reaches(step: Step, path: str, group: str) -> bool:
+    if step.groups and group not in step.groups:
+        return False
+    return matches(path, step.include, step.exclude)
+
+
+def _treatment(path: str, rule: Rule, steps: list[Step]) -> Treatment:
+    name = rule.scheme
+    for step in steps:
+        name = ADDED.get((step.algorithm, name), name)
+    algorithms = tuple(step.algorithm for step in steps) + rule.algorithms
+    settings = {f"{s.algorithm}.{key}": value for s in steps for key, value in s.options.items()}
+    settings |= rule.algorithm_options
+    try:
+        get_chain("+".join(algorithms) or PLAIN, get_scheme(name, **rule.options), settings)
+    except MsQuantError as error:
+        wheres = " and ".join([rule.where, *(step.where for step in steps)])
+        raise MsQuantError(f"{wheres}: {path}: {error}") from None
+    own = SCHEMES[name].algorithm
+    if own and own not in algorithms:
+        algorithms = (own, *algorithms)
+    return Treatment(name, dict(rule.options), algorithms, settings)

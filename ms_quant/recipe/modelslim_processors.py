@@ -1,0 +1,239 @@
+"""The processors of modelslim_v1 that prepare linears, and those that do other things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ms_quant.errors import MsQuantError
+from ms_quant.recipe.modelslim_linear import (
+    Kind,
+    Quantizer,
+    linear_quant,
+    make_rule,
+    read_weight,
+)
+from ms_quant.recipe.reading import Section, items, refuse
+from ms_quant.recipe.records import EVERYTHING, Rule, Step
+from ms_quant.schemes import STATIC_CACHE
+
+SUBGRAPHS = {
+    "up-down": ("down",),
+    "ov": ("o",),
+    "norm-linear": ("qkv", "gate_up"),
+    "linear-linear": (),  # no family here has two linears with nothing but a linear between
+}
+"""Their kinds of subgraphs, in the order in which they are smoothed, with our linear groups."""
+PATTERNS = ("type", "include", "exclude")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one processor says.
+
+    Attributes:
+        rules: of linears.
+        steps: before rounding.
+        kv_cache: name of the cache's scheme, or "".
+        weights: how its rules quantize weights.
+        searched: how a search of its steps quantizes weights, or None.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    steps: tuple[Step, ...] = ()
+    kv_cache: str = ""
+    weights: tuple[Quantizer, ...] = ()
+    searched: Quantizer | None = None
+
+
+def read_part(value: Any, where: str) -> Part:
+    """What an element of ``spec.process`` says.
+
+    Raises:
+        MsQuantError: it has no counterpart here; names the key.
+    """
+    kind = Section(value, where).get("type")
+    if isinstance(kind, str) and kind in REFUSED:
+        raise MsQuantError(f"{where}.type: {kind} is not supported, {REFUSED[kind]}")
+    if not isinstance(kind, str) or kind not in PROCESSORS:
+        refuse(f"{where}.type", kind, f"one of {', '.join(PROCESSORS)}")
+    known, read = PROCESSORS[kind]
+    return read(Section(value, where, ("type", *known)))
+
+
+def _linear(section: Section) -> Part:
+    rule, weight = linear_quant(section)
+    return Part(rules=(rule,), weights=(weight,))
+
+
+def _group(section: Section) -> Part:
+    parts = []
+    for where, value in items(section.get("configs"), section.path("configs")):
+        Section(value, where).one_of("type", ("linear_quant",))
+        parts.append(read_part(value, where))
+    if not parts:
+        refuse(section.path("configs"), [], "at least one linear_quant")
+    rules = tuple(rule for part in parts for rule in part.rules)
+    return Part(rules=rules, weights=tuple(weight for part in parts for weight in part.weights))
+
+
+def _smooth(section: Section) -> Part:
+    section.one_of("symmetric", (True,), True, "no shift of inputs is held here")
+    groups = SUBGRAPHS["norm-linear"]
+    return _step(section, "smoothquant", {"alpha": _share(section, "alpha", 0.5)}, groups)
+
+
+def _iter_smooth(section: Section) -> Part:
+    section.one_of("symmetric", (True,), True, "no shift of inputs is held here")
+    if section.number("scale_min", 1e-5) != 1e-5:
+        refuse(section.path("scale_min"), section.get("scale_min"), "1e-05")
+    options = {"alpha": _share(section, "alpha", 0.9)}
+    return _step(section, "smoothquant", options, _groups(section))
+
+
+def _flex_smooth(section: Section) -> Part:
+    for key in ("alpha", "beta"):
+        if section.get(key, None) is None:
+            why = "searched there by an error that no algorithm here looks at"
+            refuse(section.path(key), None, "a number, or osl, awq or iter_smooth instead", why)
+    alpha, beta = _share(section, "alpha"), section.number("beta")
+    if abs(alpha + beta - 1) > 1e-9:
+        refuse(section.path("beta"), section.get("beta"), f"1 - alpha, {1 - alpha:g}")
+    return _step(section, "smoothquant", {"alpha": alpha}, _groups(section))
+
+
+def _awq(section: Section) -> Part:
+    options = {
+        "exponents": section.integer("n_grid", 20, least=1),
+        "duo_scaling": False,
+        "clip": False,
+    }
+    whole = (kind for kind in INTEGERS if kind[1] != "per_tensor")
+    searched = read_weight(section, "weight_qconfig", whole)
+    part = _step(section, "awq", options, _groups(section))
+    return Part(steps=part.steps, searched=searched)
+
+
+def _svd(section: Section) -> Part:
+    return _step(section, "svd", {"rank": section.integer("rank", 32, least=1)})
+
+
+def _quarot(section: Section) -> Part:
+    why = "nothing is rotated at run time"
+    section.one_of("online", (False,), False, why)
+    section.one_of("block_size", (-1,), -1)
+    if section.get("down_proj_online_layers", None):
+        path = section.path("down_proj_online_layers")
+        refuse(path, section.get("down_proj_online_layers"), "[]", why)
+    section.integer("max_tp_size", 4, least=1)  # of rotations at run time, so of nothing here
+    section.flag("export_extra_info", True)
+    return Part(steps=(Step("quarot", where=section.where),))
+
+
+def _flatquant(section: Section) -> Part:
+    for key, default in TRAINING.items():
+        if section.get(key, default) != default:
+            why = "the training here is another one"
+            refuse(section.path(key), section.get(key), f"no {key}", why)
+    rules = []
+    for where, value in items(section.get("strategies"), section.path("strategies")):
+        strategy = Section(value, where, ("qconfig", "include", "exclude"))
+        qconfig = Section(strategy.get("qconfig"), f"{where}.qconfig", ("act", "weight"))
+        rules.append(make_rule(strategy, qconfig, FLAT_PAIRS)[0])
+    if not rules:
+        refuse(section.path("strategies"), [], "at least one strategy")
+    return Part(rules=tuple(rules))
+
+
+def _dynamic_cache(section: Section) -> Part:
+    if "qconfig" in section:
+        keys = ("dtype", "scope", "symmetric", "method", "ext")
+        qconfig = Section(section.get("qconfig"), section.path("qconfig"), keys)
+        qconfig.one_of("dtype", ("int8",), "int8")
+        qconfig.one_of("scope", ("per_channel",), "per_channel")
+        qconfig.one_of("symmetric", (True,), True, "runtimes read codes back without an offset")
+        qconfig.one_of("method", ("minmax",), "minmax")
+        if qconfig.get("ext", None):
+            refuse(qconfig.path("ext"), qconfig.get("ext"), "nothing")
+    for key, whole in (("include", EVERYTHING), ("exclude", ())):
+        if section.texts(key, whole) != whole:
+            why = "the caches of all layers are alike here"
+            refuse(section.path(key), section.get(key), str(list(whole)), why)
+    return Part(kv_cache=STATIC_CACHE)
+
+
+def _step(
+    section: Section, algorithm: str, options: dict[str, Any], groups: tuple[str, ...] = ()
+) -> Part:
+    include = section.texts("include", EVERYTHING)
+    exclude = section.texts("exclude", ())
+    return Part(steps=(Step(algorithm, options, include, exclude, groups, section.where),))
+
+
+def _groups(section: Section) -> tuple[str, ...]:
+    """Our linear groups of the chosen subgraphs, in the order of their smoothing."""
+    where = section.path("enable_subgraph_type")
+    chosen = section.texts("enable_subgraph_type", SUBGRAPHS)
+    for name in chosen:
+        if name not in SUBGRAPHS:
+            refuse(where, name, f"some of {', '.join(SUBGRAPHS)}")
+    groups = tuple(group for name in SUBGRAPHS if name in chosen for group in SUBGRAPHS[name])
+    if not groups:
+        refuse(where, list(chosen), "some of up-down, ov, norm-linear", "nothing to smooth")
+    return groups
+
+
+def _share(section: Section, key: str, *default: float) -> float:
+    value = section.number(key, *default)
+    if not 0 <= value <= 1:
+        refuse(section.path(key), section.get(key), "a number from 0 to 1")
+    return value
+
+
+INTEGERS: tuple[Kind, ...] = tuple(
+    (dtype, scope, even)
+    for dtype in ("int8", "int4")
+    for scope in ("per_channel", "per_group")
+    for even in (True, False)
+)
+FLAT_PAIRS: dict[tuple[Kind, Kind], str] = {
+    (("int4", "per_channel", True), ("int4", "per_token", True)): "W4A4_FLATQUANT_DYNAMIC"
+}
+TRAINING = {
+    "epochs": 10,
+    "cali_bsz": 4,
+    "flat_lr": 1e-3,
+    "diag_alpha": 0.3,
+    "tran_type": "svd",
+}
+"""Of flatquant there. What spells its defaults asks for nothing."""
+
+_SUBGRAPH = (*PATTERNS[1:], "enable_subgraph_type")
+PROCESSORS: dict[str, tuple[tuple[str, ...], Callable[[Section], Part]]] = {
+    "linear_quant": (("qconfig", "include", "exclude"), _linear),
+    "group": (("configs",), _group),
+    "smooth_quant": (("alpha", "symmetric", "include", "exclude"), _smooth),
+    "iter_smooth": (("alpha", "scale_min", "symmetric", *_SUBGRAPH), _iter_smooth),
+    "flex_smooth_quant": (("alpha", "beta", *_SUBGRAPH), _flex_smooth),
+    "awq": (("weight_qconfig", "n_grid", *_SUBGRAPH), _awq),
+    "svd_res": (("rank", "include", "exclude"), _svd),
+    "quarot": (
+        ("online", "block_size", "down_proj_online_layers", "max_tp_size", "export_extra_info"),
+        _quarot,
+    ),
+    "flatquant": (("strategies", *TRAINING), _flatquant),
+    "dynamic_cache": (("qconfig", "include", "exclude"), _dynamic_cache),
+}
+"""Type to the keys it may have besides ``type`` and what reads it."""
+
+REFUSED = {
+    "flex_awq_ssz": "no algorithm here searches so; possible are awq, and linear_quant with ssz",
+    "kv_smooth": "keys are not smoothed here; possible is dynamic_cache without it",
+    "online_quarot": "nothing is rotated at run time; possible is quarot with online: false",
+    "adapt_rotation": "rotations are not trained here; possible are quarot and flatquant",
+    "autoround_quant": "rounding is not trained here; possible is linear_quant with gptq or ssz",
+    "fa3_quant": "attention is not quantized here; possible is dynamic_cache for keys and values",
+    "float_sparse": "no ADMM pruning is made here; possible is sparse-compress, another command",
+    "load": "it is no processor of a recipe; possible is ms-quant quantize on a float checkpoint",
+}

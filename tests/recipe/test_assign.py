@@ -1,0 +1,96 @@
+"""What a recipe does to one linear."""
+
+from __future__ import annotations
+
+import pytest
+
+from ms_quant.errors import MsQuantError
+from ms_quant.recipe import Recipe, Rule, Step, Treatment, assign, idle_patterns
+
+Q, OUT, UP, DOWN = (
+    f"model.layers.0.{name}"
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+)
+LINEARS = {Q: "qkv", OUT: "o", UP: "gate_up", DOWN: "down"}
+
+
+def test_rules_and_steps_meet_at_a_linear():
+    recipe = Recipe(
+        (
+            Rule("W8A8_DYNAMIC", include=("*.self_attn.*",)),
+            Rule(
+                "W4A16", {"group_size": 64}, ("gptq",), {"gptq.damping": 0.1}, ("*.mlp.*",), (DOWN,)
+            ),
+        ),
+        (Step("smoothquant", {"alpha": 0.9}, groups=("qkv",)), Step("quarot")),
+    )
+    assert assign(recipe, LINEARS) == {
+        Q: Treatment("W8A8_DYNAMIC", {}, ("smoothquant", "quarot"), {"smoothquant.alpha": 0.9}),
+        OUT: Treatment("W8A8_DYNAMIC", {}, ("quarot",)),
+        UP: Treatment("W4A16", {"group_size": 64}, ("quarot", "gptq"), {"gptq.damping": 0.1}),
+    }
+
+
+def test_a_branch_or_a_transform_makes_another_scheme():
+    recipe = Recipe(
+        (Rule("W4A4_MXFP4", include=("*.mlp.*",)), Rule("W4A4_DYNAMIC", exclude=("*.mlp.*",))),
+        (Step("svd", {"rank": 16}, (DOWN,)), Step("flatquant", include=(OUT,))),
+    )
+    found = assign(recipe, LINEARS)
+    assert {path: made.scheme for path, made in found.items()} == {
+        Q: "W4A4_DYNAMIC",
+        OUT: "W4A4_FLATQUANT_DYNAMIC",
+        UP: "W4A4_MXFP4",
+        DOWN: "W4A4_MXFP4_SVD",
+    }
+    assert found[DOWN] == Treatment("W4A4_MXFP4_SVD", {}, ("svd",), {"svd.rank": 16})
+
+
+def test_what_a_scheme_cannot_do_without_is_named():
+    found = assign(Recipe((Rule("W4A4_FLATQUANT_DYNAMIC"),)), LINEARS)
+    assert found[Q].algorithms == ("flatquant",)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (
+            Recipe((Rule("W8A8", where="a"), Rule("W8A16", include=(DOWN,), where="b"))),
+            rf"{DOWN}: is reached by a and b, expected one",
+        ),
+        (
+            Recipe((Rule("W8A16", where="a"),), (Step("smoothquant", where="b"),)),
+            rf"a and b: {Q}: algorithm 'smoothquant' does not work with scheme W8A16",
+        ),
+        (
+            Recipe((Rule("W8A8", where="a"),), (Step("awq", where="b"), Step("osl", where="c"))),
+            rf"a and b and c: {Q}: .* both decide the smoothing",
+        ),
+        (
+            Recipe((Rule("W8A8", {}, ("histogram",), where="a"),), (Step("osl", where="b"),)),
+            rf"a and b: {Q}: .*histogram looks at the input before osl smooths",
+        ),
+        (
+            Recipe((Rule("W8A8", where="a"),), (Step("svd", where="b"),)),
+            rf"a and b: {Q}: algorithm 'svd' does not work with scheme W8A8",
+        ),
+        (
+            Recipe(
+                (Rule("W4A4_MXFP4", {"rule": "mxfp4_msmodelslim_ceil_x"}, where="a"),),
+                (Step("svd", where="b"),),
+            ),
+            rf"a and b: {Q}: scheme W4A4_MXFP4_SVD takes no rule",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_both_paths(recipe, words):
+    with pytest.raises(MsQuantError, match=words):
+        assign(recipe, LINEARS)
+
+
+def test_idle_patterns_come_with_their_paths():
+    recipe = Recipe(
+        (Rule("W8A8", exclude=("*lm_head*", DOWN), where="a"),),
+        (Step("osl", include=("*.w2", "*"), where="b"),),
+    )
+    assert idle_patterns(recipe, list(LINEARS)) == [("a", "*lm_head*"), ("b", "*.w2")]

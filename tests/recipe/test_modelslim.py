@@ -1,0 +1,494 @@
+"""Recipes of modelslim_v1, unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from ms_quant.errors import MsQuantError
+from ms_quant.recipe import Recipe, Rule, Step, load_recipe, to_native
+from ms_quant.recipe.modelslim_linear import PAIRS
+from ms_quant.schemes import SCHEMES
+
+ROWS = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
+TOKENS = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
+TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
+PHASES = TENSOR | {"scope": "pd_mix"}
+FLOAT = {"scope": "per_tensor", "dtype": "float", "symmetric": True, "method": "none"}
+INT4 = ROWS | {"dtype": "int4"}
+GROUPS = ROWS | {"scope": "per_group", "method": "gptq", "ext": {"group_size": 128}}
+FP8 = ROWS | {"dtype": "fp8_e4m3"}
+MX8 = {"scope": "per_block", "dtype": "mxfp8", "symmetric": True, "method": "minmax"}
+MX4 = MX8 | {"dtype": "mxfp4"}
+DUAL = MX4 | {"scope": "dual_scale", "method": "dualscale", "ext": {"dual_block_size": 256}}
+GPTQ = {"gptq.damping": 0.01, "gptq.static_groups": True}
+
+
+def linear(act: dict, weight: dict, **more) -> dict[str, Any]:
+    return {"type": "linear_quant", "qconfig": {"act": act, "weight": weight}, **more}
+
+
+def document(*process, **spec) -> dict[str, Any]:
+    return {"apiversion": "modelslim_v1", "spec": {"process": list(process), **spec}}
+
+
+PDMIX = """
+apiversion: modelslim_v1
+metadata:
+  config_id: qwen3-dense-w8a8-v1
+  score: 90
+  verified_model_types: [Qwen3-8B]
+  label: {w_bit: 8, a_bit: 8, is_sparse: false, kv_cache: false}
+spec:
+  runner: auto
+  process:
+    - type: iter_smooth
+      alpha: 0.9
+      scale_min: 1e-5
+      symmetric: true
+      enable_subgraph_type: [norm-linear, linear-linear, ov, up-down]
+      include: ["*"]
+    - type: linear_quant
+      qconfig:
+        act: {scope: pd_mix, dtype: int8, symmetric: false, method: minmax}
+        weight: {scope: per_channel, dtype: int8, symmetric: true, method: minmax}
+      include: ["*"]
+      exclude: ["*.layers.{0,1,27}.mlp.down_proj"]
+  save:
+    - type: ascendv1_saver
+      part_file_size: 4
+  dataset: mix_calib.jsonl
+"""
+
+
+def test_a_whole_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(PDMIX)
+    expected = Recipe(
+        rules=(Rule("W8A8_MIX", exclude=("*.layers.{0,1,27}.mlp.down_proj",)),),
+        steps=(Step("smoothquant", {"alpha": 0.9}, groups=("down", "o", "qkv", "gate_up")),),
+        formats=("ascend",),
+        calib="mix_calib.jsonl",
+        shard_bytes=4 << 30,
+    )
+    recipe = load_recipe(path)
+    assert recipe == expected == load_recipe(yaml.safe_load(PDMIX))
+    assert recipe.rules[0].where == "spec.process[1]"
+    assert load_recipe(to_native(recipe)) == recipe
+
+
+def test_anchors_and_several_policies_in_a_group(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        """
+apiversion: modelslim_v1
+default_w8a8: &static
+  act: {scope: per_tensor, dtype: int8, symmetric: false, method: histogram}
+  weight: &rows {scope: per_channel, dtype: int8, symmetric: true, method: minmax}
+spec:
+  process:
+    - type: group
+      configs:
+        - {type: linear_quant, qconfig: *static, include: ["*.self_attn.*"]}
+        - type: linear_quant
+          qconfig:
+            act: {scope: per_token, dtype: int8, symmetric: true, method: minmax}
+            weight: {<<: *rows, method: ssz, ext: {step: 5}}
+          include: ["*.mlp.*"]
+          exclude: ["*.{down,gate}_proj", "*.layers.0.*"]
+  save:
+    - {type: ascendv1_saver, part_file_size: 0}
+    - {type: mindie_format_saver}
+    - {type: compressed_tensors}
+"""
+    )
+    recipe = load_recipe(path)
+    assert recipe.rules == (
+        Rule("W8A8_PER_CHANNEL", {}, ("histogram",), {}, ("*.self_attn.*",)),
+        Rule(
+            "W8A8_DYNAMIC",
+            {},
+            ("ssz",),
+            {"ssz.steps": 5},
+            ("*.mlp.*",),
+            ("*.{down,gate}_proj", "*.layers.0.*"),
+        ),
+    )
+    assert recipe.rules[1].where == "spec.process[0].configs[1]"
+    assert recipe.formats == ("ascend", "mindie-sd", "compressed-tensors")
+    assert recipe.shard_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("act", "weight", "rule"),
+    [
+        (TENSOR, ROWS, Rule("W8A8_PER_CHANNEL")),
+        (TENSOR | {"method": "histogram"}, ROWS, Rule("W8A8_PER_CHANNEL", {}, ("histogram",))),
+        (TOKENS, ROWS, Rule("W8A8_DYNAMIC")),
+        (TOKENS, ROWS | {"method": "gptq"}, Rule("W8A8_DYNAMIC", {}, ("gptq",), GPTQ)),
+        (TOKENS, ROWS | {"method": "ssz"}, Rule("W8A8_DYNAMIC", {}, ("ssz",), {"ssz.steps": 20})),
+        (PHASES, ROWS, Rule("W8A8_MIX")),
+        (FLOAT, ROWS, Rule("W8A16")),
+        ({"dtype": "float"}, ROWS, Rule("W8A16")),
+        (FLOAT, GROUPS, Rule("W8A16", {"group_size": 128}, ("gptq",), GPTQ)),
+        (
+            FLOAT,
+            GROUPS | {"symmetric": False},
+            Rule("W8A16", {"group_size": 128, "symmetric": False}, ("gptq",), GPTQ),
+        ),
+        (FLOAT, INT4, Rule("W4A16", {"group_size": 0})),
+        (
+            FLOAT,
+            INT4 | {"symmetric": False},
+            Rule("W4A16", {"group_size": 0, "symmetric": False}),
+        ),
+        (
+            FLOAT,
+            GROUPS | {"dtype": "int4", "method": "minmax", "ext": {"group_size": 64}},
+            Rule("W4A16", {"group_size": 64}),
+        ),
+        (TOKENS, INT4, Rule("W4A8_DYNAMIC")),
+        (TOKENS, INT4 | {"method": "ssz"}, Rule("W4A8_DYNAMIC", {}, ("ssz",), {"ssz.steps": 20})),
+        (
+            TOKENS,
+            GROUPS | {"dtype": "int4", "ext": {"group_size": 256}},
+            Rule("W4A8_DYNAMIC", {"group_size": 256}, ("gptq",), GPTQ),
+        ),
+        (TOKENS | {"dtype": "int4"}, INT4, Rule("W4A4_DYNAMIC")),
+        (TOKENS | {"dtype": "fp8_e4m3"}, FP8, Rule("W8A8FP8_DYNAMIC")),
+        (MX8, MX8, Rule("W8A8_MXFP8")),
+        (
+            MX8 | {"ext": {"axes": -1}},
+            MX8 | {"method": "mse_round", "ext": {"axes": -1}},
+            Rule("W8A8_MXFP8", {"rule": "mxfp8_msmodelslim_mse_round"}),
+        ),
+        (MX8, MX4, Rule("W4A8_MXFP")),
+        (MX4, MX4, Rule("W4A4_MXFP4")),
+        (
+            MX4,
+            MX4 | {"method": "ceil_x"},
+            Rule("W4A4_MXFP4", {"rule": "mxfp4_msmodelslim_ceil_x"}),
+        ),
+        (
+            MX8,
+            MX4 | {"method": "fouroversix"},
+            Rule("W4A8_MXFP", {"rule": "mxfp4_msmodelslim_fouroversix"}),
+        ),
+        (DUAL, DUAL, Rule("W4A4_MXFP4_DUALSCALE", {"dual_block_size": 256})),
+        (DUAL | {"ext": {}}, DUAL, Rule("W4A4_MXFP4_DUALSCALE", {"dual_block_size": 256})),
+    ],
+)
+def test_a_pair_is_a_scheme(act, weight, rule):
+    assert load_recipe(document(linear(act, weight))) == Recipe((rule,))
+
+
+def test_every_pair_is_a_scheme_that_exists():
+    assert set(PAIRS.values()) <= set(SCHEMES)
+
+
+SUBGRAPHS = "enable_subgraph_type"
+
+
+@pytest.mark.parametrize(
+    ("processor", "step"),
+    [
+        (
+            {"type": "smooth_quant"},
+            Step("smoothquant", {"alpha": 0.5}, groups=("qkv", "gate_up")),
+        ),
+        (
+            {"type": "iter_smooth", SUBGRAPHS: ["ov"], "exclude": ["*.layers.0.*"]},
+            Step("smoothquant", {"alpha": 0.9}, exclude=("*.layers.0.*",), groups=("o",)),
+        ),
+        (
+            {"type": "iter_smooth", SUBGRAPHS: ["norm-linear", "linear-linear", "up-down"]},
+            Step("smoothquant", {"alpha": 0.9}, groups=("down", "qkv", "gate_up")),
+        ),
+        (
+            {"type": "flex_smooth_quant", "alpha": 0.7, "beta": 0.3, SUBGRAPHS: ["norm-linear"]},
+            Step("smoothquant", {"alpha": 0.7}, groups=("qkv", "gate_up")),
+        ),
+        (
+            {"type": "awq", "weight_qconfig": ROWS, SUBGRAPHS: ["norm-linear"]},
+            Step(
+                "awq",
+                {"exponents": 20, "duo_scaling": False, "clip": False},
+                groups=("qkv", "gate_up"),
+            ),
+        ),
+        (
+            {"type": "quarot", "online": False, "max_tp_size": 8, "export_extra_info": False},
+            Step("quarot"),
+        ),
+        ({"type": "svd_res", "include": ["*.mlp.*"]}, Step("svd", {"rank": 32}, ("*.mlp.*",))),
+    ],
+)
+def test_a_processor_is_a_step(processor, step):
+    recipe = load_recipe(document(processor, linear(TOKENS, ROWS)))
+    assert recipe.steps == (step,)
+    assert recipe.rules == (Rule("W8A8_DYNAMIC"),)
+
+
+def test_flatquant_is_a_scheme():
+    strategy = {"qconfig": {"act": TOKENS | {"dtype": "int4"}, "weight": INT4}}
+    strategies = [strategy | {"include": ["*.mlp.*"]}, strategy | {"exclude": ["*.mlp.*"]}]
+    recipe = load_recipe(document({"type": "flatquant", "strategies": strategies, "epochs": 10}))
+    assert recipe.rules == (
+        Rule("W4A4_FLATQUANT_DYNAMIC", include=("*.mlp.*",)),
+        Rule("W4A4_FLATQUANT_DYNAMIC", exclude=("*.mlp.*",)),
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"qconfig": ROWS, "include": ["*"]}])
+def test_a_cache(more):
+    recipe = load_recipe(document(linear(TOKENS, ROWS), {"type": "dynamic_cache", **more}))
+    assert recipe == Recipe((Rule("W8A8_DYNAMIC"),), kv_cache="C8")
+
+
+GOOD = linear(TOKENS, ROWS)
+AWQ = {"type": "awq", "weight_qconfig": ROWS}
+
+
+@pytest.mark.parametrize(
+    ("process", "words"),
+    [
+        ([], r"spec\.process is \[\]"),
+        (
+            [{"type": "smooth_quant"}],
+            r"spec\.process is \['smoothquant'\], expected a linear_quant",
+        ),
+        ([3], r"spec\.process\[0\] is 3, expected a mapping"),
+        ([{}], r"spec\.process\[0\]\.type: is missing"),
+        ([GOOD, {"type": "magic"}], r"spec\.process\[1\]\.type is 'magic', expected one of linear"),
+        *(
+            (
+                [{"type": name}, GOOD],
+                rf"spec\.process\[0\]\.type: {name} is not supported, .*possib",
+            )
+            for name in (
+                "float_sparse",
+                "online_quarot",
+                "adapt_rotation",
+                "autoround_quant",
+                "fa3_quant",
+                "kv_smooth",
+                "flex_awq_ssz",
+                "load",
+            )
+        ),
+        # linear_quant
+        ([GOOD | {"includes": []}], r"spec\.process\[0\]\.includes: is no known key"),
+        ([GOOD | {"include": "*"}], r"spec\.process\[0\]\.include is '\*', expected a list"),
+        ([GOOD | {"include": ["*", 3]}], r"spec\.process\[0\]\.include\[1\] is 3, expected text"),
+        ([{"type": "linear_quant"}], r"spec\.process\[0\]\.qconfig: is missing"),
+        (
+            [linear(TOKENS, {"dtype": "int8"})],
+            r"qconfig\.weight\.scope is|weight\.scope: is missing",
+        ),
+        (
+            [linear(TOKENS, ROWS | {"dtype": "int2"})],
+            r"spec\.process\[0\]\.qconfig\.weight\.dtype is 'int2', expected one of int8, int4",
+        ),
+        (
+            [linear(TOKENS, ROWS | {"scope": "per_tensor"})],
+            r"qconfig\.weight\.scope is 'per_tensor', expected one of per_channel, per_group",
+        ),
+        (
+            [linear(TOKENS, ROWS | {"method": "autoround"})],
+            r"spec\.process\[0\]\.qconfig\.weight\.method is 'autoround', expected one of minmax",
+        ),
+        (
+            [linear(FLOAT, ROWS | {"symmetric": False, "method": "ssz"})],
+            r"weight\.method is 'ssz', expected one of minmax, gptq",
+        ),
+        (
+            [linear(TENSOR | {"symmetric": True}, ROWS)],
+            r"qconfig\.act\.symmetric is True \(beside int8 per_channel symmetric .*expected false",
+        ),
+        (
+            [linear(TOKENS | {"symmetric": False}, ROWS)],
+            r"qconfig\.act\.symmetric is False .*, expected true",
+        ),
+        (
+            [linear(TOKENS, ROWS | {"symmetric": False})],
+            r"act\.dtype is 'int8' \(beside int8 per_channel asymmetric weights\), expected float",
+        ),
+        ([linear(TOKENS, GROUPS)], r"act\.dtype is 'int8' .* group_size 128 .*, expected float"),
+        ([linear(TENSOR, INT4)], r"act\.scope is 'per_tensor' .*, expected per_token"),
+        ([linear(FLOAT, FP8)], r"act\.dtype is 'float' .*, expected fp8_e4m3"),
+        ([linear(FLOAT | {"method": "minmax"}, ROWS)], r"act\.method is 'minmax', expected none"),
+        (
+            [linear(TOKENS | {"method": "histogram"}, ROWS)],
+            r"spec\.process\[0\]\.qconfig\.act\.method is 'histogram', expected minmax",
+        ),
+        ([linear(MX4 | {"method": "ceil_x"}, MX4)], r"act\.method is 'ceil_x', expected minmax"),
+        (
+            [linear(FLOAT, GROUPS | {"ext": {}})],
+            r"qconfig\.weight\.ext\.group_size: is missing",
+        ),
+        (
+            [linear(FLOAT, GROUPS | {"ext": {"group_size": 48}})],
+            r"ext\.group_size is 48, expected one of 32, 64, 128, 256",
+        ),
+        (
+            [linear(TOKENS, ROWS | {"ext": {"step": 3}})],
+            r"weight\.ext is {'step': 3}, expected not",
+        ),
+        (
+            [linear(TOKENS, ROWS | {"method": "ssz", "ext": {"step": 0}})],
+            r"ext\.step is 0, expected an integer of at least 1",
+        ),
+        ([linear(MX8, MX8 | {"ext": {"axes": 0}})], r"weight\.ext\.axes is 0, expected -1"),
+        (
+            [linear(MX4, MX4 | {"method": "ceil_x", "ext": {"c": 6}})],
+            r"weight\.ext\.c: is no known key, expected axes",
+        ),
+        ([linear(DUAL, DUAL | {"ext": {}})], r"weight\.ext\.dual_block_size: is missing"),
+        (
+            [linear(DUAL | {"ext": {"dual_block_size": 512}}, DUAL)],
+            r"act\.ext\.dual_block_size is 512, expected the weight's 256",
+        ),
+        ([{"type": "group", "configs": []}], r"spec\.process\[0\]\.configs is \[\]"),
+        (
+            [{"type": "group", "configs": [GOOD, {"type": "awq"}]}],
+            r"spec\.process\[0\]\.configs\[1\]\.type is 'awq', expected linear_quant",
+        ),
+        # smoothing
+        (
+            [{"type": "smooth_quant", "symmetric": False}, GOOD],
+            r"spec\.process\[0\]\.symmetric is False \(no shift .*expected true",
+        ),
+        (
+            [{"type": "iter_smooth", "symmetric": False}, GOOD],
+            r"spec\.process\[0\]\.symmetric is False \(no shift .*expected true",
+        ),
+        (
+            [{"type": "iter_smooth", "scale_min": 0.01}, GOOD],
+            r"spec\.process\[0\]\.scale_min is 0.01, expected 1e-05",
+        ),
+        (
+            [{"type": "iter_smooth", "alpha": 1.5}, GOOD],
+            r"spec\.process\[0\]\.alpha is 1.5, expected a number from 0 to 1",
+        ),
+        ([{"type": "iter_smooth", "alpha": True}, GOOD], r"alpha is True, expected a number"),
+        (
+            [{"type": "iter_smooth", SUBGRAPHS: ["linear-linear"]}, GOOD],
+            r"spec\.process\[0\]\.enable_subgraph_type is .*nothing to smooth",
+        ),
+        (
+            [{"type": "iter_smooth", SUBGRAPHS: ["qk"]}, GOOD],
+            r"spec\.process\[0\]\.enable_subgraph_type is 'qk', expected some of up-down, ov",
+        ),
+        (
+            [{"type": "flex_smooth_quant"}, GOOD],
+            r"spec\.process\[0\]\.alpha is None \(searched there",
+        ),
+        (
+            [{"type": "flex_smooth_quant", "alpha": 0.5}, GOOD],
+            r"spec\.process\[0\]\.beta is None \(searched there",
+        ),
+        (
+            [{"type": "flex_smooth_quant", "alpha": 0.5, "beta": 0.4}, GOOD],
+            r"spec\.process\[0\]\.beta is 0.4, expected 1 - alpha, 0.5",
+        ),
+        ([{"type": "awq"}, GOOD], r"spec\.process\[0\]\.weight_qconfig: is missing"),
+        (
+            [AWQ | {"weight_qconfig": INT4}, GOOD],
+            r"weight_qconfig is int4 per_channel symmetric, expected int8 per_channel symmetric as "
+            r"spec\.process\[1\]\.qconfig\.weight",
+        ),
+        ([AWQ | {"n_grid": 0}, GOOD], r"spec\.process\[0\]\.n_grid is 0"),
+        ([{"type": "svd_res", "rank": 0}, GOOD], r"spec\.process\[0\]\.rank is 0"),
+        # rotations
+        ([{"type": "quarot", "online": True}, GOOD], r"online is True .*expected false"),
+        ([{"type": "quarot", "block_size": 64}, GOOD], r"block_size is 64, expected -1"),
+        (
+            [{"type": "quarot", "down_proj_online_layers": [0]}, GOOD],
+            r"spec\.process\[0\]\.down_proj_online_layers is \[0\] .*expected \[\]",
+        ),
+        (
+            [{"type": "smooth_quant"}, {"type": "quarot"}, GOOD],
+            r"spec\.process\[1\]: comes after spec\.process\[0\], expected it before",
+        ),
+        (
+            [GOOD, {"type": "smooth_quant"}],
+            r"spec\.process\[1\]: comes after spec\.process\[0\], expected it before",
+        ),
+        # flatquant
+        ([{"type": "flatquant"}], r"spec\.process\[0\]\.strategies: is missing"),
+        ([{"type": "flatquant", "strategies": []}], r"strategies is \[\], expected at least one"),
+        (
+            [{"type": "flatquant", "strategies": [], "epochs": 15}],
+            r"spec\.process\[0\]\.epochs is 15 \(the training here is another one\)",
+        ),
+        (
+            [{"type": "flatquant", "strategies": [{"qconfig": {"act": TOKENS, "weight": ROWS}}]}],
+            r"spec\.process\[0\]\.strategies\[0\]\.qconfig\.weight\.dtype is 'int8', expected int4",
+        ),
+        # the cache
+        (
+            [GOOD, {"type": "dynamic_cache", "qconfig": ROWS | {"symmetric": False}}],
+            r"spec\.process\[1\]\.qconfig\.symmetric is False .*expected true",
+        ),
+        (
+            [GOOD, {"type": "dynamic_cache", "include": ["*.0.*"]}],
+            r"spec\.process\[1\]\.include is \['\*\.0\.\*'\]",
+        ),
+        (
+            [GOOD, {"type": "dynamic_cache", "qconfig": TOKENS}],
+            r"spec\.process\[1\]\.qconfig\.scope is 'per_token', expected per_channel",
+        ),
+    ],
+)
+def test_a_processor_without_counterpart_is_refused_by_its_path(process, words):
+    with pytest.raises(MsQuantError, match=words):
+        load_recipe(document(*process))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"runner": "model_wise"}, "spec.runner is 'model_wise', expected one of auto, layer_wise"),
+        ({"runner": "dp_layer_wise"}, "spec.runner is 'dp_layer_wise'"),
+        ({"prior": [{"process": []}]}, "spec.prior: is not supported"),
+        ({"process": {}}, "spec.process is {}, expected a list"),
+        ({"proces": []}, "spec.proces: is no known key, expected one of runner, prior, process"),
+        ({"dataset": 3}, "spec.dataset is 3, expected text"),
+        (
+            {"save": [{"type": "gguf"}]},
+            r"spec\.save\[0\]\.type is 'gguf', expected one of ascendv1",
+        ),
+        (
+            {"save": [{"type": "ascendv1_saver", "part_file_size": -1}]},
+            r"spec\.save\[0\]\.part_file_size is -1",
+        ),
+        (
+            {
+                "save": [
+                    {"type": "ascendv1_saver", "part_file_size": 4},
+                    {"type": "mindie_format_saver", "part_file_size": 2},
+                ]
+            },
+            r"spec\.save\[1\]\.part_file_size is 2, expected 4 as spec\.save\[0\]\.part_file_size",
+        ),
+    ],
+)
+def test_a_spec_without_counterpart_is_refused_by_its_path(spec, words):
+    with pytest.raises(MsQuantError, match=words):
+        load_recipe(document(GOOD) | {"spec": {"process": [GOOD], **spec}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["modelslim_v0", "multimodal_vlm_modelslim_v1", "multimodal_sd_modelslim_v1"],
+)
+def test_other_languages_are_refused_by_name(name):
+    with pytest.raises(MsQuantError, match=f"apiversion is '{name}', expected one of"):
+        load_recipe(document(GOOD) | {"apiversion": name})
+
+
+def test_a_recipe_without_spec_is_refused():
+    with pytest.raises(MsQuantError, match="spec: is missing"):
+        load_recipe({"apiversion": "modelslim_v1"})
