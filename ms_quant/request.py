@@ -22,7 +22,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
-from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
 
 SHARD_BYTES = 4 << 30

@@ -8,7 +8,7 @@ from typing import Any
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
-from ms_quant.plan import make_plan
+from ms_quant.planning import make_plan
 from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import FLOAT16
 from sparse_compress.fractal import TILE_ROWS

@@ -23,7 +23,8 @@ from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats
-from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 HIDDEN, INTER, DIM, HEADS = 16, 32, 4, 4

@@ -23,7 +23,7 @@ _FP8_ROWS: Kind = ("fp8_e4m3", "per_channel", True)
 _SCOPES = ("per_channel", "per_group")
 
 PAIRS: dict[tuple[Kind, Kind], str] = {  # weight, activation
-    (INT8_ROWS, ("int8", "per_tensor", False)): "W8A8_PER_CHANNEL",
+    (INT8_ROWS, ("int8", "per_tensor", False)): "W8A8",
     (INT8_ROWS, INT8_TOKENS): "W8A8_DYNAMIC",
     (INT8_ROWS, ("int8", "pd_mix", False)): "W8A8_MIX",
     **{(("int8", s, even), FLOAT): "W8A16" for s in _SCOPES for even in (True, False)},

@@ -14,7 +14,8 @@ from ms_quant.checkpoint import ascend
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 from ms_quant.schemes import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]

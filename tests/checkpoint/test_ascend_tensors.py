@@ -21,7 +21,8 @@ from ms_quant.numerics.activation import PerToken, Phased, PhasedActivation, See
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 from ms_quant.schemes import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]

@@ -13,7 +13,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.linear import quantize_linear, static_activation
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Plan, make_plan
+from ms_quant.plan import Plan
+from ms_quant.planning import make_plan
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {

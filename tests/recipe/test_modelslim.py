@@ -106,7 +106,7 @@ spec:
     )
     recipe = load_recipe(path)
     assert recipe.rules == (
-        Rule("W8A8_PER_CHANNEL", {}, ("histogram",), {}, ("*.self_attn.*",)),
+        Rule("W8A8", {}, ("histogram",), {}, ("*.self_attn.*",)),
         Rule(
             "W8A8_DYNAMIC",
             {},
@@ -124,8 +124,8 @@ spec:
 @pytest.mark.parametrize(
     ("act", "weight", "rule"),
     [
-        (TENSOR, ROWS, Rule("W8A8_PER_CHANNEL")),
-        (TENSOR | {"method": "histogram"}, ROWS, Rule("W8A8_PER_CHANNEL", {}, ("histogram",))),
+        (TENSOR, ROWS, Rule("W8A8")),
+        (TENSOR | {"method": "histogram"}, ROWS, Rule("W8A8", {}, ("histogram",))),
         (TOKENS, ROWS, Rule("W8A8_DYNAMIC")),
         (TOKENS, ROWS | {"method": "gptq"}, Rule("W8A8_DYNAMIC", {}, ("gptq",), GPTQ)),
         (TOKENS, ROWS | {"method": "ssz"}, Rule("W8A8_DYNAMIC", {}, ("ssz",), {"ssz.steps": 20})),

@@ -1,0 +1,236 @@
+"""Making a plan: what is asked for is checked against itself, the formats and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.checkpoint.flavours import FLAVOURS
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
+from ms_quant.recipe import Recipe, Treatment, assign, unmatched
+from ms_quant.schemes import (
+    DYNAMIC_CACHE,
+    KV_CACHES,
+    SCHEMES,
+    STATIC_CACHE,
+    get_scheme,
+    served_flavours,
+)
+from ms_quant.spec import Fold, Scheme
+
+FLOATS = ("lm_head", "model.embed_tokens", "model.norm")  # that recipes may exclude
+
+
+def make_plan(
+    config: ModelConfig,
+    scheme: str,
+    algorithm: str,
+    *,
+    dtype: np.dtype,
+    exclude: Sequence[str] = (),
+    options: Choices | None = None,
+) -> Plan:
+    """Checks the choices against each other and the model.
+
+    Args:
+        config: the model.
+        scheme: a name from ``SCHEMES``.
+        algorithm: names from ``ALGORITHMS`` joined with ``+``, or ``"minmax"``.
+        dtype: bfloat16 or float16.
+        exclude: glob patterns of linears that stay float. Serving runtimes fuse q/k/v and
+            gate/up, so the whole group of a matched linear stays float.
+        options: what else was chosen.
+
+    Raises:
+        MsQuantError: an unknown name, a combination that no checkpoint can hold, a pattern that
+            matches nothing, a size that groups do not divide, or nothing left to quantize.
+    """
+    options = options or Choices()
+    chosen = _chosen(scheme, options)
+    way = chosen, get_chain(algorithm, chosen, options.algorithm)
+    unseen, ways = set(exclude), {}
+    for group, members in _groups(config).items():
+        matched = {p for p in exclude if any(fnmatchcase(member, p) for member in members)}
+        unseen -= matched
+        if not matched:
+            ways[group] = way
+    if unseen:
+        raise MsQuantError(
+            f"exclude pattern {min(unseen)!r} matches no linear, expected something like "
+            "'model.layers.0.*' or '*.down_proj'"
+        )
+    return _plan(config, ways, dtype, options)
+
+
+def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options: Choices) -> Plan:
+    """The plan of a recipe.
+
+    Args:
+        config: the model.
+        recipe: a checked one.
+        dtype: bfloat16 or float16.
+        options: ``format``, ``fold`` and ``float_undivided``; the rest is the recipe's.
+
+    Raises:
+        MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
+            schemes, or what :func:`make_plan` refuses; names the key of the recipe.
+    """
+    groups = _groups(config)
+    paths = {path: group for group, members in groups.items() for path in members}
+    _refuse_idle(recipe, list(paths))
+    treated = assign(recipe, {path: group.rpartition(".")[2] for path, group in paths.items()})
+    wanted: dict[str, Treatment] = {}
+    for group, members in groups.items():
+        found = {path: treated.get(path) for path in members}
+        first = found[members[0]]
+        for path, treatment in found.items():
+            if treatment != first:
+                raise MsQuantError(
+                    f"{members[0]} would be {_title(first)} and {path} {_title(treatment)}, "
+                    "expected one for both: runtimes fuse them"
+                )
+        if first is not None:
+            wanted[group] = first
+    format = options.format or _common_format(wanted.values())
+    options = replace(options, format=format, kv_cache=recipe.kv_cache)
+    made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
+    ways = {}
+    for group, treatment in wanted.items():
+        way = next((way for known, way in made if known == treatment), None)
+        if way is None:
+            way = _way(treatment, options)
+            made.append((treatment, way))
+        ways[group] = way
+    return _plan(config, ways, dtype, options)
+
+
+def _groups(config: ModelConfig) -> dict[str, list[str]]:
+    """Full path prefix of every group to the full paths of its linears, in model order."""
+    return {
+        f"{block_prefix(index)}{group.name}": [f"{block_prefix(index)}{m}" for m in group.members]
+        for index in range(config.num_layers)
+        for group in config.family.groups
+    }
+
+
+def _title(treatment: Treatment | None) -> str:
+    if treatment is None:
+        return "float"
+    return f"{treatment.scheme} with {'+'.join(treatment.algorithms) or PLAIN}"
+
+
+def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
+    """Refuses a pattern that names nothing; one that leaves out what is float anyway may stay."""
+    for record in recipe.rules + recipe.steps:
+        idle = [*unmatched(record.include, paths), *unmatched(record.exclude, [*paths, *FLOATS])]
+        if idle:
+            raise MsQuantError(
+                f"{record.where}: pattern {idle[0]!r} matches no linear, expected something like "
+                "'model.layers.0.*' or '*.down_proj'"
+            )
+
+
+def _common_format(wanted: Iterable[Treatment]) -> str:
+    """The first format in which a runtime serves every scheme, else the first that holds all."""
+    names = list(dict.fromkeys((t.scheme, tuple(t.options.items())) for t in wanted))
+    held = [[row.flavour for row in SCHEMES[name].held] for name, _ in names]
+    served = [served_flavours(name, **dict(options)) for name, options in names]
+    for choices in (served, held):
+        first, *others = choices or [[]]
+        for format in first:
+            if all(format in other for other in others):
+                return format
+    if not names:
+        return ""
+    listed = ", ".join(dict.fromkeys(name for name, _ in names))
+    raise MsQuantError(f"no format holds all of {listed}, expected schemes that one does")
+
+
+def _way(treatment: Treatment, options: Choices) -> Way:
+    scheme = _chosen(treatment.scheme, replace(options, scheme=treatment.options))
+    text = "+".join(treatment.algorithms) or PLAIN
+    return scheme, get_chain(text, scheme, treatment.algorithm_options)
+
+
+def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options: Choices) -> Plan:
+    """The plan of some groups; the others stay float.
+
+    Raises:
+        MsQuantError: there is no such plan, or no group is left.
+    """
+    if ways:
+        _check_cache(next(iter(ways.values()))[0], options.kv_cache)
+        floats = frozenset(_groups(config)) - ways.keys()
+        plan = plan_of_ways(config, ways, dtype, floats, options.kv_cache)
+        undivided = frozenset(_undivided(plan, options.float_undivided))
+        left = {path: way for path, way in ways.items() if path not in undivided}
+        if left:
+            return plan_of_ways(config, left, dtype, floats | undivided, options.kv_cache)
+    raise MsQuantError("every linear stays float, nothing is left to quantize")
+
+
+def _chosen(name: str, options: Choices) -> Scheme:
+    """The scheme as the wanted flavour holds it."""
+    if options.format and options.format not in FLAVOURS:
+        raise MsQuantError(
+            f"format {options.format!r} is unknown, expected one of {', '.join(FLAVOURS)}"
+        )
+    folds = {fold.value: fold for fold in Fold}
+    if options.fold and options.fold not in folds:
+        raise MsQuantError(f"fold {options.fold!r} is unknown, expected one of {', '.join(folds)}")
+    scheme = get_scheme(name, options.format, folds.get(options.fold), **options.scheme)
+    if not scheme.flavour:
+        raise MsQuantError(
+            f"scheme {name}: is for networks and not for checkpoints of decoders, use "
+            f'ms_quant.quantize(network, "{name}", ...)'
+        )
+    if options.format and not scheme.served_by:
+        reasons = "; ".join(scheme.not_served_by)
+        served = served_flavours(name, **options.scheme)
+        raise MsQuantError(
+            f"format {options.format}: scheme {name} would be served by no runtime ({reasons}), "
+            f"expected {' or '.join(served) or 'no --format'}"
+        )
+    return scheme
+
+
+def _check_cache(scheme: Scheme, name: str) -> None:
+    """Refuses a kind of cache that no checkpoint of a scheme holds."""
+    if name == DYNAMIC_CACHE:
+        raise MsQuantError(
+            f"kv cache {name} scales tokens at run time and needs nothing in a checkpoint; "
+            f"ms-quant eval and generate take --kv-cache {name} for any checkpoint"
+        )
+    if name and name not in KV_CACHES:
+        raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
+    if name and not FLAVOURS[scheme.flavour].holds_cache:
+        able = [f"--format {row.name}" for row in FLAVOURS.values() if row.holds_cache]
+        raise MsQuantError(
+            f"kv cache {name}: a {scheme.flavour} checkpoint cannot hold it, expected "
+            f"{' or '.join(able)}"
+        )
+
+
+def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
+    """The groups with a shape that the scheme's groups do not divide or no file can hold.
+
+    Raises:
+        MsQuantError: there is one and it may not stay float.
+    """
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            try:
+                check_shapes(plan, index, group)
+            except MsQuantError as error:
+                if not stay_float:
+                    raise MsQuantError(
+                        f"{error}; expected another group size, or --float-undivided to leave "
+                        "such linears float"
+                    ) from None
+                yield f"{block_prefix(index)}{group.name}"
