@@ -7,8 +7,9 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,10 +251,57 @@ def _with_scaled_rows(
     return replace(problem, weights=weights, biases=biases)
 
 
+Target = tuple[Plan, JobDirectory]
+"""A plan for one format, and the job as it has that format's blocks."""
+
+
+def finish_targets(
+    targets: Sequence[Target],
+    index: int,
+    make: Callable[[Plan, Callable[[float], None]], Block],
+    statistics: Mapping[str, np.ndarray],
+    progress: Callable[[float], None],
+) -> None:
+    """Makes a block of each format from the same calibration and commits them.
+
+    Args:
+        targets: the formats. The first one's block is committed last: it says that all are there.
+        index: of the block.
+        make: makes the block of a plan; the second argument is told how much is done.
+        statistics: of the block, kept with the first.
+        progress: told how much of all is done, 0 to 1.
+    """
+    done: list[tuple[Plan, Block]] = []
+    for count, (plan, job) in enumerate(reversed(targets)):
+        block = next((block for other, block in done if _equal(plan, other)), None)
+        if block is None:
+            block = make(plan, partial(_share, progress, count, len(targets)))
+            done.append((plan, block))
+        job.finish_block(index, block, statistics if job.target == 0 else {})
+
+
+def _share(progress: Callable[[float], None], done: int, of: int, part: float) -> None:
+    progress((done + part) / of)
+
+
+def _equal(plan: Plan, other: Plan) -> bool:
+    """Whether two formats get the same numbers."""
+    return [_numbers(way) for way in plan.ways] == [_numbers(way) for way in other.ways] and list(
+        plan.mixed
+    ) == list(other.mixed)
+
+
+def _numbers(plan: Plan) -> tuple[Any, ...]:
+    scheme = plan.scheme
+    kinds = scheme.weight, scheme.activation, scheme.scale_dtype(plan.dtype), scheme.fold
+    return *kinds, plan.chain, plan.dtype, plan.float_groups, plan.kv_cache
+
+
 def quantize_data_free(
-    plan: Plan, checkpoint: FloatTensors, job: JobDirectory, progress: Progress
+    targets: Sequence[Target], checkpoint: FloatTensors, progress: Progress
 ) -> None:
     """Quantizes every unfinished block of a job that needs no calibration."""
+    plan, job = targets[0]
     for index in range(job.finished_blocks(), plan.config.num_layers):
         prefix = block_prefix(index)
 
@@ -263,8 +311,12 @@ def quantize_data_free(
         def done(part: float, index: int = index) -> None:
             progress(index, part)
 
-        block = quantize_block(plan, index, array, _unseen, PLAIN, done)
-        job.finish_block(index, block, {})
+        def make(
+            plan: Plan, part: Callable[[float], None], index: int = index, array: Array = array
+        ) -> Block:
+            return quantize_block(plan, index, array, _unseen, PLAIN, part)
+
+        finish_targets(targets, index, make, {}, done)
 
 
 def _unseen(group: LinearGroup) -> Seen:

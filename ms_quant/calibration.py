@@ -7,13 +7,22 @@ on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from mindspore import Tensor
 
-from ms_quant.blocks import PLAIN, Progress, Seen, Steps, quantize_block
+from ms_quant.blocks import (
+    PLAIN,
+    Block,
+    Progress,
+    Seen,
+    Steps,
+    Target,
+    finish_targets,
+    quantize_block,
+)
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.cells.kv_cache import ObservedCache
 from ms_quant.cells.quant_linear import QuantLinear
@@ -99,26 +108,25 @@ def embed(checkpoint: FloatTensors, tokens: np.ndarray, job: JobDirectory) -> No
 
 
 def calibrate(
-    plan: Plan,
+    targets: Sequence[Target],
     checkpoint: FloatTensors,
     tokens: np.ndarray,
-    job: JobDirectory,
     progress: Progress,
     steps: Steps = PLAIN,
 ) -> None:
     """Quantizes every unfinished block of a job.
 
     Args:
-        plan: what to do.
+        targets: what to do, for each format, and where finished blocks and hidden states are.
         checkpoint: the float model.
         tokens: int32 (sequences, tokens) calibration data.
-        job: where finished blocks and hidden states are.
         progress: told how far each block is.
         steps: what is done around the algorithm.
 
     Raises:
         MsQuantError: a weight or an activation is NaN or inf, or the disk is full.
     """
+    plan, job = targets[0]
     runner = BlockRunner(plan.config, tokens.shape[1])
     first = job.finished_blocks()
     if first == 0:
@@ -126,14 +134,27 @@ def calibrate(
     for index in range(first, plan.config.num_layers):
         runner.load(checkpoint, index)
         cache = ObservedCache(block_prefix(index)) if plan.kv_cache else None
-        observe = partial(_observe, plan, runner, job, index, tokens.shape, progress)
+        plans = [plan for plan, _ in targets]
+        observe = partial(_observe, plans, runner, job, index, tokens.shape, progress)
         stats, searched = observe(steps.rounding is not None, cache)
         seen = partial(_seen, runner, stats, searched)
         half = partial(_second_half, progress, index)
         cached = None if cache is None else cache.absmax
-        block = quantize_block(plan, index, runner.array, seen, steps, half, cached)
+        make = partial(_make, index, runner, seen, steps, cached)
         norms = {f"{name}.l2_norm": stats[name].l2_norm for name in stats}
-        job.finish_block(index, block, norms)
+        finish_targets(targets, index, make, norms, half)
+
+
+def _make(
+    index: int,
+    runner: BlockRunner,
+    seen: Callable[[LinearGroup], Seen],
+    steps: Steps,
+    cached: Mapping[str, np.ndarray] | None,
+    plan: Plan,
+    progress: Callable[[float], None],
+) -> Block:
+    return quantize_block(plan, index, runner.array, seen, steps, progress, cached)
 
 
 def _second_half(progress: Progress, index: int, part: float) -> None:
@@ -151,7 +172,7 @@ def _seen(
 
 
 def _observe(
-    plan: Plan,
+    plans: Sequence[Plan],
     runner: BlockRunner,
     job: JobDirectory,
     index: int,
@@ -161,20 +182,20 @@ def _observe(
     cache: ObservedCache | None,
 ) -> tuple[dict[str, ActivationStats], SearchWindows]:
     """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
-    sequences, length = shape
+    plan, (sequences, length) = plans[0], shape
     batch = max(1, BATCH_TOKENS // length)
     stats, recorders = {}, {}
     for group in plan.groups(index):
         path = group.members[0]
         cell = get_cell(runner.block, path)
-        chain = plan.of(index, group).chain
+        chains = [plan.of(index, group).chain for plan in plans]
         stats[group.name] = ActivationStats(
             cell.in_channels,
             sequences * length,
-            chain.kept_tokens,
+            max(chain.kept_tokens for chain in chains),
             f"{block_prefix(index)}{path}: calibration input",
-            with_hessian or chain.any("hessian"),
-            chain.any("histogram"),
+            with_hessian or any(chain.any("hessian") for chain in chains),
+            any(chain.any("histogram") for chain in chains),
         )
         recorders[path] = Recorder(cell, stats[group.name].update)
     last = index + 1 == plan.config.num_layers

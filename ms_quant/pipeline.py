@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +57,28 @@ def quantize_checkpoint(
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
-        ``"finished_before"``, True when there was nothing left to do.
+        ``"finished_before"``, True when there was nothing left to do. Of several formats a list of
+        that, under ``"formats"``.
 
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     prepared = prepared or prepare(options)
-    finished_before = complete(prepared, progress, partial(_write, prepared))
-    return summary(prepared.plan, options.output, finished_before)
+    finished_before = complete(prepared, progress, _write)
+    if not prepared.others:
+        return summary(prepared.plan, options.output, finished_before)
+    return {
+        "formats": [
+            summary(request.plan, request.options.output, finished_before)
+            for request in prepared.all
+        ]
+    }
 
 
 def complete(
     prepared: Prepared,
     progress: Progress,
-    write: Callable[[JobDirectory, OutputDirectory], None],
+    write: Callable[[Prepared, JobDirectory, OutputDirectory], None],
     steps: Steps = PLAIN,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
@@ -79,36 +86,40 @@ def complete(
     Args:
         prepared: the checked request.
         progress: told how far each block is.
-        write: writes and finishes the output of a job whose blocks are finished.
+        write: writes and finishes the output of a request whose blocks are finished.
         steps: what is done around the algorithm.
 
     Returns:
-        True when the output was finished before.
+        True when every output was finished before.
 
     Raises:
         MsQuantError: the request cannot be served, or another process works on it.
     """
-    if prepared.output().finished:
+    if all(request.output().finished for request in prepared.all):
         if not prepared.options.keep_job:
             _remove_leftover(prepared)
         return True
     job = prepared.job()
     with job.open():
-        output = prepared.output()  # another process may have finished it just now
-        if not output.finished:
-            with output.open():
+        # Another process may have finished an output just now.
+        left = {k: r.output() for k, r in enumerate(prepared.all) if not r.output().finished}
+        with ExitStack() as opened:
+            for output in left.values():
+                opened.enter_context(output.open())
+            if left:
                 run_blocks(prepared, job, progress, steps)
-                write(job, output)
+            for target, output in left.items():
+                write(prepared.all[target], prepared.job(target), output)
         if not prepared.options.keep_job:
             job.remove()
-    return output.finished
+    return not left
 
 
 def _remove_leftover(prepared: Prepared) -> None:
     """Deletes the job directory that a kill at the very end left; any other is not ours."""
     if prepared.options.job_directory.is_dir():
         with suppress(MsQuantError):
-            job = JobDirectory(prepared.options.job_directory, prepared.record, True)
+            job = prepared.job()
             with job.open():
                 job.remove()
 
@@ -120,12 +131,15 @@ def run_blocks(
     steps: Steps = PLAIN,
 ) -> None:
     """Finishes every block of a job."""
+    targets = [(prepared.plan, job)]
+    for target, request in enumerate(prepared.others, 1):
+        targets.append((request.plan, prepared.job(target)))
     if prepared.tokens is None:
-        quantize_data_free(prepared.plan, prepared.tensors, job, progress)
+        quantize_data_free(targets, prepared.tensors, progress)
     elif job.finished_blocks() < prepared.plan.config.num_layers:
         from ms_quant.calibration import calibrate
 
-        calibrate(prepared.plan, prepared.tensors, prepared.tokens, job, progress, steps)
+        calibrate(targets, prepared.tensors, prepared.tokens, progress, steps)
 
 
 def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:

@@ -52,7 +52,7 @@ def make_plan(
             matches nothing, a size that groups do not divide, or nothing left to quantize.
     """
     options = options or Choices()
-    chosen = _chosen(scheme, options)
+    chosen = _chosen(scheme, options, must_serve=bool(options.format))
     way = chosen, get_chain(algorithm, chosen, options.algorithm)
     unseen, ways = set(exclude), {}
     for group, members in _groups(config).items():
@@ -98,16 +98,16 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
         if first is not None:
             wanted[group] = first
     format = options.format or _common_format(wanted.values())
-    options = replace(options, format=format, kv_cache=recipe.kv_cache)
+    asked = replace(options, format=format, kv_cache=recipe.kv_cache)
     made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
     ways = {}
     for group, treatment in wanted.items():
         way = next((way for known, way in made if known == treatment), None)
         if way is None:
-            way = _way(treatment, options)
+            way = _way(treatment, asked, must_serve=bool(options.format))
             made.append((treatment, way))
         ways[group] = way
-    return _plan(config, ways, dtype, options)
+    return _plan(config, ways, dtype, asked)
 
 
 def _groups(config: ModelConfig) -> dict[str, list[str]]:
@@ -152,8 +152,9 @@ def _common_format(wanted: Iterable[Treatment]) -> str:
     raise MsQuantError(f"no format holds all of {listed}, expected schemes that one does")
 
 
-def _way(treatment: Treatment, options: Choices) -> Way:
-    scheme = _chosen(treatment.scheme, replace(options, scheme=treatment.options))
+def _way(treatment: Treatment, options: Choices, must_serve: bool) -> Way:
+    options = replace(options, scheme=treatment.options)
+    scheme = _chosen(treatment.scheme, options, must_serve)
     text = "+".join(treatment.algorithms) or PLAIN
     return scheme, get_chain(text, scheme, treatment.algorithm_options)
 
@@ -175,8 +176,8 @@ def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options
     raise MsQuantError("every linear stays float, nothing is left to quantize")
 
 
-def _chosen(name: str, options: Choices) -> Scheme:
-    """The scheme as the wanted flavour holds it."""
+def _chosen(name: str, options: Choices, must_serve: bool) -> Scheme:
+    """The scheme as the wanted flavour holds it; one that no runtime serves may be refused."""
     if options.format and options.format not in FLAVOURS:
         raise MsQuantError(
             f"format {options.format!r} is unknown, expected one of {', '.join(FLAVOURS)}"
@@ -190,7 +191,7 @@ def _chosen(name: str, options: Choices) -> Scheme:
             f"scheme {name}: is for networks and not for checkpoints of decoders, use "
             f'ms_quant.quantize(network, "{name}", ...)'
         )
-    if options.format and not scheme.served_by:
+    if must_serve and not scheme.served_by:
         reasons = "; ".join(scheme.not_served_by)
         served = served_flavours(name, **options.scheme)
         raise MsQuantError(

@@ -23,7 +23,8 @@ from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
+from ms_quant.planning import make_plan, plan_of_recipe
+from ms_quant.recipe import Recipe
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
 
 SHARD_BYTES = 4 << 30
@@ -40,6 +41,9 @@ class QuantizeOptions:
         scheme: name of the scheme.
         algorithm: names of the algorithms, joined with ``+``.
         choices: options of both.
+        recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
+        formats: the checkpoint flavours to make, each in a directory of its name inside
+            ``output`` if there are several; () is one, the schemes' default.
         calib: calibration file; needed by static schemes and most algorithms.
         samples: how many windows of it to use; None is 64.
         seq_len: tokens of a window; None is 256.
@@ -57,6 +61,8 @@ class QuantizeOptions:
     scheme: str = "W8A8"
     algorithm: str = "minmax"
     choices: Choices = field(default_factory=Choices)
+    recipe: Recipe | None = None
+    formats: Sequence[str] = ()
     calib: Path | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -137,6 +143,7 @@ class Prepared:
         output_record: that, and how the output is written.
         output_bytes: most bytes of the output's tensors.
         unknown: entries that the record does not have yet.
+        others: the requests for other formats that the same job serves.
     """
 
     options: QuantizeOptions
@@ -148,18 +155,31 @@ class Prepared:
     output_record: dict[str, Any]
     output_bytes: int
     unknown: Sequence[str] = ()
+    others: tuple[Prepared, ...] = ()
+
+    @property
+    def all(self) -> tuple[Prepared, ...]:
+        """This one and the others."""
+        return self, *self.others
 
     def output(self) -> OutputDirectory:
         """The output as it is on the disk now."""
         options = self.options
         return OutputDirectory(options.output, self.output_record, options.any_environment)
 
-    def job(self) -> JobDirectory:
-        """The job as it is on the disk now."""
-        options = self.options
-        environment = options.any_environment
-        directory, scheme_of = options.job_directory, self.plan.scheme_of
-        return JobDirectory(directory, self.record, environment, self.unknown, scheme_of)
+    def job(self, target: int = 0) -> JobDirectory:
+        """The job as it is on the disk now, with the blocks of one of its formats."""
+        options, record = self.options, self.record
+        if self.others:
+            record = {"formats": [request.record for request in self.all]}
+        return JobDirectory(
+            options.job_directory,
+            record,
+            options.any_environment,
+            self.unknown,
+            self.all[target].plan.scheme_of,
+            target,
+        )
 
 
 def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
@@ -173,16 +193,11 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     Raises:
         MsQuantError: anything that would make the job fail later.
     """
+    if len(options.formats) > 1:
+        return _prepare_several(options)
     check_places(options.model, options.output, options.job_directory)
     config = load_config(options.model)
-    plan = original = make_plan(
-        config,
-        options.scheme,
-        options.algorithm,
-        dtype=output_dtype(config, options.dtype),
-        exclude=options.exclude,
-        options=options.choices,
-    )
+    plan = original = _plan(config, options)
     refuse_unused(options, plan)
     checkpoint = Checkpoint(options.model)
     check_model(checkpoint, config)
@@ -205,6 +220,38 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     )
     _check_disk(prepared)
     return prepared
+
+
+def _prepare_several(options: QuantizeOptions) -> Prepared:
+    """One request for several formats.
+
+    Raises:
+        MsQuantError: a format is asked for twice, or cannot be made.
+    """
+    names, job = list(options.formats), options.job_directory
+    if len(set(names)) < len(names):
+        raise MsQuantError(f"formats {', '.join(names)}: expected each once")
+    parts = [
+        replace(options, formats=(name,), output=options.output / name, job=job) for name in names
+    ]
+    first, *others = map(prepare, parts)
+    return replace(first, others=tuple(others))
+
+
+def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
+    dtype, choices = output_dtype(config, options.dtype), options.choices
+    if options.formats:
+        choices = replace(choices, format=options.formats[0])
+    if options.recipe is not None:
+        return plan_of_recipe(config, options.recipe, dtype, choices)
+    return make_plan(
+        config,
+        options.scheme,
+        options.algorithm,
+        dtype=dtype,
+        exclude=options.exclude,
+        options=choices,
+    )
 
 
 def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:

@@ -11,7 +11,7 @@ from ms_quant.blocks import Progress as BlockProgress
 from ms_quant.blocks import Steps
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.pipeline import complete
+from ms_quant.pipeline import Prepared, complete
 from ms_quant.strict_json import read_json
 from sparse_compress.fp16 import survey
 from sparse_compress.info import summary
@@ -91,8 +91,8 @@ def _recorded_price(output: Path) -> float:
 
 def _writer(
     request: Request, progress: Progress
-) -> Callable[[JobDirectory, OutputDirectory], None]:
-    def write(job: JobDirectory, output: OutputDirectory) -> None:
+) -> Callable[[Prepared, JobDirectory, OutputDirectory], None]:
+    def write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
         write_checkpoint(_without_too_long(request, job), job, output, progress)
 
     return write

@@ -1,7 +1,8 @@
 """The job directory: what makes a long quantization survive being killed.
 
     job.json                 what the job computes; resuming under another one is refused
-    block-00000.safetensors  the quantized linears of a finished block
+    block-00000.safetensors  the quantized linears of a finished block; further formats of the same
+                             job have block-00000.1.safetensors and so on
     hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
     ms_quant.lock            empty; locked by the process that works here
 
@@ -38,7 +39,7 @@ from ms_quant.strict_json import read_json
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
 CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
-_WORK = r"(block-\d{5,}\.safetensors|hidden-\d{5,}\.npy)"
+_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (
@@ -155,6 +156,8 @@ class JobDirectory:
         any_environment: go on under other versions, CPU or thread count.
         unknown: entries that a job has and this record does not have yet; they are not compared.
         scheme_of: what a linear, by its full path, becomes.
+        target: which of the formats that one job is for; each has block files of its own. Those
+            of the first, 0, are written last, and say that a block is finished.
 
     Raises:
         MsQuantError: the directory holds a job with another record, or is no job at all.
@@ -167,8 +170,9 @@ class JobDirectory:
         any_environment: bool = False,
         unknown: Sequence[str] = (),
         scheme_of: Callable[[str], Scheme] = lambda path: SCHEMES["W8A8"],
+        target: int = 0,
     ):
-        self.directory, self.scheme_of = directory, scheme_of
+        self.directory, self.scheme_of, self.target = directory, scheme_of, target
         self.record = json.loads(json.dumps(record))
         self.any_environment, self.unknown = any_environment, unknown
         self._check()
@@ -227,7 +231,8 @@ class JobDirectory:
         return [path for path in found if path.is_file()]
 
     def block_file(self, index: int) -> Path:
-        return self.directory / f"block-{index:05d}.safetensors"
+        target = f".{self.target}" if self.target else ""
+        return self.directory / f"block-{index:05d}{target}.safetensors"
 
     def hidden_file(self, index: int) -> Path:
         return self.directory / f"hidden-{index:05d}.npy"
@@ -258,7 +263,8 @@ class JobDirectory:
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
-        self.hidden_file(index).unlink(missing_ok=True)
+        if self.target == 0:
+            self.hidden_file(index).unlink(missing_ok=True)
 
     def linear(self, index: int, path: str, with_weight: bool = True) -> QuantizedLinear:
         """A linear of a finished block, without its bias.
