@@ -51,7 +51,7 @@ def test_golden_word_of_int8():
     packed = pack.pack_words(np.array([[-128, 127, 0, -1]], np.int8), "w", 8)
     assert packed.dtype == np.int32 and packed.tobytes() == bytes([0x00, 0xFF, 0x80, 0x7F])
     assert pack.unpack_words(packed, "w", 8).tolist() == [[-128, 127, 0, -1]]
-    with pytest.raises(MsQuantError, match="in = 6 .* a multiple of 4 to pack int8"):
+    with pytest.raises(MsQuantError, match=r"in = 6 .* a multiple of 4 to pack int8"):
         pack.pack_words(np.zeros((1, 6), np.int8), "w", 8)
 
 
