@@ -29,7 +29,7 @@ def format_of(scheme: Scheme) -> str:
         MsQuantError: no format holds the scheme.
     """
     weight, activation = scheme.weight, scheme.activation
-    if isinstance(weight, AffineFormat) and not weight.per_tensor:
+    if isinstance(weight, AffineFormat):
         if isinstance(activation, Float):
             return PACKED
         static = isinstance(activation, StaticInt8) and not activation.per_channel
