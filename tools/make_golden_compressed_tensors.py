@@ -86,7 +86,8 @@ def main() -> None:
     library = f"compressed-tensors {version('compressed-tensors')}"
     made = {"made by": library, **{name: case(name, given) for name, given in CASES.items()}}
     made["static input"] = inputs()
-    Path(sys.argv[1]).write_text(json.dumps(made, indent=1) + "\n")
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in made.items()]
+    Path(sys.argv[1]).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
