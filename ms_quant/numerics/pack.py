@@ -9,7 +9,7 @@ layout                 stored          read by
 ``along_in``           int8 (N, K/2)   msModelSlim V0's W4A16 per channel
 ``along_out``          int8 (N/2, K)   W4A8_DYNAMIC of vllm-ascend; V0's W4A16 per group
 ``transposed``         int8 (K, N/2)   Golden Stick's qint4x2; MindFormers
-``words``              int32 (N, K/8)  LLM-Compressor's W4A16, pack-quantized
+``words``              int32 (N, K/8)  compressed-tensors' pack-quantized; K/4 for int8 codes
 ``nibbles``            uint8 (N, K/2)  E2M1 weights of msModelSlim, MindIE-SD and vllm-ascend
 not packed             int8 (N, K)     W4A4_DYNAMIC, FlatQuant; MindIE-SD, which packs at load
 =====================  ==============  =========================================================
@@ -26,7 +26,7 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import LIMITS
 
-CODES_IN_WORD = 8
+WORD_BITS, WORD = 32, np.dtype("<i4")
 
 
 def pack_along_in(codes: np.ndarray, name: str) -> np.ndarray:
@@ -79,31 +79,29 @@ def unpack_transposed(packed: np.ndarray, name: str) -> np.ndarray:
     return unpack_along_out(packed.T, name)
 
 
-def pack_words(codes: np.ndarray, name: str) -> np.ndarray:
-    """Eight adjacent inputs in a word: int8 (N, K) to int32 (N, K/8).
+def pack_words(codes: np.ndarray, name: str, bits: int = 4) -> np.ndarray:
+    """Adjacent inputs in words, eight of int4 or four of int8: (N, K) to int32 (N, K * bits / 32).
 
-    A nibble holds q + 8, not two's complement::
+    Codes have half their range added, not two's complement; for int4::
 
         bit        31        28     7          4 3        0
         word[n,j]  q[n, 8j+7]+8 ... q[n, 8j+1]+8 q[n, 8j]+8
 
-    The contract gives no padding: K that 8 does not divide is refused.
+    The contract gives no padding: K that does not fill words is refused.
     """
-    _check_codes(codes, name, axis=1, multiple=CODES_IN_WORD)
-    rows, columns = codes.shape
-    nibbles = (codes + np.int8(8)).astype(np.uint32)
-    nibbles = nibbles.reshape(rows, columns // CODES_IN_WORD, CODES_IN_WORD)
-    return np.bitwise_or.reduce(nibbles << _SHIFTS, axis=2).view(np.int32)
+    _check_codes(codes, name, axis=1, multiple=WORD_BITS // bits, bits=bits)
+    unsigned = codes.view(np.uint8) + _half(bits)  # wraps: -8 is 248, and 248 + 8 is 0
+    packed = pack_nibbles(unsigned, name) if bits == 4 else unsigned
+    return np.ascontiguousarray(packed).view(WORD)
 
 
-def unpack_words(packed: np.ndarray, name: str) -> np.ndarray:
-    """int32 (N, K/8) to int8 (N, K); inverts :func:`pack_words`."""
+def unpack_words(packed: np.ndarray, name: str, bits: int = 4) -> np.ndarray:
+    """int32 (N, K * bits / 32) to int8 (N, K); inverts :func:`pack_words`."""
     _check_array(packed, name, ("int32",))
-    words = np.ascontiguousarray(packed).view(np.uint32)
-    nibbles = (words[:, :, None] >> _SHIFTS) & np.uint32(15)
-    return nibbles.astype(np.int8).reshape(len(packed), CODES_IN_WORD * packed.shape[1]) - np.int8(
-        8
-    )
+    unsigned = np.ascontiguousarray(packed, WORD).view(np.uint8)
+    if bits == 4:
+        unsigned = unpack_nibbles(unsigned, 2 * unsigned.shape[1], name)
+    return (unsigned - _half(bits)).view(np.int8)
 
 
 def pack_nibbles(codes: np.ndarray, name: str) -> np.ndarray:
@@ -152,7 +150,8 @@ def unpack_nibbles(packed: np.ndarray, length: int, name: str) -> np.ndarray:
     return codes.reshape(*packed.shape[:-1], 2 * expected)[..., :length]
 
 
-_SHIFTS = np.arange(0, 4 * CODES_IN_WORD, 4, dtype=np.uint32)
+def _half(bits: int) -> np.uint8:
+    return np.uint8(-LIMITS[bits][0])
 
 
 def _join(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -167,18 +166,19 @@ def _nibbles(packed: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     return (signed << np.int8(4)) >> np.int8(4), signed >> np.int8(4)
 
 
-def _check_codes(codes: np.ndarray, name: str, axis: int, multiple: int) -> None:
+def _check_codes(codes: np.ndarray, name: str, axis: int, multiple: int, bits: int = 4) -> None:
     _check_array(codes, name, ("int8",))
     if codes.shape[axis] % multiple:
         side = ("out", "in")[axis]
         raise MsQuantError(
             f"{name}: {side} = {codes.shape[axis]} of shape {codes.shape}, "
-            f"expected a multiple of {multiple} to pack int4"
+            f"expected a multiple of {multiple} to pack int{bits}"
         )
-    smallest, largest = LIMITS[4]
+    smallest, largest = LIMITS[bits]
     if codes.size and (codes.min() < smallest or codes.max() > largest):
         raise MsQuantError(
-            f"{name}: codes {codes.min()}..{codes.max()}, expected {smallest}..{largest} for int4"
+            f"{name}: codes {codes.min()}..{codes.max()}, expected {smallest}..{largest} for "
+            f"int{bits}"
         )
 
 

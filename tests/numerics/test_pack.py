@@ -46,6 +46,15 @@ def test_golden_word():
     assert packed.tobytes() == bytes([0xF0, 0x98, 0x17, 0xFE])  # little-endian in the file
 
 
+def test_golden_word_of_int8():
+    """Bytes are q + 128, the first input lowest."""
+    packed = pack.pack_words(np.array([[-128, 127, 0, -1]], np.int8), "w", 8)
+    assert packed.dtype == np.int32 and packed.tobytes() == bytes([0x00, 0xFF, 0x80, 0x7F])
+    assert pack.unpack_words(packed, "w", 8).tolist() == [[-128, 127, 0, -1]]
+    with pytest.raises(MsQuantError, match=r"in = 6 .* a multiple of 4 to pack int8"):
+        pack.pack_words(np.zeros((1, 6), np.int8), "w", 8)
+
+
 @pytest.mark.parametrize("layout", ["along_in", "along_out", "transposed"])
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_every_byte_round_trips(layout, dtype):
@@ -58,9 +67,14 @@ def test_every_byte_round_trips(layout, dtype):
 
 
 @settings(max_examples=50, deadline=None)
-@given(words=hnp.arrays(np.int32, st.tuples(st.integers(0, 3), st.integers(0, 3))))
-def test_every_word_round_trips(words):
-    np.testing.assert_array_equal(pack.pack_words(pack.unpack_words(words, "w"), "w"), words)
+@given(
+    words=hnp.arrays(np.int32, st.tuples(st.integers(0, 3), st.integers(0, 3))),
+    bits=st.sampled_from([4, 8]),
+)
+def test_every_word_round_trips(words, bits):
+    codes = pack.unpack_words(words, "w", bits)
+    assert codes.dtype == np.int8
+    np.testing.assert_array_equal(pack.pack_words(codes, "w", bits), words)
 
 
 @pytest.mark.parametrize("layout", PAIRS)

@@ -1,0 +1,296 @@
+"""The compressed-tensors flavour's tables and descriptions, by hand, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ms_quant.checkpoint import compressed_tensors as flavour
+from ms_quant.checkpoint.compressed_tensors_config import (
+    format_of,
+    quantization_config,
+    read_options,
+    read_schemes,
+)
+from ms_quant.checkpoint.flavour import group_of
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import parse_config
+from ms_quant.numerics.activation import PerToken
+from ms_quant.numerics.grid import AffineFormat
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.schemes import SCHEMES, get_scheme
+
+BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
+RAW = {
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 10,
+}
+ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+K_PROJ, DOWN = f"{ATTENTION}.k_proj", f"{MLP}.down_proj"
+LINEARS = [
+    *(f"{ATTENTION}.{name}_proj" for name in "qkvo"),
+    *(f"{MLP}.{name}_proj" for name in ("gate", "up", "down")),
+]
+
+
+def plan(scheme: str, dtype: np.dtype = BF16, exclude: tuple = (), **options: Any) -> Plan:
+    choices = Choices(scheme=options)
+    return make_plan(
+        parse_config(RAW), scheme, "minmax", dtype=dtype, exclude=exclude, options=choices
+    )
+
+
+def table(chosen: Plan, path: str = K_PROJ) -> dict[str, str]:
+    """Each tensor of a linear as ``"dtype [shape]"``."""
+    return {
+        t.name.removeprefix(f"{path}."): f"{t.dtype} {list(t.shape)}"
+        for t in flavour.FLAVOUR.tensor_plans(chosen)
+        if t.name.startswith(f"{path}.")
+    }
+
+
+STATIC = {"input_scale": "bfloat16 [1]", "input_zero_point": "int8 [1]"}
+PLAIN = {"weight": "int8 [32, 64]"}
+INT4 = {"weight_packed": "int32 [32, 8]", "weight_shape": "int64 [2]"}
+INT8 = {"weight_packed": "int32 [32, 16]", "weight_shape": "int64 [2]"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "expected"),
+    [
+        ("W8A8_PER_CHANNEL", {}, {**PLAIN, "weight_scale": "float32 [32, 1]", **STATIC}),
+        ("W8A8_DYNAMIC", {}, {**PLAIN, "weight_scale": "bfloat16 [32, 1]"}),
+        ("W8A16", {}, {**INT8, "weight_scale": "bfloat16 [32, 1]"}),
+        ("W8A16", {"group_size": 32}, {**INT8, "weight_scale": "bfloat16 [32, 2]"}),
+        (
+            "W8A16",
+            {"symmetric": False},
+            {
+                **INT8,
+                "weight_scale": "bfloat16 [32, 1]",
+                "weight_zero_point": "int32 [8, 1]",
+            },
+        ),
+        ("W4A16", {"group_size": 0}, {**INT4, "weight_scale": "bfloat16 [32, 1]"}),
+        ("W4A16", {"group_size": 64}, {**INT4, "weight_scale": "bfloat16 [32, 1]"}),
+        (
+            "W4A16",
+            {"group_size": 32, "symmetric": False},
+            {
+                **INT4,
+                "weight_scale": "bfloat16 [32, 2]",
+                "weight_zero_point": "int32 [4, 2]",
+            },
+        ),
+    ],
+)
+def test_tensors_of_a_linear(scheme: str, options: dict, expected: dict) -> None:
+    assert table(plan(scheme, **options)) == {**expected, "bias": "bfloat16 [32]"}
+
+
+def test_types_of_a_float16_model() -> None:
+    """Per-token scales are those that the runtime holds in float32."""
+    assert table(plan("W8A8_DYNAMIC", FP16))["weight_scale"] == "float32 [32, 1]"
+    assert table(plan("W4A16", FP16, group_size=32))["weight_scale"] == "float16 [32, 2]"
+    assert table(plan("W8A8_PER_CHANNEL", FP16))["input_scale"] == "float16 [1]"
+
+
+def integers(bits: int, strategy: str, size: int | None = None, **more: bool) -> dict[str, Any]:
+    said = {"num_bits": bits, "type": "int", "symmetric": True, "group_size": size}
+    return {**said, "strategy": strategy, "dynamic": False, **more}
+
+
+TOKEN = integers(8, "token", dynamic=True)
+TENSOR = integers(8, "tensor", symmetric=False)
+SPELLED: list[tuple[str, dict, str, dict, dict | None]] = [
+    ("W8A8_PER_CHANNEL", {}, "int-quantized", integers(8, "channel"), TENSOR),
+    ("W8A8_DYNAMIC", {}, "int-quantized", integers(8, "channel"), TOKEN),
+    ("W8A16", {}, "pack-quantized", integers(8, "channel"), None),
+    ("W8A16", {"group_size": 32}, "pack-quantized", integers(8, "group", 32), None),
+    ("W4A16", {"group_size": 0}, "pack-quantized", integers(4, "channel"), None),
+    (
+        "W4A16",
+        {"group_size": 64, "symmetric": False},
+        "pack-quantized",
+        integers(4, "group", 64, symmetric=False),
+        None,
+    ),
+]
+
+
+def described(chosen: Plan) -> dict[str, Any]:
+    return flavour.FLAVOUR.description(chosen)
+
+
+@pytest.mark.parametrize(("scheme", "options", "format", "weights", "inputs"), SPELLED)
+def test_description(
+    scheme: str, options: dict, format: str, weights: dict, inputs: dict | None
+) -> None:
+    chosen = plan(scheme, exclude=("*.up_proj", "*.o_proj"), **options)
+    assert described(chosen) == {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": inputs,
+                "output_activations": None,
+                "format": format,
+            }
+        },
+        # gate is fused with up
+        "ignore": [f"{ATTENTION}.o_proj", f"{MLP}.gate_proj", f"{MLP}.up_proj", "lm_head"],
+    }
+
+
+MIXTURE = [
+    (get_scheme("W8A8_DYNAMIC"), LINEARS[:3]),
+    (get_scheme("W4A16", group_size=32), LINEARS[4:6]),
+]
+FLOATS = [LINEARS[3], LINEARS[6]]
+
+
+def test_several_schemes_have_a_group_each_with_its_paths() -> None:
+    found = quantization_config(MIXTURE, FLOATS)
+    assert found["format"] == "mixed-precision"
+    assert found["ignore"] == [*FLOATS, "lm_head"]
+    first, second = found["config_groups"]["group_0"], found["config_groups"]["group_1"]
+    assert first["targets"] == [f"{ATTENTION}.{name}_proj" for name in "qkv"]
+    assert second["targets"] == [f"{MLP}.gate_proj", f"{MLP}.up_proj"]
+    assert (first["format"], second["format"]) == ("int-quantized", "pack-quantized")
+    assert second["weights"] == integers(4, "group", 32)
+    both = [MIXTURE[0], (SCHEMES["W8A8_PER_CHANNEL"], LINEARS[3:])]
+    assert quantization_config(both, [])["format"] == "int-quantized"
+
+
+@pytest.mark.parametrize(("scheme", "options", "format", "weights", "inputs"), SPELLED)
+def test_a_description_is_read_as_its_scheme(
+    scheme: str, options: dict, format: str, weights: dict, inputs: dict | None
+) -> None:
+    chosen = plan(scheme, exclude=("*.down_proj",), **options)
+    found = read_schemes(described(chosen), LINEARS)
+    assert found == {**dict.fromkeys(LINEARS, chosen.scheme), DOWN: None}
+    assert read_options(described(chosen)) == chosen.scheme.chosen
+    assert format_of(chosen.scheme) == format
+
+
+def test_a_mixture_is_read_as_its_schemes() -> None:
+    expected = {path: scheme for scheme, paths in MIXTURE for path in paths}
+    found = read_schemes(quantization_config(MIXTURE, FLOATS), LINEARS)
+    assert found == {**expected, **dict.fromkeys(FLOATS)}
+
+
+def test_a_path_goes_before_every_linear_and_what_no_target_names_is_float() -> None:
+    found = quantization_config(MIXTURE, [])
+    assert read_schemes(found, LINEARS)[DOWN] is None
+    found["config_groups"]["group_1"]["targets"] = ["Linear"]
+    schemes = read_schemes(found, LINEARS)
+    assert schemes[K_PROJ] == MIXTURE[0][0] and schemes[DOWN] == MIXTURE[1][0]
+
+
+REFUSED: list[tuple[tuple, Any, str]] = [
+    (("config_groups",), None, r"config_groups is None, expected groups"),
+    (("config_groups",), [], r"config_groups is \[\], expected groups"),
+    (("config_groups", "group_0"), 3, r"group_0 is 3, expected an object"),
+    (("config_groups", "group_0", "targets"), "Linear", r"targets is 'Linear', expected a list"),
+    (("config_groups", "group_0", "targets"), ["re:.*"], r"targets has 're:\.\*', expected 'Line"),
+    (("config_groups", "group_0", "targets"), [["Linear"]], r"targets has \['Linear'\], expected"),
+    (("ignore",), None, r"ignore is None, expected a list"),
+    (("ignore",), ["model.layers.9.mlp.up_proj"], r"ignore has 'model\.layers\.9"),
+    (("config_groups", "group_0", "weights"), None, r"group_0 is \{'weights': None"),
+    (("config_groups", "group_0", "weights", "num_bits"), 3, r"expected the arguments of a sch"),
+    (("config_groups", "group_0", "weights", "actorder"), "group", r"expected the arguments of"),
+    (("config_groups", "group_0", "weights", "group_size"), 48, r"expected the arguments of"),
+    (("config_groups", "group_0", "weights", "group_size"), [], r"expected the arguments of"),
+    (("config_groups", "group_0", "weights", "symmetric"), "yes", r"expected the arguments of"),
+    (("config_groups", "group_0", "format"), "int-quantized", r"expected the arguments of"),
+    (("config_groups", "group_0", "input_activations"), TENSOR, r"expected the arguments of"),
+    (("config_groups", "group_0", "output_activations"), TENSOR, r"expected the arguments of"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "message"), REFUSED)
+def test_a_description_of_something_else_is_refused(where: tuple, value: Any, message: str) -> None:
+    found = copy.deepcopy(described(plan("W4A16", group_size=32)))
+    entry = found
+    for key in where[:-1]:
+        entry = entry[key]
+    entry[where[-1]] = value
+    with pytest.raises(MsQuantError, match=rf"^quantization_config: .*{message}"):
+        read_schemes(found, LINEARS)
+
+
+def test_a_path_in_two_groups_is_refused() -> None:
+    found = quantization_config(MIXTURE, [])
+    found["config_groups"]["group_1"]["targets"].append(K_PROJ)
+    with pytest.raises(MsQuantError, match=rf"{K_PROJ} is a target of several schemes"):
+        read_schemes(found, LINEARS)
+
+
+HELD = {"W8A8_PER_CHANNEL", "W8A8_DYNAMIC", "W8A16", "W4A16"}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES.keys() - HELD))
+def test_schemes_that_no_format_holds_are_refused(name: str) -> None:
+    chosen = replace(plan("W8A16"), scheme=SCHEMES[name])
+    with pytest.raises(MsQuantError, match=f"compressed-tensors flavour cannot hold scheme {name}"):
+        flavour.check(chosen, group_of(chosen, K_PROJ), (32, 64), "x")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "shape", "message"),
+    [
+        ("W4A16", {"group_size": 0}, (32, 68), "x: 68 inputs, expected a multiple of 8 to pack co"),
+        ("W8A16", {}, (32, 66), "x: 66 inputs, expected a multiple of 4 to pack codes of 8 bits"),
+        ("W4A16", {"symmetric": False}, (36, 128), "x: 36 outputs, expected a multiple of 8 to"),
+        ("W8A16", {"symmetric": False}, (34, 128), "x: 34 outputs, .* pack zero points of 8 bits"),
+        ("W4A16", {}, (33, 128), ""),
+        ("W8A8_DYNAMIC", {}, (33, 67), ""),
+    ],
+)
+def test_a_shape_that_does_not_fill_words_is_refused(
+    scheme: str, options: dict, shape: tuple[int, int], message: str
+) -> None:
+    chosen = replace(plan("W8A16"), scheme=get_scheme(scheme, **options))
+    group = group_of(chosen, K_PROJ)
+    if not message:
+        flavour.check(chosen, group, shape, "x")
+        return
+    with pytest.raises(MsQuantError, match=message):
+        flavour.check(chosen, group, shape, "x")
+
+
+def test_a_group_that_does_not_divide_is_refused_by_the_plan() -> None:
+    with pytest.raises(MsQuantError, match=r"groups of 128 do not divide K = 64"):
+        plan("W4A16")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"smooth": np.ones(64, "f4")}, "smooth"),
+        ({"activation": PerToken(8, 0.75)}, "clip_ratio"),
+    ],
+)
+def test_what_has_no_tensor_is_refused(change: dict[str, Any], what: str) -> None:
+    chosen = plan("W8A8_DYNAMIC")
+    grid = AffineFormat().grid({"weight_scale": np.ones((32, 1), "f4")})
+    linear = QuantizedLinear(np.zeros((32, 64), np.int8), grid)
+    group = group_of(chosen, K_PROJ)
+    assert flavour.linear_tensor(chosen, group, linear, "weight").shape == (32, 64)
+    with pytest.raises(MsQuantError, match=f"has no place for {what} of a linear"):
+        flavour.linear_tensor(chosen, group, replace(linear, **change), "weight")
