@@ -144,17 +144,26 @@ def run_blocks(
 
 def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
     plan, directory, flavour = prepared.plan, output.partial, prepared.plan.flavour
-    shards = plan_shards(flavour.tensor_plans(plan), prepared.options.shard_bytes)
-    named = dict(zip(shard_names(flavour.shard_prefix, len(shards)), shards, strict=True))
+    tensors = flavour.tensor_plans(plan)
+    if isinstance(flavour.weights, str):
+        shards = plan_shards(tensors, prepared.options.shard_bytes)
+        named = dict(zip(shard_names(flavour.weights, len(shards)), shards, strict=True))
+    else:
+        named = {flavour.weights(plan): tensors}
     get = _tensor_getter(prepared, job)
 
     def write_shard(path: Path) -> FileRecord:
         return write_file(path, named[path.name], get)
 
     files = [output.write_once(name, write_shard) for name in named]
-    files.append(write_index(directory, named, output_bytes(plan), flavour.index))
-    files.append(write_json(directory / "config.json", model_config(plan.config.raw, plan.dtype)))
-    files.append(write_json(directory / flavour.document, flavour.description(plan)))
+    if isinstance(flavour.weights, str):
+        files.append(write_index(directory, named, output_bytes(plan), flavour.index))
+    description = flavour.description(plan)
+    entry = {flavour.entry: description} if flavour.entry else {}
+    config = {**model_config(plan.config.raw, plan.dtype), **entry}
+    files.append(write_json(directory / "config.json", config))
+    if not flavour.entry:
+        files.append(write_json(directory / flavour.document(plan), description))
     facts: dict[str, Any] = {
         "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_layers)}
     }
@@ -167,8 +176,8 @@ def _tensor_getter(
     prepared: Prepared, job: JobDirectory
 ) -> Callable[[str], np.ndarray | Iterator[np.ndarray]]:
     plan, flavour, checkpoint = prepared.plan, prepared.plan.flavour, prepared.tensors
-    quantized, names = set(plan.quantized()), set(checkpoint.names)
-    types = {tensor.name: tensor.dtype for tensor in flavour.tensor_plans(plan)}
+    names = set(checkpoint.names)
+    plans = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
 
     def bias(path: str) -> np.ndarray | None:
         name = f"{path}.bias"
@@ -183,15 +192,17 @@ def _tensor_getter(
             _, _, index, member = path.split(".", 3)
             scale = job.cache_scale(int(index), member)
             return scale if suffix == kv_cache.SCALE else np.zeros_like(scale)
-        if path in quantized and suffix != "bias":
+        part = plans[name].part
+        if part is not None and part[1] != "bias":
+            path, suffix = part
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in flavour.with_codes)
             linear = replace(linear, bias=bias(path))
             return flavour.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
         changed = job.changed_tensor(name)
         if changed is not None:
-            return round_finite(changed, types[name], name)
-        return round_chunks(prepared.tensors, name, types[name])
+            return round_finite(changed, plans[name].dtype, name)
+        return round_chunks(prepared.tensors, name, plans[name].dtype)
 
     return get
 

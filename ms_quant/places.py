@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from ms_quant.checkpoint.atomic import free_spaces_check
@@ -64,17 +65,18 @@ def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
     )
 
 
-def job_bytes(plan: Plan, tokens: int, first: int = 0) -> int:
+def job_bytes(plans: Sequence[Plan], tokens: int, first: int = 0) -> int:
     """Disk space of a job: the blocks from ``first`` on and two sets of hidden states.
 
     Args:
-        plan: what to do.
+        plans: what to do, for each format.
         tokens: how many calibration tokens there are.
         first: the first unfinished block.
     """
-    blocks = range(first, plan.config.num_layers)
-    hidden = 2 * tokens * plan.config.hidden_size * 4 if blocks else 0
-    return hidden + sum(_block_bytes(plan, index) for index in blocks)
+    config = plans[0].config
+    blocks = range(first, config.num_layers)
+    hidden = 2 * tokens * config.hidden_size * 4 if blocks else 0
+    return hidden + sum(_block_bytes(plan, index) for plan in plans for index in blocks)
 
 
 def _block_bytes(plan: Plan, index: int) -> int:
@@ -96,25 +98,27 @@ def _linear_bytes(plan: Plan, group: LinearGroup, out: int, into: int) -> int:
 
 
 def check_space(
-    plan: Plan, tokens: int, output_bytes: int, output: OutputDirectory, job: JobDirectory
+    plans: Sequence[Plan],
+    tokens: int,
+    outputs: Sequence[tuple[OutputDirectory, int]],
+    job: JobDirectory,
 ) -> None:
     """Refuses to start or to go on with what will not fit on the file systems.
 
     Args:
-        plan: what to do.
+        plans: what to do, for each format.
         tokens: how many calibration tokens there are.
-        output_bytes: size of the whole output.
-        output: its directory; what an interrupted run left there counts.
+        outputs: directories that are not finished and the size of each; what an interrupted run
+            left there counts.
         job: the job directory; finished blocks and hidden states count.
 
     Raises:
         MsQuantError: too little is free, or a directory cannot be made.
     """
     first = job.finished_blocks()
-    working = job_bytes(plan, tokens, first) - job.hidden_bytes()
-    free_spaces_check(
-        {
-            output.partial: max(0, output_bytes - output.bytes_present()),
-            job.directory: max(0, working),
-        }
-    )
+    working = job_bytes(plans, tokens, first) - job.hidden_bytes()
+    needed = {
+        output.partial: max(0, output_bytes - output.bytes_present())
+        for output, output_bytes in outputs
+    }
+    free_spaces_check({**needed, job.directory: max(0, working)})

@@ -41,9 +41,6 @@ class QuantizeOptions:
         scheme: name of the scheme.
         algorithm: names of the algorithms, joined with ``+``.
         choices: options of both.
-        recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
-        formats: the checkpoint flavours to make, each in a directory of its name inside
-            ``output`` if there are several; () is one, the schemes' default.
         calib: calibration file; needed by static schemes and most algorithms.
         samples: how many windows of it to use; None is 64.
         seq_len: tokens of a window; None is 256.
@@ -54,6 +51,9 @@ class QuantizeOptions:
         job: job directory; None is OUTPUT.job.
         keep_job: leave the job directory when all is done.
         any_environment: resume under other versions, CPU or thread count.
+        recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
+        formats: the checkpoint flavours to make, each in a directory of its name inside
+            ``output`` if there are several; () is one, the schemes' default.
     """
 
     model: Path
@@ -61,8 +61,6 @@ class QuantizeOptions:
     scheme: str = "W8A8"
     algorithm: str = "minmax"
     choices: Choices = field(default_factory=Choices)
-    recipe: Recipe | None = None
-    formats: Sequence[str] = ()
     calib: Path | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -73,6 +71,8 @@ class QuantizeOptions:
     job: Path | None = None
     keep_job: bool = False
     any_environment: bool = False
+    recipe: Recipe | None = None
+    formats: Sequence[str] = ()
 
     @property
     def job_directory(self) -> Path:
@@ -194,7 +194,15 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
         MsQuantError: anything that would make the job fail later.
     """
     if len(options.formats) > 1:
-        return _prepare_several(options)
+        prepared = _prepare_several(options)
+    else:
+        prepared = _prepare(options, extension)
+    _check_disk(prepared)
+    return prepared
+
+
+def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
+    """Everything but what is on the disk by now."""
     check_places(options.model, options.output, options.job_directory)
     config = load_config(options.model)
     plan = original = _plan(config, options)
@@ -207,7 +215,7 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
         check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
-    prepared = Prepared(
+    return Prepared(
         options,
         plan,
         checkpoint,
@@ -218,8 +226,6 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
         extension.output_bytes,
         extension.unknown,
     )
-    _check_disk(prepared)
-    return prepared
 
 
 def _prepare_several(options: QuantizeOptions) -> Prepared:
@@ -234,7 +240,7 @@ def _prepare_several(options: QuantizeOptions) -> Prepared:
     parts = [
         replace(options, formats=(name,), output=options.output / name, job=job) for name in names
     ]
-    first, *others = map(prepare, parts)
+    first, *others = map(_prepare, parts)
     return replace(first, others=tuple(others))
 
 
@@ -301,11 +307,12 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
 
 
 def _check_disk(prepared: Prepared) -> None:
-    output = prepared.output()
-    if not output.finished:
-        tokens = 0 if prepared.tokens is None else prepared.tokens.size
-        job = prepared.job()
-        check_space(prepared.plan, tokens, prepared.output_bytes, output, job)
+    outputs = [(request, request.output()) for request in prepared.all]
+    if all(output.finished for _, output in outputs):
+        return
+    tokens = 0 if prepared.tokens is None else prepared.tokens.size
+    left = [(output, r.output_bytes) for r, output in outputs if not output.finished]
+    check_space([request.plan for request in prepared.all], tokens, left, prepared.job())
 
 
 def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
@@ -358,4 +365,5 @@ def output_bytes(plan: Plan) -> int:
 def needed_bytes(prepared: Prepared) -> int:
     """Disk space of a job from its beginning: output, blocks, two sets of hidden states."""
     tokens = 0 if prepared.tokens is None else prepared.tokens.size
-    return prepared.output_bytes + job_bytes(prepared.plan, tokens)
+    plans = [request.plan for request in prepared.all]
+    return sum(request.output_bytes for request in prepared.all) + job_bytes(plans, tokens)

@@ -39,6 +39,7 @@ _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"
 _VLLM_ASCEND = "vllm-ascend (--quantization ascend)"
 _OLD_VLLM_ASCEND = "vllm-ascend up to 0.25 (--quantization ascend)"
+_VLLM = "vLLM (the checkpoint says how)"
 _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval and generate run it"
 _INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
 _MX_OPS = "npu_dynamic_mx_quant, npu_quant_matmul"
@@ -51,6 +52,11 @@ def _golden_stick(*served_by: str, kernels: str, **more: Any) -> Held:
 def _ascend(*served_by: str, kernels: str = "", **more: Any) -> Held:
     missing = () if served_by else (_NONE,)
     return Held("ascend", served_by, kernels, missing, **more)
+
+
+def _compressed_tensors(*served_by: str, kernels: str, **more: Any) -> Held:
+    scales = ScaleType.MODEL
+    return Held("compressed-tensors", (_VLLM, *served_by), kernels, scale_type=scales, **more)
 
 
 _ROWS = (
@@ -69,6 +75,7 @@ _ROWS = (
             _ascend(
                 _VLLM_ASCEND, kernels="npu_quantize, npu_quant_matmul", folds={Fold.NORM: IN_BIAS}
             ),
+            _compressed_tensors(kernels="cutlass_scaled_mm", folds={Fold.NORM: FLOAT_BIAS}),
         ),
     ),
     Scheme(
@@ -84,6 +91,7 @@ _ROWS = (
                 scale_type=ScaleType.BFLOAT16,
             ),
             _ascend(_VLLM_ASCEND, kernels=_INT8_OPS, scale_type=ScaleType.MODEL),
+            _compressed_tensors("vllm-ascend", kernels="cutlass_scaled_mm"),
         ),
     ),
     Scheme(
@@ -131,6 +139,7 @@ _ROWS = (
                 scale_type=ScaleType.MODEL,
                 only={"group_size": 0},
             ),
+            _compressed_tensors(kernels="marlin, machete"),
         ),
         options=_GROUPED,
     ),
@@ -139,7 +148,7 @@ _ROWS = (
         AffineFormat(4, group_size=128),
         Float(),
         "int4 weights per group or per channel, float activations",
-        (_ascend(scale_type=ScaleType.MODEL),),
+        (_compressed_tensors(kernels="marlin, machete"),),
         options=_GROUPED,
     ),
     Scheme(
@@ -260,6 +269,12 @@ def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, **chosen:
     activation = row.folds[fold]
     row = replace(row, folds={fold: activation})
     return replace(scheme, held=(row,), activation=activation or scheme.activation)
+
+
+def held_by(flavour: str) -> list[str]:
+    """The schemes that a flavour holds."""
+    rows = SCHEMES.values()
+    return [row.name for row in rows if flavour in {held.flavour for held in row.held}]
 
 
 def served_flavours(name: str, **chosen: Any) -> list[str]:

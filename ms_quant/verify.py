@@ -45,9 +45,9 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
-    check_kind(directory)
+    flavour, _ = check_kind(directory)
     original = None if source is None else _open_source(source)
-    problems = list(_root_problems(directory))
+    problems = list(_root_problems(directory, flavour.entry))
     result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
     if problems:
         return result
@@ -57,7 +57,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
         return result
     plan, record = structure.plan, read_json(directory / RECORD, MAX_RECORD_BYTES)
     result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
-    problems += config_problems(directory, plan.dtype)
+    problems += config_problems(directory, plan.dtype, flavour.entry)
     problems += _record_problems(directory / RECORD, record, plan)
     if problems:
         return result
@@ -81,8 +81,8 @@ def _open_source(source: Path) -> Checkpoint:
     return checkpoint
 
 
-def _root_problems(directory: Path) -> Iterator[str]:
-    yield from config_problems(directory)
+def _root_problems(directory: Path, entry: str) -> Iterator[str]:
+    yield from config_problems(directory, entry=entry)
     if (directory / RECORD).exists():
         yield from check_files(directory)
         yield from unlisted_files(directory)

@@ -113,7 +113,8 @@ class SourceProof:
         if shapes != config.parameter_shapes():
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
-        yield from source_problems(ours.directory, self.source.directory, plan.dtype, config)
+        places, entry = (ours.directory, self.source.directory), plan.flavour.entry
+        yield from source_problems(*places, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded())
         changed, quantized = self.folding.changed(), set(plan.quantized())
         types = {t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}

@@ -144,7 +144,7 @@ def _require_checkpoint(directory: Path) -> None:
 def _other_kind(directory: Path) -> str:
     """What a checkpoint of ms-quant's own flavours is called; empty for all else."""
     try:
-        return check_kind(directory).title
+        return check_kind(directory)[0].title
     except MsQuantError:
         return ""
 

@@ -208,12 +208,12 @@ def test_fused_linears_share_their_input(make: Callable, edit: Callable) -> None
         (lambda t: t.update({f"{Q}.x": np.ones(1, "f4")}), "unknown tensor 'model.layers.0.self_a"),
         (
             lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:1]}),
-            "is int8 [1, 64], expected int8 [32, 64]",
+            "is int8 [1, 64], expected int8 [64, 64]",
         ),
     ],
 )
 def test_structure(change: Callable, message: str, make: Callable, edit: Callable) -> None:
-    directory = make("W4A16", {"group_size": 32})
+    directory = make("W8A16")
     edit(directory, change)
     assert message in problem(directory)
 
@@ -243,7 +243,7 @@ def test_description(changes: dict, message: str, make: Callable) -> None:
 
 
 def test_the_record_states_the_options(make: Callable[..., Path]) -> None:
-    directory = make("W4A16", {"group_size": 32})
+    directory = make("W8A16")
     value = json.loads((directory / RECORD).read_text())
     value["record"]["scheme_options"]["group_size"] = 64
     write_json(directory / RECORD, value)
@@ -255,8 +255,8 @@ def test_the_record_states_the_options(make: Callable[..., Path]) -> None:
     ("scheme", "options", "changes", "name"),
     [
         ("W8A16", {}, {}, f"{V}.weight"),
-        ("W4A16", {"group_size": 32, "symmetric": False}, {}, f"{V}.weight"),
-        ("W4A16", {"group_size": 32}, {"algorithm": "clip", **STATIC}, f"{V}.weight"),
+        ("W8A16", {"symmetric": False}, {}, f"{V}.weight"),
+        ("W4A4_DYNAMIC", {}, {"algorithm": "clip", **STATIC}, f"{V}.weight"),
         ("W8A8_MXFP8", {}, {}, f"{V}.weight"),
         ("W4A4_MXFP4", {}, {}, f"{V}.weight"),
         ("W8A8FP8_DYNAMIC", {}, {"algorithm": "smoothquant", **STATIC}, f"{Q}.weight"),
@@ -294,7 +294,7 @@ def test_one_changed_code_is_found_with_the_source(
 
 
 def test_a_scale_that_is_not_the_sources(make: Callable, edit: Callable, source: Path) -> None:
-    directory = make("W4A16", {"group_size": 32})
+    directory = make("W4A4_DYNAMIC")
     edit(directory, put(f"{Q}.weight_scale", 3))
     found = verify_checkpoint(directory, source)["problems"][0]
     assert found.startswith(f"{Q}.weight_scale: parameters of 1 of 64 rows do not follow")
@@ -350,7 +350,7 @@ def test_nothing_differs_in_no_rows() -> None:
 
 @pytest.mark.parametrize("size", [256, 32.0, True, "32", None])
 def test_another_group_size(make: Callable, size: Any) -> None:
-    directory = make("W4A16", {"group_size": 32})
+    directory = make("W4A8_DYNAMIC", {"group_size": 32})
     edit_json(directory / DESCRIPTION, group_size=size)
     assert f"group_size is {size!r}, expected 32" in problem(directory)
 

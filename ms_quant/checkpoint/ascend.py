@@ -6,6 +6,7 @@ docs/ascend_format.md states what its files hold.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
 from ms_quant.checkpoint.ascend_reading import read_linear
 from ms_quant.checkpoint.ascend_tensors import FLOAT32, WITH_CODES, parts, slices_of
-from ms_quant.checkpoint.flavour import Flavour, Tensors
+from ms_quant.checkpoint.flat_description import kinds
+from ms_quant.checkpoint.flavour import Flavour, Tensors, is_there
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
@@ -28,11 +30,10 @@ if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
     from ms_quant.plan import Plan
 
-VERSION = "1.0.0"
+DESCRIPTION, VERSION = "quant_model_description.json", "1.0.0"
 TRANSFORM_MULTIPLE = 8
 MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
     "W8A16",
-    "W4A16",
     "W8A8_DYNAMIC",
     "W8A8_MIX",
     "W8A8",
@@ -164,17 +165,19 @@ def _long_block(columns: int, blocks: int) -> dict[str, int]:
 
 FLAVOUR = Flavour(
     name="ascend",
-    document="quant_model_description.json",
-    shard_prefix="quant_model_weights",
+    shown=DESCRIPTION,
+    find=is_there(DESCRIPTION),
+    document=lambda plan: DESCRIPTION,
+    weights="quant_model_weights",
     index="quant_model_weights.safetensors.index.json",
     linear_plan=linear_plan,
     linear_tensor=linear_tensor,
     read_linear=read_linear,
     describe=describe,
+    kinds=partial(kinds, "ascend", FLOATS),
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,
-    floats=FLOATS,
     bias_dtype=FLOAT32,
     holds_cache=True,
 )

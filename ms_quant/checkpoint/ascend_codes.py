@@ -10,7 +10,7 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics import affine, pack
-from ms_quant.numerics.activation import Float, PerToken
+from ms_quant.numerics.activation import PerToken
 from ms_quant.spec import Scheme
 
 INT8, UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
@@ -77,7 +77,6 @@ def _no_nan(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
 
 PLAIN = Codes(INT8, _plain, _whole_range)
 INT4 = Codes(INT8, _plain, _four_bits)
-ALONG_IN = Codes(INT8, pack.pack_along_in, lambda s, k, n: pack.unpack_along_in(s, n), columns=2)
 ALONG_OUT = Codes(INT8, pack.pack_along_out, lambda s, k, n: pack.unpack_along_out(s, n), rows=2)
 FLOAT8 = Codes(E4M3, lambda codes, name: codes.view(E4M3), _no_nan)
 FLOAT4 = Codes(UINT8, pack.pack_nibbles, pack.unpack_nibbles, columns=2)
@@ -85,13 +84,11 @@ FLOAT4 = Codes(UINT8, pack.pack_nibbles, pack.unpack_nibbles, columns=2)
 
 def codes_of(scheme: Scheme) -> Codes:
     """The layout of a scheme's weights: packed as the kernel of its activations reads them."""
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
     if not weight.integer:
         return FLOAT8 if weight.bits == 8 else FLOAT4
     if weight.bits == 8:
         return PLAIN
-    if isinstance(activation, Float):
-        return ALONG_OUT if weight.group_size else ALONG_IN
     return ALONG_OUT if has_scale_bias(scheme) else INT4
 
 

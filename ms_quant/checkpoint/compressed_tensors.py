@@ -7,25 +7,30 @@ docs/compressed_tensors_format.md states what its files hold. Its description is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms_quant.checkpoint.compressed_tensors_config import (
+    KEY,
     NAME,
     PACKED,
     format_of,
     quantization_config,
-    read_options,
+    read_schemes,
 )
 from ms_quant.checkpoint.compressed_tensors_tensors import WITH_CODES, parts, read_linear
-from ms_quant.checkpoint.flavour import Flavour, Tensors
-from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
+from ms_quant.checkpoint.flavour import Flavour, Kinds, Tensors
+from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.pack import WORD_BITS
+from ms_quant.spec import Scheme
+from ms_quant.strict_json import read_json
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -80,23 +85,67 @@ def linear_tensor(
 
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
-    """``quantization_config`` of a plan with one scheme."""
-    return quantization_config([(plan.scheme, plan.quantized())], plan.float_linears())
+    """``quantization_config``; linears of one scheme are one group, in model order."""
+    groups: list[tuple[Scheme, list[str]]] = []
+    for path in plan.quantized():
+        scheme = plan.scheme_of(path)
+        members = next((members for other, members in groups if other == scheme), None)
+        if members is None:
+            members = []
+            groups.append((scheme, members))
+        members.append(path)
+    return quantization_config(groups or [(plan.scheme, [])], plan.float_linears())
 
 
-def scheme_options(description: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    return read_options(description)
+def find(directory: Path) -> list[Path]:
+    """config.json, if it says so."""
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else {}
+    found = config.get(KEY)
+    return [path] if isinstance(found, Mapping) and found.get("quant_method") == NAME else []
+
+
+def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> Kinds:
+    """What each linear is; those that runtimes fuse must agree, which they do not check."""
+    schemes = read_schemes(description, _linears(config))
+    found = {path: scheme.name if scheme else "FLOAT" for path, scheme in schemes.items()}
+    problems = []
+    for index in range(config.num_layers):
+        for group in config.family.groups:
+            first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
+            problems += [
+                f"{where}: {KEY}: {first} and {other} differ, expected one scheme for both: the "
+                "runtime fuses them"
+                for other in others
+                if schemes[other] != schemes[first]
+            ]
+    return found, problems
+
+
+def _linears(config: ModelConfig) -> list[str]:
+    members = config.linear_shapes()
+    return [f"{block_prefix(i)}{member}" for i in range(config.num_layers) for member in members]
+
+
+def scheme_options(
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
+) -> dict[str, Any]:
+    scheme = read_schemes(description, _linears(config))[path]
+    return {} if scheme is None else scheme.chosen
 
 
 FLAVOUR = Flavour(
     name=NAME,
-    document="config.json",
-    shard_prefix="model",
-    index=INDEX_NAME,
+    shown=f"{KEY} in config.json",
+    find=find,
+    document=lambda plan: "config.json",
+    weights="model",
+    entry=KEY,
     linear_plan=linear_plan,
     linear_tensor=linear_tensor,
     read_linear=read_linear,
     describe=describe,
+    kinds=kinds,
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,

@@ -12,7 +12,7 @@ from typing import Any
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import ActivationFormat, Float, PerToken, StaticInt8
 from ms_quant.numerics.grid import AffineFormat
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.schemes import SCHEMES, get_scheme, held_by
 from ms_quant.spec import Scheme
 
 NAME = "compressed-tensors"
@@ -32,8 +32,7 @@ def format_of(scheme: Scheme) -> str:
     if isinstance(weight, AffineFormat):
         if isinstance(activation, Float):
             return PACKED
-        static = isinstance(activation, StaticInt8) and not activation.per_channel
-        if weight == AffineFormat(8) and (static or activation == PerToken(8)):
+        if weight == AffineFormat(8) and activation in (StaticInt8(False), PerToken(8)):
             return PLAIN
     raise MsQuantError(f"the {NAME} flavour cannot hold scheme {scheme.name}")
 
@@ -129,16 +128,6 @@ def read_schemes(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, S
     return {path: None if path in ignored else targets.get(path, every) for path in paths}
 
 
-def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the first group's scheme.
-
-    Raises:
-        MsQuantError: there is no group, or it spells no known scheme.
-    """
-    name, group = _groups(config)[0]
-    return _scheme(group, f"{KEY}: {name}").chosen
-
-
 def _groups(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -169,10 +158,11 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
             "group_size": weights.get("group_size") or 0,
             "symmetric": weights.get("symmetric"),
         }
-        for name, row in SCHEMES.items():
-            chosen = {key: value for key, value in options.items() if key in row.options}
+        for name in held_by(NAME):
+            taken = SCHEMES[name].options
+            chosen: dict[str, Any] = {key: options[key] for key in options if key in taken}
             try:
-                scheme = get_scheme(name, **chosen)
+                scheme = get_scheme(name, NAME, **chosen)
                 spelled = arguments(scheme)
             except MsQuantError:
                 continue

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms_quant.checkpoint import kv_cache
-from ms_quant.checkpoint.writer import TensorPlan
+from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
@@ -26,38 +27,50 @@ Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Suffix to type and shape of a quantized linear's tensors, without its bias."""
 
 
+Kinds = tuple[dict[str, str], list[str]]
+"""Path of every linear of the decoder to its scheme or ``FLOAT``, and what is wrong."""
+
+
 @dataclass(frozen=True)
 class Flavour:
     """Attributes:
     name: what commands call it.
-    document: the description's file name, by which a directory is recognised.
-    shard_prefix: of the names of the weight files.
-    index: file name of their index.
+    shown: what messages call its description.
+    find: the files of a directory that describe a checkpoint of this flavour; one, if it is one.
+    document: the file name of the description.
     linear_plan: the tensors of a quantized linear of a group and shape (out, in).
     linear_tensor: one of them by its suffix; where it is not one of ``with_codes`` the linear's
         codes are zeros that take no memory.
     read_linear: the linear at a path, with this bias; what the tensors contradict is refused.
     describe: the description of a checkpoint with these tensors.
-    scheme_options: options of a linear's scheme, by its path, as far as its tensors tell.
+    kinds: what a description says that each linear is; the last argument is its file.
+    scheme_options: options of a linear's scheme, by its path, and under ``"fold"`` where its
+        smoothing is, as far as the description and its tensors tell.
     check: refuses a linear of a group, shape and name that cannot be stored.
     with_codes: suffixes that need the linear's codes.
-    floats: suffixes that the description calls FLOAT although the linear is quantized.
+    weights: names of the weight files, how many there are: a prefix of shards with an index, or
+        for one file its whole name by the plan.
+    index: file name of the shards' index.
+    entry: of config.json, where that holds the description; else "".
     bias_dtype: type of a quantized linear's bias; None is the model's.
     holds_cache: whether it has tensors for keys and values cached in int8.
     """
 
     name: str
-    document: str
-    shard_prefix: str
-    index: str
+    shown: str
+    find: Callable[[Path], list[Path]]
+    document: Callable[[Plan], str]
     linear_plan: Callable[[Plan, LinearGroup, tuple[int, int]], Tensors]
     linear_tensor: Callable[[Plan, LinearGroup, QuantizedLinear, str], np.ndarray]
     read_linear: Callable[[Plan, LinearGroup, Checkpoint, str, np.ndarray | None], QuantizedLinear]
     describe: Callable[[Plan, Sequence[TensorPlan]], dict[str, Any]]
+    kinds: Callable[[ModelConfig, Mapping[str, Any], Path], Kinds]
     scheme_options: Callable[[ModelConfig, Mapping[str, Any], Checkpoint, str], dict[str, Any]]
     check: Callable[[Plan, LinearGroup, tuple[int, int], str], None]
     with_codes: frozenset[str]
-    floats: frozenset[str] = frozenset()
+    weights: str | Callable[[Plan], str]
+    index: str = INDEX_NAME
+    entry: str = ""
     bias_dtype: np.dtype | None = None
     holds_cache: bool = False
 
@@ -75,17 +88,22 @@ class Flavour:
             if path in quantized and suffix == "weight":
                 own, group = plan.at(path), group_of(plan, path)
                 parts = self.linear_plan(own, group, (shape[0], shape[1]))
-                plans += [TensorPlan(f"{path}.{key}", *part) for key, part in parts.items()]
+                for key, part in parts.items():
+                    plans.append(TensorPlan(f"{path}.{key}", *part, part=(path, key)))
             elif path in quantized:
-                plans.append(TensorPlan(name, self.bias_dtype or plan.dtype, shape))
+                plans.append(self._bias(plan, path, shape))
             else:
                 plans.append(TensorPlan(name, plan.dtype, shape))
             if plan.kv_cache and suffix == "weight" and kv_cache.is_cached(path):
                 plans += kv_cache.tensor_plans(path, shape[0])
         return plans
 
+    def _bias(self, plan: Plan, path: str, shape: tuple[int, ...]) -> TensorPlan:
+        """The bias that the model itself has."""
+        return TensorPlan(f"{path}.bias", self.bias_dtype or plan.dtype, shape, (path, "bias"))
+
     def description(self, plan: Plan) -> dict[str, Any]:
-        """The content of ``document``."""
+        """The description itself."""
         return self.describe(plan, self.tensor_plans(plan))
 
 
@@ -98,3 +116,8 @@ def group_of(plan: Plan, path: str) -> LinearGroup:
 def in_channels(plan: Plan, path: str) -> int:
     """The number of inputs of a linear by its full path."""
     return plan.config.linear_shapes()[path.split(".", 3)[3]][1]
+
+
+def is_there(name: str) -> Callable[[Path], list[Path]]:
+    """Finds a description by its one name."""
+    return lambda directory: [path for path in [directory / name] if path.exists()]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.checkpoint import ascend, golden_stick
+from ms_quant.checkpoint import ascend, compressed_tensors, golden_stick
 from ms_quant.checkpoint.flavour import Flavour
 
 FLAVOURS: dict[str, Flavour] = {
-    flavour.name: flavour for flavour in (golden_stick.FLAVOUR, ascend.FLAVOUR)
+    flavour.name: flavour
+    for flavour in (golden_stick.FLAVOUR, ascend.FLAVOUR, compressed_tensors.FLAVOUR)
 }
 
 
-def find_flavour(directory: Path) -> Flavour | None:
-    """The flavour whose description a directory has, or None."""
-    found = (flavour for flavour in FLAVOURS.values() if (directory / flavour.document).exists())
-    return next(found, None)
+def is_quantized(directory: Path) -> bool:
+    """Whether a directory has the description of some flavour."""
+    return any(flavour.find(directory) for flavour in FLAVOURS.values())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms_quant.checkpoint.companions import model_config
+from ms_quant.checkpoint.flat_description import kinds
 from ms_quant.checkpoint.flavour import Flavour
-from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
+from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
@@ -123,13 +125,15 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
 
 FLAVOUR = Flavour(
     name="golden-stick",
-    document=DESCRIPTION,
-    shard_prefix=SHARD_PREFIX,
-    index=INDEX_NAME,
+    shown=DESCRIPTION,
+    find=lambda directory: sorted(directory.glob(f"*{DESCRIPTION}")),  # as the runtime looks
+    document=lambda plan: DESCRIPTION,
+    weights=SHARD_PREFIX,
     linear_plan=lambda plan, group, shape: linear_plan(plan, shape),
     linear_tensor=lambda plan, group, linear, suffix: linear_tensor(plan, linear, suffix),
     read_linear=read_linear,
     describe=describe,
+    kinds=partial(kinds, "golden-stick", ()),
     scheme_options=lambda config, description, checkpoint, path: {},
     check=lambda plan, group, shape, name: None,
     with_codes=frozenset({"weight", "quant_bias"}),

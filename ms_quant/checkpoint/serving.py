@@ -17,7 +17,7 @@ import numpy as np
 
 from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.flavours import find_flavour
+from ms_quant.checkpoint.flavours import is_quantized
 from ms_quant.checkpoint.floats import round_finite
 from ms_quant.checkpoint.golden_stick import static_linear
 from ms_quant.checkpoint.job import JobDirectory
@@ -138,9 +138,10 @@ class QuantizedModel:
         self.plan, self.row = structure.plan, structure.flavour
         self.config = structure.plan.config
         self.checkpoint = structure.checkpoint
-        self.description = structure.description
-        kinds = {str(kind) for name, kind in self.description.items() if "." in name}
-        self.flavour = f"{self.row.name} {'+'.join(sorted(kinds - {'FLOAT'})) or 'FLOAT'}"
+        self._quantized = frozenset(self.plan.quantized())
+        kinds = [self.plan.kv_cache, *(way.scheme.name for way in self.plan.ways)]
+        found = "+".join(sorted(filter(None, kinds))) if self._quantized else "FLOAT"
+        self.flavour = f"{self.row.name} {found}"
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)
@@ -149,7 +150,7 @@ class QuantizedModel:
         return self.checkpoint.float32_chunks(name)
 
     def linear(self, path: str) -> QuantizedLinear | None:
-        if self.description.get(f"{path}.weight") == "FLOAT":
+        if path not in self._quantized:
             return None
         bias = None
         if f"{path}.bias" in self.checkpoint:
@@ -178,6 +179,6 @@ def open_model(directory: Path | str) -> ServedModel:
         model = opener(directory)
         if model is not None:
             return model
-    if find_flavour(directory) is not None:
+    if is_quantized(directory):
         return QuantizedModel(directory)
     return FloatModel(directory)

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ms_quant.algorithms import PLAIN, get_chain
-from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.checkpoint.flavour import Flavour
-from ms_quant.checkpoint.flavours import FLAVOURS, find_flavour
+from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Plan, Way, check_shapes, plan_of_ways, recorded_way
-from ms_quant.schemes import SCHEMES, STATIC_CACHE, get_scheme
+from ms_quant.schemes import SCHEMES, STATIC_CACHE, get_scheme, held_by
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
 
-DESCRIPTION_ENDINGS = (
-    "quantization_description.json",
-    "quant_model_description.json",
-    "quant_model_description_w8a8sc.json",
-)
 MAX_DESCRIPTION_BYTES = 256 << 20
 
 
@@ -35,14 +30,12 @@ class Structure:
     """Attributes:
     flavour: what the files hold.
     checkpoint: the tensors.
-    description: tensor name to scheme, as stored.
     plan: what a consistent description stands for.
     expected: every tensor that there should be, by name.
     """
 
     flavour: Flavour
     checkpoint: Checkpoint
-    description: dict[str, Any]
     plan: Plan
     expected: dict[str, TensorPlan]
 
@@ -60,110 +53,81 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
     Raises:
         MsQuantError: the directory holds another kind of checkpoint, or a file cannot be read.
     """
-    flavour = check_kind(directory)
-    config = load_config(directory)
-    where = directory / flavour.document
+    flavour, where = check_kind(directory)
+    config = load_config(directory, flavour.entry)
     description = read_json(where, MAX_DESCRIPTION_BYTES)
-    checkpoint = Checkpoint(directory)
-    problems = list(_description_problems(flavour, config, description, where))
-    if problems:
-        return None, problems
+    if flavour.entry:
+        description = description[flavour.entry]
     try:
-        plan = _plan_of(flavour, config, description, checkpoint)
+        kinds, problems = flavour.kinds(config, description, where)
+        if problems:
+            return None, problems
+        checkpoint = Checkpoint(directory)
+        plan = _plan_of(flavour, config, kinds, description, checkpoint)
         expected = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
     except MsQuantError as error:
         return None, [f"{where}: {error}"]
     problems += _tensor_problems(checkpoint, expected)
-    problems += _entry_problems(description, flavour.description(plan), where)
-    return Structure(flavour, checkpoint, description, plan, expected), problems
+    made = flavour.description(plan)
+    problems += _entry_problems(description, made, where, exact=bool(flavour.entry))
+    return Structure(flavour, checkpoint, plan, expected), problems
 
 
-def check_kind(directory: Path) -> Flavour:
-    """The flavour of a checkpoint, by the names of its files.
+def check_kind(directory: Path) -> tuple[Flavour, Path]:
+    """The flavour of a checkpoint and the file that describes it.
 
     Raises:
         MsQuantError: it has none; says what the directory is instead.
     """
     if not directory.is_dir():
         raise MsQuantError(f"{directory}: no such model directory")
-    found = sorted(p.name for p in directory.glob("*.json") if p.name.endswith(DESCRIPTION_ENDINGS))
-    compressed = len(found) == 1 and _is_compressed(directory / found[0])
-    flavour = find_flavour(directory)
-    if flavour is not None and found == [flavour.document] and not compressed:
-        return flavour
-    known = FLAVOURS.values()
-    expected = " or ".join(f"{row.title} with {row.document}" for row in known)
-    if compressed:
+    expected = " or ".join(f"{row.title} with {row.shown}" for row in FLAVOURS.values())
+    found = [(row, path) for row in FLAVOURS.values() for path in row.find(directory)]
+    sparse = directory / "quant_model_description_w8a8sc.json"
+    if sparse.exists() or (len(found) == 1 and _is_compressed(found[0][1])):
         raise MsQuantError(
             f"{directory}: is a W8A8SC checkpoint, expected {expected}; "
             "sparse-compress verify proves it"
         )
+    if len(found) == 1:
+        return found[0]
     if not found and (directory / "config.json").is_file():
         raise MsQuantError(f"{directory}: is a float checkpoint, expected {expected}")
     raise MsQuantError(
-        f"{directory}: has the descriptions {found}, expected exactly one of "
-        f"{[row.document for row in known]}"
+        f"{directory}: has the descriptions {[path.name for _, path in found]}, expected exactly "
+        f"one of {', '.join(row.shown for row in FLAVOURS.values())}"
     )
 
 
 def _is_compressed(path: Path) -> bool:
     """Whether a description is of W8A8SC, which shares a file name with another flavour."""
-    if path.name == "quant_model_description_w8a8sc.json":
-        return True
     return read_json(path, MAX_DESCRIPTION_BYTES).get("model_quant_type") == "W8A8SC"
 
 
-def _description_problems(
-    flavour: Flavour, config: ModelConfig, description: Mapping[str, Any], where: Path
-) -> Iterator[str]:
-    known = ("FLOAT", *_held(flavour))
-    modules: dict[str, str] = {}
-    for key, value in description.items():
-        if "." not in key or key.rpartition(".")[2] in kv_cache.SUFFIXES:
-            continue
-        if value not in known:
-            yield f"{where}: {key} is {value!r:.80}, expected one of {', '.join(known)}"
-            continue
-        module, _, suffix = key.rpartition(".")
-        if suffix in flavour.floats:
-            continue
-        if modules.setdefault(module, value) != value:
-            yield f"{where}: tensors of {module} are {modules[module]} and {value}, expected one"
-    yield from _group_problems(config, modules, where)
-
-
-def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path) -> Iterator[str]:
-    for index in range(config.num_layers):
-        for group in config.family.groups:
-            names = [f"{block_prefix(index)}{member}" for member in group.members]
-            for name in names:
-                if name not in modules:
-                    yield f"{where}: has no entry for {name}.weight"
-            kinds = {modules.get(name) for name in names} - {None}
-            if len(kinds) > 1:
-                listed = ", ".join(f"{name} {modules.get(name)}" for name in names)
-                yield f"{where}: {listed}; expected one scheme, the runtime fuses them"
-
-
 def _entry_problems(
-    found: Mapping[str, Any], expected: Mapping[str, str], where: Path
+    found: Mapping[str, Any], expected: Mapping[str, Any], where: Path, exact: bool
 ) -> Iterator[str]:
+    """What is missing, wrong or too much; of names without dots only if ``exact`` is asked for."""
     for key in sorted({*found, *expected}):
         if key not in found:
             yield f"{where}: does not name {key!r}"
         elif key in expected and not _same(found[key], expected[key]):
-            yield f"{where}: {key} is {found[key]!r}, expected {expected[key]!r}"
-        elif key not in expected and "." in key:
+            yield f"{where}: {key} is {found[key]!r:.200}, expected {expected[key]!r:.200}"
+        elif key not in expected and ("." in key or exact):
             yield f"{where}: names {key!r}, expected only the model's tensors"
 
 
 def _same(one: Any, other: Any) -> bool:
     """Unlike Python, 32 and 32.0 are two."""
-    return type(one) is type(other) and one == other
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _plan_of(
-    flavour: Flavour, config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint
+    flavour: Flavour,
+    config: ModelConfig,
+    kinds: Mapping[str, str],
+    description: Mapping[str, Any],
+    checkpoint: Checkpoint,
 ) -> Plan:
     """The plan that a consistent description stands for.
 
@@ -171,19 +135,19 @@ def _plan_of(
         MsQuantError: an option of the scheme has no such value, or a linear no such shape.
     """
     record = _record(checkpoint.directory)
-    fold, ways, floats = _fold(record.get("fold")), {}, set()
+    ways, floats = {}, set()
     for index in range(config.num_layers):
         for group in config.family.groups:
             path = f"{block_prefix(index)}{group.name}"
-            name = description.get(f"{block_prefix(index)}{group.members[0]}.weight")
-            if name == "FLOAT":
+            first = f"{block_prefix(index)}{group.members[0]}"
+            if kinds[first] == "FLOAT":
                 floats.add(path)
                 continue
-            first = f"{block_prefix(index)}{group.members[0]}"
             told = flavour.scheme_options(config, description, checkpoint, first)
-            ways[path] = _way(flavour, str(name), fold, {**_options(record, path), **told})
+            options = {"fold": record.get("fold"), **_options(record, path), **told}
+            ways[path] = _way(flavour, kinds[first], options)
     if not ways:
-        ways = {"": _way(flavour, _held(flavour)[0], fold, {})}
+        ways = {"": _way(flavour, held_by(flavour.name)[0], {})}
     cache = description.get("kv_cache_type", "") if flavour.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
         raise MsQuantError(f"kv_cache_type is {cache!r:.80}, expected {STATIC_CACHE!r}")
@@ -194,18 +158,12 @@ def _plan_of(
     return plan
 
 
-def _way(flavour: Flavour, name: str, fold: Fold | None, options: Mapping[str, Any]) -> Way:
+def _way(flavour: Flavour, name: str, options: Mapping[str, Any]) -> Way:
     """What a group is, as far as one can tell: algorithms leave no trace but what they add."""
     chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
-    scheme = get_scheme(name, flavour.name, fold, **chosen)
+    scheme = get_scheme(name, flavour.name, _fold(options.get("fold")), **chosen)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
     return scheme, get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
-
-
-def _held(flavour: Flavour) -> list[str]:
-    """The schemes that a flavour holds."""
-    rows = SCHEMES.values()
-    return [row.name for row in rows if flavour.name in {held.flavour for held in row.held}]
 
 
 def _fold(value: Any) -> Fold | None:

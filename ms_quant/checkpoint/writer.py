@@ -30,11 +30,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What a tensor will be, known before its numbers are."""
+    """What a tensor will be, known before its numbers are.
+
+    Attributes:
+        name: its name.
+        dtype: as stored.
+        shape: as stored.
+        part: of a quantized linear, its path and what of it this is; else None.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    part: tuple[str, str] | None = None
 
     @property
     def bytes(self) -> int:

@@ -107,8 +107,12 @@ def block_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
 
-def load_config(model_dir: Path | str) -> ModelConfig:
+def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
     """Reads and checks ``config.json`` of a model directory.
+
+    Args:
+        model_dir: the directory.
+        without: an entry that is not looked at.
 
     Raises:
         MsQuantError: a key is missing or has a wrong value, or the model type has no row in
@@ -117,7 +121,9 @@ def load_config(model_dir: Path | str) -> ModelConfig:
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise MsQuantError(f"{model_dir}: no such model directory")
-    return parse_config(read_json(model_dir / "config.json"), str(model_dir / "config.json"))
+    path = model_dir / "config.json"
+    raw = {key: value for key, value in read_json(path).items() if key != without}
+    return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:

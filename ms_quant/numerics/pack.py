@@ -6,9 +6,7 @@ nibble is two's complement, ``q & 15``, and the pair's even element is in the lo
 =====================  ==============  =========================================================
 layout                 stored          read by
 =====================  ==============  =========================================================
-``along_in``           int8 (N, K/2)   msModelSlim V0's W4A16 per channel
-``along_out``          int8 (N/2, K)   W4A8_DYNAMIC of vllm-ascend; V0's W4A16 per group
-``transposed``         int8 (K, N/2)   Golden Stick's qint4x2; MindFormers
+``along_out``          int8 (N/2, K)   W4A8_DYNAMIC of vllm-ascend
 ``words``              int32 (N, K/8)  compressed-tensors' pack-quantized; K/4 for int8 codes
 ``nibbles``            uint8 (N, K/2)  E2M1 weights of msModelSlim, MindIE-SD and vllm-ascend
 not packed             int8 (N, K)     W4A4_DYNAMIC, FlatQuant; MindIE-SD, which packs at load
@@ -29,23 +27,6 @@ from ms_quant.numerics.affine import LIMITS
 WORD_BITS, WORD = 32, np.dtype("<i4")
 
 
-def pack_along_in(codes: np.ndarray, name: str) -> np.ndarray:
-    """Pairs of adjacent inputs: int8 (N, K) to int8 (N, K/2).
-
-    ::
-
-        bit        7        4 3        0
-        byte[n,j]  q[n, 2j+1] q[n, 2j]
-    """
-    _check_codes(codes, name, axis=1, multiple=2)
-    return _join(codes[:, ::2], codes[:, 1::2])
-
-
-def unpack_along_in(packed: np.ndarray, name: str) -> np.ndarray:
-    """int8 or uint8 (N, K/2) to int8 (N, K); inverts :func:`pack_along_in`."""
-    return np.stack(_nibbles(packed, name), axis=2).reshape(len(packed), 2 * packed.shape[1])
-
-
 def pack_along_out(codes: np.ndarray, name: str) -> np.ndarray:
     """Pairs of adjacent output rows: int8 (N, K) to int8 (N/2, K).
 
@@ -61,22 +42,6 @@ def pack_along_out(codes: np.ndarray, name: str) -> np.ndarray:
 def unpack_along_out(packed: np.ndarray, name: str) -> np.ndarray:
     """int8 or uint8 (N/2, K) to int8 (N, K); inverts :func:`pack_along_out`."""
     return np.stack(_nibbles(packed, name), axis=1).reshape(2 * len(packed), packed.shape[1])
-
-
-def pack_transposed(codes: np.ndarray, name: str) -> np.ndarray:
-    """The transpose in pairs along its last axis, out: int8 (N, K) to int8 (K, N/2).
-
-    ::
-
-        bit        7        4 3        0
-        byte[k,i]  q[2i+1, k] q[2i, k]
-    """
-    return np.ascontiguousarray(pack_along_out(codes, name).T)
-
-
-def unpack_transposed(packed: np.ndarray, name: str) -> np.ndarray:
-    """int8 or uint8 (K, N/2) to int8 (N, K); inverts :func:`pack_transposed`."""
-    return unpack_along_out(packed.T, name)
 
 
 def pack_words(codes: np.ndarray, name: str, bits: int = 4) -> np.ndarray:

@@ -71,8 +71,6 @@ E4M3 = {"weight": "float8_e4m3fn [32, 64]"}
         ("W8A8_MIX", {}, {**PLAIN, **STATIC, **scales("", 32, 1)}),
         ("W8A16", {}, {**PLAIN, **scales("", 32, 1)}),
         ("W8A16", {"group_size": 32}, {**PLAIN, **scales("", 32, 2)}),
-        ("W4A16", {"group_size": 0}, {"weight": "int8 [32, 32]", **scales("", 32, 1)}),
-        ("W4A16", {"group_size": 32}, {**PACKED, **scales("", 32, 2)}),
         (
             "W4A8_DYNAMIC",
             {},
@@ -132,7 +130,7 @@ def test_description() -> None:
     raw = {"tie_word_embeddings": True}
     chosen = make_plan(
         parse_config({**RAW, **raw}),
-        "W4A16",
+        "W4A8_DYNAMIC",
         "minmax",
         dtype=BF16,
         exclude=("*.gate_proj", "*.o_proj"),
@@ -149,16 +147,17 @@ def test_description() -> None:
         f"{mlp}.gate_proj.weight": "FLOAT",
         f"{mlp}.up_proj.weight": "FLOAT",
         "version": "1.0.0",
-        "model_quant_type": "W4A16",
+        "model_quant_type": "W4A8_DYNAMIC",
         "group_size": 32,
         "metadata": {},
         "optional": {},
     }
-    for path in (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"):
-        expected |= {f"{path}.weight": "W4A16", f"{path}.weight_scale": "W4A16"}
-        expected |= {f"{path}.weight_offset": "W4A16", f"{path}.bias": "FLOAT"}
-    path = f"{mlp}.down_proj"
-    expected |= {f"{path}.{n}": "W4A16" for n in ("weight", "weight_scale", "weight_offset")}
+    levels = [f"weight_{n}{level}" for n in ("scale", "offset") for level in ("", "_second")]
+    quantized = [f"{attention}.{n}_proj" for n in "qkv"] + [f"{mlp}.down_proj"]
+    for path in quantized:
+        suffixes = ["weight", "scale_bias", *levels]
+        expected |= {f"{path}.{suffix}": "W4A8_DYNAMIC" for suffix in suffixes}
+    expected |= {f"{attention}.{n}_proj.bias": "FLOAT" for n in "qkv"}
     assert ascend.FLAVOUR.description(chosen) == expected
 
 
@@ -179,14 +178,12 @@ def test_branches_are_float_in_the_description() -> None:
     [
         ("W4A8_DYNAMIC", {"intermediate_size": 72}, r"0\.mlp\.down_proj\.weight: 72 inputs, expec"),
         ("W4A8_DYNAMIC", {"intermediate_size": 81}, r"0\.mlp\.gate_proj\.weight: 81 outputs, "),
-        ("W4A16", {"intermediate_size": 81}, r"0\.mlp\.gate_proj\.weight: 81 outputs, expected an"),
     ],
 )
 def test_a_shape_that_cannot_be_packed_is_refused(scheme: str, raw: dict, message: str) -> None:
-    options = {"group_size": 32} if scheme == "W4A16" else {}
     with pytest.raises(MsQuantError, match=message):
-        plan(scheme, raw=raw, **options)
-    choices = Choices(scheme=options, float_undivided=True)
+        plan(scheme, raw=raw)
+    choices = Choices(float_undivided=True)
     made = make_plan(parse_config({**RAW, **raw}), scheme, "minmax", dtype=BF16, options=choices)
     assert DOWN in made.float_linears() and K_PROJ in made.quantized()
 

@@ -67,10 +67,8 @@ class Runtime:
         bias = get.get("bias", np.zeros(1))
         if kind in ("W8A8", "W8A8_PER_CHANNEL") or (kind == "W8A8_MIX" and decode):
             return static(get, x)
-        if kind in ("W8A16", "W4A16"):
-            group = self.description["group_size"]
-            along = "none" if kind == "W8A16" else "out" if group else "in"
-            weight = self.unpacked(get["weight"], along) + repeated(get["weight_offset"], x)
+        if kind == "W8A16":
+            weight = get["weight"].astype(np.float64) + repeated(get["weight_offset"], x)
             return x @ (weight * repeated(get["weight_scale"], x)).T + bias
         if kind == "W8A8_MXFP8":
             return mxfp8(x) @ (exact(get["weight"]) * powers(get["weight_scale"], x)).T + bias
@@ -93,10 +91,6 @@ class Runtime:
         if along == "none":
             return stored.astype(np.float64)
         rows = stored.view(np.uint8).tolist()
-        if along == "in":
-            return np.array(
-                [[nibble(b, high) for b in row for high in (0, 1)] for row in rows], "f8"
-            )
         return np.array([[nibble(b, high) for b in row] for row in rows for high in (0, 1)], "f8")
 
 
@@ -133,8 +127,6 @@ def mxfp8(x: np.ndarray) -> np.ndarray:
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("W8A16", {}),
     ("W8A16", {"choices": Choices({"symmetric": False})}),
-    ("W4A16", {"choices": Choices({"group_size": 32})}),
-    ("W4A16", {"choices": Choices({"group_size": 0})}),
     ("W8A8_MXFP8", {}),
     ("W4A8_MXFP", {}),
     ("W4A8_DYNAMIC", {}),
@@ -230,7 +222,6 @@ def test_sizes_are_read_without_the_record(
     ("scheme", "options", "stored"),
     [
         ("W8A16", {}, "I8"),
-        ("W4A16", {"group_size": 0}, "I8, pairs of inputs"),
         ("W4A8_DYNAMIC", {}, "I8, pairs of outputs"),
         ("W8A8FP8_DYNAMIC", {}, "F8_E4M3"),
         ("W4A4_MXFP4", {}, "U8, pairs of inputs"),

@@ -13,7 +13,6 @@ from ms_quant.checkpoint import compressed_tensors as flavour
 from ms_quant.checkpoint.compressed_tensors_config import (
     format_of,
     quantization_config,
-    read_options,
     read_schemes,
 )
 from ms_quant.checkpoint.flavour import group_of
@@ -23,9 +22,11 @@ from ms_quant.numerics.activation import PerToken
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 from ms_quant.schemes import SCHEMES, get_scheme
 
+FORMAT = "compressed-tensors"
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
     "model_type": "qwen2",
@@ -46,7 +47,7 @@ LINEARS = [
 
 
 def plan(scheme: str, dtype: np.dtype = BF16, exclude: tuple = (), **options: Any) -> Plan:
-    choices = Choices(scheme=options)
+    choices = Choices(scheme=options, format=FORMAT)
     return make_plan(
         parse_config(RAW), scheme, "minmax", dtype=dtype, exclude=exclude, options=choices
     )
@@ -70,7 +71,7 @@ INT8 = {"weight_packed": "int32 [32, 16]", "weight_shape": "int64 [2]"}
 @pytest.mark.parametrize(
     ("scheme", "options", "expected"),
     [
-        ("W8A8_PER_CHANNEL", {}, {**PLAIN, "weight_scale": "float32 [32, 1]", **STATIC}),
+        ("W8A8", {}, {**PLAIN, "weight_scale": "bfloat16 [32, 1]", **STATIC}),
         ("W8A8_DYNAMIC", {}, {**PLAIN, "weight_scale": "bfloat16 [32, 1]"}),
         ("W8A16", {}, {**INT8, "weight_scale": "bfloat16 [32, 1]"}),
         ("W8A16", {"group_size": 32}, {**INT8, "weight_scale": "bfloat16 [32, 2]"}),
@@ -101,10 +102,9 @@ def test_tensors_of_a_linear(scheme: str, options: dict, expected: dict) -> None
 
 
 def test_types_of_a_float16_model() -> None:
-    """Per-token scales are those that the runtime holds in float32."""
-    assert table(plan("W8A8_DYNAMIC", FP16))["weight_scale"] == "float32 [32, 1]"
+    assert table(plan("W8A8_DYNAMIC", FP16))["weight_scale"] == "float16 [32, 1]"
     assert table(plan("W4A16", FP16, group_size=32))["weight_scale"] == "float16 [32, 2]"
-    assert table(plan("W8A8_PER_CHANNEL", FP16))["input_scale"] == "float16 [1]"
+    assert table(plan("W8A8", FP16))["input_scale"] == "float16 [1]"
 
 
 def integers(bits: int, strategy: str, size: int | None = None, **more: bool) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def integers(bits: int, strategy: str, size: int | None = None, **more: bool) ->
 TOKEN = integers(8, "token", dynamic=True)
 TENSOR = integers(8, "tensor", symmetric=False)
 SPELLED: list[tuple[str, dict, str, dict, dict | None]] = [
-    ("W8A8_PER_CHANNEL", {}, "int-quantized", integers(8, "channel"), TENSOR),
+    ("W8A8", {}, "int-quantized", integers(8, "channel"), TENSOR),
     ("W8A8_DYNAMIC", {}, "int-quantized", integers(8, "channel"), TOKEN),
     ("W8A16", {}, "pack-quantized", integers(8, "channel"), None),
     ("W8A16", {"group_size": 32}, "pack-quantized", integers(8, "group", 32), None),
@@ -158,8 +158,8 @@ def test_description(
 
 
 MIXTURE = [
-    (get_scheme("W8A8_DYNAMIC"), LINEARS[:3]),
-    (get_scheme("W4A16", group_size=32), LINEARS[4:6]),
+    (get_scheme("W8A8_DYNAMIC", FORMAT), LINEARS[:3]),
+    (get_scheme("W4A16", FORMAT, group_size=32), LINEARS[4:6]),
 ]
 FLOATS = [LINEARS[3], LINEARS[6]]
 
@@ -173,7 +173,7 @@ def test_several_schemes_have_a_group_each_with_its_paths() -> None:
     assert second["targets"] == [f"{MLP}.gate_proj", f"{MLP}.up_proj"]
     assert (first["format"], second["format"]) == ("int-quantized", "pack-quantized")
     assert second["weights"] == integers(4, "group", 32)
-    both = [MIXTURE[0], (SCHEMES["W8A8_PER_CHANNEL"], LINEARS[3:])]
+    both = [MIXTURE[0], (get_scheme("W8A8", FORMAT), LINEARS[3:])]
     assert quantization_config(both, [])["format"] == "int-quantized"
 
 
@@ -184,7 +184,6 @@ def test_a_description_is_read_as_its_scheme(
     chosen = plan(scheme, exclude=("*.down_proj",), **options)
     found = read_schemes(described(chosen), LINEARS)
     assert found == {**dict.fromkeys(LINEARS, chosen.scheme), DOWN: None}
-    assert read_options(described(chosen)) == chosen.scheme.chosen
     assert format_of(chosen.scheme) == format
 
 
@@ -241,7 +240,7 @@ def test_a_path_in_two_groups_is_refused() -> None:
         read_schemes(found, LINEARS)
 
 
-HELD = {"W8A8_PER_CHANNEL", "W8A8_DYNAMIC", "W8A16", "W4A16"}
+HELD = {"W8A8_DYNAMIC", "W8A16", "W4A16"}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMES.keys() - HELD))
@@ -265,7 +264,7 @@ def test_schemes_that_no_format_holds_are_refused(name: str) -> None:
 def test_a_shape_that_does_not_fill_words_is_refused(
     scheme: str, options: dict, shape: tuple[int, int], message: str
 ) -> None:
-    chosen = replace(plan("W8A16"), scheme=get_scheme(scheme, **options))
+    chosen = replace(plan("W8A16"), scheme=get_scheme(scheme, FORMAT, **options))
     group = group_of(chosen, K_PROJ)
     if not message:
         flavour.check(chosen, group, shape, "x")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ms_quant.checkpoint import compressed_tensors as flavour
-from ms_quant.checkpoint.compressed_tensors_config import quantization_config, read_options
+from ms_quant.checkpoint.compressed_tensors_config import quantization_config
 from ms_quant.checkpoint.compressed_tensors_tensors import parts, read_linear
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.reader import Checkpoint
@@ -24,9 +24,11 @@ from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 from ms_quant.schemes import get_scheme
 
+FORMAT = "compressed-tensors"
 LIBRARY = Path(__file__).parents[1] / "golden" / "compressed_tensors" / "library.json"
 GOLDEN = json.loads(LIBRARY.read_text())
 ROWS, COLUMNS, ROW = 16, 64, 3
@@ -36,7 +38,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("W4A16 per channel, asymmetric", "W4A16", {"group_size": 0, "symmetric": False}),
     ("W8A16 per channel", "W8A16", {}),
     ("W8A16 per group, asymmetric", "W8A16", {"group_size": 32, "symmetric": False}),
-    ("W8A8", "W8A8_PER_CHANNEL", {}),
+    ("W8A8", "W8A8", {}),
 ]
 RAW = {
     "model_type": "qwen3",
@@ -52,8 +54,14 @@ K_PROJ = "model.layers.0.self_attn.k_proj"
 
 
 def plan(scheme: str, options: dict[str, Any]) -> Plan:
-    made = make_plan(parse_config(RAW), "W8A16", "minmax", dtype=DTYPES["bfloat16"])
-    return replace(made, scheme=get_scheme(scheme, **options))
+    made = make_plan(
+        parse_config(RAW),
+        "W8A16",
+        "minmax",
+        dtype=DTYPES["bfloat16"],
+        options=Choices(format=FORMAT),
+    )
+    return replace(made, scheme=get_scheme(scheme, FORMAT, **options))
 
 
 def linear(chosen: Plan) -> QuantizedLinear:
@@ -68,7 +76,7 @@ def linear(chosen: Plan) -> QuantizedLinear:
         points = (37 * i + 11 * g) % levels - levels // 2
         arrays["weight_zero_point"] = points.astype(np.int8)
     grid = format.grid(arrays)
-    static = StaticActivation(np.float32(0.5), 3, np.full(COLUMNS, 0.5, "f4"), folds_bias=True)
+    static = StaticActivation(np.float32(0.5), 3, np.full(COLUMNS, 0.5, "f4"))
     return QuantizedLinear(grid.round(weight), grid, None, static)
 
 
@@ -106,9 +114,8 @@ def test_the_librarys_bytes_are_read(
 @pytest.mark.parametrize(("case", "scheme", "options"), CASES)
 def test_arguments_are_the_librarys(case: str, scheme: str, options: dict[str, Any]) -> None:
     """Those that the library itself writes, none more and none less."""
-    config = quantization_config([(get_scheme(scheme, **options), [])], [])
+    config = quantization_config([(get_scheme(scheme, FORMAT, **options), [])], [])
     assert config["config_groups"]["group_0"]["weights"] == GOLDEN[case]["weights"]
-    assert read_options(config) == get_scheme(scheme, **options).chosen
 
 
 def test_codes_of_a_static_input_are_the_librarys() -> None:

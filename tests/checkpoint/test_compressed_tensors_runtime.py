@@ -27,8 +27,10 @@ from ms_quant.models.config import load_config
 from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan, make_plan
+from ms_quant.plan import Choices, Plan
+from ms_quant.planning import make_plan
 
+FORMAT = "compressed-tensors"
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
@@ -224,8 +226,8 @@ def test_what_the_runtime_reconstructs_is_what_was_stored(dtype: str) -> None:
 
 
 RUNS: list[tuple[str, dict[str, Any], str, str]] = [
-    ("W8A8_PER_CHANNEL", {}, "bfloat16", "static W8A8"),
-    ("W8A8_PER_CHANNEL", {}, "float16", "static W8A8"),
+    ("W8A8", {}, "bfloat16", "static W8A8"),
+    ("W8A8", {}, "float16", "static W8A8"),
     ("W8A8_DYNAMIC", {}, "bfloat16", "dynamic W8A8"),
     ("W8A8_DYNAMIC", {}, "float16", "dynamic W8A8"),
     ("W8A16", {}, "bfloat16", "WNA16 of 8 bits"),
@@ -249,7 +251,7 @@ def test_the_runtime_computes_what_was_quantized(
     load_tensors: Callable[[Path], dict[str, np.ndarray]],
 ) -> None:
     source = tiny_model(family="qwen2", layers=1, dtype=dtype, **SHAPES)
-    choices = Choices(scheme=options)
+    choices = Choices(scheme=options, format=FORMAT)
     plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
     output = tmp_path / "out"
     write(plan, source, output)
@@ -280,7 +282,7 @@ def test_what_is_read_is_what_was_written(
     tmp_path: Path,
 ) -> None:
     source = tiny_model(family="qwen2", layers=1, dtype=dtype, **SHAPES)
-    choices = Choices(scheme=options)
+    choices = Choices(scheme=options, format=FORMAT)
     plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
     for path, linear in write(plan, source, tmp_path / "out").items():
         checkpoint = Checkpoint(tmp_path / "out")
@@ -326,7 +328,7 @@ def put(value: float) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
-W4, STATIC = ("W4A16", {"group_size": 32, "symmetric": False}), ("W8A8_PER_CHANNEL", {})
+W4, STATIC = ("W4A16", {"group_size": 32, "symmetric": False}), ("W8A8", {})
 DEFECTS: list[tuple[tuple, str, Callable[[np.ndarray], np.ndarray | None], str]] = [
     (W4, "weight_packed", lambda a: a[:, :-1], r"is int32 \[64, 15\], expected int32 \[64, 16\]"),
     (W4, "weight_packed", lambda a: a.view("f4"), r"is float32 .*, expected int32"),
@@ -340,7 +342,7 @@ DEFECTS: list[tuple[tuple, str, Callable[[np.ndarray], np.ndarray | None], str]]
     (W4, "weight_scale", put(np.inf), "inf"),
     (W4, "weight_zero_point", lambda a: a.T.copy(), r"is int32 \[4, 8\], expected int32 \[8, 4\]"),
     (STATIC, "weight", lambda a: a.view(np.uint8), r"is uint8 .*, expected int8"),
-    (STATIC, "weight_scale", lambda a: a[:, 0], r"is float32 \[64\], expected float32 \[64, 1\]"),
+    (STATIC, "weight_scale", lambda a: a[:, 0], r"is bfloat16 \[64\], expected bfloat16 \[64, 1\]"),
     (STATIC, "input_scale", put(0), "1 scales are not positive"),
     (STATIC, "input_scale", put(np.nan), "NaN"),
     (STATIC, "input_scale", lambda a: a.repeat(128), r"is bfloat16 \[128\], expected .* \[1\]"),
@@ -360,7 +362,7 @@ def test_a_tensor_that_contradicts_is_refused(
     save_tensors: Callable,
 ) -> None:
     source, (scheme, options) = tiny_model(layers=1, **SHAPES), made
-    choices = Choices(scheme=options)
+    choices = Choices(scheme=options, format=FORMAT)
     plan = make_plan(
         load_config(source), scheme, "minmax", dtype=DTYPES["bfloat16"], options=choices
     )

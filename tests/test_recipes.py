@@ -1,0 +1,200 @@
+"""Recipes through the whole pipeline: mixed schemes, several formats, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mindspore")
+
+from ms_quant.checkpoint.job import JobDirectory
+from ms_quant.checkpoint.serving import JobModel, open_model
+from ms_quant.errors import MsQuantError
+from ms_quant.evaluation import token_losses
+from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan import Choices
+from ms_quant.recipe import load_recipe
+from ms_quant.verify import verify_checkpoint
+
+pytestmark = pytest.mark.usefixtures("blocking_mindspore")
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+CALIBRATED = {"samples": 4, "seq_len": 16}
+TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
+INT8 = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
+DYNAMIC = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
+MIXED = {"scope": "pd_mix", "dtype": "int8", "symmetric": False, "method": "minmax"}
+PDMIX = {
+    "apiversion": "modelslim_v1",
+    "spec": {
+        "process": [
+            {"type": "iter_smooth", "alpha": 0.9, "enable_subgraph_type": ["norm-linear"]},
+            {
+                "type": "group",
+                "configs": [
+                    {
+                        "type": "linear_quant",
+                        "qconfig": {"act": MIXED, "weight": INT8},
+                        "include": ["*"],
+                        "exclude": ["*.down_proj", "model.layers.{0,7}.*o_proj"],
+                    },
+                    {
+                        "type": "linear_quant",
+                        "qconfig": {"act": DYNAMIC, "weight": INT8},
+                        "include": ["*.down_proj"],
+                    },
+                ],
+            },
+        ],
+        "save": [{"type": "ascendv1_saver", "part_file_size": 4}],
+    },
+}
+NATIVE = {
+    "apiversion": "ms_quant_v1",
+    "rules": [
+        {"scheme": "W4A16", "options": {"group_size": 32}, "include": ["*.mlp.*"]},
+        {"scheme": "W8A8_DYNAMIC", "include": ["*.0.self_attn.*"]},
+        {"scheme": "W8A16", "include": ["*.1.self_attn.*"], "exclude": ["*.o_proj"]},
+    ],
+}
+
+
+@pytest.fixture
+def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
+    model: list[Path] = []
+
+    def run(recipe: dict | None, output: str = "out", **options: Any) -> Any:
+        if not model:
+            model.append(tiny_model(family="qwen2", layers=2, **SHAPE))
+        chosen = load_recipe(recipe) if recipe else None
+        request = QuantizeOptions(
+            model[0], tmp_path / output, recipe=chosen, keep_job=True, **options
+        )
+        prepared = prepare(request)
+        quantize_checkpoint(request, prepared=prepared)
+        return prepared
+
+    run.calibrated = {"calib": calib_text, **CALIBRATED}
+    return run
+
+
+def assert_written_as_made(prepared: Any) -> None:
+    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
+    output = prepared.options.output
+    written = open_model(output)
+    np.testing.assert_array_equal(token_losses(written, TOKENS), token_losses(job, TOKENS))
+    proof = verify_checkpoint(output, prepared.options.model)
+    assert proof["problems"] == [] and proof["quantized"] == len(prepared.plan.quantized())
+
+
+def test_the_pdmix_recipe(make):
+    prepared = make(PDMIX, formats=("ascend",), **make.calibrated)
+    description = prepared.options.output / "quant_model_description.json"
+    kinds = json.loads(description.read_text())
+    assert kinds["model.layers.0.self_attn.q_proj.weight"] == "W8A8_MIX"
+    assert kinds["model.layers.0.self_attn.o_proj.weight"] == "FLOAT"
+    assert kinds["model.layers.1.self_attn.o_proj.weight"] == "W8A8_MIX"
+    assert kinds["model.layers.1.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
+    assert kinds["model_quant_type"] == "W8A8_MIX"  # after W8A8_DYNAMIC in the runtime's order
+    assert open_model(prepared.options.output).flavour == "ascend W8A8_DYNAMIC+W8A8_MIX"
+    assert prepared.plan.at("model.layers.0.self_attn.q_proj").chain.names == ("smoothquant",)
+    assert prepared.plan.at("model.layers.1.mlp.down_proj").chain.names == ()
+    assert_written_as_made(prepared)
+
+
+def test_schemes_of_several_formats_find_one_that_holds_all(make):
+    prepared = make(NATIVE)
+    config = json.loads((prepared.options.output / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    assert [len(group["targets"]) for group in groups.values()] == [4, 6, 3]
+    assert config["quantization_config"]["ignore"][0] == "model.layers.1.self_attn.o_proj"
+    assert prepared.plan.scheme_name == "W8A8_DYNAMIC+W4A16+W8A16"
+    assert_written_as_made(prepared)
+
+
+def test_one_rule_is_the_same_as_its_options(make, file_contents):
+    recipe = {
+        "apiversion": "ms_quant_v1",
+        "rules": [{"scheme": "W8A8", "algorithms": ["histogram"], "exclude": ["*.down_proj"]}],
+    }
+    one = make(recipe, **make.calibrated)
+    options = {"algorithm": "histogram", "exclude": ("*.down_proj",)}
+    other = make(None, "other", **options, **make.calibrated)
+    found, expected = (file_contents(p.options.output) for p in (one, other))
+    assert {n: v for n, v in found.items() if n != "ms_quant.json"} == {
+        n: v for n, v in expected.items() if n != "ms_quant.json"
+    }
+
+
+def rule(scheme: str, *include: str, **more: Any) -> dict[str, Any]:
+    return {"scheme": scheme, "include": list(include) or ["*"], **more}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([rule("W8A16", "*.mpl.*")], r"rules\[0\]: pattern '\*\.mpl\.\*' matches no linear"),
+        ([rule("W8A16", exclude=["*.7.*"])], r"rules\[0\]: pattern '\*\.7\.\*' matches no linear"),
+        ([rule("W8A16", "lm_head")], r"rules\[0\]: pattern 'lm_head' matches no linear"),
+        ([rule("W8A16", "*.q_proj")], r"q_proj would be W8A16 with minmax and .*k_proj float, exp"),
+        ([rule("W8A16"), rule("W4A16", "*.mlp.*")], r"is reached by .*rules\[0\] and .*rules\[1\]"),
+        (
+            [rule("W8A8_MIX", "*.mlp.*"), rule("W4A16", "*attn*", options={"group_size": 32})],
+            r"no format holds all of W4A16, W8A8_MIX, expected",
+        ),
+    ],
+)
+def test_refused_before_any_work(make, tmp_path, rules, message):
+    with pytest.raises(MsQuantError, match=message):
+        make({"apiversion": "ms_quant_v1", "rules": rules})
+    assert not (tmp_path / "out").exists()
+
+
+SEVERAL = ("golden-stick", "ascend", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm"), [("W8A8", "smoothquant"), ("W8A8_DYNAMIC", "minmax")]
+)
+def test_several_formats_are_what_each_alone_is(make, file_contents, scheme, algorithm):
+    options = {"scheme": scheme, "algorithm": algorithm}
+    if scheme == "W8A8":
+        options |= make.calibrated
+    together = make(None, formats=SEVERAL, **options)
+    for prepared in together.all:
+        (name,) = prepared.options.formats
+        alone = make(None, f"alone-{name}", choices=Choices(format=name), **options)
+        found = file_contents(prepared.options.output)
+        assert found == file_contents(alone.options.output)
+        assert verify_checkpoint(prepared.options.output, prepared.options.model)["problems"] == []
+    assert sorted(p.name for p in together.options.output.parent.iterdir()) == sorted(SEVERAL)
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4])
+def test_a_job_for_several_formats_goes_on(make, file_contents, monkeypatch, stopped):
+    options = {"scheme": "W8A8", "formats": SEVERAL[:2], **make.calibrated}
+    expected = file_contents(make(None, "whole", **options).options.output.parent)
+    finish, count = JobDirectory.finish_block, 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == stopped:
+            raise KeyboardInterrupt
+        finish(*arguments)
+
+    monkeypatch.setattr(JobDirectory, "finish_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(None, "again", **options)
+    monkeypatch.setattr(JobDirectory, "finish_block", finish)
+    again = make(None, "again", **options)
+    assert file_contents(again.options.output.parent) == expected
+
+
+def test_a_format_twice_is_refused(make):
+    with pytest.raises(MsQuantError, match="formats ascend, ascend: expected each once"):
+        make(None, scheme="W8A16", formats=("ascend", "ascend"))
