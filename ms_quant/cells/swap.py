@@ -14,7 +14,7 @@ from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells import timesteps
 from ms_quant.cells.calibrate import observe
 from ms_quant.cells.quant_linear import QuantLinear
-from ms_quant.cells.tree import is_linear, linears, replace_cell
+from ms_quant.cells.tree import float_dtype, is_linear, linears, replace_cell
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear
@@ -178,7 +178,7 @@ def quantize(
             weights={path: weight},
             biases={} if bias is None else {path: bias},
             stats=inputs.get(path),
-            dtype=np.dtype(np.float32),
+            dtype=float_dtype(cells[path].weight),
             loss=_own_output_error(path, weight, bias, inputs.get(path), policy),
         )
         linear = apply(problem, chain.solve(problem))[path]
