@@ -74,4 +74,6 @@ def host_array(parameter: Parameter) -> np.ndarray:
     bfloat16 comes from MindSpore with a type object of its own, which no other library knows.
     """
     array = parameter.asnumpy()
-    return array.view(np.uint16).view(DTYPES["bfloat16"]) if "bfloat16" in str(array.dtype) else array
+    return (
+        array.view(np.uint16).view(DTYPES["bfloat16"]) if "bfloat16" in str(array.dtype) else array
+    )

@@ -352,7 +352,8 @@ def with_tensors(
         deq_scale: float32 (out,), positive.
         quant_bias: int32 (out,), the bias in it.
     """
-    grid = AffineFormat().grid({"weight_scale": deq_scale[:, None]})
+    assert isinstance(linear.grid, AffineGrid)
+    grid = linear.grid.format.grid({"weight_scale": deq_scale[:, None]})
     made = replace(linear, grid=grid, activation=replace(linear.static, scale=np.float32(1)))
     units = quant_bias.astype(np.int64) - made.quant_bias
     if not units.any() and linear.bias is None:
