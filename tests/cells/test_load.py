@@ -230,6 +230,7 @@ def test_the_first_key_counts_and_float_before_all(
     assert isinstance(network.b, QuantLinear)
     assert isinstance(network.a, QuantLinear) == quantized
     if quantized:
+        assert "dynamic input" in repr(network.a)  # W8A16 says float
         np.testing.assert_array_equal(network.a(Tensor(X)).asnumpy(), GOLDEN[2][2])
 
 
@@ -312,6 +313,7 @@ REFUSALS: list[tuple[Callable[[Files], None], str]] = [
         "mul_scale': 4 of 4 factors are not positive",
     ),
     (wrapped("W8A16", DYNAMIC), "a: MindIE-SD ignores mul_scale of a W8A16 linear, expected no"),
+    (wrapped("W4A16", DYNAMIC), "a: MindIE-SD ignores mul_scale of a W4A16 linear, expected no"),
     (wrapped("W4A4_DYNAMIC", DYNAMIC), "a: MindIE-SD ignores mul_scale of a W4A4_DYNAMIC"),
     (kind("W4A16", DYNAMIC), r"'a.weight': 2 of 8 values are not int4, expected -8\.\.7"),
     (
@@ -417,7 +419,13 @@ def test_files(put: Callable, tmp_path: Path) -> None:
     (tmp_path / "quant_model_weight_w8a8_dynamic.safetensors.index.json").write_text("{}")
     (tmp_path / "quant_model_weight_w8a8_dynamic_1.safetensors").write_text("of another rank")
     assert isinstance(ms_quant.quantize(Net(), path).a, QuantLinear)
-    (tmp_path / "quant_model_weight_w8a8_dynamic.safetensors").unlink()
+    weights = tmp_path / "quant_model_weight_w8a8_dynamic.safetensors"
+    whole = weights.read_bytes()
+    for broken, message in [(whole[:-1], "truncated"), (b"\x80\x04pickle..", "states a header")]:
+        weights.write_bytes(broken)
+        with pytest.raises(MsQuantError, match=rf"weight_w8a8_dynamic\.safetensors: {message}"):
+            ms_quant.quantize(Net(), path)
+    weights.unlink()
     with pytest.raises(
         MsQuantError, match=r"weight_w8a8_dynamic.safetensors: no such file, expect"
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,9 @@ from ms_quant.numerics.float_grid import DualMxFormat, Float8Format
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.schemes import SCHEMES
-from ms_quant.timestep import TimestepManager
 
 TRAINED = "W4A4_FLATQUANT_DYNAMIC"  # takes long
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
-
-
-@pytest.fixture
-def unset() -> Iterator[None]:
-    yield
-    TimestepManager.set_timestep_idx_max(None)
-    TimestepManager.set_timestep_idx(None)
 
 
 def net(bias: bool = True, seed: int = 0) -> nn.Cell:
@@ -71,7 +63,7 @@ def test_files_by_hand(tmp_path: Path, load_tensors: Callable) -> None:
     )
 
 
-def test_smoothed_and_static_entries(tmp_path: Path, unset: None) -> None:
+def test_smoothed_and_static_entries(tmp_path: Path, load_tensors: Callable) -> None:
     network = ms_quant.quantize(
         net(), "W8A8_PER_CHANNEL", calibration=[data()], algorithm="smoothquant", include=["0"]
     )
@@ -90,15 +82,21 @@ def test_smoothed_and_static_entries(tmp_path: Path, unset: None) -> None:
         "0.linear.bias": "FLOAT",
         "2.weight": "FLOAT",
     }
+    stored = load_tensors(tmp_path)
+    np.testing.assert_array_equal(stored["0.linear.bias"], net()[0].bias.asnumpy())
+    np.testing.assert_array_equal(stored["0.div.mul_scale"], network[0].mul_scale.asnumpy())
 
 
-def test_the_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["W8A8_MXFP8", "W8A8_PER_CHANNEL", "W8A8_PER_TENSOR"])
+def test_the_same_network_gives_the_same_bytes(scheme: str, tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
-        ms_quant.save_quantized(ms_quant.quantize(net(), "W8A8_MXFP8"), tmp_path / name)
+        inputs = [data()] if SCHEMES[scheme].needs_calibration else None
+        network = ms_quant.quantize(net(), scheme, calibration=inputs, include=["0"])
+        path = ms_quant.save_quantized(network, tmp_path / name)
         found.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert found[0] == found[1] and len(found[0]) == 2
-    fresh = ms_quant.quantize(net(), tmp_path / "a" / "quant_model_description_w8a8_mxfp8.json")
+    fresh = ms_quant.quantize(net(), path)
     ms_quant.save_quantized(fresh, tmp_path / "c")  # what was loaded is saved as it was
     assert {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()} == found[0]
 
