@@ -152,7 +152,7 @@ def quantize(
         >>> fresh = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 8))
         >>> fresh = ms_quant.quantize(fresh, description, timestep_policy=policy)
     """
-    if isinstance(scheme, PathLike) or scheme.endswith(".json"):
+    if isinstance(scheme, PathLike) or str(scheme).endswith(".json"):
         given = {
             "calibration": calibration is not None,
             "algorithm": algorithm != PLAIN,
