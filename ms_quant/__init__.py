@@ -1,7 +1,7 @@
 """MindSpore-native quantization for Ascend, on any machine.
 
-The public names are imported when they are first used: ``quantize`` and ``QuantLinear`` need
-MindSpore, everything else does not.
+The public names are imported when they are first used: ``quantize``, ``save_quantized`` and
+``QuantLinear`` need MindSpore, everything else does not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "quantize": "ms_quant.cells",
     "QuantLinear": "ms_quant.cells",
+    "save_quantized": "ms_quant.cells",
     "SCHEMES": "ms_quant.schemes",
     "ALGORITHMS": "ms_quant.algorithms",
     "MsQuantError": "ms_quant.errors",

@@ -20,7 +20,7 @@ from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics import kv_cache
-from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
 from ms_quant.spec import Fold
@@ -123,6 +123,8 @@ def quantize_block(
         for done, group in enumerate(plan.groups(index)):
             problem = _problem(plan, index, group, array, seen(group), steps)
             solution = plan.of(index, group).chain.first(problem)
+            if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
+                solution = replace(solution, smooth=stable_smooth(solution.smooth))
             if group.name in folding and solution.smooth is not None:
                 smooth = _fold(plan, group, array, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)

@@ -192,17 +192,18 @@ def _tensor_getter(
             _, _, index, member = path.split(".", 3)
             scale = job.cache_scale(int(index), member)
             return scale if suffix == kv_cache.SCALE else np.zeros_like(scale)
-        part = plans[name].part
-        if part is not None and part[1] != "bias":
-            path, suffix = part
+        tensor = plans[name]
+        if tensor.part is not None and not tensor.source:
+            path, suffix = tensor.part
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in flavour.with_codes)
             linear = replace(linear, bias=bias(path))
             return flavour.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
+        name = tensor.source or name
         changed = job.changed_tensor(name)
         if changed is not None:
-            return round_finite(changed, plans[name].dtype, name)
-        return round_chunks(prepared.tensors, name, plans[name].dtype)
+            return round_finite(changed, tensor.dtype, name)
+        return round_chunks(prepared.tensors, name, tensor.dtype)
 
     return get
 

@@ -149,7 +149,7 @@ class Plan:
         scheme, found = self.scheme, {}
         if scheme.flavour != get_scheme(scheme.name, **scheme.chosen).flavour:
             found["format"] = scheme.flavour
-        if scheme.fold is not get_scheme(scheme.name, scheme.flavour).fold:
+        if scheme.fold is not get_scheme(scheme.name, scheme.flavour, **scheme.chosen).fold:
             found["fold"] = scheme.fold.value
         return found
 

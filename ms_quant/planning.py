@@ -20,7 +20,9 @@ from ms_quant.schemes import (
     SCHEMES,
     STATIC_CACHE,
     get_scheme,
+    holding_flavours,
     served_flavours,
+    why_not_held,
 )
 from ms_quant.spec import Fold, Scheme
 
@@ -52,8 +54,7 @@ def make_plan(
             matches nothing, a size that groups do not divide, or nothing left to quantize.
     """
     options = options or Choices()
-    chosen = _chosen(scheme, options, must_serve=bool(options.format))
-    way = chosen, get_chain(algorithm, chosen, options.algorithm)
+    way = _way(scheme, algorithm, options, must_serve=bool(options.format))
     unseen, ways = set(exclude), {}
     for group, members in _groups(config).items():
         matched = {p for p in exclude if any(fnmatchcase(member, p) for member in members)}
@@ -104,7 +105,9 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
     for group, treatment in wanted.items():
         way = next((way for known, way in made if known == treatment), None)
         if way is None:
-            way = _way(treatment, asked, must_serve=bool(options.format))
+            text = "+".join(treatment.algorithms) or PLAIN
+            own = replace(asked, scheme=treatment.options, algorithm=treatment.algorithm_options)
+            way = _way(treatment.scheme, text, own, must_serve=bool(options.format))
             made.append((treatment, way))
         ways[group] = way
     return _plan(config, ways, dtype, asked)
@@ -139,7 +142,7 @@ def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
 def _common_format(wanted: Iterable[Treatment]) -> str:
     """The first format in which a runtime serves every scheme, else the first that holds all."""
     names = list(dict.fromkeys((t.scheme, tuple(t.options.items())) for t in wanted))
-    held = [[row.flavour for row in SCHEMES[name].held] for name, _ in names]
+    held = [holding_flavours(name, **dict(options)) for name, options in names]
     served = [served_flavours(name, **dict(options)) for name, options in names]
     for choices in (served, held):
         first, *others = choices or [[]]
@@ -152,11 +155,12 @@ def _common_format(wanted: Iterable[Treatment]) -> str:
     raise MsQuantError(f"no format holds all of {listed}, expected schemes that one does")
 
 
-def _way(treatment: Treatment, options: Choices, must_serve: bool) -> Way:
-    options = replace(options, scheme=treatment.options)
-    scheme = _chosen(treatment.scheme, options, must_serve)
-    text = "+".join(treatment.algorithms) or PLAIN
-    return scheme, get_chain(text, scheme, treatment.algorithm_options)
+def _way(name: str, algorithm: str, options: Choices, must_serve: bool) -> Way:
+    scheme = _chosen(name, options, must_serve)
+    chain = get_chain(algorithm, scheme, options.algorithm)
+    if scheme.fold is Fold.MUL_SCALE and not chain.any("smooths"):  # there is nothing to hold
+        scheme = get_scheme(name, scheme.flavour, Fold.NORM, **options.scheme)
+    return scheme, chain
 
 
 def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options: Choices) -> Plan:
@@ -186,6 +190,8 @@ def _chosen(name: str, options: Choices, must_serve: bool) -> Scheme:
     if options.fold and options.fold not in folds:
         raise MsQuantError(f"fold {options.fold!r} is unknown, expected one of {', '.join(folds)}")
     scheme = get_scheme(name, options.format, folds.get(options.fold), **options.scheme)
+    if not scheme.flavour and SCHEMES[name].held:
+        raise MsQuantError(f"scheme {name}: {why_not_held(name)}")
     if not scheme.flavour:
         raise MsQuantError(
             f"scheme {name}: is for networks and not for checkpoints of decoders, use "

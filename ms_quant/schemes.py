@@ -39,9 +39,12 @@ _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"
 _VLLM_ASCEND = "vllm-ascend (--quantization ascend)"
 _OLD_VLLM_ASCEND = "vllm-ascend up to 0.25 (--quantization ascend)"
+_MINDIE_SD = "MindIE-SD quantize()"
 _VLLM = "vLLM (the checkpoint says how)"
 _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval and generate run it"
 _INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
+_WEIGHT_OP = "npu_weight_quant_batchmatmul"
+_PER_CHANNEL = {"group_size": 0, "symmetric": True}
 _MX_OPS = "npu_dynamic_mx_quant, npu_quant_matmul"
 
 
@@ -52,6 +55,13 @@ def _golden_stick(*served_by: str, kernels: str, **more: Any) -> Held:
 def _ascend(*served_by: str, kernels: str = "", **more: Any) -> Held:
     missing = () if served_by else (_NONE,)
     return Held("ascend", served_by, kernels, missing, **more)
+
+
+def _mindie_sd(kernels: str, smooths: bool = True, **more: Any) -> Held:
+    places = (Fold.MUL_SCALE, Fold.NORM) if smooths else (Fold.NORM,)
+    folds = dict.fromkeys(places, more.pop("activation", None))
+    scales = more.pop("scale_type", ScaleType.BFLOAT16)
+    return Held("mindie-sd", (_MINDIE_SD,), kernels, scale_type=scales, folds=folds, **more)
 
 
 def _compressed_tensors(*served_by: str, kernels: str, **more: Any) -> Held:
@@ -76,6 +86,7 @@ _ROWS = (
                 _VLLM_ASCEND, kernels="npu_quantize, npu_quant_matmul", folds={Fold.NORM: IN_BIAS}
             ),
             _compressed_tensors(kernels="cutlass_scaled_mm", folds={Fold.NORM: FLOAT_BIAS}),
+            _mindie_sd("npu_quantize, npu_quant_matmul", activation=IN_BIAS),
         ),
     ),
     Scheme(
@@ -92,6 +103,7 @@ _ROWS = (
             ),
             _ascend(_VLLM_ASCEND, kernels=_INT8_OPS, scale_type=ScaleType.MODEL),
             _compressed_tensors("vllm-ascend", kernels="cutlass_scaled_mm"),
+            _mindie_sd(_INT8_OPS),
         ),
     ),
     Scheme(
@@ -99,14 +111,14 @@ _ROWS = (
         AffineFormat(8, per_tensor=True),
         IN_BIAS,
         "int8 weights per tensor, static int8 activations per tensor",
-        (_ascend(),),
+        (_mindie_sd("npu_quantize, npu_quant_matmul"),),
     ),
     Scheme(
         "W8A8_PER_CHANNEL",
         AffineFormat(8),
         IN_BIAS,
-        "W8A8 with one input scale and the bias in quant_bias, as MindIE-SD and msModelSlim",
-        (_ascend(),),
+        "W8A8 with one input scale and the bias in quant_bias, by MindIE-SD's longer name",
+        (_mindie_sd("npu_quantize, npu_quant_matmul"),),
     ),
     Scheme(
         "W8A8_MIX",
@@ -135,11 +147,12 @@ _ROWS = (
         (
             _ascend(
                 _VLLM_ASCEND,
-                kernels="npu_weight_quant_batchmatmul",
+                kernels=_WEIGHT_OP,
                 scale_type=ScaleType.MODEL,
                 only={"group_size": 0},
             ),
             _compressed_tensors(kernels="marlin, machete"),
+            _mindie_sd(_WEIGHT_OP, smooths=False, only=_PER_CHANNEL),
         ),
         options=_GROUPED,
     ),
@@ -148,7 +161,10 @@ _ROWS = (
         AffineFormat(4, group_size=128),
         Float(),
         "int4 weights per group or per channel, float activations",
-        (_compressed_tensors(kernels="marlin, machete"),),
+        (
+            _compressed_tensors(kernels="marlin, machete"),
+            _mindie_sd(_WEIGHT_OP, smooths=False, only=_PER_CHANNEL),
+        ),
         options=_GROUPED,
     ),
     Scheme(
@@ -159,7 +175,7 @@ _ROWS = (
         (
             _ascend(
                 _OLD_VLLM_ASCEND,
-                kernels="npu_weight_quant_batchmatmul",
+                kernels=_WEIGHT_OP,
                 scale_type=ScaleType.MODEL,
             ),
         ),
@@ -170,7 +186,10 @@ _ROWS = (
         AffineFormat(4),
         PerToken(4),
         "int4 weights per channel, int4 activations per token",
-        (_ascend(_VLLM_ASCEND, kernels=_INT8_OPS),),
+        (
+            _ascend(_VLLM_ASCEND, kernels=_INT8_OPS),
+            _mindie_sd(_INT8_OPS, smooths=False, scale_type=ScaleType.FLOAT32),
+        ),
     ),
     Scheme(
         "W4A4_FLATQUANT_DYNAMIC",
@@ -192,7 +211,7 @@ _ROWS = (
         MxFormat("mxfp8_msmodelslim"),
         MxTokens("mxfp8_cann0"),
         "MXFP8 weights and activations, blocks of 32",
-        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS),),
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS)),
         options=("rule",),
     ),
     Scheme(
@@ -208,7 +227,7 @@ _ROWS = (
         MxFormat("mxfp4_msmodelslim", multiple=2),
         MxTokens("mxfp4_cann0_round"),
         "MXFP4 weights and activations, blocks of 32",
-        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS),),
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS)),
         options=("rule",),
     ),
     Scheme(
@@ -216,7 +235,7 @@ _ROWS = (
         DualMxFormat("mxfp4_msmodelslim"),
         DualMxTokens("mxfp4_cann0"),
         "MXFP4 under a second scale for each 512 inputs",
-        (_ascend(),),
+        (_mindie_sd(_MX_OPS, only={"dual_block_size": 512}),),
         options=("rule", "dual_block_size"),
     ),
     Scheme(
@@ -248,17 +267,13 @@ def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, **chosen:
     if name not in SCHEMES:
         raise MsQuantError(f"scheme {name!r} is unknown, expected one of {', '.join(SCHEMES)}")
     scheme = _with_options(SCHEMES[name], chosen)
-    held = [_as_served(scheme, row) for row in scheme.held]
-    if flavour:
-        held = [row for row in held if row.flavour == flavour]
-        if not held:
-            able = ", ".join(row.flavour for row in scheme.held) or "none"
-            raise MsQuantError(
-                f"scheme {name}: no {flavour} checkpoint can hold it, expected one of {able}"
-            )
-    if not held:
-        return scheme
-    row = next((row for row in held if row.served_by), held[0])
+    held = [row for row in scheme.held if not flavour or row.flavour == flavour]
+    fitting = [row for row in held if _holds(row, scheme)]
+    if flavour and not fitting:
+        raise MsQuantError(f"scheme {name}: {why_not_held(name, flavour)}")
+    if not fitting:
+        return replace(scheme, held=())
+    row = next((row for row in fitting if row.served_by), fitting[0])
     if fold is not None and fold not in row.folds:
         places = " or ".join(place.value for place in row.folds)
         raise MsQuantError(
@@ -277,20 +292,34 @@ def held_by(flavour: str) -> list[str]:
     return [row.name for row in rows if flavour in {held.flavour for held in row.held}]
 
 
+def why_not_held(name: str, flavour: str = "") -> str:
+    """Why checkpoints of a flavour, or of any, do not hold a scheme with its options."""
+    rows = [row for row in SCHEMES[name].held if row.flavour == flavour or not flavour]
+    for row in rows:
+        wanted = ", ".join(f"{option} {value}" for option, value in row.only.items())
+        return f"{row.flavour} checkpoints hold it only with {wanted}"
+    able = ", ".join(row.flavour for row in SCHEMES[name].held) or "none"
+    return f"no {flavour} checkpoint can hold it, expected one of {able}"
+
+
 def served_flavours(name: str, **chosen: Any) -> list[str]:
     """The flavours in which some runtime serves a scheme with these options."""
+    return [flavour for flavour, row in _fitting(name, chosen).items() if row.served_by]
+
+
+def holding_flavours(name: str, **chosen: Any) -> list[str]:
+    """The flavours that hold a scheme with these options."""
+    return list(_fitting(name, chosen))
+
+
+def _fitting(name: str, chosen: Mapping[str, Any]) -> dict[str, Held]:
     scheme = _with_options(SCHEMES[name], chosen)
-    return [row.flavour for row in scheme.held if _as_served(scheme, row).served_by]
+    return {row.flavour: row for row in scheme.held if _holds(row, scheme)}
 
 
-def _as_served(scheme: Scheme, held: Held) -> Held:
-    """Without the runtimes that do not serve the scheme with its options."""
+def _holds(held: Held, scheme: Scheme) -> bool:
     chosen = scheme.chosen
-    for option, value in held.only.items():
-        if held.served_by and chosen[option] != value:
-            reason = f"{held.served_by[0]} serves {scheme.name} with {option} {value} only"
-            return replace(held, served_by=(), not_served_by=(reason,))
-    return held
+    return all(chosen[option] == value for option, value in held.only.items())
 
 
 def _with_options(scheme: Scheme, chosen: Mapping[str, Any]) -> Scheme:

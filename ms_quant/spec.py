@@ -46,7 +46,7 @@ class Held:
         scale_type: of the weight's scales.
         folds: where a smoothing vector may go, the default first, and how inputs are quantized
             then; None is the scheme's way.
-        only: option to the value with which alone it is served.
+        only: option to the value with which alone the flavour holds it.
     """
 
     flavour: str

@@ -195,6 +195,11 @@ class TimestepPolicyConfig:
                 return strategy
         return self._default(target)
 
+    def chooses(self, strategy: str, target: str) -> bool:
+        """Whether some step may have a strategy of a target; MindIE-SD does not have this."""
+        registered = any(name == strategy for _, name in self._rules[target])
+        return registered or self._default(target) == strategy
+
     def _default(self, target: str) -> str:
         if target == "fa":
             return self.fa_default_strategy

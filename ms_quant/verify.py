@@ -170,8 +170,8 @@ def _activation_problems(
         yield str(error)
         return
     subject.activations[name] = activation
-    norm = subject.plan.at(name).scheme.fold is Fold.NORM
-    if norm or not subject.has(name, "smooths"):
+    inside = subject.plan.at(name).scheme.fold is Fold.INPUT_SCALE
+    if not (inside and subject.has(name, "smooths")):
         wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
         if wrong:
             yield wrong

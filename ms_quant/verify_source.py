@@ -117,14 +117,14 @@ class SourceProof:
         yield from source_problems(*places, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded())
         changed, quantized = self.folding.changed(), set(plan.quantized())
-        types = {t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}
+        types = {t.source or t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}
         for name in shapes:
             path, _, suffix = name.rpartition(".")
             if path in quantized and suffix == "weight":
                 continue
             if name in changed:
                 yield from self.folding.problems(name)
-            elif not _same_rounded(ours, self.source, name, types[name]):
+            elif not _same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
                 yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
         for index in range(plan.config.num_layers):
             for group in plan.groups(index):
@@ -210,7 +210,9 @@ class _Compared:
         format, shape = self.plan.scheme.weight, self.linear.weight.shape
         by_row = self._scale_rule(recorded)
         rows, grid = Comparison(), self._grid_comparison()
-        inside = None if recorded is None else recorded.smooth
+        inside = self.linear.smooth
+        if inside is None and recorded is not None:
+            inside = recorded.smooth
         for start, weight in self._chunks():
             part = some_rows(self.linear, format, slice(start, start + len(weight)))
             self.error.add(part, _scaled(weight, part) if self.scaled else weight)
@@ -268,10 +270,16 @@ def _scaled(weight: np.ndarray, part: QuantizedLinear) -> np.ndarray:
     return weight * np.where(factor > 0, factor, 1)[:, None]
 
 
-def _same_rounded(ours: FloatTensors, source: FloatTensors, name: str, dtype: np.dtype) -> bool:
-    """Whether a float tensor is the source's rounded to a type, bit for bit."""
-    same = True
-    chunks = zip(ours.float32_chunks(name), source.float32_chunks(name), strict=True)
+def _same_rounded(
+    ours: FloatTensors,
+    stored: str,
+    source: FloatTensors,
+    name: str,
+    types: Mapping[str, np.dtype],
+) -> bool:
+    """Whether a float tensor is the source's rounded to its type, bit for bit."""
+    same, dtype = True, types[name]
+    chunks = zip(ours.float32_chunks(stored), source.float32_chunks(name), strict=True)
     for (_, found), (_, exact) in chunks:
         with np.errstate(over="ignore"):
             expected = exact.astype(dtype).astype(np.float32)

@@ -128,7 +128,16 @@ def test_refused(options, message):
             r"^fold input-scale: ascend checkpoints of scheme W8A8 cannot hold .* expected norm$",
         ),
         ("W8A8_DYNAMIC", {"fold": "mul-scale"}, r"^fold mul-scale: golden-stick checkpoints of"),
-        ("W8A16", {"format": "ascend", "scheme": {"group_size": 64}}, r"W8A16 with group_size 0 "),
+        (
+            "W8A16",
+            {"format": "ascend", "scheme": {"group_size": 64}},
+            r"^scheme W8A16: ascend checkpoints hold it only with group_size 0$",
+        ),
+        (
+            "W4A4_MXFP4_DUALSCALE",
+            {"scheme": {"dual_block_size": 32}},
+            r"^scheme W4A4_MXFP4_DUALSCALE: mindie-sd checkpoints hold it only with dual_bl",
+        ),
     ],
 )
 def test_places_that_nothing_serves(scheme, choices, message):

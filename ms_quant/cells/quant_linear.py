@@ -94,6 +94,7 @@ class QuantLinear(nn.Cell):
         super().__init__()
         self.out_channels, self.in_channels = linear.weight.shape
         self.weight = _frozen(linear.weight)
+        self.grid, self.activation = linear.grid, linear.activation
         activation = linear.activation
         self.phased = isinstance(activation, PhasedActivation)
         self.static = isinstance(activation, StaticActivation)
@@ -159,8 +160,8 @@ class QuantLinear(nn.Cell):
     def _take_extras(self, linear: QuantizedLinear) -> None:
         self.kronecker, self.has_branch = None, linear.branch is not None
         self.smooths = linear.smooth is not None
-        if linear.smooth is not None:
-            self.smooth = _frozen(linear.smooth)
+        if linear.mul_scale is not None:
+            self.mul_scale = _frozen(linear.mul_scale)
         if linear.kronecker is not None:
             self.left_trans = _frozen(linear.kronecker.left)
             self.right_trans = _frozen(linear.kronecker.right)
@@ -178,7 +179,7 @@ class QuantLinear(nn.Cell):
             return ascend.forward(self, rows).reshape(shape)
         rows = rows.astype(ms.float32)
         if self.smooths:
-            rows = rows / repeat_rows(self.smooth, rows.shape[0])
+            rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
         static, step = self.static or (self.phased and decode), None
         if self.by_step:
             step = self._static_step()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mindspore import nn
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import PLAIN, get_chain
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells import timesteps
 from ms_quant.cells.calibrate import observe
+from ms_quant.cells.load import load
 from ms_quant.cells.quant_linear import QuantLinear
-from ms_quant.cells.tree import is_linear, linears, replace_cell
+from ms_quant.cells.tree import float_dtype, is_linear, linears, replace_cell
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear
@@ -69,7 +72,7 @@ def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str])
 
 def quantize(
     network: nn.Cell,
-    scheme: str = "W8A8",
+    scheme: str | PathLike[str] = "W8A8",
     *,
     calibration: Iterable | None = None,
     algorithm: str = "minmax",
@@ -82,7 +85,11 @@ def quantize(
 
     Args:
         network (Cell): any network with ``nn.Dense`` or ``mint.nn.Linear`` inside, in PyNative.
-        scheme (str): a name from ``ms_quant.SCHEMES``. Default: ``"W8A8"``.
+        scheme (str, PathLike): a name from ``ms_quant.SCHEMES``; or the path of a description as
+            MindIE-SD reads it, ``quant_model_description_TYPE.json``, or ``..._TYPE_RANK.json``:
+            then linears are loaded from it and the weights beside it, and of the other arguments
+            only `timestep_policy` may be given. Every linear needs an entry; those that are
+            ``FLOAT`` keep the network's values. Default: ``"W8A8"``.
         calibration (Iterable, optional): what to call the network with: for each call a Tensor
             or array, a tuple or list of arguments, or a dict of named ones, as MindSpore's
             dataset iterators give them. Needed by static schemes and most algorithms.
@@ -107,7 +114,9 @@ def quantize(
         MsQuantError: a pattern matches nothing, a static scheme without calibration, a linear
             that no calibration input reached, or none of a static timestep, inputs of no timestep
             where one is needed, a policy that the scheme does not take, an option unknown or out
-            of range, groups that do not divide a linear's inputs, or values that are NaN or inf.
+            of range, groups that do not divide a linear's inputs, or values that are NaN or inf;
+            when loading, an entry, tensor, type, shape or value that is missing, wrong or not
+            served by MindIE-SD.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -138,7 +147,26 @@ def quantize(
         (32, 8)
         (32, 8)
         (32, 8)
+        >>> # Written and loaded again, here or in MindIE-SD.
+        >>> description = ms_quant.save_quantized(denoiser, "exported")
+        >>> fresh = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 8))
+        >>> fresh = ms_quant.quantize(fresh, description, timestep_policy=policy)
     """
+    if isinstance(scheme, PathLike) or str(scheme).endswith(".json"):
+        given = {
+            "calibration": calibration is not None,
+            "algorithm": algorithm != PLAIN,
+            "include": tuple(include) != ("*",),
+            "exclude": bool(exclude),
+            **dict.fromkeys(options, True),
+        }
+        refused = [name for name, is_given in given.items() if is_given]
+        if refused:
+            raise MsQuantError(
+                f"{refused[0]}: given with {scheme}, which says all, expected timestep_policy at "
+                "most"
+            )
+        return load(network, Path(scheme), timestep_policy)
     if is_linear(network):
         if tuple(include) != ("*",) or exclude:
             raise MsQuantError(
@@ -178,7 +206,7 @@ def quantize(
             weights={path: weight},
             biases={} if bias is None else {path: bias},
             stats=inputs.get(path),
-            dtype=np.dtype(np.float32),
+            dtype=float_dtype(cells[path].weight),
             loss=_own_output_error(path, weight, bias, inputs.get(path), policy),
         )
         linear = apply(problem, chain.solve(problem))[path]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from mindspore import mint, nn
+import numpy as np
+from mindspore import Parameter, mint, nn
+
+from ms_quant.numerics.storage import DTYPES
 
 
 def is_linear(cell: nn.Cell) -> bool:
@@ -58,3 +61,19 @@ def replaced(network: nn.Cell, cells: Mapping[str, nn.Cell]) -> Iterator[None]:
     finally:
         for path, cell in old.items():
             _put(network, path, cell)
+
+
+def float_dtype(parameter: Parameter) -> np.dtype:
+    """The type of a float parameter, as NumPy has it; float32 for others."""
+    return DTYPES.get(str(parameter.dtype).lower(), DTYPES["float32"])
+
+
+def host_array(parameter: Parameter) -> np.ndarray:
+    """The values of a parameter.
+
+    bfloat16 comes from MindSpore with a type object of its own, which no other library knows.
+    """
+    array = parameter.asnumpy()
+    return (
+        array.view(np.uint16).view(DTYPES["bfloat16"]) if "bfloat16" in str(array.dtype) else array
+    )

@@ -37,8 +37,6 @@ MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
     "W8A8_DYNAMIC",
     "W8A8_MIX",
     "W8A8",
-    "W8A8_PER_CHANNEL",
-    "W8A8_PER_TENSOR",
     "W8A8FP8_DYNAMIC",
     "W8A8_MXFP8",
     "W4A8_DYNAMIC",
@@ -46,7 +44,6 @@ MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
     "W4A4_DYNAMIC",
     "W4A4_FLATQUANT_DYNAMIC",
     "W4A4_MXFP4",
-    "W4A4_MXFP4_DUALSCALE",
     "W4A4_MXFP4_SVD",
 )
 HEAD = "lm_head.weight"

@@ -52,6 +52,7 @@ class Flavour:
         for one file its whole name by the plan.
     index: file name of the shards' index.
     entry: of config.json, where that holds the description; else "".
+    bias_name: full name of the bias that a quantized linear, by its path, has in the model.
     bias_dtype: type of a quantized linear's bias; None is the model's.
     holds_cache: whether it has tensors for keys and values cached in int8.
     """
@@ -71,6 +72,7 @@ class Flavour:
     weights: str | Callable[[Plan], str]
     index: str = INDEX_NAME
     entry: str = ""
+    bias_name: Callable[[Plan, str], str] = lambda plan, path: f"{path}.bias"
     bias_dtype: np.dtype | None = None
     holds_cache: bool = False
 
@@ -100,7 +102,8 @@ class Flavour:
 
     def _bias(self, plan: Plan, path: str, shape: tuple[int, ...]) -> TensorPlan:
         """The bias that the model itself has."""
-        return TensorPlan(f"{path}.bias", self.bias_dtype or plan.dtype, shape, (path, "bias"))
+        name, dtype = self.bias_name(plan, path), self.bias_dtype or plan.dtype
+        return TensorPlan(name, dtype, shape, (path, "bias"), f"{path}.bias")
 
     def description(self, plan: Plan) -> dict[str, Any]:
         """The description itself."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.checkpoint import ascend, compressed_tensors, golden_stick
+from ms_quant.checkpoint import ascend, compressed_tensors, golden_stick, mindie_sd
 from ms_quant.checkpoint.flavour import Flavour
 
 FLAVOURS: dict[str, Flavour] = {
     flavour.name: flavour
-    for flavour in (golden_stick.FLAVOUR, ascend.FLAVOUR, compressed_tensors.FLAVOUR)
+    for flavour in (
+        golden_stick.FLAVOUR,
+        ascend.FLAVOUR,
+        compressed_tensors.FLAVOUR,
+        mindie_sd.FLAVOUR,
+    )
 }
 
 

@@ -101,7 +101,9 @@ class JobModel(FloatModel):
         self.config, self.checkpoint = plan.config, checkpoint
         self.flavour, self.job, self.kv_cache = plan.scheme_name, job, plan.kv_cache
         self._quantized = frozenset(plan.quantized())
-        self._types = {tensor.name: tensor.dtype for tensor in plan.flavour.tensor_plans(plan)}
+        self._types = {}
+        for tensor in plan.flavour.tensor_plans(plan):
+            self._types[tensor.source or tensor.name] = tensor.dtype
 
     def tensor(self, name: str) -> np.ndarray:
         found = self.job.changed_tensor(name)
@@ -139,22 +141,29 @@ class QuantizedModel:
         self.config = structure.plan.config
         self.checkpoint = structure.checkpoint
         self._quantized = frozenset(self.plan.quantized())
+        self._floats = frozenset(self.config.parameter_shapes())
         kinds = [self.plan.kv_cache, *(way.scheme.name for way in self.plan.ways)]
         found = "+".join(sorted(filter(None, kinds))) if self._quantized else "FLOAT"
         self.flavour = f"{self.row.name} {found}"
 
+    def stored_name(self, name: str) -> str:
+        """The name in the files of a float tensor of the model."""
+        path, _, suffix = name.rpartition(".")
+        if suffix == "bias" and path in self._quantized:
+            return self.row.bias_name(self.plan, path)
+        return name
+
     def tensor(self, name: str) -> np.ndarray:
-        return self.checkpoint.read_float32(name)
+        return self.checkpoint.read_float32(self.stored_name(name))
 
     def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        return self.checkpoint.float32_chunks(name)
+        return self.checkpoint.float32_chunks(self.stored_name(name))
 
     def linear(self, path: str) -> QuantizedLinear | None:
         if path not in self._quantized:
             return None
-        bias = None
-        if f"{path}.bias" in self.checkpoint:
-            bias = self.checkpoint.read_float32(f"{path}.bias")
+        name = f"{path}.bias"
+        bias = self.tensor(name) if name in self._floats else None
         plan, group = self.plan.at(path), group_of(self.plan, path)
         return self.row.read_linear(plan, group, self.checkpoint, path, bias)
 

@@ -37,12 +37,14 @@ class TensorPlan:
         dtype: as stored.
         shape: as stored.
         part: of a quantized linear, its path and what of it this is; else None.
+        source: the model's own float tensor that this is, where that has another name; or "".
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     part: tuple[str, str] | None = None
+    source: str = ""
 
     @property
     def bytes(self) -> int:

@@ -73,8 +73,9 @@ class QuantizedLinear:
         grid: what the codes stand for.
         bias: float32 (out,) or None.
         activation: how the input is quantized.
-        smooth: float32 (in,), what the input is divided by first, or None. A static activation
-            of the golden-stick kind holds its smoothing itself.
+        smooth: float (in,), what the input is divided by first, as a product with the float32
+            ``mul_scale``; or None. A static activation of the golden-stick kind holds its
+            smoothing itself.
         kronecker: the transform of the input after that, or None.
         branch: the low-rank branch, or None.
     """
@@ -134,16 +135,30 @@ class QuantizedLinear:
             weight = weight + self.branch.weight
         return weight if self.smooth is None else weight / self.smooth
 
+    @property
+    def mul_scale(self) -> np.ndarray | None:
+        """float32 (in,), what the input is multiplied by first: 1 / ``smooth``; or None."""
+        return None if self.smooth is None else reciprocal(self.smooth)
+
+    def smoothed(self, x: np.ndarray) -> np.ndarray:
+        """float32 (..., in): the input without its outliers."""
+        mul_scale = self.mul_scale
+        return x if mul_scale is None else x * mul_scale
+
     def transformed(self, x: np.ndarray) -> np.ndarray:
         """float32 (..., in): the input as it is quantized."""
-        x = x if self.smooth is None else x / self.smooth
+        x = self.smoothed(x)
         return x if self.kronecker is None else self.kronecker.apply(x)
 
     def at_step(self, step: int | None, name: str = "linear") -> QuantizedLinear:
         """The same in a static timestep, or, for None, in a dynamic one; others are themselves."""
         if not isinstance(self.activation, TimestepActivation):
             return self
-        return replace(self, activation=self.activation.at(step, self.weight.shape[1], name))
+        stated = self.activation.stated
+        linear = replace(self, activation=self.activation.at(step, self.weight.shape[1], name))
+        if step is None or stated is None:
+            return linear
+        return with_tensors(linear, stated.deq_scale[step], stated.quant_bias[step])
 
     def forward(self, x: np.ndarray, decode: bool = False, step: int | None = None) -> np.ndarray:
         """What the linear computes, and the definition for every other path.
@@ -175,8 +190,7 @@ class QuantizedLinear:
             activation = activation.static if decode else activation.prefill
         y = self._product(seen, activation)
         if self.branch is not None:
-            smoothed = x if self.smooth is None else x / self.smooth
-            y = y + (smoothed @ self.branch.l1.T) @ self.branch.l2.T
+            y = y + (self.smoothed(x) @ self.branch.l1.T) @ self.branch.l2.T
         folded = isinstance(activation, StaticActivation) and activation.folds_bias and self.integer
         return y if self.bias is None or folded else y + self.bias
 
@@ -307,3 +321,60 @@ def folded_bias(linear: QuantizedLinear, path: str) -> np.ndarray:
             "them"
         )
     return total.astype(np.int32)
+
+
+def reciprocal(x: np.ndarray) -> np.ndarray:
+    """float32 1 / x."""
+    return (1 / x.astype(np.float64)).astype(np.float32)
+
+
+def smooth_of(mul_scale: np.ndarray) -> np.ndarray:
+    """The ``smooth`` whose ``mul_scale`` a float32 array is, exactly.
+
+    It is float32 where a float32 has this reciprocal, else float64: of two neighbours in the upper
+    part of a binade only one is the reciprocal of a float32.
+    """
+    narrow = reciprocal(mul_scale)
+    same = np.array_equal(reciprocal(narrow), mul_scale)
+    return narrow if same else 1 / mul_scale.astype(np.float64)
+
+
+def stable_smooth(smooth: np.ndarray) -> np.ndarray:
+    """Nearest vectors of float32 that their own ``mul_scale`` tells exactly.
+
+    Reciprocals of reciprocals come to rest after a step or two.
+
+    Args:
+        smooth: float32 (in,), positive.
+    """
+    while True:
+        again = reciprocal(reciprocal(smooth))
+        if np.array_equal(again, smooth):
+            return smooth
+        smooth = again
+
+
+def with_tensors(
+    linear: QuantizedLinear, deq_scale: np.ndarray, quant_bias: np.ndarray
+) -> QuantizedLinear:
+    """The linear with a static input that has these tensors.
+
+    Only the product of both scales is known then: the input's becomes 1. The bias stays what it is
+    if it gives this ``quant_bias``, else it is the one that does.
+
+    Args:
+        linear: whose static activation folds the bias.
+        deq_scale: float32 (out,), positive.
+        quant_bias: int32 (out,), the bias in it.
+    """
+    assert isinstance(linear.grid, AffineGrid)
+    grid = linear.grid.format.grid({"weight_scale": deq_scale[:, None]})
+    made = replace(linear, grid=grid, activation=replace(linear.static, scale=np.float32(1)))
+    units = quant_bias.astype(np.int64) - made.quant_bias
+    if not units.any() and linear.bias is None:
+        return made
+    exact = units * deq_scale.astype(np.float64)  # a float32 does not reach every step beyond 2**24
+    for bias in (linear.bias, exact.astype(np.float32)):
+        if bias is not None and np.array_equal(bias_units(bias, deq_scale), units):
+            return replace(made, bias=bias)
+    return replace(made, bias=exact)

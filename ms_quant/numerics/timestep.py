@@ -15,6 +15,19 @@ from ms_quant.numerics.activation import PerToken, Seen, StaticActivation, tenso
 
 
 @dataclass(frozen=True)
+class StatedTables:
+    """What a file states for the static steps of one linear, in place of what would follow.
+
+    Attributes:
+        deq_scale: float32 (T, n).
+        quant_bias: int32 (T, n), the bias in it.
+    """
+
+    deq_scale: np.ndarray
+    quant_bias: np.ndarray
+
+
+@dataclass(frozen=True)
 class TimestepActivation:
     """Static parameters of T timesteps. Which steps use them is a policy's to say.
 
@@ -22,10 +35,12 @@ class TimestepActivation:
         scale: float32 (T,), exact in the stored type; 0 for a step that calibration did not
             reach, which has no parameters.
         offset: int8 (T,).
+        stated: tables of a file whose writer rounded in other ways than here; or None.
     """
 
     scale: np.ndarray
     offset: np.ndarray
+    stated: StatedTables | None = None
     tokens = PerToken(8)
 
     def fake(self, x: np.ndarray) -> np.ndarray:

@@ -167,8 +167,8 @@ def test_algorithms_have_one_weight_for_all_steps(algorithm):
     cell = network[0]
     assert cell.weight.shape == (16, 8) and cell.deq_scale.shape == (STEPS, 16)
     if algorithm == "smoothquant":
-        assert cell.smooth.shape == (8,)
-        seen = (np.stack(inputs()) / cell.smooth.asnumpy()).reshape(STEPS, -1)
+        assert cell.mul_scale.shape == (8,)
+        seen = (np.stack(inputs()) * cell.mul_scale.asnumpy()).reshape(STEPS, -1)
         expected = (np.float64(seen.max(axis=1)) - seen.min(axis=1)) / 255
         np.testing.assert_allclose(cell.input_scale.asnumpy()[:, 0], expected, rtol=1e-6)
 

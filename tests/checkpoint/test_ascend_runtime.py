@@ -65,7 +65,7 @@ class Runtime:
         }
         assert all(self.description[f"{path}.{n}"] == kind for n in get if n != "bias")
         bias = get.get("bias", np.zeros(1))
-        if kind in ("W8A8", "W8A8_PER_CHANNEL") or (kind == "W8A8_MIX" and decode):
+        if kind == "W8A8" or (kind == "W8A8_MIX" and decode):
             return static(get, x)
         if kind == "W8A16":
             weight = get["weight"].astype(np.float64) + repeated(get["weight_offset"], x)
@@ -131,8 +131,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("W4A8_MXFP", {}),
     ("W4A8_DYNAMIC", {}),
     ("W4A8_DYNAMIC", {"choices": Choices({"group_size": 32})}),
-    ("W8A8_PER_CHANNEL", {"dtype": "float16", **CALIBRATED}),
-    ("W8A8", {"choices": Choices(format="ascend"), **CALIBRATED}),
+    ("W8A8", {"choices": Choices(format="ascend"), "dtype": "float16", **CALIBRATED}),
     (
         "W8A8",
         {"choices": Choices(format="ascend"), "algorithm": "smoothquant", **CALIBRATED},
@@ -200,7 +199,6 @@ def test_a_layer_without_an_entry_is_a_key_error(
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [
-        ("W4A4_MXFP4_DUALSCALE", Choices({"dual_block_size": 32})),
         ("W4A4_MXFP4_SVD", Choices(algorithm={"rank": 8})),
         ("W4A8_DYNAMIC", Choices({"group_size": 32})),
     ],

@@ -42,7 +42,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ROWS),
     ("W8A16", {"symmetric": False}),
     ("W4A8_DYNAMIC", {"group_size": 32}),
-    ("W4A4_MXFP4_DUALSCALE", {"dual_block_size": 32}),
 ]
 
 

@@ -1,0 +1,139 @@
+"""Loading quantized linears, as MindIE-SD reads them, into a MindSpore network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mindspore import communication, nn
+from mindspore.communication import GlobalComm
+
+from ms_quant.cells.quant_linear import QuantLinear
+from ms_quant.cells.tree import is_linear, linears, replace_cell
+from ms_quant.checkpoint.mindie_sd_description import (
+    Description,
+    open_weights,
+    rank_of,
+    read_description,
+    with_rank,
+)
+from ms_quant.checkpoint.mindie_sd_reading import Tensors, read, with_bias_of
+from ms_quant.checkpoint.mindie_sd_types import FLOAT
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.timestep import TimestepActivation
+from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
+
+MX_TARGET = "w4a4_linear"
+
+
+def load(
+    network: nn.Cell,
+    path: Path,
+    timestep_policy: TimestepPolicyConfig | None = None,
+) -> nn.Cell:
+    """Replaces linears of a network with quantized ones from files, in place.
+
+    What is ``FLOAT`` keeps the values that the network has.
+
+    Args:
+        network: with linears inside.
+        path: the description; the weights are beside it.
+        timestep_policy: as for :func:`ms_quant.cells.swap.quantize`.
+
+    Raises:
+        MsQuantError: names the file and the entry or tensor that is wrong. Nothing is replaced.
+    """
+    if is_linear(network):
+        raise MsQuantError(
+            f"{network.cls_name}: is a linear itself, expected a network of them as {path} names "
+            "linears by their paths"
+        )
+    if timestep_policy is not None and not isinstance(timestep_policy, TimestepPolicyConfig):
+        found = type(timestep_policy).__name__
+        raise MsQuantError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
+    path = _of_this_rank(path)
+    description = read_description(path)
+    cells = dict(linears(network))
+    types = {name: description.type_of(name) for name in cells}
+    description.check_all_used(cells)
+    if set(types.values()) <= {FLOAT}:
+        raise MsQuantError(
+            f"{path}: quantizes none of the network's linears, expected one at least"
+        )
+    _check_policy(types, timestep_policy, path)
+    tensors = Tensors(open_weights(description, rank_of(path)))
+    quantized = {}
+    for name, kind in types.items():
+        linear = _linear(tensors, name, cells[name], kind)
+        if linear is not None:
+            quantized[name] = QuantLinear(linear, timestep_policy=timestep_policy)
+    steps = _steps(quantized, description)
+    for name, cell in quantized.items():  # all or, after an error above, none
+        replace_cell(network, name, cell)
+    if steps is not None:
+        TimestepManager.set_timestep_idx_max(steps)
+    return network
+
+
+def _of_this_rank(path: Path) -> Path:
+    """A number at the end of the name stands for the rank, where there are processes."""
+    if rank_of(path) is None or not GlobalComm.INITED:
+        return path
+    return with_rank(path, communication.get_rank())
+
+
+def _linear(tensors: Tensors, name: str, cell: nn.Cell, kind: str) -> QuantizedLinear | None:
+    """The linear of a layer, None for one that stays float."""
+    rows, columns = cell.weight.shape
+    if kind == FLOAT:
+        found = tensors.shape(f"{name}.weight")
+        if found not in (None, (rows, columns)):
+            raise MsQuantError(
+                f"{tensors.checkpoint.place(f'{name}.weight')} is {list(found or ())}, expected "
+                f"{[rows, columns]} as the network's layer is"
+            )
+        return None
+    if getattr(cell, "activation", None) is not None:
+        raise MsQuantError(
+            f"{name}: a Dense with a built-in activation cannot be replaced, expected "
+            "activation=None with the activation as a Cell of its own"
+        )
+    linear = read(kind, tensors, name, (rows, columns))
+    return with_bias_of(linear, kind, getattr(cell, "bias", None) is not None, name)
+
+
+def _check_policy(
+    types: Mapping[str, str], policy: TimestepPolicyConfig | None, path: Path
+) -> None:
+    """Refuses a policy that no layer takes, or that asks for what is not computed here."""
+    if policy is None:
+        return
+    kinds = set(types.values())
+    if "W4A4_MXFP4" in kinds and policy.chooses("W4A8", MX_TARGET):
+        raise MsQuantError(
+            f"timestep_policy: W4A8 of target {MX_TARGET}, which gives linears of {path} inputs in "
+            "MXFP8, is not computed here, expected W4A4"
+        )
+    if not kinds & {"W8A8_TIMESTEP", "W4A4_MXFP4"}:
+        raise MsQuantError(
+            f"timestep_policy: no linear of {path} takes one, expected some of W8A8_TIMESTEP"
+        )
+
+
+def _steps(loaded: Mapping[str, QuantLinear], description: Description) -> int | None:
+    """T, which all linears of timesteps share; None where there is none."""
+    counts = {
+        name: len(cell.activation.scale)
+        for name, cell in loaded.items()
+        if isinstance(cell.activation, TimestepActivation)
+    }
+    if not counts:
+        return None
+    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[most] != counts[least]:
+        raise MsQuantError(
+            f"{description.path}: {most} has {counts[most]} timesteps and {least} "
+            f"{counts[least]}, expected the same number"
+        )
+    return counts[most]

@@ -1,0 +1,161 @@
+"""Writing the quantized linears of a network as MindIE-SD reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from mindspore import nn
+
+from ms_quant.cells.as_linear import as_linear
+from ms_quant.cells.quant_linear import QuantLinear
+from ms_quant.cells.tree import float_dtype, host_array, is_linear
+from ms_quant.checkpoint.atomic import free_space_check, write_json
+from ms_quant.checkpoint.mindie_sd_choice import check_linear, type_of_linear
+from ms_quant.checkpoint.mindie_sd_tensors import Layout, Part, entry, parts
+from ms_quant.checkpoint.mindie_sd_types import (
+    FLOAT,
+    GLOBAL_TYPE,
+    description_name,
+    model_type,
+    weights_name,
+)
+from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.numerics.timestep import TimestepActivation
+
+
+def save_quantized(
+    network: nn.Cell,
+    directory: str | PathLike[str],
+    *,
+    dtype: str | None = None,
+    rank: int | None = None,
+) -> str:
+    """Writes the linears of a quantized network to two files, as MindIE-SD's ``quantize`` reads.
+
+    ``quant_model_description_TYPE.json`` names every tensor of a linear with its type or
+    ``FLOAT``, ``quant_model_weight_TYPE.safetensors`` holds them. Linears that stayed float are
+    among them. What is no linear is not written: MindIE-SD leaves it as the model has it. Each
+    file is either whole or absent; the description comes last.
+
+    Args:
+        network (Cell): what :func:`ms_quant.quantize` returned, unless it was a linear itself.
+        directory (str, PathLike): where the files go; it is made if need be. Files of these names
+            are replaced.
+        dtype (str, optional): the type that MindIE-SD runs the model in, ``"bfloat16"`` or
+            ``"float16"``. For ``"float16"`` `deq_scale` is int64, as its operator takes it. For
+            ``"bfloat16"`` scales are in that type, and refused if it does not hold them: linears
+            of a bfloat16 network have such scales. Default: ``None``, all scales are float32, which
+            a bfloat16 model rounds when it loads them.
+        rank (int, optional): the rank at the end of both names. With one MindIE-SD asks for a
+            process group and replaces it by the process's own. Default: ``None``, no rank: every
+            process reads the same files.
+
+    Returns:
+        str, the path of the description: :func:`ms_quant.quantize` takes it.
+
+    Raises:
+        MsQuantError: a linear is of a scheme that MindIE-SD does not serve, or has what it would
+            ignore: groups, a zero point of the weight, a bias with W4A4_DYNAMIC, smoothing with
+            W8A16, W4A16 or W4A4_DYNAMIC; nothing is quantized; a scale is not exact in `dtype`;
+            or the disk is full.
+
+    Supported Platforms:
+        ``CPU`` (tested), ``Ascend`` (written, never run on a device)
+
+    Examples:
+        >>> import ms_quant
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
+        >>> net = ms_quant.quantize(net, "W8A8_DYNAMIC", exclude=["2"])
+        >>> path = ms_quant.save_quantized(net, "exported")
+        >>> print(path)
+        exported/quant_model_description_w8a8_dynamic.json
+        >>> fresh = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
+        >>> fresh = ms_quant.quantize(fresh, path)
+    """
+    layouts, makers, entries = {}, {}, {}
+    wanted = _checked(dtype, rank)
+    plans: list[TensorPlan] = []
+    for name, cell in network.cells_and_names():
+        if isinstance(cell, QuantLinear):
+            layouts[name] = _layout(cell, name, wanted)
+            made = _quantized(cell, layouts[name])
+        elif is_linear(cell):
+            made = _float(cell, name)
+        else:
+            continue
+        for tensor in made:
+            plans.append(tensor.plan)
+            makers[tensor.plan.name], entries[tensor.plan.name] = tensor.make, tensor.entry
+    if not layouts:
+        raise MsQuantError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
+    whole = model_type({layout.type for layout in layouts.values()})
+    target = Path(directory)
+    free_space_check(target, sum(plan.bytes for plan in plans))
+    target.mkdir(parents=True, exist_ok=True)
+    write_file(target / weights_name(whole, rank), plans, lambda name: makers[name]())
+    path = target / description_name(whole, rank)
+    write_json(path, {GLOBAL_TYPE: whole, **entries})
+    return str(path)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Attributes:
+    plan: what it will be.
+    entry: what the description says of it.
+    make: its value.
+    """
+
+    plan: TensorPlan
+    entry: str
+    make: Callable[[], np.ndarray]
+
+
+def _checked(dtype: str | None, rank: int | None) -> np.dtype:
+    if dtype not in (None, "bfloat16", "float16"):
+        raise MsQuantError(f"dtype is {dtype!r}, expected 'bfloat16', 'float16' or None")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
+        raise MsQuantError(f"rank is {rank!r}, expected an int of at least 0 or None")
+    return DTYPES[dtype or "float32"]
+
+
+def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
+    """The tensors of a linear, which the runtime computes as the Cell does."""
+    if not name:
+        raise MsQuantError(
+            f"{cell.cls_name}: is a linear itself, expected a network of them as MindIE-SD finds "
+            "linears by their paths"
+        )
+    linear = as_linear(cell)
+    type, (rows, columns) = type_of_linear(linear, name), linear.weight.shape
+    bias, smooths = linear.bias is not None, linear.smooth is not None
+    check_linear(type, (rows, columns), smooths, bias, name)
+    activation = linear.activation
+    steps = len(activation.scale) if isinstance(activation, TimestepActivation) else 0
+    return Layout(type, (rows, columns), dtype, smooths, bias, steps, name)
+
+
+def _quantized(cell: QuantLinear, layout: Layout) -> Iterator[_Tensor]:
+    for suffix, part in parts(layout).items():
+        plan = TensorPlan(f"{layout.name}.{suffix}", part.dtype, part.shape)
+        yield _Tensor(plan, entry(layout.type, suffix), partial(_value, cell, part))
+
+
+def _value(cell: QuantLinear, part: Part) -> np.ndarray:
+    return part.make(as_linear(cell))
+
+
+def _float(cell: nn.Cell, name: str) -> Iterator[_Tensor]:
+    for suffix in ("weight", "bias"):
+        parameter = getattr(cell, suffix, None)
+        if parameter is not None and name:
+            plan = TensorPlan(f"{name}.{suffix}", float_dtype(parameter), tuple(parameter.shape))
+            yield _Tensor(plan, FLOAT, partial(host_array, parameter))

@@ -1,0 +1,205 @@
+"""The tensors of a quantized linear in the mindie-sd flavour: type, shape and value of each.
+
+docs/mindie_sd_format.md states them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms_quant.checkpoint.ascend_codes import FLOAT4, FLOAT8, INT4, PLAIN, Codes
+from ms_quant.checkpoint.ascend_tensors import mx_grid, widened
+from ms_quant.checkpoint.mindie_sd_types import FLOAT, TYPES
+from ms_quant.errors import MsQuantError
+from ms_quant.numerics.activation import StaticInt8
+from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, MxFormat
+from ms_quant.numerics.linear import QuantizedLinear, folded_bias
+from ms_quant.numerics.timestep import Timestep, TimestepActivation
+from ms_quant.numerics.timestep_linear import timestep_tables
+
+INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
+FLOAT32, UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
+MUL_SCALE, INNER = "div.mul_scale", "linear."
+WITH_CODES = frozenset({"weight", "quant_bias", "linear.weight", "linear.quant_bias"})
+FLOATS = frozenset({"bias", "linear.bias", MUL_SCALE})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors a linear has.
+
+    Attributes:
+        type: a name from ``mindie_sd_types.TYPES``.
+        shape: (out, in).
+        dtype: what the model runs in, bfloat16 or float16; float32 where that is not decided.
+        smooths: whether there is a smoothing vector.
+        bias: whether there is a bias.
+        steps: T, for timesteps.
+        name: of the linear, for errors.
+    """
+
+    type: str
+    shape: tuple[int, int]
+    dtype: np.dtype
+    smooths: bool = False
+    bias: bool = False
+    steps: int = 0
+    name: str = "linear"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor.
+
+    Attributes:
+        dtype: as stored.
+        shape: as stored.
+        make: its value, from the linear with its bias.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[QuantizedLinear], np.ndarray]
+
+
+def entry(type: str, suffix: str) -> str:
+    """What a description says of a tensor of a quantized linear."""
+    return FLOAT if suffix in FLOATS else type
+
+
+def codes_of(type: str) -> Codes:
+    """How a type stores its codes: int4 is not packed, the runtime packs it when it loads."""
+    weight = TYPES[type].make().weight
+    if not weight.integer:
+        return FLOAT8 if weight.bits == 8 else FLOAT4
+    return PLAIN if weight.bits == 8 else INT4
+
+
+def parts(layout: Layout) -> dict[str, Part]:
+    """Suffix to tensor of a linear, its bias among them."""
+    scheme, codes = TYPES[layout.type].make(), codes_of(layout.type)
+    rows = layout.shape[:1]
+    made = {
+        "weight": Part(
+            codes.dtype,
+            codes.shape(*layout.shape),
+            lambda x: codes.pack(x.weight, f"{layout.name}.weight"),
+        )
+    }
+    if isinstance(scheme.activation, StaticInt8):
+        made |= _static(layout)
+    elif isinstance(scheme.activation, Timestep):
+        made |= _timesteps(layout)
+    if not isinstance(scheme.activation, StaticInt8):
+        made |= _scales(layout)
+    if layout.bias or TYPES[layout.type].needs_bias:
+        made["bias"] = Part(FLOAT32, rows, lambda x: _bias(x, rows))
+    if not layout.smooths:
+        return made
+    smoothing = Part(FLOAT32, layout.shape[1:], lambda x: _mul_scale(x, layout.shape[1]))
+    return {MUL_SCALE: smoothing, **{f"{INNER}{suffix}": part for suffix, part in made.items()}}
+
+
+def _static(layout: Layout) -> dict[str, Part]:
+    rows, scale = layout.shape[:1], _input_type(layout)
+    deq = _deq_type(layout)
+    return {
+        "input_scale": Part(
+            scale,
+            (1,),
+            lambda x: exact(x.static.input_scale[:1], scale, f"{layout.name}.input_scale"),
+        ),
+        "input_offset": Part(FLOAT32, (1,), lambda x: np.array([x.static.offset], FLOAT32)),
+        "deq_scale": Part(deq, rows, lambda x: _stored_deq(x.deq_scale, deq)),
+        "quant_bias": Part(INT32, rows, lambda x: folded_bias(x, layout.name)),
+    }
+
+
+def _timesteps(layout: Layout) -> dict[str, Part]:
+    steps, table, scale = (layout.steps, 1), (layout.steps, layout.shape[0]), _input_type(layout)
+    deq = _deq_type(layout)
+    return {
+        "input_scale": Part(
+            scale,
+            steps,
+            lambda x: exact(_steps(x).scale[:, None], scale, f"{layout.name}.input_scale"),
+        ),
+        "input_offset": Part(FLOAT32, steps, lambda x: _steps(x).offset[:, None].astype(FLOAT32)),
+        "deq_scale": Part(
+            deq, table, lambda x: _stored_deq(timestep_tables(x, layout.name)[0], deq)
+        ),
+        "quant_bias": Part(INT32, table, lambda x: timestep_tables(x, layout.name)[1]),
+    }
+
+
+def _steps(linear: QuantizedLinear) -> TimestepActivation:
+    assert isinstance(linear.activation, TimestepActivation)
+    return linear.activation
+
+
+def _input_type(layout: Layout) -> np.dtype:
+    return layout.dtype if layout.dtype.name == "bfloat16" else FLOAT32
+
+
+def _deq_type(layout: Layout) -> np.dtype:
+    """The operator of float16 models takes the bits as integers, msModelSlim writes none."""
+    return INT64 if layout.dtype.name == "float16" else FLOAT32
+
+
+def _stored_deq(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return widened(scale) if dtype == INT64 else scale
+
+
+def _scales(layout: Layout) -> dict[str, Part]:
+    scheme, (rows, columns) = TYPES[layout.type].make(), layout.shape
+    format = scheme.weight
+    if isinstance(format, MxFormat | DualMxFormat):
+        blocks = (rows, -(-columns // format.group_size))
+        made = {"weight_scale": Part(UINT8, blocks, lambda x: mx_grid(x.grid).exponents)}
+        if isinstance(format, DualMxFormat):
+            long = (rows, -(-columns // format.dual_block_size), 1)
+            made["weight_dual_scale"] = Part(FLOAT32, long, _dual_scale)
+        return made
+    dtype = scheme.scale_dtype(layout.dtype)
+    return {
+        "weight_scale": Part(
+            dtype,
+            (rows, 1),
+            lambda x: exact(x.weight_scale[:, None], dtype, f"{layout.name}.weight_scale"),
+        )
+    }
+
+
+def _dual_scale(linear: QuantizedLinear) -> np.ndarray:
+    assert isinstance(linear.grid, DualMxGrid)
+    return linear.grid.scales[..., None]
+
+
+def _bias(linear: QuantizedLinear, shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros where there is none: the runtime asks a bias for its type and fails on None."""
+    if linear.bias is None:
+        return np.zeros(shape, FLOAT32)
+    return linear.bias.astype(FLOAT32)
+
+
+def _mul_scale(linear: QuantizedLinear, columns: int) -> np.ndarray:
+    return np.ones(columns, FLOAT32) if linear.mul_scale is None else linear.mul_scale
+
+
+def exact(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The array in a type that holds its values.
+
+    Raises:
+        MsQuantError: the type does not hold all of them.
+    """
+    stored = array.astype(dtype)
+    wrong = int(np.count_nonzero(stored.astype(np.float32) != array))
+    if wrong:
+        raise MsQuantError(
+            f"{name}: {wrong} of {array.size} values are not exact in {dtype.name}, expected "
+            f"scales made for it: quantize a network whose linears are {dtype.name}"
+        )
+    return stored
