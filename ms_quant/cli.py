@@ -18,6 +18,7 @@ from ms_quant.console import (
     note,
     run,
     show_fields,
+    step_progress,
     use_mindspore,
 )
 from ms_quant.errors import MsQuantError
@@ -156,6 +157,32 @@ def quantize(
         use_mindspore()
     with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
         result = quantize_checkpoint(options, progress, prepared)
+    for line in result["not_served_by"]:
+        note(f"note: {line}")
+    emit(result, as_json, show_fields)
+
+
+@app.command(epilog=example("ms-quant convert Qwen3-8B-W8A8 -o Qwen3-8B-ascend --format ascend"))
+def convert(
+    checkpoint: CheckpointArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    format: Annotated[str, typer.Option(help="The other flavour, see [b]ms-quant schemes[/b].")],
+    shard_bytes: Annotated[
+        int | None, typer.Option(help="Largest output file. Default: as it was made", min=1)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The same numbers in another flavour, or why it cannot hold them."""
+    from ms_quant.convert import convert_checkpoint
+
+    with step_progress() as step:
+        result = convert_checkpoint(
+            checkpoint,
+            output,
+            format,
+            shard_bytes=shard_bytes,
+            progress=lambda part: step("converting", part),
+        )
     for line in result["not_served_by"]:
         note(f"note: {line}")
     emit(result, as_json, show_fields)

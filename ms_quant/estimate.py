@@ -10,9 +10,10 @@ import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.pipeline import Prepared, needed_bytes, output_bytes
+from ms_quant.pipeline import Prepared, needed_bytes
 from ms_quant.plan import Plan
 from ms_quant.schemes import FLOAT_CACHE
+from ms_quant.writing import output_bytes
 
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
 # how much of a matrix product's speed a whole block reaches.

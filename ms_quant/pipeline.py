@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
 from ms_quant.checkpoint import activations, kv_cache
-from ms_quant.checkpoint.atomic import FileRecord, write_json
-from ms_quant.checkpoint.companions import model_config
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.floats import round_chunks, round_finite
 from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.writer import plan_shards, shard_names, write_file, write_index
 from ms_quant.errors import MsQuantError
-from ms_quant.plan import Plan
 from ms_quant.request import (
     Prepared,
     QuantizeOptions,
     needed_bytes,
-    output_bytes,
     prepare,
     require_mindspore,
 )
-from ms_quant.schemes import FLOAT_CACHE
+from ms_quant.writing import Tensor, output_bytes, summary, write_output
 
 __all__ = [
     "Prepared",
@@ -143,38 +137,17 @@ def run_blocks(
 
 
 def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
-    plan, directory, flavour = prepared.plan, output.partial, prepared.plan.flavour
-    tensors = flavour.tensor_plans(plan)
-    if isinstance(flavour.weights, str):
-        shards = plan_shards(tensors, prepared.options.shard_bytes)
-        named = dict(zip(shard_names(flavour.weights, len(shards)), shards, strict=True))
-    else:
-        named = {flavour.weights(plan): tensors}
-    get = _tensor_getter(prepared, job)
-
-    def write_shard(path: Path) -> FileRecord:
-        return write_file(path, named[path.name], get)
-
-    files = [output.write_once(name, write_shard) for name in named]
-    if isinstance(flavour.weights, str):
-        files.append(write_index(directory, named, output_bytes(plan), flavour.index))
-    description = flavour.description(plan)
-    entry = {flavour.entry: description} if flavour.entry else {}
-    config = {**model_config(plan.config.raw, plan.dtype), **entry}
-    files.append(write_json(directory / "config.json", config))
-    if not flavour.entry:
-        files.append(write_json(directory / flavour.document(plan), description))
+    plan, options = prepared.plan, prepared.options
     facts: dict[str, Any] = {
         "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_layers)}
     }
     if prepared.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
-    output.finish(files, prepared.options.model, facts)
+    get = _tensor_getter(prepared, job)
+    write_output(plan, get, output, options.shard_bytes, options.model, facts)
 
 
-def _tensor_getter(
-    prepared: Prepared, job: JobDirectory
-) -> Callable[[str], np.ndarray | Iterator[np.ndarray]]:
+def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
     plan, flavour, checkpoint = prepared.plan, prepared.plan.flavour, prepared.tensors
     names = set(checkpoint.names)
     plans = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
@@ -206,20 +179,3 @@ def _tensor_getter(
         return round_chunks(prepared.tensors, name, tensor.dtype)
 
     return get
-
-
-def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
-    return {
-        "output": str(output),
-        "flavour": plan.flavour.name,
-        "scheme": plan.scheme_name,
-        "algorithm": plan.algorithm,
-        "kv_cache": plan.kv_cache or FLOAT_CACHE,
-        "dtype": plan.dtype.name,
-        "tensor_bytes": output_bytes(plan),
-        "quantized_linears": len(plan.quantized()),
-        "float_linears": plan.float_linears(),
-        "served_by": plan.served_by,
-        "not_served_by": plan.not_served_by,
-        "finished_before": finished_before,
-    }

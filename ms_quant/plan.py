@@ -135,9 +135,9 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """What decides the numbers, besides the data and the model, as JSON."""
-        mixed = {path: _way_record(*way) for path, way in sorted(self.mixed.items())}
+        mixed = {path: _way_record(*way, self.dtype) for path, way in sorted(self.mixed.items())}
         return {
-            **_way_record(self.scheme, self.chain),
+            **_way_record(self.scheme, self.chain, self.dtype),
             **({"mixed": mixed} if mixed else {}),
             **({"kv_cache": self.kv_cache} if self.kv_cache else {}),
             **self._place(),
@@ -184,12 +184,15 @@ class Plan:
         ]
 
 
-def _way_record(scheme: Scheme, chain: Chain) -> dict[str, Any]:
+def _way_record(scheme: Scheme, chain: Chain, dtype: np.dtype) -> dict[str, Any]:
+    usual = get_scheme(scheme.name, scheme.flavour, **scheme.chosen)
+    scales = scheme.scale_dtype(dtype)
     return {
         "scheme": scheme.name,
         "algorithm": chain.name,
         **({"scheme_options": scheme.chosen} if scheme.chosen else {}),
         **({"algorithm_options": chain.chosen} if chain.chosen else {}),
+        **({"scale_dtype": scales.name} if scales != usual.scale_dtype(dtype) else {}),
     }
 
 

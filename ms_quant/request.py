@@ -26,6 +26,7 @@ from ms_quant.plan import Choices, Plan
 from ms_quant.planning import make_plan, plan_of_recipe
 from ms_quant.recipe import Recipe
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
+from ms_quant.writing import output_bytes
 
 SHARD_BYTES = 4 << 30
 SAMPLES, SEQ_LEN, SEED = 64, 256, 0
@@ -355,11 +356,6 @@ def float_tensors(plan: Plan) -> list[str]:
     """Names of the tensors that stay float."""
     weights = {f"{path}.weight" for path in plan.quantized()}
     return [name for name in plan.config.parameter_shapes() if name not in weights]
-
-
-def output_bytes(plan: Plan) -> int:
-    """Bytes of the tensors of a checkpoint of the plan's flavour."""
-    return sum(tensor.bytes for tensor in plan.flavour.tensor_plans(plan))
 
 
 def needed_bytes(prepared: Prepared) -> int:

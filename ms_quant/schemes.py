@@ -211,7 +211,7 @@ _ROWS = (
         MxFormat("mxfp8_msmodelslim"),
         MxTokens("mxfp8_cann0"),
         "MXFP8 weights and activations, blocks of 32",
-        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS)),
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS, scale_type=ScaleType.FLOAT32)),
         options=("rule",),
     ),
     Scheme(
@@ -227,7 +227,7 @@ _ROWS = (
         MxFormat("mxfp4_msmodelslim", multiple=2),
         MxTokens("mxfp4_cann0_round"),
         "MXFP4 weights and activations, blocks of 32",
-        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS)),
+        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS, scale_type=ScaleType.FLOAT32)),
         options=("rule",),
     ),
     Scheme(
@@ -235,7 +235,7 @@ _ROWS = (
         DualMxFormat("mxfp4_msmodelslim"),
         DualMxTokens("mxfp4_cann0"),
         "MXFP4 under a second scale for each 512 inputs",
-        (_mindie_sd(_MX_OPS, only={"dual_block_size": 512}),),
+        (_mindie_sd(_MX_OPS, scale_type=ScaleType.FLOAT32, only={"dual_block_size": 512}),),
         options=("rule", "dual_block_size"),
     ),
     Scheme(

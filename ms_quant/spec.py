@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -110,6 +110,11 @@ class Scheme:
             kind is ScaleType.BFLOAT16 and model_dtype.name == "bfloat16"
         )
         return model_dtype if narrow else DTYPES["float32"]
+
+    def narrowed(self) -> Scheme:
+        """The same with weight scales that the model's type holds, whatever the flavour stores."""
+        row = replace(self.held[0], scale_type=ScaleType.MODEL)
+        return replace(self, held=(row,))
 
     @property
     def chosen(self) -> dict[str, Any]:

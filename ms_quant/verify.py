@@ -114,7 +114,7 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
 def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """What is wrong with the recorded scheme of a group, its algorithms and their options."""
     stated = plan.record()
-    for key in ("scheme", "scheme_options"):
+    for key in ("scheme", "scheme_options", "scale_dtype"):
         if plan.quantized() and key in stated and entry.get(key) != stated[key]:
             yield f"{key} is {entry.get(key)!r:.80}, expected {stated[key]!r}"
             return

@@ -145,7 +145,9 @@ def _plan_of(
                 continue
             told = flavour.scheme_options(config, description, checkpoint, first)
             options = {"fold": record.get("fold"), **_options(record, path), **told}
-            ways[path] = _way(flavour, kinds[first], options)
+            scheme, chain = _way(flavour, kinds[first], options)
+            narrow = recorded_way(record, path).get("scale_dtype") == config.dtype
+            ways[path] = (scheme.narrowed() if narrow else scheme), chain
     if not ways:
         ways = {"": _way(flavour, held_by(flavour.name)[0], {})}
     cache = description.get("kv_cache_type", "") if flavour.holds_cache else ""
