@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ms_quant import __version__
 from ms_quant.console import (
@@ -25,10 +25,11 @@ from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import quantize_checkpoint
 from ms_quant.request import (
     SAMPLES,
-    SHARD_BYTES,
     QuantizeOptions,
     make_choices,
     prepare,
+    read_recipe,
+    refuse_beside_recipe,
     require_mindspore,
 )
 from ms_quant.schemes import FLOAT_CACHE
@@ -59,11 +60,17 @@ def example(line: str) -> str:
 def quantize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
-    scheme: Annotated[str, typer.Option(help="See [b]ms-quant schemes[/b].")] = "W8A8",
+    scheme: Annotated[
+        str | None, typer.Option(help="See [b]ms-quant schemes[/b]. Default: W8A8")
+    ] = None,
     algorithm: Annotated[
-        str,
-        typer.Option(help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq."),
-    ] = "minmax",
+        str | None,
+        typer.Option(help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq. Default: minmax"),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML that says what each linear becomes, ours or modelslim_v1."),
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a weight scale; 0 is per channel.", min=0)
     ] = None,
@@ -78,8 +85,9 @@ def quantize(
         str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")
     ] = FLOAT_CACHE,
     format: Annotated[
-        str, typer.Option(help="Checkpoint flavour. Default: the first that a runtime serves.")
-    ] = "",
+        list[str] | None,
+        typer.Option(help="Checkpoint flavour; several share one calibration. Default: one served"),
+    ] = None,
     fold: Annotated[
         str, typer.Option(help="Where smoothing goes: input-scale, norm or mul-scale.")
     ] = "",
@@ -109,7 +117,9 @@ def quantize(
     dtype: Annotated[
         str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
     ] = None,
-    shard_bytes: Annotated[int, typer.Option(help="Largest output file.", min=1)] = SHARD_BYTES,
+    shard_bytes: Annotated[
+        int | None, typer.Option(help="Largest output file. Default: 4 GiB", min=1)
+    ] = None,
     job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
     keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
     any_environment: Annotated[
@@ -120,19 +130,19 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Make a quantized checkpoint. Started again after a kill, it goes on where it stopped."""
+    named = {"alpha": alpha, "group_size": group_size, "symmetric": symmetric}
+    if recipe is not None:
+        said = {"scheme": scheme, "algorithm": algorithm, **named, "set": setting}
+        kept = {"exclude": exclude, "kv-cache": None if kv_cache == FLOAT_CACHE else kv_cache}
+        refuse_beside_recipe(recipe, {**said, **kept})
     options = QuantizeOptions(
         model=model,
         output=output,
-        scheme=scheme,
-        algorithm=algorithm,
-        choices=make_choices(
-            {"alpha": alpha, "group_size": group_size, "symmetric": symmetric},
-            setting or [],
-            float_undivided,
-            kv_cache,
-            format,
-            fold,
-        ),
+        scheme=scheme or "W8A8",
+        algorithm=algorithm or "minmax",
+        choices=make_choices(named, setting or [], float_undivided, kv_cache, fold=fold),
+        recipe=None if recipe is None else read_recipe(recipe),
+        formats=tuple(format or ()),
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -145,21 +155,31 @@ def quantize(
         any_environment=any_environment,
     )
     prepared = prepare(options)
-    if prepared.tokens is not None and len(prepared.tokens) < (samples or SAMPLES):
+    if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
         count, length = prepared.tokens.shape
-        note(f"{calib}: holds {count} windows of {length} tokens, using all")
+        note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
     if dry_run:
         from ms_quant.estimate import estimate
 
-        emit(estimate(prepared, options.output), as_json, show_fields)
+        _emit_all([estimate(p, p.options.output) for p in prepared.all], as_json)
         return
     if prepared.tokens is not None:
         use_mindspore()
     with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
         result = quantize_checkpoint(options, progress, prepared)
-    for line in result["not_served_by"]:
+    results = result.get("formats", [result])
+    for line in dict.fromkeys(line for one in results for line in one["not_served_by"]):
         note(f"note: {line}")
-    emit(result, as_json, show_fields)
+    _emit_all(results, as_json)
+
+
+def _emit_all(results: list[dict[str, Any]], as_json: bool) -> None:
+    """What was made, or would be: of several formats one after the other."""
+    if len(results) > 1 and as_json:
+        emit({"formats": results}, as_json, show_fields)
+        return
+    for result in results:
+        emit(result, as_json, show_fields)
 
 
 @app.command(epilog=example("ms-quant convert Qwen3-8B-W8A8 -o Qwen3-8B-ascend --format ascend"))
@@ -317,11 +337,15 @@ def _format_row(held: Held) -> dict[str, Any]:
 _NETWORKS = {
     "format": "",
     "served_by": [],
-    "not_served_by": [
-        "no checkpoint of a decoder holds it; ms_quant.quantize(network, ...) runs it"
-    ],
+    "not_served_by": ["for networks: ms_quant.quantize(network, ...) and ms_quant.save_quantized"],
+    "only": {},
     "kernels": "",
 }
+
+
+def _only(place: dict[str, Any]) -> list[str]:
+    said = ", ".join(f"{option} {value}" for option, value in place["only"].items())
+    return [f"only with {said}"] if said else []
 
 
 def _show_verification(result: dict[str, Any]) -> None:
@@ -349,14 +373,21 @@ def _show_inspection(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def _table(*titles: str) -> Table:
+    """One whose words are broken rather than cut off."""
+    return Table(*(Column(title, overflow="fold") for title in titles))
+
+
 def _show_schemes(result: dict[str, Any]) -> None:
-    table = Table("scheme", "what", "algorithms", "format", "served by", "kernels")
+    table = _table("scheme", "what", "algorithms")
     for row in result["schemes"]:
-        first = [row["name"], row["summary"], ", ".join(row["algorithms"])]
+        table.add_row(row["name"], row["summary"], ", ".join(row["algorithms"]))
+    Console().print(table)
+    table = _table("scheme", "format", "served by", "kernels")
+    for row in result["schemes"]:
         for place in row["formats"] or [_NETWORKS]:
-            served = "\n".join([*place["served_by"], *place["not_served_by"]])
-            table.add_row(*first, place["format"], served, place["kernels"])
-            first = ["", "", ""]
+            served = "\n".join([*place["served_by"], *place["not_served_by"], *_only(place)])
+            table.add_row(row["name"], place["format"], served, place["kernels"])
     Console().print(table)
     for title, rows in (("algorithm", "algorithms"), ("KV cache", "kv_caches")):
         table = Table(title, "what")

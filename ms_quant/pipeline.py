@@ -17,6 +17,7 @@ from ms_quant.checkpoint.floats import round_chunks, round_finite
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
 from ms_quant.request import (
+    SHARD_BYTES,
     Prepared,
     QuantizeOptions,
     needed_bytes,
@@ -144,7 +145,8 @@ def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> No
     if prepared.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
     get = _tensor_getter(prepared, job)
-    write_output(plan, get, output, options.shard_bytes, options.model, facts)
+    size = options.shard_bytes or SHARD_BYTES
+    write_output(plan, get, output, size, options.model, facts)
 
 
 def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:

@@ -54,7 +54,13 @@ def make_plan(
             matches nothing, a size that groups do not divide, or nothing left to quantize.
     """
     options = options or Choices()
-    way = _way(scheme, algorithm, options, must_serve=bool(options.format))
+    must_serve = bool(options.format)
+    if options.kv_cache in KV_CACHES and not options.format and scheme in SCHEMES:
+        for format in served_flavours(scheme, **options.scheme):
+            if FLAVOURS[format].holds_cache:
+                options = replace(options, format=format)
+                break
+    way = _way(scheme, algorithm, options, must_serve)
     unseen, ways = set(exclude), {}
     for group, members in _groups(config).items():
         matched = {p for p in exclude if any(fnmatchcase(member, p) for member in members)}
@@ -98,7 +104,7 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
                 )
         if first is not None:
             wanted[group] = first
-    format = options.format or _common_format(wanted.values())
+    format = options.format or _common_format(wanted.values(), recipe.kv_cache)
     asked = replace(options, format=format, kv_cache=recipe.kv_cache)
     made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
     ways = {}
@@ -139,15 +145,16 @@ def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
             )
 
 
-def _common_format(wanted: Iterable[Treatment]) -> str:
+def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
     """The first format in which a runtime serves every scheme, else the first that holds all."""
+    able = [name for name, row in FLAVOURS.items() if row.holds_cache or not kv_cache]
     names = list(dict.fromkeys((t.scheme, tuple(t.options.items())) for t in wanted))
     held = [holding_flavours(name, **dict(options)) for name, options in names]
     served = [served_flavours(name, **dict(options)) for name, options in names]
     for choices in (served, held):
         first, *others = choices or [[]]
         for format in first:
-            if all(format in other for other in others):
+            if format in able and all(format in other for other in others):
                 return format
     if not names:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan
 from ms_quant.planning import make_plan, plan_of_recipe
-from ms_quant.recipe import Recipe
+from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
 from ms_quant.writing import output_bytes
 
@@ -48,7 +49,7 @@ class QuantizeOptions:
         seed: seed of the choice of windows; None is 0.
         exclude: glob patterns of linears that stay float, by whole fused groups.
         dtype: type of what stays float; None keeps the checkpoint's (bfloat16 for float32).
-        shard_bytes: largest data size of an output file.
+        shard_bytes: largest data size of an output file; None is 4 GiB.
         job: job directory; None is OUTPUT.job.
         keep_job: leave the job directory when all is done.
         any_environment: resume under other versions, CPU or thread count.
@@ -68,7 +69,7 @@ class QuantizeOptions:
     seed: int | None = None
     exclude: Sequence[str] = ()
     dtype: str | None = None
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int | None = None
     job: Path | None = None
     keep_job: bool = False
     any_environment: bool = False
@@ -111,6 +112,29 @@ def make_choices(
     algorithm = {name: value for name, value in found.items() if name not in VALUES}
     cache = "" if kv_cache == FLOAT_CACHE else kv_cache
     return Choices(scheme, algorithm, float_undivided, cache, format, fold)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a file. A calibration file that it names may be beside it."""
+    recipe = load_recipe(path)
+    if recipe.calib is None or Path(recipe.calib).exists():
+        return recipe
+    beside = path.parent / recipe.calib
+    return replace(recipe, calib=str(beside)) if beside.exists() else recipe
+
+
+def refuse_beside_recipe(path: Path, said: Mapping[str, Any]) -> None:
+    """Refuses options of a command that a recipe decides.
+
+    Raises:
+        MsQuantError: one of ``said`` has a value.
+    """
+    for name, value in said.items():
+        if value is not None:
+            raise MsQuantError(
+                f"--{name.replace('_', '-')}: {path} says what each linear becomes, expected one "
+                "of the two"
+            )
 
 
 @dataclass(frozen=True)
@@ -194,6 +218,8 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     Raises:
         MsQuantError: anything that would make the job fail later.
     """
+    if options.recipe is not None:
+        options = _with_recipe(options, options.recipe)
     if len(options.formats) > 1:
         prepared = _prepare_several(options)
     else:
@@ -202,16 +228,39 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     return prepared
 
 
+def _with_recipe(options: QuantizeOptions, recipe: Recipe) -> QuantizeOptions:
+    """What the recipe says of the output, where nothing else was asked for."""
+    formats = options.formats or recipe.formats
+    sizes = options.shard_bytes
+    if recipe.shard_bytes is not None and sizes is None:
+        sizes = recipe.shard_bytes or sys.maxsize
+    return replace(options, formats=formats, shard_bytes=sizes)
+
+
+def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
+    """The calibration data that the recipe names, if the plan needs any and none was given."""
+    recipe = options.recipe
+    if recipe is None or not plan.needs_calibration:
+        return options
+    given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
+    found = {name: getattr(recipe, name) for name in given}
+    calib = options.calib or (None if recipe.calib is None else Path(recipe.calib))
+    merged = {name: found[name] if given[name] is None else given[name] for name in given}
+    return replace(options, calib=calib, **merged)
+
+
 def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
     """Everything but what is on the disk by now."""
     check_places(options.model, options.output, options.job_directory)
     config = load_config(options.model)
     plan = original = _plan(config, options)
+    options = _with_data(options, plan)
     refuse_unused(options, plan)
     checkpoint = Checkpoint(options.model)
     check_model(checkpoint, config)
     plan, tensors = _rotated(plan, checkpoint)
     if extension is None:
+        options = replace(options, shard_bytes=options.shard_bytes or SHARD_BYTES)
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None

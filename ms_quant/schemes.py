@@ -42,6 +42,7 @@ _OLD_VLLM_ASCEND = "vllm-ascend up to 0.25 (--quantization ascend)"
 _MINDIE_SD = "MindIE-SD quantize()"
 _VLLM = "vLLM (the checkpoint says how)"
 _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval and generate run it"
+_STATIC_OPS = "npu_quantize, npu_quant_matmul"
 _INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
 _WEIGHT_OP = "npu_weight_quant_batchmatmul"
 _PER_CHANNEL = {"group_size": 0, "symmetric": True}
@@ -82,11 +83,9 @@ _ROWS = (
                 kernels="QuantV2, QuantBatchMatmul",
                 folds={Fold.INPUT_SCALE: None, Fold.NORM: FLOAT_BIAS},
             ),
-            _ascend(
-                _VLLM_ASCEND, kernels="npu_quantize, npu_quant_matmul", folds={Fold.NORM: IN_BIAS}
-            ),
+            _ascend(_VLLM_ASCEND, kernels=_STATIC_OPS, folds={Fold.NORM: IN_BIAS}),
             _compressed_tensors(kernels="cutlass_scaled_mm", folds={Fold.NORM: FLOAT_BIAS}),
-            _mindie_sd("npu_quantize, npu_quant_matmul", activation=IN_BIAS),
+            _mindie_sd(_STATIC_OPS, scale_type=ScaleType.FLOAT32, activation=IN_BIAS),
         ),
     ),
     Scheme(
@@ -111,14 +110,14 @@ _ROWS = (
         AffineFormat(8, per_tensor=True),
         IN_BIAS,
         "int8 weights per tensor, static int8 activations per tensor",
-        (_mindie_sd("npu_quantize, npu_quant_matmul"),),
+        (_mindie_sd(_STATIC_OPS, scale_type=ScaleType.FLOAT32),),
     ),
     Scheme(
         "W8A8_PER_CHANNEL",
         AffineFormat(8),
         IN_BIAS,
         "W8A8 with one input scale and the bias in quant_bias, by MindIE-SD's longer name",
-        (_mindie_sd("npu_quantize, npu_quant_matmul"),),
+        (_mindie_sd(_STATIC_OPS, scale_type=ScaleType.FLOAT32),),
     ),
     Scheme(
         "W8A8_MIX",

@@ -337,9 +337,17 @@ def test_the_plan_of_a_sparse_dry_run(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
 
 
+QUANTIZE = ["quantize", "{model}", "-o", "{out}"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([*QUANTIZE, "--recipe", "no.yaml"], "no.yaml: no such file"),
+        ([*QUANTIZE, "--recipe", "{calib}"], "calib.txt: "),
+        ([*QUANTIZE, "--recipe", "no.yaml", "--alpha", "0.5"], "--alpha: no.yaml says what each"),
+        ([*QUANTIZE, "--format", "gguf"], "format 'gguf' is unknown, expected one of golden-stick"),
+        (["convert", "{model}", "-o", "{out}", "--format", "ascend"], "is a float checkpoint, exp"),
         (["verify", "nowhere"], "nowhere: no such model directory"),
         (["verify", "{model}"], "model: is a float checkpoint, expected a golden-stick"),
         (["inspect", "nowhere"], "nowhere: no such model directory"),
@@ -351,7 +359,7 @@ def test_the_plan_of_a_sparse_dry_run(
             "kv cache C8: the checkpoint has no scales for it, expected another",
         ),
         (
-            ["quantize", "{model}", "-o", "{out}", "--calib", "{calib}", "--kv-cache", "C8"],
+            [*QUANTIZE, "--calib", "{calib}", "--kv-cache", "C8", "--format", "golden-stick"],
             "kv cache C8: a golden-stick checkpoint cannot hold it, expected --format ascend",
         ),
         (["quantize", "nowhere", "-o", "{out}"], "nowhere: no such model directory"),

@@ -69,6 +69,7 @@ ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("W8A8", "golden-stick", "ascend", {"fold": "norm", "algorithm": "smoothquant"}),
     ("W8A8", "ascend", "golden-stick", {"algorithm": "gptq"}),
     ("W8A8", "ascend", "mindie-sd", {"dtype": "float16"}),
+    ("W8A8", "ascend", "mindie-sd", {"algorithm": "smoothquant"}),
     ("W8A8", "compressed-tensors", "ascend", {}),
     ("W8A8", "compressed-tensors", "golden-stick", {"algorithm": "histogram"}),
     ("W8A8", "compressed-tensors", "mindie-sd", {}),

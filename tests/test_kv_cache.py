@@ -99,6 +99,7 @@ def test_scales_cover_what_is_cached_and_no_more(make, load_tensors, family):
         ("W8A16", {}),
         ("W8A16", {"exclude": ("*.k_proj",)}),
         ("W8A8_MIX", {"algorithm": "smoothquant"}),
+        ("W8A8", {"algorithm": "smoothquant"}),
         ("W4A4_DYNAMIC", {"algorithm": "quarot+gptq", "dtype": "float16"}),
     ],
 )
@@ -140,7 +141,11 @@ def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
 @pytest.mark.parametrize(
     ("choices", "scheme", "message"),
     [
-        (C8, "W8A8", "kv cache C8: a golden-stick checkpoint cannot hold it, expected --form"),
+        (
+            Choices(kv_cache="C8", format="golden-stick"),
+            "W8A8",
+            "kv cache C8: a golden-stick checkpoint cannot hold it, expected --format ascend",
+        ),
         (Choices(kv_cache="C8_DYNAMIC"), "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
         (Choices(kv_cache="C4"), "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
     ],

@@ -1,0 +1,26 @@
+"""docs/formats.md says what the table of schemes says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ms_quant.schemes import SCHEMES
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
+
+
+def table() -> list[str]:
+    lines = ["| scheme | format | served by | kernels |", "|---|---|---|---|"]
+    for scheme in SCHEMES.values():
+        for held in scheme.held:
+            served = [*held.served_by, *held.not_served_by]
+            if held.only:
+                wanted = ", ".join(f"{option} {value}" for option, value in held.only.items())
+                served.append(f"only with {wanted}")
+            cells = [scheme.name, held.flavour, "; ".join(served), held.kernels]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_document_has_the_table() -> None:
+    assert "\n".join(table()) in DOCUMENT.read_text()
