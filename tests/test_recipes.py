@@ -198,3 +198,53 @@ def test_a_job_for_several_formats_goes_on(make, file_contents, monkeypatch, sto
 def test_a_format_twice_is_refused(make):
     with pytest.raises(MsQuantError, match="formats ascend, ascend: expected each once"):
         make(None, scheme="W8A16", formats=("ascend", "ascend"))
+
+
+MX = {"scope": "per_block", "symmetric": True}
+TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
+FLOATS = {"scope": "per_tensor", "dtype": "float", "symmetric": True, "method": "none"}
+INT4 = {"scope": "per_channel", "dtype": "int4", "symmetric": True, "method": "minmax"}
+MODELSLIM: list[tuple[str, list[dict[str, Any]], str]] = [
+    ("static", [{"act": TENSOR, "weight": INT8}], "ascend W8A8"),
+    ("dynamic, gptq", [{"act": DYNAMIC, "weight": {**INT8, "method": "gptq"}}], "_DYNAMIC"),
+    ("weight only, ssz", [{"act": FLOATS, "weight": {**INT8, "method": "ssz"}}], "ascend W8A16"),
+    ("four bits", [{"act": DYNAMIC, "weight": INT4}], "ascend W4A8_DYNAMIC"),
+    (
+        "MXFP8",
+        [
+            {
+                "act": {**MX, "dtype": "mxfp8", "method": "minmax"},
+                "weight": {**MX, "dtype": "mxfp8", "method": "mse_round"},
+            }
+        ],
+        "ascend W8A8_MXFP8",
+    ),
+    (
+        "MXFP4",
+        [
+            {
+                "act": {**MX, "dtype": "mxfp4", "method": "minmax"},
+                "weight": {**MX, "dtype": "mxfp4", "method": "ceil_x"},
+            }
+        ],
+        "ascend W4A4_MXFP4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "qconfigs", "flavour"), MODELSLIM)
+def test_recipes_of_modelslim_run(make, name, qconfigs, flavour):
+    process = [{"type": "linear_quant", "qconfig": qconfig} for qconfig in qconfigs]
+    recipe = {
+        "apiversion": "modelslim_v1",
+        "spec": {
+            "runner": "auto",
+            "process": process,
+            "save": [{"type": "ascendv1_saver", "part_file_size": 4}],
+            "dataset": str(make.calibrated["calib"]),
+        },
+    }
+    windows = {"samples": 4, "seq_len": 16} if name in ("static", "dynamic, gptq") else {}
+    prepared = make(recipe, **windows)
+    assert flavour in open_model(prepared.options.output).flavour
+    assert_written_as_made(prepared)
