@@ -173,6 +173,8 @@ def folded(
     config = config_of(**more)
     before, x = random_block(config), tokens()
     change(before)
+    if options is None and "_PER_" in scheme:  # which hold their smoothing else
+        options = Choices(fold="norm")
     plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, options=options)
     block = quantize_block(plan, 0, before.get, seen_by(before, x), steps, cached=cached)
     return Case(plan, before, block, x)
@@ -209,7 +211,7 @@ ALGORITHMS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("scheme", "algorithm", "more"), ALGORITHMS, ids=str)
 def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
-    choices = Choices(scheme=more)
+    choices = Choices(scheme=more, fold="norm")
     case = folded(scheme, algorithm, options=choices, num_key_value_heads=kv_heads)
     assert_same_function(case)
     changed = {name for name in case.before if (case.after[name] != case.before[name]).any()}
@@ -233,6 +235,19 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
         np.testing.assert_array_equal(gain.astype(dtype).astype(np.float32), gain)
         columns = columns_of(case, path)
         np.testing.assert_allclose(columns * gain, case.before[name], rtol=2.0**-21)
+
+
+@pytest.mark.parametrize("algorithm", ["smoothquant", "osl"])
+def test_a_vector_of_its_own_leaves_everything_else(algorithm):
+    """Its reciprocal is stored, and tells the vector exactly."""
+    case = folded("W8A8_PER_CHANNEL", algorithm, steps=Steps(), options=Choices(fold="mul-scale"))
+    assert not case.block.floats
+    for path, made in case.block.linears.items():
+        again = (1 / made.mul_scale.astype("f8")).astype("f4")
+        np.testing.assert_array_equal(again, made.smooth)
+        error = np.abs(made.float_weight() - case.before[f"{path}.weight"])
+        assert (error <= made.weight_scale[:, None] / made.smooth * (1 + 1e-3)).all()
+        assert len(np.unique(made.static.input_scale)) == 1
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
