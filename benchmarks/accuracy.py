@@ -101,10 +101,9 @@ def measure(
 
 def bytes_per_weight(plan: Plan) -> float:
     """Bytes of the quantized linears' tensors over the number of their weights."""
-    paths, shapes = set(plan.quantized()), plan.config.parameter_shapes()
-    tensors = plan.flavour.tensor_plans(plan)
-    stored = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in paths)
-    return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in paths)
+    shapes, tensors = plan.config.parameter_shapes(), plan.flavour.tensor_plans(plan)
+    stored = sum(tensor.bytes for tensor in tensors if tensor.part is not None)
+    return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in plan.quantized())
 
 
 def _calibrated(scheme: str, algorithm: str) -> bool:

@@ -24,7 +24,6 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.rotation import balanced_factors
-from ms_quant.schemes import VALUES
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -134,12 +133,12 @@ def _group_size(plan: Plan) -> int:
 def scheme_options(
     config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
 ) -> dict[str, Any]:
-    """The size of groups and long blocks, and the rank of branches, as a linear's tensors are."""
+    """The size of groups and the rank of branches, as a linear's tensors are."""
     options: dict[str, Any] = {}
     columns = config.linear_shapes()[path.split(".", 3)[3]][1]
     shapes = {
         suffix: checkpoint.info(f"{path}.{suffix}").shape
-        for suffix in ("weight_scale", "weight_scale_second", "weight_dual_scale", BRANCH[0])
+        for suffix in ("weight_scale", "weight_scale_second", BRANCH[0])
         if f"{path}.{suffix}" in checkpoint
     }
     scale = shapes.get("weight_scale_second", shapes.get("weight_scale", ()))
@@ -149,15 +148,7 @@ def scheme_options(
         options["group_size"] = columns if description.get("group_size") == columns else 0
     if len(shapes.get(BRANCH[0], ())) == 2:
         options["svd.rank"] = shapes[BRANCH[0]][0]
-    if len(shapes.get("weight_dual_scale", ())) == 3:
-        options |= _long_block(columns, shapes["weight_dual_scale"][1])
     return options
-
-
-def _long_block(columns: int, blocks: int) -> dict[str, int]:
-    """The length of long blocks, which only a linear of several tells."""
-    sizes = [size for size in VALUES["dual_block_size"] if -(-columns // size) == blocks]
-    return {"dual_block_size": sizes[0]} if blocks > 1 and sizes else {}
 
 
 FLAVOUR = Flavour(

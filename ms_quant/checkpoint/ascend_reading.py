@@ -25,7 +25,7 @@ from ms_quant.numerics.activation import (
     StaticInt8,
 )
 from ms_quant.numerics.affine import QMAX, QMIN
-from ms_quant.numerics.float_grid import DualMxFormat, MxFormat
+from ms_quant.numerics.float_grid import MxFormat
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
 
@@ -98,13 +98,10 @@ def read_linear(
 
 def _grid(plan: Plan, source: _Source, path: str) -> Grid:
     format = plan.scheme.weight
-    if isinstance(format, MxFormat | DualMxFormat):
+    if isinstance(format, MxFormat):
         exponents = source("weight_scale")
         source.require(exponents != 255, "weight_scale", "exponents are 255 (NaN)")
-        arrays = {"weight_exponent": exponents}
-        if isinstance(format, DualMxFormat):
-            arrays["weight_dual_scale"] = source.scale("weight_dual_scale")[..., 0]
-        return format.grid(arrays)
+        return format.grid({"weight_exponent": exponents})
     if isinstance(plan.scheme.activation, StaticInt8):
         return format.grid({"weight_scale": _deq_scale(source)[:, None]})
     arrays = {"weight_scale": source.scale("weight_scale")}

@@ -7,16 +7,16 @@ from what the algorithms add, not from a scheme's name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
+from ms_quant.checkpoint.flavour import Part
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics import rotation, w4a8
 from ms_quant.numerics.activation import PerToken, Phased, StaticInt8
-from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, MxFormat, MxGrid
+from ms_quant.numerics.float_grid import DualMxGrid, MxFormat, MxGrid
 from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelFormat, TwoLevelGrid
 from ms_quant.numerics.groupwise import antiquant_offset
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
@@ -28,21 +28,6 @@ INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
 FLOAT32, UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
 CHUNK = 1 << 20  # codes whose float64 products are held at a time
 WITH_CODES = frozenset({"weight", "quant_bias", "scale_bias"})
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor.
-
-    Attributes:
-        dtype: as stored.
-        shape: as stored.
-        make: its value, from the linear with its bias.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    make: Callable[[QuantizedLinear], np.ndarray]
 
 
 def parts(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> dict[str, Part]:
@@ -90,13 +75,9 @@ def narrowed(scale: np.ndarray) -> np.ndarray:
 
 def _scales(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
     format, (rows, columns) = plan.scheme.weight, shape
-    if isinstance(format, MxFormat | DualMxFormat):
+    if isinstance(format, MxFormat):
         blocks = (rows, -(-columns // format.group_size))
-        result = {"weight_scale": Part(UINT8, blocks, lambda x: mx_grid(x.grid).exponents)}
-        if isinstance(format, DualMxFormat):
-            long = (rows, -(-columns // format.dual_block_size), 1)
-            result["weight_dual_scale"] = Part(FLOAT32, long, _dual_scale)
-        return result
+        return {"weight_scale": Part(UINT8, blocks, lambda x: exponents(x.grid))}
     groups = (rows, columns // format.group_size if format.group_size else 1)
     if isinstance(format, TwoLevelFormat):
         return {
@@ -121,16 +102,11 @@ def _offset(grid: Grid, shape: tuple[int, int]) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
-def mx_grid(grid: Grid) -> MxGrid:
-    """The grid of exponents, inside or by itself."""
+def exponents(grid: Grid) -> np.ndarray:
+    """uint8 (N, blocks): of a grid of microscaling, also inside one of two levels."""
     inner = grid.inner if isinstance(grid, DualMxGrid) else grid
     assert isinstance(inner, MxGrid)
-    return inner
-
-
-def _dual_scale(linear: QuantizedLinear) -> np.ndarray:
-    assert isinstance(linear.grid, DualMxGrid)
-    return linear.grid.scales[..., None]
+    return inner.exponents
 
 
 def slices_of(group: LinearGroup) -> int:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ms_quant.checkpoint.ascend_tensors import Part
 from ms_quant.checkpoint.compressed_tensors_config import PACKED, format_of
-from ms_quant.checkpoint.flavour import Tensors
+from ms_quant.checkpoint.flavour import Part, Tensors
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Activation, StaticActivation, StaticInt8

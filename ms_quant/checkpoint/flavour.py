@@ -27,6 +27,21 @@ Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Suffix to type and shape of a quantized linear's tensors, without its bias."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One tensor.
+
+    Attributes:
+        dtype: as stored.
+        shape: as stored.
+        make: its value, from the linear with its bias.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[QuantizedLinear], np.ndarray]
+
+
 Kinds = tuple[dict[str, str], list[str]]
 """Path of every linear of the decoder to its scheme or ``FLOAT``, and what is wrong."""
 

@@ -5,13 +5,13 @@ docs/mindie_sd_format.md states them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ms_quant.checkpoint.ascend_codes import FLOAT4, FLOAT8, INT4, PLAIN, Codes
-from ms_quant.checkpoint.ascend_tensors import mx_grid, widened
+from ms_quant.checkpoint.ascend_tensors import exponents, widened
+from ms_quant.checkpoint.flavour import Part
 from ms_quant.checkpoint.mindie_sd_types import FLOAT, TYPES
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import StaticInt8
@@ -48,21 +48,6 @@ class Layout:
     bias: bool = False
     steps: int = 0
     name: str = "linear"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor.
-
-    Attributes:
-        dtype: as stored.
-        shape: as stored.
-        make: its value, from the linear with its bias.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    make: Callable[[QuantizedLinear], np.ndarray]
 
 
 def entry(type: str, suffix: str) -> str:
@@ -158,7 +143,7 @@ def _scales(layout: Layout) -> dict[str, Part]:
     format = scheme.weight
     if isinstance(format, MxFormat | DualMxFormat):
         blocks = (rows, -(-columns // format.group_size))
-        made = {"weight_scale": Part(UINT8, blocks, lambda x: mx_grid(x.grid).exponents)}
+        made = {"weight_scale": Part(UINT8, blocks, lambda x: exponents(x.grid))}
         if isinstance(format, DualMxFormat):
             long = (rows, -(-columns // format.dual_block_size), 1)
             made["weight_dual_scale"] = Part(FLOAT32, long, _dual_scale)

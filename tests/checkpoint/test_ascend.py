@@ -92,11 +92,6 @@ E4M3 = {"weight": "float8_e4m3fn [32, 64]"}
         ("W4A8_MXFP", {}, {**BYTES, **MX}),
         ("W4A4_MXFP4", {}, {**BYTES, **MX}),
         (
-            "W4A4_MXFP4_DUALSCALE",
-            {},
-            {**BYTES, **MX, "weight_dual_scale": "float32 [32, 1, 1]"},
-        ),
-        (
             "W4A4_MXFP4_SVD",
             {},
             {
