@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.evaluation import token_losses
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
 from ms_quant.plan import Choices
-from ms_quant.recipe import load_recipe
+from ms_quant.recipe import Recipe, load_recipe
+from ms_quant.request import read_recipe
 from ms_quant.verify import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
@@ -67,10 +69,10 @@ NATIVE = {
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     model: list[Path] = []
 
-    def run(recipe: dict | None, output: str = "out", **options: Any) -> Any:
+    def run(recipe: dict | Recipe | None, output: str = "out", **options: Any) -> Any:
         if not model:
             model.append(tiny_model(family="qwen2", layers=2, **SHAPE))
-        chosen = load_recipe(recipe) if recipe else None
+        chosen = load_recipe(recipe) if isinstance(recipe, dict) else recipe
         request = QuantizeOptions(
             model[0], tmp_path / output, recipe=chosen, keep_job=True, **options
         )
@@ -248,3 +250,26 @@ def test_recipes_of_modelslim_run(make, name, qconfigs, flavour):
     prepared = make(recipe, **windows)
     assert flavour in open_model(prepared.options.output).flavour
     assert_written_as_made(prepared)
+
+
+def test_the_example_of_the_document(make, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "recipe.yaml").write_text(example)
+    recipe = replace(read_recipe(tmp_path / "recipe.yaml"), calib=None)
+    prepared = make(recipe, **make.calibrated)
+    assert prepared.plan.scheme_name == "W8A8_DYNAMIC+W8A16" and prepared.plan.kv_cache == "C8"
+    floats = prepared.plan.float_linears()
+    assert floats == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    assert_written_as_made(prepared)
+
+
+def test_a_calibration_file_beside_the_recipe(make, tmp_path, calib_text, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"apiversion: ms_quant_v1\nrules: [{{scheme: W8A8}}]\ncalib: {calib_text.name}"
+    )
+    assert calib_text.parent == tmp_path
+    assert read_recipe(recipe).calib == str(calib_text)
