@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
 from ms_quant.recipe import Recipe, Treatment, assign, unmatched
+from ms_quant.recipe.records import EVERYTHING
 from ms_quant.schemes import (
     DYNAMIC_CACHE,
     KV_CACHES,
@@ -88,6 +89,24 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
         MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
             schemes, or what :func:`make_plan` refuses; names the key of the recipe.
     """
+    wanted = _treatments(config, recipe)
+    format = options.format or _common_format(wanted.values(), recipe.kv_cache)
+    asked = replace(options, format=format, kv_cache=recipe.kv_cache)
+    made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
+    ways = {}
+    for group, treatment in wanted.items():
+        way = next((way for known, way in made if known == treatment), None)
+        if way is None:
+            text = "+".join(treatment.algorithms) or PLAIN
+            own = replace(asked, scheme=treatment.options, algorithm=treatment.algorithm_options)
+            way = _way(treatment.scheme, text, own, must_serve=bool(options.format))
+            made.append((treatment, way))
+        ways[group] = way
+    return _plan(config, ways, dtype, asked)
+
+
+def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
+    """What becomes of each group that a recipe reaches, by full path prefix."""
     groups = _groups(config)
     paths = {path: group for group, members in groups.items() for path in members}
     _refuse_idle(recipe, list(paths))
@@ -104,19 +123,7 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
                 )
         if first is not None:
             wanted[group] = first
-    format = options.format or _common_format(wanted.values(), recipe.kv_cache)
-    asked = replace(options, format=format, kv_cache=recipe.kv_cache)
-    made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
-    ways = {}
-    for group, treatment in wanted.items():
-        way = next((way for known, way in made if known == treatment), None)
-        if way is None:
-            text = "+".join(treatment.algorithms) or PLAIN
-            own = replace(asked, scheme=treatment.options, algorithm=treatment.algorithm_options)
-            way = _way(treatment.scheme, text, own, must_serve=bool(options.format))
-            made.append((treatment, way))
-        ways[group] = way
-    return _plan(config, ways, dtype, asked)
+    return wanted
 
 
 def _groups(config: ModelConfig) -> dict[str, list[str]]:
@@ -136,6 +143,13 @@ def _title(treatment: Treatment | None) -> str:
 
 def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
     """Refuses a pattern that names nothing; one that leaves out what is float anyway may stay."""
+    for step in recipe.steps:
+        chosen = step.include != EVERYTHING or step.exclude or step.groups
+        if ALGORITHMS[step.algorithm].rotates and chosen:
+            raise MsQuantError(
+                f"{step.where}: {step.algorithm} rotates the whole model, expected it without "
+                "include, exclude and groups"
+            )
     for record in recipe.rules + recipe.steps:
         idle = [*unmatched(record.include, paths), *unmatched(record.exclude, [*paths, *FLOATS])]
         if idle:

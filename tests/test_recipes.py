@@ -156,6 +156,16 @@ def test_refused_before_any_work(make, tmp_path, rules, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rotation_is_of_the_whole_model(make):
+    steps = [{"algorithm": "quarot", "include": ["*.0.*"]}]
+    recipe = {"apiversion": "ms_quant_v1", "rules": [rule("W8A16")], "steps": steps}
+    with pytest.raises(MsQuantError, match=r"steps\[0\]: quarot rotates the whole model, expected"):
+        make(recipe)
+    steps = [{"algorithm": "quarot"}]
+    rules = [rule("W8A8_DYNAMIC", "*.mlp.*"), rule("W8A16", "*.0.self_attn.*")]
+    assert_written_as_made(make({**recipe, "rules": rules, "steps": steps}))
+
+
 SEVERAL = ("golden-stick", "ascend", "compressed-tensors")
 
 
