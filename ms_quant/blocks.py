@@ -219,6 +219,8 @@ def _fold(
     assert gain is not None
     with np.errstate(over="ignore"):
         stored = (gain / smooth).astype(plan.dtype).astype(np.float32)
+        plain = gain.astype(plan.dtype).astype(np.float32)  # where nothing can fold
+    stored = np.where((stored != 0) & np.isfinite(stored), stored, plain)
     live = (stored != 0) & np.isfinite(stored)
     floats[name] = np.where(live, stored, gain)
     return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)

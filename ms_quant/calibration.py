@@ -185,7 +185,10 @@ def _observe(
     plan, (sequences, length) = plans[0], shape
     batch = max(1, BATCH_TOKENS // length)
     stats, recorders = {}, {}
-    for group in plan.groups(index):
+    wanted = {group.name for plan in plans for group in plan.groups(index)}
+    for group in plan.config.family.groups:
+        if group.name not in wanted:
+            continue
         path = group.members[0]
         cell = get_cell(runner.block, path)
         chains = [plan.of(index, group).chain for plan in plans]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ import numpy as np
 
 from ms_quant.algorithms import get_chain
 from ms_quant.checkpoint import kv_cache
-from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, OutputDirectory
+from ms_quant.checkpoint.finish import (
+    MAX_RECORD_BYTES,
+    RECORD,
+    OutputDirectory,
+    check_files,
+    unlisted_files,
+)
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
@@ -31,7 +38,8 @@ from ms_quant.plan import Plan, Way, plan_of_ways, recorded_way
 from ms_quant.schemes import get_scheme
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
-from ms_quant.writing import output_bytes, summary, write_output
+from ms_quant.verify import record_problems
+from ms_quant.writing import summary, write_output
 
 PLANNED = (
     "scheme",
@@ -73,8 +81,15 @@ def convert_checkpoint(
             names the tensor. No output directory is left behind.
     """
     check_places(directory, output, output.with_name(output.name + ".job"))
+    _record(directory)
+    damaged = next(chain.from_iterable((check_files(directory), unlisted_files(directory))), None)
+    if damaged:
+        raise MsQuantError(damaged)
     model = QuantizedModel(directory)
     content = _record(directory)
+    problem = next(record_problems(directory / RECORD, content, model.plan), None)
+    if problem:
+        raise MsQuantError(problem)
     record = content["record"]
     plan = _other_plan(model, record, format)
     sizes = {"shard_bytes": shard_bytes} if shard_bytes is not None else {}
@@ -85,7 +100,11 @@ def convert_checkpoint(
         converted = _Converted(model, plan, progress)
         converted.check()
         facts = {key: content[key] for key in content if key not in ("record", "files", "sha256")}
-        size = int(made.record.get("shard_bytes") or output_bytes(plan))
+        size = made.record.get("shard_bytes")
+        if type(size) is not int or size <= 0:
+            raise MsQuantError(
+                f"{directory / RECORD}: shard_bytes is {size!r:.80}, expected a positive number"
+            )
         with made.open_or_discard():
             write_output(plan, converted, made, size, directory, facts)
     return summary(plan, output, finished)
@@ -133,9 +152,9 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
 def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) -> Way:
     options = recorded.get("algorithm_options") or {}
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
-    chain = get_chain(str(recorded.get("algorithm")), plan.scheme, settings)
+    made = get_chain(str(recorded.get("algorithm")), plan.scheme, settings)
     scheme = get_scheme(plan.scheme.name, format, **plan.scheme.chosen)
-    smooths, fold = chain.any("smooths"), plan.scheme.fold
+    smooths, fold = made.any("smooths"), plan.scheme.fold
     if not smooths:
         fold = Fold.NORM if scheme.fold is Fold.MUL_SCALE else scheme.fold
     try:
@@ -146,7 +165,7 @@ def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) 
             "--fold norm to convert it"
         ) from None
     narrow = plan.scheme.scale_dtype(plan.dtype) == plan.dtype
-    return scheme.narrowed() if narrow else scheme, chain
+    return scheme.narrowed() if narrow else scheme, made
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,12 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "quantized_linears": len(plan.quantized()),
         "float_linears": plan.float_linears(),
         "linears_of_a_block": [
-            f"{name}: {out} x {into}, "
-            f"{plan.scheme_name if _is_quantized(prepared, name) else 'FLOAT in some blocks'}"
+            f"{name}: {out} x {into}, {_schemes(plan, name)}"
             for name, (out, into) in shapes.items()
         ],
         "calibration_tokens": tokens,
         "output_bytes": output_bytes(plan),
-        "disk_bytes": needed_bytes(prepared),
+        "disk_bytes": needed_bytes(replace(prepared, others=())),
         "memory_bytes": int(memory),
         "estimated_seconds": round(seconds, 1),
         "served_by": plan.served_by,
@@ -98,10 +98,12 @@ def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
     return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
 
 
-def _is_quantized(prepared: Prepared, member: str) -> bool:
-    floats = set(prepared.plan.float_linears())
-    blocks = range(prepared.plan.config.num_layers)
-    return not any(f"{block_prefix(index)}{member}" in floats for index in blocks)
+def _schemes(plan: Plan, member: str) -> str:
+    """What a linear of a block becomes; in several blocks maybe several things."""
+    floats = set(plan.float_linears())
+    paths = [f"{block_prefix(index)}{member}" for index in range(plan.config.num_layers)]
+    found = ["FLOAT" if path in floats else plan.scheme_of(path).name for path in paths]
+    return " or ".join(dict.fromkeys(found))
 
 
 def flops() -> float:

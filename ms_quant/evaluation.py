@@ -30,7 +30,6 @@ from ms_quant.models.decoder import (
     causal_mask,
     rope_tensors,
 )
-from ms_quant.numerics.activation import PhasedActivation
 from ms_quant.numerics.affine import check_finite
 from ms_quant.schemes import DYNAMIC_CACHE, FLOAT_CACHE, KV_CACHES, STATIC_CACHE
 
@@ -63,12 +62,7 @@ def load_block(model: ServedModel, index: int) -> DecoderBlock:
 
 def is_phased(model: ServedModel) -> bool:
     """Whether linears of a model tell prefill and decode apart."""
-    for index in range(model.config.num_layers):
-        for path in model.config.linear_shapes():
-            linear = model.linear(f"{block_prefix(index)}{path}")
-            if linear is not None:
-                return isinstance(linear.activation, PhasedActivation)
-    return False
+    return model.phased
 
 
 def new_caches(model: ServedModel, kind: str | None = None) -> list[Callable[[], KeyValueCache]]:

@@ -6,7 +6,7 @@ which source and checkpoint both have, or of the rows of a linear, which are rou
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +24,14 @@ class Folding:
     ours: its tensors.
     source: those of the float model.
     active: the groups, by full path prefix, whose smoothing was folded.
+    stored_name: the name in the checkpoint of a float tensor of the model.
     """
 
     plan: Plan
     ours: FloatTensors
     source: FloatTensors
     active: Container[str]
+    stored_name: Callable[[str], str] = lambda name: name
 
     def smooth(self, index: int, group: LinearGroup) -> np.ndarray | None:
         """float32 (in,): what a group's columns were multiplied by; None for nothing."""
@@ -37,8 +39,7 @@ class Folding:
             return None
         name = f"{block_prefix(index)}{group.feed}.weight"
         gain, stored = self.source.read_float32(name), self.ours.read_float32(name)
-        kept = gain.astype(self.plan.dtype).astype(np.float32) == stored  # where nothing could fold
-        live = (stored != 0) & ~kept
+        live = stored != 0
         return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
 
     def is_unknown(self, index: int, group: LinearGroup) -> bool:
@@ -67,7 +68,8 @@ class Folding:
 
     def problems(self, name: str) -> Iterator[str]:
         """What is wrong with a tensor that folding may have divided."""
-        exact, found = self.source.read_float32(name), self.ours.read_float32(name)
+        exact = self.source.read_float32(name)
+        found = self.ours.read_float32(self.stored_name(name))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ratio = np.where((exact == 0) & (found == 0), np.float32(1), found / exact)
         wrong = int(np.count_nonzero(~(np.isfinite(ratio) & (ratio > 0))))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.serving import ServedModel, open_model
+from ms_quant.checkpoint.serving import QuantizedModel, ServedModel, open_model
 from ms_quant.models.config import block_prefix
 from ms_quant.schemes import FLOAT_CACHE, STATIC_CACHE
 
@@ -28,11 +28,12 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     for _, info in tensors:
         by_dtype[info.code] += info.stop - info.start
     stored = {name: (info.code, info.shape) for name, info in tensors}
+    weights = _weight_names(model)
     linears = []
     for index in range(model.config.num_layers):
         for path, shape in model.config.linear_shapes().items():
             name = f"{block_prefix(index)}{path}"
-            found = stored.get(f"{name}.weight")
+            found = stored.get(weights.get(name, f"{name}.weight"))
             linears.append(
                 {"name": name, "stored_as": _stored_as(found, shape), "shape": list(shape)}
             )
@@ -50,6 +51,15 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     }
 
 
+def _weight_names(model: ServedModel) -> dict[str, str]:
+    """Path of a quantized linear to the full name of its codes."""
+    if not isinstance(model, QuantizedModel):
+        return {}
+    tensors = model.row.tensor_plans(model.plan)
+    parts = [(tensor.name, *tensor.part) for tensor in tensors if tensor.part is not None]
+    return {path: name for name, path, part in parts if part.endswith(("weight", "weight_packed"))}
+
+
 def cache_name(model: ServedModel) -> str:
     """How a checkpoint says that keys and values are cached."""
     return FLOAT_CACHE if model.cache_scales(0) is None else STATIC_CACHE
@@ -60,6 +70,8 @@ def _stored_as(found: tuple[str, tuple[int, ...]] | None, shape: tuple[int, int]
     if found is None:
         return "fused and sliced, see sparse-compress info"
     (code, stored), (out, into) = found, shape
+    if code == "I32":
+        return f"I32, {into // stored[1]} inputs each"
     if stored == (out, into // 2):
         return f"{code}, pairs of inputs"
     return f"{code}, pairs of outputs" if stored == (out // 2, into) else code

@@ -14,6 +14,7 @@ from ms_quant.checkpoint.flavour import Flavour
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.activation import Phased
 from ms_quant.schemes import (
     STATIC_CACHE,
     get_scheme,
@@ -133,6 +134,11 @@ class Plan:
         static = any(way.scheme.needs_calibration for way in self.ways)
         return static or self.any("calibrated") or self.kv_cache == STATIC_CACHE
 
+    @property
+    def phased(self) -> bool:
+        """Whether some linears tell prefill and decode apart."""
+        return any(isinstance(way.scheme.activation, Phased) for way in self.ways)
+
     def record(self) -> dict[str, Any]:
         """What decides the numbers, besides the data and the model, as JSON."""
         mixed = {path: _way_record(*way, self.dtype) for path, way in sorted(self.mixed.items())}
@@ -145,13 +151,10 @@ class Plan:
         }
 
     def _place(self) -> dict[str, str]:
-        """The flavour and the fold, where they are not the scheme's defaults."""
-        scheme, found = self.scheme, {}
-        if scheme.flavour != get_scheme(scheme.name, **scheme.chosen).flavour:
-            found["format"] = scheme.flavour
-        if scheme.fold is not get_scheme(scheme.name, scheme.flavour, **scheme.chosen).fold:
-            found["fold"] = scheme.fold.value
-        return found
+        """The flavour, where it is not the scheme's default."""
+        scheme = self.scheme
+        usual = get_scheme(scheme.name, **scheme.chosen).flavour
+        return {} if scheme.flavour == usual else {"format": scheme.flavour}
 
     def groups(self, index: int) -> list[LinearGroup]:
         """The groups of a block that are quantized."""
@@ -193,6 +196,7 @@ def _way_record(scheme: Scheme, chain: Chain, dtype: np.dtype) -> dict[str, Any]
         **({"scheme_options": scheme.chosen} if scheme.chosen else {}),
         **({"algorithm_options": chain.chosen} if chain.chosen else {}),
         **({"scale_dtype": scales.name} if scales != usual.scale_dtype(dtype) else {}),
+        **({"fold": scheme.fold.value} if scheme.fold is not usual.fold else {}),
     }
 
 

@@ -179,8 +179,10 @@ def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
 def _way(name: str, algorithm: str, options: Choices, must_serve: bool) -> Way:
     scheme = _chosen(name, options, must_serve)
     chain = get_chain(algorithm, scheme, options.algorithm)
-    if scheme.fold is Fold.MUL_SCALE and not chain.any("smooths"):  # there is nothing to hold
-        scheme = get_scheme(name, scheme.flavour, Fold.NORM, **options.scheme)
+    if not chain.any("smooths"):  # there is nothing to hold
+        usual = get_scheme(name, scheme.flavour, **options.scheme)
+        fold = Fold.NORM if usual.fold is Fold.MUL_SCALE else usual.fold
+        scheme = get_scheme(name, scheme.flavour, fold, **options.scheme)
     return scheme, chain
 
 
@@ -190,6 +192,8 @@ def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options
     Raises:
         MsQuantError: there is no such plan, or no group is left.
     """
+    if options.fold and not any(chain.any("smooths") for _, chain in ways.values()):
+        raise MsQuantError(f"fold {options.fold}: no algorithm smooths, expected no --fold")
     if ways:
         _check_cache(next(iter(ways.values()))[0], options.kv_cache)
         floats = frozenset(_groups(config)) - ways.keys()
@@ -238,7 +242,11 @@ def _check_cache(scheme: Scheme, name: str) -> None:
     if name and name not in KV_CACHES:
         raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
     if name and not FLAVOURS[scheme.flavour].holds_cache:
-        able = [f"--format {row.name}" for row in FLAVOURS.values() if row.holds_cache]
+        able = [
+            f"--format {flavour}"
+            for flavour in served_flavours(scheme.name, **scheme.chosen)
+            if FLAVOURS[flavour].holds_cache
+        ] or ["another scheme"]
         raise MsQuantError(
             f"kv cache {name}: a {scheme.flavour} checkpoint cannot hold it, expected "
             f"{' or '.join(able)}"
@@ -257,8 +265,8 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
                 check_shapes(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
+                    size = "another group size, or " if "do not divide" in str(error) else ""
                     raise MsQuantError(
-                        f"{error}; expected another group size, or --float-undivided to leave "
-                        "such linears float"
+                        f"{error}; expected {size}--float-undivided to leave such linears float"
                     ) from None
                 yield f"{block_prefix(index)}{group.name}"

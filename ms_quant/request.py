@@ -14,6 +14,7 @@ import numpy as np
 
 from ms_quant import __version__
 from ms_quant.checkpoint.finish import OutputDirectory, check_output_name
+from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
@@ -31,6 +32,7 @@ from ms_quant.writing import output_bytes
 
 SHARD_BYTES = 4 << 30
 SAMPLES, SEQ_LEN, SEED = 64, 256, 0
+SHARED = ("source", "environment", "calibration", "exclude")
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Prepared:
         """The job as it is on the disk now, with the blocks of one of its formats."""
         options, record = self.options, self.record
         if self.others:
-            record = {"formats": [request.record for request in self.all]}
+            record = _joined([request.plan.flavour.name for request in self.all], self.all)
         return JobDirectory(
             options.job_directory,
             record,
@@ -205,6 +207,13 @@ class Prepared:
             self.all[target].plan.scheme_of,
             target,
         )
+
+
+def _joined(names: Sequence[str], requests: Sequence[Prepared]) -> dict[str, Any]:
+    """The record of a job for several formats: what they share, and what each has of its own."""
+    shared = {key: requests[0].record[key] for key in SHARED if key in requests[0].record}
+    own = [{k: v for k, v in request.record.items() if k not in shared} for request in requests]
+    return {**shared, "formats": dict(zip(names, own, strict=True))}
 
 
 def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
@@ -287,11 +296,23 @@ def _prepare_several(options: QuantizeOptions) -> Prepared:
     names, job = list(options.formats), options.job_directory
     if len(set(names)) < len(names):
         raise MsQuantError(f"formats {', '.join(names)}: expected each once")
+    _refuse_occupied(options.output)
     parts = [
         replace(options, formats=(name,), output=options.output / name, job=job) for name in names
     ]
     first, *others = map(_prepare, parts)
     return replace(first, others=tuple(others))
+
+
+def _refuse_occupied(output: Path) -> None:
+    """Refuses a directory for several formats with anything in it but directories of formats."""
+    known = {f"{name}{ending}" for name in FLAVOURS for ending in ("", ".partial")}
+    if output.is_dir():
+        others = sorted(path.name for path in output.iterdir() if path.name not in known)
+        if others:
+            raise MsQuantError(
+                f"{output}: holds {others[0]!r}, expected a new directory for several formats"
+            )
 
 
 def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:

@@ -249,7 +249,7 @@ _ROWS = (
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
-def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, **chosen: Any) -> Scheme:
+def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, /, **chosen: Any) -> Scheme:
     """The scheme of that name, as one flavour holds it.
 
     Args:
@@ -301,12 +301,12 @@ def why_not_held(name: str, flavour: str = "") -> str:
     return f"no {flavour} checkpoint can hold it, expected one of {able}"
 
 
-def served_flavours(name: str, **chosen: Any) -> list[str]:
+def served_flavours(name: str, /, **chosen: Any) -> list[str]:
     """The flavours in which some runtime serves a scheme with these options."""
     return [flavour for flavour, row in _fitting(name, chosen).items() if row.served_by]
 
 
-def holding_flavours(name: str, **chosen: Any) -> list[str]:
+def holding_flavours(name: str, /, **chosen: Any) -> list[str]:
     """The flavours that hold a scheme with these options."""
     return list(_fitting(name, chosen))
 

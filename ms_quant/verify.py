@@ -58,7 +58,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     plan, record = structure.plan, read_json(directory / RECORD, MAX_RECORD_BYTES)
     result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
     problems += config_problems(directory, plan.dtype, flavour.entry)
-    problems += _record_problems(directory / RECORD, record, plan)
+    problems += record_problems(directory / RECORD, record, plan)
     if problems:
         return result
     subject = Subject(QuantizedModel(directory), plan, record)
@@ -90,14 +90,14 @@ def _root_problems(directory: Path, entry: str) -> Iterator[str]:
         yield f"{directory}: has no {RECORD}, its files cannot be compared with what was written"
 
 
-def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+def record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """What the record says was done, against what the other files say."""
     record = value.get("record")
     if not isinstance(record, Mapping):
         yield f"{path}: record is {record!r:.80}, expected what was computed"
         return
     stated = plan.record()
-    for key in ("dtype", "kv_cache", "format", "fold"):
+    for key in ("dtype", "kv_cache", "format"):
         wanted = stated.get(key, record.get(key))
         if record.get(key) != wanted:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {wanted!r}"
@@ -107,14 +107,15 @@ def _record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterat
         for group in plan.groups(index)
         for way in [plan.of(index, group)]
     ]
-    found = (_way_problems(entry, way) for way, entry in groups or [(plan, record)])
+    groups.insert(0, (plan.ways[0], record))  # what the first group is
+    found = (_way_problems(entry, way) for way, entry in groups)
     yield from dict.fromkeys(f"{path}: {text}" for texts in found for text in texts)
 
 
 def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     """What is wrong with the recorded scheme of a group, its algorithms and their options."""
     stated = plan.record()
-    for key in ("scheme", "scheme_options", "scale_dtype"):
+    for key in ("scheme", "scheme_options", "scale_dtype", "fold"):
         if plan.quantized() and key in stated and entry.get(key) != stated[key]:
             yield f"{key} is {entry.get(key)!r:.80}, expected {stated[key]!r}"
             return

@@ -115,7 +115,7 @@ class SourceProof:
             return
         places, entry = (ours.directory, self.source.directory), plan.flavour.entry
         yield from source_problems(*places, plan.dtype, config, entry)
-        self.folding = Folding(plan, ours, self.source, subject.folded())
+        self.folding = Folding(plan, ours, self.source, subject.folded(), subject.model.stored_name)
         changed, quantized = self.folding.changed(), set(plan.quantized())
         types = {t.source or t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}
         for name in shapes:

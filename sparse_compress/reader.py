@@ -94,6 +94,8 @@ class SparseModel:
             self._cached = (fused, self.group(index, group))
         return self._cached[1][path.removeprefix(block_prefix(index))]
 
+    phased = False
+
     def cache_scales(self, index: int) -> None:
         """Keys and values are cached as they are."""
 

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("mindspore")
 
+from ms_quant.checkpoint.atomic import write_json
+from ms_quant.checkpoint.finish import seal
 from ms_quant.checkpoint.serving import open_model
 from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
@@ -82,7 +84,7 @@ ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("W4A16", "compressed-tensors", "mindie-sd", {"group_size": 0}),
     ("W4A4_DYNAMIC", "ascend", "mindie-sd", {"model": {"family": "qwen3"}}),
     ("W8A8_MXFP8", "ascend", "mindie-sd", {}),
-    ("W8A8_MXFP8", "mindie-sd", "ascend", {"model": {"family": "qwen3"}, "fold": "norm"}),
+    ("W8A8_MXFP8", "mindie-sd", "ascend", {"model": {"family": "qwen3"}}),
     ("W4A4_MXFP4", "ascend", "mindie-sd", {"rule": "mxfp4_cann0"}),
 ]
 
@@ -165,9 +167,43 @@ def test_a_damaged_checkpoint_is_not_converted(make, tmp_path):
     content = json.loads(path.read_text())
     content["model.norm.weight"] = "W8A8"
     path.write_text(json.dumps(content))
-    with pytest.raises(MsQuantError, match=r"model\.norm\.weight is 'W8A8', expected 'FLOAT'"):
+    with pytest.raises(MsQuantError, match=r"quantization_description\.json: "):
         convert_checkpoint(first, tmp_path / "two", "ascend")
     (first / "ms_quant.json").unlink()
-    path.write_text(json.dumps({**content, "model.norm.weight": "FLOAT"}))
     with pytest.raises(MsQuantError, match=r"has no ms_quant\.json, expected a checkpoint of ms-"):
         convert_checkpoint(first, tmp_path / "two", "ascend")
+
+
+def test_a_flipped_byte_is_not_given_a_new_hash(make, tmp_path):
+    first = make("W8A8_DYNAMIC", "golden-stick")
+    path = sorted(first.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(MsQuantError, match=r"sha256 differs"):
+        convert_checkpoint(first, tmp_path / "two", "ascend")
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm_options": [1]}, r"algorithm_options is \[1\], expected options by algorithm"),
+        ({"algorithm_options": {"gptq": 5}}, r"algorithm_options is .* expected options by"),
+        ({"algorithm": 5}, r"algorithm is 5, expected one of minmax"),
+        ({"shard_bytes": "x"}, r"shard_bytes is 'x', expected a positive number"),
+        ({"shard_bytes": [1]}, r"shard_bytes is \[1\], expected a positive number"),
+        ({"fold": "there"}, r"fold is 'there', expected one of input-scale"),
+        ({"mixed": 3, "scheme": "W8A16"}, r"scheme is 'W8A16', expected 'W8A8_DYNAMIC'"),
+    ],
+)
+def test_a_record_that_is_none(make, tmp_path, changes, message):
+    first = make("W8A8_DYNAMIC", "golden-stick")
+    path = first / "ms_quant.json"
+    content = json.loads(path.read_text())
+    content["record"] |= changes
+    content.pop("sha256")
+    write_json(path, seal(content))
+    with pytest.raises(MsQuantError, match=message):
+        convert_checkpoint(first, tmp_path / "two", "ascend")
+    assert not (tmp_path / "two").exists()

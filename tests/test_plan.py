@@ -145,12 +145,17 @@ def test_places_that_nothing_serves(scheme, choices, message):
         plan(scheme, options=Choices(**choices))
 
 
+def test_a_fold_of_nothing_is_refused():
+    with pytest.raises(MsQuantError, match=r"^fold norm: no algorithm smooths, expected no"):
+        plan(options=Choices(fold="norm"))
+
+
 def test_flavours_of_a_scheme():
     usual, chosen = plan(), plan(options=Choices(format="ascend"))
     assert usual.flavour.name == "golden-stick" and not {"format", "fold"} & usual.record().keys()
     assert chosen.flavour.name == "ascend" and chosen.record()["format"] == "ascend"
     assert chosen.scheme.activation.folds_bias and not chosen.scheme.activation.per_channel
-    folded = plan(options=Choices(fold="norm"))
+    folded = plan(algorithm="smoothquant", options=Choices(fold="norm"))
     assert folded.record()["fold"] == "norm" and not folded.scheme.activation.per_channel
     dynamic = plan("W8A8_DYNAMIC", options=Choices(format="ascend"))
     assert dynamic.scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float16"]

@@ -13,10 +13,13 @@ import pytest
 
 pytest.importorskip("mindspore")
 
+from ms_quant import request
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.serving import JobModel, open_model
+from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import token_losses
+from ms_quant.evaluation import is_phased, token_losses
+from ms_quant.inspection import inspect_checkpoint
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
 from ms_quant.plan import Choices
 from ms_quant.recipe import Recipe, load_recipe
@@ -71,13 +74,14 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
 
     def run(recipe: dict | Recipe | None, output: str = "out", **options: Any) -> Any:
         if not model:
-            model.append(tiny_model(family="qwen2", layers=2, **SHAPE))
+            shape = {**SHAPE, **options.pop("model", {})}
+            model.append(tiny_model(family="qwen2", layers=2, **shape))
         chosen = load_recipe(recipe) if isinstance(recipe, dict) else recipe
-        request = QuantizeOptions(
+        wanted = QuantizeOptions(
             model[0], tmp_path / output, recipe=chosen, keep_job=True, **options
         )
-        prepared = prepare(request)
-        quantize_checkpoint(request, prepared=prepared)
+        prepared = prepare(wanted)
+        quantize_checkpoint(wanted, prepared=prepared)
         return prepared
 
     run.calibrated = {"calib": calib_text, **CALIBRATED}
@@ -272,6 +276,106 @@ def test_the_example_of_the_document(make, tmp_path):
     floats = prepared.plan.float_linears()
     assert floats == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
     assert_written_as_made(prepared)
+
+
+def smoothing(rules: list[dict[str, Any]], *groups: str, **more: Any) -> dict[str, Any]:
+    step = {"algorithm": "smoothquant", "groups": list(groups), **more}
+    return {"apiversion": "ms_quant_v1", "steps": [step], "rules": rules}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "format", "fold"),
+    [
+        (
+            smoothing([rule("W8A8_DYNAMIC", "*attn*"), rule("W8A8", "*.mlp.*")]),
+            "golden-stick",
+            "norm",
+        ),
+        (smoothing([rule("W8A8", "*attn*")], "o"), "compressed-tensors", ""),
+        (smoothing([rule("W8A8", "*attn*")], "o"), "mindie-sd", ""),
+        (
+            smoothing(
+                [
+                    rule("W8A8_DYNAMIC", "*.[qkv]_proj"),
+                    rule("W4A4_MXFP4", "*.o_proj", "*.down_proj"),
+                    rule("W8A8_PER_TENSOR", "*.{gate,up}_proj"),
+                ]
+            ),
+            "mindie-sd",
+            "norm",
+        ),
+    ],
+)
+def test_each_group_has_a_fold_of_its_own(make, tmp_path, recipe, format, fold, file_contents):
+    made = make(recipe, formats=(format,), choices=Choices(fold=fold), **make.calibrated)
+    assert_written_as_made(made)
+    if format == "compressed-tensors":
+        convert_checkpoint(made.options.output, tmp_path / "two", "golden-stick")
+        assert verify_checkpoint(tmp_path / "two", made.options.model)["problems"] == []
+        convert_checkpoint(tmp_path / "two", tmp_path / "three", format)
+        assert file_contents(tmp_path / "three") == file_contents(made.options.output)
+
+
+def test_both_phases_of_a_mixture_are_evaluated(make):
+    recipe = smoothing([rule("W8A8_DYNAMIC", "*attn*"), rule("W8A8_MIX", "*.mlp.*")])
+    made = make(recipe, **make.calibrated)
+    assert is_phased(open_model(made.options.output))
+    assert not is_phased(open_model(made.options.model))
+
+
+def test_formats_that_leave_other_groups_float(make):
+    """Rows of 28 inputs fill no words of eight, which one format needs."""
+    options = {"scheme": "W4A16", "algorithm": "gptq", **make.calibrated}
+    choices = Choices({"group_size": 0}, float_undivided=True)
+    formats = ("compressed-tensors", "mindie-sd")
+    model = {"intermediate_size": 28}
+    made = make(None, model=model, formats=formats, choices=choices, **options)
+    floats = [len(part.plan.float_linears()) for part in made.all]
+    assert floats == [2, 0]
+    for part in made.all:
+        proof = verify_checkpoint(part.options.output, part.options.model)
+        assert proof["problems"] == []
+
+
+def test_other_versions_of_a_job_for_several_formats(make, monkeypatch):
+    options = {"scheme": "W8A8", "formats": SEVERAL[:2], **make.calibrated}
+    monkeypatch.setattr(JobDirectory, "finish_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(None, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(request, "environment", lambda: {"threads": 99})
+    message = r"begun with environment\..*; use --any-environment"
+    with pytest.raises(MsQuantError, match=message):
+        make(None, **options)
+    with pytest.raises(MsQuantError, match=r"calibration\.samples = 4, now .* is 3; finish"):
+        make(None, **{**options, "samples": 3, "any_environment": True})
+    make(None, any_environment=True, **options)
+
+
+def stopped(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_place_that_is_a_checkpoint_takes_no_formats(make):
+    make(None, scheme="W8A16")
+    with pytest.raises(MsQuantError, match=r"out: holds 'config\.json', expected a new directory"):
+        make(None, scheme="W8A8_DYNAMIC", formats=SEVERAL)
+
+
+def test_what_is_inspected(make, tmp_path):
+    made = make(None, scheme="W4A16", choices=Choices({"group_size": 32}))
+    found = {row["stored_as"] for row in inspect_checkpoint(made.options.output)["linears"]}
+    assert found == {"I32, 8 inputs each"}
+    options = {"algorithm": "smoothquant", "choices": Choices(format="mindie-sd")}
+    made = make(None, "other", scheme="W8A8_DYNAMIC", **options, **make.calibrated)
+    found = {row["stored_as"] for row in inspect_checkpoint(made.options.output)["linears"]}
+    assert found == {"I8"}
+
+
+def test_options_are_those_of_schemes(make):
+    for key in ("name", "fold", "flavour"):
+        with pytest.raises(MsQuantError, match=rf"takes no {key}, expected group_size or"):
+            make({"apiversion": "ms_quant_v1", "rules": [rule("W8A16", options={key: "norm"})]})
 
 
 def test_a_calibration_file_beside_the_recipe(make, tmp_path, calib_text, monkeypatch):

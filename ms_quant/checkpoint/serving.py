@@ -43,10 +43,12 @@ class ServedModel(Protocol):
     """Attributes:
     config: the model's shape.
     flavour: what to call the checkpoint.
+    phased: whether some linears tell prefill and decode apart.
     """
 
     config: ModelConfig
     flavour: str
+    phased: bool
 
     def tensor(self, name: str) -> np.ndarray:
         """A float tensor by its Hugging Face name, float32."""
@@ -64,7 +66,7 @@ class ServedModel(Protocol):
 class FloatModel:
     """A Hugging Face checkpoint."""
 
-    flavour = "float"
+    flavour, phased = "float", False
     checkpoint: FloatTensors
 
     def __init__(self, directory: Path):
@@ -99,7 +101,8 @@ class JobModel(FloatModel):
 
     def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
         self.config, self.checkpoint = plan.config, checkpoint
-        self.flavour, self.job, self.kv_cache = plan.scheme_name, job, plan.kv_cache
+        self.flavour, self.phased = plan.scheme_name, plan.phased
+        self.job, self.kv_cache = job, plan.kv_cache
         self._quantized = frozenset(plan.quantized())
         self._types = {}
         for tensor in plan.flavour.tensor_plans(plan):
@@ -138,7 +141,7 @@ class QuantizedModel:
         if structure is None or problems:
             raise MsQuantError(problems[0])
         self.plan, self.row = structure.plan, structure.flavour
-        self.config = structure.plan.config
+        self.config, self.phased = structure.plan.config, structure.plan.phased
         self.checkpoint = structure.checkpoint
         self._quantized = frozenset(self.plan.quantized())
         self._floats = frozenset(self.config.parameter_shapes())

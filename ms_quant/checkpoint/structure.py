@@ -144,7 +144,8 @@ def _plan_of(
                 floats.add(path)
                 continue
             told = flavour.scheme_options(config, description, checkpoint, first)
-            options = {"fold": record.get("fold"), **_options(record, path), **told}
+            fold = recorded_way(record, path).get("fold")
+            options = {"fold": fold, **_options(record, path), **told}
             scheme, chain = _way(flavour, kinds[first], options)
             narrow = recorded_way(record, path).get("scale_dtype") == config.dtype
             ways[path] = (scheme.narrowed() if narrow else scheme), chain

@@ -64,7 +64,7 @@ class Recipe:
     calib: calibration file, None if the recipe names none.
     samples: windows of it.
     seq_len: tokens of a window.
-    seed: of the choice of windows and of rotations.
+    seed: of the choice of windows.
     shard_bytes: largest data size of an output file; 0 is one file.
     """
 
