@@ -387,3 +387,29 @@ def test_a_recorded_algorithm_that_cannot_be(make: Callable, changes: dict, mess
     value["record"] |= changes
     write_json(directory / RECORD, seal({k: v for k, v in value.items() if k != "sha256"}))
     assert message in problem(directory)
+
+
+def test_a_channel_that_needs_no_smoothing_in_a_float32_model(
+    tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path
+) -> None:
+    """Its gain is rounded all the same, and the columns make up for that."""
+
+    def change(tensors: Tensors) -> None:
+        for path in (Q, K, V):
+            tensors[f"{path}.weight"][0, 5] = 1
+        tensors[NORM][5] = np.float32(1.00123)
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    source = tiny_model(layers=1, dtype="float32", change=change, **shape)
+    request = QuantizeOptions(
+        source,
+        tmp_path / "out",
+        "W8A8_DYNAMIC",
+        "smoothquant",
+        choices=Choices(algorithm={"alpha": 0.0}, format="ascend"),
+        calib=calib_text,
+        **STATIC,
+    )
+    quantize_checkpoint(request)
+    result = verify_checkpoint(tmp_path / "out", source)
+    assert result["problems"] == [] and result["made_again"] == 3
