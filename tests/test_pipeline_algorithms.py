@@ -74,6 +74,7 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W8A8", "histogram", {}),
         ("W8A8", "percentile+clip", {"share": 0.999}),
         ("W8A8", "osl", {"fold": "norm"}),
+        ("W8A8_MIX", "flexsmooth", {}),
         ("W8A8", "smoothquant+gptq", {"format": "ascend"}),
         ("W8A8_DYNAMIC", "awq", {"format": "ascend"}),
         ("W8A8", "smoothquant+gptq", {"format": "compressed-tensors"}),

@@ -23,13 +23,16 @@ class SmoothOptions:
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-def smooth_scale(act_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float) -> np.ndarray:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
+def smooth_scale(
+    act_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float, beta: float | None = None
+) -> np.ndarray:
+    """s_j = max|X_j|^alpha / max|W_j|^beta.
 
     Args:
         act_absmax: (in,), largest magnitude of each input channel.
         weight_absmax: (in,), largest magnitude of each weight column.
         alpha: 0 leaves the range with the activations, 1 moves all of it to the weights.
+        beta: the same of the weights' range; None is 1 - alpha.
 
     Returns:
         float32 (in,), at least 1e-5; 1 where either maximum is 0.
@@ -37,7 +40,8 @@ def smooth_scale(act_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float
     act = np.asarray(act_absmax, np.float64)
     weight = np.asarray(weight_absmax, np.float64)
     live = (act > 0) & (weight > 0)
-    scale = np.where(live, act, 1.0) ** alpha / np.where(live, weight, 1.0) ** (1.0 - alpha)
+    beta = 1.0 - alpha if beta is None else beta
+    scale = np.where(live, act, 1.0) ** alpha / np.where(live, weight, 1.0) ** beta
     return np.where(live, np.maximum(scale, 1e-5), 1.0).astype(np.float32)
 
 

@@ -93,14 +93,9 @@ def _iter_smooth(section: Section) -> Part:
 
 
 def _flex_smooth(section: Section) -> Part:
-    for key in ("alpha", "beta"):
-        if section.get(key, None) is None:
-            why = "searched there by an error that no algorithm here looks at"
-            refuse(section.path(key), None, "a number, or osl, awq or iter_smooth instead", why)
-    alpha, beta = _share(section, "alpha"), section.number("beta")
-    if abs(alpha + beta - 1) > 1e-9:
-        refuse(section.path("beta"), section.get("beta"), f"1 - alpha, {1 - alpha:g}")
-    return _step(section, "smoothquant", {"alpha": alpha}, _groups(section))
+    given = [key for key in ("alpha", "beta") if section.get(key, None) is not None]
+    options = {key: _share(section, key) for key in given}
+    return _step(section, "flexsmooth", options, _groups(section))
 
 
 def _awq(section: Section) -> Part:

@@ -208,8 +208,9 @@ SUBGRAPHS = "enable_subgraph_type"
         ),
         (
             {"type": "flex_smooth_quant", "alpha": 0.7, "beta": 0.3, SUBGRAPHS: ["norm-linear"]},
-            Step("smoothquant", {"alpha": 0.7}, groups=("qkv", "gate_up")),
+            Step("flexsmooth", {"alpha": 0.7, "beta": 0.3}, groups=("qkv", "gate_up")),
         ),
+        ({"type": "flex_smooth_quant", SUBGRAPHS: ["ov"]}, Step("flexsmooth", groups=("o",))),
         (
             {"type": "awq", "weight_qconfig": ROWS, SUBGRAPHS: ["norm-linear"]},
             Step(
@@ -382,16 +383,8 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
             r"spec\.process\[0\]\.enable_subgraph_type is 'qk', expected some of up-down, ov",
         ),
         (
-            [{"type": "flex_smooth_quant"}, GOOD],
-            r"spec\.process\[0\]\.alpha is None \(searched there",
-        ),
-        (
-            [{"type": "flex_smooth_quant", "alpha": 0.5}, GOOD],
-            r"spec\.process\[0\]\.beta is None \(searched there",
-        ),
-        (
-            [{"type": "flex_smooth_quant", "alpha": 0.5, "beta": 0.4}, GOOD],
-            r"spec\.process\[0\]\.beta is 0.4, expected 1 - alpha, 0.5",
+            [{"type": "flex_smooth_quant", "alpha": 1.5}, GOOD],
+            r"spec\.process\[0\]\.alpha is 1.5",
         ),
         ([{"type": "awq"}, GOOD], r"spec\.process\[0\]\.weight_qconfig: is missing"),
         (
