@@ -27,6 +27,7 @@ from ms_quant.checkpoint.finish import (
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.checkpoint.structure import check_kind
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.numerics.activation import StaticActivation
@@ -81,6 +82,7 @@ def convert_checkpoint(
             names the tensor. No output directory is left behind.
     """
     check_places(directory, output, output.with_name(output.name + ".job"))
+    check_kind(directory)
     _record(directory)
     damaged = next(chain.from_iterable((check_files(directory), unlisted_files(directory))), None)
     if damaged:
