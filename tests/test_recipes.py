@@ -14,10 +14,13 @@ import pytest
 pytest.importorskip("mindspore")
 
 from ms_quant import request
+from ms_quant.checkpoint.atomic import write_json
+from ms_quant.checkpoint.finish import seal
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.serving import JobModel, open_model
 from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.estimate import estimate
 from ms_quant.evaluation import is_phased, token_losses
 from ms_quant.inspection import inspect_checkpoint
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
@@ -387,3 +390,28 @@ def test_a_calibration_file_beside_the_recipe(make, tmp_path, calib_text, monkey
     )
     assert calib_text.parent == tmp_path
     assert read_recipe(recipe).calib == str(calib_text)
+
+
+def test_a_record_whose_first_group_is_an_exception(make):
+    """What stands at the top is the first group's, so it is never among the others."""
+    made = make(NATIVE)
+    path = made.options.output / "ms_quant.json"
+    content = json.loads(path.read_text())
+    first = {key: content["record"][key] for key in ("scheme", "algorithm")}
+    groups = [f"model.layers.{i}.{name}" for i in range(2) for name in ("qkv", "o", "gate_up")]
+    content["record"]["mixed"] |= dict.fromkeys(groups[:2], first)
+    for wrong in (5, None, ["quarot"]):
+        content["record"]["algorithm"] = wrong
+        content.pop("sha256", None)
+        write_json(path, seal(content))
+        problems = verify_checkpoint(made.options.output, made.options.model)["problems"]
+        assert any("algorithm is" in text for text in problems)
+
+
+def test_a_dry_run_says_what_each_linear_becomes(make, tmp_path):
+    made = make(NATIVE)
+    plan = estimate(made, tmp_path / "out")
+    found = {row.partition(":")[0]: row.rpartition(", ")[2] for row in plan["linears_of_a_block"]}
+    assert found["self_attn.q_proj"] == "W8A8_DYNAMIC or W8A16"
+    assert found["self_attn.o_proj"] == "W8A8_DYNAMIC or FLOAT"
+    assert found["mlp.down_proj"] == "W4A16"

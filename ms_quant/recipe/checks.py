@@ -14,7 +14,7 @@ from ms_quant.recipe.patterns import check_pattern
 from ms_quant.recipe.records import Recipe, Rule, Step
 from ms_quant.schemes import KV_CACHES, SCHEMES, get_scheme
 
-FORMATS = ("golden-stick", "ascend", "mindie-sd", "compressed-tensors")
+FORMATS = tuple(dict.fromkeys(held.flavour for row in SCHEMES.values() for held in row.held))
 CHOOSING = (Stage.INPUT, Stage.RANGE, Stage.ROUNDING)
 """Stages that belong to a rule; those of a step are the others."""
 
