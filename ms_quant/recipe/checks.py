@@ -25,8 +25,10 @@ def checked(recipe: Recipe) -> Recipe:
     Raises:
         MsQuantError: names the path and what is possible there.
     """
-    if not recipe.rules and not recipe.kv_cache:
-        raise MsQuantError("rules: are empty, expected at least one, or a kv_cache")
+    if not recipe.rules:
+        raise MsQuantError(
+            "rules: are empty, expected at least one; a cache alone is not quantized"
+        )
     for rule in recipe.rules:
         _at(rule.where, _check_rule, rule)
     for step in recipe.steps:

@@ -73,8 +73,9 @@ def from_ptq_config(config: Any, layer_policies: Mapping[str, Any] | None = None
         more = _translate(policy, (pattern,), ())
         rules, steps = rules + more[0], steps + more[1]
     cache = (DYNAMIC_CACHE if base.cache_per_token else STATIC_CACHE) if base.cache else ""
-    if not rules and not cache:
-        refuse(base.path("weight_quant_dtype"), None, "int8 or qint4x2", "nothing is quantized")
+    if not rules:
+        why = "a cache alone is not quantized" if cache else "nothing is quantized"
+        refuse(base.path("weight_quant_dtype"), None, "int8 or qint4x2", why)
     return checked(Recipe(rules, steps, kv_cache=cache))
 
 

@@ -47,8 +47,9 @@ def from_modelslim(document: Mapping[str, Any]) -> Recipe:
         calib=None if spec.get("dataset", None) is None else spec.text("dataset"),
         shard_bytes=shard_bytes,
     )
-    if not recipe.rules and not recipe.kv_cache:
-        refuse("spec.process", [step.algorithm for step in recipe.steps], "a linear_quant in it")
+    if not recipe.rules:
+        found = [Section(value, where).get("type") for where, value in values]
+        refuse("spec.process", found, "a linear_quant in it")
     return recipe
 
 

@@ -172,9 +172,9 @@ def test_a_cache(fields, granularity, name):
     assert from_ptq_config(config).kv_cache == name
 
 
-def test_a_cache_alone():
-    recipe = from_ptq_config(Config(weight_quant_dtype=None, **CACHE))
-    assert recipe == Recipe((), kv_cache="C8")
+def test_a_cache_alone_is_refused():
+    with pytest.raises(MsQuantError, match=r"weight_quant_dtype is None \(a cache alone is not"):
+        from_ptq_config(Config(weight_quant_dtype=None, **CACHE))
 
 
 @pytest.mark.parametrize("dtype", [INT8, np.int8, np.dtype("int8"), "int8"])
