@@ -91,6 +91,7 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
     """
     wanted = _treatments(config, recipe)
     format = options.format or _common_format(wanted.values(), recipe.kv_cache)
+    must_serve = options.format not in ("", *recipe.formats)  # a recipe may be for a compressor
     asked = replace(options, format=format, kv_cache=recipe.kv_cache)
     made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
     ways = {}
@@ -99,7 +100,7 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
         if way is None:
             text = "+".join(treatment.algorithms) or PLAIN
             own = replace(asked, scheme=treatment.options, algorithm=treatment.algorithm_options)
-            way = _way(treatment.scheme, text, own, must_serve=bool(options.format))
+            way = _way(treatment.scheme, text, own, must_serve)
             made.append((treatment, way))
         ways[group] = way
     return _plan(config, ways, dtype, asked)

@@ -16,7 +16,7 @@ from ms_quant.numerics.activation import (
     Phased,
     StaticInt8,
 )
-from ms_quant.numerics.float_grid import DualMxFormat, Float8Format, MxFormat
+from ms_quant.numerics.float_grid import DualMxFormat, Float8Format, FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.mx_rules import RULES
 from ms_quant.numerics.timestep import Timestep
@@ -244,6 +244,14 @@ _ROWS = (
         "W4A4_MXFP4 beside a float branch of low rank",
         (_ascend(),),
         algorithm="svd",
+    ),
+    Scheme(
+        "W16A16S",
+        FloatFormat(),
+        Float(),
+        "float weights, a share of them zero and most others of two mantissa bits",
+        (_ascend(scale_type=ScaleType.MODEL),),
+        algorithm="admm",
     ),
 )
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}

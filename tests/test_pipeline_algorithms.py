@@ -98,6 +98,7 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W8A8_MXFP8", "smoothquant", {"format": "mindie-sd"}),
         ("W4A16", "gptq", {"format": "mindie-sd", "group_size": 0}),
         ("W4A4_MXFP4_SVD", "smoothquant", {"rank": 4}),
+        ("W16A16S", "quarot", {"sparsity": 0.5}),
         ("W8A8FP8_DYNAMIC", "smoothquant+gptq", {}),
         ("W4A4_FLATQUANT_DYNAMIC", "smoothquant+gptq", {"steps": 5}),
     ],

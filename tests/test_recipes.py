@@ -220,6 +220,7 @@ def test_a_format_twice_is_refused(make):
 
 
 MX = {"scope": "per_block", "symmetric": True}
+MX4 = {**MX, "dtype": "mxfp4", "method": "minmax"}
 TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
 FLOATS = {"scope": "per_tensor", "dtype": "float", "symmetric": True, "method": "none"}
 INT4 = {"scope": "per_channel", "dtype": "int4", "symmetric": True, "method": "minmax"}
@@ -266,6 +267,28 @@ def test_recipes_of_modelslim_run(make, name, qconfigs, flavour):
     windows = {"samples": 4, "seq_len": 16} if name in ("static", "dynamic, gptq") else {}
     prepared = make(recipe, **windows)
     assert flavour in open_model(prepared.options.output).flavour
+    assert_written_as_made(prepared)
+
+
+@pytest.mark.parametrize(
+    ("process", "scheme"),
+    [
+        ([{"type": "float_sparse", "sparse_ratio": 0.25}], "W16A16S"),
+        (
+            [
+                {"type": "svd_res", "rank": 4},
+                {"type": "linear_quant", "qconfig": {"act": MX4, "weight": MX4}},
+            ],
+            "W4A4_MXFP4_SVD",
+        ),
+    ],
+)
+def test_recipes_that_name_a_format_which_no_runtime_serves_yet_run(make, process, scheme):
+    saver = [{"type": "ascendv1_saver"}]
+    recipe = {"apiversion": "modelslim_v1", "spec": {"process": process, "save": saver}}
+    data = make.calibrated if scheme == "W16A16S" else {}
+    prepared = make(recipe, **data)
+    assert open_model(prepared.options.output).flavour == f"ascend {scheme}"
     assert_written_as_made(prepared)
 
 

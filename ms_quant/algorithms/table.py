@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from ms_quant.algorithms import (
+    admm,
     awq,
     clip,
     flatquant,
@@ -97,6 +98,10 @@ def _affine(scheme: Scheme) -> str:
     if isinstance(weight, AffineFormat) and weight.symmetric and not weight.per_tensor:
         return ""
     return "it needs symmetric integer weights with a scale for each row or group"
+
+
+def _rounded(scheme: Scheme) -> str:
+    return "its weights are floats of the model's type" if scheme.weight.bits == 16 else ""
 
 
 def _own(name: str) -> Callable[[Scheme], str]:
@@ -205,6 +210,16 @@ ALGORITHMS: dict[str, Algorithm] = {
         gptq.solve,
         "each column's rounding error made up for by later ones (arXiv 2210.17323)",
         gptq.GptqOptions(),
+        _rounded,
+        hessian=True,
+        places=True,
+    ),
+    "admm": Algorithm(
+        Stage.ROUNDING,
+        admm.solve,
+        "weights pruned by ADMM, the others cut to two mantissa bits (arXiv 2401.02938)",
+        admm.AdmmOptions(),
+        _own("admm"),
         hessian=True,
         places=True,
     ),

@@ -22,8 +22,10 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
+from ms_quant.numerics.float_grid import FloatFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.rotation import balanced_factors
+from ms_quant.spec import Scheme
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 DESCRIPTION, VERSION = "quant_model_description.json", "1.0.0"
 TRANSFORM_MULTIPLE = 8
 MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
+    "W16A16S",
     "W8A16",
     "W8A8_DYNAMIC",
     "W8A8_MIX",
@@ -61,7 +64,7 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
     activation = plan.scheme.activation
     if isinstance(activation, StaticInt8) and activation.per_channel:
         raise MsQuantError(f"the ascend flavour cannot hold scheme {plan.scheme.name}")
-    codes_of(plan.scheme).check(*shape, name)
+    codes_of(plan.scheme, plan.dtype).check(*shape, name)
     if plan.scheme.algorithm == "flatquant":
         if shape[1] % TRANSFORM_MULTIPLE:
             raise MsQuantError(
@@ -102,8 +105,8 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     quantized, result = set(plan.quantized()), {}
     for tensor in tensors:
         path, _, suffix = tensor.name.rpartition(".")
-        stays = path not in quantized or suffix in FLOATS
-        kind = "FLOAT" if stays else plan.scheme_of(path).name
+        scheme = plan.scheme_of(path) if path in quantized else None
+        kind = scheme.name if scheme and not _is_float(scheme, suffix) else "FLOAT"
         result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
     if plan.config.tied:
         result[HEAD] = "FLOAT"
@@ -117,6 +120,11 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
         "metadata": {},
         "optional": {},
     }
+
+
+def _is_float(scheme: Scheme, suffix: str) -> bool:
+    """Whether a tensor of a quantized linear is called so; a bias beside float weights is not."""
+    return suffix in FLOATS and not isinstance(scheme.weight, FloatFormat)
 
 
 def _model_type(plan: Plan) -> str:

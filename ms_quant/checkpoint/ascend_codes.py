@@ -82,9 +82,27 @@ FLOAT8 = Codes(E4M3, lambda codes, name: codes.view(E4M3), _no_nan)
 FLOAT4 = Codes(UINT8, pack.pack_nibbles, pack.unpack_nibbles, columns=2)
 
 
-def codes_of(scheme: Scheme) -> Codes:
-    """The layout of a scheme's weights: packed as the kernel of its activations reads them."""
+def _floats(dtype: np.dtype) -> Codes:
+    """Floats of a model's type."""
+    return Codes(dtype, lambda codes, name: codes.astype(dtype), _finite)
+
+
+def _finite(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
+    wide = stored.astype(np.float32)
+    affine.check_finite(wide, name)
+    return wide
+
+
+def codes_of(scheme: Scheme, dtype: np.dtype) -> Codes:
+    """The layout of a scheme's weights: packed as the kernel of its activations reads them.
+
+    Args:
+        scheme: the scheme.
+        dtype: of the model.
+    """
     weight = scheme.weight
+    if weight.bits == 16:
+        return _floats(dtype)
     if not weight.integer:
         return FLOAT8 if weight.bits == 8 else FLOAT4
     if weight.bits == 8:

@@ -25,7 +25,7 @@ from ms_quant.numerics.activation import (
     StaticInt8,
 )
 from ms_quant.numerics.affine import QMAX, QMIN
-from ms_quant.numerics.float_grid import MxFormat
+from ms_quant.numerics.float_grid import FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
 
@@ -77,7 +77,8 @@ def read_linear(
         MsQuantError: names the tensor that is wrong.
     """
     source, scheme = _Source(checkpoint, path), plan.scheme
-    weight = codes_of(scheme).unpack(source("weight"), in_channels(plan, path), f"{path}.weight")
+    codes = codes_of(scheme, plan.dtype)
+    weight = codes.unpack(source("weight"), in_channels(plan, path), f"{path}.weight")
     linear = QuantizedLinear(
         weight,
         _grid(plan, source, path),
@@ -98,6 +99,8 @@ def read_linear(
 
 def _grid(plan: Plan, source: _Source, path: str) -> Grid:
     format = plan.scheme.weight
+    if isinstance(format, FloatFormat):
+        return format.grid({})
     if isinstance(format, MxFormat):
         exponents = source("weight_scale")
         source.require(exponents != 255, "weight_scale", "exponents are 255 (NaN)")

@@ -16,7 +16,7 @@ from ms_quant.checkpoint.flavour import Part
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics import rotation, w4a8
 from ms_quant.numerics.activation import PerToken, Phased, StaticInt8
-from ms_quant.numerics.float_grid import DualMxGrid, MxFormat, MxGrid
+from ms_quant.numerics.float_grid import DualMxGrid, FloatFormat, MxFormat, MxGrid
 from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelFormat, TwoLevelGrid
 from ms_quant.numerics.groupwise import antiquant_offset
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
@@ -32,7 +32,7 @@ WITH_CODES = frozenset({"weight", "quant_bias", "scale_bias"})
 
 def parts(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> dict[str, Part]:
     """Suffix to tensor of a linear of a group and shape (out, in), without its bias."""
-    scheme, codes = plan.scheme, codes_of(plan.scheme)
+    scheme, codes = plan.scheme, codes_of(plan.scheme, plan.dtype)
     result = {
         "weight": Part(codes.dtype, codes.shape(*shape), lambda x: codes.pack(x.weight, "weight"))
     }
@@ -75,6 +75,8 @@ def narrowed(scale: np.ndarray) -> np.ndarray:
 
 def _scales(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
     format, (rows, columns) = plan.scheme.weight, shape
+    if isinstance(format, FloatFormat):
+        return {}
     if isinstance(format, MxFormat):
         blocks = (rows, -(-columns // format.group_size))
         return {"weight_scale": Part(UINT8, blocks, lambda x: exponents(x.grid))}

@@ -1,4 +1,5 @@
-"""Formats and grids of small floats: float8 rows, microscaling blocks, blocks under a second scale.
+"""Formats and grids of floats: float8 rows, microscaling blocks, blocks under a second scale, and
+the model's own type.
 
 Their protocol and the table of all of them: :mod:`ms_quant.numerics.grid`.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ms_quant.numerics import minifloat, mx
+from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.grid import FLOAT32, Clip, check_group, columns_of, stored_scale
 from ms_quant.numerics.minifloat import E2M1
 from ms_quant.numerics.mx_rules import HUGE, RULES, MxRule
@@ -202,3 +204,56 @@ class DualMxGrid:
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {**self.inner.arrays(), "weight_dual_scale": self.scales}
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Floats of the model's type, which are their own codes: what an algorithm does to them is all.
+
+    Codes are held in float32.
+    """
+
+    group_size = 0
+    bits = 16
+    symmetric = True
+    clips = False
+    integer = False
+
+    def check_columns(self, columns: int, name: str) -> None:
+        """Any number will do."""
+
+    def fit(
+        self, weight: np.ndarray, name: str, scale_dtype: np.dtype = FLOAT32, clip: Clip = 1.0
+    ) -> FloatGrid:
+        return FloatGrid(scale_dtype, name, weight.shape[1])
+
+    def grid(self, arrays: Mapping[str, np.ndarray]) -> FloatGrid:
+        return FloatGrid()
+
+
+@dataclass
+class FloatGrid:
+    """Attributes:
+    dtype: the model's.
+    name: as given to ``fit``.
+    group: K.
+    """
+
+    dtype: np.dtype = FLOAT32
+    name: str = "weight"
+    group: int = 0
+
+    def round(self, weight: np.ndarray, start: int = 0) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            codes = weight.astype(self.dtype).astype(np.float32)
+        check_finite(codes, f"{self.name} in {self.dtype.name}")
+        return codes
+
+    def values(self, codes: np.ndarray, start: int = 0) -> np.ndarray:
+        return codes
+
+    def refit(self, weight: np.ndarray, start: int) -> None:
+        """There is nothing to take."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {}

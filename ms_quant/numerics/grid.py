@@ -13,6 +13,7 @@ TwoLevelFormat    int8, of 4 bits         (q * second) * scale                  
 Float8Format      uint8, E4M3             e4m3(q) * scale                             K
 MxFormat          uint8, E4M3 or E2M1     element(q) * 2**e                           32
 DualMxFormat      uint8, E2M1             (e2m1(q) * 2**e) * dual_scale               32
+FloatFormat       float32                 itself, a float of the model's type         K
 ================  ======================  ==========================================  ==========
 
 ``group`` is the number of adjacent inputs that share parameters of their own; K is per-channel.
@@ -67,11 +68,11 @@ class WeightFormat(Protocol):
 
     @property
     def bits(self) -> int:
-        """Of a code: 8 or 4."""
+        """Of a code: 16, 8 or 4."""
 
     @property
     def integer(self) -> bool:
-        """Whether codes are integers; else they are small floats."""
+        """Whether codes are integers; else they are floats."""
 
     @property
     def group_size(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ms_quant.algorithms.admm import MAX_SPARSITY
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.modelslim_linear import (
     Kind,
@@ -141,6 +142,15 @@ def _flatquant(section: Section) -> Part:
     return Part(rules=tuple(rules))
 
 
+def _float_sparse(section: Section) -> Part:
+    sparsity = section.number("sparse_ratio", 0.3)
+    if not 0 <= sparsity <= MAX_SPARSITY:
+        refuse(section.path("sparse_ratio"), sparsity, f"a number from 0 to {MAX_SPARSITY}")
+    include, exclude = section.texts("include", EVERYTHING), section.texts("exclude", ())
+    settings = {"admm.sparsity": sparsity}
+    return Part(rules=(Rule("W16A16S", {}, ("admm",), settings, include, exclude, section.where),))
+
+
 def _dynamic_cache(section: Section) -> Part:
     if "qconfig" in section:
         keys = ("dtype", "scope", "symmetric", "method", "ext")
@@ -218,6 +228,7 @@ PROCESSORS: dict[str, tuple[tuple[str, ...], Callable[[Section], Part]]] = {
         _quarot,
     ),
     "flatquant": (("strategies", *TRAINING), _flatquant),
+    "float_sparse": (("sparse_ratio", "include", "exclude"), _float_sparse),
     "dynamic_cache": (("qconfig", "include", "exclude"), _dynamic_cache),
 }
 """Type to the keys it may have besides ``type`` and what reads it."""
@@ -229,6 +240,5 @@ REFUSED = {
     "adapt_rotation": "rotations are not trained here; possible are quarot and flatquant",
     "autoround_quant": "rounding is not trained here; possible is linear_quant with gptq or ssz",
     "fa3_quant": "attention is not quantized here; possible is dynamic_cache for keys and values",
-    "float_sparse": "no ADMM pruning is made here; possible is sparse-compress, another command",
     "load": "it is no processor of a recipe; possible is ms-quant quantize on a float checkpoint",
 }

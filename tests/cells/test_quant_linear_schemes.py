@@ -119,6 +119,7 @@ def test_schemes_without_ascend_operators_are_refused_there(name: str) -> None:
         ("W8A8", "percentile", {"share": 0.99}),
         ("W4A4_MXFP4_SVD", "minmax", {"rank": 2}),
         ("W4A4_FLATQUANT_DYNAMIC", "minmax", {"steps": 2}),
+        ("W16A16S", "minmax", {"sparsity": 0.2}),
     ],
 )
 def test_any_network_takes_any_scheme(scheme: str, algorithm: str, options: dict) -> None:

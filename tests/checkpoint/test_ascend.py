@@ -91,6 +91,7 @@ E4M3 = {"weight": "float8_e4m3fn [32, 64]"}
         ("W8A8_MXFP8", {}, {**E4M3, **MX}),
         ("W4A8_MXFP", {}, {**BYTES, **MX}),
         ("W4A4_MXFP4", {}, {**BYTES, **MX}),
+        ("W16A16S", {}, {"weight": "bfloat16 [32, 64]"}),
         (
             "W4A4_MXFP4_SVD",
             {},
@@ -111,6 +112,7 @@ def test_tensors_of_a_row_parallel_linear_and_of_float16() -> None:
     assert table(plan("W4A8_DYNAMIC"), DOWN)["scale_bias"] == "float32 [64, 16]"
     assert table(plan("W8A8_MIX", FP16), DOWN)["deq_scale"] == "int64 [64]"
     assert table(plan("W8A8_MIX", FP16), K_PROJ)["bias"] == "float32 [32]"
+    assert table(plan("W16A16S", FP16), DOWN) == {"weight": "float16 [64, 128]"}
     assert table(plan("W4A4_MXFP4_SVD", FP16), DOWN)["svd_lowrank_l1"] == "float16 [32, 128]"
 
 
@@ -166,6 +168,12 @@ def test_branches_are_float_in_the_description() -> None:
     found = ascend.FLAVOUR.description(plan("W4A4_MXFP4_SVD"))
     assert found[f"{DOWN}.svd_lowrank_l1"] == found[f"{DOWN}.svd_lowrank_l2"] == "FLOAT"
     assert found[f"{DOWN}.weight"] == found[f"{DOWN}.weight_scale"] == "W4A4_MXFP4_SVD"
+
+
+def test_a_bias_of_float_weights_has_their_name() -> None:
+    found = ascend.FLAVOUR.description(plan("W16A16S"))
+    assert found[f"{K_PROJ}.weight"] == found[f"{K_PROJ}.bias"] == "W16A16S"
+    assert found["model_quant_type"] == "W16A16S" and found["model.norm.weight"] == "FLOAT"
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,14 @@ def test_flatquant_is_a_scheme():
     )
 
 
+@pytest.mark.parametrize(("given", "sparsity"), [({}, 0.3), ({"sparse_ratio": 0.5}, 0.5)])
+def test_float_weights_are_pruned(given, sparsity):
+    more = {"include": ["*.mlp.*"], "exclude": ["*.down_proj"]}
+    recipe = load_recipe(document({"type": "float_sparse", **given, **more}))
+    found = {name: tuple(patterns) for name, patterns in more.items()}
+    assert recipe.rules == (Rule("W16A16S", {}, ("admm",), {"admm.sparsity": sparsity}, **found),)
+
+
 @pytest.mark.parametrize("more", [{}, {"qconfig": ROWS, "include": ["*"]}])
 def test_a_cache(more):
     recipe = load_recipe(document(linear(TOKENS, ROWS), {"type": "dynamic_cache", **more}))
@@ -258,7 +266,7 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
         ([], r"spec\.process is \[\]"),
         (
             [{"type": "smooth_quant"}],
-            r"spec\.process is \['smoothquant'\], expected a linear_quant",
+            r"spec\.process is \['smooth_quant'\], expected a linear_quant",
         ),
         ([3], r"spec\.process\[0\] is 3, expected a mapping"),
         ([{}], r"spec\.process\[0\]\.type: is missing"),
@@ -269,7 +277,6 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
                 rf"spec\.process\[0\]\.type: {name} is not supported, .*possib",
             )
             for name in (
-                "float_sparse",
                 "online_quarot",
                 "adapt_rotation",
                 "autoround_quant",
@@ -278,6 +285,10 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
                 "flex_awq_ssz",
                 "load",
             )
+        ),
+        (
+            [{"type": "float_sparse", "sparse_ratio": 0.9}],
+            r"spec\.process\[0\]\.sparse_ratio is 0\.9, expected a number from 0 to 0\.7",
         ),
         # linear_quant
         ([GOOD | {"includes": []}], r"spec\.process\[0\]\.includes: is no known key"),
