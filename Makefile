@@ -48,7 +48,7 @@ build/fuzz/%.o: $(CODEC)/%.cpp $(wildcard $(CODEC)/*.h)
 build/fuzz/fuzz_unzip: $(CODEC)/fuzz_unzip.cpp $(TRACED)
 	$(CXX) $(FUZZ_FLAGS) $^ -o $@ -pthread
 
-$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard sparse_compress/codec/src/*)
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard sparse_compress/codec/src/* ms_quant/kernels/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[mindspore,test]'
 	touch $@

@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
+from ms_quant.cells.native import NativeLinear, calls_directly, floats, native_linear
 from ms_quant.cells.timesteps import current_step, is_static
 from ms_quant.models.decoder import repeat_rows
 from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
@@ -36,11 +37,15 @@ class QuantLinear(nn.Cell):
 
     With integer weights per channel and integer inputs the products are summed exactly, as int32
     would, and the result is bit-equal to
-    :meth:`ms_quant.numerics.linear.QuantizedLinear.forward`. On CPU the sum is a float32 matrix
-    product over chunks of at most 1,024 inputs, which is exact, added in int32. With anything else
-    the input and the weight are dequantized and multiplied in float32; the weight once, when the
-    Cell is made. Inputs in float8 or microscaling formats, and those of a Kronecker transform, are
-    quantized in NumPy, which works in PyNative only.
+    :meth:`ms_quant.numerics.linear.QuantizedLinear.forward`. With anything else the input and the
+    weight are dequantized and multiplied in float32.
+
+    On CPU integer weights have native kernels (docs/kernels.md), for which they are packed when
+    the Cell is made: called on the tensors' own memory in PyNative, and as a custom operator in
+    jit and graph mode. They have no gradient. Where there is no kernel or no library MindSpore's
+    operators compute the same: exact sums as float32 matrix products over chunks of at most 1,024
+    inputs, others with a weight that is dequantized once. Inputs in float8 or microscaling formats,
+    and those of a Kronecker transform, are quantized in NumPy, which works in PyNative only.
 
     W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
     call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
@@ -58,6 +63,8 @@ class QuantLinear(nn.Cell):
         timestep_policy (TimestepPolicyConfig, optional): which timesteps are static and which are
             dynamic; only read for W8A8_TIMESTEP, and in each call. Default: ``None``, all are
             dynamic.
+        native (bool, optional): whether to use native kernels on CPU where there are some. Default:
+            ``True``.
 
     Inputs:
         - **x** (Tensor) - float, of shape :math:`(*, in)`.
@@ -90,6 +97,7 @@ class QuantLinear(nn.Cell):
         linear: QuantizedLinear,
         device_target: str | None = None,
         timestep_policy: TimestepPolicyConfig | None = None,
+        native: bool = True,
     ):
         super().__init__()
         self.out_channels, self.in_channels = linear.weight.shape
@@ -119,7 +127,12 @@ class QuantLinear(nn.Cell):
         self.operators = ascend.operators(linear) if target == "Ascend" else None
         self.matmul = ops.MatMul(transpose_b=True)
         self.row_max = ops.ReduceMax(keep_dims=True)
-        if not linear.integer and self.operators is None:
+        self.native = native_linear(linear) if native and target == "CPU" else None
+        if self.native is not None:  # graphs look for them here
+            self.native_operator = self.native.operator
+            self.native_weights, self.native_params = self.native.weights, self.native.params
+            self.native_decode = self.native.decode_params
+        if not linear.integer and self.operators is None and self.native is None:
             self.float_weight = Tensor.from_numpy(linear.grid.values(linear.weight))
 
     def _take_static(self, linear: QuantizedLinear) -> None:
@@ -170,6 +183,20 @@ class QuantLinear(nn.Cell):
             self.svd_lowrank_l1 = _frozen(linear.branch.l1)
             self.svd_lowrank_l2 = _frozen(linear.branch.l2)
 
+    def __call__(self, *args, **kwargs):
+        # Compiled networks do not come here: they take the operator in ``construct``.
+        if self.native is None or not calls_directly(self):
+            return super().__call__(*args, **kwargs)
+        return self._direct(self.native, *args, **kwargs)
+
+    def _direct(self, native: NativeLinear, x: Tensor, decode: bool = False) -> Tensor:
+        shape, array = x.shape[:-1] + (self.out_channels,), floats(x)
+        rows = array.reshape(-1, self.in_channels)
+        if self.kronecker is not None:
+            rows = self.kronecker(rows * self.mul_scale.asnumpy() if self.smooths else rows)
+        y = Tensor.from_numpy(native(rows, decode).reshape(shape))
+        return y if x.dtype == ms.float32 else y.astype(x.dtype)
+
     def construct(self, x: Tensor, decode: bool = False) -> Tensor:
         shape = x.shape[:-1] + (self.out_channels,)
         rows = x.reshape(-1, self.in_channels)
@@ -178,6 +205,10 @@ class QuantLinear(nn.Cell):
         if self.operators is not None:
             return ascend.forward(self, rows).reshape(shape)
         rows = rows.astype(ms.float32)
+        if self.native is not None and self.kronecker is None:
+            params = self.native_decode if decode else self.native_params
+            y = self.native_operator(rows, self.native_weights, params)
+            return y.reshape(shape).astype(x.dtype)
         if self.smooths:
             rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
         static, step = self.static or (self.phased and decode), None
@@ -202,6 +233,8 @@ class QuantLinear(nn.Cell):
     def _product(self, rows: Tensor, static: bool, step: int | None) -> Tensor:
         if self.kronecker is not None:
             rows = _on_host(self.kronecker, rows)
+        if self.native is not None:
+            return _on_host(self.native, rows)  # of a transform: per token, in PyNative
         if self.integer:
             return self._static(rows, step) if static else self._dynamic(rows)
         if self.fake is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_quant.native_library import load_library
 from sparse_compress.codec.format import CodecError, Mode, tile_error
 from sparse_compress.codec.index import Records
 
@@ -18,10 +17,6 @@ Ints = NDArray[np.int64]
 
 _ABI = 2
 _OK, _BAD_TILE = 0, 1
-_SUFFIXES = {".so", ".dll", ".dylib"}
-NOT_BUILT = (
-    "native codec not built (no C++ compiler at install time); using the NumPy reference, slower"
-)
 
 
 class _Failure(ctypes.Structure):
@@ -36,20 +31,10 @@ class _Failure(ctypes.Structure):
 @lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or None and the reason why it is not there."""
-    # An editable install keeps the library apart from the sources; __path__ lists both places.
-    folders = sys.modules[__package__].__path__
-    found = [path for folder in folders for path in sorted(Path(folder).glob("_unzip*"))]
-    for path in found:
-        if path.suffix in _SUFFIXES:
-            try:
-                library = ctypes.CDLL(str(path))
-                version = library.unzip_abi_version()
-            except (OSError, AttributeError) as error:
-                return None, f"native codec does not load ({error}); using the NumPy reference"
-            if version != _ABI:
-                return None, f"{path} is out of date: install again; using the NumPy reference"
-            return library, None
-    return None, NOT_BUILT
+    library, where = load_library(
+        "sparse_compress.codec", "_unzip", "unzip_abi_version", _ABI, "native codec"
+    )
+    return library, None if library is not None else where
 
 
 def _library() -> ctypes.CDLL:

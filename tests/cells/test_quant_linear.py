@@ -61,9 +61,10 @@ def assert_equal(found: Tensor, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_definition(inner, static, bias):
+@pytest.mark.parametrize("native", [True, False])
+def test_equals_the_definition(inner, static, bias, native):
     linear = layer(inner, static, bias)
-    cell = QuantLinear(linear)
+    cell = QuantLinear(linear, native=native)
     for shape in [(4,), (1,), (2, 3), (1, 2, 3)]:
         x = tokens(inner, shape)
         assert_equal(cell(Tensor(x)), linear.forward(x))
@@ -83,14 +84,15 @@ def test_equals_the_definition(inner, static, bias):
 )
 def test_equals_the_definition_under_jit(inner, static, bias):
     linear = layer(inner, static, bias)
-    cell = QuantLinear(linear)
     x = tokens(inner, (2, 3))
+    for native in (True, False):
+        cell = QuantLinear(linear, native=native)
 
-    @ms.jit
-    def run(value):
-        return cell(value)
+        @ms.jit
+        def run(value, cell=cell):
+            return cell(value)
 
-    assert_equal(run(Tensor(x)), linear.forward(x))
+        assert_equal(run(Tensor(x)), linear.forward(x))
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -113,7 +115,8 @@ def test_zero_rows(static, shape):
 def test_equals_the_definition_at_any_size(inner, outs, rows, static, bias, scale, seed):
     linear = layer(inner, static, bias, outs, seed)
     x = tokens(inner, (rows,), seed) * np.float32(10.0**scale)
-    assert_equal(QuantLinear(linear)(Tensor(x)), linear.forward(x))
+    for native in (True, False):
+        assert_equal(QuantLinear(linear, native=native)(Tensor(x)), linear.forward(x))
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -122,7 +125,8 @@ def test_rows_whose_scale_is_subnormal_or_huge(static, absmax):
     """A subnormal scale would be flushed to zero by some operators and not by others."""
     linear = layer(7, static, True)
     x = np.float32(absmax) * np.float32([[1, -1, 0.5, 0.25, 0, -0.125, 1], [0] * 7])
-    assert_equal(QuantLinear(linear)(Tensor(x)), linear.forward(x))
+    for native in (True, False):
+        assert_equal(QuantLinear(linear, native=native)(Tensor(x)), linear.forward(x))
 
 
 def extreme(inner: int, code: int, weight: int, offset: int) -> QuantizedLinear:
@@ -147,7 +151,8 @@ def test_the_largest_sums_are_exact(inner):
         ]
         expected = np.float32([totals])
         np.testing.assert_array_equal(linear.forward(x), expected)
-        assert_equal(QuantLinear(linear)(Tensor(x)), expected)
+        for native in (True, False):
+            assert_equal(QuantLinear(linear, native=native)(Tensor(x)), expected)
 
 
 def test_the_largest_products_without_an_offset():
@@ -158,7 +163,8 @@ def test_the_largest_products_without_an_offset():
         x = np.full((1, inner), 127, np.float32)
         expected = np.float32([[-inner * 127 * 128]])
         np.testing.assert_array_equal(linear.forward(x), expected)
-        assert_equal(QuantLinear(linear)(Tensor(x)), expected)
+        for native in (True, False):
+            assert_equal(QuantLinear(linear, native=native)(Tensor(x)), expected)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,11 @@ def tokens(inner: int) -> np.ndarray:
 
 
 def assert_computes(linear: QuantizedLinear, x: np.ndarray) -> None:
-    cell = QuantLinear(linear)
+    for native in (True, False):
+        assert_cell_computes(QuantLinear(linear, native=native), linear, x)
+
+
+def assert_cell_computes(cell: QuantLinear, linear: QuantizedLinear, x: np.ndarray) -> None:
     for decode in (False, True):
         found = (cell(Tensor(x), decode) if cell.phased else cell(Tensor(x))).asnumpy()
         expected = linear.forward(x, decode)

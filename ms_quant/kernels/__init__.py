@@ -1,0 +1,28 @@
+"""Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
+
+from ms_quant.kernels.native import (
+    ISAS,
+    available,
+    best_isa,
+    has_isa,
+    library_path,
+    note,
+    quantize_rows,
+    set_operator_threads,
+    threads_of,
+)
+from ms_quant.kernels.packing import PackedLinear, pack
+
+__all__ = [
+    "ISAS",
+    "PackedLinear",
+    "available",
+    "best_isa",
+    "has_isa",
+    "library_path",
+    "note",
+    "pack",
+    "quantize_rows",
+    "set_operator_threads",
+    "threads_of",
+]

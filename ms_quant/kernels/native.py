@@ -1,0 +1,246 @@
+"""The C interface of the kernels, called through ctypes; see ``src/kernels.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.native_library import load_library
+from ms_quant.numerics.affine import LIMITS
+
+ISAS = {"scalar": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "neon_dot": 4}
+"""Instruction sets, slowest first, with their numbers in the library."""
+
+FLOAT, PER_TOKEN, STATIC = range(3)
+_ABI = 1
+_BEST = -1
+_ALIGNMENT = 64
+_STATUS = {
+    1: "an argument is wrong",
+    2: "the packed weight or its parameters are damaged",
+    3: "there is not enough memory",
+    4: "the weight was packed for an instruction set that this machine has not",
+}
+_POINTERS = ("mul", "input_scale", "scale", "row_scale", "zero_point", "int_bias", "bias")
+_TYPES = {"zero_point": np.int8, "int_bias": np.int32}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("input", ctypes.c_int32),
+        ("smallest", ctypes.c_int32),
+        ("largest", ctypes.c_int32),
+        ("clip", ctypes.c_float),
+        ("offset", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    found, where = load_library(
+        "ms_quant.kernels", "_kernels", "msq_abi_version", _ABI, "native kernels"
+    )
+    if found is not None:
+        size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+        found.msq_weights_bytes.argtypes = [number, size, size, number]
+        found.msq_weights_bytes.restype = size
+        found.msq_params_bytes.argtypes = [pointer]
+        found.msq_params_bytes.restype = size
+        found.msq_pack_weights.argtypes = [number, pointer, size, size, number, pointer]
+        found.msq_pack_params.argtypes = [pointer, pointer]
+        found.msq_linear.argtypes = [pointer, size, pointer, size, pointer, size, pointer, number]
+        found.msq_quantize_rows.argtypes = [
+            *(number, pointer, size, size, number, number, ctypes.c_float),
+            *(pointer, pointer, number),
+        ]
+    return found, where
+
+
+def available() -> bool:
+    """Whether the library is there."""
+    return _load()[0] is not None
+
+
+def note() -> str | None:
+    """One sentence when the library is missing, else None."""
+    found, where = _load()
+    return where if found is None else None
+
+
+def library_path() -> str:
+    """Where the library lies."""
+    _library()
+    return _load()[1]
+
+
+def _library() -> ctypes.CDLL:
+    found, where = _load()
+    if found is None:
+        raise MsQuantError(f"native kernels were asked for, but: {where}")
+    return found
+
+
+def has_isa(isa: str) -> bool:
+    """Whether this machine, and the library as it was built, has an instruction set."""
+    return bool(_library().msq_has_isa(ctypes.c_int32(ISAS[isa])))
+
+
+def best_isa() -> str:
+    """The instruction set that is used where none is named."""
+    return list(ISAS)[_library().msq_best_isa()]
+
+
+def _number(isa: str | None) -> int:
+    if isa is None:
+        return _BEST
+    if isa not in ISAS or not has_isa(isa):
+        able = ", ".join(name for name in ISAS if has_isa(name))
+        raise MsQuantError(f"instruction set {isa!r} is not here, expected one of {able}")
+    return ISAS[isa]
+
+
+def threads_of(threads: int | None) -> int:
+    """How many threads a call may use: as asked, else all that this process may run on."""
+    if threads is not None:
+        return max(1, threads)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_operator_threads(threads: int) -> None:
+    """How many threads the custom operator uses from now on, in the whole process."""
+    _library().msq_set_threads(ctypes.c_int32(threads))
+
+
+def _bytes(count: int) -> np.ndarray:
+    """uint8 (count,), aligned as the kernels need it."""
+    raw = np.empty(count + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + count]
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MsQuantError(f"native kernels: {_STATUS.get(status, status)}")
+
+
+def pack_weights(codes: np.ndarray, bits: int, isa: str | None = None) -> np.ndarray:
+    """Codes in the layout of an instruction set.
+
+    Args:
+        codes: int8 (out, in).
+        bits: of a code, 8 or 4.
+        isa: a name from ``ISAS``; None for the fastest there is.
+
+    Returns:
+        uint8 (bytes,), with a header.
+    """
+    library, number = _library(), _number(isa)
+    codes = np.ascontiguousarray(codes, np.int8)
+    count = library.msq_weights_bytes(number, *codes.shape, bits)
+    if count < 0:
+        raise MsQuantError(f"native kernels: codes of shape {codes.shape}, expected some of each")
+    packed = _bytes(count)
+    _check(
+        library.msq_pack_weights(number, codes.ctypes.data, *codes.shape, bits, packed.ctypes.data)
+    )
+    return packed
+
+
+def pack_params(
+    shape: tuple[int, int],
+    arrays: Mapping[str, np.ndarray],
+    group: int,
+    input: int,
+    limits: tuple[int, int] = LIMITS[8],
+    clip: float = 1.0,
+    offset: float = 0.0,
+) -> np.ndarray:
+    """What a linear of a shape (out, in) computes with, besides its codes.
+
+    Args:
+        shape: of the weight.
+        arrays: by the names of ``MsqLinear`` in ``src/kernels.h``.
+        group: inputs that share a scale.
+        input: ``FLOAT``, ``PER_TOKEN`` or ``STATIC``.
+        limits: smallest and largest code of the input.
+        clip: factor on each token's range.
+        offset: zero point of a static input.
+
+    Returns:
+        uint8 (bytes,), with a header.
+    """
+    held = {
+        name: np.ascontiguousarray(array, _TYPES.get(name, np.float32))
+        for name, array in arrays.items()
+    }
+    pointers = [held[name].ctypes.data if name in held else None for name in _POINTERS]
+    linear = _Linear(*shape, group, input, *limits, clip, offset, *pointers)
+    count = _library().msq_params_bytes(ctypes.byref(linear))
+    if count < 0:
+        raise MsQuantError(f"native kernels: a linear of shape {shape}, groups of {group}: refused")
+    packed = _bytes(count)
+    _check(_library().msq_pack_params(ctypes.byref(linear), packed.ctypes.data))
+    return packed
+
+
+def linear(
+    weights: np.ndarray,
+    params: np.ndarray,
+    x: np.ndarray,
+    outputs: int,
+    threads: int | None = None,
+) -> np.ndarray:
+    """float32 (rows, out) of float32 (rows, in), contiguous."""
+    y = np.empty((len(x), outputs), np.float32)
+    _check(
+        _library().msq_linear(
+            weights.ctypes.data,
+            weights.size,
+            params.ctypes.data,
+            params.size,
+            x.ctypes.data,
+            len(x),
+            y.ctypes.data,
+            threads_of(threads),
+        )
+    )
+    return y
+
+
+def quantize_rows(
+    x: np.ndarray,
+    bits: int = 8,
+    clip: float = 1.0,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of rows, as :meth:`ms_quant.numerics.activation.PerToken.codes` gives them.
+
+    Args:
+        x: float32 (rows, columns), finite.
+        bits: 8 or 4.
+        clip: factor on each row's range.
+        isa: a name from ``ISAS``; None for the fastest there is.
+        threads: at most so many; None for all.
+
+    Returns:
+        int8 (rows, columns) and float32 (rows, 1).
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    codes, scales = np.empty(x.shape, np.int8), np.empty((len(x), 1), np.float32)
+    pointers: list[Any] = [x.ctypes.data, *x.shape, *LIMITS[bits], clip]
+    pointers += [codes.ctypes.data, scales.ctypes.data, threads_of(threads)]
+    _check(_library().msq_quantize_rows(_number(isa), *pointers))
+    return codes, scales

@@ -1,0 +1,114 @@
+"""A quantized linear packed for the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms_quant.kernels import native
+from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
+from ms_quant.numerics.affine import LIMITS
+from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
+
+GROUP_MULTIPLE = 8  # inputs that one word of 4-bit codes holds
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """What the kernels read.
+
+    Attributes:
+        outputs: how many there are.
+        weights: uint8 (bytes,), the codes in the layout of one instruction set.
+        params: uint8 (bytes,), everything else; with ``decode`` in place of it in that phase.
+        decode: for activations that differ between phases, or None.
+    """
+
+    outputs: int
+    weights: np.ndarray
+    params: np.ndarray
+    decode: np.ndarray | None = None
+
+    def __call__(
+        self, x: np.ndarray, decode: bool = False, threads: int | None = None
+    ) -> np.ndarray:
+        """float32 (rows, out) of float32 (rows, in), as ``QuantizedLinear.forward`` gives it."""
+        params = self.params if self.decode is None or not decode else self.decode
+        return native.linear(
+            self.weights, params, np.ascontiguousarray(x, np.float32), self.outputs, threads
+        )
+
+
+def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None:
+    """The linear for the kernels; None where they have none for it, or are not there.
+
+    A Kronecker transform is the caller's, and so is smoothing before it.
+
+    Args:
+        linear: the linear.
+        isa: an instruction set by its name; None for the fastest there is.
+    """
+    grid, activation, shape = linear.grid, linear.activation, linear.weight.shape
+    if linear.branch is not None or 0 in shape or not native.available():
+        return None
+    if isinstance(grid, TwoLevelGrid):
+        if not isinstance(activation, PerToken) or grid.group % GROUP_MULTIPLE:
+            return None
+        arrays = {"scale": grid.second.scale, "row_scale": grid.scale}
+        params = _params(linear, activation, arrays, grid.group)
+        return PackedLinear(shape[0], native.pack_weights(linear.weight, 4, isa), params)
+    if not isinstance(grid, AffineGrid):
+        return None
+    weights, bits = None, grid.format.bits
+    if isinstance(activation, Float):
+        groups = grid.scale.shape[1]
+        if groups > 1 and (shape[1] // groups) % GROUP_MULTIPLE:
+            return None
+        arrays = {"scale": grid.scale}
+        if not grid.format.symmetric:
+            arrays["zero_point"] = grid.zero_point
+        params = _params(linear, activation, arrays, shape[1] // groups)
+    elif linear.integer and isinstance(activation, PerToken | StaticActivation):
+        params = _integer_params(linear, activation)
+    elif linear.integer and isinstance(activation, PhasedActivation):
+        weights = native.pack_weights(linear.weight, bits, isa)
+        prefill = _integer_params(linear, activation.prefill)
+        return PackedLinear(shape[0], weights, prefill, _integer_params(linear, activation.static))
+    else:
+        return None
+    return PackedLinear(shape[0], native.pack_weights(linear.weight, bits, isa), params)
+
+
+def _integer_params(linear: QuantizedLinear, activation: Activation) -> np.ndarray:
+    if isinstance(activation, StaticActivation):
+        folds = activation.folds_bias
+        bias = folded_bias(linear, "linear") if folds else linear.quant_bias
+        arrays = {"scale": linear.deq_scale, "int_bias": bias}
+        return _params(linear, activation, arrays, linear.weight.shape[1], folds)
+    arrays = {"scale": linear.weight_scale}
+    return _params(linear, activation, arrays, linear.weight.shape[1])
+
+
+def _params(
+    linear: QuantizedLinear,
+    activation: Activation,
+    arrays: dict[str, np.ndarray],
+    group: int,
+    folds_bias: bool = False,
+) -> np.ndarray:
+    outputs, inputs = linear.weight.shape
+    shape = outputs, inputs
+    if linear.bias is not None and not folds_bias:
+        arrays["bias"] = linear.bias
+    if linear.mul_scale is not None and linear.kronecker is None:
+        arrays["mul"] = linear.mul_scale
+    if isinstance(activation, StaticActivation):
+        arrays["input_scale"] = activation.input_scale
+        offset = float(activation.offset)
+        return native.pack_params(shape, arrays, group, native.STATIC, offset=offset)
+    if isinstance(activation, PerToken):
+        limits, clip = LIMITS[activation.bits], activation.clip
+        return native.pack_params(shape, arrays, group, native.PER_TOKEN, limits, clip)
+    return native.pack_params(shape, arrays, group, native.FLOAT)

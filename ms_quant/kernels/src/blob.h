@@ -1,0 +1,74 @@
+// What the two blobs of a linear hold; see kernels.h.
+
+#ifndef MS_QUANT_BLOB_H_
+#define MS_QUANT_BLOB_H_
+
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace msq {
+
+constexpr uint32_t kWeights = 0x5751534d, kParams = 0x5051534d;  // "MSQW", "MSQP"
+constexpr int64_t kAlign = 64;
+constexpr int64_t kPad = 64;  // columns of params are padded to a multiple of every panel
+constexpr int64_t kLimit = int64_t{1} << 31;  // of outputs, of inputs
+
+// After it: panels of `Simd::kColumns` outputs. A panel is steps of 4 inputs (8 bits) or 8 (4
+// bits), a step one 32-bit word for each output: the codes of 4 inputs, one a byte, the first in
+// the lowest; or of 8, input i in the low half of byte i, input 4 + i in its high half.
+struct Weights {
+  uint32_t magic;
+  int32_t isa, bits, reserved;
+  int64_t outputs, inputs;
+  int64_t pad[4];
+
+  const uint8_t* words() const { return reinterpret_cast<const uint8_t*>(this + 1); }
+};
+static_assert(sizeof(Weights) == kAlign, "header");
+
+// After it: arrays at these offsets from the header, 0 for none.
+struct Params {
+  uint32_t magic;
+  int32_t input, smallest, largest;
+  float clip, offset;
+  int64_t outputs, inputs, group;
+  int64_t mul, input_scale, input_inverse;               // float (inputs)
+  int64_t scale, zero_scale, row_scale, int_bias, bias;  // (groups, padded), (padded)
+  int64_t bytes, pad;
+
+  int64_t groups() const { return group ? inputs / group : 0; }
+  int64_t padded() const { return (outputs + kPad - 1) / kPad * kPad; }
+  const float* floats(int64_t at) const {
+    return at ? reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(this) + at)
+              : nullptr;
+  }
+  const int32_t* ints(int64_t at) const {
+    return at ? reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(this) + at)
+              : nullptr;
+  }
+};
+static_assert(sizeof(Params) == 2 * kAlign, "header");
+
+// What an instruction set provides.
+struct Kernels {
+  int64_t columns;  // of a panel
+  int32_t bias8;    // added to codes of 8 bits in a panel, mod 256; those of 4 bits have 8 added
+  void (*linear)(const Weights&, const Params&, const float* x, int64_t rows, float* y, int threads,
+                 bool* out_of_memory);
+  void (*quantize_rows)(const float* x, int64_t rows, int64_t columns, float smallest,
+                        float largest, float clip, int8_t* codes, float* scales, int threads);
+};
+
+const Kernels* kernels_scalar();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx_vnni();
+const Kernels* kernels_avx512_vnni();
+const Kernels* kernels_neon_dot();
+const Kernels* kernels_of(int isa);  // null if this machine has it not
+
+inline int64_t steps_of(int64_t inputs, int bits) { return (inputs + 32 / bits - 1) / (32 / bits); }
+
+}  // namespace msq
+
+#endif  // MS_QUANT_BLOB_H_

@@ -1,0 +1,83 @@
+// Quantized linears on CPU, called through ctypes or as MindSpore custom operators.
+//
+// A linear is two blobs of bytes. `weights` holds the codes in the layout of one instruction set;
+// `params` holds what the input is quantized with and what the sums are multiplied by. Both are
+// made once, begin with a header that every call checks, and may lie at any address aligned to 64
+// bytes. docs/kernels.md states what is computed and how exactly.
+
+#ifndef MS_QUANT_KERNELS_H_
+#define MS_QUANT_KERNELS_H_
+
+#include <stdint.h>
+
+#define MSQ_API extern "C" __attribute__((visibility("default")))
+
+enum MsqStatus {
+  MSQ_OK = 0,
+  MSQ_BAD_ARGUMENT = 1,
+  MSQ_BAD_BLOB = 2,
+  MSQ_NO_MEMORY = 3,
+  MSQ_NO_ISA = 4
+};
+
+// Instruction sets, slowest first; msq_pack takes one of them or MSQ_BEST.
+enum MsqIsa {
+  MSQ_BEST = -1,
+  MSQ_SCALAR = 0,
+  MSQ_AVX2 = 1,
+  MSQ_AVX_VNNI = 2,
+  MSQ_AVX512_VNNI = 3,
+  MSQ_NEON_DOT = 4,
+  MSQ_ISAS = 5
+};
+
+// How the input is quantized.
+enum MsqInput { MSQ_FLOAT = 0, MSQ_PER_TOKEN = 1, MSQ_STATIC = 2 };
+
+// What a linear computes with. Arrays are contiguous; those that are null are left out.
+typedef struct {
+  int64_t outputs, inputs;
+  int64_t group;              // inputs that share a scale; `inputs` for per-channel
+  int32_t input;              // MsqInput
+  int32_t smallest, largest;  // codes of the input
+  float clip;                 // factor on each token's range
+  float offset;               // zero point of a static input
+  const float* mul;           // (inputs) the input is multiplied by first
+  const float* input_scale;   // (inputs) a static input is divided by
+  const float* scale;         // (outputs, inputs / group) of the weight, or of sums
+  const float* row_scale;     // (outputs) on top of `scale`
+  const int8_t* zero_point;   // (outputs, inputs / group) of the weight
+  const int32_t* int_bias;    // (outputs) added to integer sums
+  const float* bias;          // (outputs)
+} MsqLinear;
+
+MSQ_API int32_t msq_abi_version(void);
+MSQ_API int32_t msq_best_isa(void);
+MSQ_API int32_t msq_has_isa(int32_t isa);
+
+// Bytes of the blobs, or -1 for arguments that make none.
+MSQ_API int64_t msq_weights_bytes(int32_t isa, int64_t outputs, int64_t inputs, int32_t bits);
+MSQ_API int64_t msq_params_bytes(const MsqLinear* linear);
+
+// codes: int8 (outputs, inputs), of 8 or 4 bits.
+MSQ_API int32_t msq_pack_weights(int32_t isa, const int8_t* codes, int64_t outputs, int64_t inputs,
+                                 int32_t bits, uint8_t* weights);
+MSQ_API int32_t msq_pack_params(const MsqLinear* linear, uint8_t* params);
+
+// y (rows, outputs) of x (rows, inputs).
+MSQ_API int32_t msq_linear(const uint8_t* weights, int64_t weights_bytes, const uint8_t* params,
+                           int64_t params_bytes, const float* x, int64_t rows, float* y,
+                           int32_t threads);
+
+// Codes int8 (rows, columns) and scales (rows) of x: symmetric, one scale a row.
+MSQ_API int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int64_t columns,
+                                  int32_t smallest, int32_t largest, float clip, int8_t* codes,
+                                  float* scales, int32_t threads);
+
+// The same as msq_linear in the form of a custom operator: x, weights, params -> y.
+MSQ_API int MsqLinearOp(int nparam, void** params, int* ndims, int64_t** shapes,
+                        const char** dtypes, void* stream, void* extra);
+
+MSQ_API void msq_set_threads(int32_t threads);  // of MsqLinearOp
+
+#endif  // MS_QUANT_KERNELS_H_

@@ -1,0 +1,655 @@
+// The linears, for any instruction set. `S` says what its vectors do:
+//
+//   F, I                 kWidth floats, kWidth 32-bit integers
+//   Codes, Inputs        what `dot` takes of a weight's word and of an input's, as prepared
+//   dot(sum, codes, in)  sum + the four products in each word, exactly
+//   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
+//   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
+//
+// Each file that includes this is compiled for one instruction set, so nothing here may call a
+// function of the standard library that is not inlined away: the linker would keep one copy of it,
+// compiled for any of them.
+
+#ifndef MS_QUANT_LINEAR_IMPL_H_
+#define MS_QUANT_LINEAR_IMPL_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#include "blob.h"
+#include "pool.h"
+
+namespace msq {
+namespace {
+
+constexpr int64_t kBlock = 64;   // inputs whose codes lie together, one row after the other
+constexpr int64_t kWords = 16;   // of them as codes; floats lie together in as many
+constexpr int64_t kChunk = 512;  // rows whose inputs are held at a time
+constexpr int64_t kDepth = 256;  // inputs whose weights are held as floats at a time
+
+constexpr int64_t kHeld = 1 << 15;  // bytes of a panel that all rows meet before the next ones
+constexpr int32_t kBias4 = 8;
+
+// Calls f(0), ..., f(N - 1) with indices that are constants before anything is optimized. Arrays
+// that are indexed so are kept in registers; in loops GCC 12 unrolls them too late for that.
+template <int N>
+struct Index {
+  constexpr operator int() const { return N; }
+};
+
+template <int N, class Function>
+__attribute__((always_inline)) inline void each(Function&& f) {
+  if constexpr (N > 0) {
+    each<N - 1>(f);
+    f(Index<N - 1>());
+  }
+}
+
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t up_to(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+template <class S>
+struct Linear {
+  using F = typename S::F;
+  using I = typename S::I;
+  static constexpr int W = S::kWidth, V = S::kVectors, R = S::kRows;
+  static constexpr int64_t kColumns = int64_t{W} * V;
+  static constexpr int kDirectRows = R < 4 ? R : 4;  // up to which weights are widened for each row
+
+  // --- quantizing inputs
+
+  static constexpr int kParts = kBlock / W;  // vectors of a block of inputs
+
+  // What a block of inputs is divided by, its reciprocal, and what else makes codes of it.
+  struct Steps {
+    const float *mul, *scale, *inverse;  // of each input, or null
+    F all_scale, all_inverse, offset, low, high;
+  };
+
+  // The codes of a block of inputs, x / scale + offset rounded and limited. The product with the
+  // reciprocal has the same nearest integer unless it lies close to the middle of two; if one of a
+  // block does, the block is divided. `k` is the index of its first input.
+  template <bool EACH, bool LIMITED>
+  static void block_codes(const Steps& s, const float* x, int64_t k, int8_t* codes) {
+    F v[kParts], whole[kParts], part = S::set1(0.0f);
+    each<kParts>([&](auto i) __attribute__((always_inline)) {
+      v[i] = S::load(x + i * W);
+      if (s.mul) v[i] = S::mul(v[i], S::load(s.mul + k + i * W));
+      F quick;
+      if constexpr (EACH)
+        quick = S::add(S::mul(v[i], S::load(s.inverse + k + i * W)), s.offset);
+      else
+        quick = S::mul(v[i], s.all_inverse);
+      whole[i] = S::round(quick);
+      part = S::max(part, S::abs(S::sub(quick, whole[i])));
+    });
+    if (S::near_half(part)) {
+      each<kParts>([&](auto i) __attribute__((always_inline)) {
+        const F scale = EACH ? S::load(s.scale + k + i * W) : s.all_scale;
+        const F quotient = S::div(v[i], scale);
+        whole[i] = S::round(EACH ? S::add(quotient, s.offset) : quotient);
+      });
+    }
+    if constexpr (LIMITED)
+      each<kParts>([&](auto i) __attribute__((always_inline)) {
+        whole[i] = S::max(S::min(whole[i], s.high), s.low);
+      });
+    S::store_codes(codes, whole);
+  }
+
+  // The codes of a row, a block to each `stride` bytes; those beyond its end are anything.
+  template <bool EACH, bool LIMITED>
+  static void row_codes(const Steps& s, const float* x, int64_t n, int8_t* codes, int64_t stride) {
+    int64_t k = 0;
+    for (; k + kBlock <= n; k += kBlock, codes += stride)
+      block_codes<EACH, LIMITED>(s, x + k, k, codes);
+    if (k == n) return;
+    alignas(64) float last[kBlock] = {};
+    for (int64_t i = k; i < n; ++i) last[i - k] = x[i];
+    block_codes<EACH, LIMITED>(s, last, k, codes);
+  }
+
+  static float row_scale(const float* x, const float* mul, int64_t n, float largest, float clip) {
+    F parts[4];
+    each<4>([&](auto i) __attribute__((always_inline)) { parts[i] = S::set1(0.0f); });
+    int64_t k = 0;
+    for (; k + 4 * W <= n; k += 4 * W)
+      each<4>([&](auto i) __attribute__((always_inline)) {
+        F v = S::load(x + k + i * W);
+        if (mul) v = S::mul(v, S::load(mul + k + i * W));
+        parts[i] = S::max(parts[i], S::abs(v));
+      });
+    float most = S::highest(S::max(S::max(parts[0], parts[1]), S::max(parts[2], parts[3])));
+    for (; k < n; ++k) {
+      const float v = mul ? x[k] * mul[k] : x[k], size = v < 0 ? -v : v;
+      most = size > most ? size : most;
+    }
+    const float scale = most * clip / largest;
+    return scale >= 1.17549435e-38f ? scale : 1.0f;
+  }
+
+  static Steps steps_per_token(const float* mul, float scale, float low, float high) {
+    return {mul,        nullptr,      nullptr,      S::set1(scale), S::set1(1.0f / scale),
+            S::set1(0), S::set1(low), S::set1(high)};
+  }
+
+  // Codes within -128..127 are limited by the conversion, if the quotients surely fit 32 bits.
+  static bool is_limited(float low, float high, float clip) {
+    return low != -128.0f || high != 127.0f || clip != 1.0f;
+  }
+
+  // --- one call
+
+  struct Call {
+    const Weights& w;
+    const Params& p;
+    const float* x;
+    int64_t rows, first;  // of this chunk, and of the whole
+    float* y;
+    int64_t words;      // of a row of codes, or of floats: whole blocks
+    int32_t* codes;     // [R rows][16 words][row of the R][word of the 16]
+    float* floats;      // the same of the inputs themselves
+    float* scales;      // of rows
+    int32_t* sums;      // [row][group]: of codes, times what was added to the weight's
+    float* float_sums;  // [row][group] of inputs
+    bool failed;
+  };
+
+  static int64_t block_rows(const Call& c, int64_t block) { return at_most(R, c.rows - block * R); }
+
+  static int32_t sum_of(const int8_t* codes, int64_t count) {
+    int32_t sum = 0;
+    if (count == kBlock) {
+      I sums = S::izero();
+      for (int64_t k = 0; k < kBlock; k += 4 * W)
+        S::dot(sums, S::codes(S::iset1(0x01010101)), S::four_each(S::iload(codes + k)));
+      return S::total(sums);
+    }
+    for (int64_t k = 0; k < count; ++k) sum += codes[k];
+    return sum;
+  }
+
+  static void quantize_block(void* job, int64_t block) {
+    Call& c = *static_cast<Call*>(job);
+    const Params& p = c.p;
+    const int64_t n = p.inputs, count = block_rows(c, block), stride = count * kBlock;
+    const int32_t added = c.w.bits == 8 ? S::kBias : kBias4;
+    const float low = static_cast<float>(p.smallest), high = static_cast<float>(p.largest);
+    const float* mul = p.floats(p.mul);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t index = block * R + r;
+      const float* x = c.x + index * n;
+      int8_t* out = reinterpret_cast<int8_t*>(c.codes + block * R * c.words) + r * kBlock;
+      if (p.input == MSQ_PER_TOKEN) {
+        c.scales[index] = row_scale(x, mul, n, high, p.clip);
+        const Steps steps = steps_per_token(mul, c.scales[index], low, high);
+        if (is_limited(low, high, p.clip))
+          row_codes<false, true>(steps, x, n, out, stride);
+        else
+          row_codes<false, false>(steps, x, n, out, stride);
+      } else {
+        const F one = S::set1(1.0f);
+        const Steps steps = {mul,
+                             p.floats(p.input_scale),
+                             p.floats(p.input_inverse),
+                             one,
+                             one,
+                             S::set1(p.offset),
+                             S::set1(low),
+                             S::set1(high)};
+        row_codes<true, true>(steps, x, n, out, stride);
+      }
+      const int64_t last = n / kBlock;
+      for (int64_t k = n % kBlock; k && k < kBlock; ++k) out[last * stride + k] = 0;
+      for (int64_t g = 0; added && g < p.groups(); ++g) {
+        int32_t sum = 0;
+        for (int64_t k = g * p.group; k < (g + 1) * p.group;) {
+          const int64_t from = k % kBlock, left = (g + 1) * p.group - k;
+          const int64_t length = at_most(kBlock - from, left);
+          sum += sum_of(out + k / kBlock * stride + from, length);
+          k += length;
+        }
+        c.sums[index * p.groups() + g] = added * sum;
+      }
+      for (int64_t g = 0; !added && g < p.groups(); ++g) c.sums[index * p.groups() + g] = 0;
+    }
+  }
+
+  static void float_block(void* job, int64_t block) {
+    Call& c = *static_cast<Call*>(job);
+    const int64_t n = c.p.inputs, count = block_rows(c, block);
+    const float* mul = c.p.floats(c.p.mul);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t index = block * R + r;
+      const float* x = c.x + index * n;
+      float* out = c.floats + block * R * c.words + r * kWords;
+      for (int64_t k = 0; k < c.words; k += kWords, out += count * kWords)
+        for (int64_t i = 0; i < kWords; ++i)
+          out[i] = k + i >= n ? 0.0f : mul ? x[k + i] * mul[k + i] : x[k + i];
+      for (int64_t g = 0; c.p.zero_scale && g < c.p.groups(); ++g) {
+        float sum = 0;
+        for (int64_t k = g * c.p.group; k < (g + 1) * c.p.group; ++k)
+          sum += mul ? x[k] * mul[k] : x[k];
+        c.float_sums[index * c.p.groups() + g] = sum;
+      }
+    }
+  }
+
+  // --- integer sums
+
+  template <int M>
+  using Sums = I[M][V];
+
+  // Adds the products of one word of inputs; `in` is that of the first row.
+  template <int M>
+  __attribute__((always_inline)) static void one_word(const int32_t* in,
+                                                      const typename S::Codes (&codes)[V],
+                                                      Sums<M>& sums) {
+    each<M>([&](auto m) __attribute__((always_inline)) {
+      const typename S::Inputs x = S::inputs(in + m * kWords);
+      each<V>([&](auto v) __attribute__((always_inline)) { S::dot(sums[m][v], codes[v], x); });
+    });
+  }
+
+  // The products of steps [begin, end) of a panel, on top of what `before` holds if there is any.
+  template <int M, int BITS>
+  __attribute__((always_inline)) static void tile(const uint8_t* panel, const int32_t* in,
+                                                  int64_t begin, int64_t end, const int32_t* before,
+                                                  Sums<M>& total) {
+    constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of their own hide what `dot` takes
+    constexpr int64_t kBytes = kColumns * 4, kEach = BITS == 8 ? 1 : 2, kSteps = kWords / kEach;
+    I sums[U][M][V];
+    each<U>([&](auto u) __attribute__((always_inline)) {
+      each<M>([&](auto m) __attribute__((always_inline)) {
+        each<V>([&](auto v) __attribute__((always_inline)) {
+          sums[u][m][v] = u == 0 && before ? S::iload(before + m * kColumns + v * W) : S::izero();
+        });
+      });
+    });
+    const uint8_t* at = panel + begin * kBytes;
+    const int32_t* x = nullptr;
+    const auto one = [&](auto u) __attribute__((always_inline)) {
+      typename S::Codes low[V], high[V];
+      each<V>([&](auto v) __attribute__((always_inline)) {
+        const I words = S::iload(at + v * W * 4);
+        if constexpr (BITS == 8) {
+          low[v] = S::codes(words);
+        } else {
+          low[v] = S::codes(S::low_halves(words));
+          high[v] = S::codes(S::high_halves(words));
+        }
+      });
+      one_word<M>(x, low, sums[u]);
+      if constexpr (BITS == 4) one_word<M>(x + 1, high, sums[u]);
+      at += kBytes;
+      x += kEach;
+    };
+    for (int64_t step = begin; step < end;) {
+      const int64_t stop = at_most(end, (step / kSteps + 1) * kSteps);
+      x = in + step / kSteps * kWords * M + step % kSteps * kEach;
+      for (; step + U <= stop; step += U) {
+        for (int64_t line = 0; line < U * kBytes; line += 64)
+          S::prefetch(at + (M <= 2 ? 1024 : kHeld) + line);
+        each<U>([&](auto u) __attribute__((always_inline)) { one(u); });
+      }
+      for (; step < stop; ++step) one(Index<0>());
+    }
+    each<M>([&](auto m) __attribute__((always_inline)) {
+      each<V>([&](auto v) __attribute__((always_inline)) {
+        total[m][v] = sums[0][m][v];
+        each<U - 1>([&](auto u) __attribute__((always_inline)) {
+          total[m][v] = S::iadd(total[m][v], sums[u + 1][m][v]);
+        });
+      });
+    });
+  }
+
+  static void put(const Call& c, int64_t row, int64_t column, F value) {
+    float* out = c.y + row * c.p.outputs + column;
+    const int64_t left = c.p.outputs - column;
+    if (left >= W) return S::store(out, value);
+    alignas(64) float part[W];
+    S::store(part, value);
+    for (int64_t i = 0; i < left; ++i) out[i] = part[i];
+  }
+
+  static F with_bias(const Params& p, int64_t column, F y) {
+    return p.bias ? S::add(y, S::load(p.floats(p.bias) + column)) : y;
+  }
+
+  // `sums` holds those of this block over the steps before `begin`, and gets those before `end`.
+  template <int M, int BITS>
+  static void integer_rows(const Call& c, const uint8_t* panel, int64_t block, int64_t column,
+                           int64_t begin, int64_t end, int32_t* sums) {
+    const Params& p = c.p;
+    const int32_t* in = c.codes + block * R * c.words;
+    const int64_t groups = p.groups(), padded = p.padded();
+    const int64_t whole = steps_of(p.inputs, BITS);
+    const float* scale = p.floats(p.scale) + column;
+    Sums<M> total;
+    if (groups == 1 && !p.row_scale) {
+      tile<M, BITS>(panel, in, begin, end, begin ? sums : nullptr, total);
+      if (end < whole) {
+        each<M>([&](auto m) __attribute__((always_inline)) {
+          each<V>([&](auto v) __attribute__((always_inline)) {
+            S::istore(sums + m * kColumns + v * W, total[m][v]);
+          });
+        });
+        return;
+      }
+      each<V>([&](auto v) __attribute__((always_inline)) {
+        const int64_t at = v * W;
+        if (column + at >= p.outputs) return;
+        const F by = S::load(scale + at);
+        each<M>([&](auto m) __attribute__((always_inline)) {
+          const int64_t row = block * R + m;
+          I sum = S::isub(total[m][v], S::iset1(c.sums[row]));
+          if (p.int_bias) sum = S::iadd(sum, S::iload(p.ints(p.int_bias) + column + at));
+          F y = S::to_float(sum);
+          if (p.input == MSQ_PER_TOKEN) y = S::mul(y, S::set1(c.scales[row]));
+          put(c, row, column + at, with_bias(p, column + at, S::mul(y, by)));
+        });
+      });
+      return;
+    }
+    F y[M][V];
+    for (auto& row : y)
+      for (auto& value : row) value = S::set1(0.0f);
+    const int64_t length = p.group / (32 / BITS);
+    for (int64_t g = 0; g < groups; ++g) {
+      tile<M, BITS>(panel, in, g * length, (g + 1) * length, nullptr, total);
+      each<M>([&](auto m) __attribute__((always_inline)) {
+        const I added = S::iset1(c.sums[(block * R + m) * groups + g]);
+        each<V>([&](auto v) __attribute__((always_inline)) {
+          const F sum = S::to_float(S::isub(total[m][v], added));
+          y[m][v] = S::fma(sum, S::load(scale + g * padded + v * W), y[m][v]);
+        });
+      });
+    }
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = column + v * W;
+      if (at >= p.outputs) break;
+      for (int m = 0; m < M; ++m) {
+        const int64_t row = block * R + m;
+        F value = y[m][v];
+        if (p.input == MSQ_PER_TOKEN) value = S::mul(value, S::set1(c.scales[row]));
+        if (p.row_scale) value = S::mul(value, S::load(p.floats(p.row_scale) + at));
+        put(c, row, at, with_bias(p, at, value));
+      }
+    }
+  }
+
+  template <int M, int BITS>
+  static void integer_block(const Call& c, const uint8_t* panel, int64_t block, int64_t column,
+                            int64_t begin, int64_t end, int32_t* sums) {
+    if (block_rows(c, block) == M)
+      return integer_rows<M, BITS>(c, panel, block, column, begin, end, sums);
+    if constexpr (M > 1) integer_block<M - 1, BITS>(c, panel, block, column, begin, end, sums);
+  }
+
+  static void integer_panel(void* job, int64_t index) {
+    Call& c = *static_cast<Call*>(job);
+    const int64_t whole = steps_of(c.p.inputs, c.w.bits), column = index * kColumns;
+    const uint8_t* panel = c.w.words() + index * whole * kColumns * 4;
+    const int64_t blocks = (c.rows + R - 1) / R;
+    const bool at_once = blocks == 1 || c.p.groups() > 1 || c.p.row_scale;
+    const int64_t held = at_once ? whole : kHeld / (kColumns * 4);
+    int32_t* sums = static_cast<int32_t*>(scratch(3, at_once ? 1 : blocks * R * kColumns * 4));
+    if (!sums) {
+      c.failed = true;
+      return;
+    }
+    for (int64_t begin = 0; begin < whole; begin += held) {
+      const int64_t end = at_most(whole, begin + held);
+      for (int64_t block = 0; block < blocks; ++block) {
+        int32_t* here = sums + (at_once ? 0 : block * R * kColumns);
+        if (c.w.bits == 8)
+          integer_block<R, 8>(c, panel, block, column, begin, end, here);
+        else
+          integer_block<R, 4>(c, panel, block, column, begin, end, here);
+      }
+    }
+  }
+
+  // --- float inputs
+
+  // A few rows: each group's sums of inputs times codes, from the words themselves.
+  template <int M, int BITS>
+  static void direct_rows(const Call& c, const uint8_t* panel, int64_t column) {
+    const Params& p = c.p;
+    constexpr int N = 32 / BITS;  // inputs of a word
+    constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;
+    const int64_t groups = p.groups(), padded = p.padded();
+    const int64_t length = groups == 1 ? steps_of(p.inputs, BITS) : p.group / N;
+    const float *scale = p.floats(p.scale) + column, *zero = p.floats(p.zero_scale);
+    F y[M][V];
+    for (auto& row : y)
+      for (auto& value : row) value = S::set1(0.0f);
+    for (int64_t g = 0; g < groups; ++g) {
+      F sums[U][M][V];
+      each<U>([&](auto u) __attribute__((always_inline)) {
+        each<M>([&](auto m) __attribute__((always_inline)) {
+          each<V>([&](auto v) __attribute__((always_inline)) { sums[u][m][v] = S::set1(0.0f); });
+        });
+      });
+      for (int64_t step = g * length; step < (g + 1) * length; ++step) {
+        const uint8_t* at = panel + step * kColumns * 4;
+        S::prefetch(at + 1024);
+        S::prefetch(at + 1088);
+        const float* in = c.floats + step * N / kWords * kWords * M + step * N % kWords;
+        I words[V];
+        each<V>([&](auto v)
+                    __attribute__((always_inline)) { words[v] = S::iload(at + v * W * 4); });
+        each<N>([&](auto i) __attribute__((always_inline)) {
+          each<V>([&](auto v) __attribute__((always_inline)) {
+            const F code = BITS == 8 ? S::byte(words[v], i) : S::half(words[v], i);
+            each<M>([&](auto m) __attribute__((always_inline)) {
+              F& sum = sums[i % U][m][v];
+              sum = S::fma(code, S::set1(in[m * kWords + i]), sum);
+            });
+          });
+        });
+      }
+      F parts[M][V];
+      each<M>([&](auto m) __attribute__((always_inline)) {
+        each<V>([&](auto v) __attribute__((always_inline)) {
+          parts[m][v] = sums[0][m][v];
+          each<U - 1>([&](auto u) __attribute__((always_inline)) {
+            parts[m][v] = S::add(parts[m][v], sums[u + 1][m][v]);
+          });
+        });
+      });
+      for (int v = 0; v < V; ++v) {
+        const F by = S::load(scale + g * padded + v * W);
+        for (int m = 0; m < M; ++m) {
+          F sum = parts[m][v];
+          if (zero) {
+            const F shift = S::load(zero + g * padded + column + v * W);
+            sum = S::sub(sum, S::mul(shift, S::set1(c.float_sums[m * groups + g])));
+          }
+          y[m][v] = S::fma(sum, by, y[m][v]);
+        }
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = column + v * W;
+      if (at >= p.outputs) break;
+      for (int m = 0; m < M; ++m) put(c, m, at, with_bias(p, at, y[m][v]));
+    }
+  }
+
+  template <int M, int BITS>
+  static void direct_block(const Call& c, const uint8_t* panel, int64_t column) {
+    if (c.rows == M) return direct_rows<M, BITS>(c, panel, column);
+    if constexpr (M > 1) direct_block<M - 1, BITS>(c, panel, column);
+  }
+
+  // The weights (code - zero point) * scale of inputs [begin, end): [input][column of the panel].
+  template <int BITS>
+  static void widen(const Params& p, const uint8_t* panel, int64_t column, int64_t begin,
+                    int64_t end, float* out) {
+    constexpr int N = 32 / BITS;
+    const float *scale = p.floats(p.scale) + column, *zero = p.floats(p.zero_scale);
+    const int64_t padded = p.padded();
+    for (int64_t k = begin; k < end; k += N) {
+      if (k >= p.inputs) {  // the rest of the last block; its inputs are zeros
+        memset(out + (k - begin) * kColumns, 0, static_cast<size_t>((end - k) * kColumns * 4));
+        return;
+      }
+      const int64_t g = k / p.group;
+      for (int v = 0; v < V; ++v) {
+        const I words = S::iload(panel + (k / N * kColumns + v * W) * 4);
+        const F by = S::load(scale + g * padded + v * W);
+        const F shift = zero ? S::load(zero + g * padded + column + v * W) : S::set1(0.0f);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+          const F code = BITS == 8 ? S::byte(words, i) : S::half(words, i);
+          S::store(out + (k - begin + i) * kColumns + v * W, S::mul(S::sub(code, shift), by));
+        }
+      }
+    }
+  }
+
+  template <int M>
+  static void float_rows(const float* in, const float* weights, int64_t depth, float* sums,
+                         bool begun) {
+    F y[M][V];
+    each<M>([&](auto m) __attribute__((always_inline)) {
+      each<V>([&](auto v) __attribute__((always_inline)) {
+        y[m][v] = begun ? S::load(sums + m * kColumns + v * W) : S::set1(0.0f);
+      });
+    });
+    for (int64_t k = 0; k < depth; k += kWords, in += M * kWords)  // depth is whole blocks
+      for (int64_t i = 0; i < kWords; ++i, weights += kColumns) {
+        F w[V];
+        each<V>([&](auto v) __attribute__((always_inline)) { w[v] = S::load(weights + v * W); });
+        each<M>([&](auto m) __attribute__((always_inline)) {
+          const F x = S::set1(in[m * kWords + i]);
+          each<V>([&](auto v)
+                      __attribute__((always_inline)) { y[m][v] = S::fma(w[v], x, y[m][v]); });
+        });
+      }
+    each<M>([&](auto m) __attribute__((always_inline)) {
+      each<V>([&](auto v) __attribute__((always_inline)) {
+        S::store(sums + m * kColumns + v * W, y[m][v]);
+      });
+    });
+  }
+
+  template <int M>
+  static void float_rows_of(int64_t count, const float* in, const float* weights, int64_t depth,
+                            float* sums, bool begun) {
+    if (count == M) return float_rows<M>(in, weights, depth, sums, begun);
+    if constexpr (M > 1) float_rows_of<M - 1>(count, in, weights, depth, sums, begun);
+  }
+
+  static void float_panel(void* job, int64_t index) {
+    Call& c = *static_cast<Call*>(job);
+    const Params& p = c.p;
+    const int64_t column = index * kColumns, n = c.words;
+    const uint8_t* panel = c.w.words() + index * steps_of(p.inputs, c.w.bits) * kColumns * 4;
+    if (c.rows <= kDirectRows) {
+      if (c.w.bits == 8) return direct_block<kDirectRows, 8>(c, panel, column);
+      return direct_block<kDirectRows, 4>(c, panel, column);
+    }
+    const int64_t blocks = (c.rows + R - 1) / R;
+    const int64_t size = kDepth * kColumns + blocks * R * kColumns;
+    float* weights = static_cast<float*>(scratch(3, size * 4));
+    if (!weights) {
+      c.failed = true;
+      return;
+    }
+    float* sums = weights + kDepth * kColumns;
+    for (int64_t begin = 0; begin < n; begin += kDepth) {
+      const int64_t end = at_most(n, begin + kDepth);
+      if (c.w.bits == 8)
+        widen<8>(p, panel, column, begin, end, weights);
+      else
+        widen<4>(p, panel, column, begin, end, weights);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t count = block_rows(c, block);
+        const float* in = c.floats + block * R * n + begin * count;
+        float_rows_of<R>(count, in, weights, end - begin, sums + block * R * kColumns, begin > 0);
+      }
+    }
+    for (int64_t row = 0; row < c.rows; ++row)
+      for (int v = 0; v < V && column + v * W < p.outputs; ++v) {
+        const int64_t at = column + v * W;
+        put(c, row, at, with_bias(p, at, S::load(sums + row * kColumns + v * W)));
+      }
+  }
+
+  // --- the call
+
+  static void linear(const Weights& w, const Params& p, const float* x, int64_t rows, float* y,
+                     int threads, bool* out_of_memory) {
+    const int64_t panels = (p.outputs + kColumns - 1) / kColumns;
+    const bool integer = p.input != MSQ_FLOAT;
+    const int64_t words = up_to(p.inputs, kBlock) / (integer ? 4 : 1);
+    const int64_t most = at_most(rows, kChunk);
+    void* inputs = scratch(0, up_to(most, R) * words * 4);
+    float* scales = static_cast<float*>(scratch(1, most * 4));
+    void* sums = scratch(2, most * p.groups() * 4);
+    if (!inputs || !scales || !sums) {
+      *out_of_memory = true;
+      return;
+    }
+    for (int64_t first = 0; first < rows; first += kChunk) {
+      const int64_t count = at_most(kChunk, rows - first);
+      Call call = {w,
+                   p,
+                   x + first * p.inputs,
+                   count,
+                   first,
+                   y + first * p.outputs,
+                   words,
+                   static_cast<int32_t*>(inputs),
+                   static_cast<float*>(inputs),
+                   scales,
+                   static_cast<int32_t*>(sums),
+                   static_cast<float*>(sums),
+                   false};
+      const int64_t blocks = (count + R - 1) / R;
+      share_out(blocks, threads, integer ? quantize_block : float_block, &call);
+      if (!call.failed) share_out(panels, threads, integer ? integer_panel : float_panel, &call);
+      *out_of_memory |= call.failed;
+    }
+  }
+
+  struct Rows {
+    const float* x;
+    int64_t columns;
+    float smallest, largest, clip;
+    int8_t* codes;
+    float* scales;
+  };
+
+  static void quantize_row(void* job, int64_t row) {
+    const Rows& c = *static_cast<Rows*>(job);
+    const float* x = c.x + row * c.columns;
+    c.scales[row] = row_scale(x, nullptr, c.columns, c.largest, c.clip);
+    const Steps steps = steps_per_token(nullptr, c.scales[row], c.smallest, c.largest);
+    const int64_t whole = c.columns / kBlock * kBlock;
+    int8_t* out = c.codes + row * c.columns;
+    row_codes<false, true>(steps, x, whole, out, kBlock);
+    int8_t last[kBlock];
+    row_codes<false, true>(steps, x + whole, c.columns - whole, last, kBlock);
+    for (int64_t k = whole; k < c.columns; ++k) out[k] = last[k - whole];
+  }
+
+  static void quantize_rows(const float* x, int64_t rows, int64_t columns, float smallest,
+                            float largest, float clip, int8_t* codes, float* scales, int threads) {
+    Rows call = {x, columns, smallest, largest, clip, codes, scales};
+    share_out(rows, threads, quantize_row, &call);
+  }
+
+  static const Kernels* kernels() {
+    static const Kernels found = {kColumns, S::kBias, linear, quantize_rows};
+    return &found;
+  }
+};
+
+}  // namespace
+}  // namespace msq
+
+#endif  // MS_QUANT_LINEAR_IMPL_H_
