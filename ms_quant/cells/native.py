@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
-from mindspore.common.api import _pynative_executor
+from mindspore import Tensor, ops
 
 from ms_quant import kernels
 from ms_quant.kernels import PackedLinear, pack
+from ms_quant.models.direct import threads
 from ms_quant.numerics.linear import QuantizedLinear
-
-_HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
 
 
 class NativeLinear:
@@ -45,11 +42,6 @@ class NativeLinear:
         return self.packed(rows, decode, self.threads)
 
 
-def threads() -> int:
-    """As many as MindSpore uses, and no more than there are cores for this process."""
-    return min(kernels.threads_of(None), ms.get_context("runtime_num_threads"))
-
-
 def native_linear(linear: QuantizedLinear) -> NativeLinear | None:
     """The linear for the kernels, None where they have none for it."""
     if not kernels.available():
@@ -62,13 +54,3 @@ def native_linear(linear: QuantizedLinear) -> NativeLinear | None:
 @lru_cache(maxsize=1)
 def _warn_once() -> None:
     warnings.warn(f"ms_quant: {kernels.note()}", stacklevel=4)
-
-
-def calls_directly(cell: nn.Cell) -> bool:
-    """Whether nothing wants to be told of a call in PyNative: no hook and no gradient."""
-    return not (any(getattr(cell, name) for name in _HOOKS) or _pynative_executor.requires_grad())
-
-
-def floats(x: Tensor) -> np.ndarray:
-    """A tensor as a float32 array; its own memory, if that is its type."""
-    return (x if x.dtype == ms.float32 else x.astype(ms.float32)).asnumpy()

@@ -9,9 +9,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
-from ms_quant.cells.native import NativeLinear, calls_directly, floats, native_linear
+from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.timesteps import current_step, is_static
 from ms_quant.models.decoder import repeat_rows
+from ms_quant.models.direct import calls_directly, floats
 from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
 from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias

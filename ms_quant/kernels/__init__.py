@@ -1,5 +1,6 @@
 """Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
 
+from ms_quant.kernels.block import masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -20,9 +21,13 @@ __all__ = [
     "best_isa",
     "has_isa",
     "library_path",
+    "masked_softmax",
     "note",
     "pack",
     "quantize_rows",
+    "rms_norm",
+    "rope",
     "set_operator_threads",
+    "swiglu",
     "threads_of",
 ]

@@ -63,6 +63,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(number, pointer, size, size, number, number, ctypes.c_float),
             *(pointer, pointer, number),
         ]
+        real = ctypes.c_float
+        found.msq_rms_norm.argtypes = [number, pointer, pointer, size, size, real, pointer, number]
+        found.msq_swiglu.argtypes = [number, pointer, pointer, size, pointer, number]
+        found.msq_rope.argtypes = [number, pointer, pointer, pointer, *(size,) * 4, pointer, number]
+        found.msq_softmax.argtypes = [number, pointer, pointer, *(size,) * 4, real, number]
     return found, where
 
 
@@ -100,7 +105,7 @@ def best_isa() -> str:
     return list(ISAS)[_library().msq_best_isa()]
 
 
-def _number(isa: str | None) -> int:
+def number_of(isa: str | None) -> int:
     if isa is None:
         return _BEST
     if isa not in ISAS or not has_isa(isa):
@@ -130,6 +135,15 @@ def _bytes(count: int) -> np.ndarray:
     return raw[start : start + count]
 
 
+def call(name: str, *arguments: Any) -> None:
+    """Calls a function that returns a status.
+
+    Raises:
+        MsQuantError: the status says what is wrong.
+    """
+    _check(getattr(_library(), name)(*arguments))
+
+
 def _check(status: int) -> None:
     if status:
         raise MsQuantError(f"native kernels: {_STATUS.get(status, status)}")
@@ -146,7 +160,7 @@ def pack_weights(codes: np.ndarray, bits: int, isa: str | None = None) -> np.nda
     Returns:
         uint8 (bytes,), with a header.
     """
-    library, number = _library(), _number(isa)
+    library, number = _library(), number_of(isa)
     codes = np.ascontiguousarray(codes, np.int8)
     count = library.msq_weights_bytes(number, *codes.shape, bits)
     if count < 0:
@@ -242,5 +256,5 @@ def quantize_rows(
     codes, scales = np.empty(x.shape, np.int8), np.empty((len(x), 1), np.float32)
     pointers: list[Any] = [x.ctypes.data, *x.shape, *LIMITS[bits], clip]
     pointers += [codes.ctypes.data, scales.ctypes.data, threads_of(threads)]
-    _check(_library().msq_quantize_rows(_number(isa), *pointers))
+    _check(_library().msq_quantize_rows(number_of(isa), *pointers))
     return codes, scales

@@ -6,7 +6,9 @@ Cells run in whatever type their parameters are cast to.
 
 MindSpore's CPU kernels broadcast, reduce and slice five to fifteen times slower than they
 multiply matrices, so sums over the last axis, products with a vector and the half-turn of the
-rotary embedding are written as products with small constant matrices here.
+rotary embedding are written as products with small constant matrices here. Even so an operator
+takes some tens of microseconds to launch, so in PyNative on CPU norms, gates and attention call
+native kernels (:mod:`ms_quant.models.direct`), if no hook and no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from ms_quant import kernels
 from ms_quant.budget import SCORE_BYTES
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.direct import as_type, attend, calls_directly, floats, has_kernels, threads
 from ms_quant.models.rope import rope_table
 
 MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
@@ -37,6 +41,12 @@ class RMSNorm(nn.Cell):
         self.weight = Parameter(np.ones(size, np.float32))
         self.mean = Tensor(np.full((size, 1), 1.0 / size, np.float32))
         self.size, self.eps = size, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(x)
+        y = kernels.rms_norm(floats(x), floats(self.weight), self.eps, threads())
+        return as_type(y, x.dtype)
 
     def construct(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.size)
@@ -111,6 +121,18 @@ def _half_turn(size: int) -> np.ndarray:
     return turn
 
 
+class SwiGLU(nn.Cell):
+    """gate * sigmoid(gate) * up."""
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(gate, up)
+        return as_type(kernels.swiglu(floats(gate), floats(up), threads()), gate.dtype)
+
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gate * ops.sigmoid(gate) * up
+
+
 class Attention(nn.Cell):
     """Causal self-attention with grouped key-value heads, rotary positions and optional q/k norm.
 
@@ -144,6 +166,38 @@ class Attention(nn.Cell):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def __call__(self, *args, **kwargs):
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(*args, **kwargs)
+        return self._direct(*args, **kwargs)
+
+    def _direct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
+        """The same as ``construct`` in NumPy and native kernels."""
+        batch, length, _ = x.shape
+        q = project(self.q_proj, x, decode).reshape(batch, length, self.heads, self.head_dim)
+        k = project(self.k_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = project(self.v_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        angles = floats(cos), floats(sin)
+        turned = kernels.rope(floats(q), *angles, threads())
+        keys = kernels.rope(floats(k), *angles, threads())
+        values = np.ascontiguousarray(floats(v).transpose(0, 2, 1, 3))
+        if cache is not None:
+            held = cache.append(Tensor.from_numpy(keys), Tensor.from_numpy(values))
+            keys, values = map(floats, held)
+        y = attend(turned, keys, values, floats(mask)).transpose(0, 2, 1, 3)
+        y = np.ascontiguousarray(y).reshape(batch, length, -1)
+        return project(self.o_proj, as_type(y, x.dtype), decode)
 
     def construct(
         self,
@@ -214,10 +268,11 @@ class MLP(nn.Cell):
         self.gate_proj = _dense(hidden, inter, bias)
         self.up_proj = _dense(hidden, inter, bias)
         self.down_proj = _dense(inter, hidden, bias)
+        self.swiglu = SwiGLU()
 
     def construct(self, x: Tensor, decode: bool = False) -> Tensor:
         gate, up = project(self.gate_proj, x, decode), project(self.up_proj, x, decode)
-        return project(self.down_proj, gate * ops.sigmoid(gate) * up, decode)
+        return project(self.down_proj, self.swiglu(gate, up), decode)
 
 
 class DecoderBlock(nn.Cell):

@@ -7,7 +7,8 @@ import pytest
 
 ms = pytest.importorskip("mindspore")
 
-from ms_quant.models import decoder  # noqa: E402
+from ms_quant import kernels  # noqa: E402
+from ms_quant.models import decoder, direct  # noqa: E402
 from ms_quant.models.cache import KeyValueCache  # noqa: E402
 from ms_quant.models.config import parse_config  # noqa: E402
 from ms_quant.models.decoder import (  # noqa: E402
@@ -30,6 +31,15 @@ CONFIG = parse_config(
     }
 )
 LENGTH = 7
+
+
+@pytest.fixture(params=[True, False], ids=["native", "mindspore"], autouse=True)
+def native(request, monkeypatch) -> bool:
+    """Whether Cells call native kernels: both ways compute the same."""
+    if request.param and not kernels.available():
+        pytest.skip("no C++ compiler at install time")
+    monkeypatch.setattr(decoder, "has_kernels", lambda: request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +86,22 @@ def test_a_cache_gives_the_same_token_by_token(block, hidden):
 
 
 @pytest.mark.parametrize("queries", [1, 3, 4])
-def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, queries):
+def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, queries):
     whole = plain(block, hidden)
-    monkeypatch.setattr(decoder, "SCORE_BYTES", queries * 4 * 2 * CONFIG.num_heads * LENGTH)
-    seen = []
-    attend = block.self_attn.attend_slice
-    monkeypatch.setattr(
-        block.self_attn, "attend_slice", lambda q, *a: seen.append(q) or attend(q, *a)
-    )
+    where = direct if native else decoder
+    monkeypatch.setattr(where, "SCORE_BYTES", queries * 4 * 2 * CONFIG.num_heads * LENGTH)
+    holder, name = (direct, "_attend_slice") if native else (block.self_attn, "attend_slice")
+    seen, attend = [], getattr(holder, name)
+    monkeypatch.setattr(holder, name, lambda q, *a: seen.append(q) or attend(q, *a))
     np.testing.assert_allclose(plain(block, hidden), whole, rtol=1e-5, atol=1e-5)
     assert sum(q.shape[2] for q in seen) == LENGTH
     assert max(q.shape[2] for q in seen) == queries
+
+
+def test_native_kernels_compute_what_mindspore_does(block, hidden, monkeypatch, native):
+    found = plain(block, hidden)
+    monkeypatch.setattr(decoder, "has_kernels", lambda: not native and kernels.available())
+    np.testing.assert_allclose(plain(block, hidden), found, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_keys_change_nothing(block, hidden):

@@ -1,4 +1,4 @@
-#include "linear_impl.h"
+#include "block_impl.h"
 #include "x86_256.h"
 
 namespace msq {
@@ -31,6 +31,6 @@ struct Avx2 : X86Of256 {
 
 }  // namespace
 
-const Kernels* kernels_avx2() { return Linear<Avx2>::kernels(); }
+const Kernels* kernels_avx2() { return all_kernels<Avx2>(); }
 
 }  // namespace msq

@@ -1,6 +1,6 @@
 #include <immintrin.h>
 
-#include "linear_impl.h"
+#include "block_impl.h"
 
 namespace msq {
 namespace {
@@ -25,6 +25,10 @@ struct Avx512Vnni {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F round(F a) { return _mm512_roundscale_ps(a, 8); }
+  static F times_power(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static F zero_below(F a, F x, float limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(limit), _CMP_NLT_UQ), a);
+  }
   static float highest(F a) { return _mm512_reduce_max_ps(a); }
   static bool near_half(F part) {
     return _mm512_cmp_ps_mask(abs(part), set1(0.4998f), _CMP_GT_OQ) != 0;
@@ -68,6 +72,6 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Kernels* kernels_avx512_vnni() { return Linear<Avx512Vnni>::kernels(); }
+const Kernels* kernels_avx512_vnni() { return all_kernels<Avx512Vnni>(); }
 
 }  // namespace msq

@@ -1,4 +1,4 @@
-#include "linear_impl.h"
+#include "block_impl.h"
 #include "x86_256.h"
 
 namespace msq {
@@ -21,6 +21,6 @@ struct AvxVnni : X86Of256 {
 
 }  // namespace
 
-const Kernels* kernels_avx_vnni() { return Linear<AvxVnni>::kernels(); }
+const Kernels* kernels_avx_vnni() { return all_kernels<AvxVnni>(); }
 
 }  // namespace msq

@@ -58,6 +58,13 @@ struct Kernels {
                  bool* out_of_memory);
   void (*quantize_rows)(const float* x, int64_t rows, int64_t columns, float smallest,
                         float largest, float clip, int8_t* codes, float* scales, int threads);
+  void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t size, float eps,
+                   float* y, int threads);
+  void (*swiglu)(const float* gate, const float* up, int64_t count, float* y, int threads);
+  void (*rope)(const float* x, const float* cos, const float* sin, int64_t batch, int64_t length,
+               int64_t heads, int64_t size, float* y, int threads);
+  void (*softmax)(float* x, const float* mask, int64_t rows, int64_t columns, int64_t length,
+                  int64_t rows_of_mask, float scale, int threads);
 };
 
 const Kernels* kernels_scalar();

@@ -642,11 +642,6 @@ struct Linear {
     Rows call = {x, columns, smallest, largest, clip, codes, scales};
     share_out(rows, threads, quantize_row, &call);
   }
-
-  static const Kernels* kernels() {
-    static const Kernels found = {kColumns, S::kBias, linear, quantize_rows};
-    return &found;
-  }
 };
 
 }  // namespace

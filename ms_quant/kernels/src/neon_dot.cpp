@@ -1,6 +1,6 @@
 #include <arm_neon.h>
 
-#include "linear_impl.h"
+#include "block_impl.h"
 
 namespace msq {
 namespace {
@@ -25,6 +25,14 @@ struct NeonDot {
   static F min(F a, F b) { return vminnmq_f32(a, b); }
   static F abs(F a) { return vabsq_f32(a); }
   static F round(F a) { return vrndnq_f32(a); }
+  static F times_power(F a, F n) {  // n within -126 and 127
+    const I exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
+    return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  }
+  static F zero_below(F a, F x, float limit) {
+    const uint32x4_t below = vcltq_f32(x, set1(limit));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a), below));
+  }
   static float highest(F a) { return vmaxnmvq_f32(a); }
   static bool near_half(F part) { return highest(abs(part)) > 0.4998f; }
 
@@ -66,6 +74,6 @@ struct NeonDot {
 
 }  // namespace
 
-const Kernels* kernels_neon_dot() { return Linear<NeonDot>::kernels(); }
+const Kernels* kernels_neon_dot() { return all_kernels<NeonDot>(); }
 
 }  // namespace msq

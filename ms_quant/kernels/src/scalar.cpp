@@ -1,6 +1,6 @@
 #include <math.h>
 
-#include "linear_impl.h"
+#include "block_impl.h"
 
 namespace msq {
 namespace {
@@ -61,6 +61,12 @@ struct Scalar {
   }
   static F round(F a) {
     return floats([&](int i) { return nearbyintf(a.at[i]); });
+  }
+  static F times_power(F a, F n) {
+    return floats([&](int i) { return ldexpf(a.at[i], static_cast<int>(n.at[i])); });
+  }
+  static F zero_below(F a, F x, float limit) {
+    return floats([&](int i) { return x.at[i] < limit ? 0.0f : a.at[i]; });
   }
   static float highest(F a) { return fmaxf(fmaxf(a.at[0], a.at[1]), fmaxf(a.at[2], a.at[3])); }
   static bool near_half(F part) { return highest(abs(part)) > 0.4998f; }
@@ -126,6 +132,6 @@ struct Scalar {
 
 }  // namespace
 
-const Kernels* kernels_scalar() { return Linear<Scalar>::kernels(); }
+const Kernels* kernels_scalar() { return all_kernels<Scalar>(); }
 
 }  // namespace msq

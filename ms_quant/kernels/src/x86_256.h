@@ -26,6 +26,13 @@ struct X86Of256 {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F times_power(F a, F n) {  // n within -126 and 127
+    const I exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static F zero_below(F a, F x, float limit) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(limit), _CMP_LT_OQ), a);
+  }
   static float highest(F a) {
     __m128 v = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     v = _mm_max_ps(v, _mm_movehl_ps(v, v));

@@ -1,0 +1,84 @@
+"""What a decoder block does between its linears, natively; float32 in and out.
+
+The sums of a row are taken in another order than elsewhere, so results differ in the last bits.
+``threads`` is how many are used at most, None for all; ``isa`` a name from ``ISAS``, None for the
+fastest instruction set there is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ms_quant.kernels.native import call, number_of, threads_of
+
+
+def rms_norm(
+    x: np.ndarray,
+    weight: np.ndarray,
+    eps: float,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis of (..., size)."""
+    x, y = np.ascontiguousarray(x, np.float32), np.empty(x.shape, np.float32)
+    rows = x.size // weight.size
+    pointers = x.ctypes.data, weight.ctypes.data, rows, weight.size, eps, y.ctypes.data
+    call("msq_rms_norm", number_of(isa), *pointers, threads_of(threads))
+    return y
+
+
+def swiglu(
+    gate: np.ndarray, up: np.ndarray, threads: int | None = None, isa: str | None = None
+) -> np.ndarray:
+    """gate / (1 + e^-gate) * up, of any shape."""
+    gate, up = np.ascontiguousarray(gate, np.float32), np.ascontiguousarray(up, np.float32)
+    y = np.empty(gate.shape, np.float32)
+    pointers = gate.ctypes.data, up.ctypes.data, gate.size, y.ctypes.data
+    call("msq_swiglu", number_of(isa), *pointers, threads_of(threads))
+    return y
+
+
+def rope(
+    x: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:
+    """Rotary positions.
+
+    Args:
+        x: (batch, length, heads, size), size even.
+        cos, sin: (length, size).
+
+    Returns:
+        (batch, heads, length, size).
+    """
+    batch, length, heads, size = x.shape
+    x = np.ascontiguousarray(x, np.float32)
+    cos, sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+    y = np.empty((batch, heads, length, size), np.float32)
+    pointers = x.ctypes.data, cos.ctypes.data, sin.ctypes.data
+    call("msq_rope", number_of(isa), *pointers, *x.shape, y.ctypes.data, threads_of(threads))
+    return y
+
+
+def masked_softmax(
+    scores: np.ndarray,
+    mask: np.ndarray,
+    scale: float,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> None:
+    """Softmax of scores * scale + mask over the last axis, in place.
+
+    Args:
+        scores: (rows, T), contiguous; its rows go through the masks' rows again and again.
+        mask: (masks, length, T); each serves as many rows as the others, one after the other.
+        scale: factor on the scores.
+    """
+    rows, columns = scores.shape
+    mask = np.ascontiguousarray(mask, np.float32)
+    each = max(mask.shape[1], rows // mask.shape[0])
+    pointers = scores.ctypes.data, mask.ctypes.data, rows, columns, mask.shape[1], each, scale
+    call("msq_softmax", number_of(isa), *pointers, threads_of(threads))

@@ -1,0 +1,103 @@
+"""What lies between linears against float64, on every instruction set that is here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ms_quant import kernels
+from ms_quant.kernels import native
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler at install time")
+ISAS = [name for name in native.ISAS if kernels.available() and kernels.has_isa(name)]
+SIZES = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 64, 100, 129])
+ROWS = st.sampled_from([0, 1, 2, 7, 130])
+EPSILON = 2.0**-24
+
+
+def random(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> np.ndarray:
+    return (spread * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(rows=ROWS, size=SIZES, spread=st.sampled_from([1e-6, 1.0, 1e6]), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_rms_norm(isa: str, rows: int, size: int, spread: float, seed: int) -> None:
+    x, weight = random((rows, size), seed, spread), random((size,), seed + 1)
+    found = kernels.rms_norm(x, weight, 1e-6, threads=2, isa=isa)
+    wide = x.astype(np.float64)
+    mean = np.square(wide).mean(axis=1, keepdims=True) + 1e-6
+    expected = wide / np.sqrt(mean) * weight
+    assert (np.abs(found - expected) <= (size + 8) * EPSILON * np.abs(expected) + 1e-37).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(count=st.sampled_from([0, 1, 15, 16, 17, 16384, 20001]), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_swiglu(isa: str, count: int, seed: int) -> None:
+    gate, up = random((count,), seed, 30), random((count,), seed + 1)
+    found = kernels.swiglu(gate, up, threads=2, isa=isa)
+    wide = gate.astype(np.float64)
+    expected = wide / (1 + np.exp(-wide)) * up
+    assert (np.abs(found - expected) <= 8 * EPSILON * np.abs(expected) + 1e-32).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gate", [-3e38, -1e3, -89.0, -80.5, 0.0, 80.5, 89.0, 1e3, 3e38])
+def test_swiglu_of_extremes(isa: str, gate: float) -> None:
+    found = kernels.swiglu(np.float32([gate]), np.float32([1]), isa=isa)[0]
+    expected = gate / (1 + np.exp(min(700.0, -gate)))
+    assert abs(found - expected) <= 1e-6 * abs(expected) + 1e-32
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    batch=st.integers(0, 3),
+    length=st.integers(0, 5),
+    heads=st.integers(1, 4),
+    half=st.sampled_from([1, 3, 8, 16, 33]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_rope(isa: str, batch: int, length: int, heads: int, half: int, seed: int) -> None:
+    x = random((batch, length, heads, 2 * half), seed)
+    cos, sin = random((length, 2 * half), seed + 1), random((length, 2 * half), seed + 2)
+    found = kernels.rope(x, cos, sin, threads=2, isa=isa)
+    turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    expected = x * cos[:, None] + turned * sin[:, None]
+    np.testing.assert_array_equal(found, expected.transpose(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    masks=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 5),
+    columns=SIZES,
+    spread=st.sampled_from([0.1, 3.0, 100.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_softmax(
+    isa: str, masks: int, heads: int, length: int, columns: int, spread: float, seed: int
+) -> None:
+    scores = random((masks * heads * length, columns), seed, spread)
+    visible = np.random.default_rng(seed).random((masks, length, columns)) < 0.7
+    visible[..., 0] = True
+    mask = np.where(visible, 0, np.float32(-1e30)).astype(np.float32)
+    wide = 0.3 * scores.astype(np.float64).reshape(masks, heads, length, columns) + mask[:, None]
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    expected = (powers / powers.sum(axis=-1, keepdims=True)).reshape(scores.shape)
+    kernels.masked_softmax(scores, mask, 0.3, threads=2, isa=isa)
+    bound = (columns + 8 + 4 * 100 * 0.3 * 4) * EPSILON * expected + 1e-34
+    assert (np.abs(scores - expected) <= bound).all()
+    assert (scores.reshape(wide.shape)[np.broadcast_to(~visible[:, None], wide.shape)] == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_without_visible_keys_is_finite(isa: str) -> None:
+    scores = random((2, 20), 0)
+    kernels.masked_softmax(scores, np.full((1, 2, 20), -1e30, np.float32), 1.0, isa=isa)
+    np.testing.assert_allclose(scores, 1 / 20, rtol=1e-5)
