@@ -9,7 +9,14 @@ FUZZ_SECONDS ?= 20
 FUZZ_FLAGS = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
-.PHONY: demo test lint format bench accuracy fuzz clean
+KERNELS = ms_quant/kernels/src
+KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp kernels.cpp pool.cpp scalar.cpp)
+KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -pthread
+# The unrolled ones take minutes to build with checks of every shift and sum.
+ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
+ARM = aarch64-linux-gnu
+
+.PHONY: demo test test-aarch64 lint format bench accuracy fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -37,9 +44,33 @@ bench: $(INSTALLED)
 accuracy: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt --windows 32 --json benchmarks/accuracy.json
 
-# The decoder under sanitizers, guided by coverage. FUZZ_KEEP=--keep adds what it finds to the corpus.
-fuzz: build/fuzz/fuzz_unzip
+# The decoder under sanitizers, guided by coverage, and the kernels on random linears.
+# FUZZ_KEEP=--keep adds what it finds to the corpus.
+fuzz: build/fuzz/fuzz_unzip build/fuzz/check_kernels
 	$< tests/sparse_compress/fuzz_corpus --seconds $(FUZZ_SECONDS) $(FUZZ_KEEP)
+	build/fuzz/check_kernels $(FUZZ_SECONDS) $(shell date +%s)
+
+# The kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user.
+test-aarch64: build/aarch64/check_kernels
+	qemu-aarch64 $< $(FUZZ_SECONDS)
+
+build/aarch64/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
+	mkdir -p $(@D)
+	$(ARM)-g++ $(KERNEL_FLAGS) -O3 -static -march=armv8.2-a+dotprod -DMSQ_WITH_NEON_DOT \
+		$(KERNEL_SOURCES) $(KERNELS)/neon_dot.cpp -o $@
+
+# Of the instruction sets those that the compiler builds for everywhere on this kind of processor.
+build/fuzz/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
+	mkdir -p $(@D)
+ifeq ($(shell uname -m),x86_64)
+	$(CXX) $(ISA_FLAGS) -mavx2 -mfma -c $(KERNELS)/avx2.cpp -o $(@D)/avx2.o
+	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
+		-c $(KERNELS)/avx512_vnni.cpp -o $(@D)/avx512_vnni.o
+	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI $(KERNEL_SOURCES) \
+		$(@D)/avx2.o $(@D)/avx512_vnni.o -o $@
+else
+	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(KERNEL_SOURCES) -o $@
+endif
 
 build/fuzz/%.o: $(CODEC)/%.cpp $(wildcard $(CODEC)/*.h)
 	mkdir -p $(@D)

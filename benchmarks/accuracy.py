@@ -9,8 +9,8 @@ float: a few channels of every norm are 32 times as large, and what reads them a
 (tools/inject_outliers.py). ``bytes`` are those of the quantized linears' tensors as the scheme's
 checkpoint holds them, over the number of their weights; ``seconds`` are of quantizing.
 
-Rows that the JSON file already holds are not measured again, unless the float perplexities, the
-windows or the version differ.
+Rows that the JSON file already holds are not measured again, unless the float perplexities differ
+by more than rounding, or the windows or the version differ.
 """
 
 from __future__ import annotations
@@ -145,6 +145,15 @@ def key(scheme: str, algorithm: str, options: Row) -> str:
     return json.dumps([scheme, algorithm, options])
 
 
+def _same(kept: Row | None, of: Row) -> bool:
+    """Whether rows of an earlier run are of the same models and text."""
+    if kept is None or {**kept, "float": 0} != {**of, "float": 0}:
+        return False
+    return all(
+        math.isclose(kept["float"][name], of["float"][name], rel_tol=1e-5) for name in of["float"]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -168,7 +177,7 @@ def main() -> None:
             for name, path in models.items()
         }
         of = {"windows": arguments.windows, "version": __version__, "float": floats}
-        results = kept.get("rows", {}) if kept.get("of") == of else {}
+        results = kept.get("rows", {}) if _same(kept.get("of"), of) else {}
         for row in sorted(rows(), key=_searches):
             if key(*row) not in results:
                 results[key(*row)] = {

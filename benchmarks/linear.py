@@ -1,0 +1,230 @@
+"""Quantized linears on CPU beside MindSpore's Dense, NumPy and, if it is installed, PyTorch.
+
+    python benchmarks/linear.py [--rounds 7] [--json FILE]
+
+Each row of the table is a number of tokens M and a weight (N, K); all contenders are timed in turn,
+round after round, and the best round counts. *cold*: each call takes another copy of the weight,
+as many as fill four times the last-level cache (2 GiB at most), as a model's layers do; *warm*: the
+same weight again and again. ``of peak`` is the share of the products of int8 that the processor's
+cores do with VNNI, ``of read`` the share of the bytes that they read a second from memory, both
+measured between the rounds (benchmarks/peak.cpp; needs a C++ compiler and AVX-512 VNNI).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.cells import QuantLinear
+from ms_quant.console import use_mindspore
+from ms_quant.models.direct import threads
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.schemes import get_scheme
+
+ROWS = (1, 8, 64, 512)
+SHAPES = ((2048, 2048), (4096, 11008), (11008, 4096))  # K, N
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W8A8_DYNAMIC": {},
+    "W8A16": {},
+    "W4A16": {"group_size": 128},
+    "W4A8_DYNAMIC": {},
+}
+MOST_COPIES = 2 << 30
+PEAK = Path(__file__).with_name("peak.cpp")
+Make = Callable[[np.ndarray], tuple[Callable[[Any], Any], Callable[[np.ndarray], Any], int]]
+"""A weight (N, K) to the linear, what makes its input of float32 (M, K), and its bytes."""
+
+
+def dense(weight: np.ndarray):
+    import mindspore as ms
+    from mindspore import nn
+
+    cell = nn.Dense(weight.shape[1], weight.shape[0], has_bias=False)
+    cell.weight.set_data(ms.Tensor(weight.copy()))
+    return cell, ms.Tensor, weight.nbytes
+
+
+def quantized(name: str, options: dict[str, Any]) -> Make:
+    from mindspore import Tensor
+
+    scheme = get_scheme(name, **options)
+
+    def make(weight: np.ndarray):
+        grid = scheme.weight.fit(weight, "weight")
+        activation = scheme.activation.fit(None, None)
+        cell = QuantLinear(QuantizedLinear(grid.round(weight), grid, None, activation))
+        assert cell.native is not None
+        return cell, Tensor, cell.native.packed.weights.nbytes
+
+    return make
+
+
+def in_numpy(weight: np.ndarray):
+    copy = weight.copy()
+    return lambda x: x @ copy.T, np.ascontiguousarray, weight.nbytes
+
+
+def in_torch(kind: str) -> Make:
+    import torch
+
+    torch.set_num_threads(threads())
+    torch.set_grad_enabled(False)
+
+    def make(weight: np.ndarray):
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight.copy_(torch.from_numpy(weight))
+        if kind == "bfloat16":
+            linear = linear.to(torch.bfloat16)
+            return linear, lambda x: torch.from_numpy(x).to(torch.bfloat16), weight.nbytes // 2
+        if kind == "int8":
+            holder = torch.nn.Sequential(linear)
+            linear = torch.ao.quantization.quantize_dynamic(holder, {torch.nn.Linear})[0]
+            return linear, torch.from_numpy, weight.nbytes // 4
+        return linear, torch.from_numpy, weight.nbytes
+
+    return make
+
+
+def contenders() -> dict[str, Make]:
+    found: dict[str, Make] = {"MindSpore nn.Dense": dense, "NumPy": in_numpy}
+    try:
+        found |= {f"PyTorch {kind}": in_torch(kind) for kind in ("float32", "bfloat16", "int8")}
+    except ImportError:
+        print("PyTorch is not installed: left out")
+    return found | {name: quantized(name, options) for name, options in SCHEMES.items()}
+
+
+def last_level_cache() -> int:
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes]
+    return max(found, default=32 << 20)
+
+
+class Machine:
+    """What the processor reaches; zeros where it cannot be measured."""
+
+    def __init__(self, directory: Path):
+        self.library, self.peak, self.read = None, 0.0, 0.0
+        compiler = shutil.which("c++")
+        if compiler is None or not kernels.has_isa("avx512_vnni"):
+            return
+        flags = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vnni", "-shared", "-fPIC", "-w"]
+        path = directory / "peak.so"
+        subprocess.run([compiler, *flags, str(PEAK), "-o", str(path)], check=True)
+        self.library = ctypes.CDLL(str(path))
+        self.library.vnni_products.restype = ctypes.c_int64
+        self.buffer = np.ones(MOST_COPIES, np.uint8)
+
+    def measure(self) -> None:
+        """Keeps the best of what was measured so far."""
+        if self.library is None:
+            return
+        count, part = threads(), MOST_COPIES // threads() // 512 * 512
+        rounds = ctypes.c_int64(500_000)
+        seconds = _at_once(lambda index: self.library.vnni_products(rounds), count)
+        self.peak = max(self.peak, count * 500_000 * 16 * 64 / seconds)
+        start = self.buffer.ctypes.data
+        read, size = self.library.read_bytes, ctypes.c_int64(part)
+        seconds = _at_once(lambda i: read(ctypes.c_void_p(start + i * part), size), count)
+        self.read = max(self.read, count * part / seconds)
+
+
+def _at_once(work: Callable[[int], Any], count: int) -> float:
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    started = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - started
+
+
+def best_times(makes: dict[str, Make], rows: int, shape: tuple[int, int], rounds: int, cold: bool):
+    """Contender to its best seconds and its weight's bytes."""
+    into, out = shape
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((out, into), np.float32)
+    x = rng.standard_normal((rows, into), np.float32)
+    wanted, made = min(4 * last_level_cache(), MOST_COPIES), {}
+    for name, make in makes.items():
+        first = make(weight)
+        copies = -(-wanted // first[2]) if cold else 1
+        made[name] = [first, *(make(weight) for _ in range(copies - 1))], first[1](x)
+    best = dict.fromkeys(makes, float("inf"))
+    for _ in range(rounds):
+        for name, (linears, tokens) in made.items():
+            calls = len(linears) if cold else _repeats(rows, shape)
+            started = time.perf_counter()
+            for index in range(calls):
+                linears[index % len(linears)][0](tokens)
+            best[name] = min(best[name], (time.perf_counter() - started) / calls)
+    return {name: (best[name], made[name][0][0][2]) for name in makes}
+
+
+def _repeats(rows: int, shape: tuple[int, int]) -> int:
+    return max(1, int(2e9 / (2 * rows * shape[0] * shape[1])))
+
+
+def table(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
+    lines = [
+        f"VNNI peak {2 * machine.peak / 1e12:.2f} TOPS, reading {machine.read / 1e9:.1f} GB/s, "
+        f"{threads()} threads, {kernels.best_isa()}.",
+        "",
+        "| M | K | N | contender | warm ms | x Dense | cold ms | x Dense | of peak | of read |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["M"], row["K"], row["N"], row["name"]]
+        for which in ("warm", "cold"):
+            seconds, base = row[which], row[f"{which}_dense"]
+            cells += [f"{1e3 * seconds:.3f}", f"{base / seconds:.2f}"] if seconds else ["", ""]
+        products, seconds = row["M"] * row["K"] * row["N"], row["cold"] or row["warm"]
+        cells.append(f"{products / seconds / machine.peak:.2f}" if machine.peak else "")
+        cells.append(f"{row['bytes'] / seconds / machine.read:.2f}" if machine.read else "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the numbers")
+    arguments = parser.parse_args()
+    use_mindspore()
+    makes, rows = contenders(), []
+    with tempfile.TemporaryDirectory() as directory:
+        machine = Machine(Path(directory))
+        for shape in SHAPES:
+            for count in ROWS:
+                machine.measure()
+                warm = best_times(makes, count, shape, arguments.rounds, cold=False)
+                cold = {}
+                if count in (ROWS[0], ROWS[-1]):
+                    for name, make in makes.items():  # one at a time: copies fill the memory
+                        cold |= best_times({name: make}, count, shape, 3, cold=True)
+                for name in makes:
+                    row = {"M": count, "K": shape[0], "N": shape[1], "name": name}
+                    row |= {"warm": warm[name][0], "warm_dense": warm["MindSpore nn.Dense"][0]}
+                    row |= {"cold": cold[name][0] if cold else 0.0, "bytes": warm[name][1]}
+                    row["cold_dense"] = cold["MindSpore nn.Dense"][0] if cold else 0.0
+                    rows.append(row)
+                print("\n".join(table(rows[-len(makes) :], machine)), flush=True)
+    print("\n".join(table(rows, machine)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
