@@ -10,7 +10,7 @@ FUZZ_FLAGS = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recove
 TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
 KERNELS = ms_quant/kernels/src
-KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp kernels.cpp pool.cpp scalar.cpp)
+KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp kernels.cpp pool.cpp)
 KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 # The unrolled ones take minutes to build with checks of every shift and sum.
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
@@ -38,6 +38,8 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/unzip.py
+	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/rate.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
 
 # Every scheme with every algorithm; hours. What benchmarks/accuracy.json has is kept.
@@ -57,19 +59,20 @@ test-aarch64: build/aarch64/check_kernels
 build/aarch64/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
 	mkdir -p $(@D)
 	$(ARM)-g++ $(KERNEL_FLAGS) -O3 -static -march=armv8.2-a+dotprod -DMSQ_WITH_NEON_DOT \
-		$(KERNEL_SOURCES) $(KERNELS)/neon_dot.cpp -o $@
+		$(KERNEL_SOURCES) $(KERNELS)/scalar.cpp $(KERNELS)/neon_dot.cpp -o $@
 
 # Of the instruction sets those that the compiler builds for everywhere on this kind of processor.
 build/fuzz/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
 	mkdir -p $(@D)
+	$(CXX) $(ISA_FLAGS) -c $(KERNELS)/scalar.cpp -o $(@D)/scalar.o
 ifeq ($(shell uname -m),x86_64)
 	$(CXX) $(ISA_FLAGS) -mavx2 -mfma -c $(KERNELS)/avx2.cpp -o $(@D)/avx2.o
 	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
 		-c $(KERNELS)/avx512_vnni.cpp -o $(@D)/avx512_vnni.o
 	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI $(KERNEL_SOURCES) \
-		$(@D)/avx2.o $(@D)/avx512_vnni.o -o $@
+		$(@D)/scalar.o $(@D)/avx2.o $(@D)/avx512_vnni.o -o $@
 else
-	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(KERNEL_SOURCES) -o $@
+	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(KERNEL_SOURCES) $(@D)/scalar.o -o $@
 endif
 
 build/fuzz/%.o: $(CODEC)/%.cpp $(wildcard $(CODEC)/*.h)

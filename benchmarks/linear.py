@@ -3,16 +3,18 @@
     python benchmarks/linear.py [--rounds 7] [--json FILE]
 
 Each row of the table is a number of tokens M and a weight (N, K); all contenders are timed in turn,
-round after round, and the best round counts. *cold*: each call takes another copy of the weight,
-as many as fill four times the last-level cache (2 GiB at most), as a model's layers do; *warm*: the
-same weight again and again. ``of peak`` is the share of the products of int8 that the processor's
-cores do with VNNI, ``of read`` the share of the bytes that they read a second from memory, both
-measured between the rounds (benchmarks/peak.cpp; needs a C++ compiler and AVX-512 VNNI).
+round after round, and the best round counts. *cold*, of one token: each call takes another copy of
+the weight, as many as fill four times the last-level cache (2 GiB at most), as a model's layers do;
+*warm*: the same weight again and again. ``of peak`` is the share of the products of int8 that the
+processor's cores do with VNNI, ``of read`` the share of the bytes that they read a second from
+memory, both measured between the rounds (benchmarks/peak.cpp; needs a C++ compiler and AVX-512
+VNNI).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import json
 import shutil
@@ -21,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +45,25 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A8_DYNAMIC": {},
 }
 MOST_COPIES = 2 << 30
+SETTLE = 0.02  # seconds after which the threads of the contender before no longer spin
 PEAK = Path(__file__).with_name("peak.cpp")
-Make = Callable[[np.ndarray], tuple[Callable[[Any], Any], Callable[[np.ndarray], Any], int]]
-"""A weight (N, K) to the linear, what makes its input of float32 (M, K), and its bytes."""
+Make = Callable[
+    [np.ndarray, int], tuple[list[Callable[[Any], Any]], Callable[[np.ndarray], Any], int]
+]
+"""A weight (N, K) and a count to as many linears, each with a copy of its own; what makes their
+input of float32 (M, K); and the bytes of one copy."""
 
 
-def dense(weight: np.ndarray):
+def dense(weight: np.ndarray, count: int):
     import mindspore as ms
     from mindspore import nn
 
-    cell = nn.Dense(weight.shape[1], weight.shape[0], has_bias=False)
-    cell.weight.set_data(ms.Tensor(weight.copy()))
-    return cell, ms.Tensor, weight.nbytes
+    cells = []
+    for _ in range(count):
+        cell = nn.Dense(weight.shape[1], weight.shape[0], has_bias=False, weight_init="zeros")
+        cell.weight.set_data(ms.Tensor(weight.copy()))
+        cells.append(cell)
+    return cells, ms.Tensor, weight.nbytes
 
 
 def quantized(name: str, options: dict[str, Any]) -> Make:
@@ -61,19 +71,31 @@ def quantized(name: str, options: dict[str, Any]) -> Make:
 
     scheme = get_scheme(name, **options)
 
-    def make(weight: np.ndarray):
+    def make(weight: np.ndarray, count: int):
         grid = scheme.weight.fit(weight, "weight")
         activation = scheme.activation.fit(None, None)
         cell = QuantLinear(QuantizedLinear(grid.round(weight), grid, None, activation))
-        assert cell.native is not None
-        return cell, Tensor, cell.native.packed.weights.nbytes
+        native = cell.native
+        assert native is not None
+        packed = native.packed
+        copies = [replace(packed, weights=packed.weights.copy()) for _ in range(count)]
+
+        def call_of(own: kernels.PackedLinear):
+            def call(x: Tensor) -> Tensor:
+                native.packed = own
+                return cell(x)
+
+            return call
+
+        return [call_of(own) for own in copies], Tensor, packed.weights.nbytes
 
     return make
 
 
-def in_numpy(weight: np.ndarray):
-    copy = weight.copy()
-    return lambda x: x @ copy.T, np.ascontiguousarray, weight.nbytes
+def in_numpy(weight: np.ndarray, count: int):
+    copies = [weight.copy() for _ in range(count)]
+    calls = [lambda x, own=own: x @ own.T for own in copies]
+    return calls, np.ascontiguousarray, weight.nbytes
 
 
 def in_torch(kind: str) -> Make:
@@ -82,17 +104,18 @@ def in_torch(kind: str) -> Make:
     torch.set_num_threads(threads())
     torch.set_grad_enabled(False)
 
-    def make(weight: np.ndarray):
+    def make(weight: np.ndarray, count: int):
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight.copy_(torch.from_numpy(weight))
+        size, to_input = weight.nbytes, torch.from_numpy
         if kind == "bfloat16":
-            linear = linear.to(torch.bfloat16)
-            return linear, lambda x: torch.from_numpy(x).to(torch.bfloat16), weight.nbytes // 2
+            linear, size = linear.to(torch.bfloat16), size // 2
+            to_input = lambda x: torch.from_numpy(x).to(torch.bfloat16)  # noqa: E731
         if kind == "int8":
             holder = torch.nn.Sequential(linear)
             linear = torch.ao.quantization.quantize_dynamic(holder, {torch.nn.Linear})[0]
-            return linear, torch.from_numpy, weight.nbytes // 4
-        return linear, torch.from_numpy, weight.nbytes
+            size //= 4
+        return [copy.deepcopy(linear) for _ in range(count)], to_input, size
 
     return make
 
@@ -151,7 +174,9 @@ def _at_once(work: Callable[[int], Any], count: int) -> float:
     return time.perf_counter() - started
 
 
-def best_times(makes: dict[str, Make], rows: int, shape: tuple[int, int], rounds: int, cold: bool):
+def best_times(
+    makes: dict[str, Make], rows: int, shape: tuple[int, int], rounds: int, cold: bool
+) -> dict[str, tuple[float, int]]:
     """Contender to its best seconds and its weight's bytes."""
     into, out = shape
     rng = np.random.default_rng(0)
@@ -159,18 +184,20 @@ def best_times(makes: dict[str, Make], rows: int, shape: tuple[int, int], rounds
     x = rng.standard_normal((rows, into), np.float32)
     wanted, made = min(4 * last_level_cache(), MOST_COPIES), {}
     for name, make in makes.items():
-        first = make(weight)
-        copies = -(-wanted // first[2]) if cold else 1
-        made[name] = [first, *(make(weight) for _ in range(copies - 1))], first[1](x)
+        size = make(weight, 1)[2] if cold else wanted
+        calls, to_input, size = make(weight, -(-wanted // size))
+        made[name] = calls, to_input(x), size
     best = dict.fromkeys(makes, float("inf"))
     for _ in range(rounds):
-        for name, (linears, tokens) in made.items():
-            calls = len(linears) if cold else _repeats(rows, shape)
+        for name, (calls, tokens, _) in made.items():
+            time.sleep(SETTLE)
+            calls[-1](tokens)
+            count = len(calls) if cold else _repeats(rows, shape)
             started = time.perf_counter()
-            for index in range(calls):
-                linears[index % len(linears)][0](tokens)
-            best[name] = min(best[name], (time.perf_counter() - started) / calls)
-    return {name: (best[name], made[name][0][0][2]) for name in makes}
+            for index in range(count):
+                calls[index % len(calls)](tokens)
+            best[name] = min(best[name], (time.perf_counter() - started) / count)
+    return {name: (best[name], made[name][2]) for name in makes}
 
 
 def _repeats(rows: int, shape: tuple[int, int]) -> int:
@@ -211,9 +238,9 @@ def main() -> None:
                 machine.measure()
                 warm = best_times(makes, count, shape, arguments.rounds, cold=False)
                 cold = {}
-                if count in (ROWS[0], ROWS[-1]):
+                if count == ROWS[0]:
                     for name, make in makes.items():  # one at a time: copies fill the memory
-                        cold |= best_times({name: make}, count, shape, 3, cold=True)
+                        cold |= best_times({name: make}, count, shape, 2, cold=True)
                 for name in makes:
                     row = {"M": count, "K": shape[0], "N": shape[1], "name": name}
                     row |= {"warm": warm[name][0], "warm_dense": warm["MindSpore nn.Dense"][0]}

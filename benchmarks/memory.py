@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -75,6 +76,11 @@ def make_model(directory: Path, blocks: int, hidden: int, intermediate: int) -> 
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
+    write_random(directory, raw)
+
+
+def write_random(directory: Path, raw: dict[str, Any]) -> None:
+    """A checkpoint in bfloat16 with random weights, of a ``config.json``."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(raw))
     rng = np.random.default_rng(0)

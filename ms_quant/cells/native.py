@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -28,18 +28,23 @@ class NativeLinear:
         self.params = Tensor.from_numpy(packed.params)
         decode = packed.params if packed.decode is None else packed.decode
         self.decode_params = Tensor.from_numpy(decode)
-        outputs = packed.outputs
-        self.operator = ops.Custom(
-            f"{kernels.library_path()}:MsqLinearOp",
-            out_shape=lambda rows, weights, params: (rows[0], outputs),
-            out_dtype=lambda rows, weights, params: rows,
-            func_type="aot",
-        )
+        self.operator = _operator(packed.outputs)
         kernels.set_operator_threads(self.threads)
 
     def __call__(self, rows: np.ndarray, decode: bool = False) -> np.ndarray:
         """float32 (rows, out) of float32 (rows, in)."""
         return self.packed(rows, decode, self.threads)
+
+
+@cache
+def _operator(outputs: int) -> ops.Custom:
+    """The custom operator of linears with so many outputs; it takes long to make."""
+    return ops.Custom(
+        f"{kernels.library_path()}:MsqLinearOp",
+        out_shape=lambda rows, weights, params: (rows[0], outputs),
+        out_dtype=lambda rows, weights, params: rows,
+        func_type="aot",
+    )
 
 
 def native_linear(linear: QuantizedLinear) -> NativeLinear | None:

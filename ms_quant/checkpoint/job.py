@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.checkpoint.atomic import disk_errors, sync_directory, write_json
 from ms_quant.checkpoint.lock import locked
 from ms_quant.checkpoint.safetensors_file import open_file
@@ -55,12 +56,13 @@ _CPU_FEATURES = (
 
 
 def environment() -> dict[str, Any]:
-    """What calibrated results depend on besides the arguments: versions, CPU and threads."""
+    """What calibrated results depend on besides arguments: versions, CPU, kernels and threads."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "mindspore": _mindspore_version(),
         "numpy": np.__version__,
         "cpu": " ".join([platform.machine(), *_cpu_features()]),
+        "kernels": kernels.best_isa() if kernels.available() else "none",
         "threads": threads,
     }
 

@@ -129,9 +129,12 @@ struct BlockOps {
         const int64_t left = half - k;
         const F low = part_of(x + k, left, 0), high = part_of(x + half + k, left, 0);
         const F turned = S::mul(low, part_of(sin + half + k, left, 0));
-        put_part(y + k, S::sub(S::mul(low, part_of(cos + k, left, 0)),
-                               S::mul(high, part_of(sin + k, left, 0))), left);
-        put_part(y + half + k, S::add(S::mul(high, part_of(cos + half + k, left, 0)), turned), left);
+        put_part(
+            y + k,
+            S::sub(S::mul(low, part_of(cos + k, left, 0)), S::mul(high, part_of(sin + k, left, 0))),
+            left);
+        put_part(y + half + k, S::add(S::mul(high, part_of(cos + half + k, left, 0)), turned),
+                 left);
       }
     }
   }
@@ -159,7 +162,8 @@ struct BlockOps {
       const F scale = S::set1(c.scale);
       F most = S::set1(-3.0e38f);
       for (int64_t k = 0; k < n; k += W) {
-        const F v = S::add(S::mul(part_of(x + k, n - k, 0), scale), part_of(mask + k, n - k, -3e38f));
+        const F v =
+            S::add(S::mul(part_of(x + k, n - k, 0), scale), part_of(mask + k, n - k, -3e38f));
         put_part(x + k, v, n - k);
         most = S::max(most, v);
       }
@@ -193,10 +197,10 @@ struct BlockOps {
 
 template <class S>
 const Kernels* all_kernels() {
-  static const Kernels found = {Linear<S>::kColumns,      S::kBias,
-                                Linear<S>::linear,        Linear<S>::quantize_rows,
-                                BlockOps<S>::rms_norm,    BlockOps<S>::swiglu,
-                                BlockOps<S>::rope,        BlockOps<S>::softmax};
+  static const Kernels found = {Linear<S>::kColumns,   S::kBias,
+                                Linear<S>::linear,     Linear<S>::quantize_rows,
+                                BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
+                                BlockOps<S>::rope,     BlockOps<S>::softmax};
   return &found;
 }
 

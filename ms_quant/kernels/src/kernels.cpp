@@ -271,23 +271,24 @@ int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int64_t col
   return MSQ_OK;
 }
 
-int32_t msq_rms_norm(int32_t isa, const float* x, const float* weight, int64_t rows, int64_t size, float eps,
-                     float* y, int32_t threads) {
+int32_t msq_rms_norm(int32_t isa, const float* x, const float* weight, int64_t rows, int64_t size,
+                     float eps, float* y, int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
   if (!kernels || rows < 0 || size < 1 || threads < 1) return MSQ_BAD_ARGUMENT;
   kernels->rms_norm(x, weight, rows, size, eps, y, threads);
   return MSQ_OK;
 }
 
-int32_t msq_swiglu(int32_t isa, const float* gate, const float* up, int64_t count, float* y, int32_t threads) {
+int32_t msq_swiglu(int32_t isa, const float* gate, const float* up, int64_t count, float* y,
+                   int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
   if (!kernels || count < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
   kernels->swiglu(gate, up, count, y, threads);
   return MSQ_OK;
 }
 
-int32_t msq_rope(int32_t isa, const float* x, const float* cos, const float* sin, int64_t batch, int64_t length,
-                 int64_t heads, int64_t size, float* y, int32_t threads) {
+int32_t msq_rope(int32_t isa, const float* x, const float* cos, const float* sin, int64_t batch,
+                 int64_t length, int64_t heads, int64_t size, float* y, int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
   if (!kernels || batch < 0 || length < 0 || heads < 0 || size < 0 || size % 2 || threads < 1)
     return MSQ_BAD_ARGUMENT;
@@ -295,8 +296,8 @@ int32_t msq_rope(int32_t isa, const float* x, const float* cos, const float* sin
   return MSQ_OK;
 }
 
-int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns, int64_t length,
-                    int64_t rows_of_mask, float scale, int32_t threads) {
+int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns,
+                    int64_t length, int64_t rows_of_mask, float scale, int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
   if (!kernels || rows < 0 || columns < 1 || length < 1 || rows_of_mask < length || threads < 1)
     return MSQ_BAD_ARGUMENT;

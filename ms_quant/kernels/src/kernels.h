@@ -76,15 +76,16 @@ MSQ_API int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int
 
 // What a decoder block does between its linears, in float32.
 // y = x / sqrt(mean(x^2) + eps) * weight of each of `rows` rows of `size`.
-MSQ_API int32_t msq_rms_norm(int32_t isa, const float* x, const float* weight, int64_t rows, int64_t size,
-                             float eps, float* y, int32_t threads);
+MSQ_API int32_t msq_rms_norm(int32_t isa, const float* x, const float* weight, int64_t rows,
+                             int64_t size, float eps, float* y, int32_t threads);
 // y = gate / (1 + e^-gate) * up
 MSQ_API int32_t msq_swiglu(int32_t isa, const float* gate, const float* up, int64_t count, float* y,
                            int32_t threads);
 // y (batch, heads, length, size) of x (batch, length, heads, size), turned as rotary positions are;
 // cos and sin are (length, size), size even.
-MSQ_API int32_t msq_rope(int32_t isa, const float* x, const float* cos, const float* sin, int64_t batch,
-                         int64_t length, int64_t heads, int64_t size, float* y, int32_t threads);
+MSQ_API int32_t msq_rope(int32_t isa, const float* x, const float* cos, const float* sin,
+                         int64_t batch, int64_t length, int64_t heads, int64_t size, float* y,
+                         int32_t threads);
 // Softmax of x * scale + mask in place: x (rows, columns), of which every `rows_of_mask` rows, a
 // multiple of `length`, share a mask (length, columns) and go round in it.
 MSQ_API int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns,

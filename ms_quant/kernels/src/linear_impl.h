@@ -28,6 +28,7 @@ constexpr int64_t kChunk = 512;  // rows whose inputs are held at a time
 constexpr int64_t kDepth = 256;  // inputs whose weights are held as floats at a time
 
 constexpr int64_t kHeld = 1 << 15;  // bytes of a panel that all rows meet before the next ones
+constexpr int64_t kAhead = 2048;    // bytes of a panel that are asked for before they are needed
 constexpr int32_t kBias4 = 8;
 
 // Calls f(0), ..., f(N - 1) with indices that are constants before anything is optimized. Arrays
@@ -289,7 +290,7 @@ struct Linear {
       x = in + step / kSteps * kWords * M + step % kSteps * kEach;
       for (; step + U <= stop; step += U) {
         for (int64_t line = 0; line < U * kBytes; line += 64)
-          S::prefetch(at + (M <= 2 ? 1024 : kHeld) + line);
+          S::prefetch(at + (M <= 2 ? kAhead : kHeld) + line);
         each<U>([&](auto u) __attribute__((always_inline)) { one(u); });
       }
       for (; step < stop; ++step) one(Index<0>());
@@ -434,8 +435,8 @@ struct Linear {
       });
       for (int64_t step = g * length; step < (g + 1) * length; ++step) {
         const uint8_t* at = panel + step * kColumns * 4;
-        S::prefetch(at + 1024);
-        S::prefetch(at + 1088);
+        S::prefetch(at + kAhead);
+        S::prefetch(at + kAhead + 64);
         const float* in = c.floats + step * N / kWords * kWords * M + step * N % kWords;
         I words[V];
         each<V>([&](auto v)
