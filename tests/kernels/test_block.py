@@ -101,3 +101,16 @@ def test_a_row_without_visible_keys_is_finite(isa: str) -> None:
     scores = random((2, 20), 0)
     kernels.masked_softmax(scores, np.full((1, 2, 20), -1e30, np.float32), 1.0, isa=isa)
     np.testing.assert_allclose(scores, 1 / 20, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("column", [0, 17, 36])
+def test_nan_stays(isa: str, column: int) -> None:
+    x = random((3, 37), 0)
+    x[1, column] = np.nan
+    weight = np.ones(37, np.float32)
+    found = [kernels.rms_norm(x, weight, 1e-6, isa=isa), kernels.swiglu(x, x, isa=isa), x.copy()]
+    kernels.masked_softmax(found[2], np.zeros((1, 3, 37), np.float32), 1.0, isa=isa)
+    for y in found:
+        assert np.isnan(y[1]).any() and np.isfinite(y[[0, 2]]).all()
+    assert np.isnan(found[0][1]).all() and np.isnan(found[2][1]).all()

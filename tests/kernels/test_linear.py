@@ -303,3 +303,26 @@ else:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_works_after_a_fork() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("column", [0, 5, 69, 130])
+def test_nan_in_a_row_is_nan_in_its_outputs(isa: str, column: int) -> None:
+    """Also where codes would hide it: a model whose activations overflow must not look well."""
+    linears = integer_linears((9, 131), 0)
+    linears += [made(format, (9, 131), Float()) for format in (AffineFormat(8), AffineFormat(4))]
+    x = tokens(6, 131)
+    x[2, column] = np.nan
+    for linear in linears:
+        packed = pack(linear, isa)
+        assert packed is not None
+        for decode in (False, True):
+            found = packed(x, decode)
+            assert np.isnan(found[2]).all()
+            assert np.isfinite(np.delete(found, 2, axis=0)).all()
+
+
+def test_quantized_rows_with_nan_have_no_scale() -> None:
+    x = tokens(3, 70)
+    x[1, 69] = np.nan
+    assert np.isnan(native.quantize_rows(x)[1]).tolist() == [[False], [True], [False]]

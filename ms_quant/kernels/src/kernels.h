@@ -2,8 +2,8 @@
 //
 // A linear is two blobs of bytes. `weights` holds the codes in the layout of one instruction set;
 // `params` holds what the input is quantized with and what the sums are multiplied by. Both are
-// made once, begin with a header that every call checks, and may lie at any address aligned to 64
-// bytes. docs/kernels.md states what is computed and how exactly.
+// made once, begin with a header that every call checks, and may lie at any address aligned to 8
+// bytes, 64 is faster. docs/kernels.md states what is computed and how exactly.
 
 #ifndef MS_QUANT_KERNELS_H_
 #define MS_QUANT_KERNELS_H_

@@ -110,6 +110,15 @@ struct Linear {
     block_codes<EACH, LIMITED>(s, last, k, codes);
   }
 
+  static bool has_nan(const float* x, int64_t n) {
+    bool found = false;
+    int64_t k = 0;
+    for (; k + W <= n; k += W) found |= S::any_nan(S::load(x + k));
+    for (; k < n; ++k) found |= x[k] != x[k];
+    return found;
+  }
+
+  // What a row is divided by; NaN if something in it is.
   static float row_scale(const float* x, const float* mul, int64_t n, float largest, float clip) {
     F parts[4];
     each<4>([&](auto i) __attribute__((always_inline)) { parts[i] = S::set1(0.0f); });
@@ -121,6 +130,7 @@ struct Linear {
         parts[i] = S::max(parts[i], S::abs(v));
       });
     float most = S::highest(S::max(S::max(parts[0], parts[1]), S::max(parts[2], parts[3])));
+    if (has_nan(x, n)) return __builtin_nanf("");  // which a maximum may pass over
     for (; k < n; ++k) {
       const float v = mul ? x[k] * mul[k] : x[k], size = v < 0 ? -v : v;
       most = size > most ? size : most;
@@ -199,6 +209,7 @@ struct Linear {
                              S::set1(low),
                              S::set1(high)};
         row_codes<true, true>(steps, x, n, out, stride);
+        c.scales[index] = has_nan(x, n) ? __builtin_nanf("") : 1.0f;
       }
       const int64_t last = n / kBlock;
       for (int64_t k = n % kBlock; k && k < kBlock; ++k) out[last * stride + k] = 0;
@@ -614,6 +625,9 @@ struct Linear {
       share_out(blocks, threads, integer ? quantize_block : float_block, &call);
       if (!call.failed) share_out(panels, threads, integer ? integer_panel : float_panel, &call);
       *out_of_memory |= call.failed;
+      for (int64_t row = 0; p.input == MSQ_STATIC && row < count; ++row)
+        for (int64_t k = 0; call.scales[row] != call.scales[row] && k < p.outputs; ++k)
+          call.y[row * p.outputs + k] = call.scales[row];
     }
   }
 

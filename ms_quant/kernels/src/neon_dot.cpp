@@ -25,6 +25,7 @@ struct NeonDot {
   static F min(F a, F b) { return vminnmq_f32(a, b); }
   static F abs(F a) { return vabsq_f32(a); }
   static F round(F a) { return vrndnq_f32(a); }
+  static bool any_nan(F a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
   static F times_power(F a, F n) {  // n within -126 and 127
     const I exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
     return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));

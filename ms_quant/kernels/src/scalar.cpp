@@ -62,6 +62,9 @@ struct Scalar {
   static F round(F a) {
     return floats([&](int i) { return nearbyintf(a.at[i]); });
   }
+  static bool any_nan(F a) {
+    return a.at[0] != a.at[0] || a.at[1] != a.at[1] || a.at[2] != a.at[2] || a.at[3] != a.at[3];
+  }
   static F times_power(F a, F n) {
     return floats([&](int i) { return ldexpf(a.at[i], static_cast<int>(n.at[i])); });
   }
