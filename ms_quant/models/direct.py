@@ -11,10 +11,14 @@ from functools import lru_cache
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from mindspore.common.api import _pynative_executor
 
 from ms_quant import kernels
 from ms_quant.budget import SCORE_BYTES
+
+try:
+    from mindspore.graph.api import _pynative_executor
+except ImportError:  # before MindSpore 2.9
+    from mindspore.common.api import _pynative_executor
 
 _HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
 
