@@ -183,11 +183,7 @@ class Attention(nn.Cell):
     ) -> Tensor:
         """The same as ``construct`` in NumPy and native kernels."""
         batch, length, _ = x.shape
-        q = project(self.q_proj, x, decode).reshape(batch, length, self.heads, self.head_dim)
-        k = project(self.k_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = project(self.v_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.by_head(x, decode)
         angles = floats(cos), floats(sin)
         turned = kernels.rope(floats(q), *angles, threads())
         keys = kernels.rope(floats(k), *angles, threads())
@@ -209,11 +205,7 @@ class Attention(nn.Cell):
         decode: bool = False,
     ) -> Tensor:
         batch, length, _ = x.shape
-        q = project(self.q_proj, x, decode).reshape(batch, length, self.heads, self.head_dim)
-        k = project(self.k_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = project(self.v_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.by_head(x, decode)
         q = self.rotate(self.swap_heads(q), cos, sin)
         k = self.rotate(self.swap_heads(k), cos, sin)
         v = self.swap_heads(v)
@@ -221,6 +213,16 @@ class Attention(nn.Cell):
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask)
         return project(self.o_proj, self.swap_heads(y).reshape(batch, length, -1), decode)
+
+    def by_head(self, x: Tensor, decode: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, S, heads, D), before their rotation."""
+        batch, length, _ = x.shape
+        q = project(self.q_proj, x, decode).reshape(batch, length, self.heads, self.head_dim)
+        k = project(self.k_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = project(self.v_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """(B, heads, S, D) queries to values of that shape, in as few slices as memory allows."""
