@@ -61,7 +61,7 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
         return PackedLinear(shape[0], native.pack_weights(linear.weight, 4, isa), params)
     if not isinstance(grid, AffineGrid):
         return None
-    weights, bits = None, grid.format.bits
+    decode = None
     if isinstance(activation, Float):
         groups = grid.scale.shape[1]
         if groups > 1 and (shape[1] // groups) % GROUP_MULTIPLE:
@@ -73,12 +73,12 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
     elif linear.integer and isinstance(activation, PerToken | StaticActivation):
         params = _integer_params(linear, activation)
     elif linear.integer and isinstance(activation, PhasedActivation):
-        weights = native.pack_weights(linear.weight, bits, isa)
-        prefill = _integer_params(linear, activation.prefill)
-        return PackedLinear(shape[0], weights, prefill, _integer_params(linear, activation.static))
+        params = _integer_params(linear, activation.prefill)
+        decode = _integer_params(linear, activation.static)
     else:
         return None
-    return PackedLinear(shape[0], native.pack_weights(linear.weight, bits, isa), params)
+    weights = native.pack_weights(linear.weight, grid.format.bits, isa)
+    return PackedLinear(shape[0], weights, params, decode)
 
 
 def _integer_params(linear: QuantizedLinear, activation: Activation) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ms_quant.checkpoint import ascend
+from ms_quant.checkpoint.ascend_codes import codes_of
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
@@ -168,6 +169,18 @@ def test_branches_are_float_in_the_description() -> None:
     found = ascend.FLAVOUR.description(plan("W4A4_MXFP4_SVD"))
     assert found[f"{DOWN}.svd_lowrank_l1"] == found[f"{DOWN}.svd_lowrank_l2"] == "FLOAT"
     assert found[f"{DOWN}.weight"] == found[f"{DOWN}.weight_scale"] == "W4A4_MXFP4_SVD"
+
+
+def test_float_weights_are_stored_as_they_are() -> None:
+    """In the model's type, byte for byte; NaN and infinities are no weights."""
+    values = np.float32([[1.5, 0, -0.25], [2**-16, 0, 57344]])
+    codes = codes_of(SCHEMES["W16A16S"], FP16)
+    stored = codes.pack(values, "w")
+    assert stored.tobytes().hex() == "003e000000b40001000000" + "7b"
+    np.testing.assert_array_equal(codes.unpack(stored, 3, "w"), values)
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(MsQuantError, match="w: 1 of 1 values are NaN or inf"):
+            codes.unpack(np.float16([[wrong]]), 1, "w")
 
 
 def test_a_bias_of_float_weights_has_their_name() -> None:

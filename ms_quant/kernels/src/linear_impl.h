@@ -155,7 +155,7 @@ struct Linear {
     const Weights& w;
     const Params& p;
     const float* x;
-    int64_t rows, first;  // of this chunk, and of the whole
+    int64_t rows;  // of this chunk
     float* y;
     int64_t words;      // of a row of codes, or of floats: whole blocks
     int32_t* codes;     // [R rows][16 words][row of the R][word of the 16]
@@ -612,7 +612,6 @@ struct Linear {
                    p,
                    x + first * p.inputs,
                    count,
-                   first,
                    y + first * p.outputs,
                    words,
                    static_cast<int32_t*>(inputs),

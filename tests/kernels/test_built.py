@@ -1,0 +1,14 @@
+"""Where there is a compiler there are kernels: their other tests are left out without them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from ms_quant import kernels
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_library_is_built_where_there_is_a_compiler() -> None:
+    assert kernels.available(), kernels.note()
