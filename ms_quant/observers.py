@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.histogram import Histogram
 from ms_quant.numerics.affine import check_finite
 
@@ -27,7 +28,8 @@ class ActivationStats:
     Attributes:
         low, high: float32 (K,), smallest and largest value of each channel.
         sum_squares, sum_abs: float64 (K,).
-        products: float32 (K, K), the sum of x x^T over the tokens, or None.
+        products: float32 (K, K), the sum of x x^T over the tokens, or None; what is above the
+            diagonal is anything.
         histogram: of all values, or None.
         tokens: tokens seen so far.
     """
@@ -66,19 +68,29 @@ class ActivationStats:
         rows = x.reshape(-1, self.channels)
         if not len(rows):
             return
-        check_finite(rows, self.name)
-        np.minimum(self.low, rows.min(axis=0), out=self.low)
-        np.maximum(self.high, rows.max(axis=0), out=self.high)
-        self.sum_squares += np.einsum("tk,tk->k", rows, rows, dtype=np.float64)
-        self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
+        self._add_columns(rows)
         if self.products is not None:
-            self.products += rows.T @ rows
+            self._add_products(self.products, rows)
         if self.histogram is not None:
             self.histogram.update(rows)
         stride = max(1, -(-self.total_tokens // self.keep_rows))
         first = -self.tokens % stride
         self._rows.append(rows[first::stride].copy())
         self.tokens += len(rows)
+
+    def _add_columns(self, rows: np.ndarray) -> None:
+        sums = self.low, self.high, self.sum_squares, self.sum_abs
+        if kernels.available() and kernels.column_stats(rows, *sums):
+            return
+        check_finite(rows, self.name)
+        np.minimum(self.low, rows.min(axis=0), out=self.low)
+        np.maximum(self.high, rows.max(axis=0), out=self.high)
+        self.sum_squares += np.einsum("tk,tk->k", rows, rows, dtype=np.float64)
+        self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
+
+    def _add_products(self, products: np.ndarray, rows: np.ndarray) -> None:
+        if not (kernels.has_product() and kernels.add_gram(products, rows)):
+            products += rows.T @ rows
 
     @property
     def ranges(self) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +117,8 @@ class ActivationStats:
         """float32 (K, K), the mean of x x^T over the tokens: half the Hessian of a linear's
         squared output error with respect to a row of its weight."""
         assert self.products is not None
-        return self.products / np.float32(max(1, self.tokens))
+        mean = np.tril(self.products) / np.float32(max(1, self.tokens))
+        return mean + np.tril(mean, -1).T
 
     @property
     def rows(self) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
 
 from ms_quant.kernels.block import masked_softmax, rms_norm, rope, swiglu
+from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -17,13 +18,17 @@ from ms_quant.kernels.packing import PackedLinear, pack
 __all__ = [
     "ISAS",
     "PackedLinear",
+    "add_gram",
     "available",
     "best_isa",
+    "column_stats",
     "has_isa",
+    "has_product",
     "library_path",
     "masked_softmax",
     "note",
     "pack",
+    "product",
     "quantize_rows",
     "rms_norm",
     "rope",

@@ -27,6 +27,7 @@ _STATUS = {
     3: "there is not enough memory",
     4: "the weight was packed for an instruction set that this machine has not",
 }
+NO_ISA, NOT_FINITE = 4, 5
 _POINTERS = ("mul", "input_scale", "scale", "row_scale", "zero_point", "int_bias", "bias")
 _TYPES = {"zero_point": np.int8, "int_bias": np.int32}
 
@@ -68,6 +69,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_swiglu.argtypes = [number, pointer, pointer, size, pointer, number]
         found.msq_rope.argtypes = [number, pointer, pointer, pointer, *(size,) * 4, pointer, number]
         found.msq_softmax.argtypes = [number, pointer, pointer, *(size,) * 4, real, number]
+        found.msq_product.argtypes = [
+            pointer,
+            size,
+            *(pointer, size, size),
+            *(pointer,) * 2,
+            number,
+        ]
+        found.msq_add_gram.argtypes = [pointer, size, size, pointer, number]
+        found.msq_column_stats.argtypes = [number, pointer, size, size, *(pointer,) * 4, number]
     return found, where
 
 
@@ -115,12 +125,14 @@ def number_of(isa: str | None) -> int:
 
 
 def threads_of(threads: int | None) -> int:
-    """How many threads a call may use: as asked, else all that this process may run on."""
+    """How many threads a call may use: as asked, else as many cores as this process may run on,
+    or fewer where ``OMP_NUM_THREADS`` says so."""
     if threads is not None:
         return max(1, threads)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    able = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) else cores
 
 
 def set_operator_threads(threads: int) -> None:
@@ -142,6 +154,18 @@ def call(name: str, *arguments: Any) -> None:
         MsQuantError: the status says what is wrong.
     """
     _check(getattr(_library(), name)(*arguments))
+
+
+def status_of(name: str, *arguments: Any, passed: tuple[int, ...]) -> int:
+    """Calls a function that may also return one of some statuses; 0 is well done.
+
+    Raises:
+        MsQuantError: another status says what is wrong.
+    """
+    status = getattr(_library(), name)(*arguments)
+    if status not in passed:
+        _check(status)
+    return status
 
 
 def _check(status: int) -> None:

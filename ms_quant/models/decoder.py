@@ -22,7 +22,15 @@ from mindspore import Parameter, Tensor, nn, ops
 from ms_quant import kernels
 from ms_quant.budget import SCORE_BYTES
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.direct import as_type, attend, calls_directly, floats, has_kernels, threads
+from ms_quant.models.direct import (
+    Linear,
+    as_type,
+    attend,
+    calls_directly,
+    floats,
+    has_kernels,
+    threads,
+)
 from ms_quant.models.rope import rope_table
 
 MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
@@ -101,10 +109,8 @@ class Embedding(nn.Cell):
         return ops.gather(self.weight, ids, 0)
 
 
-def _dense(in_features: int, out_features: int, bias: bool) -> nn.Dense:
-    return nn.Dense(
-        in_features, out_features, has_bias=bias, weight_init="zeros", bias_init="zeros"
-    )
+def _dense(in_features: int, out_features: int, bias: bool) -> Linear:
+    return Linear(in_features, out_features, has_bias=bias, weight_init="zeros", bias_init="zeros")
 
 
 def project(linear: nn.Cell, x: Tensor, decode: bool) -> Tensor:
@@ -131,6 +137,19 @@ class SwiGLU(nn.Cell):
 
     def construct(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate * ops.sigmoid(gate) * up
+
+
+class Residual(nn.Cell):
+    """x + y."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(x, y)
+        with np.errstate(all="ignore"):
+            return as_type(np.add(floats(x), floats(y)), x.dtype)
+
+    def construct(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
 
 
 class Attention(nn.Cell):
@@ -286,6 +305,7 @@ class DecoderBlock(nn.Cell):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.add = Residual()
 
     def construct(
         self,
@@ -308,11 +328,12 @@ class DecoderBlock(nn.Cell):
         decode: bool = False,
     ) -> Tensor:
         """The first half: x + attention(norm(x))."""
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, decode)
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, decode)
+        return self.add(x, y)
 
     def feed_forward(self, x: Tensor, decode: bool = False) -> Tensor:
         """The second half: x + mlp(norm(x))."""
-        return x + self.mlp(self.post_attention_layernorm(x), decode)
+        return self.add(x, self.mlp(self.post_attention_layernorm(x), decode))
 
 
 class Decoder(nn.Cell):

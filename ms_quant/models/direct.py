@@ -20,6 +20,10 @@ try:
 except ImportError:  # before MindSpore 2.9
     from mindspore.common.api import _pynative_executor
 
+MANY_ROWS = 128  # from which AMX is faster: it splits the weight first
+HIDDEN = -1e29  # masked keys have less, and no weight at all
+QUERIES = 128  # that attend at a time: keys after the last of them are left out
+
 _HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
 
 
@@ -51,6 +55,29 @@ def as_type(array: np.ndarray, dtype: ms.Type) -> Tensor:
     return y if dtype == ms.float32 else y.astype(dtype)
 
 
+class Linear(nn.Dense):
+    """A Dense layer whose product is not MindSpore's on CPU, where many rows go to AMX."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        floating = x.dtype == self.weight.dtype == ms.float32
+        if not (floating and has_kernels() and calls_directly(self)):
+            return super().__call__(x)
+        rows = floats(x).reshape(-1, self.in_channels)
+        bias = floats(self.bias) if self.has_bias else None
+        y = _product(rows, floats(self.weight), bias)
+        return Tensor.from_numpy(y.reshape(*x.shape[:-1], self.out_channels))
+
+
+def _product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    if len(x) >= MANY_ROWS and kernels.has_product():
+        y = kernels.product(x, weight, bias, threads())
+        if y is not None:
+            return y
+    with np.errstate(all="ignore"):  # NaN and infinities go on, as in MindSpore
+        y = np.matmul(x, weight.T)
+        return y if bias is None else np.add(y, bias, out=y)
+
+
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Attention with grouped key-value heads, in as few slices of queries as memory allows.
 
@@ -63,22 +90,32 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.
         float32 (B, heads, S, D).
     """
     batch, heads, length, _ = q.shape
-    step = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
+    step = min(QUERIES, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2])))
     if step >= length:
         return _attend_slice(q, k, v, mask)
-    parts = [
-        _attend_slice(q[:, :, start : start + step], k, v, mask[:, :, start : start + step])
-        for start in range(0, length, step)
-    ]
-    return np.concatenate(parts, axis=2)
+    y = np.empty(q.shape, np.float32)
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        seen = _last_seen(mask[:, :, part])
+        y[:, :, part] = _attend_slice(
+            q[:, :, part], k[:, :, :seen], v[:, :, :seen], mask[:, :, part, :seen]
+        )
+    return y
+
+
+def _last_seen(mask: np.ndarray) -> int:
+    """How many keys there are up to the last that a query may look at; all if one sees none."""
+    visible = mask > HIDDEN
+    if not visible.any(axis=-1).all():
+        return mask.shape[-1]  # such a query has the mean of all values
+    return int(np.flatnonzero(visible.any(axis=(0, 1, 2)))[-1]) + 1
 
 
 def _attend_slice(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
     batch, heads, length, size = q.shape
     kv_heads, total = k.shape[1:3]
-    shape = batch * kv_heads, heads // kv_heads * length, size  # heads that share keys are rows
-    keys, values = (x.reshape(batch * kv_heads, total, size) for x in (k, v))
-    scores = np.matmul(q.reshape(shape), keys.transpose(0, 2, 1))
+    shape = batch, kv_heads, heads // kv_heads * length, size  # heads that share keys are rows
+    scores = np.matmul(q.reshape(shape), k.transpose(0, 1, 3, 2))
     rows = scores.reshape(-1, total)
     kernels.masked_softmax(rows, mask[:, 0], 1.0 / math.sqrt(size), threads())
-    return np.matmul(rows.reshape(scores.shape), values).reshape(q.shape)
+    return np.matmul(scores, v).reshape(q.shape)

@@ -38,7 +38,8 @@ def native(request, monkeypatch) -> bool:
     """Whether Cells call native kernels: both ways compute the same."""
     if request.param and not kernels.available():
         pytest.skip("no C++ compiler at install time")
-    monkeypatch.setattr(decoder, "has_kernels", lambda: request.param)
+    for module in (decoder, direct):
+        monkeypatch.setattr(module, "has_kernels", lambda: request.param)
     return request.param
 
 
@@ -85,6 +86,36 @@ def test_a_cache_gives_the_same_token_by_token(block, hidden):
     np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not kernels.has_product(), reason="no AMX")
+def test_products_on_amx_give_the_same(block, hidden, monkeypatch):
+    expected, product, seen = plain(block, hidden), kernels.product, []
+    monkeypatch.setattr(direct, "MANY_ROWS", 1)
+    monkeypatch.setattr(kernels, "product", lambda x, *a: seen.append(len(x)) or product(x, *a))
+    np.testing.assert_allclose(plain(block, hidden), expected, rtol=1e-5, atol=1e-5)
+    assert seen in ([2 * LENGTH] * 7, []), "all seven linears, or none of MindSpore's"
+
+
+@pytest.mark.parametrize("hides", [None, (1, 2), (0, LENGTH)])
+def test_keys_that_no_query_of_a_slice_sees_are_left_out(monkeypatch, hides):
+    """Also where padding hides more, or everything from a query: then it has the mean of all."""
+    if not kernels.available():
+        pytest.skip("no C++ compiler at install time")
+    attention = np.ones((2, LENGTH), int)
+    if hides is not None:
+        attention[1, slice(*hides)] = 0
+    mask = causal_mask(LENGTH, attention).asnumpy()
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, heads, LENGTH, 8)).astype("f4") for heads in (6, 2, 2))
+    whole = direct.attend(q, k, v, mask)
+    monkeypatch.setattr(direct, "QUERIES", 2)
+    seen, attend = [], direct._attend_slice
+    monkeypatch.setattr(
+        direct, "_attend_slice", lambda *a: seen.append(a[1].shape[2]) or attend(*a)
+    )
+    np.testing.assert_allclose(direct.attend(q, k, v, mask), whole, rtol=1e-5, atol=1e-6)
+    assert seen == ([LENGTH] * 4 if hides == (0, LENGTH) else [2, 4, 6, 7])
+
+
 @pytest.mark.parametrize("queries", [1, 3, 4])
 def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, queries):
     whole = plain(block, hidden)
@@ -100,7 +131,8 @@ def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, que
 
 def test_native_kernels_compute_what_mindspore_does(block, hidden, monkeypatch, native):
     found = plain(block, hidden)
-    monkeypatch.setattr(decoder, "has_kernels", lambda: not native and kernels.available())
+    for module in (decoder, direct):
+        monkeypatch.setattr(module, "has_kernels", lambda: not native and kernels.available())
     np.testing.assert_allclose(plain(block, hidden), found, rtol=1e-5, atol=1e-5)
 
 

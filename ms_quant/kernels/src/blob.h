@@ -50,6 +50,15 @@ struct Params {
 };
 static_assert(sizeof(Params) == 2 * kAlign, "header");
 
+// Statistics of columns, and what is added to them.
+struct ColumnStats {
+  const float* x;
+  int64_t rows, columns;
+  float *low, *high;
+  double *squares, *sizes;
+  bool not_finite;
+};
+
 // What an instruction set provides.
 struct Kernels {
   int64_t columns;  // of a panel
@@ -65,6 +74,7 @@ struct Kernels {
                int64_t heads, int64_t size, float* y, int threads);
   void (*softmax)(float* x, const float* mask, int64_t rows, int64_t columns, int64_t length,
                   int64_t rows_of_mask, float scale, int threads);
+  void (*column_stats)(ColumnStats&, int threads);
 };
 
 const Kernels* kernels_scalar();

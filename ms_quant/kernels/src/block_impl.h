@@ -3,6 +3,7 @@
 #ifndef MS_QUANT_BLOCK_IMPL_H_
 #define MS_QUANT_BLOCK_IMPL_H_
 
+#include "column_stats.h"
 #include "linear_impl.h"
 
 namespace msq {
@@ -100,7 +101,9 @@ struct BlockOps {
     for (int64_t k = index * kPiece; k < end; k += W) {
       const F g = part_of(c.gate + k, end - k, 0);
       // e^g / (1 + e^g) below 0 and 1 / (1 + e^-g) above: no power is larger than 1.
-      const F sigmoid = S::div(exp(S::min(g, none)), S::add(one, exp(S::sub(none, S::abs(g)))));
+      const F power = exp(S::sub(none, S::abs(g)));
+      const F above = S::add(S::zero_below(S::sub(one, power), g, 0.0f), power);
+      const F sigmoid = S::div(above, S::add(one, power));
       const F y = S::mul(S::mul(g, sigmoid), part_of(c.up + k, end - k, 0));
       put_part(c.y + k, y, end - k);
     }
@@ -200,7 +203,8 @@ const Kernels* all_kernels() {
   static const Kernels found = {Linear<S>::kColumns,   S::kBias,
                                 Linear<S>::linear,     Linear<S>::quantize_rows,
                                 BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
-                                BlockOps<S>::rope,     BlockOps<S>::softmax};
+                                BlockOps<S>::rope,     BlockOps<S>::softmax,
+                                column_stats};
   return &found;
 }
 

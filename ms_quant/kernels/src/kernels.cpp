@@ -5,11 +5,14 @@
 
 #include <atomic>
 
+#include "amx_product.h"
 #include "blob.h"
 #include "pool.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -51,6 +54,23 @@ bool has(int isa) {
 bool has(int isa) { return isa == MSQ_NEON_DOT && (getauxval(AT_HWCAP) >> 20 & 1); }  // ASIMDDP
 #else
 bool has(int) { return false; }
+#endif
+
+#ifdef MSQ_WITH_AMX_PRODUCT
+// Tiles need the system's leave, once in a process.
+bool may_use_tiles() {
+  uint32_t a, b, c, d;
+  if (!has(MSQ_AVX512_VNNI) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d >> 24 & 1, products = d >> 22 & 1;
+  if (!tiles || !products || (saved_registers() >> 17 & 3) != 3) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+}
+
+bool has_tiles() {
+  static const bool able = may_use_tiles();
+  return able;
+}
 #endif
 
 const Kernels* look_up(int isa) {
@@ -303,6 +323,33 @@ int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int6
     return MSQ_BAD_ARGUMENT;
   kernels->softmax(x, mask, rows, columns, length, rows_of_mask, scale, threads);
   return MSQ_OK;
+}
+
+int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t outputs, int64_t inputs,
+                    const float* bias, float* y, int32_t threads) {
+  if (rows < 1 || !sizes_fit(outputs, inputs) || threads < 1) return MSQ_BAD_ARGUMENT;
+#ifdef MSQ_WITH_AMX_PRODUCT
+  if (has_tiles()) return amx_product(x, rows, w, outputs, inputs, bias, y, threads);
+#endif
+  return MSQ_NO_ISA;
+}
+
+int32_t msq_add_gram(const float* x, int64_t rows, int64_t columns, float* products,
+                     int32_t threads) {
+  if (rows < 1 || !sizes_fit(columns, columns) || threads < 1) return MSQ_BAD_ARGUMENT;
+#ifdef MSQ_WITH_AMX_PRODUCT
+  if (has_tiles()) return amx_add_gram(x, rows, columns, products, threads);
+#endif
+  return MSQ_NO_ISA;
+}
+
+int32_t msq_column_stats(int32_t isa, const float* x, int64_t rows, int64_t columns, float* low,
+                         float* high, double* squares, double* sizes, int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels || rows < 0 || columns < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
+  ColumnStats stats = {x, rows, columns, low, high, squares, sizes, false};
+  kernels->column_stats(stats, threads);
+  return stats.not_finite ? MSQ_NOT_FINITE : MSQ_OK;
 }
 
 void msq_set_threads(int32_t threads) { operator_threads.store(threads < 1 ? 1 : threads); }

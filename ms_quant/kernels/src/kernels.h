@@ -17,7 +17,8 @@ enum MsqStatus {
   MSQ_BAD_ARGUMENT = 1,
   MSQ_BAD_BLOB = 2,
   MSQ_NO_MEMORY = 3,
-  MSQ_NO_ISA = 4
+  MSQ_NO_ISA = 4,
+  MSQ_NOT_FINITE = 5  // NaN or inf, where there may be none
 };
 
 // Instruction sets, slowest first; msq_pack takes one of them or MSQ_BEST.
@@ -90,6 +91,23 @@ MSQ_API int32_t msq_rope(int32_t isa, const float* x, const float* cos, const fl
 // multiple of `length`, share a mask (length, columns) and go round in it.
 MSQ_API int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns,
                             int64_t length, int64_t rows_of_mask, float scale, int32_t threads);
+
+// y (rows, outputs) = x (rows, inputs) w^T + bias in float32, faster than any library without AMX;
+// MSQ_NO_ISA where the machine has it not. `bias` may be null. NaN, infinities and magnitudes above
+// 3.3e38 are refused, and y is anything then.
+MSQ_API int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t outputs,
+                            int64_t inputs, const float* bias, float* y, int32_t threads);
+
+// Adds x^T x of x (rows, columns) to the lower triangle of `products` (columns, columns), in the
+// same way; what is above the diagonal is anything.
+MSQ_API int32_t msq_add_gram(const float* x, int64_t rows, int64_t columns, float* products,
+                             int32_t threads);
+
+// Adds x (rows, columns) to the statistics of its columns: smallest and largest, and the sums of
+// squares and of magnitudes.
+MSQ_API int32_t msq_column_stats(int32_t isa, const float* x, int64_t rows, int64_t columns,
+                                 float* low, float* high, double* squares, double* sizes,
+                                 int32_t threads);
 
 // The same as msq_linear in the form of a custom operator: x, weights, params -> y.
 MSQ_API int MsqLinearOp(int nparam, void** params, int* ndims, int64_t** shapes,
