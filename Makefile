@@ -40,6 +40,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/unzip.py
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/quantization_speed.py
 	$(BIN)/python benchmarks/rate.py models/stdlib-qwen3-6m --calib models/text/calibration.txt --heldout models/text/heldout.txt
 
 # Every scheme with every algorithm; hours. What benchmarks/accuracy.json has is kept.

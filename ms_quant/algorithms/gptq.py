@@ -73,8 +73,11 @@ def inverse_factor(hessian: np.ndarray) -> np.ndarray:
     Args:
         hessian: float64 (K, K), positive definite; see :func:`damped`.
     """
-    backwards = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return _invert(np.ascontiguousarray(backwards))  # BLAS takes no negative strides
+    lower = np.linalg.cholesky(hessian[::-1, ::-1])
+    del hessian  # which nobody else holds: each of these is large
+    upper = np.ascontiguousarray(lower[::-1, ::-1])  # BLAS takes no negative strides
+    del lower
+    return _invert(upper)
 
 
 def _invert(upper: np.ndarray) -> np.ndarray:
@@ -179,7 +182,9 @@ def solve(problem: Problem, solution: Solution, options: GptqOptions) -> Solutio
     order = np.arange(len(hessian))
     if options.act_order:
         order = np.argsort(-np.diagonal(hessian), kind="stable")
-    factor, damping = factor_with_retry(hessian[order][:, order], options.damping, problem.name)
+        hessian = hessian[np.ix_(order, order)]
+    factor, damping = factor_with_retry(hessian, options.damping, problem.name)
+    del hessian
     grids, codes = {}, {}
     for name, weight in prepared(problem, solution).items():
         grid = grid_of(problem, solution, name, weight)
