@@ -19,7 +19,8 @@
 
 namespace {
 
-const char* const kNames[MSQ_ISAS] = {"scalar", "avx2", "avx_vnni", "avx512_vnni", "neon_dot"};
+const char* const kNames[MSQ_ISAS] = {"scalar",      "avx2",     "avx_vnni",
+                                      "avx512_vnni", "neon_dot", "amx"};
 std::mt19937_64 generator;
 
 int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
