@@ -1,9 +1,9 @@
 // Linears of many rows with AMX. Few rows, and all else, are left to AVX-512 VNNI, whose panels
 // these are: a step of bytes lies in them as the tiles take it.
 //
-// A product of two pairs of tiles takes 64 cycles and as long to read from the second-level cache,
-// so of weights as much as fits the first is held for all rows, and of inputs as much as fits the
-// second for all panels; sums wait in the outputs for the next part of the inputs.
+// Four products of tiles take 64 cycles, and so does reading what they take from the second-level
+// cache. Of a panel's weights as much as fits the first meets all rows, of the inputs as much as
+// fits the second meets all panels; sums wait in memory for the next part of the inputs.
 
 #include "amx_inputs.h"
 #include "amx_tiles.h"
@@ -12,21 +12,26 @@
 namespace msq {
 namespace {
 
-constexpr int64_t kFewRows = 4;           // up to which vectors are as fast
-constexpr int64_t kHeldSteps = 8;         // whose weights are held for all rows
-constexpr int64_t kHeldInputs = 1 << 20;  // bytes of inputs that all panels meet
+constexpr int64_t kFewRows = 8, kFewFloatRows = 4;  // up to which vectors are as fast
+constexpr int64_t kHeldSteps = 8;                   // whose weights are held for all rows
+constexpr int64_t kHeldInputs = 1 << 20;            // bytes of inputs that all panels meet
+constexpr int64_t kHeldSums = 1 << 22;              // that wait for the next part of the inputs
 
 using Vectors = Linear<Avx512Vnni>;
 static_assert(Vectors::kColumns == kWide, "the panels of both");
 
 struct TileCall : Call {
-  int64_t row_bytes;   // of inputs
-  int64_t begin, end;  // steps of this part of the inputs
-  int64_t held;        // steps whose weights are held
-  int64_t group;       // steps of a group; 0 if there is one scale for all inputs
-  int64_t last;        // steps of all
-  int64_t ahead;       // panels from one that a thread computes to its next
-  bool* no_parts;      // of rows of floats
+  int64_t row_bytes;            // of inputs
+  bool* no_parts;               // of rows of floats
+  int64_t last = 0;             // steps of all inputs
+  int64_t group = 0;            // steps of a group; 0 if there is one scale for all inputs
+  int64_t held = 0;             // steps whose weights are held
+  int64_t ahead = 0;            // panels from one that a thread computes to its next
+  int64_t begin = 0, end = 0;   // steps of this part of the inputs
+  int64_t first = 0;            // panel of this part of the outputs
+  int32_t* all_sums = nullptr;  // of its panels; null if all inputs are in one part
+
+  int64_t sums_of_panel() const { return up_to(blocks(), 2) * tall * kWide; }
 };
 
 bool is_grouped(const Params& p) { return p.groups() > 1 || p.row_scale; }
@@ -63,34 +68,32 @@ struct Many {
       }
   }
 
-  // Outputs of one row and half of a panel, or what they are so far.
-  static void finish(const TileCall& t, int64_t row, int64_t column, int32_t* sums) {
+  // Outputs of one row and half of a panel.
+  static void finish(const TileCall& t, int64_t row, int64_t column, const int32_t* sums) {
     const Params& p = t.p;
     const int64_t left = p.outputs - column;
     if (left <= 0) return;
     const __mmask16 there = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
-    float* y = t.y + row * p.outputs + column;
-    __m512i total = _mm512_load_si512(sums);
-    if (t.begin > 0) {
-      const __m512i before = _mm512_maskz_loadu_epi32(there, y);
-      total = FLOAT || t.group ? _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(before),
-                                                                   _mm512_castsi512_ps(total)))
-                               : _mm512_add_epi32(before, total);
+    const __m512 by = _mm512_loadu_ps(p.floats(p.scale) + column);
+    __m512 y;
+    if (t.group) {
+      y = Vectors::of_groups(t, row, column, _mm512_load_ps(sums));
+    } else if (FLOAT) {
+      const __m512 sum = group_sum(t, row, column, 0, sums);
+      y = Vectors::of_groups(t, row, column, _mm512_mul_ps(sum, by));
+    } else {
+      y = Vectors::of_sum(t, row, column, by, _mm512_load_si512(sums));
     }
-    __m512 out = _mm512_castsi512_ps(total);
-    if (t.end == t.last) {
-      const __m512 by = _mm512_loadu_ps(p.floats(p.scale) + column);
-      if (t.group) {
-        out = Vectors::of_groups(t, row, column, out);
-      } else if (FLOAT) {
-        _mm512_store_si512(sums, total);
-        out = Vectors::of_groups(t, row, column,
-                                 _mm512_mul_ps(group_sum(t, row, column, 0, sums), by));
-      } else {
-        out = Vectors::of_sum(t, row, column, by, total);
-      }
+    _mm512_mask_storeu_ps(t.y + row * p.outputs + column, there, y);
+  }
+
+  // Outputs are written half a panel at a time, far from each other.
+  static void ask_for_outputs(const TileCall& t, int64_t row, int64_t count, int64_t column) {
+    const char* at = reinterpret_cast<const char*>(t.y + row * t.p.outputs + column);
+    for (int64_t r = 0; r < count; ++r, at += t.p.outputs * 4) {
+      __builtin_prefetch(at, 1);
+      __builtin_prefetch(at + 64, 1);
     }
-    _mm512_mask_storeu_ps(y, there, out);
   }
 
   // Steps [begin, end) of one or two blocks of rows; `held` are the sums of steps before.
@@ -109,8 +112,9 @@ struct Many {
                                        to - from);
     };
     held += row * kWide;
+    if (end == t.last) ask_for_outputs(t, row, high + low, column);
     if (!t.group) {
-      if (begin > t.begin)
+      if (begin > 0)
         load_sums<TWO>(held, t.tall);
       else
         zero_sums<TWO>();
@@ -123,9 +127,9 @@ struct Many {
       add(step, step + t.group);
       store_sums<TWO>(sums, t.tall);
       add_group(t, row, high + low, column, step / t.group, sums, reinterpret_cast<float*>(held),
-                step == t.begin);
+                step == 0);
     }
-    if (end < t.end) return;
+    if (end < t.last) return;
     for (int64_t r = 0; r < high + low; ++r)
       for (int v = 0; v < 2; ++v) finish(t, row + r, column + 16 * v, held + r * kWide + 16 * v);
   }
@@ -140,10 +144,12 @@ struct Many {
   static void panel(void* job, int64_t index) {
     TileCall& t = *static_cast<TileCall*>(job);
     const Params& p = t.p;
-    const int64_t rows_of_panel = steps_of(p.inputs, BITS), bytes = rows_of_panel * kPanelRow;
+    int32_t* held = t.all_sums ? t.all_sums + index * t.sums_of_panel()
+                               : static_cast<int32_t*>(scratch(3, t.sums_of_panel() * 4));
+    index += t.first;
     const int64_t column = index * kWide, blocks = t.blocks();
+    const int64_t rows_of_panel = steps_of(p.inputs, BITS), bytes = rows_of_panel * kPanelRow;
     const uint8_t* codes = t.w.words() + index * bytes;
-    int32_t* held = static_cast<int32_t*>(scratch(3, up_to(blocks, 2) * t.tall * kWide * 4));
     uint8_t* spread = static_cast<uint8_t*>(scratch(4, t.held * kStepBytes));
     if (!held || !spread) {
       t.failed = true;
@@ -172,25 +178,35 @@ struct Many {
     if (t.p.zero_scale) sum_groups(t, row);
   }
 
+  // Steps of inputs that all panels meet: as many as fit, and in all parts about as many.
+  static int64_t part_of_inputs(const TileCall& t) {
+    const int64_t fit = kHeldInputs / (t.rows * kParts * kTileRow) / t.held * t.held;
+    const int64_t most = fit > t.held ? fit : t.held, parts = (t.last + most - 1) / most;
+    return up_to((t.last + parts - 1) / parts, t.held);
+  }
+
   static void run(TileCall& t, int threads) {
-    const int64_t panels = (t.p.outputs + kWide - 1) / kWide;
     t.last = (t.p.inputs + kInputs - 1) / kInputs;
     t.group = is_grouped(t.p) ? t.p.group / kInputs : 0;
-    t.ahead = at_most(threads, panels);
-    t.held = !t.group               ? kHeldSteps
-             : t.group < kHeldSteps ? kHeldSteps / t.group * t.group
-                                    : t.group;
-    const int64_t fit = kHeldInputs / (t.rows * kParts * kTileRow);
-    const int64_t turns = (t.last + fit - 1) / fit;
-    const int64_t each = up_to((t.last + turns - 1) / turns, t.held);
+    t.held = t.group ? up_to(kHeldSteps, t.group) : kHeldSteps;
     if (FLOAT)
       share_out(t.rows, threads, prepare, &t);
     else
       share_out(t.rows, threads, Quantize<Avx512Vnni>::quantize, static_cast<Call*>(&t));
-    for (t.begin = 0; t.begin < t.last && !t.failed; t.begin = t.end) {
-      t.end = at_most(t.last, t.begin + each);
-      share_out(panels, threads, panel, &t);
+    const int64_t panels = (t.p.outputs + kWide - 1) / kWide, each = part_of_inputs(t);
+    int64_t at_once = panels;
+    if (each < t.last) {
+      at_once = at_most(panels, kHeldSums / t.sums_of_panel() + threads);
+      t.all_sums = static_cast<int32_t*>(scratch(3, at_once * t.sums_of_panel() * 4));
+      t.failed = !t.all_sums;
     }
+    for (t.first = 0; t.first < panels && !t.failed; t.first += at_once)
+      for (t.begin = 0; t.begin < t.last; t.begin = t.end) {
+        t.end = at_most(t.last, t.begin + each);
+        const int64_t count = at_most(at_once, panels - t.first);
+        t.ahead = at_most(threads, count);
+        share_out(count, threads, panel, &t);
+      }
   }
 };
 
@@ -199,8 +215,8 @@ bool fits(const Params& p) {
   return p.group % (p.input == MSQ_FLOAT ? Many<8, true>::kInputs : Many<8, false>::kInputs) == 0;
 }
 
-// Rows that have no exact parts are computed again.
-void again(const TileCall& t, int threads, bool* out_of_memory) {
+// Rows without exact parts are computed with vectors.
+void without_parts(const TileCall& t, int threads, bool* out_of_memory) {
   for (int64_t row = 0, end = 0; row < t.rows; row = end + 1) {
     for (end = row; end < t.rows && t.no_parts[end];) ++end;
     if (end > row)
@@ -226,12 +242,6 @@ void many_rows(const Weights& w, const Params& p, const float* x, int64_t rows, 
                  static_cast<float*>(inputs), static_cast<float*>(scales),
                  static_cast<int32_t*>(sums), static_cast<float*>(sums), false},
                 row_bytes,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
                 no_parts};
   if (integer)
     w.bits == 8 ? Many<8, false>::run(t, threads) : Many<4, false>::run(t, threads);
@@ -239,14 +249,15 @@ void many_rows(const Weights& w, const Params& p, const float* x, int64_t rows, 
     w.bits == 8 ? Many<8, true>::run(t, threads) : Many<4, true>::run(t, threads);
   *out_of_memory |= t.failed;
   if (p.input == MSQ_STATIC) Vectors::keep_nan(t);
-  if (!integer) again(t, threads, out_of_memory);
+  if (!integer) without_parts(t, threads, out_of_memory);
 }
 
 void linear(const Weights& w, const Params& p, const float* x, int64_t rows, float* y, int threads,
             bool* out_of_memory) {
   for (int64_t first = 0; first < rows; first += kChunk) {
     const int64_t count = at_most(kChunk, rows - first);
-    const auto some = count > kFewRows && fits(p) ? many_rows : kernels_avx512_vnni()->linear;
+    const bool many = count > (p.input == MSQ_FLOAT ? kFewFloatRows : kFewRows) && fits(p);
+    const auto some = many ? many_rows : kernels_avx512_vnni()->linear;
     some(w, p, x + first * p.inputs, count, y + first * p.outputs, threads, out_of_memory);
   }
 }

@@ -105,6 +105,7 @@ const uint8_t* weights_of(const uint8_t* panel, int64_t rows, int64_t begin, int
 
 constexpr int64_t kFloatStep = 32;  // inputs
 constexpr int kFloatParts = 3;
+constexpr float kLargest = 7.9228162514264337593543950336e28f, kSmallest = 1.97215226e-31f;
 
 // The parts of a float that are exact in bfloat16: its upper 8 bits of 24, the next, and the last.
 inline void three_parts(__m512 x, __m512 (&parts)[kFloatParts]) {
@@ -115,14 +116,15 @@ inline void three_parts(__m512 x, __m512 (&parts)[kFloatParts]) {
   }
 }
 
-// Whether the parts are not the number: NaN and infinities, and what is so small that a part would
-// be subnormal, which the tiles take as 0.
+// Which numbers are not taken in parts: NaN, infinities and what is so large that its products with
+// codes may overflow before they are scaled; and what is so small that a part may be subnormal,
+// which tiles take as 0.
 inline __mmask16 has_no_parts(__m512 x) {
   const __m512 size = _mm512_abs_ps(x);
-  const __mmask16 infinite = _mm512_cmp_ps_mask(size, _mm512_set1_ps(3.40282347e38f), _CMP_NLE_UQ);
-  const __mmask16 small = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p-102f), _CMP_LT_OQ);
-  return infinite |
-         (small & _mm512_test_epi32_mask(_mm512_castps_si512(size), _mm512_castps_si512(size)));
+  const __m512i bits = _mm512_castps_si512(size);
+  const __mmask16 large = _mm512_cmp_ps_mask(size, _mm512_set1_ps(kLargest), _CMP_NLE_UQ);
+  const __mmask16 small = _mm512_cmp_ps_mask(size, _mm512_set1_ps(kSmallest), _CMP_LT_OQ);
+  return large | (small & _mm512_test_epi32_mask(bits, bits));
 }
 
 // The upper halves of the words of both, in order.

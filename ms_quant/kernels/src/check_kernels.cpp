@@ -60,7 +60,7 @@ struct Problem {
     linear = MsqLinear();
     linear.input = static_cast<int32_t>(below(3));
     const bool grouped = linear.input != MSQ_STATIC && below(2);
-    group = grouped ? 8 * (1 + below(8)) : inputs;
+    group = grouped ? 8 * (1 + below(16)) : inputs;
     if (grouped) inputs = group * (1 + below(4));
     exact = linear.input != MSQ_FLOAT && !grouped;
     codes.resize(static_cast<size_t>(outputs * inputs));
