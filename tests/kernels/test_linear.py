@@ -213,10 +213,8 @@ def test_what_overflows_in_one_row_stays_there(isa: str, value: float) -> None:
     found = packed(x)
     rest = np.r_[:20, 26:40]
     np.testing.assert_array_equal(found[rest], before[rest])
-    with np.errstate(over="ignore"):
-        expected = linear.forward(x)[20:26]
     if np.isinf(value):
-        np.testing.assert_array_equal(found[20:26], expected)
+        np.testing.assert_array_equal(found[20:26], linear.forward(x)[20:26])
 
 
 def test_no_rows() -> None:

@@ -193,16 +193,16 @@ struct Many {
       share_out(t.rows, threads, prepare, &t);
     else
       share_out(t.rows, threads, Quantize<Avx512Vnni>::quantize, static_cast<Call*>(&t));
-    const int64_t panels = (t.p.outputs + kWide - 1) / kWide, each = part_of_inputs(t);
+    const int64_t panels = (t.p.outputs + kWide - 1) / kWide, part = part_of_inputs(t);
     int64_t at_once = panels;
-    if (each < t.last) {
+    if (part < t.last) {
       at_once = at_most(panels, kHeldSums / t.sums_of_panel() + threads);
       t.all_sums = static_cast<int32_t*>(scratch(3, at_once * t.sums_of_panel() * 4));
       t.failed = !t.all_sums;
     }
     for (t.first = 0; t.first < panels && !t.failed; t.first += at_once)
       for (t.begin = 0; t.begin < t.last; t.begin = t.end) {
-        t.end = at_most(t.last, t.begin + each);
+        t.end = at_most(t.last, t.begin + part);
         const int64_t count = at_most(at_once, panels - t.first);
         t.ahead = at_most(threads, count);
         share_out(count, threads, panel, &t);

@@ -105,7 +105,7 @@ const uint8_t* weights_of(const uint8_t* panel, int64_t rows, int64_t begin, int
 
 constexpr int64_t kFloatStep = 32;  // inputs
 constexpr int kFloatParts = 3;
-constexpr float kLargest = 7.9228162514264337593543950336e28f, kSmallest = 1.97215226e-31f;
+constexpr float kLargest = 0x1p96f, kSmallest = 0x1p-102f;
 
 // The parts of a float that are exact in bfloat16: its upper 8 bits of 24, the next, and the last.
 inline void three_parts(__m512 x, __m512 (&parts)[kFloatParts]) {
