@@ -349,6 +349,24 @@ def test_works_after_a_fork() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
+REFUSED = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+room = ctypes.create_string_buffer(8192)
+stack = Stack(ctypes.addressof(room), 0, 8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+from ms_quant import kernels
+assert kernels.best_isa() == "avx512_vnni", kernels.best_isa()
+"""
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this machine has no AMX")
+def test_without_permission_for_tiles_there_is_no_amx() -> None:
+    """Linux gives none to a process whose signals have too little room to save tiles."""
+    subprocess.run([sys.executable, "-c", REFUSED], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("column", [0, 5, 69, 130])
 def test_nan_in_a_row_is_nan_in_its_outputs(isa: str, column: int) -> None:
