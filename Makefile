@@ -70,8 +70,10 @@ ifeq ($(shell uname -m),x86_64)
 	$(CXX) $(ISA_FLAGS) -mavx2 -mfma -c $(KERNELS)/avx2.cpp -o $(@D)/avx2.o
 	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
 		-c $(KERNELS)/avx512_vnni.cpp -o $(@D)/avx512_vnni.o
-	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI $(KERNEL_SOURCES) \
-		$(@D)/scalar.o $(@D)/avx2.o $(@D)/avx512_vnni.o -o $@
+	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
+		-mamx-tile -mamx-int8 -mamx-bf16 -c $(KERNELS)/amx.cpp -o $(@D)/amx.o
+	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI -DMSQ_WITH_AMX \
+		$(KERNEL_SOURCES) $(addprefix $(@D)/,scalar.o avx2.o avx512_vnni.o amx.o) -o $@
 else
 	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(KERNEL_SOURCES) $(@D)/scalar.o -o $@
 endif

@@ -5,10 +5,10 @@
 Each row of the table is a number of tokens M and a weight (N, K); all contenders are timed in turn,
 round after round, and the best round counts. *cold*, of one token: each call takes another copy of
 the weight, as many as fill four times the last-level cache (2 GiB at most), as a model's layers do;
-*warm*: the same weight again and again. ``of peak`` is the share of the products of int8 that the
-processor's cores do with VNNI, ``of read`` the share of the bytes that they read a second from
-memory, both measured between the rounds (benchmarks/peak.cpp; needs a C++ compiler and AVX-512
-VNNI).
+*warm*: the same weight again and again. ``of VNNI`` and ``of AMX`` are the shares of the products
+of int8 that the processor's cores do with each, ``of read`` the share of the bytes that they read
+a second from memory, all measured between the rounds (benchmarks/peak.cpp; needs a C++ compiler and
+AVX-512 VNNI).
 """
 
 from __future__ import annotations
@@ -139,15 +139,16 @@ class Machine:
     """What the processor reaches; zeros where it cannot be measured."""
 
     def __init__(self, directory: Path):
-        self.library, self.peak, self.read = None, 0.0, 0.0
+        self.library, self.peak, self.amx, self.read = None, 0.0, 0.0, 0.0
         compiler = shutil.which("c++")
         if compiler is None or not kernels.has_isa("avx512_vnni"):
             return
         flags = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vnni", "-shared", "-fPIC", "-w"]
+        if kernels.has_isa("amx"):  # asking for it also allows it to this process
+            flags += ["-mamx-tile", "-mamx-int8", "-mamx-bf16", "-DWITH_AMX"]
         path = directory / "peak.so"
         subprocess.run([compiler, *flags, str(PEAK), "-o", str(path)], check=True)
         self.library = ctypes.CDLL(str(path))
-        self.library.vnni_products.restype = ctypes.c_int64
         self.buffer = np.ones(MOST_COPIES, np.uint8)
 
     def measure(self) -> None:
@@ -155,13 +156,19 @@ class Machine:
         if self.library is None:
             return
         count, part = threads(), MOST_COPIES // threads() // 512 * 512
-        rounds = ctypes.c_int64(500_000)
-        seconds = _at_once(lambda index: self.library.vnni_products(rounds), count)
-        self.peak = max(self.peak, count * 500_000 * 16 * 64 / seconds)
+        self.peak = max(self.peak, self._products("vnni_products", 500_000 * 16 * 64, 500_000))
+        if kernels.has_isa("amx"):
+            self.amx = max(self.amx, self._products("amx_products", 500_000 * 4 * 16384, 500_000))
         start = self.buffer.ctypes.data
         read, size = self.library.read_bytes, ctypes.c_int64(part)
         seconds = _at_once(lambda i: read(ctypes.c_void_p(start + i * part), size), count)
         self.read = max(self.read, count * part / seconds)
+
+    def _products(self, name: str, products: int, rounds: int) -> float:
+        """A second, of all threads, when each does so many in that many rounds."""
+        work = getattr(self.library, name)
+        seconds = _at_once(lambda index: work(ctypes.c_int64(rounds)), threads())
+        return threads() * products / seconds
 
 
 def _at_once(work: Callable[[int], Any], count: int) -> float:
@@ -206,11 +213,14 @@ def _repeats(rows: int, shape: tuple[int, int]) -> int:
 
 def table(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
     lines = [
-        f"VNNI peak {2 * machine.peak / 1e12:.2f} TOPS, reading {machine.read / 1e9:.1f} GB/s, "
+        f"VNNI peak {2 * machine.peak / 1e12:.2f} TOPS, "
+        f"AMX peak {2 * machine.amx / 1e12:.2f} TOPS, "
+        f"reading {machine.read / 1e9:.1f} GB/s, "
         f"{threads()} threads, {kernels.best_isa()}.",
         "",
-        "| M | K | N | contender | warm ms | x Dense | cold ms | x Dense | of peak | of read |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| M | K | N | contender | warm ms | x Dense | cold ms | x Dense "
+        "| of VNNI | of AMX | of read |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["M"], row["K"], row["N"], row["name"]]
@@ -218,7 +228,8 @@ def table(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
             seconds, base = row[which], row[f"{which}_dense"]
             cells += [f"{1e3 * seconds:.3f}", f"{base / seconds:.2f}"] if seconds else ["", ""]
         products, seconds = row["M"] * row["K"] * row["N"], row["cold"] or row["warm"]
-        cells.append(f"{products / seconds / machine.peak:.2f}" if machine.peak else "")
+        for peak in (machine.peak, machine.amx):
+            cells.append(f"{products / seconds / peak:.2f}" if peak else "")
         cells.append(f"{row['bytes'] / seconds / machine.read:.2f}" if machine.read else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

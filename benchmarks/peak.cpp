@@ -1,8 +1,12 @@
-// What this machine can do at most: products of int8 a second with VNNI, and bytes read a second.
-// benchmarks/linear.py builds it.
+// What this machine can do at most: products of int8 a second with VNNI and with AMX, and bytes
+// read a second. benchmarks/linear.py builds it.
 
 #include <immintrin.h>
 #include <stdint.h>
+
+#ifdef WITH_AMX
+#include "../ms_quant/kernels/src/amx_tiles.h"
+#endif
 
 #define API extern "C" __attribute__((visibility("default")))
 #define EACH(f) \
@@ -24,6 +28,20 @@ API int64_t vnni_products(int64_t rounds) {
   (void)sink;
   return rounds * 16 * 64;
 }
+
+#ifdef WITH_AMX
+// The same with tiles, once the process may use them.
+API int64_t amx_products(int64_t rounds) {
+  const msq::Tiles tiles(msq::kTall);
+  for (int64_t r = 0; r < rounds; ++r) {
+    msq::multiply<false, 0, 4, 6>();
+    msq::multiply<false, 1, 4, 7>();
+    msq::multiply<false, 2, 5, 6>();
+    msq::multiply<false, 3, 5, 7>();
+  }
+  return rounds * 4 * 16 * 16 * 64;
+}
+#endif
 
 // Reads `count` bytes, a multiple of 512.
 API int64_t read_bytes(const uint8_t* from, int64_t count) {

@@ -24,7 +24,7 @@ from ms_quant.numerics.storage import DTYPES
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler at install time")
 ISAS = [name for name in native.ISAS if available() and native.has_isa(name)]
-SIZES = [1, 2, 3, 4, 7, 8, 16, 31, 33, 63, 64, 65, 100, 130, 257]
+SIZES = [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130, 257]
 EPSILON = 2.0**-24
 
 
@@ -81,7 +81,7 @@ def integer_linears(shape: tuple[int, int], seed: int) -> list[QuantizedLinear]:
 
 @pytest.mark.parametrize("isa", ISAS)
 @given(
-    rows=st.sampled_from([1, 2, 3, 5, 12, 13, 30]),
+    rows=st.sampled_from([1, 2, 3, 5, 12, 13, 15, 16, 17, 30, 31, 32, 33, 49]),
     columns=st.sampled_from(SIZES),
     outputs=st.sampled_from(SIZES),
     seed=st.integers(0, 1000),
@@ -101,7 +101,10 @@ def test_integer_sums_are_bit_exact(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("rows", "columns", "outputs"), [(515, 70, 40), (40, 4100, 33)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "outputs"),
+    [(515, 70, 40), (40, 4100, 33), (300, 5000, 70), (522, 2051, 17)],
+)
 def test_many_rows_and_inputs(isa: str, rows: int, columns: int, outputs: int) -> None:
     x = tokens(rows, columns)
     for format in (AffineFormat(8), AffineFormat(4)):
@@ -119,7 +122,7 @@ def test_the_largest_sums(isa: str) -> None:
         linear = made(AffineFormat(8), (3, columns), PerToken(8), bias=False)
         linear = replace(linear, weight=np.full((3, columns), code, np.int8))
         for value in (-1.0, 1.0):
-            x = np.full((2, columns), value, np.float32)
+            x = np.full((18, columns), value, np.float32)
             packed = pack(linear, isa)
             assert packed is not None
             np.testing.assert_array_equal(packed(x), linear.forward(x))
@@ -148,18 +151,25 @@ FLOATS: list[tuple[WeightFormat, Any, int]] = [
     (AffineFormat(4, symmetric=False), Float(), 1),
     (AffineFormat(4, group_size=32, symmetric=False), Float(), 32),
     (AffineFormat(4, group_size=64), Float(), 64),
+    (AffineFormat(8, group_size=96, symmetric=False), Float(), 96),
+    (AffineFormat(4, group_size=40), Float(), 40),
     (TwoLevelFormat(32), PerToken(8), 32),
+    (TwoLevelFormat(64), PerToken(8), 64),
+    (TwoLevelFormat(192), PerToken(8), 192),
 ]
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 29, 514])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 17, 29, 33, 514])
 @pytest.mark.parametrize(("format", "activation", "multiple"), FLOATS)
 def test_float_sums_are_within_their_bound(
     isa: str, rows: int, format: WeightFormat, activation: Any, multiple: int
 ) -> None:
     """docs/kernels.md: (K + 8) * 2**-24 times the sum of all magnitudes."""
-    for count, outputs in ((1, 1), (3, 33), (7, 40)):
+    sizes = [(1, 1), (3, 33), (7, 40)]
+    if rows == 514:
+        sizes.append((30, 70))  # so many that sums wait for the next part of the inputs
+    for count, outputs in sizes:
         columns = count * multiple if multiple > 1 else 10 * count + 3
         linear = made(format, (outputs, columns), activation, seed=rows)
         x = np.random.default_rng(rows).standard_normal((rows, columns), np.float32)
@@ -171,6 +181,40 @@ def test_float_sums_are_within_their_bound(
         expected, size = exact(linear, x)
         error = np.abs(packed(x, threads=2) - expected)
         assert (error <= (columns + 8) * EPSILON * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_of_every_magnitude(isa: str, bits: int) -> None:
+    """Also those whose parts would be subnormal, and those whose products nearly overflow."""
+    rng = np.random.default_rng(bits)
+    linear = made(AffineFormat(bits, symmetric=False), (40, 130), Float())
+    x = rng.standard_normal((80, 130)) * 10.0 ** rng.uniform(-37, 34, (80, 1))
+    x[::3] *= 10.0 ** rng.uniform(-4, 0, x[::3].shape)
+    x = x.astype(np.float32)
+    x[5, 7] = 1e-40
+    packed = pack(linear, isa)
+    assert packed is not None
+    expected, size = exact(linear, x)
+    error = np.abs(packed(x, threads=2) - expected)
+    assert (error <= (130 + 8) * EPSILON * size + 1e-44 * 130).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 3.4e38])
+def test_what_overflows_in_one_row_stays_there(isa: str, value: float) -> None:
+    linear = made(AffineFormat(8), (33, 70), Float())
+    linear = replace(linear, weight=np.maximum(linear.weight, 1))
+    x = np.random.default_rng(0).standard_normal((40, 70), np.float32)
+    packed = pack(linear, isa)
+    assert packed is not None
+    before = packed(x)
+    x[20:26, 3] = value
+    found = packed(x)
+    rest = np.r_[:20, 26:40]
+    np.testing.assert_array_equal(found[rest], before[rest])
+    if np.isinf(value):
+        np.testing.assert_array_equal(found[20:26], linear.forward(x)[20:26])
 
 
 def test_no_rows() -> None:
@@ -305,13 +349,31 @@ def test_works_after_a_fork() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
+REFUSED = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+room = ctypes.create_string_buffer(8192)
+stack = Stack(ctypes.addressof(room), 0, 8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+from ms_quant import kernels
+assert kernels.best_isa() == "avx512_vnni", kernels.best_isa()
+"""
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this machine has no AMX")
+def test_without_permission_for_tiles_there_is_no_amx() -> None:
+    """Linux gives none to a process whose signals have too little room to save tiles."""
+    subprocess.run([sys.executable, "-c", REFUSED], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("column", [0, 5, 69, 130])
 def test_nan_in_a_row_is_nan_in_its_outputs(isa: str, column: int) -> None:
     """Also where codes would hide it: a model whose activations overflow must not look well."""
     linears = integer_linears((9, 131), 0)
     linears += [made(format, (9, 131), Float()) for format in (AffineFormat(8), AffineFormat(4))]
-    x = tokens(6, 131)
+    x = tokens(20, 131)
     x[2, column] = np.nan
     for linear in linears:
         packed = pack(linear, isa)

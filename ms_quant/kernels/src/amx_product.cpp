@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "amx_tiles.h"
 #include "pool.h"
 
 namespace msq {
@@ -17,16 +18,11 @@ constexpr int64_t kBlock = 2 * kSide;     // rows, and columns, of four tiles of
 constexpr int64_t kStep = 32;             // inputs of a tile
 constexpr int64_t kTile = kSide * kStep;  // bfloat16 in it
 constexpr int kParts = 3;                 // bfloat16 that make a float32
-constexpr int64_t kStepSize = kParts * 2 * kTile;  // of a block: [part][half of the block][tile]
+constexpr int64_t kPartSize = 2 * kTile;
+constexpr int64_t kStepSize = kParts * kPartSize;  // of a block: [part][half of the block][tile]
 constexpr int64_t kDepth = 512;                    // inputs that are multiplied at a time
 constexpr int64_t kMostRows = 256;                 // of so many inputs, which fit a core's cache
 constexpr int64_t kMostColumns = 2048;             // that are packed at a time
-
-struct TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Of x and w, both [row][input]; or, without w, of the columns of x, [input][column], with each
 // other.
@@ -47,7 +43,8 @@ struct Product {
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Three vectors of bfloat16 whose sum is x; subnormal rests are lost.
+// Three vectors of bfloat16 whose sum is x. They are rounded, not cut: then what is left is half as
+// large, and the products that are left out a quarter. Subnormal rests are lost.
 inline void split(__m512 x, __m256i (&parts)[kParts]) {
   for (__m256i& part : parts) {
     part = (__m256i)_mm512_cvtneps_pbh(x);
@@ -199,59 +196,60 @@ void pack_columns(void* job, int64_t block) {
   if (odd) set(p.not_finite);
 }
 
-// Tiles 0 to 3 hold sums, 4 and 5 inputs, 6 and 7 weights.
-#define LOAD_INPUTS(part)                            \
-  _tile_loadd(4, x + (part) * 2 * kTile, 2 * kStep); \
-  _tile_loadd(5, x + (part) * 2 * kTile + kTile, 2 * kStep)
-#define LOAD_WEIGHTS(part)                           \
-  _tile_loadd(6, w + (part) * 2 * kTile, 2 * kStep); \
-  _tile_loadd(7, w + (part) * 2 * kTile + kTile, 2 * kStep)
-#define MULTIPLY           \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(3, 5, 7)
+inline void load_inputs(const uint16_t* part) {
+  load_tile<4>(part, kTileRow);
+  load_tile<5>(part + kTile, kTileRow);
+}
+
+inline void load_weights(const uint16_t* part) {
+  load_tile<6>(part, kTileRow);
+  load_tile<7>(part + kTile, kTileRow);
+}
+
+inline void multiply_tiles() {
+  multiply<true, 0, 4, 6>();
+  multiply<true, 1, 4, 7>();
+  multiply<true, 2, 5, 6>();
+  multiply<true, 3, 5, 7>();
+}
 
 // Adds products to sums of kBlock x kBlock; small parts before large ones.
 void multiply_block(const uint16_t* x, const uint16_t* w, int64_t steps, int parts, float* sums,
                     int64_t stride, bool begun) {
   float* lower = sums + kSide * stride;
   if (begun) {
-    _tile_loadd(0, sums, stride * 4);
-    _tile_loadd(1, sums + kSide, stride * 4);
-    _tile_loadd(2, lower, stride * 4);
-    _tile_loadd(3, lower + kSide, stride * 4);
+    load_tile<0>(sums, stride * 4);
+    load_tile<1>(sums + kSide, stride * 4);
+    load_tile<2>(lower, stride * 4);
+    load_tile<3>(lower + kSide, stride * 4);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums<true>();
   }
   for (int64_t step = 0; step < steps; ++step, x += kStepSize, w += kStepSize) {
-    LOAD_INPUTS(2);
-    LOAD_WEIGHTS(0);
-    MULTIPLY;
-    LOAD_INPUTS(1);
-    MULTIPLY;
+    load_inputs(x + 2 * kPartSize);
+    load_weights(w);
+    multiply_tiles();
+    load_inputs(x + kPartSize);
+    multiply_tiles();
     if (parts > 1) {
-      LOAD_WEIGHTS(1);
-      MULTIPLY;
+      load_weights(w + kPartSize);
+      multiply_tiles();
     }
-    LOAD_INPUTS(0);
+    load_inputs(x);
     if (parts > 1) {
-      MULTIPLY;
+      multiply_tiles();
       if (parts > 2) {
-        LOAD_WEIGHTS(2);
-        MULTIPLY;
+        load_weights(w + 2 * kPartSize);
+        multiply_tiles();
       }
-      LOAD_WEIGHTS(0);
+      load_weights(w);
     }
-    MULTIPLY;
+    multiply_tiles();
   }
-  _tile_stored(0, sums, stride * 4);
-  _tile_stored(1, sums + kSide, stride * 4);
-  _tile_stored(2, lower, stride * 4);
-  _tile_stored(3, lower + kSide, stride * 4);
+  store_tile<0>(sums, stride * 4);
+  store_tile<1>(sums + kSide, stride * 4);
+  store_tile<2>(lower, stride * 4);
+  store_tile<3>(lower + kSide, stride * 4);
 }
 
 void copy(const float* from, int64_t stride, float* to, int64_t to_stride, int64_t rows,
@@ -289,13 +287,11 @@ void multiply_rows(void* job, int64_t index) {
     pack_row_blocks(p, first, end, x);
   else
     pack_own_rows(p, first, end, x);
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  const Tiles tiles(kSide);
   for (int64_t block = 0; block < blocks_of(p.column_end - p.column, kBlock); ++block)
     for (int64_t row = first; row < end; row += kBlock)
       if (p.w || row >= p.column + block * kBlock)
         one_block(p, x + (row - first) / kBlock * size, row, end, block);
-  _tile_release();
 }
 
 int run(Product& p, int threads) {

@@ -201,7 +201,7 @@ struct BlockOps {
 template <class S>
 const Kernels* all_kernels() {
   static const Kernels found = {Linear<S>::kColumns,   S::kBias,
-                                Linear<S>::linear,     Linear<S>::quantize_rows,
+                                Linear<S>::linear,     Quantize<S>::quantize_rows,
                                 BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
                                 BlockOps<S>::rope,     BlockOps<S>::softmax,
                                 column_stats};

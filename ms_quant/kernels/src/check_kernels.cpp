@@ -19,7 +19,8 @@
 
 namespace {
 
-const char* const kNames[MSQ_ISAS] = {"scalar", "avx2", "avx_vnni", "avx512_vnni", "neon_dot"};
+const char* const kNames[MSQ_ISAS] = {"scalar",      "avx2",     "avx_vnni",
+                                      "avx512_vnni", "neon_dot", "amx"};
 std::mt19937_64 generator;
 
 int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
@@ -59,7 +60,7 @@ struct Problem {
     linear = MsqLinear();
     linear.input = static_cast<int32_t>(below(3));
     const bool grouped = linear.input != MSQ_STATIC && below(2);
-    group = grouped ? 8 * (1 + below(8)) : inputs;
+    group = grouped ? 8 * (1 + below(16)) : inputs;
     if (grouped) inputs = group * (1 + below(4));
     exact = linear.input != MSQ_FLOAT && !grouped;
     codes.resize(static_cast<size_t>(outputs * inputs));

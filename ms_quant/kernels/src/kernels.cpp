@@ -11,8 +11,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -23,7 +25,8 @@ namespace {
 std::atomic<int32_t> operator_threads{1};
 
 #if defined(__x86_64__)
-// The registers that the system saves: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512.
+// The registers that the system saves: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512, 17
+// and 18 those of AMX.
 uint64_t saved_registers() {
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -31,6 +34,18 @@ uint64_t saved_registers() {
 }
 
 bool has_vnni(uint32_t ecx7) { return ecx7 >> 11 & 1; }
+
+// Tiles for bytes and bfloat16. Linux saves them for a process and its children that asked for it.
+bool has_amx(uint32_t edx7) {
+  if (!(edx7 >> 22 & 1) || !(edx7 >> 24 & 1) || !(edx7 >> 25 & 1)) return false;
+  if ((saved_registers() & 0x60000) != 0x60000) return false;
+#if defined(__linux__)
+  constexpr long kAskForRegisters = 0x1023, kTiles = 18;
+  return syscall(SYS_arch_prctl, kAskForRegisters, kTiles) == 0;
+#else
+  return false;
+#endif
+}
 
 bool has(int isa) {
   uint32_t a, b, c, d;
@@ -40,9 +55,10 @@ bool has(int isa) {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool avx2 = b >> 5 & 1;
   if (isa == MSQ_AVX2) return avx2;
-  if (isa == MSQ_AVX512_VNNI) {
+  if (isa == MSQ_AVX512_VNNI || isa == MSQ_AMX) {
     const bool foundation = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-    return foundation && has_vnni(c) && (saved_registers() & 0xe6) == 0xe6;
+    const bool vectors = foundation && has_vnni(c) && (saved_registers() & 0xe6) == 0xe6;
+    return vectors && (isa == MSQ_AVX512_VNNI || has_amx(d));
   }
   if (isa == MSQ_AVX_VNNI) {
     if (!avx2 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
@@ -54,23 +70,6 @@ bool has(int isa) {
 bool has(int isa) { return isa == MSQ_NEON_DOT && (getauxval(AT_HWCAP) >> 20 & 1); }  // ASIMDDP
 #else
 bool has(int) { return false; }
-#endif
-
-#ifdef MSQ_WITH_AMX_PRODUCT
-// Tiles need the system's leave, once in a process.
-bool may_use_tiles() {
-  uint32_t a, b, c, d;
-  if (!has(MSQ_AVX512_VNNI) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = d >> 24 & 1, products = d >> 22 & 1;
-  if (!tiles || !products || (saved_registers() >> 17 & 3) != 3) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
-  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-}
-
-bool has_tiles() {
-  static const bool able = may_use_tiles();
-  return able;
-}
 #endif
 
 const Kernels* look_up(int isa) {
@@ -85,11 +84,22 @@ const Kernels* look_up(int isa) {
 #ifdef MSQ_WITH_AVX512_VNNI
   if (isa == MSQ_AVX512_VNNI) return kernels_avx512_vnni();
 #endif
+#if defined(MSQ_WITH_AMX) && defined(MSQ_WITH_AVX512_VNNI)
+  if (isa == MSQ_AMX) return kernels_amx();
+#endif
 #ifdef MSQ_WITH_NEON_DOT
   if (isa == MSQ_NEON_DOT) return kernels_neon_dot();
 #endif
   return nullptr;
 }
+
+#ifdef MSQ_WITH_AMX_PRODUCT
+bool has_product() {
+  uint32_t a, b, c, d;
+  static const bool rounds = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  return rounds && kernels_of(MSQ_AMX);  // AVX512_BF16
+}
+#endif
 
 bool sizes_fit(int64_t outputs, int64_t inputs) {
   return outputs > 0 && inputs > 0 && outputs < kLimit && inputs < kLimit;
@@ -205,8 +215,8 @@ int32_t run(const uint8_t* weights, int64_t weights_bytes, const uint8_t* params
 }  // namespace
 
 const Kernels* kernels_of(int isa) {
-  static const Kernels* const found[MSQ_ISAS] = {look_up(0), look_up(1), look_up(2), look_up(3),
-                                                 look_up(4)};
+  static const Kernels* const found[MSQ_ISAS] = {look_up(0), look_up(1), look_up(2),
+                                                 look_up(3), look_up(4), look_up(5)};
   if (isa == MSQ_BEST) isa = msq_best_isa();
   return isa >= 0 && isa < MSQ_ISAS ? found[isa] : nullptr;
 }
@@ -329,7 +339,7 @@ int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t output
                     const float* bias, float* y, int32_t threads) {
   if (rows < 1 || !sizes_fit(outputs, inputs) || threads < 1) return MSQ_BAD_ARGUMENT;
 #ifdef MSQ_WITH_AMX_PRODUCT
-  if (has_tiles()) return amx_product(x, rows, w, outputs, inputs, bias, y, threads);
+  if (has_product()) return amx_product(x, rows, w, outputs, inputs, bias, y, threads);
 #endif
   return MSQ_NO_ISA;
 }
@@ -338,7 +348,7 @@ int32_t msq_add_gram(const float* x, int64_t rows, int64_t columns, float* produ
                      int32_t threads) {
   if (rows < 1 || !sizes_fit(columns, columns) || threads < 1) return MSQ_BAD_ARGUMENT;
 #ifdef MSQ_WITH_AMX_PRODUCT
-  if (has_tiles()) return amx_add_gram(x, rows, columns, products, threads);
+  if (has_product()) return amx_add_gram(x, rows, columns, products, threads);
 #endif
   return MSQ_NO_ISA;
 }

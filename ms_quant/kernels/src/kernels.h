@@ -29,7 +29,8 @@ enum MsqIsa {
   MSQ_AVX_VNNI = 2,
   MSQ_AVX512_VNNI = 3,
   MSQ_NEON_DOT = 4,
-  MSQ_ISAS = 5
+  MSQ_AMX = 5,
+  MSQ_ISAS = 6
 };
 
 // How the input is quantized.

@@ -6,9 +6,8 @@
 //   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
 //   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
 //
-// Each file that includes this is compiled for one instruction set, so nothing here may call a
-// function of the standard library that is not inlined away: the linker would keep one copy of it,
-// compiled for any of them.
+// Each file that includes this is compiled for one instruction set: see quantize_impl.h for what it
+// may not call.
 
 #ifndef MS_QUANT_LINEAR_IMPL_H_
 #define MS_QUANT_LINEAR_IMPL_H_
@@ -16,38 +15,17 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "blob.h"
-#include "pool.h"
+#include "quantize_impl.h"
 
 namespace msq {
 namespace {
 
-constexpr int64_t kBlock = 64;   // inputs whose codes lie together, one row after the other
-constexpr int64_t kWords = 16;   // of them as codes; floats lie together in as many
+constexpr int64_t kWords = 16;   // of a block as codes; floats lie together in as many
 constexpr int64_t kChunk = 512;  // rows whose inputs are held at a time
 constexpr int64_t kDepth = 256;  // inputs whose weights are held as floats at a time
 
 constexpr int64_t kHeld = 1 << 15;  // bytes of a panel that all rows meet before the next ones
 constexpr int64_t kAhead = 2048;    // bytes of a panel that are asked for before they are needed
-constexpr int32_t kBias4 = 8;
-
-// Calls f(0), ..., f(N - 1) with indices that are constants before anything is optimized. Arrays
-// that are indexed so are kept in registers; in loops GCC 12 unrolls them too late for that.
-template <int N>
-struct Index {
-  constexpr operator int() const { return N; }
-};
-
-template <int N, class Function>
-__attribute__((always_inline)) inline void each(Function&& f) {
-  if constexpr (N > 0) {
-    each<N - 1>(f);
-    f(Index<N - 1>());
-  }
-}
-
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t up_to(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 
 template <class S>
 struct Linear {
@@ -57,179 +35,9 @@ struct Linear {
   static constexpr int64_t kColumns = int64_t{W} * V;
   static constexpr int kDirectRows = R < 4 ? R : 4;  // up to which weights are widened for each row
 
-  // --- quantizing inputs
-
-  static constexpr int kParts = kBlock / W;  // vectors of a block of inputs
-
-  // What a block of inputs is divided by, its reciprocal, and what else makes codes of it.
-  struct Steps {
-    const float *mul, *scale, *inverse;  // of each input, or null
-    F all_scale, all_inverse, offset, low, high;
-  };
-
-  // The codes of a block of inputs, x / scale + offset rounded and limited. The product with the
-  // reciprocal has the same nearest integer unless it lies close to the middle of two; if one of a
-  // block does, the block is divided. `k` is the index of its first input.
-  template <bool EACH, bool LIMITED>
-  static void block_codes(const Steps& s, const float* x, int64_t k, int8_t* codes) {
-    F v[kParts], whole[kParts], part = S::set1(0.0f);
-    each<kParts>([&](auto i) __attribute__((always_inline)) {
-      v[i] = S::load(x + i * W);
-      if (s.mul) v[i] = S::mul(v[i], S::load(s.mul + k + i * W));
-      F quick;
-      if constexpr (EACH)
-        quick = S::add(S::mul(v[i], S::load(s.inverse + k + i * W)), s.offset);
-      else
-        quick = S::mul(v[i], s.all_inverse);
-      whole[i] = S::round(quick);
-      part = S::max(part, S::abs(S::sub(quick, whole[i])));
-    });
-    if (S::near_half(part)) {
-      each<kParts>([&](auto i) __attribute__((always_inline)) {
-        const F scale = EACH ? S::load(s.scale + k + i * W) : s.all_scale;
-        const F quotient = S::div(v[i], scale);
-        whole[i] = S::round(EACH ? S::add(quotient, s.offset) : quotient);
-      });
-    }
-    if constexpr (LIMITED)
-      each<kParts>([&](auto i) __attribute__((always_inline)) {
-        whole[i] = S::max(S::min(whole[i], s.high), s.low);
-      });
-    S::store_codes(codes, whole);
-  }
-
-  // The codes of a row, a block to each `stride` bytes; those beyond its end are anything.
-  template <bool EACH, bool LIMITED>
-  static void row_codes(const Steps& s, const float* x, int64_t n, int8_t* codes, int64_t stride) {
-    int64_t k = 0;
-    for (; k + kBlock <= n; k += kBlock, codes += stride)
-      block_codes<EACH, LIMITED>(s, x + k, k, codes);
-    if (k == n) return;
-    alignas(64) float last[kBlock] = {};
-    for (int64_t i = k; i < n; ++i) last[i - k] = x[i];
-    block_codes<EACH, LIMITED>(s, last, k, codes);
-  }
-
-  static bool has_nan(const float* x, int64_t n) {
-    bool found = false;
-    int64_t k = 0;
-    for (; k + W <= n; k += W) found |= S::any_nan(S::load(x + k));
-    for (; k < n; ++k) found |= x[k] != x[k];
-    return found;
-  }
-
-  // What a row is divided by; NaN if something in it is.
-  static float row_scale(const float* x, const float* mul, int64_t n, float largest, float clip) {
-    F parts[4];
-    each<4>([&](auto i) __attribute__((always_inline)) { parts[i] = S::set1(0.0f); });
-    int64_t k = 0;
-    for (; k + 4 * W <= n; k += 4 * W)
-      each<4>([&](auto i) __attribute__((always_inline)) {
-        F v = S::load(x + k + i * W);
-        if (mul) v = S::mul(v, S::load(mul + k + i * W));
-        parts[i] = S::max(parts[i], S::abs(v));
-      });
-    float most = S::highest(S::max(S::max(parts[0], parts[1]), S::max(parts[2], parts[3])));
-    if (has_nan(x, n)) return __builtin_nanf("");  // which a maximum may pass over
-    for (; k < n; ++k) {
-      const float v = mul ? x[k] * mul[k] : x[k], size = v < 0 ? -v : v;
-      most = size > most ? size : most;
-    }
-    const float scale = most * clip / largest;
-    return scale >= 1.17549435e-38f ? scale : 1.0f;
-  }
-
-  static Steps steps_per_token(const float* mul, float scale, float low, float high) {
-    return {mul,        nullptr,      nullptr,      S::set1(scale), S::set1(1.0f / scale),
-            S::set1(0), S::set1(low), S::set1(high)};
-  }
-
-  // Codes within -128..127 are limited by the conversion, if the quotients surely fit 32 bits.
-  static bool is_limited(float low, float high, float clip) {
-    return low != -128.0f || high != 127.0f || clip != 1.0f;
-  }
-
-  // --- one call
-
-  struct Call {
-    const Weights& w;
-    const Params& p;
-    const float* x;
-    int64_t rows;  // of this chunk
-    float* y;
-    int64_t words;      // of a row of codes, or of floats: whole blocks
-    int32_t* codes;     // [R rows][16 words][row of the R][word of the 16]
-    float* floats;      // the same of the inputs themselves
-    float* scales;      // of rows
-    int32_t* sums;      // [row][group]: of codes, times what was added to the weight's
-    float* float_sums;  // [row][group] of inputs
-    bool failed;
-  };
-
-  static int64_t block_rows(const Call& c, int64_t block) { return at_most(R, c.rows - block * R); }
-
-  static int32_t sum_of(const int8_t* codes, int64_t count) {
-    int32_t sum = 0;
-    if (count == kBlock) {
-      I sums = S::izero();
-      for (int64_t k = 0; k < kBlock; k += 4 * W)
-        S::dot(sums, S::codes(S::iset1(0x01010101)), S::four_each(S::iload(codes + k)));
-      return S::total(sums);
-    }
-    for (int64_t k = 0; k < count; ++k) sum += codes[k];
-    return sum;
-  }
-
-  static void quantize_block(void* job, int64_t block) {
-    Call& c = *static_cast<Call*>(job);
-    const Params& p = c.p;
-    const int64_t n = p.inputs, count = block_rows(c, block), stride = count * kBlock;
-    const int32_t added = c.w.bits == 8 ? S::kBias : kBias4;
-    const float low = static_cast<float>(p.smallest), high = static_cast<float>(p.largest);
-    const float* mul = p.floats(p.mul);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t index = block * R + r;
-      const float* x = c.x + index * n;
-      int8_t* out = reinterpret_cast<int8_t*>(c.codes + block * R * c.words) + r * kBlock;
-      if (p.input == MSQ_PER_TOKEN) {
-        c.scales[index] = row_scale(x, mul, n, high, p.clip);
-        const Steps steps = steps_per_token(mul, c.scales[index], low, high);
-        if (is_limited(low, high, p.clip))
-          row_codes<false, true>(steps, x, n, out, stride);
-        else
-          row_codes<false, false>(steps, x, n, out, stride);
-      } else {
-        const F one = S::set1(1.0f);
-        const Steps steps = {mul,
-                             p.floats(p.input_scale),
-                             p.floats(p.input_inverse),
-                             one,
-                             one,
-                             S::set1(p.offset),
-                             S::set1(low),
-                             S::set1(high)};
-        row_codes<true, true>(steps, x, n, out, stride);
-        c.scales[index] = has_nan(x, n) ? __builtin_nanf("") : 1.0f;
-      }
-      const int64_t last = n / kBlock;
-      for (int64_t k = n % kBlock; k && k < kBlock; ++k) out[last * stride + k] = 0;
-      for (int64_t g = 0; added && g < p.groups(); ++g) {
-        int32_t sum = 0;
-        for (int64_t k = g * p.group; k < (g + 1) * p.group;) {
-          const int64_t from = k % kBlock, left = (g + 1) * p.group - k;
-          const int64_t length = at_most(kBlock - from, left);
-          sum += sum_of(out + k / kBlock * stride + from, length);
-          k += length;
-        }
-        c.sums[index * p.groups() + g] = added * sum;
-      }
-      for (int64_t g = 0; !added && g < p.groups(); ++g) c.sums[index * p.groups() + g] = 0;
-    }
-  }
-
   static void float_block(void* job, int64_t block) {
     Call& c = *static_cast<Call*>(job);
-    const int64_t n = c.p.inputs, count = block_rows(c, block);
+    const int64_t n = c.p.inputs, count = c.rows_of(block);
     const float* mul = c.p.floats(c.p.mul);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t index = block * R + r;
@@ -329,6 +137,24 @@ struct Linear {
     return p.bias ? S::add(y, S::load(p.floats(p.bias) + column)) : y;
   }
 
+  // The outputs at a column of a row, of the sums of all products there; `by` is their scale.
+  static F of_sum(const Call& c, int64_t row, int64_t column, F by, I total) {
+    const Params& p = c.p;
+    I sum = S::isub(total, S::iset1(c.sums[row]));
+    if (p.int_bias) sum = S::iadd(sum, S::iload(p.ints(p.int_bias) + column));
+    F y = S::to_float(sum);
+    if (p.input == MSQ_PER_TOKEN) y = S::mul(y, S::set1(c.scales[row]));
+    return with_bias(p, column, S::mul(y, by));
+  }
+
+  // The same of the sums of groups, each times its scale.
+  static F of_groups(const Call& c, int64_t row, int64_t column, F sum) {
+    const Params& p = c.p;
+    if (p.input == MSQ_PER_TOKEN) sum = S::mul(sum, S::set1(c.scales[row]));
+    if (p.row_scale) sum = S::mul(sum, S::load(p.floats(p.row_scale) + column));
+    return with_bias(p, column, sum);
+  }
+
   // `sums` holds those of this block over the steps before `begin`, and gets those before `end`.
   template <int M, int BITS>
   static void integer_rows(const Call& c, const uint8_t* panel, int64_t block, int64_t column,
@@ -355,11 +181,7 @@ struct Linear {
         const F by = S::load(scale + at);
         each<M>([&](auto m) __attribute__((always_inline)) {
           const int64_t row = block * R + m;
-          I sum = S::isub(total[m][v], S::iset1(c.sums[row]));
-          if (p.int_bias) sum = S::iadd(sum, S::iload(p.ints(p.int_bias) + column + at));
-          F y = S::to_float(sum);
-          if (p.input == MSQ_PER_TOKEN) y = S::mul(y, S::set1(c.scales[row]));
-          put(c, row, column + at, with_bias(p, column + at, S::mul(y, by)));
+          put(c, row, column + at, of_sum(c, row, column + at, by, total[m][v]));
         });
       });
       return;
@@ -383,10 +205,7 @@ struct Linear {
       if (at >= p.outputs) break;
       for (int m = 0; m < M; ++m) {
         const int64_t row = block * R + m;
-        F value = y[m][v];
-        if (p.input == MSQ_PER_TOKEN) value = S::mul(value, S::set1(c.scales[row]));
-        if (p.row_scale) value = S::mul(value, S::load(p.floats(p.row_scale) + at));
-        put(c, row, at, with_bias(p, at, value));
+        put(c, row, at, of_groups(c, row, at, y[m][v]));
       }
     }
   }
@@ -394,7 +213,7 @@ struct Linear {
   template <int M, int BITS>
   static void integer_block(const Call& c, const uint8_t* panel, int64_t block, int64_t column,
                             int64_t begin, int64_t end, int32_t* sums) {
-    if (block_rows(c, block) == M)
+    if (c.rows_of(block) == M)
       return integer_rows<M, BITS>(c, panel, block, column, begin, end, sums);
     if constexpr (M > 1) integer_block<M - 1, BITS>(c, panel, block, column, begin, end, sums);
   }
@@ -403,7 +222,7 @@ struct Linear {
     Call& c = *static_cast<Call*>(job);
     const int64_t whole = steps_of(c.p.inputs, c.w.bits), column = index * kColumns;
     const uint8_t* panel = c.w.words() + index * whole * kColumns * 4;
-    const int64_t blocks = (c.rows + R - 1) / R;
+    const int64_t blocks = c.blocks();
     const bool at_once = blocks == 1 || c.p.groups() > 1 || c.p.row_scale;
     const int64_t held = at_once ? whole : kHeld / (kColumns * 4);
     int32_t* sums = static_cast<int32_t*>(scratch(3, at_once ? 1 : blocks * R * kColumns * 4));
@@ -564,7 +383,7 @@ struct Linear {
       if (c.w.bits == 8) return direct_block<kDirectRows, 8>(c, panel, column);
       return direct_block<kDirectRows, 4>(c, panel, column);
     }
-    const int64_t blocks = (c.rows + R - 1) / R;
+    const int64_t blocks = c.blocks();
     const int64_t size = kDepth * kColumns + blocks * R * kColumns;
     float* weights = static_cast<float*>(scratch(3, size * 4));
     if (!weights) {
@@ -579,7 +398,7 @@ struct Linear {
       else
         widen<4>(p, panel, column, begin, end, weights);
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t count = block_rows(c, block);
+        const int64_t count = c.rows_of(block);
         const float* in = c.floats + block * R * n + begin * count;
         float_rows_of<R>(count, in, weights, end - begin, sums + block * R * kColumns, begin > 0);
       }
@@ -592,6 +411,13 @@ struct Linear {
   }
 
   // --- the call
+
+  // Static scales say nothing of NaN in a row.
+  static void keep_nan(const Call& c) {
+    for (int64_t row = 0; row < c.rows; ++row)
+      for (int64_t k = 0; c.scales[row] != c.scales[row] && k < c.p.outputs; ++k)
+        c.y[row * c.p.outputs + k] = c.scales[row];
+  }
 
   static void linear(const Weights& w, const Params& p, const float* x, int64_t rows, float* y,
                      int threads, bool* out_of_memory) {
@@ -613,6 +439,7 @@ struct Linear {
                    x + first * p.inputs,
                    count,
                    y + first * p.outputs,
+                   R,
                    words,
                    static_cast<int32_t*>(inputs),
                    static_cast<float*>(inputs),
@@ -620,41 +447,14 @@ struct Linear {
                    static_cast<int32_t*>(sums),
                    static_cast<float*>(sums),
                    false};
-      const int64_t blocks = (count + R - 1) / R;
-      share_out(blocks, threads, integer ? quantize_block : float_block, &call);
+      if (integer)  // a few rows are quantized before another thread wakes up
+        share_out(count, count > R ? threads : 1, Quantize<S>::quantize, &call);
+      else
+        share_out(call.blocks(), threads, float_block, &call);
       if (!call.failed) share_out(panels, threads, integer ? integer_panel : float_panel, &call);
       *out_of_memory |= call.failed;
-      for (int64_t row = 0; p.input == MSQ_STATIC && row < count; ++row)
-        for (int64_t k = 0; call.scales[row] != call.scales[row] && k < p.outputs; ++k)
-          call.y[row * p.outputs + k] = call.scales[row];
+      if (p.input == MSQ_STATIC) keep_nan(call);
     }
-  }
-
-  struct Rows {
-    const float* x;
-    int64_t columns;
-    float smallest, largest, clip;
-    int8_t* codes;
-    float* scales;
-  };
-
-  static void quantize_row(void* job, int64_t row) {
-    const Rows& c = *static_cast<Rows*>(job);
-    const float* x = c.x + row * c.columns;
-    c.scales[row] = row_scale(x, nullptr, c.columns, c.largest, c.clip);
-    const Steps steps = steps_per_token(nullptr, c.scales[row], c.smallest, c.largest);
-    const int64_t whole = c.columns / kBlock * kBlock;
-    int8_t* out = c.codes + row * c.columns;
-    row_codes<false, true>(steps, x, whole, out, kBlock);
-    int8_t last[kBlock];
-    row_codes<false, true>(steps, x + whole, c.columns - whole, last, kBlock);
-    for (int64_t k = whole; k < c.columns; ++k) out[k] = last[k - whole];
-  }
-
-  static void quantize_rows(const float* x, int64_t rows, int64_t columns, float smallest,
-                            float largest, float clip, int8_t* codes, float* scales, int threads) {
-    Rows call = {x, columns, smallest, largest, clip, codes, scales};
-    share_out(rows, threads, quantize_row, &call);
   }
 };
 

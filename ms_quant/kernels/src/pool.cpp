@@ -101,8 +101,8 @@ Pool* pool() {
 }
 
 struct Buffers {
-  void* at[4] = {};
-  int64_t bytes[4] = {};
+  void* at[kSlots] = {};
+  int64_t bytes[kSlots] = {};
   ~Buffers() {
     for (void* buffer : at) free(buffer);
   }
