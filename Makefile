@@ -54,12 +54,15 @@ fuzz: build/fuzz/fuzz_unzip build/fuzz/check_kernels
 
 # The kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user.
 test-aarch64: build/aarch64/check_kernels
-	qemu-aarch64 $< $(FUZZ_SECONDS)
+	qemu-aarch64 -cpu max $< $(FUZZ_SECONDS)
 
 build/aarch64/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
 	mkdir -p $(@D)
+	$(ARM)-g++ $(KERNEL_FLAGS) -O3 -march=armv8.2-a+dotprod+i8mm -c $(KERNELS)/neon_i8mm.cpp \
+		-o $(@D)/neon_i8mm.o
 	$(ARM)-g++ $(KERNEL_FLAGS) -O3 -static -march=armv8.2-a+dotprod -DMSQ_WITH_NEON_DOT \
-		$(KERNEL_SOURCES) $(KERNELS)/scalar.cpp $(KERNELS)/neon_dot.cpp -o $@
+		-DMSQ_WITH_NEON_I8MM $(KERNEL_SOURCES) $(KERNELS)/scalar.cpp $(KERNELS)/neon_dot.cpp \
+		$(@D)/neon_i8mm.o -o $@
 
 # Of the instruction sets those that the compiler builds for everywhere on this kind of processor.
 build/fuzz/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)

@@ -14,7 +14,10 @@ from ms_quant.errors import MsQuantError
 from ms_quant.native_library import load_library
 from ms_quant.numerics.affine import LIMITS
 
-ISAS = {"scalar": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "neon_dot": 4}
+ISAS = {
+    **{"scalar": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3},
+    **{"neon_dot": 4, "neon_i8mm": 5},
+}
 """Instruction sets, slowest first, with their numbers in the library."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)

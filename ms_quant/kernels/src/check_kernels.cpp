@@ -19,7 +19,8 @@
 
 namespace {
 
-const char* const kNames[MSQ_ISAS] = {"scalar", "avx2", "avx_vnni", "avx512_vnni", "neon_dot"};
+const char* const kNames[MSQ_ISAS] = {"scalar",      "avx2",     "avx_vnni",
+                                      "avx512_vnni", "neon_dot", "neon_i8mm"};
 std::mt19937_64 generator;
 
 int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
@@ -54,7 +55,7 @@ struct Problem {
     static const int64_t sizes[] = {1, 2, 3, 7, 16, 31, 33, 64, 65, 100, 257};
     rows = below(3) ? 1 + below(40) : below(4);
     outputs = sizes[below(11)];
-    inputs = sizes[below(11)];
+    inputs = below(16) ? sizes[below(11)] : 2000 + below(3000);  // more than lie in the cache
     bits = below(2) ? 8 : 4;
     linear = MsqLinear();
     linear.input = static_cast<int32_t>(below(3));

@@ -48,7 +48,10 @@ bool has(int isa) {
   return false;
 }
 #elif defined(__aarch64__)
-bool has(int isa) { return isa == MSQ_NEON_DOT && (getauxval(AT_HWCAP) >> 20 & 1); }  // ASIMDDP
+bool has(int isa) {
+  const bool dot = getauxval(AT_HWCAP) >> 20 & 1, i8mm = getauxval(AT_HWCAP2) >> 13 & 1;
+  return dot && (isa == MSQ_NEON_DOT || (isa == MSQ_NEON_I8MM && i8mm));
+}
 #else
 bool has(int) { return false; }
 #endif
@@ -67,6 +70,9 @@ const Kernels* look_up(int isa) {
 #endif
 #ifdef MSQ_WITH_NEON_DOT
   if (isa == MSQ_NEON_DOT) return kernels_neon_dot();
+#endif
+#ifdef MSQ_WITH_NEON_I8MM
+  if (isa == MSQ_NEON_I8MM) return kernels_neon_i8mm();
 #endif
   return nullptr;
 }
@@ -185,8 +191,8 @@ int32_t run(const uint8_t* weights, int64_t weights_bytes, const uint8_t* params
 }  // namespace
 
 const Kernels* kernels_of(int isa) {
-  static const Kernels* const found[MSQ_ISAS] = {look_up(0), look_up(1), look_up(2), look_up(3),
-                                                 look_up(4)};
+  static const Kernels* const found[MSQ_ISAS] = {look_up(0), look_up(1), look_up(2),
+                                                 look_up(3), look_up(4), look_up(5)};
   if (isa == MSQ_BEST) isa = msq_best_isa();
   return isa >= 0 && isa < MSQ_ISAS ? found[isa] : nullptr;
 }

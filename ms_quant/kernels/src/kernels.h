@@ -28,7 +28,8 @@ enum MsqIsa {
   MSQ_AVX_VNNI = 2,
   MSQ_AVX512_VNNI = 3,
   MSQ_NEON_DOT = 4,
-  MSQ_ISAS = 5
+  MSQ_NEON_I8MM = 5,
+  MSQ_ISAS = 6
 };
 
 // How the input is quantized.

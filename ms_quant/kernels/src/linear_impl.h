@@ -5,6 +5,7 @@
 //   dot(sum, codes, in)  sum + the four products in each word, exactly
 //   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
 //   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
+//   tile                 if it has one, sums of several rows in another way than by `dot`
 //
 // Each file that includes this is compiled for one instruction set, so nothing here may call a
 // function of the standard library that is not inlined away: the linker would keep one copy of it,
@@ -15,6 +16,8 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #include "blob.h"
 #include "pool.h"
@@ -48,6 +51,11 @@ __attribute__((always_inline)) inline void each(Function&& f) {
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up_to(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+template <class S, class = void>
+constexpr bool kOwnTile = false;
+template <class S>
+constexpr bool kOwnTile<S, std::void_t<decltype(&S::template tile<2, 8>)>> = true;
 
 template <class S>
 struct Linear {
@@ -268,6 +276,8 @@ struct Linear {
   __attribute__((always_inline)) static void tile(const uint8_t* panel, const int32_t* in,
                                                   int64_t begin, int64_t end, const int32_t* before,
                                                   Sums<M>& total) {
+    if constexpr (M > 1 && kOwnTile<S>)
+      return S::template tile<M, BITS>(panel, in, begin, end, before, total);
     constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of their own hide what `dot` takes
     constexpr int64_t kBytes = kColumns * 4, kEach = BITS == 8 ? 1 : 2, kSteps = kWords / kEach;
     I sums[U][M][V];
