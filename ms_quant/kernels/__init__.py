@@ -1,6 +1,7 @@
 """Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
 
 from ms_quant.kernels.block import masked_softmax, rms_norm, rope, swiglu
+from ms_quant.kernels.hadamard import sylvester
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -29,5 +30,6 @@ __all__ = [
     "rope",
     "set_operator_threads",
     "swiglu",
+    "sylvester",
     "threads_of",
 ]

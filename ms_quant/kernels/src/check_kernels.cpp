@@ -203,6 +203,30 @@ void check_block(int isa) {
   check_close("softmax", isa, softmax[1], softmax[0]);
 }
 
+// Against sums of one pair after the other, bit for bit.
+void check_hadamard() {
+  const int64_t rows = below(4), order = int64_t{1} << below(9), width = 1 + below(13);
+  std::vector<double> found(static_cast<size_t>(rows * order * width));
+  for (double& x : found) x = normal();
+  std::vector<double> expected = found;
+  const auto part = [&](int64_t index) { return expected.data() + index * width; };
+  for (int64_t half = order / 2; half; half /= 2)
+    for (int64_t i = 0; i < rows * order; ++i)
+      for (int64_t k = 0; k < width && !(i & half); ++k) {
+        double &low = part(i)[k], &high = part(i + half)[k];
+        const double sum = low + high;
+        high = low - high;
+        low = sum;
+      }
+  for (double& x : expected) x /= 3;
+  if (msq_hadamard(found.data(), rows, order, width, 3) ||
+      (rows && memcmp(found.data(), expected.data(), found.size() * 8))) {
+    printf("hadamard: differs for %ld x %ld x %ld\n", static_cast<long>(rows),
+           static_cast<long>(order), static_cast<long>(width));
+    exit(1);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -216,12 +240,14 @@ int main(int count, char** words) {
   for (int isa = 0; isa < MSQ_ISAS; ++isa)
     if (msq_has_isa(isa)) isas.push_back(isa);
   long cases = 0;
-  for (; elapsed() < seconds || cases < 100; ++cases)
+  for (; elapsed() < seconds || cases < 100; ++cases) {
+    check_hadamard();
     for (const int isa : isas) {
       check_linear(isa);
       check_rows(isa);
       check_block(isa);
     }
+  }
   printf("%ld random cases are right on", cases);
   for (const int isa : isas) printf(" %s", kNames[isa]);
   printf("\n");

@@ -92,6 +92,10 @@ MSQ_API int32_t msq_rope(int32_t isa, const float* x, const float* cos, const fl
 MSQ_API int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns,
                             int64_t length, int64_t rows_of_mask, float scale, int32_t threads);
 
+// x (rows, order, width) in place: the Sylvester matrix of an order 2^k times each row, divided;
+// with the sums of numerics/rotation.py, bit for bit.
+MSQ_API int32_t msq_hadamard(double* x, int64_t rows, int64_t order, int64_t width, double divisor);
+
 // The same as msq_linear in the form of a custom operator: x, weights, params -> y.
 MSQ_API int MsqLinearOp(int nparam, void** params, int* ndims, int64_t** shapes,
                         const char** dtypes, void* stream, void* extra);
