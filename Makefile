@@ -10,7 +10,7 @@ FUZZ_FLAGS = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recove
 TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
 KERNELS = ms_quant/kernels/src
-KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp kernels.cpp pool.cpp)
+KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp hadamard.cpp kernels.cpp pool.cpp)
 KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 # The unrolled ones take minutes to build with checks of every shift and sum.
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
@@ -55,12 +55,15 @@ fuzz: build/fuzz/fuzz_unzip build/fuzz/check_kernels
 
 # The kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user.
 test-aarch64: build/aarch64/check_kernels
-	qemu-aarch64 $< $(FUZZ_SECONDS)
+	qemu-aarch64 -cpu max $< $(FUZZ_SECONDS)
 
 build/aarch64/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
 	mkdir -p $(@D)
+	$(ARM)-g++ $(KERNEL_FLAGS) -O3 -march=armv8.2-a+dotprod+i8mm -c $(KERNELS)/neon_i8mm.cpp \
+		-o $(@D)/neon_i8mm.o
 	$(ARM)-g++ $(KERNEL_FLAGS) -O3 -static -march=armv8.2-a+dotprod -DMSQ_WITH_NEON_DOT \
-		$(KERNEL_SOURCES) $(KERNELS)/scalar.cpp $(KERNELS)/neon_dot.cpp -o $@
+		-DMSQ_WITH_NEON_I8MM $(KERNEL_SOURCES) $(KERNELS)/scalar.cpp $(KERNELS)/neon_dot.cpp \
+		$(@D)/neon_i8mm.o -o $@
 
 # Of the instruction sets those that the compiler builds for everywhere on this kind of processor.
 build/fuzz/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
@@ -72,8 +75,11 @@ ifeq ($(shell uname -m),x86_64)
 		-c $(KERNELS)/avx512_vnni.cpp -o $(@D)/avx512_vnni.o
 	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
 		-mamx-tile -mamx-int8 -mamx-bf16 -c $(KERNELS)/amx.cpp -o $(@D)/amx.o
+	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 \
+		-mamx-tile -mamx-bf16 -c $(KERNELS)/amx_product.cpp -o $(@D)/amx_product.o
 	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI -DMSQ_WITH_AMX \
-		$(KERNEL_SOURCES) $(addprefix $(@D)/,scalar.o avx2.o avx512_vnni.o amx.o) -o $@
+		-DMSQ_WITH_AMX_PRODUCT $(KERNEL_SOURCES) \
+		$(addprefix $(@D)/,scalar.o avx2.o avx512_vnni.o amx.o amx_product.o) -o $@
 else
 	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(KERNEL_SOURCES) $(@D)/scalar.o -o $@
 endif

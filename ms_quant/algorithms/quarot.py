@@ -29,6 +29,7 @@ import numpy as np
 from pydantic import Field
 
 from ms_quant.errors import MsQuantError
+from ms_quant.kernels import sylvester
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import VALUES, Family
 from ms_quant.numerics.rotation import apply_hadamard, base_order, random_signs
@@ -117,7 +118,8 @@ class QuaRot:
         if rotation.heads is not None:
             y = _along(rotation.heads, partial(_rotate_heads, self.config.head_dim, name), y)
         if rotation.stream is not None:
-            y = _along(rotation.stream, partial(apply_hadamard, name=name, signs=self._signs), y)
+            turn = partial(apply_hadamard, name=name, signs=self._signs, stages=sylvester)
+            y = _along(rotation.stream, turn, y)
         return y
 
     def tensor(self, name: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -169,7 +171,7 @@ def _of_block(family: Family, prefix: str, name: str) -> TensorRotation:
 def _rotate_heads(head_dim: int, name: str, x: np.ndarray) -> np.ndarray:
     """(..., heads * head_dim), each head times the Hadamard matrix of its size."""
     heads = x.reshape(*x.shape[:-1], -1, head_dim)
-    return apply_hadamard(heads, name).reshape(x.shape)
+    return apply_hadamard(heads, name, stages=sylvester).reshape(x.shape)
 
 
 def _along(axis: int, rotate: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
 
 from ms_quant.kernels.block import masked_softmax, rms_norm, rope, swiglu
+from ms_quant.kernels.hadamard import sylvester
 from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product
 from ms_quant.kernels.native import (
     ISAS,
@@ -34,5 +35,6 @@ __all__ = [
     "rope",
     "set_operator_threads",
     "swiglu",
+    "sylvester",
     "threads_of",
 ]

@@ -14,11 +14,19 @@ from ms_quant.errors import MsQuantError
 from ms_quant.native_library import load_library
 from ms_quant.numerics.affine import LIMITS
 
-ISAS = {"scalar": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "neon_dot": 4, "amx": 5}
+ISAS = {
+    "scalar": 0,
+    "avx2": 1,
+    "avx_vnni": 2,
+    "avx512_vnni": 3,
+    "neon_dot": 4,
+    "neon_i8mm": 5,
+    "amx": 6,
+}
 """Instruction sets, slowest first, with their numbers in the library."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 1
+_ABI = 2
 _BEST = -1
 _ALIGNMENT = 64
 _STATUS = {
@@ -68,6 +76,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_rms_norm.argtypes = [number, pointer, pointer, size, size, real, pointer, number]
         found.msq_swiglu.argtypes = [number, pointer, pointer, size, pointer, number]
         found.msq_rope.argtypes = [number, pointer, pointer, pointer, *(size,) * 4, pointer, number]
+        found.msq_hadamard.argtypes = [pointer, size, size, size, ctypes.c_double]
         found.msq_softmax.argtypes = [number, pointer, pointer, *(size,) * 4, real, number]
         found.msq_product.argtypes = [
             pointer,

@@ -17,6 +17,7 @@ arXiv 2410.09426.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -65,13 +66,31 @@ def random_hadamard(n: int, seed: int, name: str = "hadamard") -> np.ndarray:
     return random_signs(n, seed)[:, None] * hadamard(n, name)
 
 
-def apply_hadamard(x: np.ndarray, name: str, signs: np.ndarray | None = None) -> np.ndarray:
+def sylvester(x: np.ndarray, divisor: float) -> np.ndarray:
+    """The Sylvester matrix times each of float64 (rows, 2^k, width), divided: k stages of sums."""
+    rows, order, width = x.shape
+    y, half = x, order // 2
+    while half:
+        pairs = y.reshape(rows, order // (2 * half), 2, half * width)
+        low, high = pairs[:, :, 0], pairs[:, :, 1]
+        y = np.stack([low + high, low - high], axis=2)
+        half //= 2
+    return y.reshape(x.shape) / divisor
+
+
+def apply_hadamard(
+    x: np.ndarray,
+    name: str,
+    signs: np.ndarray | None = None,
+    stages: Callable[[np.ndarray, float], np.ndarray] = sylvester,
+) -> np.ndarray:
     """x @ diag(signs) @ hadamard(n) by the fast Walsh-Hadamard transform.
 
     Args:
         x: float (..., n), finite.
         name: the tensor's name, for errors.
         signs: (n,) of :func:`random_signs`, or None for ones.
+        stages: what computes :func:`sylvester`; it may change its input.
 
     Returns:
         float64 (..., n). log2(n / m) + m additions for each element.
@@ -82,14 +101,8 @@ def apply_hadamard(x: np.ndarray, name: str, signs: np.ndarray | None = None) ->
     if signs is not None and signs.shape != (n,):
         raise MsQuantError(f"{name}: signs of shape {signs.shape}, expected ({n},)")
     y = np.array(x, np.float64) if signs is None else x.astype(np.float64) * signs
-    y = y.reshape(*x.shape[:-1], n // m, m) @ _base(m)
-    half = n // m // 2
-    while half:
-        pairs = y.reshape(*x.shape[:-1], n // m // (2 * half), 2, half * m)
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        y = np.stack([low + high, low - high], axis=-2)
-        half //= 2
-    return y.reshape(x.shape) / math.sqrt(n)
+    y = y.reshape(-1, n // m, m)
+    return stages(y if m == 1 else y @ _base(m), math.sqrt(n)).reshape(x.shape)
 
 
 def balanced_factors(k: int, name: str) -> tuple[int, int]:

@@ -82,6 +82,7 @@ const Kernels* kernels_avx2();
 const Kernels* kernels_avx_vnni();
 const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_neon_dot();
+const Kernels* kernels_neon_i8mm();
 const Kernels* kernels_amx();
 const Kernels* kernels_of(int isa);  // null if this machine has it not
 

@@ -19,8 +19,8 @@
 
 namespace {
 
-const char* const kNames[MSQ_ISAS] = {"scalar",      "avx2",     "avx_vnni",
-                                      "avx512_vnni", "neon_dot", "amx"};
+const char* const kNames[MSQ_ISAS] = {"scalar",   "avx2",      "avx_vnni", "avx512_vnni",
+                                      "neon_dot", "neon_i8mm", "amx"};
 std::mt19937_64 generator;
 
 int64_t below(int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); }
@@ -55,7 +55,7 @@ struct Problem {
     static const int64_t sizes[] = {1, 2, 3, 7, 16, 31, 33, 64, 65, 100, 257};
     rows = below(3) ? 1 + below(40) : below(4);
     outputs = sizes[below(11)];
-    inputs = sizes[below(11)];
+    inputs = below(16) ? sizes[below(11)] : 2000 + below(3000);  // more than lie in the cache
     bits = below(2) ? 8 : 4;
     linear = MsqLinear();
     linear.input = static_cast<int32_t>(below(3));
@@ -203,6 +203,92 @@ void check_block(int isa) {
   check_close("softmax", isa, softmax[1], softmax[0]);
 }
 
+// Against sums of one pair after the other, bit for bit.
+void check_hadamard() {
+  const int64_t rows = below(4), order = int64_t{1} << below(9), width = 1 + below(13);
+  std::vector<double> found(static_cast<size_t>(rows * order * width));
+  for (double& x : found) x = normal();
+  std::vector<double> expected = found;
+  const auto part = [&](int64_t index) { return expected.data() + index * width; };
+  for (int64_t half = order / 2; half; half /= 2)
+    for (int64_t i = 0; i < rows * order; ++i)
+      for (int64_t k = 0; k < width && !(i & half); ++k) {
+        double &low = part(i)[k], &high = part(i + half)[k];
+        const double sum = low + high;
+        high = low - high;
+        low = sum;
+      }
+  for (double& x : expected) x /= 3;
+  if (msq_hadamard(found.data(), rows, order, width, 3) ||
+      (rows && memcmp(found.data(), expected.data(), found.size() * 8))) {
+    printf("hadamard: differs for %ld x %ld x %ld\n", static_cast<long>(rows),
+           static_cast<long>(order), static_cast<long>(width));
+    exit(1);
+  }
+}
+
+void check_columns(int isa) {
+  const int64_t rows = below(20), columns = 1 + below(600);
+  const std::vector<float> x = normals(rows * columns, expf(normal(3)));
+  std::vector<float> low[2], high[2];
+  std::vector<double> squares[2], sizes[2];
+  const int isas[2] = {MSQ_SCALAR, isa};
+  for (int i = 0; i < 2; ++i) {
+    low[i] = high[i] = std::vector<float>(static_cast<size_t>(columns));
+    squares[i] = sizes[i] = std::vector<double>(static_cast<size_t>(columns));
+    const int status =
+        msq_column_stats(isas[i], x.data(), rows, columns, low[i].data(), high[i].data(),
+                         squares[i].data(), sizes[i].data(), 1 + static_cast<int>(below(3)));
+    if (status) exit(printf("column_stats: status %d\n", status));
+  }
+  if (low[0] != low[1] || high[0] != high[1] || squares[0] != squares[1] || sizes[0] != sizes[1]) {
+    printf("%s, column_stats: differs for %ld x %ld\n", kNames[isa], static_cast<long>(rows),
+           static_cast<long>(columns));
+    exit(1);
+  }
+}
+
+void check_sum(const char* what, float found, double exact, double size, int64_t terms) {
+  if (fabs(found - exact) <= static_cast<double>(terms + 8) * 6e-8 * size) return;
+  printf("%s: %.9g, expected %.9g\n", what, found, exact);
+  exit(1);
+}
+
+// Products on AMX, where it is, against float64.
+void check_products() {
+  const int64_t rows = 1 + below(300), outputs = 1 + below(100), inputs = 1 + below(700);
+  const int threads = 1 + static_cast<int>(below(3));
+  const std::vector<float> x = normals(rows * inputs), w = normals(outputs * inputs),
+                           bias = normals(outputs);
+  std::vector<float> y(static_cast<size_t>(rows * outputs));
+  if (msq_product(x.data(), rows, w.data(), outputs, inputs, bias.data(), y.data(), threads))
+    return;
+  for (int trial = 0; trial < 100; ++trial) {
+    const int64_t row = below(rows), output = below(outputs);
+    double exact = bias[static_cast<size_t>(output)], size = fabs(exact);
+    for (int64_t k = 0; k < inputs; ++k) {
+      const double term = double{x[static_cast<size_t>(row * inputs + k)]} *
+                          w[static_cast<size_t>(output * inputs + k)];
+      exact += term;
+      size += fabs(term);
+    }
+    check_sum("product", y[static_cast<size_t>(row * outputs + output)], exact, size, inputs);
+  }
+  std::vector<float> products(static_cast<size_t>(inputs * inputs));
+  if (msq_add_gram(x.data(), rows, inputs, products.data(), threads)) exit(printf("add_gram\n"));
+  for (int trial = 0; trial < 100; ++trial) {
+    const int64_t a = below(inputs), b = below(a + 1);
+    double exact = 0, size = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double term =
+          double{x[static_cast<size_t>(r * inputs + a)]} * x[static_cast<size_t>(r * inputs + b)];
+      exact += term;
+      size += fabs(term);
+    }
+    check_sum("add_gram", products[static_cast<size_t>(a * inputs + b)], exact, size, rows);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -216,12 +302,16 @@ int main(int count, char** words) {
   for (int isa = 0; isa < MSQ_ISAS; ++isa)
     if (msq_has_isa(isa)) isas.push_back(isa);
   long cases = 0;
-  for (; elapsed() < seconds || cases < 100; ++cases)
+  for (; elapsed() < seconds || cases < 100; ++cases) {
+    check_hadamard();
+    if (cases % 10 == 0) check_products();
     for (const int isa : isas) {
       check_linear(isa);
       check_rows(isa);
       check_block(isa);
+      check_columns(isa);
     }
+  }
   printf("%ld random cases are right on", cases);
   for (const int isa : isas) printf(" %s", kNames[isa]);
   printf("\n");

@@ -67,7 +67,10 @@ bool has(int isa) {
   return false;
 }
 #elif defined(__aarch64__)
-bool has(int isa) { return isa == MSQ_NEON_DOT && (getauxval(AT_HWCAP) >> 20 & 1); }  // ASIMDDP
+bool has(int isa) {
+  const bool dot = getauxval(AT_HWCAP) >> 20 & 1, i8mm = getauxval(AT_HWCAP2) >> 13 & 1;
+  return dot && (isa == MSQ_NEON_DOT || (isa == MSQ_NEON_I8MM && i8mm));
+}
 #else
 bool has(int) { return false; }
 #endif
@@ -89,6 +92,9 @@ const Kernels* look_up(int isa) {
 #endif
 #ifdef MSQ_WITH_NEON_DOT
   if (isa == MSQ_NEON_DOT) return kernels_neon_dot();
+#endif
+#ifdef MSQ_WITH_NEON_I8MM
+  if (isa == MSQ_NEON_I8MM) return kernels_neon_i8mm();
 #endif
   return nullptr;
 }
@@ -215,17 +221,21 @@ int32_t run(const uint8_t* weights, int64_t weights_bytes, const uint8_t* params
 }  // namespace
 
 const Kernels* kernels_of(int isa) {
-  static const Kernels* const found[MSQ_ISAS] = {look_up(0), look_up(1), look_up(2),
-                                                 look_up(3), look_up(4), look_up(5)};
+  static const struct Found {
+    const Kernels* of[MSQ_ISAS];
+    Found() {
+      for (int i = 0; i < MSQ_ISAS; ++i) of[i] = look_up(i);
+    }
+  } found;
   if (isa == MSQ_BEST) isa = msq_best_isa();
-  return isa >= 0 && isa < MSQ_ISAS ? found[isa] : nullptr;
+  return isa >= 0 && isa < MSQ_ISAS ? found.of[isa] : nullptr;
 }
 
 }  // namespace msq
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 1; }
+int32_t msq_abi_version(void) { return 2; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
 

@@ -29,8 +29,9 @@ enum MsqIsa {
   MSQ_AVX_VNNI = 2,
   MSQ_AVX512_VNNI = 3,
   MSQ_NEON_DOT = 4,
-  MSQ_AMX = 5,
-  MSQ_ISAS = 6
+  MSQ_NEON_I8MM = 5,
+  MSQ_AMX = 6,
+  MSQ_ISAS = 7
 };
 
 // How the input is quantized.
@@ -92,6 +93,10 @@ MSQ_API int32_t msq_rope(int32_t isa, const float* x, const float* cos, const fl
 // multiple of `length`, share a mask (length, columns) and go round in it.
 MSQ_API int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns,
                             int64_t length, int64_t rows_of_mask, float scale, int32_t threads);
+
+// x (rows, order, width) in place: the Sylvester matrix of an order 2^k times each row, divided;
+// with the sums of numerics/rotation.py, bit for bit.
+MSQ_API int32_t msq_hadamard(double* x, int64_t rows, int64_t order, int64_t width, double divisor);
 
 // y (rows, outputs) = x (rows, inputs) w^T + bias in float32, faster than any library without AMX;
 // MSQ_NO_ISA where the machine has it not. `bias` may be null. NaN, infinities and magnitudes above

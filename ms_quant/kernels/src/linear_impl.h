@@ -5,6 +5,7 @@
 //   dot(sum, codes, in)  sum + the four products in each word, exactly
 //   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
 //   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
+//   tile                 if it has one, sums of several rows in another way than by `dot`
 //
 // Each file that includes this is compiled for one instruction set: see quantize_impl.h for what it
 // may not call.
@@ -14,6 +15,8 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #include "quantize_impl.h"
 
@@ -26,6 +29,11 @@ constexpr int64_t kDepth = 256;  // inputs whose weights are held as floats at a
 
 constexpr int64_t kHeld = 1 << 15;  // bytes of a panel that all rows meet before the next ones
 constexpr int64_t kAhead = 2048;    // bytes of a panel that are asked for before they are needed
+
+template <class S, class = void>
+constexpr bool kOwnTile = false;
+template <class S>
+constexpr bool kOwnTile<S, std::void_t<decltype(&S::template tile<2, 8>)>> = true;
 
 template <class S>
 struct Linear {
@@ -76,6 +84,8 @@ struct Linear {
   __attribute__((always_inline)) static void tile(const uint8_t* panel, const int32_t* in,
                                                   int64_t begin, int64_t end, const int32_t* before,
                                                   Sums<M>& total) {
+    if constexpr (M > 1 && kOwnTile<S>)
+      return S::template tile<M, BITS>(panel, in, begin, end, before, total);
     constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of their own hide what `dot` takes
     constexpr int64_t kBytes = kColumns * 4, kEach = BITS == 8 ? 1 : 2, kSteps = kWords / kEach;
     I sums[U][M][V];
