@@ -28,7 +28,7 @@ import numpy as np
 from ms_quant import kernels
 from ms_quant.checkpoint.atomic import disk_errors, sync_directory, write_json
 from ms_quant.checkpoint.lock import locked
-from ms_quant.checkpoint.safetensors_file import open_file
+from ms_quant.checkpoint.safetensors_file import SafetensorsFile, open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
@@ -177,6 +177,7 @@ class JobDirectory:
         self.directory, self.scheme_of, self.target = directory, scheme_of, target
         self.record = json.loads(json.dumps(record))
         self.any_environment, self.unknown = any_environment, unknown
+        self._opened: tuple[int, SafetensorsFile] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -265,8 +266,15 @@ class JobDirectory:
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
+        self._opened = None
         if self.target == 0:
             self.hidden_file(index).unlink(missing_ok=True)
+
+    def _block(self, index: int) -> SafetensorsFile:
+        """The file of a finished block; that of the last one asked for stays open."""
+        if self._opened is None or self._opened[0] != index:
+            self._opened = index, open_file(self.block_file(index))
+        return self._opened[1]
 
     def linear(self, index: int, path: str, with_weight: bool = True) -> QuantizedLinear:
         """A linear of a finished block, without its bias.
@@ -276,7 +284,7 @@ class JobDirectory:
             path: the linear, relative to the block.
             with_weight: read the weight; else zeros that take no memory stand for it.
         """
-        file, start = open_file(self.block_file(index)), f"{path}."
+        file, start = self._block(index), f"{path}."
         names = [name for name in file.tensors if name.startswith(start)]
         arrays = {
             name.removeprefix(start): file.read(name)
@@ -294,18 +302,18 @@ class JobDirectory:
         parts = name.split(".", 3)
         if len(parts) < 4 or parts[:2] != ["model", "layers"]:
             return None
-        file, changed = open_file(self.block_file(int(parts[2]))), f"{CHANGED}{parts[3]}"
+        file, changed = self._block(int(parts[2])), f"{CHANGED}{parts[3]}"
         return file.read(changed) if changed in file.tensors else None
 
     def cache_scale(self, index: int, path: str) -> np.ndarray:
         """Scales of the outputs of a linear, by its path in a block, in a cache of int8."""
-        return open_file(self.block_file(index)).read(f"{CACHE}{path}")
+        return self._block(index).read(f"{CACHE}{path}")
 
     def statistic(self, index: int, name: str) -> np.ndarray:
-        return open_file(self.block_file(index)).read(name)
+        return self._block(index).read(name)
 
     def notes(self, index: int) -> dict[str, Any]:
-        return json.loads(open_file(self.block_file(index)).metadata["notes"])
+        return json.loads(self._block(index).metadata["notes"])
 
     def remove(self) -> None:
         """Deletes the job's own files, and the directory when nothing else is in it.
