@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.budget import LOGIT_BYTES
 
 Chunks = Iterable[tuple[int, np.ndarray]]
@@ -52,7 +53,7 @@ def cross_entropy(
         step = max(1, logit_bytes // (4 * len(weight)))
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            logits = rows[part] @ weight.T
+            logits = kernels.times(rows[part], weight)
             found = np.flatnonzero((targets[part] >= start) & (targets[part] < start + len(weight)))
             chosen[first + found] = logits[found, targets[part][found] - start]
             higher = np.maximum(top[part], logits.max(axis=1))

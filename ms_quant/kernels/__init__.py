@@ -2,7 +2,7 @@
 
 from ms_quant.kernels.block import masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
-from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product
+from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product, times
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -37,4 +37,5 @@ __all__ = [
     "swiglu",
     "sylvester",
     "threads_of",
+    "times",
 ]

@@ -15,6 +15,8 @@ from ms_quant.kernels.native import (
     threads_of,
 )
 
+MANY_ROWS = 128  # from which AMX is faster: it splits the weight first
+
 
 @lru_cache(maxsize=1)
 def has_product() -> bool:
@@ -50,6 +52,22 @@ def product(
         passed=(NO_ISA, NOT_FINITE),
     )
     return None if status else y
+
+
+def times(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, threads: int | None = None
+) -> np.ndarray:
+    """x @ weight.T + bias: of many rows by :func:`product`, if there is one, else by BLAS.
+
+    NaN and infinities go on as they do in any product.
+    """
+    if len(x) >= MANY_ROWS and has_product():
+        y = product(x, weight, bias, threads)
+        if y is not None:
+            return y
+    with np.errstate(all="ignore"):
+        y = np.matmul(x, weight.T)
+        return y if bias is None else np.add(y, bias, out=y)
 
 
 def add_gram(products: np.ndarray, x: np.ndarray, threads: int | None = None) -> bool:

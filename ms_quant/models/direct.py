@@ -20,7 +20,6 @@ try:
 except ImportError:  # before MindSpore 2.9
     from mindspore.common.api import _pynative_executor
 
-MANY_ROWS = 128  # from which AMX is faster: it splits the weight first
 HIDDEN = -1e29  # masked keys have less, and no weight at all
 QUERIES = 128  # that attend at a time: keys after the last of them are left out
 
@@ -64,18 +63,8 @@ class Linear(nn.Dense):
             return super().__call__(x)
         rows = floats(x).reshape(-1, self.in_channels)
         bias = floats(self.bias) if self.has_bias else None
-        y = _product(rows, floats(self.weight), bias)
+        y = kernels.times(rows, floats(self.weight), bias, threads())
         return Tensor.from_numpy(y.reshape(*x.shape[:-1], self.out_channels))
-
-
-def _product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    if len(x) >= MANY_ROWS and kernels.has_product():
-        y = kernels.product(x, weight, bias, threads())
-        if y is not None:
-            return y
-    with np.errstate(all="ignore"):  # NaN and infinities go on, as in MindSpore
-        y = np.matmul(x, weight.T)
-        return y if bias is None else np.add(y, bias, out=y)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
+from ms_quant.kernels import matrix  # noqa: E402
 from ms_quant.models import decoder, direct  # noqa: E402
 from ms_quant.models.cache import KeyValueCache  # noqa: E402
 from ms_quant.models.config import parse_config  # noqa: E402
@@ -88,9 +89,9 @@ def test_a_cache_gives_the_same_token_by_token(block, hidden):
 
 @pytest.mark.skipif(not kernels.has_product(), reason="no AMX")
 def test_products_on_amx_give_the_same(block, hidden, monkeypatch):
-    expected, product, seen = plain(block, hidden), kernels.product, []
-    monkeypatch.setattr(direct, "MANY_ROWS", 1)
-    monkeypatch.setattr(kernels, "product", lambda x, *a: seen.append(len(x)) or product(x, *a))
+    expected, product, seen = plain(block, hidden), matrix.product, []
+    monkeypatch.setattr(matrix, "MANY_ROWS", 1)
+    monkeypatch.setattr(matrix, "product", lambda x, *a: seen.append(len(x)) or product(x, *a))
     np.testing.assert_allclose(plain(block, hidden), expected, rtol=1e-5, atol=1e-5)
     assert seen in ([2 * LENGTH] * 7, []), "all seven linears, or none of MindSpore's"
 
