@@ -17,6 +17,7 @@ import ms_quant
 from ms_quant.cells import QuantLinear
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen
+from ms_quant.numerics.grid import AffineGrid, Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes import SCHEMES, get_scheme
@@ -54,6 +55,15 @@ def assert_computes(linear: QuantizedLinear, x: np.ndarray) -> None:
         assert_cell_computes(QuantLinear(linear, native=native), linear, x)
 
 
+def magnitudes(grid: Grid, codes: np.ndarray) -> np.ndarray:
+    """Of weights, and of the codes and zero points whose products with scales cancel in them."""
+    sizes = np.abs(grid.values(codes))
+    if not isinstance(grid, AffineGrid) or grid.format.symmetric:
+        return sizes
+    shifts = np.abs(grid.zero_point.astype(np.float32) * grid.scale)
+    return sizes + 2 * np.repeat(shifts, codes.shape[1] // shifts.shape[1], axis=1)
+
+
 def assert_cell_computes(cell: QuantLinear, linear: QuantizedLinear, x: np.ndarray) -> None:
     for decode in (False, True):
         found = (cell(Tensor(x), decode) if cell.phased else cell(Tensor(x))).asnumpy()
@@ -62,7 +72,7 @@ def assert_cell_computes(cell: QuantLinear, linear: QuantizedLinear, x: np.ndarr
             np.testing.assert_array_equal(found, expected)
             continue
         # Sums of K float32 products in another order: K * 2**-24 of the sum of magnitudes, twice.
-        terms = np.abs(linear.transformed(x)) @ np.abs(linear.grid.values(linear.weight)).T
+        terms = np.abs(linear.transformed(x)) @ magnitudes(linear.grid, linear.weight).T
         if linear.branch is not None:
             rank = np.abs(x) @ np.abs(linear.branch.l1).T
             terms += rank @ np.abs(linear.branch.l2).T
