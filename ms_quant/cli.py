@@ -392,7 +392,7 @@ def _show_serving(result: dict[str, Any]) -> None:
     show_fields({key: result[key] or None for key in keys})
     if result["loaded"]:
         table = _table("layer", "ranks", "loaded as", "weight", "layers", "size")
-        table.box = SIMPLE_HEAD
+        table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, (0, 1)
         for row in result["loaded"]:
             cells = [row[key] for key in ("kind", "ranks", "method", "weight", "layers")]
             table.add_row(*map(str, cells), human_bytes(row["bytes"]))

@@ -1,4 +1,4 @@
-"""What the rules of every runtime for checkpoints that are not split over ranks have in common."""
+"""What all runtimes ask of checkpoints that are not split over ranks."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def server_findings(served: Served, directory: Path, config: ModelConfig, tp: in
             "model's class, which vLLM looks up"
         )
     if not any((directory / name).is_file() for name in TOKENIZERS):
-        served.notes.append(
-            "there is no tokenizer in the directory: give --tokenizer to the server"
-        )
+        served.notes.append("the directory has no tokenizer: give --tokenizer to the server")
     try:
         check_tp(config, tp)
     except MsQuantError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 DEVICES = ("310p", "910b")
@@ -90,6 +90,17 @@ def merged(rows: Iterable[Loaded]) -> list[Loaded]:
 def kind_of(path: str) -> str:
     """What a layer is called whatever block it is in."""
     return path.rpartition(".")[2]
+
+
+def alike(rows: Iterable[Loaded], tp: int) -> list[Loaded]:
+    """Rows that differ only in their rank as one."""
+    ranks: dict[Loaded, list[str]] = {}
+    for row in rows:
+        ranks.setdefault(replace(row, ranks=""), []).append(row.ranks)
+    return [
+        replace(row, ranks=rank_text(tp) if len(found) == tp else ", ".join(found))
+        for row, found in ranks.items()
+    ]
 
 
 def weight_text(shape: Iterable[int], dtype: object = "") -> str:

@@ -100,8 +100,9 @@ def _input_problems(structure: Structure) -> Iterator[str]:
                 for path in others:
                     if checkpoint.read(f"{path}.{suffix}").tobytes() != stored.tobytes():
                         yield (
-                            f"{checkpoint.directory}: {path}.{suffix} differs from {first}.{suffix}, "
-                            "expected equal values: the runtime fuses them and keeps the last"
+                            f"{checkpoint.directory}: {path}.{suffix} differs from "
+                            f"{first}.{suffix}, expected equal values: the runtime fuses "
+                            "them and keeps the last"
                         )
 
 
@@ -113,8 +114,8 @@ def _lost_on_310p(structure: Structure, served: Served) -> Iterator[str]:
         lost = int(np.count_nonzero(scale < SMALLEST / 2))
         if lost:
             yield (
-                f"{path}.deq_scale: {lost} of {scale.size} values become 0 in float16, to which the "
-                "runtime casts them on a 310P, expected W8A8SC there (sparse-compress run)"
+                f"{path}.deq_scale: {lost} of {scale.size} values become 0 in float16, to which "
+                "the runtime casts them on a 310P, expected W8A8SC there (sparse-compress run)"
             )
         total, small = total + scale.size, small + int(np.count_nonzero(scale < SMALLEST_NORMAL))
     if small:

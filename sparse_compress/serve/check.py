@@ -10,7 +10,7 @@ from ms_quant.models.config import load_config
 from ms_quant.serve import vllm_ascend as ascend_rules
 from ms_quant.serve import vllm_mindspore as mindspore_rules
 from ms_quant.serve.flat import server_findings
-from ms_quant.serve.records import Loaded, Served, ServeRequest, kind_of, merged, weight_text
+from ms_quant.serve.records import Loaded, Served, ServeRequest, alike, kind_of, merged, weight_text
 from sparse_compress.layouts import TARGETS, Layout, find_target, vllm_mindspore
 from sparse_compress.layouts.mindie import NAME as MINDIE
 from sparse_compress.layouts.mindie import refusal
@@ -56,7 +56,7 @@ def check_w8a8sc(request: ServeRequest) -> Served | None:
         except MsQuantError as error:
             found = [str(error)]
         served.problems += found
-    served.loaded = merged(served.loaded)
+    served.loaded = alike(merged(served.loaded), layout.tp)
     if served.problems:
         served.notes.append(remedy(wanted, request.tp))
     return served
@@ -100,7 +100,7 @@ def _rows(rank: Rank, coded: bool) -> Iterator[Loaded]:
             weights[path] = weight_text(shapes[path])
         elif suffix == "weight":
             weights[path] = weight_text(info.shape, info.dtype)
-    quantized = "W8A8SC, as stored" if coded else "W8A8, decoded at load"
+    quantized = "W8A8SC" if coded else "W8A8, decoded"
     for path, weight in weights.items():
         method = quantized if path in shapes else "FLOAT"
         yield Loaded(kind_of(path), str(rank.number), method, weight, 1, sizes[path])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from sparse_compress.codec import CORES
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout
 from sparse_compress.pack import deq_floats
 from sparse_compress.partition import fused_shape
-from sparse_compress.ranks import decode_weight
+from sparse_compress.ranks import RankTensors, decode_weight
 from sparse_compress.serve.rank import INFORMATIVE, Rank
 
 Kind = tuple[str, tuple[int, ...]]
@@ -48,30 +49,24 @@ def rank_parameters(
         head: whether the model has a parameter of its own for a tied head.
         workers: how many threads decode a weight.
     """
-    tensors, result = rank.tensors, {}
+    tensors, result = rank.tensors, dict[str, Parameter]()
     for name in rank.layout.tensors():
         info = tensors.info(name)
-        result[name] = Parameter((info.dtype.name, info.shape), _reader(rank, name))
+        result[name] = Parameter((info.dtype.name, info.shape), partial(tensors.read, name))
     for group, fused in rank.compressed() if decoded else ():
         shape = fused_shape(rank.layout.config, rank.layout.tp, group)
-        result[f"{fused}.weight"] = Parameter(
-            ("int8", shape),
-            lambda fused=fused, group=group: decode_weight(
-                rank.layout, tensors, fused, group, workers
-            ),
-        )
+        weight = partial(decode_weight, rank.layout, tensors, fused, group, workers)
+        result[f"{fused}.weight"] = Parameter(("int8", shape), weight)
         scale = f"{fused}.deq_scale"
-        result[scale] = Parameter(
-            (FLOAT32.name, shape[:1]), lambda name=scale: deq_floats(tensors.read(name), name)
-        )
+        result[scale] = Parameter((FLOAT32.name, shape[:1]), partial(_scales, tensors, scale))
         del result[f"{fused}.index"]
     if head and rank.layout.config.tied and HEAD not in result:
         result[HEAD] = result[EMBEDDING]
     return result
 
 
-def _reader(rank: Rank, name: str) -> Callable[[], np.ndarray]:
-    return lambda: rank.tensors.read(name)
+def _scales(tensors: RankTensors, name: str) -> np.ndarray:
+    return deq_floats(tensors.read(name), name)
 
 
 def kind_problems(
@@ -86,7 +81,9 @@ def kind_problems(
     """
     for name, kind in theirs.items():
         if name not in ours:
-            yield f"{rank.name}: tensor {name!r} is missing, expected {_text(kind)} as the model has"
+            yield (
+                f"{rank.name}: tensor {name!r} is missing, expected {_text(kind)} as the model has"
+            )
         elif ours[name].kind != kind:
             yield (
                 f"{rank.name}: tensor {name!r} is {_text(ours[name].kind)}, expected {_text(kind)} "

@@ -171,10 +171,11 @@ def _length_problems(directory: Path, rank: Rank) -> Iterator[str]:
         for suffix in ("weight", "index")
     }
     wrong = [name for name, shape in found.items() if entry[f"{name}.shape"] != shape]
-    for name in wrong:
+    owner = _owner(stated, found) if wrong else ""
+    for name in wrong[:1] if owner else wrong:
         yield (
             f"{rank.tensors.path(name)}: tensor {name!r} is int8 {found[name]}, expected int8 "
-            f"{entry[f'{name}.shape']} as {path.name} gives {rank.name}{_owner(stated, found)}"
+            f"{entry[f'{name}.shape']} as {path.name} gives {rank.name}{owner}"
         )
 
 
