@@ -11,7 +11,7 @@ from ms_quant.serve import vllm_ascend as ascend_rules
 from ms_quant.serve import vllm_mindspore as mindspore_rules
 from ms_quant.serve.flat import server_findings
 from ms_quant.serve.records import Loaded, Served, ServeRequest, alike, kind_of, merged, weight_text
-from sparse_compress.layouts import TARGETS, Layout, find_target, vllm_mindspore
+from sparse_compress.layouts import TARGETS, Layout, find_target, rank_name, vllm_mindspore
 from sparse_compress.layouts.mindie import NAME as MINDIE
 from sparse_compress.layouts.mindie import refusal
 from sparse_compress.partition import fused_shape
@@ -51,10 +51,10 @@ def check_w8a8sc(request: ServeRequest) -> Served | None:
     for number in range(layout.tp):
         try:
             rank = open_rank(request.checkpoint, layout, number)
-            found = rank_problems(request.checkpoint, rank)
+            found = [f"{rank.name}: {text}" for text in rank_problems(request.checkpoint, rank)]
             served.loaded += [] if found else _rows(rank, coded)
         except MsQuantError as error:
-            found = [str(error)]
+            found = [f"{rank_name(number)}: {error}"]
         served.problems += found
     served.loaded = alike(merged(served.loaded), layout.tp)
     if served.problems:

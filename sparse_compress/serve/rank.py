@@ -75,18 +75,36 @@ def prove_rank(directory: Path, target: Target, number: int, tp: int, workers: i
     Raises:
         MsQuantError: it may not.
     """
+    layout = prove_layout(directory, target, number, tp)
+    try:
+        rank = open_rank(directory, layout, number)
+        problems = [f"{rank.name}: {text}" for text in rank_problems(directory, rank, workers)]
+    except MsQuantError as error:
+        problems = [f"{rank_name(number)}: {error}"]
+    if problems:
+        raise refusal(target, tp, problems)
+    return rank
+
+
+def prove_layout(directory: Path, target: Target, number: int, tp: int) -> Layout:
+    """What a checkpoint holds that a runtime's rank may be loaded from, as far as its JSON tells.
+
+    Raises:
+        MsQuantError: none may.
+    """
     try:
         layout = served_layout(directory, target, tp)
-        if not 0 <= number < tp:
-            raise MsQuantError(f"rank is {number}, expected 0 to {tp - 1}")
-        rank = open_rank(directory, layout, number)
-        first, *others = [*rank_problems(directory, rank, workers), ""]
     except MsQuantError as error:
-        first, others = str(error), []
-    if not first:
-        return rank
-    more = f" (ms-quant serve-check lists {len(others)} in all)" if len(others) > 1 else ""
-    raise MsQuantError(f"{rank_name(number)}: {first}{more}; {remedy(target, tp)}")
+        raise refusal(target, tp, [f"{rank_name(number)}: {error}"]) from None
+    if not 0 <= number < tp:
+        raise MsQuantError(f"the rank is {number}, expected 0 to {tp - 1}")
+    return layout
+
+
+def refusal(target: Target, tp: int, problems: list[str]) -> MsQuantError:
+    """The error that says the first of some problems, and what makes a right checkpoint."""
+    more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
+    return MsQuantError(f"{problems[0]}{more}; {remedy(target, tp)}")
 
 
 def remedy(target: Target, tp: int) -> str:
@@ -190,11 +208,11 @@ def _owner(stated: dict[str, Any], found: dict[str, list[int]]) -> str:
 def _linear_problems(rank: Rank, group: LinearGroup, fused: str, workers: int) -> Iterator[str]:
     """A compressed linear: its tiles, and what its other tensors must be beside them."""
     tensors = rank.tensors
-    deq_floats(tensors.read(f"{fused}.deq_scale"), f"{rank.name}: {fused}.deq_scale")
-    check_input_scale(tensors.read(f"{fused}.input_scale"), f"{rank.name}: {fused}.input_scale")
+    deq_floats(tensors.read(f"{fused}.deq_scale"), f"{fused}.deq_scale")
+    check_input_scale(tensors.read(f"{fused}.input_scale"), f"{fused}.input_scale")
     offset = tensors.read(f"{fused}.input_offset")
     if (offset != offset[0]).any():
-        yield f"{rank.name}: {fused}.input_offset: holds different values, expected one zero point"
+        yield f"{fused}.input_offset: holds different values, expected one zero point"
     weight = decode_weight(rank.layout, tensors, fused, group, workers)
     bias = tensors.read(f"{fused}.quant_bias")
     if group.parallel == "row" and rank.layout.tp > 1:
@@ -203,7 +221,7 @@ def _linear_problems(rank: Rank, group: LinearGroup, fused: str, workers: int) -
         wrong = int(np.count_nonzero(bias != plain_quant_bias(weight, offset)))
         if wrong:
             yield (
-                f"{rank.name}: {fused}.quant_bias: {wrong} of {bias.size} values differ from "
+                f"{fused}.quant_bias: {wrong} of {bias.size} values differ from "
                 "-input_offset * sum of the weight's row"
             )
 
@@ -216,7 +234,7 @@ def _added_once(rank: Rank, fused: str) -> Iterator[str]:
             count = int(np.count_nonzero(rank.tensors.read(name)))
             if count:
                 yield (
-                    f"{rank.name}: {name}: holds {count} values that are not 0, expected zeros: "
+                    f"{name}: holds {count} values that are not 0, expected zeros: "
                     "ranks add up, and rank_0 holds the bias"
                 )
 
