@@ -37,9 +37,9 @@ def loader_class() -> type[Any]:
         def load_weights(self, model: Any, model_config: Any) -> None:
             load_rank(model, _directory(model_config), *runtime.rank_of_world())
 
-        def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **more: Any) -> Any:
+        def load_model(self, vllm_config: Any, model_config: Any, **more: Any) -> Any:
             return super().load_model(
-                servable(vllm_config, model_config), model_config, *args, **more
+                vllm_config=servable(vllm_config, model_config), model_config=model_config, **more
             )
 
     return SparseQuantLoader
