@@ -165,7 +165,7 @@ VIOLATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another file than was written": (flip_file, "sha256 differs from ms_quant.json"),
     "two files with one tensor": (twice, r"zz.safetensors: holds tensor '\S+', expected it only"),
-    "a huge model": (huge, "intermediate_size|expected int8 of one dimension|is missing"),
+    "a huge model": (huge, "intermediate_size is 17592186044416, expected"),
     "a path in the record": (
         lambda d: change_json(
             d / "ms_quant.json",
@@ -215,10 +215,7 @@ def test_another_number_of_ranks(make: Make) -> None:
 
 
 def test_another_target(make: Make) -> None:
-    with pytest.raises(
-        MsQuantError,
-        match="is a W8A8SC checkpoint for vllm-mindspore, expected vllm-ascend; serve it with vllm-mind",
-    ):
+    with pytest.raises(MsQuantError, match="is a W8A8SC checkpoint for vllm-mindspore, expected "):
         prove_rank(make().output, TARGETS["vllm-ascend"], 0, 2)
 
 
