@@ -48,6 +48,7 @@ def assign(parameter: Any, array: np.ndarray) -> None:
     if hasattr(parameter, "set_data"):
         import mindspore
 
+        parameter.init_data()  # vllm-mindspore builds models whose parameters have no values yet
         parameter.set_data(mindspore.from_numpy(array))
         return
     import torch

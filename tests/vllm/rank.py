@@ -43,7 +43,12 @@ def main(rank: int, place: Path, checkpoint: Path, device: str) -> None:
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         quant_config=GoldenStickDouble(description),
     )
-    model_config = SimpleNamespace(model=str(checkpoint), dtype=torch.float16, quantization=None)
+    model_config = SimpleNamespace(
+        model=str(checkpoint),
+        dtype=torch.float16,
+        quantization="golden-stick",
+        word_embeddings_untied_by_checkpoint=False,  # newer versions ask
+    )
     model = get_model_loader(load).load_model(vllm_config=config, model_config=model_config)
     assert config.quant_config.config is description  # the caller's is left as it was
     save_file(dict(model.named_parameters()), place / f"rank_{rank}.safetensors")
