@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import RECORD, check_files
+from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.structure import Structure, read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
@@ -55,11 +56,20 @@ def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structu
         )
         return None, served
     served.problems += config_problems(request.checkpoint, plan.dtype, flavour.entry)
+    served.problems += _index_problems(structure.checkpoint)
     if (request.checkpoint / RECORD).exists():
         served.problems += check_files(request.checkpoint)
     else:
         served.notes.append(f"there is no {RECORD}: files are not compared with what was written")
     return structure, served
+
+
+def _index_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Tensors that only the index leaves out: runtimes read whole files."""
+    named = set(checkpoint.names)
+    for path in checkpoint.files():
+        for name in sorted(checkpoint.shard(path.name).tensors.keys() - named):
+            yield f"{path}: unknown tensor {name!r}, expected only those that the index names"
 
 
 def server_findings(served: Served, directory: Path, config: ModelConfig, tp: int) -> None:

@@ -65,10 +65,10 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
 
 def _rank_problems(structure: Structure, tp: int) -> Iterator[str]:
     """Quantized linears whose inputs cannot be split over so many ranks."""
-    for path in row_parallel(structure):
+    for path in row_parallel(structure) if tp > 1 else ():
         scheme = structure.plan.scheme_of(path)
         inputs = structure.plan.config.linear_shapes()[path.split(".", 3)[3]][1]
-        if tp > 1 and f"{path}.left_trans" in structure.expected:
+        if f"{path}.left_trans" in structure.expected:
             yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
         elif f"{path}.scale_bias" in structure.expected and ROW_PARALLEL_SLICES % tp:
             yield (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,26 +40,23 @@ def decompressed(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def both_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
-    """Runs rank.py as two processes with a group of two, each of which leaves a file."""
-
-    def run(*arguments: object) -> list[Path]:
-        place = tmp_path_factory.mktemp("ranks")
-        script = str(Path(__file__).with_name("rank.py"))
-        commands = [
-            [sys.executable, script, str(rank), str(place), *map(str, arguments)]
-            for rank in range(2)
-        ]
-        children = [
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands
-        ]
-        try:
-            for child in children:
-                _, errors = child.communicate(timeout=120)
-                assert child.returncode == 0, errors[-3000:]
-        finally:
-            for child in children:
-                child.kill()
-        return [place / f"rank_{rank}.safetensors" for rank in range(2)]
-
-    return run
+def both_ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes of a tensor-parallel group have loaded, a file each and device."""
+    place = tmp_path_factory.mktemp("ranks")
+    script = str(Path(__file__).with_name("rank.py"))
+    children = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(place), str(checkpoint)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for child in children:
+            _, errors = child.communicate(timeout=120)
+            assert child.returncode == 0, errors[-3000:]
+    finally:
+        for child in children:
+            child.kill()
+    return place

@@ -1,6 +1,6 @@
 """One of two processes that load a checkpoint as vLLM's ranks.
 
-Arguments: the rank, where to leave a file, the checkpoint, the device.
+Arguments: the rank, where to leave a file, the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from vllm.model_executor.model_loader import base_loader, get_model_loader
 from vllm.plugins import load_general_plugins
 
 
-def main(rank: int, place: Path, checkpoint: Path, device: str) -> None:
+def main(rank: int, place: Path, checkpoint: Path) -> None:
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
         meeting = f"file://{place / 'meeting'}"
         init_distributed_environment(2, rank, meeting, rank, "gloo")
         initialize_model_parallel(2)
+    load_general_plugins()
+    for device in ("310p", "910b"):
+        model = load(rank, checkpoint, device)
+        save_file(dict(model.named_parameters()), place / f"rank_{rank}-{device}.safetensors")
+
+
+def load(rank: int, checkpoint: Path, device: str) -> torch.nn.Module:
+    """What vLLM does for `--load-format sparse_quant`, with the double's model."""
     utils = ModuleType("vllm_mindspore.utils")
     utils.is_310p = lambda: device == "310p"  # type: ignore[attr-defined]
     sys.modules["vllm_mindspore.utils"] = utils
@@ -34,12 +42,11 @@ def main(rank: int, place: Path, checkpoint: Path, device: str) -> None:
         return build(checkpoint, vllm_config.quant_config, rank, 2, device == "310p")
 
     base_loader.initialize_model = initialize  # as vllm-mindspore replaces it
-    load_general_plugins()
-    load = LoadConfig(load_format="Sparse_Quant")
+    chosen = LoadConfig(load_format="Sparse_Quant")
     description = json.loads((checkpoint / "quant_model_description_w8a8sc.json").read_text())
     config = SimpleNamespace(
         device_config=SimpleNamespace(device="cpu"),
-        load_config=load,
+        load_config=chosen,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         quant_config=GoldenStickDouble(description),
     )
@@ -49,10 +56,10 @@ def main(rank: int, place: Path, checkpoint: Path, device: str) -> None:
         quantization="golden-stick",
         word_embeddings_untied_by_checkpoint=False,  # newer versions ask
     )
-    model = get_model_loader(load).load_model(vllm_config=config, model_config=model_config)
+    model = get_model_loader(chosen).load_model(vllm_config=config, model_config=model_config)
     assert config.quant_config.config is description  # the caller's is left as it was
-    save_file(dict(model.named_parameters()), place / f"rank_{rank}.safetensors")
+    return model
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
