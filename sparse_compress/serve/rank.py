@@ -133,8 +133,10 @@ def served_layout(directory: Path, target: Target, tp: int) -> Layout:
             f"{directory}: is made for {layout.tp} ranks, expected {tp} as asked for"
         )
     for place in rank_places(directory, target, tp):
-        if place.is_symlink():
-            raise MsQuantError(f"{place}: is a symbolic link, expected the tensors of a rank")
+        kind = "file" if target.one_file else "directory"
+        if place.is_symlink() or place.is_dir() == target.one_file:
+            instead = "a symbolic link" if place.is_symlink() else f"no {kind}"
+            raise MsQuantError(f"{place}: is {instead}, expected the {kind} of a rank")
     return layout
 
 

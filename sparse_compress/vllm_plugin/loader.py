@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def load_rank(model: Any, directory: Path, number: int, tp: int) -> None:
     workers = max(1, CORES // tp)  # the ranks of one machine load at the same time
     rank = prove_rank(directory, TARGET, number, tp, workers)
     parameters = runtime.model_parameters(model)
+    decoded = not any(name.endswith(".index") for name in parameters)
+    tensors = rank_parameters(rank, decoded, HEAD in parameters, workers)
+    parameters = _once(parameters, tensors)
     kinds = {name: runtime.kind_of(parameter) for name, parameter in parameters.items()}
-    decoded = not any(name.endswith(".index") for name in kinds)
-    tensors = rank_parameters(rank, decoded, HEAD in kinds, workers)
     problems = list(kind_problems(rank, tensors, kinds))
     if problems:
         raise refusal(TARGET, tp, problems)
@@ -75,6 +77,12 @@ def load_rank(model: Any, directory: Path, number: int, tp: int) -> None:
         *(rank.tensors.place, len(parameters), len(rank.layout.compressed)),
         "decoded to W8A8" if decoded else "left coded",
     )
+
+
+def _once(parameters: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters less other names of those that have a tensor: a tied head is the embedding."""
+    known = {id(parameters[name]) for name in parameters.keys() & tensors.keys()}
+    return {name: p for name, p in parameters.items() if name in tensors or id(p) not in known}
 
 
 def servable(vllm_config: Any, model_config: Any) -> Any:

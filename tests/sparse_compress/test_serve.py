@@ -108,7 +108,11 @@ VIOLATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"tensor '\S+.weight' is int8 \[\d+\], expected int8 \[\d+\] as {DESCRIPTION} gives "
         "rank_1; all lengths are those of rank_0",
     ),
-    "linked rank": (linked, "rank_1: is a symbolic link, expected the tensors of a rank"),
+    "linked rank": (linked, "rank_1: is a symbolic link, expected the directory of a rank"),
+    "a file for a rank": (
+        lambda d: [shutil.rmtree(d / "rank_1"), shutil.copy(d / "rank_0" / LAST, d / "rank_1")],
+        "rank_1: is no directory, expected the directory of a rank",
+    ),
     "empty rank": (
         lambda d: [path.unlink() for path in (d / "rank_1").iterdir()],
         "rank_1: holds no tensors",

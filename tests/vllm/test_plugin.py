@@ -247,6 +247,14 @@ def test_a_model_that_asks_for_something_else(
     assert model.untouched
 
 
+def test_a_parameter_with_two_names(checkpoint: Path, loader: Any) -> None:
+    """A head that is the embedding, as vllm-mindspore lists it, asks for no tensor of its own."""
+    model = Parameters(read(checkpoint / "rank_1"))
+    model.parameters["lm_head.embed_tokens.weight"] = model.parameters["lm_head.weight"]
+    loader.load_weights(model, SimpleNamespace(model=str(checkpoint)))
+    assert not model.untouched
+
+
 def test_registered_twice_and_by_others(loader: Any) -> None:
     """The last one wins, and registering again is no error."""
     from sparse_compress.vllm_plugin import register
