@@ -15,11 +15,12 @@ import numpy as np
 from ms_quant.checkpoint.golden_stick import FLOAT32
 from ms_quant.models.config import block_prefix
 from sparse_compress.codec import CORES
+from sparse_compress.coding import PARAMETERS
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout
 from sparse_compress.pack import deq_floats
 from sparse_compress.partition import fused_shape
 from sparse_compress.ranks import RankTensors, decode_weight
-from sparse_compress.serve.rank import INFORMATIVE, Rank
+from sparse_compress.serve.rank import Rank
 
 Kind = tuple[str, tuple[int, ...]]
 """Type, by the name that NumPy has for it, and shape."""
@@ -89,10 +90,10 @@ def kind_problems(
                 f"{rank.name}: tensor {name!r} is {_text(ours[name].kind)}, expected {_text(kind)} "
                 "as the model has"
             )
-    for name in ours.keys() - theirs.keys():
-        if name.rpartition(".")[2] not in INFORMATIVE:
+    for name, parameter in ours.items():
+        if name not in theirs:
             yield (
-                f"{rank.name}: tensor {name!r} is {_text(ours[name].kind)}, which the model has no "
+                f"{rank.name}: tensor {name!r} is {_text(parameter.kind)}, which the model has no "
                 "parameter for"
             )
 
@@ -117,9 +118,8 @@ def flat_description(layout: Layout) -> dict[str, str]:
     for name in layout.config.parameter_shapes():
         path, _, suffix = name.rpartition(".")
         kind = "W8A8" if path in quantized else "FLOAT"
-        suffixes = ("weight", *PLAIN) if path in quantized and suffix == "weight" else (suffix,)
+        suffixes = (
+            ("weight", *PARAMETERS) if path in quantized and suffix == "weight" else (suffix,)
+        )
         result.update({f"{path}.{each}": kind for each in suffixes})
     return result
-
-
-PLAIN = ("deq_scale", "quant_bias", "input_scale", "input_offset")

@@ -118,6 +118,11 @@ def remedy(target: Target, tp: int) -> str:
 def served_layout(directory: Path, target: Target, tp: int) -> Layout:
     """What a checkpoint holds, if it is one of a target for so many ranks.
 
+    Args:
+        directory: the checkpoint.
+        target: the layout that the runtime reads.
+        tp: how many ranks the runtime has.
+
     Raises:
         MsQuantError: it is not, or a rank's place is missing or leads elsewhere.
     """
