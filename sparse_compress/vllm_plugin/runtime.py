@@ -43,12 +43,14 @@ def kind_of(parameter: Any) -> Kind:
 
 
 def assign(parameter: Any, array: np.ndarray) -> None:
-    """Sets a parameter's values; type and shape are the same."""
+    """Sets a parameter's values; type and shape are the same.
+
+    A parameter of vllm-mindspore may have no values yet, which is how it builds models.
+    """
     array = np.ascontiguousarray(array)
     if hasattr(parameter, "set_data"):
         import mindspore
 
-        parameter.init_data()  # vllm-mindspore builds models whose parameters have no values yet
         parameter.set_data(mindspore.from_numpy(array))
         return
     import torch
