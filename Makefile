@@ -16,13 +16,47 @@ KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninit
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
 ARM = aarch64-linux-gnu
 
-.PHONY: demo test test-aarch64 lint format bench accuracy fuzz clean
+VLLM = build/vllm
+VLLM_VERSIONS ?= 0.11.0 0.31.0
+BESIDE_0.11.0 = vllm_mindspore==0.5.1
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-vllm test-aarch64 lint format bench accuracy fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+# The plugin in vLLM itself: each version in an environment of its own without what only a GPU
+# needs, over one torch and $(VENV).
+test-vllm: $(foreach version,$(VLLM_VERSIONS),$(VLLM)/$(version)/installed)
+	set -e; for version in $(VLLM_VERSIONS); do \
+		echo "vLLM $$version"; timeout 150 $(VLLM)/$$version/bin/python -m pytest -q tests/vllm; \
+	done
+
+$(VLLM)/common/installed: $(INSTALLED) tests/vllm/requirements.txt
+	$(call environment,$(VENV))
+	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/vllm/requirements.txt
+	touch $@
+
+$(VLLM)/%/installed: $(VLLM)/common/installed tests/vllm/requirements-%.txt
+	$(call environment,$(VENV) $(VLLM)/common)
+	$(PIP) --python $(@D)/bin/python install -q --no-compile --no-deps vllm==$* $(BESIDE_$*)
+	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/vllm/requirements-$*.txt 'numpy<2'
+	touch $@
+
+# An environment that sees the packages of others.
+define environment
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c 'import site, sys, pathlib; \
+		found = [str(next(pathlib.Path(p).resolve().glob("lib/*/site-packages"))) for p in sys.argv[2:]]; \
+		place = next(pathlib.Path(sys.argv[1]).glob("lib/*/site-packages")); \
+		(place / "others.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in found))' \
+		$(@D) $(1)
+endef
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -15,6 +16,7 @@ from ms_quant.console import (
     block_progress,
     emit,
     exit_if_problems,
+    human_bytes,
     note,
     run,
     show_fields,
@@ -224,6 +226,27 @@ def verify(
     exit_if_problems(result["problems"])
 
 
+@app.command(
+    "serve-check",
+    epilog=example("ms-quant serve-check Qwen3-8B-W8A8SC --runtime vllm-mindspore --tp 2"),
+)
+def serve_check(
+    checkpoint: CheckpointArgument,
+    runtime: Annotated[str, typer.Option(help="vllm-mindspore, vllm-ascend or mindie.")],
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
+    device: Annotated[
+        str, typer.Option(help="310p or 910b. Default: what such checkpoints are made for")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What a runtime would load how, and the command that serves it; or why it would not."""
+    from ms_quant.serve.check import serve_check as check
+
+    result = check(checkpoint, runtime, tp, device.lower())
+    emit(result, as_json, _show_serving)
+    exit_if_problems(result["problems"])
+
+
 @app.command("eval", epilog=example("ms-quant eval Qwen3-8B-W8A8 --text heldout.txt"))
 def evaluate(
     checkpoint: CheckpointArgument,
@@ -362,6 +385,24 @@ def _show_verification(result: dict[str, Any]) -> None:
             print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
     if not result["problems"]:
         print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
+
+
+def _show_serving(result: dict[str, Any]) -> None:
+    keys = ("checkpoint", "flavour", "runtime", "tp", "device")
+    show_fields({key: result[key] or None for key in keys})
+    if result["loaded"]:
+        table = _table("layer", "ranks", "loaded as", "weight", "layers", "size")
+        table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, (0, 1)
+        for row in result["loaded"]:
+            cells = [row[key] for key in ("kind", "ranks", "method", "weight", "layers")]
+            table.add_row(*map(str, cells), human_bytes(row["bytes"]))
+        Console().print(table)
+    for problem in result["problems"]:
+        print(problem)
+    for text in result["notes"]:
+        note(f"note: {text}")
+    if result["line"]:
+        print(result["line"])
 
 
 def _show_inspection(result: dict[str, Any]) -> None:

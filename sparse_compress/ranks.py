@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, open_file
 from ms_quant.errors import MsQuantError
+from ms_quant.models.families import LinearGroup
 from ms_quant.strict_json import read_json
+from sparse_compress.codec import decompress_matrix, matrix_info
+from sparse_compress.fp16 import SMALLEST_NORMAL
 from sparse_compress.layouts import MAX_DESCRIPTION_BYTES, Layout, Target
+from sparse_compress.partition import fused_shape
 
 
 class RankTensors:
@@ -74,8 +78,16 @@ class RankTensors:
         return self._files[name]
 
 
-def structure_problems(layout: Layout, ranks: list[RankTensors]) -> list[str]:
-    """Missing and unknown tensors, and those of a wrong type or shape, one line each."""
+def structure_problems(
+    layout: Layout, ranks: list[RankTensors], ignored: Collection[str] = ()
+) -> list[str]:
+    """Missing and unknown tensors, and those of a wrong type or shape, one line each.
+
+    Args:
+        layout: what each rank should hold.
+        ranks: the ranks.
+        ignored: suffixes of what a rank may hold beside it.
+    """
     problems, expected = [], layout.tensors()
     for rank in ranks:
         for name, spec in expected.items():
@@ -92,6 +104,7 @@ def structure_problems(layout: Layout, ranks: list[RankTensors]) -> list[str]:
         problems += [
             f"{rank.path(name)}: unknown tensor {name!r}, expected none"
             for name in sorted(rank.names - set(expected))
+            if name.rpartition(".")[2] not in ignored
         ]
     return problems
 
@@ -124,8 +137,59 @@ def open_ranks(directory: Path, target: Target, tp: int) -> list[RankTensors]:
     Raises:
         MsQuantError: a rank is missing, one too many, or malformed.
     """
+    return [RankTensors(place) for place in rank_places(directory, target, tp)]
+
+
+def rank_places(directory: Path, target: Target, tp: int) -> list[Path]:
+    """Where the ranks of a checkpoint are: these and no others.
+
+    Raises:
+        MsQuantError: a rank is missing, or one too many.
+    """
     found = sorted(path.name for path in directory.glob(target.ranks))
     places = [target.rank_place(rank) for rank in range(tp)]
     if found != sorted(places):
         raise MsQuantError(f"{directory}: has {found!r:.80}, expected {sorted(places)!r:.80}")
-    return [RankTensors(directory / place) for place in places]
+    return [directory / place for place in places]
+
+
+def decode_weight(
+    layout: Layout, tensors: RankTensors, fused: str, group: LinearGroup, workers: int
+) -> np.ndarray:
+    """The int8 weight of a compressed linear on one rank.
+
+    Raises:
+        MsQuantError: its index, its ``info`` or a tile is wrong.
+    """
+    info = matrix_info(*fused_shape(layout.config, layout.tp, group))
+    if layout.target.info:
+        _check_info(tensors, f"{fused}.info", info)
+    weight, tiles = tensors.read(f"{fused}.weight"), tensors.read(f"{fused}.index")
+    try:
+        return decompress_matrix(weight, tiles, info, "low", threads=workers)
+    except MsQuantError as error:
+        path = tensors.path(f"{fused}.weight")
+        raise MsQuantError(f"{path}: tensor '{fused}.weight': {error}") from None
+
+
+def check_input_scale(scale: np.ndarray, name: str) -> None:
+    """Refuses scales that are not normal float16.
+
+    Raises:
+        MsQuantError: says how many are not.
+    """
+    good = int(np.count_nonzero(np.isfinite(scale) & (scale >= SMALLEST_NORMAL)))
+    if good != scale.size:
+        raise MsQuantError(
+            f"{name}: {scale.size - good} of {scale.size} values are not finite or below "
+            f"{SMALLEST_NORMAL:g}, the smallest normal float16"
+        )
+
+
+def _check_info(tensors: RankTensors, name: str, expected: np.ndarray) -> None:
+    found = tensors.read(name)
+    if not np.array_equal(found, expected):
+        raise MsQuantError(
+            f"{tensors.path(name)}: tensor {name!r} is {found.tolist()}, expected "
+            f"{expected.tolist()}"
+        )

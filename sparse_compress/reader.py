@@ -13,19 +13,24 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
-from sparse_compress.codec import CORES, decompress_matrix, matrix_info
-from sparse_compress.fp16 import FLOAT16, SMALLEST_NORMAL
+from sparse_compress.codec import CORES
+from sparse_compress.fp16 import FLOAT16
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout, find_target, rank_name
 from sparse_compress.pack import deq_floats, plain_quant_bias, unfold_bias
 from sparse_compress.partition import (
     Place,
     fused_rows,
-    fused_shape,
     join,
     place,
     same_bits,
 )
-from sparse_compress.ranks import RankTensors, open_ranks, structure_problems
+from sparse_compress.ranks import (
+    RankTensors,
+    check_input_scale,
+    decode_weight,
+    open_ranks,
+    structure_problems,
+)
 
 
 class SparseModel:
@@ -135,16 +140,7 @@ class SparseModel:
 
     def decode(self, rank: int, fused: str, group: LinearGroup) -> np.ndarray:
         """A rank's fused int8 weight."""
-        tensors = self.ranks[rank]
-        info = matrix_info(*fused_shape(self.config, self.layout.tp, group))
-        if self.layout.target.info:
-            _check_info(tensors, f"{fused}.info", info)
-        weight, tiles = tensors.read(f"{fused}.weight"), tensors.read(f"{fused}.index")
-        try:
-            return decompress_matrix(weight, tiles, info, "low", threads=self.workers)
-        except MsQuantError as error:
-            path = tensors.path(f"{fused}.weight")
-            raise MsQuantError(f"{path}: tensor '{fused}.weight': {error}") from None
+        return decode_weight(self.layout, self.ranks[rank], fused, group, self.workers)
 
     def _deq_scale(self, rank: int, fused: str) -> np.ndarray:
         name = f"{fused}.deq_scale"
@@ -153,12 +149,7 @@ class SparseModel:
     def _input_scale(self, fused: str, places: list[Place], size: int) -> np.ndarray:
         name = f"{fused}.input_scale"
         scale = self._input(name, places, size)
-        wrong = size - int(np.count_nonzero(np.isfinite(scale) & (scale >= SMALLEST_NORMAL)))
-        if wrong:
-            raise MsQuantError(
-                f"{name}: {wrong} of {size} values are not finite or below {SMALLEST_NORMAL:g}, "
-                "the smallest normal float16"
-            )
+        check_input_scale(scale, name)
         return scale.astype(np.float32)
 
     def _input_offset(self, fused: str, places: list[Place], size: int) -> np.ndarray:
@@ -254,15 +245,6 @@ class SparseModel:
     def _places(self, group: LinearGroup, member: str) -> list[Place]:
         tp = self.layout.tp
         return [place(self.config, tp, rank, group, member) for rank in range(tp)]
-
-
-def _check_info(tensors: RankTensors, name: str, expected: np.ndarray) -> None:
-    found = tensors.read(name)
-    if not np.array_equal(found, expected):
-        raise MsQuantError(
-            f"{tensors.path(name)}: tensor {name!r} is {found.tolist()}, expected "
-            f"{expected.tolist()}"
-        )
 
 
 def open_w8a8sc(directory: Path, workers: int = CORES) -> ServedModel | None:

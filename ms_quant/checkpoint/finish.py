@@ -270,8 +270,12 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def check_files(directory: Path) -> list[str]:
+def check_files(directory: Path, chosen: Callable[[str], bool] = lambda name: True) -> list[str]:
     """What differs from the record: missing and changed files, itself included, one line each.
+
+    Args:
+        directory: the checkpoint.
+        chosen: whether a file, by its path in the directory, is looked at.
 
     Raises:
         MsQuantError: there is no record, or it is not JSON.
@@ -282,18 +286,22 @@ def check_files(directory: Path) -> list[str]:
     problems = []
     if seal(content) != value or path.read_bytes() != json_text(value).encode():
         problems.append(f"{path}: differs from its own sha256, the file was changed")
-    return [*problems, *_listed_problems(directory, value, _file_problem)]
+    return [*problems, *_listed_problems(directory, value, _file_problem, chosen)]
 
 
 def _listed_problems(
-    directory: Path, value: Mapping[str, Any], check: Callable[[Path, str, Any], str | None]
+    directory: Path,
+    value: Mapping[str, Any],
+    check: Callable[[Path, str, Any], str | None],
+    chosen: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[str]:
     """What is wrong with the files that a record lists."""
     listed = value.get("files")
     if not isinstance(listed, dict):
         yield f"{directory / RECORD}: lists no files"
         return
-    yield from filter(None, (check(directory, name, entry) for name, entry in listed.items()))
+    found = (check(directory, name, entry) for name, entry in listed.items() if chosen(name))
+    yield from filter(None, found)
 
 
 def _file_problem(directory: Path, name: str, expected: Any) -> str | None:

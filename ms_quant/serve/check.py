@@ -1,0 +1,82 @@
+"""A dry run of serving: what a runtime will load how, or why it will not.
+
+Rules of checkpoints that other packages make are theirs, under the entry point group
+``ms_quant.serve_checks``: a function that takes a :class:`ServeRequest` and returns
+:class:`Served`, or None when the checkpoint is not of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from ms_quant.errors import MsQuantError
+from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
+from ms_quant.serve.records import DEVICES, Served, ServeRequest
+
+RUNTIMES: dict[str, Callable[[ServeRequest], Served]] = {
+    "vllm-mindspore": vllm_mindspore.check,
+    "vllm-ascend": vllm_ascend.check,
+    "mindie": mindie.check,
+}
+MAX_TP = 1024
+
+
+def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -> dict[str, Any]:
+    """Checks that a runtime can serve a checkpoint, without the runtime.
+
+    Args:
+        checkpoint: the directory.
+        runtime: one of ``RUNTIMES``.
+        tp: tensor-parallel ranks.
+        device: one of ``DEVICES``, or "" for the one that such checkpoints are made for.
+
+    Returns:
+        JSON: ``checkpoint``, ``flavour``, ``runtime``, ``tp``, ``device``; ``problems`` (one
+        sentence each; empty when it can) and ``notes``; ``loaded``: a row for each kind of layer
+        and rank; ``command``, ``environment`` and ``line``, both as one types them, empty when
+        there are problems.
+
+    Raises:
+        MsQuantError: an argument has no such value, or the directory cannot be read at all.
+    """
+    _check_arguments(runtime, tp, device)
+    request = ServeRequest(Path(checkpoint), runtime, tp, device)
+    served = _by_others(request) or RUNTIMES[runtime](request)
+    right = not served.problems
+    return {
+        "checkpoint": str(checkpoint),
+        "flavour": served.flavour,
+        "runtime": runtime,
+        "tp": tp,
+        "device": served.device,
+        "problems": list(dict.fromkeys(served.problems)),
+        "notes": served.notes,
+        "loaded": [asdict(row) for row in served.loaded],
+        "command": served.command if right else [],
+        "environment": served.environment if right else {},
+        "line": served.line if right else "",
+    }
+
+
+def _check_arguments(runtime: str, tp: int, device: str) -> None:
+    if runtime not in RUNTIMES:
+        raise MsQuantError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}")
+    if device and device not in DEVICES:
+        raise MsQuantError(f"device {device!r} is unknown, expected one of {', '.join(DEVICES)}")
+    if not 1 <= tp <= MAX_TP:
+        raise MsQuantError(f"tp is {tp}, expected 1 to {MAX_TP}")
+
+
+def _by_others(request: ServeRequest) -> Served | None:
+    if not request.checkpoint.is_dir():
+        raise MsQuantError(f"{request.checkpoint}: no such model directory")
+    for point in sorted(entry_points(group="ms_quant.serve_checks"), key=lambda p: p.name):
+        check: Callable[[ServeRequest], Served | None] = point.load()
+        served = check(request)
+        if served is not None:
+            return served
+    return None

@@ -1,0 +1,131 @@
+"""What all runtimes ask of checkpoints that are not split over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from ms_quant.checkpoint.companions import config_problems
+from ms_quant.checkpoint.finish import RECORD, check_files
+from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.structure import Structure, read_structure
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
+from ms_quant.serve.records import (
+    Loaded,
+    Served,
+    ServeRequest,
+    kind_of,
+    merged,
+    rank_text,
+    weight_text,
+)
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structure | None, Served]:
+    """A checkpoint's structure and what is wrong with it for any runtime.
+
+    Args:
+        request: what is asked.
+        flavours: those that the runtime reads.
+
+    Returns:
+        The structure, None where it cannot be served at all, and the findings so far.
+
+    Raises:
+        MsQuantError: the directory is no quantized checkpoint.
+    """
+    structure, problems = read_structure(request.checkpoint)
+    if structure is None:
+        return None, Served("", problems=problems)
+    flavour, plan = structure.flavour, structure.plan
+    kinds = (
+        "+".join(sorted({way.scheme.name for way in plan.ways})) if plan.quantized() else "FLOAT"
+    )
+    served = Served(f"{flavour.name} {kinds}", problems=problems)
+    if flavour.name not in flavours:
+        served.problems.append(
+            f"{request.checkpoint}: is {flavour.title}, expected {' or '.join(flavours)} for "
+            f"{request.runtime} (ms-quant convert makes one where it can)"
+        )
+        return None, served
+    served.problems += config_problems(request.checkpoint, plan.dtype, flavour.entry)
+    served.problems += _index_problems(structure.checkpoint)
+    if (request.checkpoint / RECORD).exists():
+        served.problems += check_files(request.checkpoint)
+    else:
+        served.notes.append(f"there is no {RECORD}: files are not compared with what was written")
+    return structure, served
+
+
+def _index_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Tensors that only the index leaves out: runtimes read whole files."""
+    named = set(checkpoint.names)
+    for path in checkpoint.files():
+        for name in sorted(checkpoint.shard(path.name).tensors.keys() - named):
+            yield f"{path}: unknown tensor {name!r}, expected only those that the index names"
+
+
+def server_findings(served: Served, directory: Path, config: ModelConfig, tp: int) -> None:
+    """Adds what any vLLM needs of a model directory and its ranks."""
+    architectures = config.raw.get("architectures")
+    if not (isinstance(architectures, list) and architectures):
+        served.problems.append(
+            f"{directory / 'config.json'}: architectures is {architectures!r:.80}, expected the "
+            "model's class, which vLLM looks up"
+        )
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        served.notes.append("the directory has no tokenizer: give --tokenizer to the server")
+    try:
+        check_tp(config, tp)
+    except MsQuantError as error:
+        served.problems.append(str(error))
+
+
+def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
+    """What each rank of a runtime that fuses q/k/v and gate/up loads."""
+    plan, config = structure.plan, structure.plan.config
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor in structure.expected.values():
+        sizes[tensor.name.rpartition(".")[0]] += tensor.bytes
+    ranks = rank_text(tp)
+    rows, linears = [], set()
+    for index in range(config.num_layers):
+        quantized = {group.name for group in plan.groups(index)}
+        for group in config.family.groups:
+            paths = [f"{block_prefix(index)}{member}" for member in group.members]
+            linears |= set(paths)
+            own = plan.of(index, group)
+            method = own.scheme.name if group.name in quantized else "FLOAT"
+            dtype = plan.dtype if method == "FLOAT" else ""
+            weight = weight_text(fused_shape(config, tp, group), dtype)
+            size = sum(sizes[path] for path in paths) // tp
+            rows.append(Loaded(kind_of(group.fused), ranks, method, weight, 1, size))
+    for name, tensor in structure.expected.items():
+        path = name.rpartition(".")[0]
+        if path not in linears:
+            shape = _rank_shape(config, name, tensor.shape, tp)
+            size = tensor.dtype.itemsize * math.prod(shape)
+            text = weight_text(shape, tensor.dtype)
+            rows.append(Loaded(kind_of(path), ranks, "FLOAT", text, 1, size))
+    return merged(rows)
+
+
+def _rank_shape(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """Tables are split by rows, padded; all else that is no linear is on every rank."""
+    return (vocab_rows(config, tp, 0).stop, *shape[1:]) if name in TABLES else shape
+
+
+def row_parallel(structure: Structure) -> Iterator[str]:
+    """Paths of the quantized linears whose inputs are split over ranks."""
+    plan = structure.plan
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            if group.parallel == "row":
+                yield from (f"{block_prefix(index)}{member}" for member in group.members)

@@ -1,0 +1,82 @@
+"""The rules of vllm-ascend for checkpoints that are not split over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ms_quant.checkpoint.structure import Structure
+from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES
+from ms_quant.serve.flat import loaded_rows, open_flat, row_parallel, server_findings
+from ms_quant.serve.records import Served, ServeRequest
+
+NEWER_DEVICE = ("FP8", "MX")
+OLD = "up to 0.25"
+
+
+def command(request: ServeRequest, *flags: str) -> list[str]:
+    """The command that serves a checkpoint."""
+    ranks = ["--tensor-parallel-size", str(request.tp)]
+    return ["vllm", "serve", str(request.checkpoint), *flags, *ranks]
+
+
+def check(request: ServeRequest) -> Served:
+    """What the runtime will do with a checkpoint that is not split over ranks."""
+    structure, served = open_flat(request, ("ascend", "compressed-tensors"))
+    served.device = request.device or "910b"
+    if structure is None:
+        return served
+    plan = structure.plan
+    server_findings(served, request.checkpoint, plan.config, request.tp)
+    served.problems += _scheme_problems(structure, request, served)
+    if served.device == "310p" and plan.config.dtype == "bfloat16":
+        served.problems.append(
+            f"{request.checkpoint}: is a bfloat16 checkpoint, expected float16 on a 310P "
+            "(ms-quant quantize --dtype float16): what is stored depends on it"
+        )
+    if not served.problems:
+        served.problems += _rank_problems(structure, request.tp)
+    if served.problems:
+        return served
+    served.loaded = loaded_rows(structure, request.tp)
+    ours = structure.flavour.name == "ascend"
+    served.command = command(request, *(("--quantization", "ascend") if ours else ()))
+    return served
+
+
+def _scheme_problems(structure: Structure, request: ServeRequest, served: Served) -> Iterator[str]:
+    names = {way.scheme.name: way.scheme for way in structure.plan.ways}
+    for name, scheme in names.items() if structure.plan.quantized() else ():
+        by = [runtime for runtime in scheme.served_by if runtime.startswith("vllm-ascend")]
+        if not by:
+            yield (
+                f"{request.checkpoint}: {name} in the {structure.flavour.name} format is not "
+                "served by vllm-ascend (ms-quant schemes lists what is)"
+            )
+            continue
+        served.notes += [f"{name} is served by {by[0]} only"] if OLD in by[0] else []
+        if not any(part in name for part in NEWER_DEVICE):
+            continue
+        text = f"{name} needs float8 or float4 types, which an Ascend 910B or 310P does not have"
+        if request.device:
+            yield f"{request.checkpoint}: {text}"
+        else:
+            served.notes.append(text)
+
+
+def _rank_problems(structure: Structure, tp: int) -> Iterator[str]:
+    """Quantized linears whose inputs cannot be split over so many ranks."""
+    for path in row_parallel(structure) if tp > 1 else ():
+        scheme = structure.plan.scheme_of(path)
+        inputs = structure.plan.config.linear_shapes()[path.split(".", 3)[3]][1]
+        if f"{path}.left_trans" in structure.expected:
+            yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
+        elif f"{path}.scale_bias" in structure.expected and ROW_PARALLEL_SLICES % tp:
+            yield (
+                f"{path}.scale_bias: is stored in {ROW_PARALLEL_SLICES} slices, tp is {tp}, "
+                "expected a divisor"
+            )
+        elif scheme.weight.group_size and inputs // tp % scheme.weight.group_size:
+            yield (
+                f"{path}: {inputs} inputs on {tp} ranks, expected groups of "
+                f"{scheme.weight.group_size} on each"
+            )

@@ -1,0 +1,239 @@
+"""ms-quant serve-check of checkpoints that are not split over ranks, by each runtime's rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ms_quant.checkpoint.finish import RECORD
+from ms_quant.errors import MsQuantError
+from ms_quant.pipeline import quantize_checkpoint
+from ms_quant.request import QuantizeOptions, make_choices
+from ms_quant.serve.check import serve_check
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(
+    tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path, blocking_mindspore: None
+) -> Make:
+    """A quantized tiny model, without the record that would tell every change."""
+
+    def one(scheme: str = "W8A8", format: str = "", dtype: str = "bfloat16", **model: Any) -> Path:
+        source = tiny_model(f"source-{scheme}-{format}-{dtype}", layers=1, dtype=dtype, **model)
+        calibration = {"calib": calib_text, "samples": 2, "seq_len": 16}
+        options = QuantizeOptions(
+            source,
+            tmp_path / f"{scheme}-{format}-{dtype}",
+            scheme=scheme,
+            formats=(format,) if format else (),
+            choices=make_choices({}, [], False, "float"),
+            **(calibration if scheme == "W8A8" else {}),
+        )
+        quantize_checkpoint(options)
+        (options.output / RECORD).unlink()
+        return options.output
+
+    return one
+
+
+def problems(directory: Path, runtime: str = "vllm-mindspore", tp: int = 1, **more: str) -> str:
+    found = serve_check(directory, runtime, tp, **more)
+    assert not found["problems"] or not found["line"]
+    return "\n".join(found["problems"])
+
+
+def edit(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    (path,) = directory.glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_what_is_loaded_how(make: Make) -> None:
+    found = serve_check(make(dtype="float16"), "vllm-mindspore", 2)
+    assert found["problems"] == []
+    rows = {row["kind"]: row for row in found["loaded"]}
+    assert rows["qkv_proj"]["weight"] == "24 x 16"
+    assert rows["qkv_proj"]["method"] == "W8A8"
+    assert rows["down_proj"]["weight"] == "16 x 12"
+    assert rows["embed_tokens"]["weight"] == "float16 160 x 16"
+    assert rows["norm"]["weight"] == "float16 16"
+    assert {row["ranks"] for row in found["loaded"]} == {"each of 2"}
+    assert found["line"] == (
+        f"VLLM_MS_MODEL_BACKEND=Native vllm-mindspore serve {found['checkpoint']} "
+        "--quantization golden-stick --tensor-parallel-size 2"
+    )
+
+
+def test_on_a_310p(make: Make) -> None:
+    """What the documentation of the runtime asks for there, and what float16 does."""
+    directory = make()
+    found = serve_check(directory, "vllm-mindspore", 1, "310p")
+    assert found["environment"] == {
+        "VLLM_MS_MODEL_BACKEND": "Native",
+        "MS_ENABLE_LCCL": "off",
+        "HCCL_OP_EXPANSION_MODE": "AI_CPU",
+        "MS_ENABLE_INTERNAL_BOOST": "off",
+        "MS_ALLOC_CONF": "enable_vmm:true",
+    }
+    assert "--dtype float16" in found["line"]
+    scale = "model.layers.0.mlp.down_proj.deq_scale"
+    edit(directory, lambda tensors: tensors[scale].__imul__(np.float32(1e-9)))
+    assert problems(directory) == ""
+    assert f"{scale}: 16 of 16 values become 0 in float16" in problems(directory, device="310p")
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda t: t.update(odd=np.zeros(1, np.int8)), "unknown tensor 'odd', expected only"),
+        (
+            lambda t: t["model.layers.0.self_attn.k_proj.input_scale"].__imul__(2),
+            "k_proj.input_scale differs from model.layers.0.self_attn.q_proj.input_scale",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.input_scale": np.ones(1, np.float16)}),
+            "is float16 [1], expected float16 [16]",
+        ),
+    ],
+)
+def test_tensors_that_vllm_mindspore_would_load_wrongly(
+    make: Make, change: Callable[[dict[str, np.ndarray]], Any], pattern: str
+) -> None:
+    directory = make(dtype="float16")
+    edit(directory, change)
+    assert pattern in problems(directory)
+
+
+def test_a_missing_tensor(make: Make) -> None:
+    directory = make(dtype="float16")
+    edit(directory, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(MsQuantError, match=r"has no tensor 'model.norm.weight', expected it as"):
+        problems(directory)
+    (directory / "model.safetensors.index.json").unlink()
+    assert "tensor 'model.norm.weight' is missing" in problems(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "pattern"),
+    [
+        ("config.json", lambda v: v.pop("architectures"), "architectures is None, expected"),
+        ("config.json", lambda v: v.update(compression_config={}), "has compression_config"),
+        (
+            "quantization_description.json",
+            lambda v: v.update({"model.layers.0.mlp.up_proj.weight": "FLOAT"}),
+            "expected one",
+        ),
+    ],
+)
+def test_files_that_vllm_mindspore_would_read_wrongly(
+    make: Make, name: str, change: Callable[[dict[str, Any]], Any], pattern: str
+) -> None:
+    directory = make(dtype="float16")
+    edit_json(directory / name, change)
+    assert pattern in problems(directory)
+
+
+def test_two_descriptions(make: Make) -> None:
+    """The runtime refuses them; a copy under another name is one of them."""
+    directory = make(dtype="float16")
+    (directory / "my_quant_model_description.json").write_text("{}")
+    assert "expected one: the runtime refuses several" in problems(directory)
+
+
+def test_ranks_that_do_not_divide_the_model(make: Make) -> None:
+    assert "tp is 3, expected a divisor of num_attention_heads, which is 4" in problems(
+        make(), tp=3
+    )
+
+
+def test_schemes_and_flavours_of_runtimes(make: Make) -> None:
+    dynamic = make("W8A8_DYNAMIC", "golden-stick")
+    assert "W8A8_DYNAMIC is not served by vllm-mindspore's Native backend" in problems(dynamic)
+    ascend = make("W8A8_DYNAMIC", "ascend")
+    assert "is an ascend checkpoint, expected golden-stick" in problems(ascend)
+    found = serve_check(ascend, "vllm-ascend", 2)
+    assert found["line"].startswith("vllm serve ")
+    assert "--quantization ascend" in found["line"]
+    assert "expected float16 on a 310P" in problems(ascend, "vllm-ascend", device="310p")
+    assert "is an ascend checkpoint, expected mindie-sd for mindie" in problems(ascend, "mindie")
+
+
+def test_types_that_a_device_does_not_have(make: Make) -> None:
+    directory = make("W8A8_MXFP8", hidden_size=64, intermediate_size=64)
+    found = serve_check(directory, "vllm-ascend")
+    assert found["problems"] == []
+    assert "needs float8 or float4 types" in found["notes"][-1]
+    assert "needs float8" in problems(directory, "vllm-ascend", device="910b")
+
+
+def test_groups_that_ranks_do_not_divide(make: Make) -> None:
+    directory = make("W8A8_MXFP8", hidden_size=64, intermediate_size=96, head_dim=32)
+    assert problems(directory, "vllm-ascend") == ""
+    found = problems(directory, "vllm-ascend", tp=2)
+    assert "down_proj: 96 inputs on 2 ranks, expected groups of 32 on each" in found
+
+
+def test_mindie(make: Make) -> None:
+    """MindIE-SD checks who may read its files, and reads one for all or one for each rank."""
+    directory = make("W8A8_DYNAMIC", "mindie-sd")
+    files = [path for path in directory.iterdir() if path.name.startswith("quant_model_")]
+    for path in files:
+        path.chmod(0o644)
+    assert problems(directory, "mindie").count("has mode 644, expected at most 640") == len(files)
+    for path in files:
+        path.chmod(0o640)
+    found = serve_check(directory, "mindie")
+    assert found["line"].startswith("quantize(model, ")
+    assert "expected --tp 1" in problems(directory, "mindie", tp=2)
+
+
+def test_without_a_record(make: Make) -> None:
+    directory = make()
+    assert "no ms_quant.json" in serve_check(directory, "vllm-mindspore")["notes"][0]
+
+
+def test_arguments(tmp_path: Path) -> None:
+    for arguments, pattern in (
+        (("tgi", 1, ""), "runtime 'tgi' is unknown, expected one of vllm-mindspore"),
+        (("mindie", 1, "a100"), "device 'a100' is unknown, expected one of 310p, 910b"),
+        (("mindie", 0, ""), "tp is 0, expected 1 to 1024"),
+    ):
+        with pytest.raises(MsQuantError, match=pattern):
+            serve_check(tmp_path, *arguments)
+    with pytest.raises(MsQuantError, match="no such model directory"):
+        serve_check(tmp_path / "none", "mindie")
+
+
+def test_the_command(make: Make, ms_quant_command: Command) -> None:
+    """A table and the line on standard output, notes and errors on the other; status 1 if not."""
+    directory = make()
+    runtime = ("--runtime", "vllm-mindspore")
+    good = ms_quant_command("serve-check", directory, *runtime, "--tp", 2)
+    assert good.returncode == 0, good.stderr
+    assert "gate_up_proj" in good.stdout
+    assert "vllm-mindspore serve" in good.stdout.splitlines()[-1]
+    as_json = ms_quant_command("serve-check", directory, *runtime, "--json")
+    assert json.loads(as_json.stdout)["command"][:2] == ["vllm-mindspore", "serve"]
+    bad = ms_quant_command("serve-check", directory, *runtime, "--tp", 3)
+    assert bad.returncode == 1
+    assert bad.stderr.endswith("error: 1 problem found\n")
+    assert "vllm-mindspore serve" not in bad.stdout
+    assert os.linesep + "Traceback" not in bad.stderr
