@@ -7,9 +7,8 @@ directory and returns a ``ServedModel``, or None when the directory is not of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +27,7 @@ from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.models.families import CACHED
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan import Plan
+from ms_quant.plugins import first_answer
 
 __all__ = [
     "FloatModel",
@@ -186,11 +186,9 @@ def open_model(directory: Path | str) -> ServedModel:
     directory = Path(directory)
     if not directory.is_dir():
         raise MsQuantError(f"{directory}: no such model directory")
-    for point in sorted(entry_points(group="ms_quant.checkpoint_readers"), key=lambda p: p.name):
-        opener: Callable[[Path], ServedModel | None] = point.load()
-        model = opener(directory)
-        if model is not None:
-            return model
+    model: ServedModel | None = first_answer("ms_quant.checkpoint_readers", directory)
+    if model is not None:
+        return model
     if is_quantized(directory):
         return QuantizedModel(directory)
     return FloatModel(directory)

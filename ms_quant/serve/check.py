@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
+from ms_quant.plugins import first_answer
 from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
 from ms_quant.serve.records import DEVICES, Served, ServeRequest
 
@@ -74,9 +74,5 @@ def _check_arguments(runtime: str, tp: int, device: str) -> None:
 def _by_others(request: ServeRequest) -> Served | None:
     if not request.checkpoint.is_dir():
         raise MsQuantError(f"{request.checkpoint}: no such model directory")
-    for point in sorted(entry_points(group="ms_quant.serve_checks"), key=lambda p: p.name):
-        check: Callable[[ServeRequest], Served | None] = point.load()
-        served = check(request)
-        if served is not None:
-            return served
-    return None
+    served: Served | None = first_answer("ms_quant.serve_checks", request)
+    return served

@@ -134,7 +134,7 @@ class Stop:
 def test_a_ratio_is_reached_at_any_number_of_ranks(make: Make, tmp_path: Path) -> None:
     job = tmp_path / "job"
     whole = make(MODEL, target_ratio=0.45, job=job, keep_job=True, **OPTIONS)
-    assert whole.summary["ratio"] == pytest.approx(0.45, rel=0.03)
+    assert 0.97 * 0.45 <= whole.summary["ratio"] <= 0.45  # predicted from few rows
     assert whole.summary["predicted_ratio"] == pytest.approx(0.45, rel=0.01)
     assert whole.summary["target_ratio"] == 0.45 and whole.summary["price"] > 0
     assert "sparsity" not in whole.summary and "pruning" not in whole.summary
@@ -142,7 +142,7 @@ def test_a_ratio_is_reached_at_any_number_of_ranks(make: Make, tmp_path: Path) -
     made = run(replace(two, keep_job=False), again)
     assert set(again.steps) == {"compress"}  # the kept job serves any number of ranks
     assert made["flavour"] == "W8A8SC TP2" and made["price"] == whole.summary["price"]
-    assert made["ratio"] == pytest.approx(0.45, rel=0.03)
+    assert 0.97 * 0.45 <= made["ratio"] <= 0.45
     found = verify(two.output, whole.source)
     assert found["problems"] == [] and found["checked"]["measured"] == 5
     assert left(job) == []
