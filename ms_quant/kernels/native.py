@@ -242,28 +242,17 @@ def pack_params(
     return packed
 
 
-def linear(
-    weights: np.ndarray,
-    params: np.ndarray,
-    x: np.ndarray,
-    outputs: int,
-    threads: int | None = None,
-) -> np.ndarray:
-    """float32 (rows, out) of float32 (rows, in), contiguous."""
-    y = np.empty((len(x), outputs), np.float32)
-    _check(
-        _library().msq_linear(
-            weights.ctypes.data,
-            weights.size,
-            params.ctypes.data,
-            params.size,
-            x.ctypes.data,
-            len(x),
-            y.ctypes.data,
-            threads_of(threads),
-        )
-    )
-    return y
+Blob = tuple[int, int]
+"""The address of packed bytes and how many there are."""
+
+
+def blob_of(packed: np.ndarray) -> Blob:
+    return packed.ctypes.data, packed.size
+
+
+def linear(weights: Blob, params: Blob, x: int, rows: int, y: int, threads: int) -> None:
+    """Writes float32 (rows, out) to the address `y`, of float32 (rows, in) at the address `x`."""
+    _check(_library().msq_linear(*weights, *params, x, rows, y, threads))
 
 
 def quantize_rows(
