@@ -12,6 +12,7 @@ namespace {
 struct Avx512Vnni {
   static constexpr int kWidth = 16, kVectors = 2, kRows = 12;
   static constexpr int32_t kBias = 128;
+  static constexpr bool kByDigits = true;
   using F = __m512;
   using I = __m512i;
   using Codes = __m512i;
@@ -58,8 +59,8 @@ struct Avx512Vnni {
     const I bytes = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < 4; ++i, p += 16) {
-      const I sum = iadd(_mm512_cvtps_epi32(v[i]), iset1(0x00808080));
-      const I signs = _mm512_xor_si512(sum, iset1(0x00808080));
+      const I sums = iadd(_mm512_cvtps_epi32(v[i]), iset1(0x00808080));
+      const I signs = _mm512_xor_si512(sums, iset1(0x00808080));
       const I digits = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(signs, bytes));
       const auto at = reinterpret_cast<__m128i*>(p);  // rows of 64 bytes
       _mm_storeu_si128(at, _mm512_castsi512_si128(digits));

@@ -6,7 +6,7 @@
 //   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
 //   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
 //   tile                 if it has one, sums of several rows in another way than by `dot`
-//   store_digits         if it has one, floats times codes are products of bytes for some rows
+//   kByDigits            whether floats times codes are products of bytes for some rows
 //
 // Each file that includes this is compiled for one instruction set: see quantize_impl.h for what it
 // may not call.
@@ -35,11 +35,6 @@ template <class S, class = void>
 constexpr bool kOwnTile = false;
 template <class S>
 constexpr bool kOwnTile<S, std::void_t<decltype(&S::template tile<2, 8>)>> = true;
-
-template <class S, class = void>
-constexpr bool kByDigits = false;
-template <class S>
-constexpr bool kByDigits<S, std::void_t<decltype(&S::store_digits)>> = true;
 
 template <class S>
 struct Linear {
@@ -531,7 +526,7 @@ struct Linear {
 
   static void linear(const Weights& w, const Params& p, const float* x, int64_t rows, float* y,
                      int threads, bool* out_of_memory) {
-    if constexpr (kByDigits<S>)
+    if constexpr (S::kByDigits)
       if (p.input == MSQ_FLOAT && rows <= kDigitRows)
         return by_digits(w, p, x, rows, y, threads, out_of_memory);
     by_vectors(w, p, x, rows, y, threads, out_of_memory);

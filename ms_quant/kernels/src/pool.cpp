@@ -42,6 +42,7 @@ class Pool {
     piece_ = piece;
     job_ = job;
     count_ = count;
+    runs_ = 2 * (helpers + 1);
     next_.store(0, std::memory_order_relaxed);
     state_.store(static_cast<uint64_t>(helpers) * kMost);
     if (sleeping_.load() > 0) {
@@ -86,8 +87,16 @@ class Pool {
     sleeping_.fetch_sub(1);
   }
 
+  // Takes pieces in runs, as the next of a run often lies behind it in memory: long ones first, as
+  // long as there is much left for all.
   void work() {
-    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) piece_(job_, i);
+    int64_t i = next_.load();
+    while (i < count_) {
+      const int64_t run = (count_ - i) / runs_ + 1;
+      if (!next_.compare_exchange_weak(i, i + run)) continue;
+      for (const int64_t end = i + run; i < end; ++i) piece_(job_, i);
+      i = next_.load();
+    }
   }
 
   std::mutex mutex_;
@@ -98,6 +107,7 @@ class Pool {
   Piece piece_ = nullptr;
   void* job_ = nullptr;
   int64_t count_ = 0;
+  int64_t runs_ = 1;  // of which a thread takes one of what is left
   int started_ = 0;
 };
 
