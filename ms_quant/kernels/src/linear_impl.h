@@ -43,7 +43,7 @@ struct Linear {
   static constexpr int W = S::kWidth, V = S::kVectors, R = S::kRows;
   static constexpr int64_t kColumns = int64_t{W} * V;
   static constexpr int kTall = R / kDigits * kDigits;  // rows of digits
-  static constexpr int64_t kDigitRows = 16;      // up to which floats become digits
+  static constexpr int64_t kDigitRows = 2 * kTall;  // up to which floats become digits
   static constexpr int kDirectRows = R < 4 ? R : 4;  // up to which weights are widened for each row
 
   static void float_block(void* job, int64_t block) {
