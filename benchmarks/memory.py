@@ -35,11 +35,8 @@ def anonymous():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
 
-from ms_quant.console import use_mindspore
+import ms_quant.calibration
 from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-import mindspore, ms_quant.calibration
-use_mindspore()
-mindspore.nn.Dense(8, 8)(mindspore.Tensor([[1.0] * 8]))
 model, output, calib, scheme, algorithm = sys.argv[1:]
 data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, **data)

@@ -165,7 +165,7 @@ def quantize(
 
         _emit_all([estimate(p, p.options.output) for p in prepared.all], as_json)
         return
-    if prepared.tokens is not None:
+    if any(request.plan.any("trains") for request in prepared.all):
         use_mindspore()
     with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
         result = quantize_checkpoint(options, progress, prepared)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
+from ms_quant.models.attention import QUERIES
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes
 from ms_quant.plan import Plan
@@ -18,12 +19,12 @@ from ms_quant.writing import output_bytes
 
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
 # how much of a matrix product's speed a whole block reaches.
-IMPORT_BYTES = 450 << 20
-CALIBRATED_COPIES, DATA_FREE_COPIES = 3.0, 1.2
-ACTIVATION_COPIES, SCORE_COPIES = 5, 4
-BLOCK_EFFICIENCY = 0.25
+IMPORT_BYTES, MINDSPORE_BYTES = 64 << 20, 400 << 20
+CALIBRATED_COPIES, DATA_FREE_COPIES = 2.0, 1.4
+ACTIVATION_COPIES, SCORE_COPIES = 3, 3
+BLOCK_EFFICIENCY = 0.5
 FACTOR_COPIES = 4  # of a Hessian in float64, while it is factored
-SEARCHED_GROUPS = 3  # of four: a candidate in the MLP needs no attention
+SEARCHED_GROUPS = 2.5  # of four: candidates share what comes before them
 
 
 def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
@@ -45,10 +46,11 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
     if plan.any("hessian"):
         seconds += config.num_layers * _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
-    memory = DATA_FREE_COPIES * 4 * weights
+    memory = IMPORT_BYTES + DATA_FREE_COPIES * 4 * weights
     if prepared.tokens is not None:
-        memory = CALIBRATED_COPIES * 4 * weights + IMPORT_BYTES
+        memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * weights
         memory += _activation_bytes(prepared.tokens, config)
+        memory += MINDSPORE_BYTES if plan.any("trains") else 0
         if plan.any("hessian"):
             sizes = _inputs(plan)
             memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
@@ -93,7 +95,7 @@ def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
     length = tokens.shape[1]
     batch = max(1, BATCH_TOKENS // length)
     states = batch * length * (config.hidden_size + config.intermediate_size)
-    scores = min(SCORE_BYTES, 4 * batch * config.num_heads * length**2)
+    scores = min(SCORE_BYTES, 4 * batch * config.num_heads * length * min(length, QUERIES))
     rows = min(config.vocab_size, tokens.size) * config.hidden_size
     return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
 

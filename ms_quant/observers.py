@@ -8,6 +8,7 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.histogram import Histogram
+from ms_quant.models.families import CACHED
 from ms_quant.numerics.affine import check_finite
 
 KEPT_TOKENS = 512
@@ -175,3 +176,31 @@ class StepStats(ActivationStats):
     def row_steps(self) -> np.ndarray:
         """int64 (len(rows),), the step of each kept token."""
         return np.array(self._row_steps, np.int64)
+
+
+class CacheRange:
+    """The ranges of keys and values that would be cached.
+
+    Args:
+        name: what errors call the attention.
+
+    Attributes:
+        absmax: float32 (kv heads * head_dim,), largest magnitude of each channel of keys and
+            values by the linears of ``CACHED``.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.absmax: dict[str, np.ndarray] = {}
+
+    def __call__(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Looks at (B, heads, S, D) keys and values, and gives them back.
+
+        Raises:
+            MsQuantError: a value is NaN or inf.
+        """
+        for path, x in zip(CACHED, (keys, values), strict=True):
+            check_finite(x, f"{self.name}{path}: calibration output")
+            absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
+            self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)
+        return keys, values

@@ -357,7 +357,7 @@ def _record(
             "seed": SEED if options.seed is None else options.seed,
             "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
-        record["environment"] |= environment()
+        record["environment"] |= environment(plan.any("trains"))
     return record
 
 
@@ -411,7 +411,8 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
     for way in plan.ways:
         if way.scheme.needs_calibration:
             what = f"scheme {way.scheme.name}"
-    require_mindspore(f"{what} runs the model on calibration data")
+    if plan.any("trains"):
+        require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
             f"{what} needs calibration data, expected --calib FILE (text, .jsonl or .npz)"

@@ -133,7 +133,8 @@ def run(
 
         emit(estimate(request), as_json, show_fields)
         return
-    use_mindspore()
+    if heldout is not None:
+        use_mindspore()
     _note_backend()
     with step_progress() as progress:
         result = compress(options, progress, request)

@@ -15,7 +15,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.places import check_places
 from ms_quant.plan import Choices
-from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare
+from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare, require_mindspore
 from sparse_compress.codec import CORES
 from sparse_compress.fp16 import survey
 from sparse_compress.fractal import unsupported_reason
@@ -206,6 +206,7 @@ def _goal(options: SparseOptions) -> Goal | None:
         return Goal(float(options.target_ratio))
     assert options.max_ppl_increase is not None and options.heldout is not None
     check_increase(options.max_ppl_increase)
+    require_mindspore("--max-ppl-increase runs the model on --heldout")
     tokens = eval_windows(options.heldout, options.model, options.seq_len)
     if tokens.shape[1] < 2:
         raise MsQuantError(

@@ -299,10 +299,12 @@ else:
     pipeline.run_blocks = run_blocks
 ms_quant.cli.main()
 """
-    model, output = tiny_model(), tmp_path / "out"
-    options = ["-o", output, "--calib", calib_text, "--samples", 2, "--seq-len", 8]
+    model, data = tiny_model(), ["--samples", 2, "--seq-len", 8]
+    command = ["quantize", model, "-o", tmp_path / "out", "--calib", calib_text, *data]
+    if when == "importing":
+        command = ["eval", model, "--text", calib_text]
     run = subprocess.run(
-        [sys.executable, "-c", script, when, "quantize", *map(str, [model, *options])],
+        [sys.executable, "-c", script, when, *map(str, command)],
         env=package_environment,
         capture_output=True,
         text=True,
@@ -391,6 +393,9 @@ def test_without_mindspore(
     dynamic = ["quantize", model, "-o", output, "--scheme", "W8A8_DYNAMIC", "--json"]
     assert result(run(*dynamic, "--dry-run"))["blocks"] == 1
     assert result(run(*dynamic))["quantized_linears"] == 7
+    data = ["--calib", calib_text, "--samples", 2, "--seq-len", 8]
+    static = ["quantize", model, "-o", tmp_path / "static", "--algorithm", "osl+gptq", *data]
+    assert result(run(*static, "--json"))["quantized_linears"] == 7
     assert result(run("verify", output, "--source", model, "--json"))["problems"] == []
     assert result(run("inspect", output, "--json"))["flavour"] == "golden-stick W8A8_DYNAMIC"
     assert result(run("inspect", model, "--json"))["flavour"] == "float"
@@ -398,8 +403,8 @@ def test_without_mindspore(
     for arguments in (
         ["eval", output, "--text", calib_text],
         ["generate", output, "--prompt", "the"],
-        ["quantize", model, "-o", tmp_path / "static", "--calib", calib_text],
+        ["quantize", model, "-o", tmp_path / "flat", "--scheme", "W4A4_FLATQUANT_DYNAMIC", *data],
     ):
         found = error(run(*arguments))
         assert "needs MindSpore: pip install 'ms-quant[mindspore]'" in found
-    assert not (tmp_path / "static").exists()
+    assert not (tmp_path / "flat").exists()

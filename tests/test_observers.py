@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.observers import ActivationStats, StepStats
+from ms_quant.models.families import KEYS, VALUES
+from ms_quant.observers import ActivationStats, CacheRange, StepStats
 
 
 def split(x: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
@@ -150,3 +151,29 @@ def test_a_step_with_nan_leaves_no_trace():
     with pytest.raises(MsQuantError, match=r"^a input: 1 of 3 values are NaN"):
         stats.update_step(np.float32([[1, np.nan, 2]]), 1)
     assert not stats.seen_steps and not len(stats.row_steps)
+
+
+def random_heads(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype("f4")
+
+
+def test_ranges_of_cached_keys_and_values():
+    cache = CacheRange("block.")
+    batches = [(random_heads(i, (2, 3, 4, 5)), random_heads(9 + i, (2, 3, 4, 5))) for i in range(3)]
+    for keys, values in batches:
+        returned = cache(keys, values)
+        assert returned[0] is keys and returned[1] is values
+    for path, arrays in zip((KEYS, VALUES), zip(*batches, strict=True), strict=True):
+        for head, channel in np.ndindex(3, 5):
+            expected = max(float(np.abs(a[:, head, :, channel]).max()) for a in arrays)
+            assert cache.absmax[path][head * 5 + channel] == np.float32(expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_cached_values_that_are_not_finite_are_refused_by_name(value):
+    keys = random_heads(0, (1, 2, 3, 4))
+    values = keys.copy()
+    values[0, 1, 2, 3] = value
+    message = r"layers\.4\.self_attn\.v_proj: calibration output: 1 of"
+    with pytest.raises(MsQuantError, match=message):
+        CacheRange("layers.4.")(keys, values)

@@ -54,9 +54,6 @@ from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
 data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
 prepared = prepare(options)
-if prepared.tokens is not None:
-    import mindspore
-    mindspore.runtime.launch_blocking()
 say("ready")
 result = quantize_checkpoint(options, prepared=prepared)
 say("finished before" if result["finished_before"] else "finished")

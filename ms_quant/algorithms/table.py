@@ -58,6 +58,7 @@ class Algorithm:
     places: whether codes may be others than the nearest ones, or scales than the ranges say.
     searches: how many candidates it tries for a group; each takes a forward of the block.
     kept_tokens: it looks at this many of the tokens' inputs themselves, at most.
+    trains: whether it needs gradients, which MindSpore computes.
     adds: what it puts beside the weight: "branch" of low rank, "kronecker" transform, or "".
     """
 
@@ -75,6 +76,7 @@ class Algorithm:
     places: bool = False
     searches: int = 0
     kept_tokens: int = KEPT_TOKENS
+    trains: bool = False
     adds: str = ""
 
 
@@ -176,6 +178,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         flatquant.DEFAULTS,
         _own("flatquant"),
         kept_tokens=2048,
+        trains=True,
         adds="kronecker",
     ),
     "svd": Algorithm(

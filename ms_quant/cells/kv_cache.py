@@ -1,4 +1,4 @@
-"""Keys and values cached in int8, and what calibration sees of them."""
+"""Keys and values cached in int8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mindspore import Tensor, ops
 
 from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.families import CACHED
-from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE, check_finite
+from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
 
 
 class Int8KeyValueCache(KeyValueCache):
@@ -59,29 +59,3 @@ class Int8KeyValueCache(KeyValueCache):
             return ops.reshape(self.scales[which], (1, x.shape[1], 1, x.shape[3]))
         scale = ops.amax(ops.abs(x.astype(ms.float32)), (1, 3), True) / float(QMAX)
         return ops.select(scale >= float(SMALLEST_SCALE), scale, ops.ones_like(scale))
-
-
-class ObservedCache:
-    """Stands for a cache during calibration: keeps ranges and nothing else.
-
-    Args:
-        name: what errors call the attention.
-
-    Attributes:
-        absmax: float32 (kv heads * head_dim,), largest magnitude of each channel of keys and
-            values by the linears of ``CACHED``.
-    """
-
-    length = 0
-
-    def __init__(self, name: str):
-        self.name = name
-        self.absmax: dict[str, np.ndarray] = {}
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks at (B, heads, S, D) keys and values, and gives them back."""
-        for path, x in zip(CACHED, (keys.asnumpy(), values.asnumpy()), strict=True):
-            check_finite(x, f"{self.name}{path}: calibration output")
-            absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
-            self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)
-        return keys, values

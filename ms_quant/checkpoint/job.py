@@ -55,11 +55,15 @@ _CPU_FEATURES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """What calibrated results depend on besides arguments: versions, CPU, kernels and threads."""
+def environment(with_mindspore: bool = False) -> dict[str, Any]:
+    """What calibrated results depend on besides arguments: versions, CPU, kernels and threads.
+
+    Args:
+        with_mindspore: whether they depend on MindSpore, too.
+    """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "mindspore": _mindspore_version(),
+        **({"mindspore": _mindspore_version()} if with_mindspore else {}),
         "numpy": np.__version__,
         "cpu": " ".join([platform.machine(), *_cpu_features()]),
         "kernels": kernels.best_isa() if kernels.available() else "none",

@@ -2,14 +2,15 @@
 
 The sums of a row are taken in another order than elsewhere, so results differ in the last bits.
 ``threads`` is how many are used at most, None for all; ``isa`` a name from ``ISAS``, None for the
-fastest instruction set there is.
+fastest instruction set there is, or for NumPy where the library is missing.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ms_quant.kernels.native import call, number_of, threads_of
+from ms_quant.kernels.native import available, call, number_of, threads_of
+from ms_quant.numerics import layers
 
 
 def rms_norm(
@@ -20,6 +21,8 @@ def rms_norm(
     isa: str | None = None,
 ) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis of (..., size)."""
+    if isa is None and not available():
+        return layers.rms_norm(x, weight, eps)
     x, y = np.ascontiguousarray(x, np.float32), np.empty(x.shape, np.float32)
     rows = x.size // weight.size
     pointers = x.ctypes.data, weight.ctypes.data, rows, weight.size, eps, y.ctypes.data
@@ -31,6 +34,8 @@ def swiglu(
     gate: np.ndarray, up: np.ndarray, threads: int | None = None, isa: str | None = None
 ) -> np.ndarray:
     """gate / (1 + e^-gate) * up, of any shape."""
+    if isa is None and not available():
+        return layers.swiglu(gate, up)
     gate, up = np.ascontiguousarray(gate, np.float32), np.ascontiguousarray(up, np.float32)
     y = np.empty(gate.shape, np.float32)
     pointers = gate.ctypes.data, up.ctypes.data, gate.size, y.ctypes.data
@@ -54,6 +59,8 @@ def rope(
     Returns:
         (batch, heads, length, size).
     """
+    if isa is None and not available():
+        return layers.rope(x, cos, sin)
     batch, length, heads, size = x.shape
     x = np.ascontiguousarray(x, np.float32)
     cos, sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
@@ -77,6 +84,9 @@ def masked_softmax(
         mask: (masks, length, T); each serves as many rows as the others, one after the other.
         scale: factor on the scores.
     """
+    if isa is None and not available():
+        layers.masked_softmax(scores, mask, scale)
+        return
     rows, columns = scores.shape
     mask = np.ascontiguousarray(mask, np.float32)
     each = max(mask.shape[1], rows // mask.shape[0])

@@ -21,19 +21,17 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant import kernels
 from ms_quant.budget import SCORE_BYTES
+from ms_quant.models import attention
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.direct import (
     Linear,
     as_type,
-    attend,
     calls_directly,
     floats,
     has_kernels,
     threads,
 )
 from ms_quant.models.rope import rope_table
-
-MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
 
 
 def repeat_rows(row: Tensor, count: int) -> Tensor:
@@ -201,17 +199,15 @@ class Attention(nn.Cell):
         decode: bool = False,
     ) -> Tensor:
         """The same as ``construct`` in NumPy and native kernels."""
-        batch, length, _ = x.shape
-        q, k, v = self.by_head(x, decode)
+        q, k, v = map(floats, self.by_head(x, decode))
         angles = floats(cos), floats(sin)
-        turned = kernels.rope(floats(q), *angles, threads())
-        keys = kernels.rope(floats(k), *angles, threads())
-        values = np.ascontiguousarray(floats(v).transpose(0, 2, 1, 3))
-        if cache is not None:
-            held = cache.append(Tensor.from_numpy(keys), Tensor.from_numpy(values))
-            keys, values = map(floats, held)
-        y = attend(turned, keys, values, floats(mask)).transpose(0, 2, 1, 3)
-        y = np.ascontiguousarray(y).reshape(batch, length, -1)
+
+        def held(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            whole = cache.append(Tensor.from_numpy(keys), Tensor.from_numpy(values))
+            return floats(whole[0]), floats(whole[1])
+
+        kept = None if cache is None else held
+        y = attention.attention(q, k, v, angles, floats(mask), kept, threads())
         return project(self.o_proj, as_type(y, x.dtype), decode)
 
     def construct(
@@ -398,10 +394,7 @@ def causal_mask(length: int, attention_mask: np.ndarray | None = None) -> Tensor
     Returns:
         float32 tensor of shape (1 or B, 1, S, S).
     """
-    visible = np.tril(np.ones((1, 1, length, length), bool))
-    if attention_mask is not None:
-        visible = visible & (np.asarray(attention_mask)[:, None, None, :] != 0)
-    return Tensor.from_numpy(np.where(visible, 0.0, MASKED).astype(np.float32))
+    return Tensor.from_numpy(attention.causal_mask(length, attention_mask))
 
 
 def forward(model: CausalLM, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Tensor:

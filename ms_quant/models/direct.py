@@ -5,7 +5,6 @@ On CPU in PyNative a Cell may do so where nothing wants to know what happens ins
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import mindspore as ms
@@ -13,15 +12,11 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ms_quant import kernels
-from ms_quant.budget import SCORE_BYTES
 
 try:
     from mindspore.graph.api import _pynative_executor
 except ImportError:  # before MindSpore 2.9
     from mindspore.common.api import _pynative_executor
-
-HIDDEN = -1e29  # masked keys have less, and no weight at all
-QUERIES = 128  # that attend at a time: keys after the last of them are left out
 
 _HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
 
@@ -65,46 +60,3 @@ class Linear(nn.Dense):
         bias = floats(self.bias) if self.has_bias else None
         y = kernels.times(rows, floats(self.weight), bias, threads())
         return Tensor.from_numpy(y.reshape(*x.shape[:-1], self.out_channels))
-
-
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Attention with grouped key-value heads, in as few slices of queries as memory allows.
-
-    Args:
-        q: float32 (B, heads, S, D).
-        k, v: float32 (B, kv heads, T, D).
-        mask: additive float32 (B or 1, 1, S, T).
-
-    Returns:
-        float32 (B, heads, S, D).
-    """
-    batch, heads, length, _ = q.shape
-    step = min(QUERIES, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2])))
-    if step >= length:
-        return _attend_slice(q, k, v, mask)
-    y = np.empty(q.shape, np.float32)
-    for start in range(0, length, step):
-        part = slice(start, start + step)
-        seen = _last_seen(mask[:, :, part])
-        y[:, :, part] = _attend_slice(
-            q[:, :, part], k[:, :, :seen], v[:, :, :seen], mask[:, :, part, :seen]
-        )
-    return y
-
-
-def _last_seen(mask: np.ndarray) -> int:
-    """How many keys there are up to the last that a query may look at; all if one sees none."""
-    visible = mask > HIDDEN
-    if not visible.any(axis=-1).all():
-        return mask.shape[-1]  # such a query has the mean of all values
-    return int(np.flatnonzero(visible.any(axis=(0, 1, 2)))[-1]) + 1
-
-
-def _attend_slice(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    batch, heads, length, size = q.shape
-    kv_heads, total = k.shape[1:3]
-    shape = batch, kv_heads, heads // kv_heads * length, size  # heads that share keys are rows
-    scores = np.matmul(q.reshape(shape), k.transpose(0, 1, 3, 2))
-    rows = scores.reshape(-1, total)
-    kernels.masked_softmax(rows, mask[:, 0], 1.0 / math.sqrt(size), threads())
-    return np.matmul(scores, v).reshape(q.shape)

@@ -1,4 +1,4 @@
-"""What lies between linears against float64, on every instruction set that is here."""
+"""What lies between linears against float64: in NumPy, and on every instruction set here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from ms_quant import kernels
 from ms_quant.kernels import native
+from ms_quant.numerics import layers
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler at install time")
-ISAS = [name for name in native.ISAS if kernels.available() and kernels.has_isa(name)]
+ISAS = ["numpy", *(name for name in native.ISAS if kernels.available() and kernels.has_isa(name))]
 SIZES = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 64, 100, 129])
 ROWS = st.sampled_from([0, 1, 2, 7, 130])
 EPSILON = 2.0**-24
@@ -21,12 +21,19 @@ def random(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> np.ndarray
     return (spread * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
+def run(isa: str, name: str, *arguments):
+    """A function of the reference, or of the kernels."""
+    if isa == "numpy":
+        return getattr(layers, name)(*arguments)
+    return getattr(kernels, name)(*arguments, threads=2, isa=isa)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @given(rows=ROWS, size=SIZES, spread=st.sampled_from([1e-6, 1.0, 1e6]), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_rms_norm(isa: str, rows: int, size: int, spread: float, seed: int) -> None:
     x, weight = random((rows, size), seed, spread), random((size,), seed + 1)
-    found = kernels.rms_norm(x, weight, 1e-6, threads=2, isa=isa)
+    found = run(isa, "rms_norm", x, weight, 1e-6)
     wide = x.astype(np.float64)
     mean = np.square(wide).mean(axis=1, keepdims=True) + 1e-6
     expected = wide / np.sqrt(mean) * weight
@@ -38,7 +45,7 @@ def test_rms_norm(isa: str, rows: int, size: int, spread: float, seed: int) -> N
 @settings(max_examples=15, deadline=None)
 def test_swiglu(isa: str, count: int, seed: int) -> None:
     gate, up = random((count,), seed, 30), random((count,), seed + 1)
-    found = kernels.swiglu(gate, up, threads=2, isa=isa)
+    found = run(isa, "swiglu", gate, up)
     wide = gate.astype(np.float64)
     expected = wide / (1 + np.exp(-wide)) * up
     assert (np.abs(found - expected) <= 8 * EPSILON * np.abs(expected) + 1e-32).all()
@@ -47,7 +54,7 @@ def test_swiglu(isa: str, count: int, seed: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("gate", [-3e38, -1e3, -89.0, -80.5, 0.0, 80.5, 89.0, 1e3, 3e38])
 def test_swiglu_of_extremes(isa: str, gate: float) -> None:
-    found = kernels.swiglu(np.float32([gate]), np.float32([1]), isa=isa)[0]
+    found = run(isa, "swiglu", np.float32([gate]), np.float32([1]))[0]
     expected = gate / (1 + np.exp(min(700.0, -gate)))
     assert abs(found - expected) <= 1e-6 * abs(expected) + 1e-32
 
@@ -64,7 +71,7 @@ def test_swiglu_of_extremes(isa: str, gate: float) -> None:
 def test_rope(isa: str, batch: int, length: int, heads: int, half: int, seed: int) -> None:
     x = random((batch, length, heads, 2 * half), seed)
     cos, sin = random((length, 2 * half), seed + 1), random((length, 2 * half), seed + 2)
-    found = kernels.rope(x, cos, sin, threads=2, isa=isa)
+    found = run(isa, "rope", x, cos, sin)
     turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     expected = x * cos[:, None] + turned * sin[:, None]
     np.testing.assert_array_equal(found, expected.transpose(0, 2, 1, 3))
@@ -90,7 +97,7 @@ def test_softmax(
     wide = 0.3 * scores.astype(np.float64).reshape(masks, heads, length, columns) + mask[:, None]
     powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
     expected = (powers / powers.sum(axis=-1, keepdims=True)).reshape(scores.shape)
-    kernels.masked_softmax(scores, mask, 0.3, threads=2, isa=isa)
+    run(isa, "masked_softmax", scores, mask, 0.3)
     bound = (columns + 8 + 4 * 100 * 0.3 * 4) * EPSILON * expected + 1e-34
     assert (np.abs(scores - expected) <= bound).all()
     assert (scores.reshape(wide.shape)[np.broadcast_to(~visible[:, None], wide.shape)] == 0).all()
@@ -99,7 +106,7 @@ def test_softmax(
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_without_visible_keys_is_finite(isa: str) -> None:
     scores = random((2, 20), 0)
-    kernels.masked_softmax(scores, np.full((1, 2, 20), -1e30, np.float32), 1.0, isa=isa)
+    run(isa, "masked_softmax", scores, np.full((1, 2, 20), -1e30, np.float32), 1.0)
     np.testing.assert_allclose(scores, 1 / 20, rtol=1e-5)
 
 
@@ -109,8 +116,8 @@ def test_nan_stays(isa: str, column: int) -> None:
     x = random((3, 37), 0)
     x[1, column] = np.nan
     weight = np.ones(37, np.float32)
-    found = [kernels.rms_norm(x, weight, 1e-6, isa=isa), kernels.swiglu(x, x, isa=isa), x.copy()]
-    kernels.masked_softmax(found[2], np.zeros((1, 3, 37), np.float32), 1.0, isa=isa)
+    found = [run(isa, "rms_norm", x, weight, 1e-6), run(isa, "swiglu", x, x), x.copy()]
+    run(isa, "masked_softmax", found[2], np.zeros((1, 3, 37), np.float32), 1.0)
     for y in found:
         assert np.isnan(y[1]).any() and np.isfinite(y[[0, 2]]).all()
     assert np.isnan(found[0][1]).all() and np.isnan(found[2][1]).all()

@@ -9,6 +9,7 @@ ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
 from ms_quant.kernels import matrix  # noqa: E402
+from ms_quant.models import attention as on_arrays  # noqa: E402
 from ms_quant.models import decoder, direct  # noqa: E402
 from ms_quant.models.cache import KeyValueCache  # noqa: E402
 from ms_quant.models.config import parse_config  # noqa: E402
@@ -104,25 +105,25 @@ def test_keys_that_no_query_of_a_slice_sees_are_left_out(monkeypatch, hides):
     attention = np.ones((2, LENGTH), int)
     if hides is not None:
         attention[1, slice(*hides)] = 0
-    mask = causal_mask(LENGTH, attention).asnumpy()
+    mask = on_arrays.causal_mask(LENGTH, attention)
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, heads, LENGTH, 8)).astype("f4") for heads in (6, 2, 2))
-    whole = direct.attend(q, k, v, mask)
-    monkeypatch.setattr(direct, "QUERIES", 2)
-    seen, attend = [], direct._attend_slice
+    whole = on_arrays.attend(q, k, v, mask)
+    monkeypatch.setattr(on_arrays, "QUERIES", 2)
+    seen, attend = [], on_arrays._attend_slice
     monkeypatch.setattr(
-        direct, "_attend_slice", lambda *a: seen.append(a[1].shape[2]) or attend(*a)
+        on_arrays, "_attend_slice", lambda *a: seen.append(a[1].shape[2]) or attend(*a)
     )
-    np.testing.assert_allclose(direct.attend(q, k, v, mask), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(on_arrays.attend(q, k, v, mask), whole, rtol=1e-5, atol=1e-6)
     assert seen == ([LENGTH] * 4 if hides == (0, LENGTH) else [2, 4, 6, 7])
 
 
 @pytest.mark.parametrize("queries", [1, 3, 4])
 def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, queries):
     whole = plain(block, hidden)
-    where = direct if native else decoder
+    where = on_arrays if native else decoder
     monkeypatch.setattr(where, "SCORE_BYTES", queries * 4 * 2 * CONFIG.num_heads * LENGTH)
-    holder, name = (direct, "_attend_slice") if native else (block.self_attn, "attend_slice")
+    holder, name = (on_arrays, "_attend_slice") if native else (block.self_attn, "attend_slice")
     seen, attend = [], getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda q, *a: seen.append(q) or attend(q, *a))
     np.testing.assert_allclose(plain(block, hidden), whole, rtol=1e-5, atol=1e-5)

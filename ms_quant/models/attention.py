@@ -1,0 +1,112 @@
+"""Attention on arrays, with grouped key-value heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.budget import SCORE_BYTES
+
+MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
+HIDDEN = -1e29  # masked keys have less, and no weight at all
+QUERIES = 128  # that attend at a time: keys after the last of them are left out
+
+Cache = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Takes the keys and values of new tokens, (B, kv heads, S, D), and gives those of all."""
+
+
+def causal_mask(length: int, attention_mask: np.ndarray | None = None) -> np.ndarray:
+    """Additive causal mask, with padding keys masked too.
+
+    Args:
+        length: number of tokens S.
+        attention_mask: optional (B, S) array, 1 for a token and 0 for padding.
+
+    Returns:
+        float32 (1 or B, 1, S, S).
+    """
+    visible = np.tril(np.ones((1, 1, length, length), bool))
+    if attention_mask is not None:
+        visible = visible & (np.asarray(attention_mask)[:, None, None, :] != 0)
+    return np.where(visible, 0.0, MASKED).astype(np.float32)
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    angles: tuple[np.ndarray, np.ndarray],
+    mask: np.ndarray,
+    cache: Cache | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """What the heads give, of queries and keys before their rotation.
+
+    Args:
+        q: float32 (B, S, heads, D).
+        k, v: float32 (B, S, kv heads, D).
+        angles: cosines and sines of the positions, float32 (S, D).
+        mask: additive float32 (B or 1, 1, S, T).
+        cache: keeps keys and values, or None.
+        threads: at most so many; None for all.
+
+    Returns:
+        float32 (B, S, heads * D).
+    """
+    batch, length = q.shape[:2]
+    turned, keys = kernels.rope(q, *angles, threads), kernels.rope(k, *angles, threads)
+    values = np.ascontiguousarray(v.transpose(0, 2, 1, 3))
+    if cache is not None:
+        keys, values = cache(keys, values)
+    y = attend(turned, keys, values, mask, threads).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(y).reshape(batch, length, -1)
+
+
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, threads: int | None = None
+) -> np.ndarray:
+    """Attention in as few slices of queries as memory allows.
+
+    Args:
+        q: float32 (B, heads, S, D).
+        k, v: float32 (B, kv heads, T, D).
+        mask: additive float32 (B or 1, 1, S, T).
+        threads: at most so many; None for all.
+
+    Returns:
+        float32 (B, heads, S, D).
+    """
+    batch, heads, length, _ = q.shape
+    step = min(QUERIES, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2])))
+    if step >= length:
+        return _attend_slice(q, k, v, mask, threads)
+    y = np.empty(q.shape, np.float32)
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        seen = _last_seen(mask[:, :, part])
+        held = k[:, :, :seen], v[:, :, :seen], mask[:, :, part, :seen]
+        y[:, :, part] = _attend_slice(q[:, :, part], *held, threads)
+    return y
+
+
+def _last_seen(mask: np.ndarray) -> int:
+    """How many keys there are up to the last that a query may look at; all if one sees none."""
+    visible = mask > HIDDEN
+    if not visible.any(axis=-1).all():
+        return mask.shape[-1]  # such a query has the mean of all values
+    return int(np.flatnonzero(visible.any(axis=(0, 1, 2)))[-1]) + 1
+
+
+def _attend_slice(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, threads: int | None
+) -> np.ndarray:
+    batch, heads, length, size = q.shape
+    kv_heads, total = k.shape[1:3]
+    shape = batch, kv_heads, heads // kv_heads * length, size  # heads that share keys are rows
+    scores = np.matmul(q.reshape(shape), k.transpose(0, 1, 3, 2))
+    rows = scores.reshape(-1, total)
+    kernels.masked_softmax(rows, mask[:, 0], 1.0 / math.sqrt(size), threads)
+    return np.matmul(scores, v).reshape(q.shape)

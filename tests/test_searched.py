@@ -1,0 +1,94 @@
+"""What searches look at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ms_quant.models.config import parse_config
+from ms_quant.models.families import GATED_DECODER_GROUPS
+from ms_quant.models.host_block import HostBlock, linear_function
+from ms_quant.numerics.linear import quantize_linear
+from ms_quant.searched import BlockErrors, SearchWindows
+
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "tokens", "chosen"),
+    [
+        (8, 256, 1024, [0, 2, 4, 6]),
+        (7, 256, 1024, [0, 1, 3, 5]),
+        (3, 256, 2048, [0, 1, 2]),
+        (5, 1500, 2048, [0]),
+        (4, 4096, 2048, [0]),  # one window at least
+        (4, 64, 0, []),
+    ],
+)
+def test_searched_windows_are_spread_over_all(count, length, tokens, chosen):
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((3, count, length, 2)).astype("f4")
+    for batch in (1, 3, count):
+        searched = SearchWindows((count, length, 2), tokens)
+        for start in range(0, count, batch):
+            searched.add(start, *states[:, start : start + batch])
+        assert list(searched.chosen) == chosen
+        found = np.concatenate([states[:, :0], *searched.batches()], axis=1)
+        assert np.array_equal(found, states[:, chosen])
+
+
+@pytest.mark.parametrize("group", GATED_DECODER_GROUPS, ids=lambda group: group.name)
+def test_errors_are_those_of_the_whole_block(group):
+    """Whatever is computed only once for all candidates."""
+    config = parse_config(SHAPE)
+    block, searched = HostBlock(config, 7), SearchWindows((5, 7, 24), 21)
+    rng = np.random.default_rng(0)
+    block.load(lambda name: rng.normal(1, 0.1, config.block_shapes()[name]).astype("f4"))
+    for start in range(0, 5, 2):
+        hidden = rng.normal(size=(min(2, 5 - start), 7, 24)).astype("f4")
+        middle = block.attend(hidden)
+        searched.add(start, hidden, middle, block.feed_forward(middle))
+    errors = BlockErrors(block, group, searched)
+    for clip in (1.0, 0.5):
+        candidate = {
+            path: quantize_linear(
+                block.arrays[f"{path}.weight"], None, None, np.dtype(np.float32), clip
+            )
+            for path in group.members
+        }
+        linears = {path: linear_function(linear) for path, linear in candidate.items()}
+        found = list(errors.pairs(candidate))
+        assert sum(len(error) for error, _ in found) == 3
+        for (error, exact), states in zip(found, searched.batches(), strict=True):
+            whole = block.feed_forward(block.attend(states[0], linears), linears)
+            np.testing.assert_array_equal(exact, states[2])
+            np.testing.assert_array_equal(error, whole - exact)
+            assert error.any()
+        squares = np.concatenate([error.ravel() for error, _ in found]).astype(np.float64) ** 2
+        assert errors.loss(candidate) == pytest.approx(squares.mean(), rel=1e-6)
+
+
+def test_a_token_with_huge_activations_counts_as_any_other(monkeypatch) -> None:
+    """Its squared output is larger than that of all others together; the damage is a share."""
+    rng = np.random.default_rng(0)
+    output = rng.normal(size=(2, 16, 64))
+    error = 0.1 * rng.normal(size=output.shape)
+
+    def damage(*pairs: tuple[np.ndarray, np.ndarray]) -> float:
+        monkeypatch.setattr(BlockErrors, "pairs", lambda self, candidate: iter(pairs))
+        return BlockErrors.damage(object.__new__(BlockErrors), {})
+
+    before = damage((error, output))
+    assert before == pytest.approx(0.01, rel=0.1)
+    output[0, 3], error[0, 3] = 1e4 * output[0, 3], 1e4 * error[0, 3]
+    assert damage((error[:1], output[:1]), (error[1:], output[1:])) == pytest.approx(before)
+    assert np.isfinite(damage((0 * error, 0 * output)))
