@@ -26,7 +26,7 @@ ISAS = {
 """Instruction sets, slowest first, with their numbers in the library."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 2
+_ABI = 3
 _BEST = -1
 _ALIGNMENT = 64
 _STATUS = {
@@ -78,6 +78,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_rope.argtypes = [number, pointer, pointer, pointer, *(size,) * 4, pointer, number]
         found.msq_hadamard.argtypes = [pointer, size, size, size, ctypes.c_double]
         found.msq_softmax.argtypes = [number, pointer, pointer, *(size,) * 4, real, number]
+        found.msq_attention.argtypes = [
+            *(number, *(pointer,) * 4),
+            *(*(size,) * 7, real, pointer, number),
+        ]
         found.msq_product.argtypes = [
             pointer,
             size,

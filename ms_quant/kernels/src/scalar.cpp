@@ -1,6 +1,6 @@
 #include <math.h>
 
-#include "block_impl.h"
+#include "attention_impl.h"
 
 namespace msq {
 namespace {
