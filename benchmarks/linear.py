@@ -78,7 +78,7 @@ def quantized(name: str, options: dict[str, Any]) -> Make:
         native = cell.native
         assert native is not None
         packed = native.packed
-        copies = [replace(packed, weights=packed.weights.copy()) for _ in range(count)]
+        copies = [replace(packed, weights=copy_of(packed.weights)) for _ in range(count)]
 
         def call_of(own: kernels.PackedLinear):
             def call(x: Tensor) -> Tensor:
@@ -90,6 +90,13 @@ def quantized(name: str, options: dict[str, Any]) -> Make:
         return [call_of(own) for own in copies], Tensor, packed.weights.nbytes
 
     return make
+
+
+def copy_of(weights: np.ndarray) -> np.ndarray:
+    """Where a Cell's would lie."""
+    made = kernels.native.blob(weights.size)
+    made[:] = weights
+    return made
 
 
 def in_numpy(weight: np.ndarray, count: int):
