@@ -21,9 +21,7 @@ struct Segments {
   explicit Segments(const Params& p)
       : group(p.group), parts((p.group + kSegment - 1) / kSegment), count(p.groups() * parts) {}
   int64_t begin(int64_t s) const { return s / parts * group + s % parts * kSegment; }
-  int64_t end(int64_t s) const {
-    return at_most(begin(s) + kSegment, (s / parts + 1) * group);
-  }
+  int64_t end(int64_t s) const { return at_most(begin(s) + kSegment, (s / parts + 1) * group); }
 };
 
 template <class S>
@@ -83,8 +81,7 @@ struct Digits {
       for (int64_t i = k; i < k + kBlock && i < n; ++i)
         some[i - k] = (mul ? x[i] * mul[i] : x[i]) *
                       factors[i / c.p.group * segments.parts + i % c.p.group / kSegment];
-      each<kParts>([&](auto i)
-                       __attribute__((always_inline)) { v[i] = S::load(some + i * W); });
+      each<kParts>([&](auto i) __attribute__((always_inline)) { v[i] = S::load(some + i * W); });
     }
     S::store_digits(out, v);
   }

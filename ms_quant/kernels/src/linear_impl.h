@@ -43,7 +43,7 @@ struct Linear {
   static constexpr int W = S::kWidth, V = S::kVectors, R = S::kRows;
   static constexpr int64_t kColumns = int64_t{W} * V;
   static constexpr int kTall = R / kDigits * kDigits;  // rows of digits
-  static constexpr int64_t kDigitRows = 2 * kTall;  // up to which floats become digits
+  static constexpr int64_t kDigitRows = 2 * kTall;     // up to which floats become digits
   static constexpr int kDirectRows = R < 4 ? R : 4;  // up to which weights are widened for each row
 
   static void float_block(void* job, int64_t block) {
@@ -284,8 +284,8 @@ struct Linear {
             sum = S::fma(sum, S::set1(1.0f / 256), S::to_float(digit));
           });
           if (zero)
-            sum = S::sub(
-                sum, S::mul(S::load(zero + g + column + v * W), S::set1(c.float_sums[at])));
+            sum =
+                S::sub(sum, S::mul(S::load(zero + g + column + v * W), S::set1(c.float_sums[at])));
           sum = S::mul(sum, S::set1(c.scales[at]));
           y[t][v] = S::fma(sum, S::load(scale + g + v * W), y[t][v]);
         });
@@ -328,20 +328,13 @@ struct Linear {
       return;
     }
     float* float_sums = reinterpret_cast<float*>(sums + kDigits * parts);
-    Call call = {w,
-                 p,
-                 x,
-                 rows * kDigits,
-                 y,
-                 kTall,
-                 words,
-                 static_cast<int32_t*>(digits),
-                 nullptr,
-                 static_cast<float*>(scales),
-                 sums,
-                 float_sums,
-                 false,
-                 odd};
+    Call call = {w,       p,
+                 x,       rows * kDigits,
+                 y,       kTall,
+                 words,   static_cast<int32_t*>(digits),
+                 nullptr, static_cast<float*>(scales),
+                 sums,    float_sums,
+                 false,   odd};
     share_out(rows, threads, Digits<S>::split, &call);
     share_out((p.outputs + kColumns - 1) / kColumns, threads, digit_panel, &call);
     for (int64_t row = 0; row < rows; ++row)

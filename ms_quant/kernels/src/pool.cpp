@@ -46,7 +46,9 @@ class Pool {
     next_.store(0, std::memory_order_relaxed);
     state_.store(static_cast<uint64_t>(helpers) * kMost);
     if (sleeping_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
       wake_.notify_all();
     }
     work();
