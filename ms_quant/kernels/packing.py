@@ -42,14 +42,14 @@ class PackedLinear:
 
     def write(self, x: int, rows: int, y: int, decode: bool, threads: int) -> None:
         """The same for the addresses of contiguous memory."""
-        weights, params, decode_params = self._blobs
+        weights, params, decode_params = self._places
         native.linear(weights, decode_params if decode else params, x, rows, y, threads)
 
     @cached_property
-    def _blobs(self) -> tuple[native.Blob, native.Blob, native.Blob]:
-        params = native.blob_of(self.params)
-        decode = params if self.decode is None else native.blob_of(self.decode)
-        return native.blob_of(self.weights), params, decode
+    def _places(self) -> tuple[native.Place, native.Place, native.Place]:
+        params = native.place_of(self.params)
+        decode = params if self.decode is None else native.place_of(self.decode)
+        return native.place_of(self.weights), params, decode
 
 
 def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None:

@@ -553,8 +553,8 @@ struct Linear {
                    static_cast<int32_t*>(sums),
                    static_cast<float*>(sums),
                    false};
-      if (integer)  // a few rows are quantized before another thread wakes up
-        share_out(count, count > R ? threads : 1, Quantize<S>::quantize, &call);
+      if (integer)
+        share_out(count, threads, Quantize<S>::quantize, &call);
       else
         share_out(call.blocks(), threads, float_block, &call);
       if (!call.failed) share_out(panels, threads, integer ? integer_panel : float_panel, &call);
