@@ -8,7 +8,8 @@ the weight, as many as fill four times the last-level cache (2 GiB at most), as 
 *warm*: the same weight again and again. ``of VNNI`` and ``of AMX`` are the shares of the products
 of int8 that the processor's cores do with each, ``of read`` the share of the bytes that they read
 a second from memory, all measured between the rounds (benchmarks/peak.cpp; needs a C++ compiler and
-AVX-512 VNNI).
+AVX-512 VNNI). The read share of *cold* is the median of rounds, each beside a reading of its own:
+what a shared machine reads changes from second to second.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A8_DYNAMIC": {},
 }
 MOST_COPIES = 2 << 30
+MOST_TOGETHER = 8 << 30  # bytes of copies of all contenders, which are then called in turn
+COLD_CALLS = 24  # in a round at least
 SETTLE = 0.02  # seconds after which the threads of the contender before no longer spin
 PEAK = Path(__file__).with_name("peak.cpp")
 Make = Callable[
@@ -78,7 +81,7 @@ def quantized(name: str, options: dict[str, Any]) -> Make:
         native = cell.native
         assert native is not None
         packed = native.packed
-        copies = [replace(packed, weights=packed.weights.copy()) for _ in range(count)]
+        copies = [replace(packed, weights=copy_of(packed.weights)) for _ in range(count)]
 
         def call_of(own: kernels.PackedLinear):
             def call(x: Tensor) -> Tensor:
@@ -90,6 +93,13 @@ def quantized(name: str, options: dict[str, Any]) -> Make:
         return [call_of(own) for own in copies], Tensor, packed.weights.nbytes
 
     return make
+
+
+def copy_of(weights: np.ndarray) -> np.ndarray:
+    """Where a Cell's would lie."""
+    made = kernels.native.blob(weights.size)
+    made[:] = weights
+    return made
 
 
 def in_numpy(weight: np.ndarray, count: int):
@@ -155,14 +165,21 @@ class Machine:
         """Keeps the best of what was measured so far."""
         if self.library is None:
             return
-        count, part = threads(), MOST_COPIES // threads() // 512 * 512
         self.peak = max(self.peak, self._products("vnni_products", 500_000 * 16 * 64, 500_000))
         if kernels.has_isa("amx"):
             self.amx = max(self.amx, self._products("amx_products", 500_000 * 4 * 16384, 500_000))
+        self.read_now()
+
+    def read_now(self) -> float:
+        """Bytes a second at this moment; the most that it ever was is kept."""
+        if self.library is None:
+            return 0.0
+        count, part = threads(), MOST_COPIES // threads() // 512 * 512
         start = self.buffer.ctypes.data
         read, size = self.library.read_bytes, ctypes.c_int64(part)
         seconds = _at_once(lambda i: read(ctypes.c_void_p(start + i * part), size), count)
         self.read = max(self.read, count * part / seconds)
+        return count * part / seconds
 
     def _products(self, name: str, products: int, rounds: int) -> float:
         """A second, of all threads, when each does so many in that many rounds."""
@@ -182,9 +199,14 @@ def _at_once(work: Callable[[int], Any], count: int) -> float:
 
 
 def best_times(
-    makes: dict[str, Make], rows: int, shape: tuple[int, int], rounds: int, cold: bool
-) -> dict[str, tuple[float, int]]:
-    """Contender to its best seconds and its weight's bytes."""
+    makes: dict[str, Make],
+    rows: int,
+    shape: tuple[int, int],
+    rounds: int,
+    cold: bool,
+    machine: Machine,
+) -> dict[str, tuple[float, int, float]]:
+    """Contender to its best seconds, its weight's bytes and, if cold, its share of reading."""
     into, out = shape
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((out, into), np.float32)
@@ -195,16 +217,20 @@ def best_times(
         calls, to_input, size = make(weight, -(-wanted // size))
         made[name] = calls, to_input(x), size
     best = dict.fromkeys(makes, float("inf"))
+    shares: dict[str, list[float]] = {name: [] for name in makes}
     for _ in range(rounds):
-        for name, (calls, tokens, _) in made.items():
+        for name, (calls, tokens, size) in made.items():
             time.sleep(SETTLE)
             calls[-1](tokens)
-            count = len(calls) if cold else _repeats(rows, shape)
+            count = max(len(calls), COLD_CALLS) if cold else _repeats(rows, shape)
             started = time.perf_counter()
             for index in range(count):
                 calls[index % len(calls)](tokens)
-            best[name] = min(best[name], (time.perf_counter() - started) / count)
-    return {name: (best[name], made[name][2]) for name in makes}
+            seconds = (time.perf_counter() - started) / count
+            best[name] = min(best[name], seconds)
+            reading = machine.read_now() if cold else 0.0
+            shares[name].append(size / seconds / reading if reading else 0.0)
+    return {name: (best[name], made[name][2], float(np.median(shares[name]))) for name in makes}
 
 
 def _repeats(rows: int, shape: tuple[int, int]) -> int:
@@ -230,7 +256,8 @@ def table(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
         products, seconds = row["M"] * row["K"] * row["N"], row["cold"] or row["warm"]
         for peak in (machine.peak, machine.amx):
             cells.append(f"{products / seconds / peak:.2f}" if peak else "")
-        cells.append(f"{row['bytes'] / seconds / machine.read:.2f}" if machine.read else "")
+        share = row["share"] or (machine.read and row["bytes"] / seconds / machine.read)
+        cells.append(f"{share:.2f}" if share else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -247,16 +274,22 @@ def main() -> None:
         for shape in SHAPES:
             for count in ROWS:
                 machine.measure()
-                warm = best_times(makes, count, shape, arguments.rounds, cold=False)
+                sizes = count, shape, arguments.rounds
+                warm = best_times(makes, *sizes, False, machine)
                 cold = {}
                 if count == ROWS[0]:
-                    for name, make in makes.items():  # one at a time: copies fill the memory
-                        cold |= best_times({name: make}, count, shape, 2, cold=True)
+                    copies = min(4 * last_level_cache(), MOST_COPIES)
+                    if len(makes) * copies <= MOST_TOGETHER:
+                        cold = best_times(makes, *sizes, True, machine)
+                    else:  # one at a time: copies fill the memory
+                        for name, make in makes.items():
+                            cold |= best_times({name: make}, *sizes, True, machine)
                 for name in makes:
                     row = {"M": count, "K": shape[0], "N": shape[1], "name": name}
                     row |= {"warm": warm[name][0], "warm_dense": warm["MindSpore nn.Dense"][0]}
                     row |= {"cold": cold[name][0] if cold else 0.0, "bytes": warm[name][1]}
                     row["cold_dense"] = cold["MindSpore nn.Dense"][0] if cold else 0.0
+                    row["share"] = cold[name][2] if cold else 0.0
                     rows.append(row)
                 print("\n".join(table(rows[-len(makes) :], machine)), flush=True)
     print("\n".join(table(rows, machine)))

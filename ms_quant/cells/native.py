@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, lru_cache
+from math import prod
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, float32, ops
 
 from ms_quant import kernels
 from ms_quant.kernels import PackedLinear, pack
@@ -19,10 +20,11 @@ class NativeLinear:
 
     Args:
         packed: the linear.
+        inputs: how many it has.
     """
 
-    def __init__(self, packed: PackedLinear):
-        self.packed = packed
+    def __init__(self, packed: PackedLinear, inputs: int):
+        self.packed, self.inputs = packed, inputs
         self.threads = threads()
         self.weights = Tensor.from_numpy(packed.weights)
         self.params = Tensor.from_numpy(packed.params)
@@ -34,6 +36,19 @@ class NativeLinear:
     def __call__(self, rows: np.ndarray, decode: bool = False) -> np.ndarray:
         """float32 (rows, out) of float32 (rows, in)."""
         return self.packed(rows, decode, self.threads)
+
+    def of_tensor(self, x: Tensor, decode: bool = False) -> Tensor | None:
+        """float32 (*, out) of float32 (*, in), without a NumPy array of the tensor, which takes
+        longer to make than a small linear; None where the tensor's memory is not as it must be."""
+        shape = x.shape
+        if x.dtype != float32 or shape[-1] != self.inputs or not x.is_contiguous():
+            return None
+        address = x.data_ptr()  # waits for the tensor
+        if not address:
+            return None
+        y = Tensor.from_numpy(np.empty((*shape[:-1], self.packed.outputs), np.float32))
+        self.packed.write(address, prod(shape[:-1]), y.data_ptr(), decode, self.threads)
+        return y
 
 
 @cache
@@ -53,7 +68,7 @@ def native_linear(linear: QuantizedLinear) -> NativeLinear | None:
         _warn_once()
         return None
     packed = pack(linear)
-    return None if packed is None else NativeLinear(packed)
+    return None if packed is None else NativeLinear(packed, linear.weight.shape[1])
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,6 @@
 """Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
 
-from ms_quant.kernels.block import masked_softmax, rms_norm, rope, swiglu
+from ms_quant.kernels.block import attention, masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
 from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product, times
 from ms_quant.kernels.native import (
@@ -20,6 +20,7 @@ __all__ = [
     "ISAS",
     "PackedLinear",
     "add_gram",
+    "attention",
     "available",
     "best_isa",
     "column_stats",

@@ -92,3 +92,43 @@ def masked_softmax(
     each = max(mask.shape[1], rows // mask.shape[0])
     pointers = scores.ctypes.data, mask.ctypes.data, rows, columns, mask.shape[1], each, scale
     call("msq_softmax", number_of(isa), *pointers, threads_of(threads))
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    scale: float,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:
+    """softmax(q k^T * scale + mask) v, made for many queries: keys and values are packed first.
+
+    A key whose mask is below -1e29 has no weight; those after the last that any of 48 queries may
+    look at are left out. A query that may look at none has the mean of all values.
+
+    Args:
+        q: (B, heads, S, D).
+        k, v: (B, kv heads, T, D).
+        mask: additive (B or 1, S, T).
+        scale: factor on the scores.
+
+    Returns:
+        float32 (B, S, heads, D).
+    """
+    arrays = [np.ascontiguousarray(array, np.float32) for array in (q, k, v, mask)]
+    batch, heads, length, size = q.shape
+    y = np.empty((batch, length, heads, size), np.float32)
+    sizes = batch, heads, k.shape[1], length, k.shape[2], size, len(mask)
+    pointers = [array.ctypes.data for array in arrays]
+    call(
+        "msq_attention",
+        number_of(isa),
+        *pointers,
+        *sizes,
+        scale,
+        y.ctypes.data,
+        threads_of(threads),
+    )
+    return y

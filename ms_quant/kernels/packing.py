@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -35,10 +36,20 @@ class PackedLinear:
         self, x: np.ndarray, decode: bool = False, threads: int | None = None
     ) -> np.ndarray:
         """float32 (rows, out) of float32 (rows, in), as ``QuantizedLinear.forward`` gives it."""
-        params = self.params if self.decode is None or not decode else self.decode
-        return native.linear(
-            self.weights, params, np.ascontiguousarray(x, np.float32), self.outputs, threads
-        )
+        x, y = np.ascontiguousarray(x, np.float32), np.empty((len(x), self.outputs), np.float32)
+        self.write(x.ctypes.data, len(x), y.ctypes.data, decode, native.threads_of(threads))
+        return y
+
+    def write(self, x: int, rows: int, y: int, decode: bool, threads: int) -> None:
+        """The same for the addresses of contiguous memory."""
+        weights, params, decode_params = self._places
+        native.linear(weights, decode_params if decode else params, x, rows, y, threads)
+
+    @cached_property
+    def _places(self) -> tuple[native.Place, native.Place, native.Place]:
+        params = native.place_of(self.params)
+        decode = params if self.decode is None else native.place_of(self.decode)
+        return native.place_of(self.weights), params, decode
 
 
 def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None:

@@ -12,7 +12,8 @@ from ms_quant.budget import SCORE_BYTES
 
 MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
 HIDDEN = -1e29  # masked keys have less, and no weight at all
-QUERIES = 128  # that attend at a time: keys after the last of them are left out
+QUERIES = 128  # that attend at a time in NumPy: keys after the last of them are left out
+MANY_QUERIES = 16  # from which the kernel is faster: it packs keys and values first
 
 Cache = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Takes the keys and values of new tokens, (B, kv heads, S, D), and gives those of all."""
@@ -61,14 +62,13 @@ def attention(
     values = np.ascontiguousarray(v.transpose(0, 2, 1, 3))
     if cache is not None:
         keys, values = cache(keys, values)
-    y = attend(turned, keys, values, mask, threads).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(y).reshape(batch, length, -1)
+    return attend(turned, keys, values, mask, threads).reshape(batch, length, -1)
 
 
 def attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, threads: int | None = None
 ) -> np.ndarray:
-    """Attention in as few slices of queries as memory allows.
+    """Attention: of many queries by the kernel, else in NumPy.
 
     Args:
         q: float32 (B, heads, S, D).
@@ -77,18 +77,18 @@ def attend(
         threads: at most so many; None for all.
 
     Returns:
-        float32 (B, heads, S, D).
+        float32 (B, S, heads, D), contiguous.
     """
-    batch, heads, length, _ = q.shape
+    batch, heads, length, size = q.shape
+    if length >= MANY_QUERIES and kernels.available():
+        return kernels.attention(q, k, v, mask[:, 0], 1.0 / math.sqrt(size), threads)
     step = min(QUERIES, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2])))
-    if step >= length:
-        return _attend_slice(q, k, v, mask, threads)
-    y = np.empty(q.shape, np.float32)
+    y = np.empty((batch, length, heads, size), np.float32)
     for start in range(0, length, step):
         part = slice(start, start + step)
-        seen = _last_seen(mask[:, :, part])
+        seen = k.shape[2] if step >= length else _last_seen(mask[:, :, part])
         held = k[:, :, :seen], v[:, :, :seen], mask[:, :, part, :seen]
-        y[:, :, part] = _attend_slice(q[:, :, part], *held, threads)
+        y[:, part] = _attend_slice(q[:, :, part], *held, threads).transpose(0, 2, 1, 3)
     return y
 
 

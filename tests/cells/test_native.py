@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("mindspore")
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from ms_quant import kernels
 from ms_quant.cells import QuantLinear
@@ -84,6 +84,23 @@ def test_a_view_of_a_tensor(kind: str) -> None:
     for part in (x[:, 2], x[1:3], x.swapaxes(0, 1)):
         expected = cell(Tensor(part.asnumpy().copy())).asnumpy()
         np.testing.assert_array_equal(cell(part).asnumpy(), expected)
+
+
+def test_an_input_that_is_being_computed() -> None:
+    left = Tensor(np.random.default_rng(0).standard_normal((400, 400), np.float32))
+    cell = QuantLinear(linear("dynamic"))
+    for _ in range(3):
+        x = ops.matmul(ops.matmul(left, left), left)[:, :INPUTS]
+        whole = ops.matmul(left, ops.matmul(left, x))
+        found = cell(whole)
+        expected = cell(Tensor(whole.asnumpy().copy()))
+        np.testing.assert_array_equal(found.asnumpy(), expected.asnumpy())
+
+
+@pytest.mark.parametrize("shape", [(2, INPUTS // 2), (INPUTS, 2)])
+def test_an_input_of_another_width_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError):
+        QuantLinear(linear("dynamic"))(Tensor(np.zeros(shape, np.float32)))
 
 
 def test_the_input_stays_as_it_is() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant import kernels
+from ms_quant.errors import MsQuantError
 from ms_quant.kernels import native
 from ms_quant.numerics import layers
 
@@ -121,3 +122,59 @@ def test_nan_stays(isa: str, column: int) -> None:
     for y in found:
         assert np.isnan(y[1]).any() and np.isfinite(y[[0, 2]]).all()
     assert np.isnan(found[0][1]).all() and np.isnan(found[2][1]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+@given(
+    batch=st.integers(0, 2),
+    kv_heads=st.integers(1, 2),
+    share=st.integers(1, 3),
+    length=st.sampled_from([0, 1, 5, 12, 13, 48, 49, 100]),
+    more=st.sampled_from([0, 1, 30]),
+    size=st.sampled_from([1, 8, 30, 32, 64, 72]),
+    hidden=st.sampled_from(["nothing", "later", "later and padding", "all of some"]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_attention(isa, batch, kv_heads, share, length, more, size, hidden, seed) -> None:
+    total = max(1, length + more)
+    q = random((batch, kv_heads * share, length, size), seed)
+    k, v = (random((batch, kv_heads, total, size), seed + i) for i in (1, 2))
+    masks = batch if hidden == "later and padding" and batch else 1
+    visible = np.ones((masks, length, total), bool)
+    if hidden.startswith("later"):
+        visible = np.tril(visible, more)
+    if hidden.endswith("padding"):
+        visible[-1, :, : total // 3] = False
+    if hidden == "all of some":
+        visible[:, ::3] = False
+    mask = np.where(visible, random((masks, length, total), seed + 3), np.float32(-1e30))
+    scale = size**-0.5
+    found = kernels.attention(q, k, v, mask, scale, threads=2, isa=isa)
+    wide = np.repeat(k.astype(np.float64), share, axis=1)
+    scores = q.astype(np.float64) @ wide.transpose(0, 1, 3, 2) * scale + mask[:, None]
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = powers / powers.sum(axis=-1, keepdims=True)
+    values = np.repeat(v.astype(np.float64), share, axis=1)
+    expected = (weights @ values).transpose(0, 2, 1, 3)
+    bound = 4e-6 * (weights @ np.abs(values)).transpose(0, 2, 1, 3) + 1e-30
+    # Where a query sees nothing, its scores are lost beside -1e30 in float32 alone.
+    lost = np.broadcast_to(~visible.any(axis=-1)[:, :, None, None], expected.shape)
+    mean = np.broadcast_to(values.mean(axis=2)[:, None], expected.shape)
+    expected, bound = np.where(lost, mean, expected), np.where(lost, 1e-5, bound)
+    assert (np.abs(found - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_attention_by_several_threads_is_the_same(isa: str) -> None:
+    q, k, v = (random((2, heads, 100, 24), heads) for heads in (6, 2, 2))
+    mask = np.where(np.tri(100, dtype=bool), 0, np.float32(-1e30))[None].astype(np.float32)
+    one = kernels.attention(q, k, v, mask, 0.2, threads=1, isa=isa)
+    np.testing.assert_array_equal(kernels.attention(q, k, v, mask, 0.2, threads=3, isa=isa), one)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler at install time")
+def test_attention_refuses_heads_that_share_no_whole_keys() -> None:
+    q, k = random((1, 3, 4, 8), 0), random((1, 2, 4, 8), 1)
+    with pytest.raises(MsQuantError, match="an argument is wrong"):
+        kernels.attention(q, k, k, np.zeros((1, 4, 4), np.float32), 1.0)

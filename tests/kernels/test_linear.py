@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +201,59 @@ def test_inputs_of_every_magnitude(isa: str, bits: int) -> None:
     assert (error <= (130 + 8) * EPSILON * size + 1e-44 * 130).all()
 
 
+def largest_beside(x: np.ndarray, group: int) -> np.ndarray:
+    """For each input the largest magnitude of its row, group and 512 inputs."""
+    found = np.empty(x.shape)
+    for start in range(0, x.shape[1], group):
+        for begin in range(start, start + group, 512):
+            part = slice(begin, min(begin + 512, start + group))
+            found[:, part] = np.abs(x[:, part]).max(axis=1, keepdims=True)
+    return found
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 24, 25])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [0, 24, 128, 520, 1032])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_beside_much_larger_ones(
+    isa: str, rows: int, bits: int, group: int, symmetric: bool
+) -> None:
+    """docs/kernels.md: also 2**-30 of the largest. Weights of the large inputs are 0, so that what
+    the others lose can be seen."""
+    columns = 2 * group or 1300
+    linear = made(
+        AffineFormat(bits, group_size=group or None, symmetric=symmetric), (33, columns), Float()
+    )
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, columns)) * 10.0 ** rng.uniform(-6, 0, (rows, columns))
+    large = rng.integers(0, columns, 5)
+    x[:, large] *= 10.0 ** rng.uniform(0, 12, (rows, 5))
+    x = x.astype(np.float32)
+    codes = linear.weight.copy()
+    codes[:, large] = 0
+    linear = replace(linear, weight=codes)
+    packed = pack(linear, isa)
+    assert packed is not None
+    expected, size = exact(linear, x)
+    _, of_largest = exact(linear, largest_beside(x, group or columns))
+    bound = (columns + 8) * EPSILON * size + 2.0**-30 * of_largest
+    assert (np.abs(packed(x, threads=2) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38, 1e-30, 1e-44])
+def test_an_odd_row_among_few_changes_no_other(isa: str, value: float) -> None:
+    linear = made(AffineFormat(4, group_size=32), (33, 64), Float())
+    x = np.random.default_rng(0).standard_normal((5, 64), np.float32)
+    packed = pack(linear, isa)
+    assert packed is not None
+    before = packed(x)
+    x[3, 32:] = value
+    rest = [0, 1, 2, 4]
+    np.testing.assert_array_equal(packed(x)[rest], before[rest])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("value", [np.inf, -np.inf, 3.4e38])
 def test_what_overflows_in_one_row_stays_there(isa: str, value: float) -> None:
@@ -321,6 +375,15 @@ def test_several_threads_call_at_once() -> None:
     for caller in callers:
         caller.join()
     assert not wrong
+
+
+def test_threads_that_sleep_between_calls() -> None:
+    linear = made(AffineFormat(8), (300, 256), PerToken(8))
+    packed, x = pack(linear), tokens(9, 256)
+    assert packed is not None
+    for pause in (0, 1e-4, 2e-4, 3e-4, 1e-3, 1e-2) * 5:
+        time.sleep(pause)
+        np.testing.assert_array_equal(packed(x, threads=3), linear.forward(x))
 
 
 FORKED = """

@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "head_dim": 4},
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
 }
-LENGTH = 7
+LENGTH = 19  # queries enough for the kernel
 
 
 @pytest.fixture(params=[True, False], ids=["native", "numpy"])

@@ -26,7 +26,6 @@ struct TileCall : Call {
   int64_t last = 0;             // steps of all inputs
   int64_t group = 0;            // steps of a group; 0 if there is one scale for all inputs
   int64_t held = 0;             // steps whose weights are held
-  int64_t ahead = 0;            // panels from one that a thread computes to its next
   int64_t begin = 0, end = 0;   // steps of this part of the inputs
   int64_t first = 0;            // panel of this part of the outputs
   int32_t* all_sums = nullptr;  // of its panels; null if all inputs are in one part
@@ -155,14 +154,14 @@ struct Many {
       t.failed = true;
       return;
     }
-    const bool more = (index + t.ahead) * kWide < p.outputs;
+    const bool more = (index + 1) * kWide < p.outputs;
     const Tiles tiles(t.tall);
     for (int64_t begin = t.begin; begin < t.end; begin += t.held) {
       const int64_t end = at_most(t.end, begin + t.held);
       const uint8_t* weights = weights_of<BITS, FLOAT>(codes, rows_of_panel, begin, end, spread);
       for (int64_t block = 0; block < blocks; block += 2) {
         if (more)
-          ask_for(codes + t.ahead * bytes + begin * kPacked, (end - begin) * kPacked, block / 2,
+          ask_for(codes + bytes + begin * kPacked, (end - begin) * kPacked, block / 2,
                   (blocks + 1) / 2);
         if (block + 1 < blocks)
           rows<true>(t, block, weights, column, begin, end, held);
@@ -204,7 +203,6 @@ struct Many {
       for (t.begin = 0; t.begin < t.last; t.begin = t.end) {
         t.end = at_most(t.last, t.begin + part);
         const int64_t count = at_most(at_once, panels - t.first);
-        t.ahead = at_most(threads, count);
         share_out(count, threads, panel, &t);
       }
   }

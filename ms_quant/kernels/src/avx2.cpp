@@ -1,4 +1,4 @@
-#include "block_impl.h"
+#include "attention_impl.h"
 #include "x86_256.h"
 
 namespace msq {
@@ -8,6 +8,7 @@ namespace {
 struct Avx2 : X86Of256 {
   static constexpr int kRows = 4;
   static constexpr int32_t kBias = 0;
+  static constexpr bool kByDigits = false;
   struct Pair {
     __m256i even, odd;
   };

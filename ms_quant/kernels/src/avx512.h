@@ -12,6 +12,7 @@ namespace {
 struct Avx512Vnni {
   static constexpr int kWidth = 16, kVectors = 2, kRows = 12;
   static constexpr int32_t kBias = 128;
+  static constexpr bool kByDigits = true;
   using F = __m512;
   using I = __m512i;
   using Codes = __m512i;
@@ -52,6 +53,21 @@ struct Avx512Vnni {
     const I high = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     istore(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+  }
+
+  static void store_digits(int8_t* p, const F (&v)[4]) {
+    const I bytes = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int i = 0; i < 4; ++i, p += 16) {
+      const I sums = iadd(_mm512_cvtps_epi32(v[i]), iset1(0x00808080));
+      const I signs = _mm512_xor_si512(sums, iset1(0x00808080));
+      const I digits = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(signs, bytes));
+      const auto at = reinterpret_cast<__m128i*>(p);  // rows of 64 bytes
+      _mm_storeu_si128(at, _mm512_castsi512_si128(digits));
+      _mm_storeu_si128(at + 4, _mm512_extracti32x4_epi32(digits, 1));
+      _mm_storeu_si128(at + 8, _mm512_extracti32x4_epi32(digits, 2));
+      _mm_storeu_si128(at + 12, _mm512_extracti32x4_epi32(digits, 3));
+    }
   }
 
   static I right(I a, int by) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(by)); }

@@ -1,5 +1,5 @@
+#include "attention_impl.h"
 #include "avx512.h"
-#include "block_impl.h"
 
 namespace msq {
 

@@ -59,6 +59,14 @@ struct ColumnStats {
   bool not_finite;
 };
 
+// What msq_attention is asked.
+struct Attention {
+  const float *q, *k, *v, *mask;
+  int64_t batch, heads, kv_heads, length, total, size, masks;
+  float scale;
+  float* y;
+};
+
 // What an instruction set provides.
 struct Kernels {
   int64_t columns;  // of a panel
@@ -74,6 +82,7 @@ struct Kernels {
                int64_t heads, int64_t size, float* y, int threads);
   void (*softmax)(float* x, const float* mask, int64_t rows, int64_t columns, int64_t length,
                   int64_t rows_of_mask, float scale, int threads);
+  bool (*attention)(const Attention&, int threads);  // false without memory
   void (*column_stats)(ColumnStats&, int threads);
 };
 

@@ -156,34 +156,43 @@ struct BlockOps {
     float scale;
   };
 
+  // x * scale + mask in place; the largest.
+  static float masked(float* x, const float* mask, int64_t n, float factor) {
+    const F scale = S::set1(factor);
+    F most = S::set1(-3.0e38f);
+    for (int64_t k = 0; k < n; k += W) {
+      const F v = S::add(S::mul(part_of(x + k, n - k, 0), scale), part_of(mask + k, n - k, -3e38f));
+      put_part(x + k, v, n - k);
+      most = S::max(most, v);
+    }
+    return S::highest(most);
+  }
+
+  // e^(x - top), 16 numbers to each `stride`; their sum. y may be x.
+  static float powers(const float* x, int64_t n, float top, float* y, int64_t stride) {
+    const F highest = S::set1(top);
+    F total = S::set1(0.0f);
+    int64_t k = 0;
+    for (; k + W <= n; k += W) {
+      const F v = exp(S::sub(S::load(x + k), highest));
+      S::store(y + k / kWords * stride + k % kWords, v);
+      total = S::add(total, v);
+    }
+    if (k == n) return sum_of(total);
+    alignas(64) float part[W];
+    S::store(part, exp(S::sub(part_of(x + k, n - k, -3e38f), highest)));
+    for (int64_t i = n - k; i < W; ++i) part[i] = 0;
+    put_part(y + k / kWords * stride + k % kWords, S::load(part), n - k);
+    return sum_of(S::add(total, S::load(part)));
+  }
+
   static void softmax_piece(void* job, int64_t index) {
     const Softmax& c = *static_cast<Softmax*>(job);
     const int64_t n = c.columns, each = n < kPiece ? kPiece / n : 1;
     for (int64_t row = index * each; row < at_most(c.rows, (index + 1) * each); ++row) {
       float* x = c.x + row * n;
       const float* mask = c.mask + (row / c.rows_of_mask * c.length + row % c.length) * n;
-      const F scale = S::set1(c.scale);
-      F most = S::set1(-3.0e38f);
-      for (int64_t k = 0; k < n; k += W) {
-        const F v =
-            S::add(S::mul(part_of(x + k, n - k, 0), scale), part_of(mask + k, n - k, -3e38f));
-        put_part(x + k, v, n - k);
-        most = S::max(most, v);
-      }
-      const F top = S::set1(S::highest(most));
-      F total = S::set1(0.0f);
-      for (int64_t k = 0; k < n; k += W) {
-        F v = exp(S::sub(part_of(x + k, n - k, -3e38f), top));
-        if (n - k < W) {
-          alignas(64) float part[W];
-          S::store(part, v);
-          for (int64_t i = n - k; i < W; ++i) part[i] = 0;
-          v = S::load(part);
-        }
-        put_part(x + k, v, n - k);
-        total = S::add(total, v);
-      }
-      const F by = S::set1(1.0f / sum_of(total));
+      const F by = S::set1(1.0f / powers(x, n, masked(x, mask, n, c.scale), x, kWords));
       for (int64_t k = 0; k < n; k += W)
         put_part(x + k, S::mul(part_of(x + k, n - k, 0), by), n - k);
     }
@@ -197,16 +206,6 @@ struct BlockOps {
     share_out((rows + each - 1) / each, threads, softmax_piece, &job);
   }
 };
-
-template <class S>
-const Kernels* all_kernels() {
-  static const Kernels found = {Linear<S>::kColumns,   S::kBias,
-                                Linear<S>::linear,     Quantize<S>::quantize_rows,
-                                BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
-                                BlockOps<S>::rope,     BlockOps<S>::softmax,
-                                column_stats};
-  return &found;
-}
 
 }  // namespace
 }  // namespace msq

@@ -203,6 +203,34 @@ void check_block(int isa) {
   check_close("softmax", isa, softmax[1], softmax[0]);
 }
 
+// Odd sizes, and queries that see all, some or no keys.
+void check_attention(int isa) {
+  const int64_t batch = 1 + below(2), kv = 1 + below(2), heads = kv * (1 + below(3)),
+                length = 1 + below(60), total = length + below(40), size = 1 + below(70),
+                masks = below(2) ? batch : 1;
+  const std::vector<float> q = normals(batch * heads * length * size),
+                           k = normals(batch * kv * total * size),
+                           v = normals(batch * kv * total * size);
+  std::vector<float> mask = normals(masks * length * total);
+  const int64_t hides = below(4);
+  for (int64_t i = 0; i < masks * length * total; ++i)
+    if (hides && (i % total > i / total % length || below(hides) > 1))
+      mask[static_cast<size_t>(i)] = -1e30f;
+  const int isas[2] = {MSQ_SCALAR, isa};
+  std::vector<float> found[2];
+  for (int i = 0; i < 2; ++i) {
+    found[i].resize(q.size());
+    msq_attention(isas[i], q.data(), k.data(), v.data(), mask.data(), batch, heads, kv, length,
+                  total, size, masks, 0.2f, found[i].data(), 2);
+  }
+  for (size_t i = 0; i < q.size(); ++i)
+    if (!(fabsf(found[1][i] - found[0][i]) <= 1e-4f)) {
+      printf("%s, attention: [%zu] is %.9g, expected %.9g\n", kNames[isa], i, found[1][i],
+             found[0][i]);
+      exit(1);
+    }
+}
+
 // Against sums of one pair after the other, bit for bit.
 void check_hadamard() {
   const int64_t rows = below(4), order = int64_t{1} << below(9), width = 1 + below(13);
@@ -309,6 +337,7 @@ int main(int count, char** words) {
       check_linear(isa);
       check_rows(isa);
       check_block(isa);
+      check_attention(isa);
       check_columns(isa);
     }
   }

@@ -235,7 +235,7 @@ const Kernels* kernels_of(int isa) {
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 2; }
+int32_t msq_abi_version(void) { return 3; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
 
@@ -343,6 +343,20 @@ int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int6
     return MSQ_BAD_ARGUMENT;
   kernels->softmax(x, mask, rows, columns, length, rows_of_mask, scale, threads);
   return MSQ_OK;
+}
+
+int32_t msq_attention(int32_t isa, const float* q, const float* k, const float* v,
+                      const float* mask, int64_t batch, int64_t heads, int64_t kv_heads,
+                      int64_t length, int64_t total, int64_t size, int64_t masks, float scale,
+                      float* y, int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels || batch < 0 || heads < 1 || kv_heads < 1 || heads % kv_heads || length < 0 ||
+      total < 1 || size < 1 || (masks != 1 && masks != batch) || threads < 1)
+    return MSQ_BAD_ARGUMENT;
+  if (!batch || !length) return MSQ_OK;
+  const Attention attention = {q,      k,     v,    mask,  batch, heads, kv_heads,
+                               length, total, size, masks, scale, y};
+  return kernels->attention(attention, threads) ? MSQ_OK : MSQ_NO_MEMORY;
 }
 
 int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t outputs, int64_t inputs,

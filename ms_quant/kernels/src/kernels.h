@@ -93,6 +93,13 @@ MSQ_API int32_t msq_rope(int32_t isa, const float* x, const float* cos, const fl
 // multiple of `length`, share a mask (length, columns) and go round in it.
 MSQ_API int32_t msq_softmax(int32_t isa, float* x, const float* mask, int64_t rows, int64_t columns,
                             int64_t length, int64_t rows_of_mask, float scale, int32_t threads);
+// y (batch, length, heads, size): softmax(q k^T * scale + mask) v of q (batch, heads, length, size)
+// and k and v (batch, kv_heads, total, size), which heads / kv_heads heads share. The mask is
+// (masks, length, total) for 1 or `batch` masks. A key below -1e29 in it has no weight.
+MSQ_API int32_t msq_attention(int32_t isa, const float* q, const float* k, const float* v,
+                              const float* mask, int64_t batch, int64_t heads, int64_t kv_heads,
+                              int64_t length, int64_t total, int64_t size, int64_t masks,
+                              float scale, float* y, int32_t threads);
 
 // x (rows, order, width) in place: the Sylvester matrix of an order 2^k times each row, divided;
 // with the sums of numerics/rotation.py, bit for bit.

@@ -6,6 +6,7 @@
 //   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
 //   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
 //   tile                 if it has one, sums of several rows in another way than by `dot`
+//   kByDigits            whether floats times codes are products of bytes for some rows
 //
 // Each file that includes this is compiled for one instruction set: see quantize_impl.h for what it
 // may not call.
@@ -18,7 +19,7 @@
 
 #include <type_traits>
 
-#include "quantize_impl.h"
+#include "digits_impl.h"
 
 namespace msq {
 namespace {
@@ -41,6 +42,8 @@ struct Linear {
   using I = typename S::I;
   static constexpr int W = S::kWidth, V = S::kVectors, R = S::kRows;
   static constexpr int64_t kColumns = int64_t{W} * V;
+  static constexpr int kTall = R / kDigits * kDigits;  // rows of digits
+  static constexpr int64_t kDigitRows = 2 * kTall;     // up to which floats become digits
   static constexpr int kDirectRows = R < 4 ? R : 4;  // up to which weights are widened for each row
 
   static void float_block(void* job, int64_t block) {
@@ -254,6 +257,91 @@ struct Linear {
 
   // --- float inputs
 
+  // A block of rows of digits.
+  template <int M, int BITS>
+  static void digit_rows(const Call& c, const uint8_t* panel, int64_t block, int64_t column) {
+    const Params& p = c.p;
+    const Segments segments(p);
+    constexpr int N = 32 / BITS, T = M / kDigits;
+    const int64_t first = block * c.tall / kDigits, padded = p.padded();
+    const float *scale = p.floats(p.scale) + column, *zero = p.floats(p.zero_scale);
+    const int32_t* in = c.codes + block * c.tall * c.words;
+    F y[T][V];
+    for (auto& row : y)
+      for (auto& value : row) value = S::set1(0.0f);
+    for (int64_t s = 0; s < segments.count; ++s) {
+      const int64_t g = s / segments.parts * padded;
+      Sums<M> total;
+      tile<M, BITS>(panel, in, segments.begin(s) / N, (segments.end(s) + N - 1) / N, nullptr,
+                    total);
+      each<T>([&](auto t) __attribute__((always_inline)) {
+        const int64_t at = (first + t) * segments.count + s;
+        const int32_t* added = c.sums + kDigits * at;
+        each<V>([&](auto v) __attribute__((always_inline)) {
+          F sum = S::set1(0.0f);
+          each<kDigits>([&](auto d) __attribute__((always_inline)) {
+            const I digit = S::isub(total[kDigits * t + d][v], S::iset1(added[d]));
+            sum = S::fma(sum, S::set1(1.0f / 256), S::to_float(digit));
+          });
+          if (zero)
+            sum =
+                S::sub(sum, S::mul(S::load(zero + g + column + v * W), S::set1(c.float_sums[at])));
+          sum = S::mul(sum, S::set1(c.scales[at]));
+          y[t][v] = S::fma(sum, S::load(scale + g + v * W), y[t][v]);
+        });
+      });
+    }
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = column + v * W;
+      if (at >= p.outputs) break;
+      for (int t = 0; t < T; ++t) put(c, first + t, at, with_bias(p, at, y[t][v]));
+    }
+  }
+
+  template <int M, int BITS>
+  static void digit_block(const Call& c, const uint8_t* panel, int64_t block, int64_t column) {
+    if (c.rows_of(block) == M) return digit_rows<M, BITS>(c, panel, block, column);
+    if constexpr (M > kDigits) digit_block<M - kDigits, BITS>(c, panel, block, column);
+  }
+
+  static void digit_panel(void* job, int64_t index) {
+    Call& c = *static_cast<Call*>(job);
+    const int64_t column = index * kColumns;
+    const uint8_t* panel = c.w.words() + index * steps_of(c.p.inputs, c.w.bits) * kColumns * 4;
+    for (int64_t block = 0; block < c.blocks(); ++block)
+      if (c.w.bits == 8)
+        digit_block<kTall, 8>(c, panel, block, column);
+      else
+        digit_block<kTall, 4>(c, panel, block, column);
+  }
+
+  static void by_digits(const Weights& w, const Params& p, const float* x, int64_t rows, float* y,
+                        int threads, bool* out_of_memory) {
+    const Segments segments(p);
+    const int64_t words = up_to(p.inputs, kBlock) / 4, parts = rows * segments.count;
+    void* digits = scratch(0, up_to(rows * kDigits, kTall) * words * 4);
+    void* scales = scratch(1, parts * 4);
+    int32_t* sums = static_cast<int32_t*>(scratch(2, (kDigits + 1) * parts * 4));
+    bool* odd = static_cast<bool*>(scratch(6, rows));
+    if (!digits || !scales || !sums || !odd) {
+      *out_of_memory = true;
+      return;
+    }
+    float* float_sums = reinterpret_cast<float*>(sums + kDigits * parts);
+    Call call = {w,       p,
+                 x,       rows * kDigits,
+                 y,       kTall,
+                 words,   static_cast<int32_t*>(digits),
+                 nullptr, static_cast<float*>(scales),
+                 sums,    float_sums,
+                 false,   odd};
+    share_out(rows, threads, Digits<S>::split, &call);
+    share_out((p.outputs + kColumns - 1) / kColumns, threads, digit_panel, &call);
+    for (int64_t row = 0; row < rows; ++row)
+      if (odd[row])
+        by_vectors(w, p, x + row * p.inputs, 1, y + row * p.outputs, threads, out_of_memory);
+  }
+
   // A few rows: each group's sums of inputs times codes, from the words themselves.
   template <int M, int BITS>
   static void direct_rows(const Call& c, const uint8_t* panel, int64_t column) {
@@ -431,6 +519,14 @@ struct Linear {
 
   static void linear(const Weights& w, const Params& p, const float* x, int64_t rows, float* y,
                      int threads, bool* out_of_memory) {
+    if constexpr (S::kByDigits)
+      if (p.input == MSQ_FLOAT && rows <= kDigitRows)
+        return by_digits(w, p, x, rows, y, threads, out_of_memory);
+    by_vectors(w, p, x, rows, y, threads, out_of_memory);
+  }
+
+  static void by_vectors(const Weights& w, const Params& p, const float* x, int64_t rows, float* y,
+                         int threads, bool* out_of_memory) {
     const int64_t panels = (p.outputs + kColumns - 1) / kColumns;
     const bool integer = p.input != MSQ_FLOAT;
     const int64_t words = up_to(p.inputs, kBlock) / (integer ? 4 : 1);
@@ -457,8 +553,8 @@ struct Linear {
                    static_cast<int32_t*>(sums),
                    static_cast<float*>(sums),
                    false};
-      if (integer)  // a few rows are quantized before another thread wakes up
-        share_out(count, count > R ? threads : 1, Quantize<S>::quantize, &call);
+      if (integer)
+        share_out(count, threads, Quantize<S>::quantize, &call);
       else
         share_out(call.blocks(), threads, float_block, &call);
       if (!call.failed) share_out(panels, threads, integer ? integer_panel : float_panel, &call);

@@ -12,6 +12,7 @@ namespace {
 struct NeonDot {
   static constexpr int kWidth = 4, kVectors = 4, kRows = 6;
   static constexpr int32_t kBias = 0;
+  static constexpr bool kByDigits = true;
   using F = float32x4_t;
   using I = int32x4_t;
   using Codes = int8x16_t;
@@ -55,6 +56,17 @@ struct NeonDot {
   static void store_codes(int8_t* p, const F (&v)[16]) {
     for (int i = 0; i < 16; i += 4)
       vst1q_s8(p + 4 * i, vcombine_s8(vqmovn_s16(two(v + i)), vqmovn_s16(two(v + i + 2))));
+  }
+
+  static void store_digits(int8_t* p, const F (&v)[16]) {
+    const I carry = iset1(0x00808080);
+    for (int i = 0; i < 16; i += 4, p += 16) {
+      int32_t words[16];
+      for (int j = 0; j < 4; ++j)
+        istore(words + 4 * j, veorq_s32(vaddq_s32(vcvtnq_s32_f32(v[i + j]), carry), carry));
+      const int8x16x4_t digits = vld4q_s8(reinterpret_cast<const int8_t*>(words));
+      for (int d = 0; d < 4; ++d) vst1q_s8(p + 64 * d, digits.val[d]);
+    }
   }
 
   static I low_halves(I a) { return vandq_s32(a, iset1(0x0f0f0f0f)); }

@@ -1,4 +1,4 @@
-#include "block_impl.h"
+#include "attention_impl.h"
 #include "neon.h"
 
 namespace msq {

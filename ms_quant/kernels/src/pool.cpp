@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -15,7 +16,12 @@
 namespace msq {
 namespace {
 
-constexpr int kSpins = 400;  // some tens of microseconds: decoding calls again by then
+using Clock = std::chrono::steady_clock;
+
+// How long a thread waits for the next job before it sleeps: waking it takes some tens of
+// microseconds, and decoding calls again by then.
+constexpr std::chrono::microseconds kPatience(200);
+constexpr int kLooks = 32;  // between two looks at the clock
 
 constexpr uint64_t kMost = 1 << 16;  // threads
 
@@ -27,6 +33,8 @@ void relax() {
 #endif
 }
 
+// A job is open for so many threads. Each that comes takes a place; those that have not come when
+// all pieces are taken are not waited for.
 class Pool {
  public:
   void run(int64_t count, int helpers, Piece piece, void* job) {
@@ -34,55 +42,75 @@ class Pool {
     piece_ = piece;
     job_ = job;
     count_ = count;
-    next_.store(0);
-    working_.store(helpers);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      state_.store((state_.load() / kMost + 1) * kMost + static_cast<uint64_t>(helpers));
+    runs_ = 2 * (helpers + 1);
+    next_.store(0, std::memory_order_relaxed);
+    state_.store(static_cast<uint64_t>(helpers) * kMost);
+    if (sleeping_.load() > 0) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+      }
+      wake_.notify_all();
     }
-    wake_.notify_all();
     work();
-    while (working_.load(std::memory_order_acquire) != 0) relax();
+    state_.fetch_and(kMost - 1);
+    while (state_.load(std::memory_order_acquire) != 0) relax();
   }
 
   std::mutex busy;
 
  private:
   void start(int helpers) {
-    while (started_ < static_cast<uint64_t>(helpers)) {
-      const uint64_t index = started_++;
-      std::thread([this, index, seen = state_.load()] { serve(index, seen); }).detach();
-    }
+    for (; started_ < helpers; ++started_) std::thread([this] { serve(); }).detach();
   }
 
-  // Whoever is wanted is waited for, so it misses no job; the others may miss some.
-  void serve(uint64_t index, uint64_t seen) {
+  void serve() {
     for (;;) {
-      for (int spin = 0; spin < kSpins && state_.load() == seen; ++spin) relax();
-      if (state_.load() == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return state_.load() != seen; });
+      wait();
+      uint64_t seen = state_.load();
+      while (seen >= kMost && !state_.compare_exchange_weak(seen, seen - kMost + 1)) {
       }
-      seen = state_.load();
-      if (index >= seen % kMost) continue;
+      if (seen < kMost) continue;
       work();
-      working_.fetch_sub(1, std::memory_order_release);
+      state_.fetch_sub(1, std::memory_order_release);
     }
   }
 
+  bool is_open() const { return state_.load() >= kMost; }
+
+  void wait() {
+    const auto end = Clock::now() + kPatience;
+    do {
+      for (int look = 0; look < kLooks; ++look, relax())
+        if (is_open()) return;
+    } while (Clock::now() < end);
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleeping_.fetch_add(1);
+    wake_.wait(lock, [this] { return is_open(); });
+    sleeping_.fetch_sub(1);
+  }
+
+  // Takes pieces in runs, as the next of a run often lies behind it in memory: long ones first, as
+  // long as there is much left for all.
   void work() {
-    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) piece_(job_, i);
+    int64_t i = next_.load();
+    while (i < count_) {
+      const int64_t run = (count_ - i) / runs_ + 1;
+      if (!next_.compare_exchange_weak(i, i + run)) continue;
+      for (const int64_t end = i + run; i < end; ++i) piece_(job_, i);
+      i = next_.load();
+    }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> state_{0};  // the number of the job, times kMost, plus its helpers
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> working_{0};
+  alignas(64) std::atomic<uint64_t> state_{0};  // places left, times kMost, plus threads at work
+  std::atomic<int> sleeping_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
   Piece piece_ = nullptr;
   void* job_ = nullptr;
   int64_t count_ = 0;
-  uint64_t started_ = 0;
+  int64_t runs_ = 1;  // of which a thread takes one of what is left
+  int started_ = 0;
 };
 
 // Never freed: its threads may still wait when the process ends. A child of fork has none of the

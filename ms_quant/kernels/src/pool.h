@@ -13,7 +13,7 @@ typedef void (*Piece)(void* job, int64_t index);
 // them. While another thread's job is running it all happens on the caller's.
 void share_out(int64_t count, int threads, Piece piece, void* job);
 
-constexpr int kSlots = 6;
+constexpr int kSlots = 7;
 
 // A buffer of this thread's own of at least that many bytes, aligned to 64; null without memory.
 // What was there before is gone.

@@ -50,6 +50,7 @@ struct Call {
   int32_t* sums;      // [row][group]: of codes, times what was added to the weight's
   float* float_sums;  // [row][group] of inputs
   bool failed;
+  bool* odd = nullptr;  // of rows of floats: no digits were made
 
   int64_t blocks() const { return (rows + tall - 1) / tall; }
   int64_t rows_of(int64_t block) const { return at_most(tall, rows - block * tall); }

@@ -1,6 +1,6 @@
 #include <math.h>
 
-#include "block_impl.h"
+#include "attention_impl.h"
 
 namespace msq {
 namespace {
@@ -8,6 +8,7 @@ namespace {
 struct Scalar {
   static constexpr int kWidth = 4, kVectors = 2, kRows = 2;
   static constexpr int32_t kBias = 0;
+  static constexpr bool kByDigits = false;
   struct F {
     float at[kWidth];
   };
