@@ -6,6 +6,8 @@ The model has 33.6 million parameters in float32: hidden size 512, 8 blocks, int
 1536, a vocabulary of 8192. Calibration is 48 windows of the bundled text, 25,344 tokens. Every
 command runs in a process of its own with one thread, in turn; of several rounds the least is
 told: seconds of CPU of the whole process, imports too, and the peak of its resident memory, in MiB.
+Before the table: what the float products of the linears take at the least, at the speed of the
+largest products that one thread of BLAS does here.
 ``PYTHON`` is that of an environment with msmodelslim and torch; the pairs of rows do the same
 work, though not with the same algorithms in every detail.
 """
@@ -56,6 +58,8 @@ SPREAD = 0.02  # of the weights
 PER_CHANNEL = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 PER_TOKEN = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
 PER_TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
+FLOPS = "from ms_quant.estimate import flops; print(max(flops() for _ in range(9)))"
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 COMMAND = "import sys; sys.argv[0] = 'ms-quant'; from ms_quant.cli import main; main()"
 
 
@@ -115,6 +119,7 @@ def main() -> None:
         maker.start()
         maker.join()
         tokens, texts = work / "tokens.npz", work / "texts.jsonl"
+        print(f"{least_seconds()}\n")
         print("| work | tool | CPU s | peak MiB |")
         print("|---|---|---|---|")
         for asked in WORK:
@@ -125,6 +130,21 @@ def main() -> None:
                 print(f"| {asked.name} | {name} | {seconds:.1f} | {peak / 1024:.0f} |", flush=True)
     finally:
         shutil.rmtree(work)
+
+
+def least_seconds() -> str:
+    """What this machine does, and how long the linears take of it."""
+    command = [sys.executable, "-c", FLOPS]
+    done = subprocess.run(
+        command, env={**os.environ, **THREADS}, check=True, stdout=subprocess.PIPE
+    )
+    speed, config = float(done.stdout), parse_config(CONFIG)
+    weights = config.num_layers * sum(out * into for out, into in config.linear_shapes().values())
+    seconds = 2 * weights * SAMPLES * LENGTH / speed
+    return (
+        f"One thread of BLAS does {speed / 1e9:.0f} GFLOPS here: the linears of "
+        f"{SAMPLES * LENGTH:,} tokens take {seconds:.1f} s."
+    )
 
 
 def make_inputs(work: Path) -> None:
@@ -198,9 +218,8 @@ def compare(
 
 def run(command: list[str]) -> tuple[float, float]:
     """CPU seconds, and peak resident memory in KiB, of a command."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env={**os.environ, **threads}, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env={**os.environ, **THREADS}, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
