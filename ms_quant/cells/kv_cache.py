@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from ms_quant.models.cache import KeyValueCache
+from ms_quant.models.cache import KeyValueCache, extend_by_tensors
 from ms_quant.models.families import CACHED
 from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
 
@@ -35,8 +35,12 @@ class Int8KeyValueCache(KeyValueCache):
         if scales is not None:
             self.scales = [Tensor.from_numpy(scales[path]) for path in CACHED]
 
+    def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return extend_by_tensors(self, keys, values)
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, heads, S, D) keys and values, and gives what the codes of all stand for."""
+        self.length += keys.shape[2]
         self.keys, whole_keys = self._append(0, self.keys, keys)
         self.values, whole_values = self._append(1, self.values, values)
         return whole_keys, whole_values

@@ -200,13 +200,7 @@ class Attention(nn.Cell):
     ) -> Tensor:
         """The same as ``construct`` in NumPy and native kernels."""
         q, k, v = map(floats, self.by_head(x, decode))
-        angles = floats(cos), floats(sin)
-
-        def held(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            whole = cache.append(Tensor.from_numpy(keys), Tensor.from_numpy(values))
-            return floats(whole[0]), floats(whole[1])
-
-        kept = None if cache is None else held
+        angles, kept = (floats(cos), floats(sin)), None if cache is None else cache.extend
         y = attention.attention(q, k, v, angles, floats(mask), kept, threads())
         return project(self.o_proj, as_type(y, x.dtype), decode)
 

@@ -18,9 +18,6 @@ try:
 except ImportError:  # before MindSpore 2.9
     from mindspore.common.api import _pynative_executor
 
-_HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
-
-
 @lru_cache(maxsize=1)
 def threads() -> int:
     """As many as MindSpore uses, and no more than there are cores for this process."""
@@ -29,7 +26,13 @@ def threads() -> int:
 
 def calls_directly(cell: nn.Cell) -> bool:
     """Whether nothing wants to be told of a call in PyNative: no hook and no gradient."""
-    return not (any(getattr(cell, name) for name in _HOOKS) or _pynative_executor.requires_grad())
+    return not (
+        cell._forward_pre_hook
+        or cell._forward_hook
+        or cell._backward_pre_hook
+        or cell._backward_hook
+        or _pynative_executor.requires_grad()
+    )
 
 
 def floats(x: Tensor) -> np.ndarray:
