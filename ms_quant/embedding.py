@@ -12,6 +12,7 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.budget import LOGIT_BYTES
+from ms_quant.numerics.storage import DTYPES
 
 Chunks = Iterable[tuple[int, np.ndarray]]
 """(first row, float32 rows) of a table, in order."""
@@ -31,6 +32,32 @@ def used_rows(chunks: Chunks, ids: np.ndarray) -> Callable[[np.ndarray], np.ndar
             parts.append(rows[used[first:last] - start])
     table = np.concatenate(parts)
     return lambda wanted: table[np.searchsorted(used, wanted)]
+
+
+class Table:
+    """A table in memory: in bfloat16 where its numbers are that and there are kernels for it.
+
+    Args:
+        rows: float32 (vocab, hidden).
+    """
+
+    def __init__(self, rows: np.ndarray):
+        self._held = rows
+        if kernels.available():
+            with np.errstate(all="ignore"):
+                narrow = rows.astype(DTYPES["bfloat16"])
+            if np.array_equal(narrow.astype(np.float32), rows):
+                self._held = narrow
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """float32 (len(ids), hidden)."""
+        return self._held[ids].astype(np.float32, copy=False)
+
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """Logits, float32 (vocab,), of float32 (hidden,)."""
+        if self._held.dtype == np.float32:
+            return self._held @ x
+        return kernels.table_times(self._held, x)
 
 
 def cross_entropy(

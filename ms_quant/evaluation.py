@@ -20,7 +20,7 @@ from ms_quant.cells.tree import replace_cell
 from ms_quant.checkpoint.atomic import free_space_check
 from ms_quant.checkpoint.job import HiddenStates, read_hidden
 from ms_quant.checkpoint.serving import ServedModel
-from ms_quant.embedding import cross_entropy, used_rows
+from ms_quant.embedding import Table, cross_entropy, used_rows
 from ms_quant.errors import MsQuantError
 from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.config import block_prefix
@@ -221,11 +221,12 @@ class Generator:
 
     def __init__(self, model: ServedModel, kv_cache: str | None = None):
         self.config = model.config
-        self.table = model.tensor(EMBEDDING)
+        self.table = Table(model.tensor(EMBEDDING))
         self.blocks = [load_block(model, index) for index in range(model.config.num_layers)]
         self.new_caches = new_caches(model, kv_cache)
         self.norm = load_norm(model)
-        self.head = self.table if model.config.tied else model.tensor(head_name(model))
+        tied = model.config.tied
+        self.head = self.table if tied else Table(model.tensor(head_name(model)))
 
     def generate(self, prompt: np.ndarray, new_tokens: int) -> Iterator[int]:
         """Yields the most likely next token again and again, until an end token or the limit.
@@ -250,9 +251,9 @@ class Generator:
         start, stop = caches[0].length, caches[0].length + len(ids)
         cos, sin = rope_tensors(self.config, start, stop)
         mask = causal_mask(stop)[:, :, start:]
-        hidden = Tensor(self.table[ids][None])
+        hidden = Tensor(self.table.rows(ids)[None])
         for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
             hidden = block(hidden, cos, sin, mask, cache, start > 0)
             finite(hidden, index)
         last = self.norm(hidden[:, -1:]).asnumpy().reshape(-1)
-        return self.head @ last
+        return self.head.times(last)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ms_quant.embedding import cross_entropy, used_rows
+from ms_quant import kernels
+from ms_quant.embedding import Table, cross_entropy, used_rows
 
 
 def pieces(table: np.ndarray, size: int):
@@ -36,3 +37,25 @@ def test_cross_entropy_is_that_of_whole_logits_in_float64(size, logit_bytes, sca
     found = cross_entropy(pieces(head, size), rows, targets, logit_bytes)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_table_in_memory(exact):
+    """In bfloat16 it takes half the memory, where that loses nothing."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((50, 24)).astype("f4")
+    if exact:
+        rows = (rows.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    table, x, ids = Table(rows), rng.standard_normal(24).astype("f4"), np.array([3, 0, 3, 49])
+    np.testing.assert_array_equal(table.rows(ids), rows[ids])
+    assert table.rows(ids).dtype == np.float32
+    np.testing.assert_allclose(table.times(x), rows.astype(float) @ x, rtol=1e-4, atol=1e-5)
+    narrow = exact and kernels.available()
+    assert table._held.nbytes == rows.nbytes // (2 if narrow else 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_odd_numbers_of_a_table_stay(value):
+    rows = np.zeros((4, 8), np.float32)
+    rows[2, 5] = value
+    np.testing.assert_array_equal(Table(rows).rows(np.arange(4)), rows)

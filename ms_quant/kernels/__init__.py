@@ -2,7 +2,7 @@
 
 from ms_quant.kernels.block import attention, masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
-from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product, times
+from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product, table_times, times
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -37,6 +37,7 @@ __all__ = [
     "set_operator_threads",
     "swiglu",
     "sylvester",
+    "table_times",
     "threads_of",
     "times",
 ]

@@ -82,6 +82,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(number, *(pointer,) * 4),
             *(*(size,) * 7, real, pointer, number),
         ]
+        found.msq_table_times.argtypes = [number, pointer, size, size, pointer, pointer, number]
         found.msq_product.argtypes = [
             pointer,
             size,

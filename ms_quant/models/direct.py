@@ -18,6 +18,7 @@ try:
 except ImportError:  # before MindSpore 2.9
     from mindspore.common.api import _pynative_executor
 
+
 @lru_cache(maxsize=1)
 def threads() -> int:
     """As many as MindSpore uses, and no more than there are cores for this process."""

@@ -180,7 +180,8 @@ const Kernels* all_kernels() {
                                 Linear<S>::linear,     Quantize<S>::quantize_rows,
                                 BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
                                 BlockOps<S>::rope,     BlockOps<S>::softmax,
-                                Attend<S>::attend,     column_stats};
+                                Attend<S>::attend,     BlockOps<S>::table_times,
+                                column_stats};
   return &found;
 }
 

@@ -149,6 +149,44 @@ struct BlockOps {
     share_out(batch * length, threads, rope_piece, &job);
   }
 
+  struct Table {
+    const uint16_t* w;
+    const float* x;
+    int64_t rows, columns;
+    float* y;
+  };
+
+  static constexpr int64_t kTableRows = 128;  // of one piece
+  static constexpr int64_t kFar = 2048;       // bytes that are asked for before they are needed
+
+  static void table_piece(void* job, int64_t index) {
+    const Table& c = *static_cast<Table*>(job);
+    const int64_t n = c.columns, end = at_most(c.rows, (index + 1) * kTableRows);
+    for (int64_t row = index * kTableRows; row < end; ++row) {
+      const uint16_t* w = c.w + row * n;
+      F sums[4];
+      each<4>([&](auto i) __attribute__((always_inline)) { sums[i] = S::set1(0.0f); });
+      int64_t k = 0;
+      for (; k + 4 * W <= n; k += 4 * W) {
+        S::prefetch(reinterpret_cast<const char*>(w + k) + kFar);
+        S::prefetch(reinterpret_cast<const char*>(w + k) + kFar + 64);
+        each<4>([&](auto i) __attribute__((always_inline)) {
+          sums[i] = S::fma(S::load_bfloat16(w + k + i * W), S::load(c.x + k + i * W), sums[i]);
+        });
+      }
+      float sum = sum_of(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])));
+      for (; k < n; ++k) sum += of_bfloat16(w[k]) * c.x[k];
+      c.y[row] = sum;
+    }
+  }
+
+  // y (rows) = w (rows, columns) x of bfloat16
+  static void table_times(const uint16_t* w, int64_t rows, int64_t columns, const float* x,
+                          float* y, int threads) {
+    Table job = {w, x, rows, columns, y};
+    share_out((rows + kTableRows - 1) / kTableRows, threads, table_piece, &job);
+  }
+
   struct Softmax {
     float* x;
     const float* mask;

@@ -197,6 +197,15 @@ void check_block(int isa) {
     msq_rope(isas[i], x.data(), cos.data(), sin.data(), 1, length, heads, size, rope[i].data(), 2);
     msq_softmax(isas[i], softmax[i].data(), mask.data(), rows, size, length, rows, 0.5f, 2);
   }
+  std::vector<uint16_t> table(static_cast<size_t>(rows * size));
+  for (uint16_t& half : table) half = static_cast<uint16_t>(0x3f80 + below(256));
+  const std::vector<float> by(weight.size(), 0.5f);
+  std::vector<float> product[2];
+  for (int i = 0; i < 2; ++i) {
+    product[i].resize(static_cast<size_t>(rows));
+    msq_table_times(isas[i], table.data(), rows, size, by.data(), product[i].data(), 2);
+  }
+  check_close("table_times", isa, product[1], product[0]);
   check_close("rms_norm", isa, norm[1], norm[0]);
   check_close("swiglu", isa, gate[1], gate[0]);
   check_close("rope", isa, rope[1], rope[0]);

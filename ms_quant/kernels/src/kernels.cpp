@@ -359,6 +359,14 @@ int32_t msq_attention(int32_t isa, const float* q, const float* k, const float* 
   return kernels->attention(attention, threads) ? MSQ_OK : MSQ_NO_MEMORY;
 }
 
+int32_t msq_table_times(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
+                        const float* x, float* y, int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels || rows < 0 || columns < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
+  kernels->table_times(w, rows, columns, x, y, threads);
+  return MSQ_OK;
+}
+
 int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t outputs, int64_t inputs,
                     const float* bias, float* y, int32_t threads) {
   if (rows < 1 || !sizes_fit(outputs, inputs) || threads < 1) return MSQ_BAD_ARGUMENT;

@@ -101,6 +101,10 @@ MSQ_API int32_t msq_attention(int32_t isa, const float* q, const float* k, const
                               int64_t length, int64_t total, int64_t size, int64_t masks,
                               float scale, float* y, int32_t threads);
 
+// y (rows) = w (rows, columns) x in float32, of w in bfloat16.
+MSQ_API int32_t msq_table_times(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
+                                const float* x, float* y, int32_t threads);
+
 // x (rows, order, width) in place: the Sylvester matrix of an order 2^k times each row, divided;
 // with the sums of numerics/rotation.py, bit for bit.
 MSQ_API int32_t msq_hadamard(double* x, int64_t rows, int64_t order, int64_t width, double divisor);

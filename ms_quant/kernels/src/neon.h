@@ -19,6 +19,9 @@ struct NeonDot {
   using Inputs = int8x16_t;
 
   static F load(const float* p) { return vld1q_f32(p); }
+  static F load_bfloat16(const uint16_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+  }
   static void store(float* p, F v) { vst1q_f32(p, v); }
   static F set1(float x) { return vdupq_n_f32(x); }
   static F add(F a, F b) { return vaddq_f32(a, b); }

@@ -33,6 +33,13 @@ __attribute__((always_inline)) inline void each(Function&& f) {
   }
 }
 
+inline float of_bfloat16(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up_to(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 

@@ -34,6 +34,9 @@ struct Scalar {
   static F load(const float* p) {
     return floats([&](int i) { return p[i]; });
   }
+  static F load_bfloat16(const uint16_t* p) {
+    return floats([&](int i) { return of_bfloat16(p[i]); });
+  }
   static void store(float* p, F v) { memcpy(p, v.at, sizeof v); }
   static F set1(float x) {
     return floats([&](int) { return x; });
