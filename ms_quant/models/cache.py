@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor, ops
 
-from ms_quant.models.direct import floats
-
 FIRST_TOKENS = 64  # that arrays have room for; they grow by half
 
 
@@ -47,11 +45,3 @@ class KeyValueCache:
         room = np.empty((batch, heads, max(FIRST_TOKENS, self.length * 3 // 2), size), np.float32)
         room[:, :, : old.shape[2]] = old
         return room
-
-
-def extend_by_tensors(
-    cache: KeyValueCache, keys: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """:meth:`KeyValueCache.extend` of a cache that keeps something else than floats."""
-    whole = cache.append(Tensor.from_numpy(keys), Tensor.from_numpy(values))
-    return floats(whole[0]), floats(whole[1])
