@@ -75,8 +75,7 @@ def calibrate(
         block.load(checkpoint.read_float32, prefix)
         cache = CacheRange(prefix) if plan.kv_cache else None
         plans = [plan for plan, _ in targets]
-        observe = partial(_observe, plans, block, job, index, tokens.shape, progress)
-        stats, searched = observe(steps, cache)
+        stats, searched = _observe(plans, block, job, index, tokens.shape, progress, steps, cache)
         seen = partial(_seen, block, stats, searched)
         half = partial(_second_half, progress, index)
         cached = None if cache is None else cache.absmax
