@@ -283,7 +283,7 @@ def test_other_versions_are_refused_unless_the_user_says_so(
 ) -> None:
     wanted = options(tiny_model())
     interrupt(wanted, monkeypatch)
-    monkeypatch.setattr(request, "environment", lambda: {"threads": 4096})
+    monkeypatch.setattr(request, "environment", lambda *_: {"threads": 4096})
     with pytest.raises(MsQuantError, match=r"environment\..* --any-environment"):
         quantize_checkpoint(wanted)
     wanted = QuantizeOptions(**{**vars(wanted), "any_environment": True})

@@ -369,7 +369,7 @@ def test_other_versions_of_a_job_for_several_formats(make, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(None, **options)
     monkeypatch.undo()
-    monkeypatch.setattr(request, "environment", lambda: {"threads": 99})
+    monkeypatch.setattr(request, "environment", lambda *_: {"threads": 99})
     message = r"begun with environment\..*; use --any-environment"
     with pytest.raises(MsQuantError, match=message):
         make(None, **options)
