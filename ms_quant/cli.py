@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from ms_quant import __version__
+from ms_quant import __version__, kernels
 from ms_quant.console import (
     JsonOption,
     block_progress,
@@ -167,6 +167,8 @@ def quantize(
         return
     if any(request.plan.any("trains") for request in prepared.all):
         use_mindspore()
+    if prepared.tokens is not None and kernels.note():
+        note(f"note: {kernels.note()}")
     with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
         result = quantize_checkpoint(options, progress, prepared)
     results = result.get("formats", [result])

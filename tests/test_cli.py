@@ -382,6 +382,19 @@ def test_other_refusals(
     assert not (tmp_path / "out").exists()
 
 
+def test_calibration_without_native_kernels(
+    ms_quant_command: Run, tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
+) -> None:
+    """It says so once, and NumPy does the work."""
+    missing = "from ms_quant.kernels import native\nnative._load = lambda: (None, 'no kernels')"
+    arguments = ["--calib", calib_text, "--samples", 2, "--seq-len", 20, "--algorithm", "osl"]
+    run = ms_quant_command(
+        "quantize", tiny_model(), "-o", tmp_path / "out", *arguments, "--json", before=missing
+    )
+    assert result(run)["quantized_linears"] > 0
+    assert run.stderr.count("note: no kernels") == 1
+
+
 def test_without_mindspore(
     ms_quant_command: Run, tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
 ) -> None:
