@@ -178,11 +178,13 @@ class QuantLinear(nn.Cell):
         refuse_replacing(self.__dict__.get("kept", {}), param_name, param)
         super().insert_param_to_cell(param_name, param, *args, **kwargs)
 
-    def _add_mixed_precision_flag(self, **flags: bool) -> None:
-        """What ``to_float`` asks for. Codes, scales and sums keep their types: inputs are cast."""
-        for name, float_type in _FLOAT_TYPES.items():
-            if flags.get(name):
-                self.float_type = float_type
+    def add_flags(self, **flags: bool) -> QuantLinear:
+        """``to_float`` casts the input, and with it the output; what is between stays float32."""
+        asked = [name for name in _FLOAT_TYPES if flags.get(name)]
+        if asked:
+            self.float_type = _FLOAT_TYPES[asked[0]]
+            flags |= {name: name == "fp32" for name in _FLOAT_TYPES}
+        return super().add_flags(**flags)
 
     def __call__(self, *args, **kwargs):
         # Compiled networks do not come here: they take the operator in ``construct``.

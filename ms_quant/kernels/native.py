@@ -36,6 +36,7 @@ _STATUS = {
     3: "there is not enough memory",
     4: "the weight was packed for an instruction set that this machine has not",
     6: "input_offset differs between channels, expected the same in all",
+    7: "a code of the weight is no int4, expected -8..7",
 }
 NO_ISA, NOT_FINITE = 4, 5
 _POINTERS = ("mul", "input_scale", "scale", "row_scale", "zero_point", "int_bias", "bias")

@@ -15,15 +15,21 @@ namespace {
 std::mutex packing;
 std::atomic<int32_t> operator_threads{1};
 
-template <class T>
-bool all_the_same(const T* from, int64_t count) {
+bool all_the_same(const int8_t* from, int64_t count) {
   for (int64_t i = 1; i < count; ++i)
     if (from[i] != from[0]) return false;
   return true;
 }
 
+bool all_are_int4(const int8_t* codes, int64_t count) {
+  uint8_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint8_t>(codes[i] + 8) & 0xf0;
+  return !outside;
+}
+
 int32_t pack(const MsqWatchedLinear& cell) {
   const MsqLinear& any = cell.phases[0];
+  if (cell.bits == 4 && !all_are_int4(cell.codes, any.outputs * any.inputs)) return MSQ_NOT_INT4;
   if (cell.offset && !all_the_same(cell.offset, any.inputs)) return MSQ_OFFSETS_DIFFER;
   for (int i = 0; i < 2 && cell.params[i]; ++i) {
     MsqLinear linear = cell.phases[i];
