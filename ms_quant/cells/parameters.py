@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, ops
@@ -58,7 +59,9 @@ def make_parameters(
 ) -> tuple[dict[str, Parameter], WatchedArrays | None]:
     """Parameters with these values; on the host on watched memory, which they never leave."""
     if not on_host:
-        return {name: Parameter(Tensor(a), requires_grad=False) for name, a in tensors.items()}, None
+        return {
+            name: Parameter(Tensor(a), requires_grad=False) for name, a in tensors.items()
+        }, None
     watched = WatchedArrays(tensors)
     return {name: _on(array) for name, array in watched.arrays.items()}, watched
 
@@ -66,12 +69,13 @@ def make_parameters(
 def _on(array: np.ndarray) -> Parameter:
     parameter = Parameter(Tensor(array), requires_grad=False)
     parameter.assign_value(Tensor.from_numpy(array))
-    parameter.__class__ = _fixed(type(parameter))
+    base: Any = type(parameter)
+    parameter.__class__ = _fixed(base)
     return parameter
 
 
 @cache
-def _fixed(base: type) -> type:
+def _fixed(base: Any) -> type:
     return type("Parameter", (_InPlace, base), {})
 
 

@@ -24,6 +24,7 @@ from ms_quant.numerics.float_grid import FloatGrid
 from ms_quant.numerics.grid import AffineGrid
 from ms_quant.numerics.linear import Kronecker, QuantizedLinear, StaticActivation
 from ms_quant.numerics.timestep import TimestepActivation
+from ms_quant.spec import Scheme
 from ms_quant.timestep import TimestepPolicyConfig
 
 EXACT_K = 1024  # a float32 sum of this many products of int8 is exact: 1024 * 2**14 = 2**24
@@ -48,12 +49,17 @@ class QuantLinear(nn.Cell):
     :meth:`ms_quant.numerics.linear.QuantizedLinear.forward`. With anything else the input and the
     weight are dequantized and multiplied in float32.
 
-    On CPU integer weights have native kernels (docs/kernels.md), for which they are packed when
-    the Cell is made: called on the tensors' own memory in PyNative, and as a custom operator in
-    jit and graph mode. They have no gradient. Where there is no kernel or no library MindSpore's
-    operators compute the same: exact sums as float32 matrix products over chunks of at most 1,024
-    inputs, others with a weight that is dequantized once. Inputs in float8 or microscaling formats,
-    and those of a Kronecker transform, are quantized in NumPy, which works in PyNative only.
+    On CPU integer weights have native kernels (docs/kernels.md), for which they are packed in the
+    first call: called on the tensors' own memory in PyNative, and as a custom operator in jit and
+    graph mode. They have no gradient. Where there is no kernel or no library MindSpore's operators
+    compute the same: exact sums as float32 matrix products over chunks of at most 1,024 inputs,
+    others with a weight that is dequantized. Inputs in float8 or microscaling formats, and those of
+    a Kronecker transform, are quantized in NumPy, which works in PyNative only.
+
+    Every call computes with the parameters as they are then, whatever changed them:
+    ``load_checkpoint``, ``set_data``, ``ops.assign``, a slice, an array that ``asnumpy`` gave. Each
+    keeps its memory, type and shape; another Parameter in its place is refused. ``to_float`` casts
+    the input, not what is computed with.
 
     W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
     call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
@@ -73,6 +79,8 @@ class QuantLinear(nn.Cell):
             dynamic.
         native (bool, optional): whether to use native kernels on CPU where there are some. Default:
             ``True``.
+        scheme (Scheme, optional): the scheme of `linear`, for files of whole networks. Default:
+            ``None``, not known.
 
     Inputs:
         - **x** (Tensor) - float, of shape :math:`(*, in)`.
@@ -106,8 +114,10 @@ class QuantLinear(nn.Cell):
         device_target: str | None = None,
         timestep_policy: TimestepPolicyConfig | None = None,
         native: bool = True,
+        scheme: Scheme | None = None,
     ):
         super().__init__()
+        self.scheme = scheme
         self.out_channels, self.in_channels = linear.weight.shape
         self.grid, self.activation = linear.grid, linear.activation
         activation = linear.activation
@@ -123,7 +133,9 @@ class QuantLinear(nn.Cell):
         self.code_limits = tuple(map(float, LIMITS[bits]))
         self.affine = isinstance(linear.grid, AffineGrid)
         self.has_zero_point = "weight_zero_point" in linear.grid.arrays()
-        self.compiles = isinstance(tokens, Float) and isinstance(linear.grid, AffineGrid | FloatGrid)
+        self.compiles = isinstance(tokens, Float) and isinstance(
+            linear.grid, AffineGrid | FloatGrid
+        )
         self.has_bias, self.smooths = linear.bias is not None, linear.smooth is not None
         self.transforms, self.has_branch = linear.kronecker is not None, linear.branch is not None
         self.matmul = ops.MatMul(transpose_b=True)
@@ -132,7 +144,7 @@ class QuantLinear(nn.Cell):
         target = device_target or ms.get_context("device_target")
         self.operators = ascend.operators(linear) if target == "Ascend" else None
         self.uses_kernels = native and target == "CPU"
-        kept, watched = make_parameters(tensors_of(linear), target == "CPU")
+        kept, watched = make_parameters(tensors_of(linear), target != "Ascend")
         for name, parameter in kept.items():
             self.insert_param_to_cell(name, parameter)
         self._follow(linear, kept, watched)
@@ -158,7 +170,7 @@ class QuantLinear(nn.Cell):
         for name, parameter in kept.items():
             parameter.name = self.kept[name].name
             memo[id(self.kept[name])] = parameter
-        base, state = self.__getstate__()
+        base, state = nn.Cell.__getstate__(self)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         left = {name: value for name, value in state.items() if name not in _FOLLOWING}
@@ -246,6 +258,7 @@ class QuantLinear(nn.Cell):
 
     def _host_weight(self) -> Tensor:
         """What the codes stand for, made once for the values that there are; in PyNative only."""
+        assert self.watched is not None
         self.weight.data_ptr()  # waits for assignments
         if self.host_weight is None or self.watched.changed():
             self.watched.watch()

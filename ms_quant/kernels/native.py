@@ -278,8 +278,9 @@ def params_bytes(linear: Linear) -> int:
     count = _library().msq_params_bytes(ctypes.byref(linear))
     if count < 0:
         shape = linear.outputs, linear.inputs
-        raise MsQuantError(f"native kernels: a linear of shape {shape}, groups of {linear.group}: "
-                           "refused")
+        raise MsQuantError(
+            f"native kernels: a linear of shape {shape}, groups of {linear.group}: refused"
+        )
     return count
 
 

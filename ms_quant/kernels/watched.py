@@ -76,7 +76,7 @@ def _memory(count: int) -> tuple[np.ndarray, int | None]:
     start = native.function("msq_pages_start")(pages)
     held = (ctypes.c_uint8 * count).from_address(start)
     weakref.finalize(held, native.function("msq_pages_free"), pages).atexit = False
-    return np.frombuffer(held, np.uint8), pages
+    return np.frombuffer(memoryview(held), np.uint8), pages
 
 
 class _Watched(ctypes.Structure):
@@ -141,7 +141,7 @@ class WatchedLinear:
             record.params[i], record.params_bytes[i] = packed.ctypes.data, packed.size
         for i, offset in enumerate(watched.offsets.values()):
             record.offsets[i] = offset
-        self.record = np.frombuffer(record, np.uint8)
+        self.record = np.frombuffer(memoryview(record).cast("B"), np.uint8)
         self._address = ctypes.addressof(record)
 
     def __call__(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,7 +253,9 @@ def test_one_code_of_a_large_weight_and_an_assignment_that_is_not_done_yet() -> 
 def test_what_would_not_be_seen_is_refused() -> None:
     cell = cell_of("W8A8", 0)
     other = Parameter(Tensor(linear("W8A8", 1).weight), name="other")
-    refused = "weight: replaced by Parameter, expected new values by set_data or load_param_into_net"
+    refused = (
+        "weight: replaced by Parameter, expected new values by set_data or load_param_into_net"
+    )
     cell.weight.name = "weight"
     with pytest.raises(MsQuantError, match=refused):
         cell.weight = other
@@ -264,7 +267,9 @@ def test_what_would_not_be_seen_is_refused() -> None:
         del cell.bias
     with pytest.raises(MsQuantError, match=r"weight: set to Float32 \[10, 64\], expected Int8"):
         cell.weight.assign_value(Tensor(np.zeros((OUT, IN), np.float32)))
-    with pytest.raises(MsQuantError, match=r"weight: set to Int8 \[3, 64\], expected Int8 \[10, 64"):
+    with pytest.raises(
+        MsQuantError, match=r"weight: set to Int8 \[3, 64\], expected Int8 \[10, 64"
+    ):
         cell.weight.set_data(Tensor(np.zeros((3, IN), np.int8)), slice_shape=True)
     with pytest.raises(MsQuantError, match=r"weight: set_dtype\(Float16\), expected Int8"):
         cell.weight.set_dtype(ms.float16)
@@ -327,8 +332,7 @@ def test_to_float_casts_inputs_alone(case: str, mode: str) -> None:
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler at install time")
 def test_the_memory_is_given_back() -> None:
     def regions() -> int:
-        with open("/proc/self/maps") as maps:
-            return sum(1 for _ in maps)
+        return len(Path("/proc/self/maps").read_text().splitlines())
 
     cell_of("W8A8_DYNAMIC", 0)(tokens())
     before = regions()
