@@ -138,6 +138,9 @@ class QuantLinear(nn.Cell):
         )
         self.has_bias, self.smooths = linear.bias is not None, linear.smooth is not None
         self.transforms, self.has_branch = linear.kronecker is not None, linear.branch is not None
+        computes = self.integer or self.compiles
+        self.asks_python = self.by_step or self.transforms or not computes
+        self.in_pynative = False
         self.matmul = ops.MatMul(transpose_b=True)
         self.row_max = ops.ReduceMax(keep_dims=True)
         self.float_type = None
@@ -201,7 +204,12 @@ class QuantLinear(nn.Cell):
     def __call__(self, *args, **kwargs):
         # Compiled networks do not come here: they take the operator in ``construct``.
         if self.native is None or self.float_type is not None or not calls_directly(self):
-            return super().__call__(*args, **kwargs)
+            # A graph is made of ``construct`` alone, or, of this Cell itself, in graph mode.
+            self.__dict__["in_pynative"] = ms.get_context("mode") == ms.PYNATIVE_MODE
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                self.__dict__["in_pynative"] = False
         return self._direct(self.native, *args, **kwargs)
 
     def _direct(self, native: NativeLinear, x: Tensor, decode: bool = False) -> Tensor:
@@ -228,6 +236,11 @@ class QuantLinear(nn.Cell):
             phase = self.native_phases[1 if decode else 0]
             y = self.native_operator(rows, self.native_record, phase, *self.native_arrays)
             return y.reshape(shape).astype(x.dtype)
+        if self.asks_python and not self.in_pynative:
+            raise RuntimeError(
+                "QuantLinear: inputs of this scheme are quantized in NumPy or by the timestep, "
+                "expected a call of the Cell in PyNative mode, without jit"
+            )
         if self.smooths:
             rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
         static, step = self.static or (self.phased and decode), None

@@ -50,8 +50,9 @@ def save_quantized(
     among them. What is no linear is not written: MindIE-SD leaves it as the model has it. Each
     file is either whole or absent; the description comes last.
 
-    With `whole` there is one file, ``quantized_network.safetensors``, of every scheme and with every
-    parameter of the network: convolutions, norms and embeddings, too. Only ms-quant reads it.
+    With `whole` there is one file, ``quantized_network.safetensors``, of every scheme and with
+    every parameter of the network: convolutions, norms and embeddings, too. ms-quant reads it, and
+    MindSpore its parameters.
 
     Args:
         network (Cell): what :func:`ms_quant.quantize` returned, unless it was a linear itself.

@@ -72,7 +72,9 @@ def _memory(count: int) -> tuple[np.ndarray, int | None]:
     """uint8 (count,), and the pages that it lies in; they are given back with its last view."""
     pages = native.function("msq_pages_new")(count) if native.available() else None
     if pages is None:
-        return np.zeros(count, np.uint8), None
+        memory = native.blob(count)
+        memory[...] = 0
+        return memory, None
     start = native.function("msq_pages_start")(pages)
     held = (ctypes.c_uint8 * count).from_address(start)
     weakref.finalize(held, native.function("msq_pages_free"), pages).atexit = False

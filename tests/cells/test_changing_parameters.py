@@ -188,13 +188,13 @@ def test_every_route_is_followed_under_jit_without_kernels(case: str) -> None:
 def test_every_route_is_followed_in_graph_mode(case: str) -> None:
     if case not in COMPILED and not kernels.available():
         pytest.skip("no C++ compiler at install time")
-    assert_follows(case, True, lambda cell: cell)
+    assert_follows(case, True, nn.SequentialCell)
 
 
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("case", ["W8A8", "W4A4_DYNAMIC clipped", "W16A16S", "W4A16"])
 def test_every_route_is_followed_in_graph_mode_without_kernels(case: str) -> None:
-    assert_follows(case, False, lambda cell: cell)
+    assert_follows(case, False, nn.SequentialCell)
 
 
 @pytest.mark.parametrize("case", ["W8A8_MXFP8", "W8A8FP8_DYNAMIC", "W8A16", "W8A8"])
@@ -339,3 +339,22 @@ def test_the_memory_is_given_back() -> None:
     for _ in range(300):
         cell_of("W8A8_DYNAMIC", 0)(tokens())
     assert regions() < before + 100
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NATIVE_COMPILED])
+def test_what_asks_numpy_is_refused_in_graphs(case: str) -> None:
+    cell, refused = cell_of(case, 0), "QuantLinear: inputs of this scheme are quantized in NumPy"
+    network = nn.SequentialCell(cell)
+    expected = network(tokens()).asnumpy()
+    with pytest.raises(RuntimeError, match=refused):
+        ms.jit(network.construct)(tokens())
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        with pytest.raises(RuntimeError, match=refused):
+            network(tokens())
+        if cell.native is None:  # else kernels are called all the same
+            with pytest.raises(RuntimeError, match=refused):
+                cell(tokens())
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    np.testing.assert_array_equal(network(tokens()).asnumpy(), expected)

@@ -162,7 +162,7 @@ def test_bfloat16_parameters_and_other_types(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, load_tensors: Callable, save_tensors: Callable):
-    """``saved(scheme, change=None, **meta)``: the path of a file, its tensors and header changed."""
+    """``saved(scheme, change, meta)``: the path of a file, its tensors or header changed."""
 
     def save(scheme: str, change: Callable | None = None, meta: Any = None) -> Path:
         network = ms_quant.quantize(small(), scheme, calibration=[data()], group_size=0)
@@ -275,9 +275,13 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path, save_tensors: Callable) 
         ms_quant.save_quantized(network, tmp_path, whole=True)
     assert not path.exists()
     save_tensors(path, {"a": np.zeros(3, "f4")})
-    with pytest.raises(MsQuantError, match="ms_quant.network in the header: missing, expected a f"):
+    with pytest.raises(
+        MsQuantError, match=r"ms_quant\.network in the header: missing, expected a f"
+    ):
         ms_quant.quantize(small(), path)
-    with pytest.raises(MsQuantError, match="calibration: given with .*safetensors, which says all"):
+    with pytest.raises(
+        MsQuantError, match=r"calibration: given with .*safetensors, which says all"
+    ):
         ms_quant.quantize(small(), str(path), calibration=[data()])
     with pytest.raises(
         MsQuantError, match=r"net.ckpt: is MindSpore's checkpoint, which does not s"
