@@ -344,3 +344,19 @@ def test_a_refusal_after_calibration_names_the_file_that_holds_it(tmp_path: Path
         ms_quant.save_quantized(network, tmp_path)
     assert Path(ms_quant.save_quantized(network, tmp_path, whole=True)).exists()
     assert get_scheme("W8A8").name in SCHEMES
+
+
+def test_the_documents_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "networks.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    made: list[nn.Cell] = []
+
+    def build() -> nn.Cell:
+        made.append(small(len(made)))
+        return made[-1]
+
+    found: dict[str, Any] = {"build": build, "batches": [data()]}
+    exec(code, found)
+    np.testing.assert_array_equal(made[0](data()).asnumpy(), made[1](data()).asnumpy())
+    assert found["network"] is made[1] and found["path"] in code.replace("# ", "")
