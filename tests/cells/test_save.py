@@ -25,7 +25,10 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.schemes import SCHEMES
 
 TRAINED = "W4A4_FLATQUANT_DYNAMIC"  # takes long
-pytestmark = pytest.mark.usefixtures("blocking_mindspore")
+pytestmark = [
+    pytest.mark.usefixtures("blocking_mindspore"),
+    pytest.mark.filterwarnings("ignore:.*gives the quantized linears alone"),
+]
 
 
 def net(bias: bool = True, seed: int = 0) -> nn.Cell:
