@@ -387,6 +387,8 @@ def _show_verification(result: dict[str, Any]) -> None:
             print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
     if not result["problems"]:
         print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
+    for text in result["notes"]:
+        note(f"note: {text}")
 
 
 def _show_serving(result: dict[str, Any]) -> None:

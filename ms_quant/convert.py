@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from ms_quant.checkpoint.finish import (
     RECORD,
     OutputDirectory,
     check_files,
-    unlisted_files,
 )
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.structure import check_kind
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.numerics.activation import StaticActivation
@@ -84,7 +83,7 @@ def convert_checkpoint(
     check_places(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     _record(directory)
-    damaged = next(chain.from_iterable((check_files(directory), unlisted_files(directory))), None)
+    damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)
     if damaged:
         raise MsQuantError(damaged)
     model = QuantizedModel(directory)

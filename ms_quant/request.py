@@ -19,6 +19,7 @@ from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
+from ms_quant.checkpoint.unlisted import is_read
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
@@ -308,7 +309,10 @@ def _refuse_occupied(output: Path) -> None:
     """Refuses a directory for several formats with anything in it but directories of formats."""
     known = {f"{name}{ending}" for name in FLAVOURS for ending in ("", ".partial")}
     if output.is_dir():
-        others = sorted(path.name for path in output.iterdir() if path.name not in known)
+        names = {path.name for path in output.iterdir()}
+        others = sorted(names - known)
+        if names & known:  # what a hub or a person has added since
+            others = [name for name in others if is_read(name)]
         if others:
             raise MsQuantError(
                 f"{output}: holds {others[0]!r}, expected a new directory for several formats"

@@ -248,8 +248,12 @@ def _show_verification(result: dict[str, Any]) -> None:
     for problem in result["problems"]:
         print(problem)
     if not result["problems"]:
-        show_fields({key: value for key, value in result.items() if key != "problems"})
+        show_fields(
+            {key: value for key, value in result.items() if key not in ("problems", "notes")}
+        )
         print("right: every check passed")
+    for text in result["notes"]:
+        note(f"note: {text}")
 
 
 def _show_info(result: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import config_problems, source_problems
-from ms_quant.checkpoint.finish import RECORD, check_files, unlisted_files
+from ms_quant.checkpoint.finish import RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.structure import check_kind
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
@@ -84,8 +85,9 @@ def verify(
 
     Returns:
         JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
-        checkpoint is right) and ``checked``: counts of ``linears``, ``tiles``, ``float_tensors``
-        and, with a source, ``recomputed`` or ``measured`` linears or ``compared`` tensors.
+        checkpoint is right), ``notes`` about files that nothing reads, and ``checked``: counts of
+        ``linears``, ``tiles``, ``float_tensors`` and, with a source, ``recomputed`` or
+        ``measured`` linears or ``compared`` tensors.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
@@ -97,7 +99,8 @@ def verify(
     contents, opened = _check_of(record)
     original = None if source is None else opened(source)
     progress("files", 0.0)
-    problems = [*guard(check_files, directory), *guard(unlisted_files, directory)]
+    notes: list[str] = []
+    problems = [*guard(check_files, directory), *guard(unlisted_problems, directory, notes)]
     progress("files", 1.0)
     problems += guard(
         partial(
@@ -114,6 +117,7 @@ def verify(
         "checkpoint": str(directory),
         "source": where,
         "problems": problems,
+        "notes": notes,
         "checked": checked,
     }
 

@@ -557,7 +557,21 @@ def test_a_file_too_many(name: str, checkpoint: Path) -> None:
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_bytes(b"x")
     assert problem(checkpoint) == (
-        f"{checkpoint / name}: not listed in {RECORD}, expected no other file"
+        f"{checkpoint / name}: not listed in {RECORD}, expected no other file that a runtime reads"
+    )
+
+
+@pytest.mark.parametrize("listed", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_what_hubs_add_is_a_note(listed: str, checkpoint: Path, source: Path) -> None:
+    for name in ("README.md", ".gitattributes", "configuration.json", "LICENSE", ".cache/x.lock"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    found = verify_checkpoint(checkpoint, source)
+    (note,) = found["notes"]
+    assert found["problems"] == [] and "configuration.json are not listed in" in note
+    (checkpoint / listed).write_text("{ }")
+    assert any(
+        f"{checkpoint / listed}: " in text for text in verify_checkpoint(checkpoint)["problems"]
     )
 
 

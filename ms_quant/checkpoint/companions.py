@@ -11,6 +11,7 @@ import numpy as np
 from ms_quant.checkpoint.atomic import sha256_file
 from ms_quant.checkpoint.finish import COPIED
 from ms_quant.checkpoint.job import find_difference
+from ms_quant.checkpoint.unlisted import is_read
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.strict_json import read_json
 
@@ -85,11 +86,15 @@ def source_problems(
 
 
 def copy_problems(copy: Path, original: Path) -> Iterator[str]:
-    """How a file is not the copy of another that it should be: there where that is, and equal."""
+    """How a file is not the copy of another that it should be: there where that is, and equal.
+
+    Files that nothing reads, such as a licence, may have come to either side since.
+    """
     if not original.is_file():
-        if copy.exists():
+        if copy.exists() and is_read(copy.name):
             yield f"{copy}: expected no such file, the source has none"
     elif not copy.is_file():
-        yield f"{copy}: no such file, expected a copy of the source's"
+        if is_read(copy.name):
+            yield f"{copy}: no such file, expected a copy of the source's"
     elif sha256_file(copy) != sha256_file(original):
         yield f"{copy}: differs from the source's"

@@ -11,6 +11,7 @@ from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.structure import Structure, read_structure
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
@@ -59,6 +60,7 @@ def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structu
     served.problems += _index_problems(structure.checkpoint)
     if (request.checkpoint / RECORD).exists():
         served.problems += check_files(request.checkpoint)
+        served.problems += unlisted_problems(request.checkpoint, served.notes, serving=True)
     else:
         served.notes.append(f"there is no {RECORD}: files are not compared with what was written")
     return structure, served

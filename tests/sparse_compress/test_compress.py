@@ -692,8 +692,8 @@ def test_every_flipped_byte_of_every_file_is_found(source: Any, tmp_path: Path) 
             path.write_bytes(changed)
             assert verify(tmp_path / "out")["problems"], f"{path.name} byte {place}"
         path.write_bytes(content)
-    (tmp_path / "out" / "extra.txt").write_text("")
-    assert "extra.txt: not listed in" in verify(tmp_path / "out")["problems"][0]
+    (tmp_path / "out" / "extra.py").write_text("")
+    assert "extra.py: not listed in" in verify(tmp_path / "out")["problems"][0]
 
 
 def test_a_float_source_is_refused(source: Any, tiny_model: Any, tmp_path: Path) -> None:
