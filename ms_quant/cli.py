@@ -16,6 +16,7 @@ from ms_quant.console import (
     block_progress,
     emit,
     exit_if_problems,
+    given_model,
     human_bytes,
     note,
     run,
@@ -44,12 +45,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-ModelArgument = Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(help="Directory of a Hugging Face checkpoint.", callback=given_model)
+]
 CacheOption = Annotated[
     str | None,
     typer.Option(help="float, C8 or C8_DYNAMIC. Default: as the checkpoint says"),
 ]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a checkpoint.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="Directory of a checkpoint.", callback=given_model)
+]
 
 
 def example(line: str) -> str:
@@ -216,7 +221,8 @@ def convert(
 def verify(
     checkpoint: CheckpointArgument,
     source: Annotated[
-        Path | None, typer.Option(help="The float checkpoint it was made from.")
+        Path | None,
+        typer.Option(help="The float checkpoint it was made from.", callback=given_model),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

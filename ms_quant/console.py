@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ms_quant.checkpoint.source_kind import find_model
 from ms_quant.errors import MsQuantError
 
 STDERR = Console(stderr=True)
@@ -70,6 +72,20 @@ def fail(message: str, status: int = 1) -> NoReturn:
 def note(message: str) -> None:
     """One line for the reader, on standard error."""
     STDERR.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def given_model(path: Path | None) -> Path | None:
+    """The model directory that an argument stands for; says so where it is another.
+
+    Raises:
+        MsQuantError: it is none.
+    """
+    if path is None:
+        return None
+    found = find_model(path)
+    for text in found.notes:
+        note(f"note: {text}")
+    return found.directory
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:

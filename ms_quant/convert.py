@@ -25,6 +25,7 @@ from ms_quant.checkpoint.finish import (
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import check_kind
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
@@ -80,6 +81,7 @@ def convert_checkpoint(
         MsQuantError: the checkpoint is damaged or the other flavour cannot hold what it holds;
             names the tensor. No output directory is left behind.
     """
+    directory = model_directory(directory)
     check_places(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     _record(directory)

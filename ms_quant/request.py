@@ -19,6 +19,7 @@ from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.unlisted import is_read
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
@@ -228,6 +229,7 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     Raises:
         MsQuantError: anything that would make the job fail later.
     """
+    options = replace(options, model=model_directory(options.model))
     if options.recipe is not None:
         options = _with_recipe(options, options.recipe)
     if len(options.formats) > 1:

@@ -18,6 +18,7 @@ from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
@@ -47,6 +48,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
+    directory = model_directory(directory)
     flavour, _ = check_kind(directory)
     original = None if source is None else _open_source(source)
     notes: list[str] = []
@@ -80,8 +82,8 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
 
 
 def _open_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(source)
-    check_model(checkpoint, load_config(source))
+    checkpoint = Checkpoint(model_directory(source))
+    check_model(checkpoint, load_config(checkpoint.directory))
     return checkpoint
 
 

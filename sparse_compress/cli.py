@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ms_quant import __version__
-from ms_quant.cli import example
+from ms_quant.cli import ModelArgument, example
 from ms_quant.console import (
     JsonOption,
     emit,
     exit_if_problems,
+    given_model,
     note,
     show_fields,
     step_progress,
@@ -39,7 +40,9 @@ WorkersOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compressed checkpoint.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="Directory of a compressed checkpoint.", callback=given_model)
+]
 
 
 @app.command(
@@ -48,7 +51,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compres
     )
 )
 def run(
-    model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
+    model: ModelArgument,
     output: OutputOption,
     calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
     target: Annotated[
@@ -151,7 +154,10 @@ def run(
 @app.command(epilog=example("sparse-compress compress Qwen3-8B-W8A8S -o Qwen3-8B-W8A8SC"))
 def compress(
     directory: Annotated[
-        Path, typer.Argument(help="W8A8S or W16A16S directory as msModelSlim writes it.")
+        Path,
+        typer.Argument(
+            help="W8A8S or W16A16S directory as msModelSlim writes it.", callback=given_model
+        ),
     ],
     output: OutputOption,
     target: Annotated[
@@ -205,7 +211,10 @@ def decompress(
 @app.command(epilog=example("sparse-compress verify Qwen3-8B-W8A8SC --source Qwen3-8B"))
 def verify(
     checkpoint: CheckpointArgument,
-    source: Annotated[Path | None, typer.Option(help="The checkpoint it was made from.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was made from.", callback=given_model),
+    ] = None,
     workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:

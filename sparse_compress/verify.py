@@ -19,6 +19,7 @@ from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.finish import RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import check_kind
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
@@ -92,12 +93,12 @@ def verify(
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
-    directory = Path(directory)
+    directory = model_directory(directory)
     record, checked = rewriting(directory), dict[str, int]()
     if record is None:
         _require_checkpoint(directory)
     contents, opened = _check_of(record)
-    original = None if source is None else opened(source)
+    original = None if source is None else opened(model_directory(source))
     progress("files", 0.0)
     notes: list[str] = []
     problems = [*guard(check_files, directory), *guard(unlisted_problems, directory, notes)]

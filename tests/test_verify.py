@@ -314,7 +314,7 @@ def test_a_w8a8sc_checkpoint_is_sent_to_its_verifier(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MsQuantError, match=r"has the descriptions \[\], expected exactly"):
+    with pytest.raises(MsQuantError, match=r"is empty, expected the directory of"):
         verify_checkpoint(tmp_path)
     with pytest.raises(MsQuantError, match="none: no such model directory"):
         verify_checkpoint(tmp_path / "none")

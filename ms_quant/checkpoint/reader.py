@@ -16,6 +16,7 @@ from ms_quant.checkpoint.safetensors_file import (
     TensorInfo,
     open_file,
 )
+from ms_quant.checkpoint.strange_names import refuse_strange_names
 from ms_quant.checkpoint.writer import INDEX_NAME
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
@@ -255,6 +256,8 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
         checkpoint.shard(path.name)
     expected = config.parameter_shapes()
     found = checkpoint.names
+    codes = {name: checkpoint.info(name).code for name in found}
+    refuse_strange_names(str(checkpoint.directory), codes, list(expected), MODEL_CODES)
     missing = [name for name in expected if name not in set(found)]
     if missing:
         raise MsQuantError(
@@ -318,7 +321,9 @@ def _unindexed_files(directory: Path, prefix: str) -> list[str]:
     if SINGLE_NAME.startswith(prefix) and (directory / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     found = directory.glob(f"{prefix}*.safetensors")
-    names = sorted(path.name for path in found if not path.name.startswith("."))
+    names = sorted(path.name for path in found if not path.name.startswith((".", "adapter_")))
+    # Mistral's own files say the same again under other names.
+    names = [name for name in names if not name.startswith("consolidated")] or names
     if not names:
         raise MsQuantError(
             f"{directory}: found no {prefix and prefix + '*'}.safetensors file, expected at least "
@@ -333,9 +338,14 @@ def _read_index(path: Path) -> dict[str, str]:
         raise MsQuantError(f"{path}: weight_map is {places!r:.80}, expected file names by tensor")
     for name, shard in places.items():
         _check_shard_name(shard, f"{path}: the shard of {name!r}")
-    for shard in sorted(set(places.values())):
-        if not (path.parent / shard).is_file():
-            raise MsQuantError(f"{path.parent / shard}: no such file, expected as {path} names it")
+    shards = sorted(set(places.values()))
+    missing = [shard for shard in shards if not (path.parent / shard).is_file()]
+    if missing:
+        raise MsQuantError(
+            f"{path.parent / missing[0]}: no such file, expected as {path} names it; "
+            f"{len(missing)} of its {len(shards)} files are missing: get the rest of the model "
+            "(hf download goes on where it stopped)"
+        )
     return places
 
 

@@ -21,6 +21,7 @@ from ms_quant.checkpoint.floats import round_finite
 from ms_quant.checkpoint.golden_stick import static_linear
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
@@ -183,9 +184,7 @@ def open_model(directory: Path | str) -> ServedModel:
     Raises:
         MsQuantError: the directory does not exist or is of no known flavour.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise MsQuantError(f"{directory}: no such model directory")
+    directory = model_directory(directory)
     model: ServedModel | None = first_answer("ms_quant.checkpoint_readers", directory)
     if model is not None:
         return model

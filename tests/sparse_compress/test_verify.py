@@ -476,7 +476,7 @@ def test_truncated_and_deleted_files_are_named(
 
 
 def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MsQuantError, match="is no W8A8SC checkpoint, expected"):
+    with pytest.raises(MsQuantError, match="is empty, expected the directory of"):
         verify(tmp_path)
 
 
