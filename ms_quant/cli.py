@@ -18,6 +18,7 @@ from ms_quant.console import (
     exit_if_problems,
     given_model,
     human_bytes,
+    naming_leftovers,
     note,
     run,
     show_fields,
@@ -161,6 +162,11 @@ def quantize(
         keep_job=keep_job,
         any_environment=any_environment,
     )
+    with naming_leftovers(output, job, options.formats):
+        _quantize(options, dry_run, as_json)
+
+
+def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
     prepared = prepare(options)
     if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
         count, length = prepared.tokens.shape
@@ -174,8 +180,14 @@ def quantize(
         use_mindspore()
     if prepared.tokens is not None and kernels.note():
         note(f"note: {kernels.note()}")
-    with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
-        result = quantize_checkpoint(options, progress, prepared)
+    blocks = prepared.plan.config.num_layers
+    with step_progress() as step:
+        result = quantize_checkpoint(
+            options,
+            lambda index, part: step("quantizing", (index + part) / blocks),
+            prepared,
+            lambda part: step("reading the model", part),
+        )
     results = result.get("formats", [result])
     for line in dict.fromkeys(line for one in results for line in one["not_served_by"]):
         note(f"note: {line}")

@@ -11,10 +11,13 @@ import numpy as np
 
 from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
 from ms_quant.checkpoint import activations, kv_cache
+from ms_quant.checkpoint.atomic import DiskError
 from ms_quant.checkpoint.finish import OutputDirectory
+from ms_quant.checkpoint.first_pass import read_source
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.floats import round_chunks, round_finite
 from ms_quant.checkpoint.job import JobDirectory
+from ms_quant.checkpoint.reader import ChangedSourceError
 from ms_quant.errors import MsQuantError
 from ms_quant.request import (
     SHARD_BYTES,
@@ -26,6 +29,8 @@ from ms_quant.request import (
 )
 from ms_quant.writing import Tensor, output_bytes, summary, write_output
 
+Reading = Callable[[float], None]
+
 __all__ = [
     "Prepared",
     "QuantizeOptions",
@@ -33,6 +38,7 @@ __all__ = [
     "needed_bytes",
     "output_bytes",
     "prepare",
+    "prove_source",
     "quantize_checkpoint",
     "require_mindspore",
 ]
@@ -42,6 +48,7 @@ def quantize_checkpoint(
     options: QuantizeOptions,
     progress: Progress = lambda index, part: None,
     prepared: Prepared | None = None,
+    reading: Reading = lambda part: None,
 ) -> dict[str, Any]:
     """Makes a quantized checkpoint, or goes on making it.
 
@@ -49,6 +56,7 @@ def quantize_checkpoint(
         options: the request.
         progress: told how far each block is.
         prepared: the checked request, where the caller has it already.
+        reading: told how much of the model's first pass is done, 0 to 1.
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
@@ -59,7 +67,7 @@ def quantize_checkpoint(
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     prepared = prepared or prepare(options)
-    finished_before = complete(prepared, progress, _write)
+    finished_before = complete(prepared, progress, _write, reading=reading)
     if not prepared.others:
         return summary(prepared.plan, options.output, finished_before)
     return {
@@ -75,6 +83,7 @@ def complete(
     progress: Progress,
     write: Callable[[Prepared, JobDirectory, OutputDirectory], None],
     steps: Steps = PLAIN,
+    reading: Reading = lambda part: None,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -83,6 +92,7 @@ def complete(
         progress: told how far each block is.
         write: writes and finishes the output of a request whose blocks are finished.
         steps: what is done around the algorithm.
+        reading: told how much of the model's first pass is done, 0 to 1.
 
     Returns:
         True when every output was finished before.
@@ -98,6 +108,8 @@ def complete(
     with job.open():
         # Another process may have finished an output just now.
         left = {k: r.output() for k, r in enumerate(prepared.all) if not r.output().finished}
+        if left:
+            prove_source(prepared, job, reading)
         with ExitStack() as opened:
             for output in left.values():
                 opened.enter_context(output.open())
@@ -108,6 +120,27 @@ def complete(
         if not prepared.options.keep_job:
             job.remove()
     return not left
+
+
+def prove_source(prepared: Prepared, job: JobDirectory, reading: Reading) -> None:
+    """Reads all of the float model once, in a job that is open; a second call does nothing.
+
+    Raises:
+        MsQuantError: a tensor holds NaN or infinity, or is not what the job has read before.
+            Where no block was finished, no job is left behind.
+    """
+    if prepared.checkpoint.digests:
+        return
+    try:
+        found = read_source(prepared.checkpoint, job.directory, reading)
+    except (DiskError, ChangedSourceError):
+        raise
+    except MsQuantError:
+        if not job.finished_blocks():
+            job.remove()
+        raise
+    for request in prepared.all:
+        request.checkpoint.expect(found.digests, found.trusted)
 
 
 def _remove_leftover(prepared: Prepared) -> None:

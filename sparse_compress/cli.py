@@ -17,6 +17,7 @@ from ms_quant.console import (
     emit,
     exit_if_problems,
     given_model,
+    naming_leftovers,
     note,
     show_fields,
     step_progress,
@@ -104,8 +105,6 @@ def run(
 
     Started again after a kill, it goes on where it stopped.
     """
-    from sparse_compress.run import run as compress
-
     options = SparseOptions(
         model=model,
         output=output,
@@ -128,6 +127,13 @@ def run(
         any_environment=any_environment,
         workers=workers,
     )
+    with naming_leftovers(output, job):
+        _run(options, dry_run, as_json)
+
+
+def _run(options: SparseOptions, dry_run: bool, as_json: bool) -> None:
+    from sparse_compress.run import run as compress
+
     request = check(options)
     for line in request.not_served_by:
         note(f"note: {line}")
@@ -136,14 +142,14 @@ def run(
 
         emit(estimate(request), as_json, show_fields)
         return
-    if heldout is not None:
+    if options.heldout is not None:
         use_mindspore()
     _note_backend()
     with step_progress() as progress:
         result = compress(options, progress, request)
     for name, reason in result["uncompressed"].items():
         note(f"note: {name} stays float16: {reason}")
-    if result["ratio"] > (target_ratio or 1):
+    if result["ratio"] > (options.target_ratio or 1):
         note(
             f"note: the ratio is {result['ratio']:.4f}, above the target: it is predicted without "
             "the padding of slices whose rows are not a multiple of 128"
@@ -175,13 +181,14 @@ def compress(
     from sparse_compress.compress import check as check_directory
     from sparse_compress.compress import compress as code
 
-    request = check_directory(directory, output, workers, target, tp)
-    if dry_run:
-        emit(request.plan(), as_json, show_fields)
-        return
-    _note_backend()
-    with step_progress() as progress:
-        result = code(request, progress)
+    with naming_leftovers(output):
+        request = check_directory(directory, output, workers, target, tp)
+        if dry_run:
+            emit(request.plan(), as_json, show_fields)
+            return
+        _note_backend()
+        with step_progress() as progress:
+            result = code(request, progress)
     for name, reason in result["uncompressed"].items():
         note(f"note: {name} stays as it is: {reason}")
     emit(result, as_json, show_fields)
@@ -201,10 +208,11 @@ def decompress(
     from sparse_compress.decompress import check as check_checkpoint
     from sparse_compress.decompress import decompress as restore
 
-    request = check_checkpoint(checkpoint, output, workers)
-    _note_backend()
-    with step_progress() as progress:
-        result = restore(request, progress)
+    with naming_leftovers(output):
+        request = check_checkpoint(checkpoint, output, workers)
+        _note_backend()
+        with step_progress() as progress:
+            result = restore(request, progress)
     emit(result, as_json, show_fields)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
+from ms_quant.checkpoint.digest import CHUNK_ELEMENTS, count_non_finite, row_chunks, tensor_digest
 from ms_quant.checkpoint.safetensors_file import (
     SafetensorsFile,
     TensorInfo,
@@ -28,7 +29,21 @@ FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_
 MODEL_CODES = ("F32", "F16", "BF16")
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
+IGNORED = "rotary_emb.inv_freq"  # a buffer of old exports
+
+
+class ChangedSourceError(MsQuantError):
+    """A tensor is not what it was when the job was begun.
+
+    Args:
+        where: the tensor.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where} changed since the job was begun (its sha256 differs), expected the same "
+            "model in every block; delete the job directory to start again"
+        )
 
 
 class FloatTensors(Protocol):
@@ -77,10 +92,16 @@ class Checkpoint:
         directory (Path | str): the model directory.
         prefix (str): only files, the index among them, whose names begin so are looked at.
 
+    Attributes:
+        digests: sha256 of tensors' bytes, where they are known.
+
     Raises:
         MsQuantError: there is no such directory or no safetensors file in it, the index is
             malformed or names a missing shard, or two files hold the same tensor.
     """
+
+    digests: Mapping[str, str] = MappingProxyType({})
+    _unproven: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, directory: Path | str, prefix: str = "") -> None:
         self.directory = Path(directory)
@@ -113,6 +134,24 @@ class Checkpoint:
         """
         return self.file_of(name).info(name)
 
+    def expect(self, digests: Mapping[str, str], unproven: Container[str]) -> None:
+        """Says what tensors are; a digest that is not proven is compared when it is read first.
+
+        Args:
+            digests (Mapping[str, str]): name to the sha256 of the tensor's bytes.
+            unproven (Container[str]): those that this process has not hashed yet.
+        """
+        self.digests = dict(digests)
+        self._unproven = {name: d for name, d in digests.items() if name in unproven}
+
+    def _prove(self, name: str) -> None:
+        digest = self._unproven.get(name)
+        if digest is None:
+            return
+        if tensor_digest(self.file_of(name), name) != digest:
+            raise ChangedSourceError(self.place(name))
+        self._unproven = {key: d for key, d in self._unproven.items() if key != name}
+
     def file_of(self, name: str) -> SafetensorsFile:
         """The opened file that holds a tensor, for instance to read some rows of it.
 
@@ -129,6 +168,7 @@ class Checkpoint:
         Raises:
             MsQuantError: there is no such tensor, or its shard is malformed.
         """
+        self._prove(name)
         return self.file_of(name).read(name)
 
     def read_float32(self, name: str) -> np.ndarray:
@@ -181,6 +221,7 @@ class Checkpoint:
         Raises:
             MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
         """
+        self._prove(name)
         file = self.file_of(name)
         info = file.info(name)
         if info.code not in FLOAT_CODES:
@@ -192,7 +233,7 @@ class Checkpoint:
             if dtype is not None:
                 with np.errstate(over="ignore"):  # what becomes infinite is refused below
                     part = part.astype(dtype, copy=False)
-            seen, wrong = seen + part.size, wrong + _non_finite(part)
+            seen, wrong = seen + part.size, wrong + count_non_finite(part)
             if not wrong:
                 yield start, part
         if wrong:
@@ -270,7 +311,7 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
     for name in found:
         if name in expected:
             check_tensor(checkpoint, name, expected[name])
-        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
+        elif not name.endswith(IGNORED):
             raise MsQuantError(
                 f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
                 f"{config.model_type} model of {config.num_layers} layers"
@@ -376,26 +417,6 @@ def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
             f"{file.path}: tensor {name!r} has dtype {info.code}, expected one of "
             f"{', '.join(MODEL_CODES)}"
         )
-
-
-def row_chunks(
-    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int = CHUNK_ELEMENTS
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Reads a tensor some rows at a time: (first row, rows). Nothing comes of an empty one."""
-    shape = file.info(name).shape
-    if not math.prod(shape):
-        return
-    if not shape:
-        yield 0, file.read(name)
-        return
-    first, last = (rows.start, rows.stop) if rows else (0, shape[0])
-    step = max(1, elements // math.prod(shape[1:]))
-    for start in range(first, last, step):
-        yield start, file.read_rows(name, start, min(start + step, last))
-
-
-def _non_finite(array: np.ndarray) -> int:
-    return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
 def shard_print(file: SafetensorsFile) -> dict[str, Any]:
