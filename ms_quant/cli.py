@@ -122,6 +122,10 @@ def quantize(
         list[str] | None,
         typer.Option(help="Glob pattern of linears that stay float; whole fused groups do."),
     ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option(help="Tensor-parallel ranks that will serve it: checked now.", min=1),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
     ] = None,
@@ -161,6 +165,7 @@ def quantize(
         job=job,
         keep_job=keep_job,
         any_environment=any_environment,
+        tp=tp,
     )
     with naming_leftovers(output, job, options.formats):
         _quantize(options, dry_run, as_json)
@@ -171,6 +176,8 @@ def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
     if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
         count, length = prepared.tokens.shape
         note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
+    for line in dict.fromkeys(line for request in prepared.all for line in request.notes):
+        note(f"note: {line}")
     if dry_run:
         from ms_quant.estimate import estimate
 

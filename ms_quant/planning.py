@@ -11,6 +11,7 @@ import numpy as np
 from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
+from ms_quant.exclude import float_paths, matches, no_match
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
 from ms_quant.recipe import Recipe, Treatment, assign, unmatched
@@ -26,8 +27,6 @@ from ms_quant.schemes import (
     why_not_held,
 )
 from ms_quant.spec import Fold, Scheme
-
-FLOATS = ("lm_head", "model.embed_tokens", "model.norm")  # that recipes may exclude
 
 
 def make_plan(
@@ -68,11 +67,15 @@ def make_plan(
         unseen -= matched
         if not matched:
             ways[group] = way
-    if unseen:
+    floats = float_paths(config) if unseen else []
+    wrong = sorted(pattern for pattern in unseen if not matches(pattern, floats))
+    if wrong and wrong[0].startswith("re:"):
         raise MsQuantError(
-            f"exclude pattern {min(unseen)!r} matches no linear, expected something like "
-            "'model.layers.0.*' or '*.down_proj'"
+            f"exclude pattern {wrong[0]!r} is a regular expression, expected a glob pattern "
+            "(recipes take both)"
         )
+    if wrong:
+        raise MsQuantError(f"exclude {no_match(wrong[0], linear_paths(config))}")
     return _plan(config, ways, dtype, options)
 
 
@@ -110,7 +113,7 @@ def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
     """What becomes of each group that a recipe reaches, by full path prefix."""
     groups = _groups(config)
     paths = {path: group for group, members in groups.items() for path in members}
-    _refuse_idle(recipe, list(paths))
+    _refuse_idle(recipe, list(paths), float_paths(config))
     treated = assign(recipe, {path: group.rpartition(".")[2] for path, group in paths.items()})
     wanted: dict[str, Treatment] = {}
     for group, members in groups.items():
@@ -136,13 +139,18 @@ def _groups(config: ModelConfig) -> dict[str, list[str]]:
     }
 
 
+def linear_paths(config: ModelConfig) -> list[str]:
+    """Full paths of the decoder linears, in model order."""
+    return [path for members in _groups(config).values() for path in members]
+
+
 def _title(treatment: Treatment | None) -> str:
     if treatment is None:
         return "float"
     return f"{treatment.scheme} with {'+'.join(treatment.algorithms) or PLAIN}"
 
 
-def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
+def _refuse_idle(recipe: Recipe, paths: Sequence[str], floats: Sequence[str]) -> None:
     """Refuses a pattern that names nothing; one that leaves out what is float anyway may stay."""
     for step in recipe.steps:
         chosen = step.include != EVERYTHING or step.exclude or step.groups
@@ -152,12 +160,9 @@ def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
                 "include, exclude and groups"
             )
     for record in recipe.rules + recipe.steps:
-        idle = [*unmatched(record.include, paths), *unmatched(record.exclude, [*paths, *FLOATS])]
+        idle = [*unmatched(record.include, paths), *unmatched(record.exclude, [*paths, *floats])]
         if idle:
-            raise MsQuantError(
-                f"{record.where}: pattern {idle[0]!r} matches no linear, expected something like "
-                "'model.layers.0.*' or '*.down_proj'"
-            )
+            raise MsQuantError(f"{record.where}: {no_match(idle[0], paths)}")
 
 
 def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:

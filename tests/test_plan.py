@@ -106,7 +106,7 @@ def test_exclude_takes_whole_groups(exclude, float_groups, floats):
         ({"exclude": ["*.w1"]}, r"^exclude pattern '\*\.w1' matches no linear"),
         ({"exclude": ["model.layers.2.*"]}, r"^exclude pattern 'model\.layers\.2\.\*'"),
         ({"exclude": ["*.o_proj", "*.O_PROJ"]}, r"^exclude pattern '\*\.O_PROJ'"),
-        ({"exclude": ["lm_head"]}, r"^exclude pattern 'lm_head'"),
+        ({"exclude": ["lm_haed"]}, r"^exclude pattern 'lm_haed'"),
         ({"exclude": [""]}, r"^exclude pattern ''"),
     ],
 )

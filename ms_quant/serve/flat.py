@@ -122,12 +122,3 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
 def _rank_shape(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
     """Tables are split by rows, padded; all else that is no linear is on every rank."""
     return (vocab_rows(config, tp, 0).stop, *shape[1:]) if name in TABLES else shape
-
-
-def row_parallel(structure: Structure) -> Iterator[str]:
-    """Paths of the quantized linears whose inputs are split over ranks."""
-    plan = structure.plan
-    for index in range(plan.config.num_layers):
-        for group in plan.groups(index):
-            if group.parallel == "row":
-                yield from (f"{block_prefix(index)}{member}" for member in group.members)
