@@ -223,7 +223,7 @@ def convert(
     """The same numbers in another flavour, or why it cannot hold them."""
     from ms_quant.convert import convert_checkpoint
 
-    with step_progress() as step:
+    with naming_leftovers(output), step_progress() as step:
         result = convert_checkpoint(
             checkpoint,
             output,

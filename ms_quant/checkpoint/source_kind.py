@@ -36,6 +36,7 @@ PICKLE = ("*.bin", "*.pt", "*.pth")
 FOREIGN = ("*.h5", "*.msgpack", "openvino_model*", "*.npz", "*.tflite")
 CONVERTED = "load it with transformers and save it with save_pretrained(safe_serialization=True)"
 HF = "expected the directory of a Hugging Face checkpoint with safetensors files"
+_SHARD = re.compile(r"(.*?)(\d{5})-of-(\d{5})\.safetensors")
 POINTER, HTML = b"version https://git-lfs", (b"<!doctype html", b"<html")
 
 
@@ -295,11 +296,30 @@ def _refuse_broken(listing: Listing) -> None:
         what = _content(listing.directory / name)
         if what:
             wrong.setdefault(what, []).append(name)
+    _refuse_missing_shards(listing)
     for what, names in wrong.items():
         subject = (
             f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
         )
         raise MsQuantError(f"{listing.directory}: {subject} {what}{_or_again(listing.directory)}")
+
+
+def _refuse_missing_shards(listing: Listing) -> None:
+    """Refuses some of several numbered files; where there is an index, it says better which."""
+    shards: dict[str, list[int]] = {}
+    for name in listing.files:
+        match = _SHARD.fullmatch(name)
+        if match:
+            shards.setdefault(f"{match[1]}{{}}-of-{match[3]}", []).append(int(match[2]))
+    for pattern, found in shards.items() if not listing.some("*.safetensors.index.json") else ():
+        count = int(pattern.rpartition("-")[2])
+        missing = sorted({*range(1, min(count, len(found) + 1) + 1)} - set(found))
+        if len(found) < count and missing:
+            first = f"{pattern.format(f'{missing[0]:05}')}.safetensors"
+            raise MsQuantError(
+                f"{listing.directory}: has {len(found)} of {count} weight files, expected {first}, "
+                f"too{_or_again(listing.directory)}"
+            )
 
 
 def _content(path: Path) -> str:

@@ -26,6 +26,8 @@ QUANTIZED: tuple[tuple[str, str], ...] = (
         "llm-compressor, ModelOpt or msModelSlim",
     ),
     (r"\.(scales|biases)", "MLX"),
+    (r"\.weight\._(data|scale|shift)", "quanto"),
+    (r"\.(W_q|q_weight|q_perm|q_invperm|codebooks)", "HQQ, EXL2 or AQLM"),
 )
 """Endings of tensors that only quantized checkpoints have, and who writes them."""
 
@@ -52,7 +54,7 @@ PREFIXES: dict[str, str] = {
 
 STRANGERS: tuple[tuple[str, str], ...] = (
     (
-        r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.|\.base_layer\.",
+        r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.|\.(base_layer|modules_to_save)\.",
         "holds an adapter (LoRA) that is not merged, expected a whole model: load it with peft and "
         "save merge_and_unload()",
     ),

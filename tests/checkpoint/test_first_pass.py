@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_the_digest_is_of_the_bytes(
         file = Checkpoint(tmp_path).shard("model.safetensors")
         for name, array in tensors.items():
             assert tensor_digest(file, name) == hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def test_memory_is_bounded(tmp_path: Path, save_tensors: Save) -> None:
+    save_tensors(tmp_path / "model.safetensors", {"a": np.ones((1 << 12, 1 << 12), np.float32)})
+    file = Checkpoint(tmp_path).shard("model.safetensors")
+    tracemalloc.start()
+    tensor_digest(file, "a")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 36 << 20  # of 64 MiB: two pieces of 16 MiB, and little beside them
 
 
 @pytest.fixture

@@ -174,6 +174,25 @@ def test_files_that_are_something_else(head: bytes, message: str, tmp_path: Path
         find_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model-00001-of-00003.safetensors"], "has 1 of 3 .* expected model-00002-of-00003.safet"),
+        (
+            ["model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"],
+            "has 2 of 3 weight files, expected model-00001-of-00003.safetensors, too",
+        ),
+        (["pytorch_model-00001-of-00002.safetensors"], "expected pytorch_model-00002-of-00002"),
+    ],
+)
+def test_some_of_several_numbered_files(names: list[str], message: str, tmp_path: Path) -> None:
+    fill(tmp_path, "config.json", *names)
+    with pytest.raises(MsQuantError, match=message):
+        find_model(tmp_path)
+    fill(tmp_path, "model.safetensors.index.json")
+    find_model(tmp_path)  # the reader of the index says which
+
+
 def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     directory = fill(tmp_path / "model", "config.json")
     (directory / "model.safetensors").symlink_to(tmp_path / "gone")

@@ -98,6 +98,25 @@ def test_there_and_back(
     same(slim_models.tensors_of(tmp_path / "again"), slim_models.tensors_of(coded))
 
 
+def test_what_hubs_add_on_either_side_is_a_note(source: Any, tmp_path: Path) -> None:
+    plain, coded, back = source(), tmp_path / "coded", tmp_path / "back"
+    compress(plain, coded)
+    decompress(coded, back)
+    for directory, names in (
+        (plain, ["configuration.json", "NOTICE"]),
+        (coded, ["README.md", ".gitattributes", "configuration.json", "LICENSE", ".msc"]),
+        (back, ["README.md", "LICENSE", "configuration.json"]),
+    ):
+        for name in names:
+            (directory / name).write_text(f"{{}} {directory}")
+    for made, origin in ((coded, plain), (back, coded)):
+        found = verify(made, origin)
+        assert found["problems"] == [] and "README.md" in found["notes"][0]
+    (coded / "tokenizer.json").write_text("{}")
+    problems = verify(coded, plain)["problems"]
+    assert any("tokenizer.json: not listed in" in text for text in problems)
+
+
 def test_tensors_and_types_of_the_result(source: Any, slim_models: Any, tmp_path: Path) -> None:
     plain = source()
     compress(plain, tmp_path / "out")
