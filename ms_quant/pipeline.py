@@ -140,7 +140,7 @@ def prove_source(prepared: Prepared, job: JobDirectory, reading: Reading) -> Non
             job.remove()
         raise
     for request in prepared.all:
-        request.checkpoint.expect(found.digests, found.trusted)
+        request.checkpoint.expect(found.digests, found.trusted, found.stamps)
 
 
 def _remove_leftover(prepared: Prepared) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ms_quant import pipeline
-from ms_quant.checkpoint import first_pass
+from ms_quant.checkpoint import first_pass, reader
 from ms_quant.checkpoint.reader import Checkpoint, fingerprint
 from ms_quant.cli import app
 from ms_quant.console import naming_leftovers, run
@@ -105,7 +105,8 @@ def test_a_change_that_no_clock_shows_is_refused_where_it_is_read(
     options: Callable[..., QuantizeOptions],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(first_pass, "_stamp", lambda path: [0])
+    monkeypatch.setattr(first_pass, "file_stamp", lambda path: [0])
+    monkeypatch.setattr(reader, "file_stamp", lambda path: [0])
     model = tiny_model(**LARGE)
     wanted = options(model)
     with pytest.raises(StopError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -49,6 +50,12 @@ def tensor_digest(file: SafetensorsFile, name: str) -> str:
             "expected none"
         )
     return digest.hexdigest()
+
+
+def file_stamp(path: Path) -> list[int]:
+    """What changes with a file: also the time of its last change, which nobody can set."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def count_non_finite(array: np.ndarray) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.digest import tensor_digest
+from ms_quant.checkpoint.digest import file_stamp, tensor_digest
 from ms_quant.checkpoint.reader import FLOAT_CODES, IGNORED, ChangedSourceError, Checkpoint
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile
 from ms_quant.strict_json import read_json
@@ -33,10 +33,12 @@ class SourceHashes:
     Attributes:
         digests: sha256 of each float tensor's bytes.
         trusted: those that this pass has not read itself, as their files look untouched.
+    stamps: file name to what it looked like.
     """
 
     digests: dict[str, str]
     trusted: frozenset[str]
+    stamps: dict[str, list[int]]
 
 
 def read_source(
@@ -62,7 +64,7 @@ def read_source(
     todo = []
     for file in [checkpoint.shard(path.name) for path in checkpoint.files()]:
         entry = old.get(file.path.name, {})
-        before, stamp = entry.get("tensors", {}), _stamp(file.path)
+        before, stamp = entry.get("tensors", {}), file_stamp(file.path)
         names = [name for name in checkpoint.names if _is_read(checkpoint, file, name)]
         same = entry.get("stamp") == stamp
         kept = {name: before[name] for name in names if same and name in before}
@@ -72,7 +74,8 @@ def read_source(
         names.sort(key=lambda name: checkpoint.info(name).start)
         todo += [(file, name, before.get(name)) for name in names if name not in kept]
     _Pass(path, new, digests, progress).run(todo)
-    return SourceHashes(digests, frozenset(trusted))
+    stamps = {name: entry["stamp"] for name, entry in new.items()}
+    return SourceHashes(digests, frozenset(trusted), stamps)
 
 
 def _is_read(checkpoint: Checkpoint, file: SafetensorsFile, name: str) -> bool:
@@ -121,12 +124,6 @@ class _Pass:
 def _size(file: SafetensorsFile, name: str) -> int:
     info = file.info(name)
     return info.stop - info.start
-
-
-def _stamp(path: Path) -> list[int]:
-    """What changes with a file: also the time of its last change, which nobody can set."""
-    status = path.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _shards(state: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -11,7 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
-from ms_quant.checkpoint.digest import CHUNK_ELEMENTS, count_non_finite, row_chunks, tensor_digest
+from ms_quant.checkpoint.digest import (
+    CHUNK_ELEMENTS,
+    count_non_finite,
+    file_stamp,
+    row_chunks,
+    tensor_digest,
+)
 from ms_quant.checkpoint.safetensors_file import (
     SafetensorsFile,
     TensorInfo,
@@ -101,7 +107,6 @@ class Checkpoint:
     """
 
     digests: Mapping[str, str] = MappingProxyType({})
-    _unproven: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, directory: Path | str, prefix: str = "") -> None:
         self.directory = Path(directory)
@@ -134,23 +139,35 @@ class Checkpoint:
         """
         return self.file_of(name).info(name)
 
-    def expect(self, digests: Mapping[str, str], unproven: Container[str]) -> None:
-        """Says what tensors are; a digest that is not proven is compared when it is read first.
+    def expect(
+        self,
+        digests: Mapping[str, str],
+        unproven: Iterable[str],
+        stamps: Mapping[str, list[int]],
+    ) -> None:
+        """Says what tensors are. One that is not proven is hashed when it is read first.
 
         Args:
             digests (Mapping[str, str]): name to the sha256 of the tensor's bytes.
-            unproven (Container[str]): those that this process has not hashed yet.
+            unproven (Iterable[str]): those that this process has not hashed yet.
+            stamps (Mapping[str, list[int]]): file name to what its file looked like. Where it
+                looks different later, its tensors are no longer proven.
         """
-        self.digests = dict(digests)
-        self._unproven = {name: d for name, d in digests.items() if name in unproven}
+        self.digests, self._unproven, self._stamps = dict(digests), set(unproven), dict(stamps)
 
     def _prove(self, name: str) -> None:
-        digest = self._unproven.get(name)
-        if digest is None:
+        if name not in self.digests:
             return
-        if tensor_digest(self.file_of(name), name) != digest:
+        file = self.file_of(name)
+        stamp = file_stamp(file.path)
+        if self._stamps.get(file.path.name) != stamp:
+            self._unproven |= self.digests.keys() & file.tensors.keys()
+            self._stamps[file.path.name] = stamp
+        if name not in self._unproven:
+            return
+        if tensor_digest(file, name) != self.digests[name]:
             raise ChangedSourceError(self.place(name))
-        self._unproven = {key: d for key, d in self._unproven.items() if key != name}
+        self._unproven.discard(name)
 
     def file_of(self, name: str) -> SafetensorsFile:
         """The opened file that holds a tensor, for instance to read some rows of it.

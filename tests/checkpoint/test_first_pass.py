@@ -207,11 +207,11 @@ def test_bytes_are_hashed_again_when_they_are_read(
     put(directory / "model.safetensors", LAST, 0.25)
     state = json.loads((job / STATE).read_text())
     entry = state["shards"]["model.safetensors"]
-    entry["stamp"] = first_pass._stamp(directory / "model.safetensors")  # no clock has told
+    entry["stamp"] = digest.file_stamp(directory / "model.safetensors")  # no clock has told
     (job / STATE).write_text(json.dumps(state))
     checkpoint = Checkpoint(directory)
     found = read_source(checkpoint, job)
-    checkpoint.expect(found.digests, found.trusted)
+    checkpoint.expect(found.digests, found.trusted, found.stamps)
     checkpoint.read_float32("model.norm.weight")
     for read in (
         lambda: checkpoint.read_float32(LAST),
@@ -220,6 +220,21 @@ def test_bytes_are_hashed_again_when_they_are_read(
     ):
         with pytest.raises(ChangedSourceError, match=f"'{LAST}' changed since the job was begun"):
             read()
+
+
+def test_a_change_while_the_job_works_is_seen(tiny_model: Callable[..., Path], job: Path) -> None:
+    directory = tiny_model()
+    checkpoint = Checkpoint(directory)
+    found = read_source(checkpoint, job)
+    assert not found.trusted
+    checkpoint.expect(found.digests, found.trusted, found.stamps)
+    checkpoint.read_float32(LAST)
+    put(directory / "model.safetensors", LAST, 0.25)
+    with pytest.raises(ChangedSourceError, match=f"'{LAST}' changed since the job was begun"):
+        checkpoint.read_float32(LAST)
+    checkpoint.read_float32("model.norm.weight")
+    (directory / "model.safetensors").chmod(0o600)  # another change that is none
+    checkpoint.read_float32("model.embed_tokens.weight")
 
 
 @pytest.mark.parametrize("content", [{}, {"shards": []}, {"shards": {"model.safetensors": 3}}])
