@@ -24,6 +24,7 @@ STATE = "source.json"
 MAX_STATE_BYTES = 256 << 20
 SAVED_BYTES = 4 << 30  # a killed pass reads at most so much again
 WORKERS = 4
+_NOTHING: dict[str, Any] = {"stamp": None, "tensors": {}, "before": {}}
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,24 @@ def read_source(
     digests, trusted = dict[str, str](), set[str]()
     todo = []
     for file in [checkpoint.shard(path.name) for path in checkpoint.files()]:
-        entry = old.get(file.path.name, {})
-        before, stamp = entry.get("tensors", {}), file_stamp(file.path)
-        names = [name for name in checkpoint.names if _is_read(checkpoint, file, name)]
-        same = entry.get("stamp") == stamp
-        kept = {name: before[name] for name in names if same and name in before}
-        new[file.path.name] = {"stamp": stamp, "tensors": kept}
+        entry, stamp = old.get(file.path.name, _NOTHING), file_stamp(file.path)
+        names = [name for name in checkpoint.names if _is_read(file, name)]
+        names.sort(key=lambda name: file.info(name).start)
+        known = entry["tensors"] if entry["stamp"] == stamp else {}
+        kept = {name: known[name] for name in names if name in known}
+        left = [name for name in names if name not in kept]
+        before = {**entry["before"], **entry["tensors"]}
+        before = {name: before[name] for name in left if name in before}
+        new[file.path.name] = {"stamp": stamp, "tensors": kept, "before": before}
         digests |= kept
         trusted |= kept.keys()
-        names.sort(key=lambda name: checkpoint.info(name).start)
-        todo += [(file, name, before.get(name)) for name in names if name not in kept]
+        todo += [(file, name) for name in left]
     _Pass(path, new, digests, progress).run(todo)
     stamps = {name: entry["stamp"] for name, entry in new.items()}
     return SourceHashes(digests, frozenset(trusted), stamps)
 
 
-def _is_read(checkpoint: Checkpoint, file: SafetensorsFile, name: str) -> bool:
+def _is_read(file: SafetensorsFile, name: str) -> bool:
     info = file.tensors.get(name)
     return info is not None and info.code in FLOAT_CODES and not name.endswith(IGNORED)
 
@@ -87,7 +90,8 @@ def _is_read(checkpoint: Checkpoint, file: SafetensorsFile, name: str) -> bool:
 class _Pass:
     """Attributes:
     path: the file of the state.
-    shards: file name to its stamp and the digests of its tensors; they are added.
+    shards: file name to its ``stamp``, the digests of its ``tensors``, which are added, and those
+        that tensors had ``before`` the file changed, which go once they are found to be the same.
     digests: those of all tensors; they are added, too.
     """
 
@@ -96,17 +100,18 @@ class _Pass:
     digests: dict[str, str]
     progress: Callable[[float], None]
 
-    def run(self, todo: Sequence[tuple[SafetensorsFile, str, str | None]]) -> None:
+    def run(self, todo: Sequence[tuple[SafetensorsFile, str]]) -> None:
         """Reads tensors, several at a time, and keeps what is known in the order of the files."""
-        sizes = [_size(file, name) for file, name, _ in todo]
+        sizes = [_size(file, name) for file, name in todo]
         total, done, saved = sum(sizes), 0, 0
         pool = ThreadPoolExecutor(WORKERS)
         try:
-            found = pool.map(lambda one: tensor_digest(one[0], one[1]), todo)
-            for (file, name, before), size, digest in zip(todo, sizes, found, strict=True):
-                if before not in (None, digest):
+            found = pool.map(lambda one: tensor_digest(*one), todo)
+            for (file, name), size, digest in zip(todo, sizes, found, strict=True):
+                shard = self.shards[file.path.name]
+                if shard["before"].pop(name, digest) != digest:
                     raise ChangedSourceError(f"{file.path}: tensor {name!r}")
-                self.shards[file.path.name]["tensors"][name] = self.digests[name] = digest
+                shard["tensors"][name] = self.digests[name] = digest
                 done += size
                 self.progress(done / total if total else 1.0)
                 if done - saved >= SAVED_BYTES:
@@ -133,5 +138,7 @@ def _shards(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: entry
         for name, entry in items
-        if isinstance(entry, dict) and isinstance(entry.get("tensors"), dict)
+        if isinstance(entry, dict)
+        and entry.keys() == _NOTHING.keys()
+        and all(isinstance(entry[key], dict) for key in ("tensors", "before"))
     }

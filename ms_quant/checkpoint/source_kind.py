@@ -59,8 +59,9 @@ class Listing:
     directories: tuple[str, ...]
 
     def some(self, *patterns: str) -> list[str]:
-        """The files that match a pattern, whatever their case."""
-        return [f for f in self.files if any(fnmatch(f.lower(), p) for p in patterns)]
+        """The files that match a pattern, whatever their case; hidden ones never do."""
+        seen = [name for name in self.files if not name.startswith(".")]
+        return [name for name in seen if any(fnmatch(name.lower(), p) for p in patterns)]
 
     def inside(self, pattern: str) -> list[str]:
         """The subdirectories whose names match a regular expression."""

@@ -188,6 +188,27 @@ def test_a_file_that_was_touched_is_read_again(
     assert second.trusted == set(Checkpoint(directory).shard(two.name).tensors)
 
 
+def test_what_tensors_were_outlives_a_killed_pass(
+    tiny_model: Callable[..., Path], job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_model()
+    read_source(Checkpoint(directory), job)
+    put(directory / "model.safetensors", LAST, 0.25, keep_time=False)
+
+    def interrupted(file: Any, name: str) -> str:
+        if name == LAST:
+            raise KeyboardInterrupt
+        return tensor_digest(file, name)
+
+    monkeypatch.setattr(first_pass, "SAVED_BYTES", 1)
+    monkeypatch.setattr(first_pass, "tensor_digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_source(Checkpoint(directory), job)
+    monkeypatch.setattr(first_pass, "tensor_digest", tensor_digest)
+    with pytest.raises(ChangedSourceError, match=f"'{LAST}' changed since the job was begun"):
+        read_source(Checkpoint(directory), job)
+
+
 @pytest.mark.parametrize("keep_time", [True, False])
 def test_a_changed_value_is_seen_whatever_the_file_time_says(
     keep_time: bool, tiny_model: Callable[..., Path], job: Path
