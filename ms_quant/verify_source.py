@@ -116,14 +116,14 @@ class SourceProof:
                 yield str(error)
                 return
             self.source, config = rotated, rotated.config
+        shapes = plan.config.parameter_shapes()
+        if shapes != config.parameter_shapes():
+            yield f"{self.source.directory}: another model than {ours.directory}"
+            return
         try:
             self.source = _as_divided(self.source, config, subject.record)
         except MsQuantError as error:
             yield str(error)
-            return
-        shapes = plan.config.parameter_shapes()
-        if shapes != config.parameter_shapes():
-            yield f"{self.source.directory}: another model than {ours.directory}"
             return
         places, entry = (ours.directory, self.source.directory), plan.flavour.entry
         yield from source_problems(*places, plan.dtype, config, entry)
