@@ -19,7 +19,7 @@ EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "floa
 
 
 def row_chunks(
-    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int = CHUNK_ELEMENTS
+    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Reads a tensor some rows at a time: (first row, rows). Nothing comes of an empty one."""
     shape = file.info(name).shape
@@ -29,7 +29,7 @@ def row_chunks(
         yield 0, file.read(name)
         return
     first, last = (rows.start, rows.stop) if rows else (0, shape[0])
-    step = max(1, elements // math.prod(shape[1:]))
+    step = max(1, (elements or CHUNK_ELEMENTS) // math.prod(shape[1:]))
     for start in range(first, last, step):
         yield start, file.read_rows(name, start, min(start + step, last))
 
