@@ -25,9 +25,9 @@ SETTINGS = (
     r"(vocab|merges)\.txt|.*\.(model|tiktoken|spm|jinja)",
 )
 PLACES = r"rank_\d+|proof|tensors|optional"  # directories that a layout of ours has
-POOLING = r"\d+_\w+/config\.json"
+MODULES = r"\d+_\w+/[^/]+\.(json|safetensors|bin)|additional_chat_templates/[^/]+\.jinja"
 _SETTINGS = re.compile("|".join(SETTINGS), re.IGNORECASE)
-_PLACES, _POOLING = re.compile(PLACES), re.compile(POOLING)
+_PLACES, _MODULES = re.compile(PLACES), re.compile(MODULES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Unlisted:
 
 def is_read(name: str) -> bool:
     """Whether a runtime reads a file of a checkpoint, by its path in it, with ``/``."""
-    pattern = _POOLING if "/" in name else _SETTINGS
+    pattern = _MODULES if "/" in name else _SETTINGS
     return _is_loaded(name) or (not name.startswith(".") and bool(pattern.fullmatch(name)))
 
 

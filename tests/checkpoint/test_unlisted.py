@@ -37,6 +37,8 @@ READ = [
     "quant_model_description_w8a8sc.json",
     "modules.json",
     "1_Pooling/config.json",
+    "2_Dense/model.safetensors",
+    "additional_chat_templates/rag.jinja",
     "params.json",
 ]
 NOT_READ = [
