@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from ms_quant.models.config import ModelConfig, block_prefix
 
+FLOATS = ("lm_head", "model.embed_tokens", "model.norm")
 USUAL = "'model.layers.0.*' or '*.down_proj'"
 MOST = 3
+_BLOCK = re.compile(r"layers\.(\d{1,9})\.")
 
 
 def float_paths(config: ModelConfig) -> list[str]:
@@ -36,14 +39,15 @@ def float_notes(patterns: Sequence[str], linears: Sequence[str], config: ModelCo
 
 def no_match(pattern: str, linears: Sequence[str]) -> str:
     """What is wrong with a pattern that matches nothing, with the nearest that do."""
+    text, last = f"pattern {pattern!r} matches no linear", linears[-1].split(".")[2]
+    block = _BLOCK.search(pattern)
+    if block and int(block[1]) > int(last):
+        return f"{text}, the last block is model.layers.{last}"
     near = list(dict.fromkeys(p for p in _variants(pattern) if matches(p, linears)))
-    if not near:
+    if not near and not pattern.startswith("re:"):
         endings = dict.fromkeys(f"*.{path.rpartition('.')[2]}" for path in linears)
-        near = get_close_matches(pattern, [*endings, *linears], MOST)
-    if pattern.startswith("re:"):
-        near = []
-    likely = " or ".join(map(repr, near[:MOST])) or USUAL
-    return f"pattern {pattern!r} matches no linear, expected something like {likely}"
+        near = get_close_matches(pattern, [*FLOATS, *endings, *linears], MOST)
+    return f"{text}, expected something like {' or '.join(map(repr, near[:MOST])) or USUAL}"
 
 
 def _variants(pattern: str) -> Iterator[str]:

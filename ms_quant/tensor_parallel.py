@@ -60,10 +60,10 @@ def refuse_ranks(plan: Plan, tp: int) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more linears)" if len(problems) > 1 else ""
         sizes = ", ".join(map(str, rank_counts(plan)))
-        raise MsQuantError(
-            f"{problems[0]}{more}; of this plan --tp {sizes} would do, or another --group-size, or "
-            "--exclude such linears"
-        )
+        others = ""
+        if "groups of" in problems[0]:
+            others = ", or another --group-size, or --exclude such linears"
+        raise MsQuantError(f"{problems[0]}{more}; of this plan --tp {sizes} would do{others}")
 
 
 def rank_counts(plan: Plan) -> list[int]:
