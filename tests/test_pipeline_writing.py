@@ -52,8 +52,8 @@ def test_memory_of_writing_is_a_few_rows_of_the_embedding(
         tensors[name] = np.ones((rows, 16), tensors[name].dtype)
 
     model = tiny_model(dtype=dtype, tied=True, layers=1, vocab_size=rows, change=enlarge)
-    for module in (reader, digest):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(digest, "HASHED_ELEMENTS", 1 << 14)
     tracemalloc.start()
     try:
         quantize_checkpoint(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))

@@ -13,13 +13,14 @@ from ms_quant.checkpoint.safetensors_file import SafetensorsFile
 from ms_quant.errors import MsQuantError
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
+HASHED_ELEMENTS = 1 << 20  # at a time, by several threads at once
 BLOCK_ELEMENTS = 1 << 16  # of a check for NaN: what it makes stays in the cache
 EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
 """The bits that are all set in NaN and infinity and in nothing else."""
 
 
 def row_chunks(
-    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int | None = None
+    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int = CHUNK_ELEMENTS
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Reads a tensor some rows at a time: (first row, rows). Nothing comes of an empty one."""
     shape = file.info(name).shape
@@ -29,7 +30,7 @@ def row_chunks(
         yield 0, file.read(name)
         return
     first, last = (rows.start, rows.stop) if rows else (0, shape[0])
-    step = max(1, (elements or CHUNK_ELEMENTS) // math.prod(shape[1:]))
+    step = max(1, elements // math.prod(shape[1:]))
     for start in range(first, last, step):
         yield start, file.read_rows(name, start, min(start + step, last))
 
@@ -41,7 +42,7 @@ def tensor_digest(file: SafetensorsFile, name: str) -> str:
         MsQuantError: it holds NaN or infinity, or the file changed or cannot be read.
     """
     digest, wrong, seen = hashlib.sha256(), 0, 0
-    for _, part in row_chunks(file, name):
+    for _, part in row_chunks(file, name, elements=HASHED_ELEMENTS):
         digest.update(part.reshape(-1).view(np.uint8).data)
         wrong, seen = wrong + count_non_finite(part), seen + part.size
     if wrong:
