@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.strange_names import QUANTIZED, WRAPPERS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import load_config
 
@@ -127,6 +128,19 @@ def test_the_cause_is_named(
     with pytest.raises(MsQuantError, match=message) as found:
         check_model(Checkpoint(directory), load_config(directory))
     assert str(found.value).startswith(f"{directory}: ") and "\n" not in str(found.value)
+
+
+def test_the_document_has_every_row() -> None:
+    rows = (Path(__file__).parents[2] / "docs" / "sources.md").read_text().splitlines()
+    cells = [tuple(cell.strip() for cell in row.split("|")[1:-1]) for row in rows if "|" in row]
+    what = [row[1] for row in cells]
+    assert [who for who in what if who.startswith("quantized by")][:-1] == [
+        f"quantized by {who}" for _, who in QUANTIZED
+    ]
+    named = [row for row in cells if row[0].strip("`") in dict(WRAPPERS)]
+    assert [(name.strip("`"), who) for name, who in named] == [
+        (part, text.partition(":")[0]) for part, text in WRAPPERS
+    ]
 
 
 def test_missing_shards_are_counted(tiny_model: Callable[..., Path]) -> None:
