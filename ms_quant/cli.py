@@ -160,6 +160,8 @@ def quantize(
     if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
         count, length = prepared.tokens.shape
         note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
+    for line in prepared.notes:
+        note(f"note: {line}")
     if dry_run:
         from ms_quant.estimate import estimate
 

@@ -25,7 +25,7 @@ from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan, plan_of_recipe
+from ms_quant.planning import make_plan, plan_of_recipe, recipe_notes
 from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
 from ms_quant.writing import output_bytes
@@ -171,6 +171,7 @@ class Prepared:
         output_bytes: most bytes of the output's tensors.
         unknown: entries that the record does not have yet.
         others: the requests for other formats that the same job serves.
+        notes: what its recipe says that changes nothing, or less than it says.
     """
 
     options: QuantizeOptions
@@ -183,6 +184,7 @@ class Prepared:
     output_bytes: int
     unknown: Sequence[str] = ()
     others: tuple[Prepared, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[Prepared, ...]:
@@ -234,6 +236,9 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     else:
         prepared = _prepare(options, extension)
     _check_disk(prepared)
+    if options.recipe is not None:
+        said = recipe_notes(prepared.plan.config, options.recipe)
+        return replace(prepared, notes=tuple(said))
     return prepared
 
 
@@ -336,7 +341,7 @@ def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     options = plan.chain.options.get("quarot")
     if options is None:
         return plan, checkpoint
-    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed)
+    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed, options.block_size)
     return replace(plan, config=rotated.config), rotated
 
 

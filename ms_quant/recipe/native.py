@@ -33,6 +33,7 @@ class _Step(_Strict):
     include: list[str] = list(EVERYTHING)
     exclude: list[str] = []
     groups: list[str] = []
+    by_producer: bool = False
 
 
 class _Rule(_Strict):
@@ -55,9 +56,10 @@ class _Document(_Strict):
     seq_len: int | None = None
     seed: int | None = None
     shard_bytes: int | None = None
+    lenient: bool = False
 
 
-_SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes")
+_SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes", "lenient")
 
 
 def from_native(document: Mapping[str, Any]) -> Recipe:
@@ -90,7 +92,7 @@ def to_native(recipe: Recipe) -> dict[str, Any]:
         document |= {key: records} if records else {}
     document |= {"formats": list(recipe.formats)} if recipe.formats else {}
     settings = {name: getattr(recipe, name) for name in _SETTINGS}
-    return document | {name: v for name, v in settings.items() if v not in ("", None)}
+    return document | {name: v for name, v in settings.items() if v not in ("", None) and v is not False}
 
 
 def _plain(record: Rule | Step) -> dict[str, Any]:
