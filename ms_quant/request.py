@@ -116,13 +116,23 @@ def make_choices(
     return Choices(scheme, algorithm, float_undivided, cache, format, fold)
 
 
+CALIB_DIRECTORY = "lab_calib"  # where msModelSlim has its data sets, near its recipes
+CALIB_LEVELS = 3
+
+
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a file. A calibration file that it names may be beside it."""
+    """The recipe of a file. A calibration file that it names may be beside it.
+
+    Or in ``lab_calib`` beside it, beside its directory, or beside that one's.
+    """
     recipe = load_recipe(path)
     if recipe.calib is None or Path(recipe.calib).exists():
         return recipe
-    beside = path.parent / recipe.calib
-    return replace(recipe, calib=str(beside)) if beside.exists() else recipe
+    above = [path.absolute().parent, *path.absolute().parent.parents][:CALIB_LEVELS]
+    for directory in (path.parent, *(level / CALIB_DIRECTORY for level in above)):
+        if (directory / recipe.calib).exists():
+            return replace(recipe, calib=str(directory / recipe.calib))
+    return recipe
 
 
 def refuse_beside_recipe(path: Path, said: Mapping[str, Any]) -> None:
@@ -259,6 +269,11 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
     found = {name: getattr(recipe, name) for name in given}
     calib = options.calib or (None if recipe.calib is None else Path(recipe.calib))
+    if options.calib is None and calib is not None and not calib.exists():
+        raise MsQuantError(
+            f"{calib}: the calibration data of the recipe is neither here nor beside it nor in a "
+            f"{CALIB_DIRECTORY} near it, expected --calib FILE"
+        )
     merged = {name: found[name] if given[name] is None else given[name] for name in given}
     return replace(options, calib=calib, **merged)
 

@@ -37,7 +37,7 @@ def read_anti(spec: Section) -> tuple[tuple[Step, ...], list[str]]:
     section = Section(spec.get("anti_cfg"), spec.path("anti_cfg"), KEYS)
     params = Section(spec.get("anti_params", None) or {}, "spec.anti_params", ("norm_class_name",))
     method = section.get("anti_method", DEFAULT)
-    if method in REFUSED:
+    if isinstance(method, str) and method in REFUSED:
         refuse(section.path("anti_method"), method, f"one of {', '.join(METHODS)}", REFUSED[method])
     algorithm, options, kinds = METHODS[section.one_of("anti_method", METHODS, DEFAULT)]
     section.one_of("w_bit", (8, 4), 8)

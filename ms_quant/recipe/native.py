@@ -59,7 +59,7 @@ class _Document(_Strict):
     lenient: bool = False
 
 
-_SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes", "lenient")
+_SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes")
 
 
 def from_native(document: Mapping[str, Any]) -> Recipe:
@@ -80,6 +80,7 @@ def from_native(document: Mapping[str, Any]) -> Recipe:
             Step(**_lists(step), where=f"steps[{index}]") for index, step in enumerate(read.steps)
         ),
         formats=tuple(read.formats),
+        lenient=read.lenient,
         **{name: getattr(read, name) for name in _SETTINGS},
     )
 
@@ -92,7 +93,8 @@ def to_native(recipe: Recipe) -> dict[str, Any]:
         document |= {key: records} if records else {}
     document |= {"formats": list(recipe.formats)} if recipe.formats else {}
     settings = {name: getattr(recipe, name) for name in _SETTINGS}
-    return document | {name: v for name, v in settings.items() if v not in ("", None) and v is not False}
+    document |= {name: v for name, v in settings.items() if v not in ("", None)}
+    return document | ({"lenient": True} if recipe.lenient else {})
 
 
 def _plain(record: Rule | Step) -> dict[str, Any]:

@@ -463,7 +463,7 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
         ),
         ([{"type": "flex_awq_ssz"}, GOOD], r"spec\.process\[0\]\.qconfig: is missing"),
         (
-            [{"type": "flex_awq_ssz", "beta": 0.5, "qconfig": {"act": TOKENS, "weight": ROWS}}, GOOD],
+            [{"type": "flex_awq_ssz", "beta": 0.5, "qconfig": GOOD["qconfig"]}, GOOD],
             r"spec\.process\[0\]\.beta is 0\.5 \(only alpha is searched\), expected 0",
         ),
         ([AWQ | {"n_grid": 0}, GOOD], r"spec\.process\[0\]\.n_grid is 0"),
@@ -471,7 +471,7 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
         # rotations
         ([{"type": "quarot", "online": True}, GOOD], r"online is True .*expected false"),
         *(
-            ([{"type": "quarot", "block_size": wrong}, GOOD], rf"block_size is {wrong}, expected -1 or")
+            ([{"type": "quarot", "block_size": wrong}, GOOD], rf"block_size is {wrong}, expected -")
             for wrong in (0, 48, -2, True, 32.0)
         ),
         (
@@ -520,15 +520,15 @@ def test_a_processor_without_counterpart_is_refused_by_its_path(process, words):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"runner": "fast"}, "spec.runner is 'fast', expected one of auto, layer_wise, model_wise, dp"),
+        ({"runner": "fast"}, "spec.runner is 'fast', expected one of auto, layer_wise, model_wise"),
         ({"prior": 3}, "spec.prior is 3, expected a list"),
         (
             {"prior": [{"process": [GOOD]}]},
-            r"spec\.prior\[0\]\.process\[0\]\.qconfig: is no known key, expected one of type, stage",
+            r"spec\.prior\[0\]\.process\[0\]\.qconfig: is no known key, expected one of type, stag",
         ),
         (
             {"prior": [{"process": [{"type": "smooth_quant"}]}]},
-            r"prior\[0\]\.process\[0\]\.type is 'smooth_quant' \(a stage before may only prepare\), exp",
+            r"prior\[0\]\.process\[0\]\.type is 'smooth_quant' \(a stage before may only prepare\)",
         ),
         (
             {"prior": [{"process": [{"type": "adapt_rotation", "stage": 2}]}]},
@@ -563,7 +563,7 @@ def test_a_spec_without_counterpart_is_refused_by_its_path(spec, words):
 
 @pytest.mark.parametrize("kind", ["vlm", "sd"])
 def test_the_multimodal_kinds_say_the_same(kind):
-    extra = {"vlm": {"default_text": "x"}, "sd": {"multimodal_sd_config": {"dump_config": {}}}}[kind]
+    extra = {"default_text": "x"} if kind == "vlm" else {"multimodal_sd_config": {}}
     text = document(GOOD, dataset="images", **extra)
     recipe = load_recipe(text | {"apiversion": f"multimodal_{kind}_modelslim_v1"})
     assert recipe == made((Rule("W8A8_DYNAMIC"),), calib="images")
@@ -572,7 +572,7 @@ def test_the_multimodal_kinds_say_the_same(kind):
 
 
 def test_conversion_without_quantization_is_refused_by_name():
-    with pytest.raises(MsQuantError, match="apiversion modelslim_convert is not supported, it chan"):
+    with pytest.raises(MsQuantError, match="apiversion modelslim_convert is not supported, it cha"):
         load_recipe(document(GOOD) | {"apiversion": "modelslim_convert"})
 
 
