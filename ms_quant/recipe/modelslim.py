@@ -19,6 +19,7 @@ FORMATS = {
     "compressed_tensors": "compressed-tensors",
     "mindie_format_saver": "mindie-sd",
 }
+DATASET = "mix_calib.jsonl"  # by default
 RUNNERS = ("auto", "layer_wise", "model_wise", "dp_layer_wise")
 SPEC = ("runner", "prior", "process", "save", "dataset")
 UNREAD = {
@@ -62,7 +63,7 @@ def from_modelslim(document: Mapping[str, Any]) -> Recipe:
         steps=tuple(step for part in parts for step in part.steps),
         kv_cache=next((part.kv_cache for part in parts if part.kv_cache), ""),
         formats=formats,
-        calib=None if spec.get("dataset", None) is None else spec.text("dataset"),
+        calib=spec.text("dataset", DATASET),
         shard_bytes=size,
         lenient=True,
         notes=(*_prior(spec), *notes),

@@ -16,6 +16,7 @@ from ms_quant.recipe.records import EVERYTHING, Recipe, Rule
 from ms_quant.schemes import STATIC_CACHE
 
 APIVERSION = "modelslim_v0"
+DATASET = "teacher_qualification.jsonl"  # by default
 GIB = 1 << 30
 SPEC = (
     "anti_cfg",
@@ -53,7 +54,7 @@ def from_modelslim_v0(document: Mapping[str, Any]) -> Recipe:
         steps=steps,
         kv_cache=STATIC_CACHE if config.caches else "",
         formats=() if config.scheme == "W4A16" else ("ascend",),
-        calib=None if spec.get("calib_dataset", None) is None else spec.text("calib_dataset"),
+        calib=spec.text("calib_dataset", DATASET),
         shard_bytes=0 if one_file else save.integer("part_file_size", least=1) * GIB,
         lenient=True,
         notes=(*notes, *config.notes),

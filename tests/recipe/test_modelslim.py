@@ -13,7 +13,7 @@ from ms_quant.recipe import Recipe, Rule, Step, load_recipe, to_native
 from ms_quant.recipe.modelslim_linear import PAIRS
 from ms_quant.schemes import SCHEMES
 
-made = partial(Recipe, lenient=True)
+made = partial(Recipe, lenient=True, calib="mix_calib.jsonl")
 ROWS = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 TOKENS = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
 TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}

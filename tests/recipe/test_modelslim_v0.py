@@ -20,7 +20,8 @@ def document(calib: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]
 
 
 def made(*rules: Rule, **more: Any) -> Recipe:
-    values = {"formats": ("ascend",), "shard_bytes": 0, "lenient": True, **more}
+    values = {"formats": ("ascend",), "calib": "teacher_qualification.jsonl", **more}
+    values = {"shard_bytes": 0, "lenient": True, **values}
     return Recipe(rules, **values)
 
 
