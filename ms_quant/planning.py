@@ -90,6 +90,8 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
         MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
             schemes, or what :func:`make_plan` refuses; names the key of the recipe.
     """
+    if config.model_type in recipe.not_for:
+        raise MsQuantError(f"{config.model_type}: {recipe.not_for[config.model_type]}")
     wanted = _treatments(config, recipe)
     format = options.format or _common_format(wanted.values(), recipe.kv_cache)
     must_serve = options.format not in ("", *recipe.formats)  # a recipe may be for a compressor

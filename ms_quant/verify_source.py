@@ -44,7 +44,7 @@ def max_output_error(scheme: Scheme) -> float:
     """
     if scheme.weight.bits == 16:
         return PRUNED
-    if scheme.weight.bits == 8:
+    if scheme.weight.bits == 8 and not scheme.algorithm:
         return MAX_OUTPUT_ERROR
     return BOTH_FOUR_BITS if scheme.activation.bits == 4 else FOUR_BITS
 

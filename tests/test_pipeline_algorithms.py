@@ -99,6 +99,8 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W4A16", "gptq", {"format": "mindie-sd", "group_size": 0}),
         ("W4A4_MXFP4_SVD", "smoothquant", {"rank": 4}),
         ("W16A16S", "quarot", {"sparsity": 0.5}),
+        ("W8A8S", "smoothquant", {"sigma": 3.0}),
+        ("W8A8S", "minmax", {"dtype": "float16", "fraction": 0.05}),
         ("W8A8FP8_DYNAMIC", "smoothquant+gptq", {}),
         ("W4A4_FLATQUANT_DYNAMIC", "smoothquant+gptq", {"steps": 5}),
     ],

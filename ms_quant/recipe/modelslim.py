@@ -8,7 +8,6 @@ from typing import Any
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.modelslim_linear import described
 from ms_quant.recipe.modelslim_processors import Part, read_part
-from ms_quant.recipe.patterns import matches
 from ms_quant.recipe.reading import Section, items, refuse
 from ms_quant.recipe.records import Recipe
 
@@ -54,9 +53,7 @@ def from_modelslim(document: Mapping[str, Any]) -> Recipe:
         refuse("spec.process", found, "a linear_quant in it")
     notes = [note for part in parts for note in part.notes]
     notes += [f"spec.{key} {why}" for key, why in UNREAD.items() if key in spec]
-    if runner == "model_wise" and any(matches("lm_head", r.include, r.exclude) for r in rules):
-        notes.append("spec.runner: model_wise would quantize lm_head, too; it stays float here")
-    elif runner not in ("auto", "layer_wise"):
+    if runner not in ("auto", "layer_wise"):
         notes.append(f"spec.runner: {runner} is how msModelSlim works; here it is block by block")
     return Recipe(
         rules=rules,

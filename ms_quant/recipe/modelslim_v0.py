@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ms_quant.recipe.modelslim_v0_anti import read_anti
+from ms_quant.recipe.modelslim_v0_anti import read_anti, why_not_for
 from ms_quant.recipe.modelslim_v0_calib import WeightConfig, read_config
 from ms_quant.recipe.patterns import escape
 from ms_quant.recipe.reading import Section, refuse
@@ -57,6 +57,7 @@ def from_modelslim_v0(document: Mapping[str, Any]) -> Recipe:
         calib=spec.text("calib_dataset", DATASET),
         shard_bytes=0 if one_file else save.integer("part_file_size", least=1) * GIB,
         lenient=True,
+        not_for=why_not_for(spec),
         notes=(*notes, *config.notes),
     )
 
@@ -86,8 +87,8 @@ def _rules(config: WeightConfig, params: Section) -> list[Rule]:
             continue
         scheme, algorithms = config.kind(kind, mixed.path(pattern))
         rules.append(Rule(scheme, {}, algorithms, {}, (glob,), floats, mixed.path(pattern)))
-    options, algorithms = config.options, config.algorithms
-    rest = Rule(config.scheme, options, algorithms, {}, EVERYTHING, floats, "spec.calib_cfg")
+    made = config.options, config.algorithms, config.settings
+    rest = Rule(config.scheme, *made, EVERYTHING, floats, "spec.calib_cfg")
     return [*rules, rest]
 
 

@@ -24,6 +24,20 @@ REFUSED = {
     "m5": "its search is not documented; possible are m1, m4, m6",
 }
 DEFAULT = "m2"
+SHIFTED = ("qwen3", "qwen3_moe")
+"""Model types for which ``m4`` takes alpha 0.5 and also shifts the inputs of norms."""
+
+
+def why_not_for(spec: Section) -> dict[str, str]:
+    """The model types that the smoothing of a ``spec`` is refused for, each with the reason."""
+    anti = spec.get("anti_cfg", None)
+    if anti is None or anti.get("anti_method") != "m4":
+        return {}
+    why = (
+        "spec.anti_cfg.anti_method m4 shifts inputs of this family, and no shift is held here, "
+        "expected a modelslim_v1 recipe with iter_smooth"
+    )
+    return dict.fromkeys(SHIFTED, why)
 
 
 def read_anti(spec: Section) -> tuple[tuple[Step, ...], list[str]]:

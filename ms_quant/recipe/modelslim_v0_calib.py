@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ms_quant.errors import MsQuantError
 from ms_quant.recipe.reading import Section, refuse
 from ms_quant.schemes import VALUES
 
@@ -30,6 +29,7 @@ class WeightConfig:
         scheme: of linears for which nothing else is said.
         options: of its weights.
         algorithms: that choose its ranges.
+        settings: of the algorithms, by full name.
         disabled: names of linears that stay float.
         caches: whether keys and values are quantized.
         mixed: the kinds that ``mix_cfg`` may name.
@@ -41,6 +41,7 @@ class WeightConfig:
     scheme: str
     options: dict[str, Any]
     algorithms: tuple[str, ...]
+    settings: dict[str, Any]
     disabled: tuple[str, ...]
     caches: bool
     mixed: tuple[str, ...]
@@ -67,22 +68,24 @@ def read_config(section: Section) -> WeightConfig:
     bits = section.one_of("w_bit", (8, 4), 8), section.one_of("a_bit", (8, 16, 4), 8)
     if bits not in BITS:
         refuse(section.path("a_bit"), bits[1], "8 or 16 beside w_bit 8")
-    _refuse_sparse(section, bits)
-    grouped = _is_grouped(section, bits)
+    sparse = _is_sparse(section, bits)
+    bits = (4, 8) if sparse else bits
+    grouped = not sparse and _is_grouped(section, bits)
     _check_weights(section, bits, grouped)
-    notes = _check_rest(section)
-    dynamic, pdmix = section.flag("is_dynamic", False), section.flag("pdmix", False)
-    scheme = _scheme(section, bits, dynamic, pdmix)
-    static = scheme in ("W8A8", "W8A8_MIX")
+    notes = _check_rest(section, sparse)
+    scheme = _scheme(section, bits, sparse)
+    static = scheme in ("W8A8", "W8A8_MIX", "W8A8S")
     histogram = _histogram(section, static)
+    algorithms = ("histogram",) if histogram and static else ()
     return WeightConfig(
         scheme,
         _options(section, scheme, grouped),
-        ("histogram",) if histogram and static else (),
+        (*algorithms, "low_bits") if sparse else algorithms,
+        _outliers(section) if sparse else {},
         section.texts("disable_names", ()),
         section.flag("use_kvcache_quant", False),
         EIGHT_BITS if bits[0] == 8 or bits == (4, 4) else ("float",),
-        pdmix,
+        section.flag("pdmix", False),
         histogram,
         tuple(notes),
     )
@@ -92,16 +95,27 @@ def _static(pdmix: bool) -> str:
     return "W8A8_MIX" if pdmix else "W8A8"
 
 
-def _refuse_sparse(section: Section, bits: tuple[int, int]) -> None:
-    """Refuses W8A8S, which has its own command here and other numbers."""
-    sparse = section.flag("co_sparse", False) and not section.flag("is_lowbit", False)
-    low = section.flag("is_lowbit", False) and not section.flag("is_dynamic", False)
-    if sparse or (bits == (4, 8) and low):
-        key = "co_sparse" if sparse else "is_lowbit"
-        raise MsQuantError(
-            f"{section.path(key)}: makes sparse W8A8S weights, expected none of them here; "
-            "sparse-compress run makes such weights in its own way"
-        )
+def _is_sparse(section: Section, bits: tuple[int, int]) -> bool:
+    """Whether weights are W8A8S: of four bits but for outliers, for a compressor."""
+    if section.flag("is_lowbit", False):
+        return bits == (4, 8) and not section.flag("is_dynamic", False)
+    return section.flag("co_sparse", False)
+
+
+def _outliers(section: Section) -> dict[str, Any]:
+    """How outliers are told from the rest."""
+    low = section.flag("is_lowbit", False)
+    section.one_of("open_outlier", (True,), True, "of weights without outliers groups are scaled")
+    section.one_of("do_smooth", (False,), False, "its search is not documented")
+    section.one_of("nonuniform", (False,), False, "codes are steps of equal size here")
+    fraction, sigma = section.number("fraction", 0.01), section.number("sigma_factor", 3.0)
+    if low and section.flag("use_sigma", False):
+        if not 3 <= sigma <= 4:
+            refuse(section.path("sigma_factor"), sigma, "a number from 3 to 4")
+        return {"low_bits.sigma": sigma}
+    if not 0.01 <= fraction <= 0.1:
+        refuse(section.path("fraction"), fraction, "a number from 0.01 to 0.1")
+    return {"low_bits.fraction": fraction} | ({} if low else {"low_bits.whole": True})
 
 
 def _is_grouped(section: Section, bits: tuple[int, int]) -> bool:
@@ -124,29 +138,35 @@ def _check_weights(section: Section, bits: tuple[int, int], grouped: bool) -> No
         refuse(section.path("w_sym"), False, "true", "beside quantized activations")
 
 
-def _check_rest(section: Section) -> list[str]:
+def _check_rest(section: Section, sparse: bool) -> list[str]:
     """Refuses what would change numbers in a way of its own; gives notes on the rest."""
     if section.number("pr", 1.0) != 1:
         refuse(section.path("pr"), section.get("pr"), "1.0", "others draw at random")
     section.one_of("disable_last_linear", (True,), True, "lm_head stays float here")
     section.one_of("use_fa_quant", (False,), False, "attention is not quantized here")
     section.integer("fa_amp", 0)
-    given = [key for key in (*SPARSE, "percdamp") if section.get(key, None) not in (None, False)]
-    where = f"{section.where}: " if given else ""
-    return [f"{where}{', '.join(given)} change nothing without sparse weights"] if given else []
+    given = [key for key in SPARSE if section.get(key, None) not in (None, False)]
+    if sparse or not given:
+        return []
+    return [f"{section.where}: without sparse weights nothing is done with {', '.join(given)}"]
 
 
-def _scheme(section: Section, bits: tuple[int, int], dynamic: bool, pdmix: bool) -> str:
+def _scheme(section: Section, bits: tuple[int, int], sparse: bool) -> str:
+    dynamic, pdmix = section.flag("is_dynamic", False), section.flag("pdmix", False)
+    if sparse and dynamic:
+        refuse(section.path("is_dynamic"), True, "false", "sparse weights have static inputs")
     if pdmix and (bits != (8, 8) or dynamic):
         refuse(section.path("pdmix"), True, "false", "it is of static w_bit 8 a_bit 8 only")
     if dynamic and bits[1] == 16:
         refuse(section.path("is_dynamic"), True, "false", "activations stay float")
     if bits == (4, 4) and not dynamic:
         refuse(section.path("is_dynamic"), False, "true", "beside w_bit 4 a_bit 4")
-    if bits == (4, 8) and not section.flag("is_lowbit", False):
+    if bits == (4, 8) and not sparse and not section.flag("is_lowbit", False):
         refuse(section.path("is_lowbit"), False, "true", "beside w_bit 4 a_bit 8")
     if bits == (8, 8):
         return "W8A8_DYNAMIC" if dynamic else _static(pdmix)
+    if sparse:
+        return "W8A8S"
     return {
         (8, 16): "W8A16",
         (4, 16): "W4A16",

@@ -57,6 +57,7 @@ class _Document(_Strict):
     seed: int | None = None
     shard_bytes: int | None = None
     lenient: bool = False
+    not_for: dict[str, str] = {}
 
 
 _SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes")
@@ -81,6 +82,7 @@ def from_native(document: Mapping[str, Any]) -> Recipe:
         ),
         formats=tuple(read.formats),
         lenient=read.lenient,
+        not_for=read.not_for,
         **{name: getattr(read, name) for name in _SETTINGS},
     )
 
@@ -94,7 +96,8 @@ def to_native(recipe: Recipe) -> dict[str, Any]:
     document |= {"formats": list(recipe.formats)} if recipe.formats else {}
     settings = {name: getattr(recipe, name) for name in _SETTINGS}
     document |= {name: v for name, v in settings.items() if v not in ("", None)}
-    return document | ({"lenient": True} if recipe.lenient else {})
+    document |= {"lenient": True} if recipe.lenient else {}
+    return document | ({"not_for": dict(recipe.not_for)} if recipe.not_for else {})
 
 
 def _plain(record: Rule | Step) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Recipe:
     lenient: it is applied as msModelSlim applies one: of several rules that reach a linear the
         first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
         stay float together if one of them does.
+    not_for: model types that it is refused for, each with the reason.
     notes: what it says that is read and changes nothing here.
     """
 
@@ -85,4 +86,5 @@ class Recipe:
     seed: int | None = None
     shard_bytes: int | None = None
     lenient: bool = False
+    not_for: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=(), compare=False)

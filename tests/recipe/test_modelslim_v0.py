@@ -11,6 +11,7 @@ from ms_quant.recipe import Recipe, Rule, Step, load_recipe, to_native
 
 ALL = ("down", "o", "qkv", "gate_up")
 PLAIN = {"mm_tensor": False}
+SPARSE = {"w_bit": 4, "is_lowbit": True}
 GROUPED = {"is_lowbit": True, "open_outlier": False}
 
 
@@ -64,8 +65,9 @@ def test_a_whole_recipe(tmp_path):
         kv_cache="C8",
         calib="prompts.jsonl",
         shard_bytes=4 << 30,
+        not_for=recipe.not_for,
     )
-    assert recipe.notes == ()
+    assert list(recipe.not_for) == ["qwen3", "qwen3_moe"] and recipe.notes == ()
     assert load_recipe(to_native(recipe)) == recipe
 
 
@@ -90,6 +92,19 @@ def test_a_whole_recipe(tmp_path):
             Rule("W4A8_DYNAMIC", {"group_size": 256}),
         ),
         ({"w_bit": 4, "a_bit": 4, "is_dynamic": True}, Rule("W4A4_FLATQUANT_DYNAMIC")),
+        ({**SPARSE}, Rule("W8A8S", {}, ("low_bits",), {"low_bits.fraction": 0.01})),
+        (
+            {**SPARSE, "co_sparse": True, "fraction": 0.011, "act_method": 2, "nonuniform": False},
+            Rule("W8A8S", {}, ("histogram", "low_bits"), {"low_bits.fraction": 0.011}),
+        ),
+        (
+            {**SPARSE, "fraction": 0.011, "use_sigma": True, "sigma_factor": 4.0},
+            Rule("W8A8S", {}, ("low_bits",), {"low_bits.sigma": 4.0}),
+        ),
+        (
+            {"co_sparse": True, "fraction": 0.02, "use_sigma": True},
+            Rule("W8A8S", {}, ("low_bits",), {"low_bits.fraction": 0.02, "low_bits.whole": True}),
+        ),
         ({"disable_names": ["a{b}*"]}, Rule("W8A8", exclude=(r"a\{b\}\*",))),
     ],
 )
@@ -142,6 +157,7 @@ def test_mixed_kinds_go_by_name_first_and_then_in_order():
 def test_a_method_is_a_step(anti, step):
     recipe = load_recipe(document(anti_cfg=anti))
     assert recipe.steps == (step,) and recipe.notes == ()
+    assert bool(recipe.not_for) == (anti["anti_method"] == "m4")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +179,7 @@ def test_a_method_is_a_step(anti, step):
             {"anti_cfg": {"anti_method": "m4"}, "anti_params": {"norm_class_name": "RMSNorm"}},
             "spec.anti_params.norm_class_name: the family says",
         ),
-        ({"fraction": 0.02, "use_sigma": False}, {}, "spec.calib_cfg: fraction change nothing"),
+        ({"fraction": 0.02, "use_sigma": False}, {}, "spec.calib_cfg: without sparse weights"),
     ],
 )
 def test_what_changes_nothing_is_noted(calib, spec, note):
@@ -179,8 +195,27 @@ def test_what_changes_nothing_is_noted(calib, spec, note):
         ({"a_bit": 4}, "spec.calib_cfg.a_bit is 4, expected 8 or 16 beside w_bit 8"),
         ({"a_bits": 8}, "spec.calib_cfg.a_bits: is no known key, expected one of w_bit, a_bit"),
         ({"a_sym": True}, "spec.calib_cfg.a_sym: is no known key"),
-        ({"w_bit": 4, "is_lowbit": True}, "spec.calib_cfg.is_lowbit: makes sparse W8A8S weights"),
-        ({"co_sparse": True}, "spec.calib_cfg.co_sparse: makes sparse W8A8S weights"),
+        (
+            {**SPARSE, "pdmix": True},
+            r"spec.calib_cfg.pdmix is True \(it is of static .*expected false",
+        ),
+        (
+            {"co_sparse": True, "is_dynamic": True},
+            r"is_dynamic is True \(sparse weights have static",
+        ),
+        ({**SPARSE, "open_outlier": False}, r"open_outlier is False \(of weights without .*exp"),
+        ({**SPARSE, "do_smooth": True}, r"do_smooth is True \(its search is not documented\)"),
+        ({**SPARSE, "nonuniform": True}, r"nonuniform is True \(codes are steps of equal size"),
+        (
+            {**SPARSE, "fraction": 0.2},
+            "spec.calib_cfg.fraction is 0.2, expected a number from 0.01",
+        ),
+        (
+            {**SPARSE, "use_sigma": True, "sigma_factor": 2},
+            "sigma_factor is 2.0, expected a number",
+        ),
+        ({**SPARSE, "mm_tensor": True}, "spec.calib_cfg.mm_tensor is True"),
+        ({**SPARSE, "act_method": 3}, "spec.calib_cfg.act_method is 3"),
         ({"w_bit": 4}, "spec.calib_cfg.is_lowbit is False .*expected true"),
         ({"is_lowbit": True}, r"is_lowbit is True \(beside w_bit 8 a_bit 8\), expected false"),
         (
