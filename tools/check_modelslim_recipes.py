@@ -93,7 +93,7 @@ PIPELINES = {  # directory to the class that model_index.json names
     "wan2_1": "WanPipeline",
     "wan2_2": "WanPipeline",
 }
-ANY_DENSE = ("qwen3", 64)
+ANY_DENSE = ("qwen2", 64)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Tried:
 
     @property
     def reason(self) -> str:
-        return self.refusal or self.family or self.dense
+        return self.refusal or self.family
 
 
 class Models:
@@ -215,7 +215,7 @@ def kind_of(reason: str) -> str:
 
 def report(found: list[Tried], verbose: bool) -> None:
     for one in found:
-        state = "runs" if not one.reason else ("understood" if not one.refusal else "refused")
+        state = "refused" if one.refusal else ("understood" if one.family else "runs")
         print(f"{one.name} | {one.language} | {state} | {one.reason or 'data: ' + one.data}")
         if verbose:
             print(

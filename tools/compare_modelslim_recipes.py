@@ -209,7 +209,7 @@ def _linears(made: Any, wanted: dict[str, Any]) -> list[str]:
             continue
         if len(there) == 2:  # of the older engine
             scheme, methods = there[0], {"histogram"} if there[1] == 2 else set()
-            methods &= {"histogram"} if scheme in ("W8A8", "W8A8_MIX") else set()
+            methods &= {"histogram"} if scheme in ("W8A8", "W8A8_MIX", "W8A8S") else set()
         else:
             scheme = SCHEMES[there[0], there[1]]
             methods = {METHODS[method] for method in there[2:] if method in METHODS}

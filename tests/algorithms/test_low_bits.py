@@ -9,7 +9,7 @@ import pytest
 
 from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.low_bits import LowBitsOptions, largest_inlier, solve
-from ms_quant.algorithms.problem import Problem, Solution, apply
+from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
 from ms_quant.schemes import get_scheme
 
@@ -63,7 +63,9 @@ def test_rows_without_inliers_or_without_values() -> None:
     assert largest_inlier(weight, LowBitsOptions(sigma=3))[:, 0].tolist() == [0, 2, 5]
     whole = LowBitsOptions(fraction=0.5, whole=True)  # the fourth largest of nine is 2
     assert largest_inlier(weight, whole)[:, 0].tolist() == [0, 2, 1]
-    assert largest_inlier(np.ones((2, 1), np.float32), LowBitsOptions(sigma=3)).tolist() == [[1]] * 2
+    assert (
+        largest_inlier(np.ones((2, 1), np.float32), LowBitsOptions(sigma=3)).tolist() == [[1]] * 2
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
@@ -92,7 +94,9 @@ def test_a_row_of_zeros_has_a_scale() -> None:
 
 def test_only_its_own_scheme_takes_it() -> None:
     assert get_chain("minmax", get_scheme("W8A8S")).names == ("low_bits",)
-    with pytest.raises(MsQuantError, match="'low_bits' does not work with scheme W8A8: its tensors"):
+    with pytest.raises(
+        MsQuantError, match="'low_bits' does not work with scheme W8A8: its tensors"
+    ):
         get_chain("low_bits", get_scheme("W8A8"))
     for wrong in ("fraction=0.6", "fraction=-1", "sigma=-3"):
         name, value = wrong.split("=")
