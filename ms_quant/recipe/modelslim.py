@@ -60,7 +60,7 @@ def from_modelslim(document: Mapping[str, Any]) -> Recipe:
         steps=tuple(step for part in parts for step in part.steps),
         kv_cache=next((part.kv_cache for part in parts if part.kv_cache), ""),
         formats=formats,
-        calib=spec.text("dataset", DATASET),
+        calib=spec.file("dataset", DATASET),
         shard_bytes=size,
         lenient=True,
         notes=(*_prior(spec), *notes),

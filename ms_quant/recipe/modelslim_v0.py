@@ -48,13 +48,14 @@ def from_modelslim_v0(document: Mapping[str, Any]) -> Recipe:
     save = Section(_part(spec, "calib_save_params").value, "spec.calib_save_params", SAVE_PARAMS)
     if save.get("safetensors_name", None) is not None:
         notes.append("spec.calib_save_params.safetensors_name: files are named by their format")
+    no_data = spec.get("calib_dataset", DATASET) is None
     one_file = save.get("part_file_size", None) is None
     return Recipe(
         rules=tuple(_rules(config, Section(_part(spec, "calib_params").value, *_CALIB))),
         steps=steps,
         kv_cache=STATIC_CACHE if config.caches else "",
         formats=() if config.scheme == "W4A16" else ("ascend",),
-        calib=spec.text("calib_dataset", DATASET),
+        calib=None if no_data else spec.file("calib_dataset", DATASET),
         shard_bytes=0 if one_file else save.integer("part_file_size", least=1) * GIB,
         lenient=True,
         not_for=why_not_for(spec),

@@ -537,6 +537,7 @@ def test_a_processor_without_counterpart_is_refused_by_its_path(process, words):
         ({"process": {}}, "spec.process is {}, expected a list"),
         ({"proces": []}, "spec.proces: is no known key, expected one of runner, prior, process"),
         ({"dataset": 3}, "spec.dataset is 3, expected text"),
+        ({"dataset": ""}, "spec.dataset is '', expected the name of a file"),
         (
             {"save": [{"type": "gguf"}]},
             r"spec\.save\[0\]\.type is 'gguf', expected one of ascendv1",

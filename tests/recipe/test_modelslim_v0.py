@@ -114,6 +114,10 @@ def test_bits_and_flags_are_a_scheme(calib, rule):
     assert recipe == made(rule, formats=formats)
 
 
+def test_no_data_is_none():
+    assert load_recipe(document({"a_bit": 16}, calib_dataset=None)).calib is None
+
+
 def test_mixed_kinds_go_by_name_first_and_then_in_order():
     mixed = {
         "*.mlp.*": "w8a8_dynamic",
@@ -252,6 +256,7 @@ def test_a_config_without_counterpart_is_refused_by_its_key(calib, words):
         ({"process": []}, "spec.process: is no known key, expected one of anti_cfg, anti_params"),
         ({"batch_size": 0}, "spec.batch_size is 0, expected an integer of at least 1"),
         ({"calib_dataset": 3}, "spec.calib_dataset is 3, expected text"),
+        ({"calib_dataset": ""}, "spec.calib_dataset is '', expected the name of a file"),
         (
             {"calib_params": {"disable_level": "L10"}},
             r"spec.calib_params.disable_level is 'L10' \(it chooses layers .*expected L0, with",
