@@ -46,7 +46,7 @@ LANGUAGES: dict[str, Callable[[Mapping[str, Any]], Recipe]] = {
     modelslim_v0.APIVERSION: from_modelslim_v0,
     **dict.fromkeys(modelslim.APIVERSIONS, from_modelslim),
 }
-REFUSED = {
+REFUSED_LANGUAGES = {
     "modelslim_convert": "it changes the types of float weights and quantizes nothing; possible "
     "is ms-quant quantize on the bfloat16 checkpoint",
 }
@@ -75,7 +75,9 @@ def _translated(document: Mapping[str, Any]) -> Recipe:
     language = document.get("apiversion")
     if not isinstance(language, str) or language not in LANGUAGES:
         found = repr(language)[:80] if "apiversion" in document else "missing"
-        if isinstance(language, str) and language in REFUSED:
-            raise MsQuantError(f"apiversion {language} is not supported, {REFUSED[language]}")
+        if isinstance(language, str) and language in REFUSED_LANGUAGES:
+            raise MsQuantError(
+                f"apiversion {language} is not supported, {REFUSED_LANGUAGES[language]}"
+            )
         raise MsQuantError(f"apiversion is {found}, expected one of {', '.join(LANGUAGES)}")
     return checked(LANGUAGES[language](document))

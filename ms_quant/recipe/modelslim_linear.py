@@ -132,13 +132,13 @@ def read_act(parent: Section, weight: Quantizer, possible: list[Kind]) -> Quanti
         return Quantizer(FLOAT, "none", where=parent.path("act"))
     section = Section(parent.get("act"), parent.path("act"))
     if section.get("dtype") == "float" and FLOAT in possible:
-        section = Section(section.value, section.where, _KEYS)
+        section = Section(section.value, section.where, KEYS)
         section.one_of("method", ("none",), "none")
         return Quantizer(FLOAT, "none", where=section.where)
     return _read(parent, "act", possible, methods, f"beside {described(weight)} weights")
 
 
-_KEYS = ("dtype", "scope", "symmetric", "method", "ext")
+KEYS = ("dtype", "scope", "symmetric", "method", "ext")
 
 
 def _read(
@@ -148,7 +148,7 @@ def _read(
     methods: Callable[[Kind], tuple[str, ...]],
     why: str = "",
 ) -> Quantizer:
-    section = Section(parent.get(key), parent.path(key), _KEYS)
+    section = Section(parent.get(key), parent.path(key), KEYS)
     kind = _kind(section, list(possible), why)
     method = section.one_of("method", methods(kind))
     sizes, settings, notes = _extras(section, kind, method)

@@ -9,6 +9,7 @@ from typing import Any
 from ms_quant.algorithms.admm import MAX_SPARSITY
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.modelslim_linear import (
+    KEYS,
     Kind,
     Quantizer,
     linear_quant,
@@ -113,6 +114,7 @@ def _flex_awq(section: Section) -> Part:
     alpha = {} if section.get("alpha", None) is None else {"alpha": _share(section, "alpha")}
     qconfig = Section(section.get("qconfig"), section.path("qconfig"), ("act", "weight"))
     searched = read_weight(qconfig, "weight", INTEGERS)
+    Section(qconfig.get("act", {}), qconfig.path("act"), KEYS)  # inputs are rounded as by the rule
     part = _smoothing(section, "flexsmooth", {**alpha, "beta": 0.0}, _groups(section))
     return replace(part, searched=searched, searches_all=False)
 
@@ -179,8 +181,7 @@ def _float_sparse(section: Section) -> Part:
 
 def _dynamic_cache(section: Section) -> Part:
     if "qconfig" in section:
-        keys = ("dtype", "scope", "symmetric", "method", "ext")
-        qconfig = Section(section.get("qconfig"), section.path("qconfig"), keys)
+        qconfig = Section(section.get("qconfig"), section.path("qconfig"), KEYS)
         qconfig.one_of("dtype", ("int8",), "int8")
         qconfig.one_of("scope", ("per_channel",), "per_channel")
         qconfig.one_of("symmetric", (True,), True, "runtimes read codes back without an offset")

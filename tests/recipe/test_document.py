@@ -9,12 +9,12 @@ import pytest
 
 from ms_quant.recipe import (
     LANGUAGES,
+    REFUSED_LANGUAGES,
     modelslim,
     modelslim_v0,
     modelslim_v0_anti,
     modelslim_v0_calib,
 )
-from ms_quant.recipe import REFUSED as REFUSED_LANGUAGES
 from ms_quant.recipe.modelslim_linear import PAIRS, WEIGHT_METHODS
 from ms_quant.recipe.modelslim_processors import PROCESSORS, REFUSED
 
