@@ -246,7 +246,10 @@ def main() -> int:
         scratch = Path(name)
         calib = scratch / "calib.npz"
         np.savez(calib, input_ids=np.random.default_rng(0).integers(0, 320, (64, 256), np.int32))
-        recipes = practice(args.source, scratch)
+        try:
+            recipes = practice(args.source, scratch)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise SystemExit(f"{args.source}: no wheel and no directory ({error})") from None
         paths = sorted(recipes.rglob("*.yaml"))
         if not paths:
             raise SystemExit(f"{args.source}: no recipes, expected a wheel of msmodelslim")
