@@ -77,7 +77,7 @@ def quantize(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="YAML that says what each linear becomes, ours or modelslim_v1."),
+        typer.Option(help="YAML that says what each linear becomes, ours or msModelSlim's."),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a weight scale; 0 is per channel.", min=0)

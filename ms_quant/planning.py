@@ -14,7 +14,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.exclude import float_paths, matches, no_match
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
-from ms_quant.recipe import Recipe, Treatment, assign, unmatched
+from ms_quant.recipe import Recipe, Treatment, assign, idle_patterns, is_reached
+from ms_quant.recipe.notes import notes
 from ms_quant.recipe.records import EVERYTHING
 from ms_quant.schemes import (
     DYNAMIC_CACHE,
@@ -92,6 +93,8 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
         MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
             schemes, or what :func:`make_plan` refuses; names the key of the recipe.
     """
+    if config.model_type in recipe.not_for:
+        raise MsQuantError(f"{config.model_type}: {recipe.not_for[config.model_type]}")
     wanted = _treatments(config, recipe)
     format = options.format or _common_format(wanted.values(), recipe.kv_cache)
     must_serve = options.format not in ("", *recipe.formats)  # a recipe may be for a compressor
@@ -113,11 +116,15 @@ def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
     """What becomes of each group that a recipe reaches, by full path prefix."""
     groups = _groups(config)
     paths = {path: group for group, members in groups.items() for path in members}
-    _refuse_idle(recipe, list(paths), float_paths(config))
-    treated = assign(recipe, {path: group.rpartition(".")[2] for path, group in paths.items()})
+    producers = linear_producers(config)
+    _refuse_idle(recipe, list(paths), list(producers.values()), float_paths(config))
+    linears = {path: group.rpartition(".")[2] for path, group in paths.items()}
+    treated = assign(recipe, linears, producers)
     wanted: dict[str, Treatment] = {}
     for group, members in groups.items():
         found = {path: treated.get(path) for path in members}
+        if recipe.lenient and None in found.values():
+            continue
         first = found[members[0]]
         for path, treatment in found.items():
             if treatment != first:
@@ -150,7 +157,24 @@ def _title(treatment: Treatment | None) -> str:
     return f"{treatment.scheme} with {'+'.join(treatment.algorithms) or PLAIN}"
 
 
-def _refuse_idle(recipe: Recipe, paths: Sequence[str], floats: Sequence[str]) -> None:
+def linear_producers(config: ModelConfig) -> dict[str, str]:
+    """Full path of every linear to that of what makes its input, in model order."""
+    return {
+        f"{block_prefix(index)}{member}": f"{block_prefix(index)}{group.feed}"
+        for index in range(config.num_layers)
+        for group in config.family.groups
+        for member in group.members
+    }
+
+
+def recipe_notes(config: ModelConfig, recipe: Recipe) -> list[str]:
+    """What a recipe says that changes nothing for a model, or less than it says."""
+    return notes(recipe, _groups(config), linear_producers(config), float_paths(config))
+
+
+def _refuse_idle(
+    recipe: Recipe, paths: Sequence[str], producers: Sequence[str], floats: Sequence[str]
+) -> None:
     """Refuses a pattern that names nothing; one that leaves out what is float anyway may stay."""
     for step in recipe.steps:
         chosen = step.include != EVERYTHING or step.exclude or step.groups
@@ -159,10 +183,10 @@ def _refuse_idle(recipe: Recipe, paths: Sequence[str], floats: Sequence[str]) ->
                 f"{step.where}: {step.algorithm} rotates the whole model, expected it without "
                 "include, exclude and groups"
             )
-    for record in recipe.rules + recipe.steps:
-        idle = [*unmatched(record.include, paths), *unmatched(record.exclude, [*paths, *floats])]
-        if idle:
-            raise MsQuantError(f"{record.where}: {no_match(idle[0], paths)}")
+    if recipe.lenient and any(is_reached(recipe, path) for path in paths):
+        return  # what is idle is noted
+    for where, pattern in idle_patterns(recipe, paths, producers, floats):
+        raise MsQuantError(f"{where}: {no_match(pattern, paths)}")
 
 
 def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:

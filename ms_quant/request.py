@@ -28,7 +28,7 @@ from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan
-from ms_quant.planning import linear_paths, make_plan, plan_of_recipe
+from ms_quant.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
 from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
 from ms_quant.tensor_parallel import rank_notes, refuse_ranks
@@ -123,13 +123,23 @@ def make_choices(
     return Choices(scheme, algorithm, float_undivided, cache, format, fold)
 
 
+CALIB_DIRECTORY = "lab_calib"  # where msModelSlim has its data sets, near its recipes
+CALIB_LEVELS = 3
+
+
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a file. A calibration file that it names may be beside it."""
+    """The recipe of a file. A calibration file that it names may be beside it.
+
+    Or in ``lab_calib`` beside it, beside its directory, or beside that one's.
+    """
     recipe = load_recipe(path)
     if recipe.calib is None or Path(recipe.calib).exists():
         return recipe
-    beside = path.parent / recipe.calib
-    return replace(recipe, calib=str(beside)) if beside.exists() else recipe
+    above = [path.absolute().parent, *path.absolute().parent.parents][:CALIB_LEVELS]
+    for directory in (path.parent, *(level / CALIB_DIRECTORY for level in above)):
+        if (directory / recipe.calib).exists():
+            return replace(recipe, calib=str(directory / recipe.calib))
+    return recipe
 
 
 def refuse_beside_recipe(path: Path, said: Mapping[str, Any]) -> None:
@@ -244,6 +254,9 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     else:
         prepared = _prepare(options, extension)
     _check_disk(prepared)
+    if options.recipe is not None:
+        said = recipe_notes(prepared.plan.config, options.recipe)
+        return replace(prepared, notes=(*said, *prepared.notes))
     return prepared
 
 
@@ -264,6 +277,11 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
     found = {name: getattr(recipe, name) for name in given}
     calib = options.calib or (None if recipe.calib is None else Path(recipe.calib))
+    if options.calib is None and calib is not None and not calib.exists():
+        raise MsQuantError(
+            f"{calib}: the calibration data of the recipe is neither here nor beside it nor in a "
+            f"{CALIB_DIRECTORY} near it, expected --calib FILE"
+        )
     merged = {name: found[name] if given[name] is None else given[name] for name in given}
     return replace(options, calib=calib, **merged)
 
@@ -354,7 +372,7 @@ def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     options = plan.chain.options.get("quarot")
     if options is None:
         return plan, checkpoint
-    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed)
+    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed, options.block_size)
     return replace(plan, config=rotated.config), rotated
 
 

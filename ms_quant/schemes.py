@@ -41,6 +41,7 @@ _VLLM_ASCEND = "vllm-ascend (--quantization ascend)"
 _OLD_VLLM_ASCEND = "vllm-ascend up to 0.25 (--quantization ascend)"
 _MINDIE_SD = "MindIE-SD quantize()"
 _VLLM = "vLLM (the checkpoint says how)"
+_COMPRESSED = "sparse-compress compress makes it the W8A8SC of the Atlas 300I Duo"
 _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval and generate run it"
 _STATIC_OPS = "npu_quantize, npu_quant_matmul"
 _INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
@@ -131,6 +132,14 @@ _ROWS = (
                 scale_type=ScaleType.MODEL,
             ),
         ),
+    ),
+    Scheme(
+        "W8A8S",
+        AffineFormat(8),
+        IN_BIAS,
+        "W8A8 of which most weights need four bits, for sparse-compress compress",
+        (Held("ascend", (), "", (_COMPRESSED,), folds={Fold.NORM: IN_BIAS}),),
+        algorithm="low_bits",
     ),
     Scheme(
         "W8A8_TIMESTEP",

@@ -15,6 +15,7 @@ from ms_quant.algorithms import (
     flex_smooth,
     gptq,
     input_range,
+    low_bits,
     outlier_suppression_lite,
     quarot,
     smooth,
@@ -198,6 +199,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         None,
         _clippable,
         clips=True,
+    ),
+    "low_bits": Algorithm(
+        Stage.RANGE,
+        low_bits.solve,
+        "each row's scale from all but its outliers, so that most codes need four bits",
+        low_bits.LowBitsOptions(),
+        _own("low_bits"),
+        calibrated=False,
+        places=True,
     ),
     "ssz": Algorithm(
         Stage.RANGE,

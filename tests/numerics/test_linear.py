@@ -297,6 +297,7 @@ INTEGER = {  # scheme: (bits of tokens, or None for static), by the docstring of
     "W8A8": None,
     "W8A8_PER_TENSOR": None,
     "W8A8_PER_CHANNEL": None,
+    "W8A8S": None,
     "W8A8_DYNAMIC": 8,
     "W8A8_MIX": 8,
     "W8A8_TIMESTEP": 8,
