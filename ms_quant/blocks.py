@@ -124,7 +124,7 @@ def quantize_block(
             problem = _problem(plan, index, group, array, seen(group), steps)
             solution = plan.of(index, group).chain.first(problem)
             if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
-                solution = replace(solution, smooth=stable_smooth(solution.smooth))
+                solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
             if group.name in folding and solution.smooth is not None:
                 smooth = _fold(plan, group, array, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)

@@ -12,6 +12,7 @@ from ms_quant.algorithms import Chain
 from ms_quant.budget import SEARCH_TOKENS
 from ms_quant.checkpoint.flavour import Flavour
 from ms_quant.checkpoint.flavours import FLAVOURS
+from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Phased
@@ -240,3 +241,16 @@ def check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
         name = f"{block_prefix(index)}{member}.weight"
         own.scheme.weight.check_columns(shapes[member][1], name)
         own.flavour.check(own, group, shapes[member], name)
+
+
+def check_runs(plan: Plan, index: int, group: LinearGroup) -> None:
+    """Refuses a group that files can hold and the runtime of the flavour fails on.
+
+    Raises:
+        MsQuantError: names the linear.
+    """
+    shapes = plan.config.linear_shapes()
+    own = plan.of(index, group)
+    for member in group.members:
+        if reason := own.flavour.why_not_run(own, group, shapes[member]):
+            raise MsQuantError(f"{block_prefix(index)}{member}.weight: {reason}")

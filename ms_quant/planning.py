@@ -12,7 +12,7 @@ from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
+from ms_quant.plan import Choices, Plan, Way, check_runs, check_shapes, plan_of_ways
 from ms_quant.recipe import Recipe, Treatment, assign, unmatched
 from ms_quant.recipe.records import EVERYTHING
 from ms_quant.schemes import (
@@ -264,6 +264,7 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
         for group in plan.groups(index):
             try:
                 check_shapes(plan, index, group)
+                check_runs(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
                     size = "another group size, or " if "do not divide" in str(error) else ""

@@ -113,8 +113,8 @@ class Scheme:
 
     def narrowed(self) -> Scheme:
         """The same with weight scales that the model's type holds, whatever the flavour stores."""
-        row = replace(self.held[0], scale_type=ScaleType.MODEL)
-        return replace(self, held=(row,))
+        row = self.held[0] if self.held else Held("", folds={Fold.MUL_SCALE: None})
+        return replace(self, held=(replace(row, scale_type=ScaleType.MODEL),))
 
     @property
     def chosen(self) -> dict[str, Any]:

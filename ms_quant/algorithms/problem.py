@@ -61,7 +61,7 @@ class Problem:
         weights: linear name to float32 (out, in).
         biases: linear name to float32 (out,), where there is one.
         stats: statistics of the shared input, None when nothing needs them.
-        dtype: type that scales in the model's type are stored in.
+        dtype: the model's type, which scales may be stored in and inputs have.
         loss: error of the network with the linears of a candidate in place of the float ones;
             a mean squared error over calibration tokens.
         damage: squared error over squared output of each token, in the mean over tokens; a token
@@ -155,6 +155,7 @@ def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
             None if inside else solution.smooth,
             solution.kronecker,
             solution.branch.get(name),
+            problem.dtype,
         )
     return linears
 

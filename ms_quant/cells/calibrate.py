@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 
 from ms_quant.algorithms import Chain
 from ms_quant.cells import timesteps
+from ms_quant.cells.float_forward import in_float32
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import replaced
 from ms_quant.errors import MsQuantError
@@ -52,10 +53,10 @@ def observe(
         calls = [_call(batch) for batch in (() if calibration is None else calibration)]
         stats = _stats(cells, chain, calls, policy)
         recorders = {path: Recorder(cell, _watch(stats[path])) for path, cell in cells.items()}
-        with replaced(network, recorders):
+        with in_float32(network) as widened, replaced(network, recorders):
             for call in calls:
                 TimestepManager.set_timestep_idx(call.step)
-                network(*call.arguments, **call.named)
+                network(*widened(call.arguments), **widened(call.named))
     for path, seen in stats.items():
         if calibrated and not seen.tokens:
             raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")

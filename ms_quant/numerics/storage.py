@@ -50,5 +50,6 @@ def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """``x`` rounded to ``dtype``, positive ones not below its smallest normal number; float32."""
-    return np.maximum(x, smallest_normal(dtype)).astype(dtype).astype(np.float32)
+    """``x`` rounded to ``dtype``, positive ones within its normal numbers; float32."""
+    limits = smallest_normal(dtype), float(ml_dtypes.finfo(dtype).max)
+    return np.clip(x, *limits).astype(dtype).astype(np.float32)
