@@ -119,9 +119,9 @@ def save_quantized(
     return str(path)
 
 
-_WITH_BIAS = (
-    "linears with has_bias=True before quantizing, there and in MindIE-SD's model (zeros are a "
-    "bias), another scheme (W8A8_DYNAMIC and W4A4_MXFP4 run without), or such linears float"
+_WAYS_OUT = (
+    "another scheme, or such linears float, or for a bias: has_bias=True before quantizing, here "
+    "and in MindIE-SD's model (zeros will do)"
 )
 
 
@@ -183,8 +183,8 @@ def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
     type, (rows, columns) = type_of_linear(linear, name), linear.weight.shape
     bias, smooths = linear.bias is not None, linear.smooth is not None
     check_linear(type, (rows, columns), smooths, bias, name)
-    if reason := why_not_run(type, (rows, columns), bias, _WITH_BIAS):
-        raise MsQuantError(f"{name}: {reason}")
+    if reason := why_not_run(type, (rows, columns), bias):
+        raise MsQuantError(f"{name}: {reason}; expected {_WAYS_OUT}")
     activation = linear.activation
     if linear.input_dtype != dtype and (smooths or isinstance(activation, DualMxTokens)):
         raise MsQuantError(

@@ -225,16 +225,17 @@ def quantize(
         problem = Problem(
             name=path,
             scheme=wanted,
-            weights={path: weight},
-            biases={} if bias is None else {path: bias},
+            weights={f"{path}.weight": weight},
+            biases={} if bias is None else {f"{path}.weight": bias},
             stats=inputs.get(path),
             dtype=runs_in,
-            loss=_own_output_error(path, weight, bias, inputs.get(path), policy),
+            input_dtype=runs_in,
+            loss=_own_output_error(weight, bias, inputs.get(path), policy),
         )
         solution = chain.first(problem)
         if solution.smooth is not None and not wanted.activation.holds_smoothing:
             solution = replace(solution, smooth=stable_smooth(solution.smooth, runs_in))
-        linear = apply(problem, chain.rest(problem, solution))[path]
+        (linear,) = apply(problem, chain.rest(problem, solution)).values()
         quantized[path] = QuantLinear(linear, timestep_policy=policy)
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)
@@ -274,7 +275,6 @@ def _policy(scheme: Scheme, given: TimestepPolicyConfig | None) -> TimestepPolic
 
 
 def _own_output_error(
-    path: str,
     weight: np.ndarray,
     bias: np.ndarray | None,
     stats: ActivationStats | None,
@@ -289,7 +289,8 @@ def _own_output_error(
     def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
         assert stats is not None
         exact = stats.rows @ weight.T + (0 if bias is None else bias)
-        error = forward(candidate[path]) - exact
+        (linear,) = candidate.values()
+        error = forward(linear) - exact
         return float(np.mean(np.square(error), dtype=np.float64))
 
     return loss

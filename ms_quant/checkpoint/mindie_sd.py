@@ -51,10 +51,6 @@ if TYPE_CHECKING:
     from ms_quant.plan import Plan
 
 HEAD = "lm_head.weight"
-_WITHOUT_BIAS = (
-    "another scheme (W8A8_DYNAMIC and W4A4_MXFP4 run without), another format, or such linears "
-    "float"
-)
 
 
 def document(plan: Plan) -> str:
@@ -109,7 +105,7 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
 def why_not_run(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> str:
     """Why the runtime fails on a linear that files can hold, or ""."""
     type = type_of_scheme(plan.scheme, group.name)
-    return why_linear_not_run(type, shape, _has_bias(plan, group), _WITHOUT_BIAS)
+    return why_linear_not_run(type, shape, _has_bias(plan, group))
 
 
 def _has_bias(plan: Plan, group: LinearGroup) -> bool:

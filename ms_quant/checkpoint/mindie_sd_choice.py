@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ms_quant.checkpoint.mindie_sd_held import WEIGHT_ONLY
 from ms_quant.checkpoint.mindie_sd_types import TYPES
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import (
@@ -20,7 +21,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.minifloat import E2M1
 from ms_quant.numerics.mx import BLOCK, DUAL_BLOCK
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.spec import Scheme
+from ms_quant.spec import ScaleType, Scheme
 
 _SERVED = ", ".join(TYPES)
 _PER_CHANNEL_INPUT = (
@@ -65,7 +66,8 @@ def network_scheme(scheme: Scheme) -> Scheme:
         return scheme
     if isinstance(scheme.activation, MxTokens):
         scheme = replace(scheme, activation=TYPES[scheme.name].make().activation)
-    return scheme.narrowed()
+    kept = scheme.name in WEIGHT_ONLY  # the loader widens the scales of all others
+    return scheme.narrowed(ScaleType.MODEL if kept else ScaleType.WIDENED)
 
 
 def type_of_linear(linear: QuantizedLinear, name: str) -> str:
@@ -159,26 +161,24 @@ def check_linear(type: str, shape: tuple[int, int], smooths: bool, bias: bool, n
     row.make().weight.check_columns(shape[1], f"{name}.weight")
 
 
-def why_not_run(type: str, shape: tuple[int, int], bias: bool, ways_out: str) -> str:
+def why_not_run(type: str, shape: tuple[int, int], bias: bool) -> str:
     """Why the runtime fails on a linear that files can hold; "" where it does not.
 
     Args:
         type: a name from ``TYPES``.
         shape: (out, in).
         bias: whether the model's own linear has a bias; what the file has does not count.
-        ways_out: what to do about a missing bias.
     """
     row = TYPES[type]
     if row.needs_bias and not bias:
         return (
-            f"MindIE-SD fails on a {type} linear if the model's own linear has no bias, whatever "
-            f"the file has, expected {ways_out}"
+            f"MindIE-SD fails on a {type} linear without a bias in the model itself, zeros in the "
+            "file do not help; W8A8_DYNAMIC and W4A4_MXFP4 run without"
         )
     blocks = -(-shape[1] // BLOCK)
     if row.even_blocks and blocks % 2:
         return (
-            f"MindIE-SD reads the scales of a {type} linear in pairs and {shape[1]} inputs have "
-            f"{blocks} of them, expected an even number, another scheme or a linear that stays "
-            "float"
+            f"MindIE-SD reads the scales of a {type} linear in pairs, {shape[1]} inputs have "
+            f"{blocks} of them; W4A4_MXFP4 takes any number"
         )
     return ""

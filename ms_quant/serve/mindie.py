@@ -9,8 +9,7 @@ from pathlib import Path
 from ms_quant.checkpoint.mindie_sd_held import run_dtype
 from ms_quant.checkpoint.mindie_sd_types import MODE
 from ms_quant.checkpoint.structure import Structure
-from ms_quant.errors import MsQuantError
-from ms_quant.plan import check_runs
+from ms_quant.plan import why_not_run
 from ms_quant.serve.flat import loaded_rows, open_flat
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -53,16 +52,14 @@ def check(request: ServeRequest) -> Served:
 
 def _failing(structure: Structure) -> Iterator[str]:
     """The first of the linears that the runtime fails on in each way."""
-    plan, seen = structure.plan, set()
+    plan, seen = structure.plan, {""}
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
-            try:
-                check_runs(plan, index, group)
-            except MsQuantError as error:
-                reason = str(error).partition(": ")[2]
-                if reason not in seen:
-                    yield str(error)
-                seen.add(reason)
+            found = why_not_run(plan, index, group)
+            reason = found.partition(": ")[2]
+            if reason not in seen:
+                yield f"{found}; expected another scheme, another format or such linears float"
+            seen.add(reason)
 
 
 def _has_bare_mxfp4(structure: Structure) -> bool:
