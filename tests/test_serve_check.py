@@ -32,7 +32,13 @@ def make(
 
     count = itertools.count()
 
-    def one(scheme: str = "W8A8", format: str = "", dtype: str = "bfloat16", **model: Any) -> Path:
+    def one(
+        scheme: str = "W8A8",
+        format: str = "",
+        dtype: str = "bfloat16",
+        algorithm: str = "minmax",
+        **model: Any,
+    ) -> Path:
         name = f"{scheme}-{format}-{dtype}-{next(count)}"
         source = tiny_model(f"source-{name}", layers=1, dtype=dtype, **model)
         calibration = {"calib": calib_text, "samples": 2, "seq_len": 16}
@@ -40,9 +46,10 @@ def make(
             source,
             tmp_path / name,
             scheme=scheme,
+            algorithm=algorithm,
             formats=(format,) if format else (),
             choices=make_choices({}, [], False, "float"),
-            **(calibration if scheme == "W8A8" else {}),
+            **(calibration if scheme == "W8A8" or algorithm != "minmax" else {}),
         )
         quantize_checkpoint(options)
         (options.output / RECORD).unlink()
@@ -225,6 +232,15 @@ def test_what_mindie_fails_on(make: Make) -> None:
             make(scheme, "mindie-sd", **wide)
     notes = serve_check(make("W4A4_MXFP4", "mindie-sd", **wide), "mindie")["notes"]
     assert any("fail in MindIE-SD of May 2026" in note for note in notes)
+
+
+def test_a_smoothed_linear_is_one_row(make: Make) -> None:
+    found = serve_check(make("W8A8_DYNAMIC", "mindie-sd", algorithm="smoothquant"), "mindie")
+    rows = {row["kind"]: row for row in found["loaded"]}
+    assert rows.keys() >= {"qkv_proj", "down_proj"} and not rows.keys() & {"div", "linear"}
+    weights, scales, factors = 16 * 24, 2 * 16, 2 * 24
+    assert rows["down_proj"]["bytes"] == weights + scales + factors
+    assert rows["down_proj"]["method"] == "W8A8_DYNAMIC"
 
 
 def test_files_of_other_users(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

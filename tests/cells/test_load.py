@@ -404,6 +404,42 @@ def test_microscaling_without_a_bias_loads_though_the_original_fails(put: Callab
     np.testing.assert_array_equal(network.a(Tensor(X)).asnumpy(), GOLDEN[4][2])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.linear.weight_scale", 1e-9, "2 of 2 scales are not positive in float16"),
+        ("a.linear.weight_scale", 1e6, "2 of 2 values exceed float16"),
+        ("a.linear.bias", 1e6, "2 of 2 values exceed float16"),
+        ("a.div.mul_scale", 1e-9, "4 of 4 factors are not positive and finite in float16"),
+        ("a.div.mul_scale", 1e6, "4 of 4 factors are not positive and finite in float16"),
+    ],
+)
+def test_what_the_run_type_does_not_hold(
+    name: str, value: float, message: str, put: Callable
+) -> None:
+    tensors = {f"a.linear.{name[2:]}": array for name, array in DYNAMIC.items()}
+    tensors |= {"a.div.mul_scale": np.ones(4, "f4"), "a.linear.bias": np.ones(2, "f4")}
+    tensors[name] = np.full_like(tensors[name], value)
+    path = put({"a.linear.weight": "W8A8_DYNAMIC", **REST}, tensors)
+    with pytest.raises(MsQuantError, match=message):
+        ms_quant.quantize(Net(True), path, dtype="float16")
+    network = ms_quant.quantize(Net(True), path)  # float32 holds them
+    assert network.a.input_dtype == np.float32
+
+
+def test_a_type_in_the_file_that_is_none(put: Callable, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    path = put({"a.weight": "W8A8_DYNAMIC", **REST}, DYNAMIC)
+    weights = tmp_path / "quant_model_weight_w8a8_dynamic.safetensors"
+    save_file(DYNAMIC, weights, {"dtype": "float16"})
+    assert ms_quant.quantize(Net(), path).a.input_dtype == np.float16
+    assert ms_quant.quantize(Net(), path, dtype="bfloat16").a.input_dtype == BF16
+    save_file(DYNAMIC, weights, {"dtype": "int8"})
+    with pytest.raises(MsQuantError, match="dtype of __metadata__ is 'int8', expected bfloat16 or"):
+        ms_quant.quantize(Net(), path)
+
+
 def test_pairs_of_granularities_are_static(put: Callable) -> None:
     path = put({"a": "W8A8_per_channel_PER_TENSOR", **REST}, STATIC, "W8A8_PER_CHANNEL_PER_TENSOR")
     network = ms_quant.quantize(Net(), path)
