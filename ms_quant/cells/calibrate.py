@@ -47,16 +47,16 @@ def observe(
         needs = scheme.needs_calibration and policy is None
         what = f"scheme {scheme.name}" if needs else f"algorithm {chain.name}"
         raise MsQuantError(f"{what}: needs calibration inputs, found None")
-    with kept_timesteps():
+    with kept_timesteps(), in_float32(network):  # what gives the calls may call the network
         if policy is not None:
             TimestepManager.set_timestep_idx(None)  # of no step until the data says of which
         calls = [_call(batch) for batch in (() if calibration is None else calibration)]
         stats = _stats(cells, chain, calls, policy)
         recorders = {path: Recorder(cell, _watch(stats[path])) for path, cell in cells.items()}
-        with in_float32(network) as widened, replaced(network, recorders):
+        with replaced(network, recorders):
             for call in calls:
                 TimestepManager.set_timestep_idx(call.step)
-                network(*widened(call.arguments), **widened(call.named))
+                network(*call.arguments, **call.named)
     for path, seen in stats.items():
         if calibrated and not seen.tokens:
             raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")

@@ -16,6 +16,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore._c_expression import Cell_, MixedPrecisionType
 
+from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.storage import DTYPES
@@ -43,18 +44,18 @@ def widened(value: Any) -> Any:
 
 
 @contextmanager
-def in_float32(network: nn.Cell) -> Iterator[Callable[[Any], Any]]:
-    """Makes a narrow network one of float32 for a while; on CPU, and only there.
-
-    Returns:
-        A context manager that gives what the network's arguments must go through.
+def in_float32(network: nn.Cell) -> Iterator[None]:
+    """Makes a narrow network one of float32 for a while, whoever calls it; on CPU, and only there.
 
     Raises:
         MsQuantError: the network makes narrow tensors itself, which an operator does not take.
     """
     undo = [] if ms.get_context("device_target") != "CPU" else list(_changes(network))
+    if undo:
+        hook = network.register_forward_pre_hook(_widen_arguments, with_kwargs=True)
+        undo.append(hook.remove)
     try:
-        yield widened if undo else _same
+        yield
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error)
         about_types = any(word in reason for word in ("loat16", "data type", "input type", "dtype"))
@@ -71,8 +72,8 @@ def in_float32(network: nn.Cell) -> Iterator[Callable[[Any], Any]]:
             change()
 
 
-def _same(value: Any) -> Any:
-    return value
+def _widen_arguments(cell: nn.Cell, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
+    return tuple(map(widened, arguments)), widened(named)
 
 
 def _changes(network: nn.Cell) -> Iterator[Callable[[], None]]:
@@ -81,6 +82,8 @@ def _changes(network: nn.Cell) -> Iterator[Callable[[], None]]:
     for parameter in network.get_parameters():
         yield from _widen(parameter, seen)
     for _, cell in network.cells_and_names():
+        if isinstance(cell, QuantLinear):  # computes in float32 and says where it rounds
+            continue
         if cell.mixed_precision_type in _MIXED:
             yield _set_mixed(cell, MixedPrecisionType.FP32, cell.mixed_precision_type)
         for name, value in list(vars(cell).items()):

@@ -59,6 +59,9 @@ class QuantLinear(nn.Cell):
     W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
     call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
 
+    A smoothing vector and its product with the input are rounded to the type of inputs that the
+    linear was made for, whatever the type of `x`, and so is the quotient of a dual scale.
+
     On Ascend MindSpore's quantization operators are called for W8A8 and W8A8_DYNAMIC; other schemes
     have no operator here yet and are refused.
 

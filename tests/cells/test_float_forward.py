@@ -211,6 +211,44 @@ def test_arguments_of_all_kinds_are_widened() -> None:
     assert isinstance(network.linear, QuantLinear) and narrow.dtype == ms.bfloat16
 
 
+def test_a_sampling_loop_may_call_the_network() -> None:
+    """As in the example of ``quantize``: each step's input is what the network made of the last."""
+    network = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 8))
+    for p in network.get_parameters():
+        p.set_dtype(ms.bfloat16)
+
+    def sampling() -> Iterator[Tensor]:
+        latent = Tensor(np.random.default_rng(0).standard_normal((4, 8)), ms.bfloat16)
+        for index in range(3):
+            TimestepManager.set_timestep_idx(index)
+            yield latent
+            latent = (latent - 0.1 * network(latent)).astype(ms.bfloat16)
+
+    network = ms_quant.quantize(
+        network, "W8A8_TIMESTEP", calibration=sampling(), timestep_policy=policy()
+    )
+    assert network[2].input_dtype == DTYPES["bfloat16"]
+
+
+def test_a_network_that_is_quantized_in_two_turns() -> None:
+    """A linear that is quantized already rounds its products while the others are calibrated."""
+    found = []
+    for turns in ([["*"]], [["0"], ["1"]]):
+        network = nn.SequentialCell(nn.Dense(8, 16), nn.Dense(16, 8))
+        rng = np.random.default_rng(0)
+        for p in network.get_parameters():
+            p.set_data(Tensor(rng.standard_normal(p.shape).astype("f4")))
+        more = {"calibration": [rng.standard_normal((4, 8)).astype("f4")], "dtype": "bfloat16"}
+        for include in turns:
+            more["algorithm"] = "smoothquant"
+            ms_quant.quantize(network, "W8A8_DYNAMIC", include=include, **more)
+        found.append(network)
+    first, last = (net[0] for net in found)
+    x = Tensor(rng.standard_normal((4, 8)).astype("f4"))
+    np.testing.assert_array_equal(first(x).asnumpy(), last(x).asnumpy())
+    assert last.smoothed_dtype == ms.bfloat16
+
+
 @pytest.mark.parametrize("mode", ["pynative", "jit", "graph"])
 @pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "W8A8_PER_CHANNEL"])
 def test_products_are_rounded_in_every_mode(scheme: str, mode: str) -> None:
