@@ -226,6 +226,8 @@ class QuantLinear(nn.Cell):
         if rows.shape[0] == 0:
             return ops.zeros(shape, x.dtype)
         if self.operators is not None:
+            if self.smooths:
+                rows = rows * self.mul_scale.astype(rows.dtype)
             return ascend.forward(self, rows).reshape(shape)
         rows = rows.astype(ms.float32)
         if self.smooths and (self.native is None or self.transforms):
