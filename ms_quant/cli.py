@@ -87,7 +87,10 @@ def quantize(
     ] = None,
     float_undivided: Annotated[
         bool,
-        typer.Option("--float-undivided", help="Leave linears float that groups do not divide."),
+        typer.Option(
+            "--float-undivided",
+            help="Leave linears float that groups do not divide or the format's runtime fails on.",
+        ),
     ] = False,
     kv_cache: Annotated[
         str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")

@@ -35,7 +35,7 @@ from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.places import check_places
-from ms_quant.plan import Plan, Way, plan_of_ways, recorded_way
+from ms_quant.plan import Plan, Way, check_runs, plan_of_ways, recorded_way
 from ms_quant.schemes import get_scheme
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
@@ -149,6 +149,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
             for member in group.members:
                 name = f"{block_prefix(index)}{member}.weight"
                 own.flavour.check(own, group, shapes[member], name)
+            check_runs(other, index, group)
     return other
 
 
@@ -215,7 +216,7 @@ class _Converted:
             yield part if part.dtype == dtype else part.astype(np.float32).astype(dtype)
 
     def _check_bias(self, path: str, linear: QuantizedLinear) -> None:
-        dtype = self.plan.flavour.bias_dtype or self.plan.dtype
+        dtype = self.plan.flavour.bias_dtype(self.plan, path)
         if linear.bias is not None:
             _check_exact(linear.bias, dtype, f"{path}.bias")
 

@@ -216,7 +216,7 @@ def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
             path, suffix = tensor.part
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in flavour.with_codes)
-            linear = replace(linear, bias=bias(path))
+            linear = replace(linear, bias=bias(path), input_dtype=plan.dtype)
             return flavour.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
         name = tensor.source or name
         changed = job.changed_tensor(name)

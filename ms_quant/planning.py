@@ -13,7 +13,7 @@ from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
 from ms_quant.exclude import float_paths, matches, no_match
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
+from ms_quant.plan import Choices, Plan, Way, check_runs, check_shapes, plan_of_ways
 from ms_quant.recipe import Recipe, Treatment, assign, idle_patterns, is_reached
 from ms_quant.recipe.notes import notes
 from ms_quant.recipe.records import EVERYTHING
@@ -77,7 +77,7 @@ def make_plan(
         )
     if wrong:
         raise MsQuantError(f"exclude {no_match(wrong[0], linear_paths(config))}")
-    return _plan(config, ways, dtype, options)
+    return _plan(config, ways, dtype, options, must_serve)
 
 
 def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options: Choices) -> Plan:
@@ -109,7 +109,7 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
             way = _way(treatment.scheme, text, own, must_serve)
             made.append((treatment, way))
         ways[group] = way
-    return _plan(config, ways, dtype, asked)
+    return _plan(config, ways, dtype, asked, must_serve)
 
 
 def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
@@ -216,7 +216,13 @@ def _way(name: str, algorithm: str, options: Choices, must_serve: bool) -> Way:
     return scheme, chain
 
 
-def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options: Choices) -> Plan:
+def _plan(
+    config: ModelConfig,
+    ways: Mapping[str, Way],
+    dtype: np.dtype,
+    options: Choices,
+    must_serve: bool,
+) -> Plan:
     """The plan of some groups; the others stay float.
 
     Raises:
@@ -228,7 +234,7 @@ def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options
         _check_cache(next(iter(ways.values()))[0], options.kv_cache)
         floats = frozenset(_groups(config)) - ways.keys()
         plan = plan_of_ways(config, ways, dtype, floats, options.kv_cache)
-        undivided = frozenset(_undivided(plan, options.float_undivided))
+        undivided = frozenset(_undivided(plan, options.float_undivided, must_serve))
         left = {path: way for path, way in ways.items() if path not in undivided}
         if left:
             return plan_of_ways(config, left, dtype, floats | undivided, options.kv_cache)
@@ -283,8 +289,9 @@ def _check_cache(scheme: Scheme, name: str) -> None:
         )
 
 
-def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
-    """The groups with a shape that the scheme's groups do not divide or no file can hold.
+def _undivided(plan: Plan, stay_float: bool, must_serve: bool) -> Iterator[str]:
+    """The groups with a shape that the scheme's groups do not divide or no file can hold, or which
+    the runtime that must serve them fails on.
 
     Raises:
         MsQuantError: there is one and it may not stay float.
@@ -293,6 +300,8 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
         for group in plan.groups(index):
             try:
                 check_shapes(plan, index, group)
+                if must_serve:
+                    check_runs(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
                     size = "another group size, or " if "do not divide" in str(error) else ""

@@ -105,7 +105,7 @@ class JobModel(FloatModel):
         self.config = plan.config
         self.checkpoint = as_divided(checkpoint, plan.config, job.ranges(), str(job.directory))
         self.flavour, self.phased = plan.scheme_name, plan.phased
-        self.job, self.kv_cache = job, plan.kv_cache
+        self.job, self.kv_cache, self.dtype = job, plan.kv_cache, plan.dtype
         self._quantized = frozenset(plan.quantized())
         self._types = {}
         for tensor in plan.flavour.tensor_plans(plan):
@@ -128,7 +128,8 @@ class JobModel(FloatModel):
         _, _, index, member = path.split(".", 3)
         bias = f"{path}.bias"
         found = self.tensor(bias) if bias in self.checkpoint.names else None
-        return replace(self.job.linear(int(index), member), bias=found)
+        linear = self.job.linear(int(index), member)
+        return replace(linear, bias=found, input_dtype=self.dtype)
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.kv_cache:

@@ -12,6 +12,7 @@ from ms_quant.checkpoint.finish import RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.structure import Structure, read_structure
 from ms_quant.checkpoint.unlisted import unlisted_problems
+from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
@@ -95,7 +96,7 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
     plan, config = structure.plan, structure.plan.config
     sizes: dict[str, int] = defaultdict(int)
     for tensor in structure.expected.values():
-        sizes[tensor.name.rpartition(".")[0]] += tensor.bytes
+        sizes[_owner(tensor)] += tensor.bytes
     ranks = rank_text(tp)
     rows, linears = [], set()
     for index in range(config.num_layers):
@@ -110,13 +111,18 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
             size = sum(sizes[path] for path in paths) // tp
             rows.append(Loaded(kind_of(group.fused), ranks, method, weight, 1, size))
     for name, tensor in structure.expected.items():
-        path = name.rpartition(".")[0]
+        path = _owner(tensor)
         if path not in linears:
             shape = _rank_shape(config, name, tensor.shape, tp)
             size = tensor.dtype.itemsize * math.prod(shape)
             text = weight_text(shape, tensor.dtype)
             rows.append(Loaded(kind_of(path), ranks, "FLOAT", text, 1, size))
     return merged(rows)
+
+
+def _owner(tensor: TensorPlan) -> str:
+    """The path of the layer that a tensor is of; a smoothed linear's are a level deeper."""
+    return tensor.part[0] if tensor.part else tensor.name.rpartition(".")[0]
 
 
 def _rank_shape(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
