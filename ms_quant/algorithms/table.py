@@ -103,18 +103,6 @@ def _affine(scheme: Scheme) -> str:
     return "it needs symmetric integer weights with a scale for each row or group"
 
 
-def _free_range(suits: Callable[[Scheme], str]) -> Callable[[Scheme], str]:
-    """The same, but for schemes whose own algorithm decides the ranges already."""
-
-    def free(scheme: Scheme) -> str:
-        own = ALGORITHMS.get(scheme.algorithm)
-        if own is not None and own.stage is Stage.RANGE:
-            return f"{scheme.algorithm} decides its ranges"
-        return suits(scheme)
-
-    return free
-
-
 def _rounded(scheme: Scheme) -> str:
     return "its weights are floats of the model's type" if scheme.weight.bits == 16 else ""
 
@@ -209,7 +197,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         clip.solve,
         "each group's range searched by its output error",
         None,
-        _free_range(_clippable),
+        _clippable,
         clips=True,
     ),
     "low_bits": Algorithm(
@@ -226,7 +214,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ssz.solve,
         "each scale moved to the least squared error of the weight",
         ssz.SszOptions(),
-        _free_range(_affine),
+        _affine,
         calibrated=False,
         places=True,
     ),
