@@ -98,6 +98,9 @@ def test_only_its_own_scheme_takes_it() -> None:
         MsQuantError, match="'low_bits' does not work with scheme W8A8: its tensors"
     ):
         get_chain("low_bits", get_scheme("W8A8"))
+    for other in ("clip", "ssz", "osl", "awq"):
+        with pytest.raises(MsQuantError, match=f"'{other}' does not work .* leave out outliers"):
+            get_chain(other, get_scheme("W8A8S"))
     for wrong in ("fraction=0.6", "fraction=-1", "sigma=-3"):
         name, value = wrong.split("=")
         with pytest.raises(MsQuantError, match=rf"^low_bits\.{name} is "):
