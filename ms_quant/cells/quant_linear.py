@@ -15,14 +15,15 @@ from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.parameters import make_parameters, refuse_replacing, tensors_of
 from ms_quant.cells.timesteps import current_step, is_static
 from ms_quant.cells.tree import host_array
-from ms_quant.kernels import WatchedArrays
+from ms_quant.kernels import WatchedArrays, transforms
 from ms_quant.models.decoder import repeat_rows
 from ms_quant.models.direct import calls_directly, floats
-from ms_quant.numerics.activation import Float, PerToken, PhasedActivation
+from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation
 from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
 from ms_quant.numerics.float_grid import FloatGrid
 from ms_quant.numerics.grid import AffineGrid
 from ms_quant.numerics.linear import Kronecker, QuantizedLinear, StaticActivation
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.spec import Scheme
 from ms_quant.timestep import TimestepPolicyConfig
@@ -63,6 +64,9 @@ class QuantLinear(nn.Cell):
 
     W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
     call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
+
+    A smoothing vector and its product with the input are rounded to the type of inputs that the
+    linear was made for, whatever the type of `x`, and so is the quotient of a dual scale.
 
     On Ascend MindSpore's quantization operators are called for W8A8 and W8A8_DYNAMIC; other schemes
     have no operator here yet and are refused.
@@ -137,9 +141,12 @@ class QuantLinear(nn.Cell):
             linear.grid, AffineGrid | FloatGrid
         )
         self.has_bias, self.smooths = linear.bias is not None, linear.smooth is not None
-        self.transforms, self.has_branch = linear.kronecker is not None, linear.branch is not None
+        self.transforms, self.has_branch = transforms(linear), linear.branch is not None
+        self.has_kronecker, self.input_dtype = linear.kronecker is not None, linear.input_dtype
+        self.smoothed_as = linear.input_dtype if linear.rounds_smoothed else DTYPES["float32"]
+        self.smoothed_dtype = getattr(ms, self.smoothed_as.name)
         computes = self.integer or self.compiles
-        self.asks_python = self.by_step or self.transforms or not computes
+        self.asks_python = self.by_step or self.has_kronecker or not computes
         self.in_pynative = False
         self.matmul = ops.MatMul(transpose_b=True)
         self.row_max = ops.ReduceMax(keep_dims=True)
@@ -217,8 +224,11 @@ class QuantLinear(nn.Cell):
             return y
         shape, array = x.shape[:-1] + (self.out_channels,), floats(x)
         rows = array.reshape(-1, self.in_channels)
-        if self.transforms:
-            rows = self._transform(rows * self.mul_scale.asnumpy() if self.smooths else rows)
+        if self.transforms and self.smooths:
+            with np.errstate(over="ignore"):
+                rows = (rows * self.mul_scale.asnumpy()).astype(self.smoothed_as)
+        if self.has_kronecker:
+            rows = self._transform(rows.astype(np.float32, copy=False))
         y = Tensor.from_numpy(native(rows, decode).reshape(shape))
         return y if x.dtype == ms.float32 else y.astype(x.dtype)
 
@@ -230,9 +240,14 @@ class QuantLinear(nn.Cell):
         if rows.shape[0] == 0:
             return ops.zeros(shape, x.dtype)
         if self.operators is not None:
+            if self.smooths:
+                rows = rows * self.mul_scale.astype(rows.dtype)
             return ascend.forward(self, rows).reshape(shape)
         rows = rows.astype(ms.float32)
-        if self.native is not None and not self.transforms:
+        if self.smooths and (self.native is None or self.transforms):
+            rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
+            rows = rows.astype(self.smoothed_dtype).astype(ms.float32)
+        if self.native is not None and not self.has_kronecker:
             phase = self.native_phases[1 if decode else 0]
             y = self.native_operator(rows, self.native_record, phase, *self.native_arrays)
             return y.reshape(shape).astype(x.dtype)
@@ -241,8 +256,6 @@ class QuantLinear(nn.Cell):
                 "QuantLinear: inputs of this scheme are quantized in NumPy or by the timestep, "
                 "expected a call of the Cell in PyNative mode, without jit"
             )
-        if self.smooths:
-            rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
         static, step = self.static or (self.phased and decode), None
         if self.by_step:
             step = self._static_step()
@@ -267,7 +280,10 @@ class QuantLinear(nn.Cell):
         return Kronecker(self.left_trans.asnumpy(), self.right_trans.asnumpy()).apply(rows)
 
     def _fake(self, rows: np.ndarray) -> np.ndarray:
-        return activation_of(self).fake(rows)
+        activation = activation_of(self)
+        if isinstance(activation, DualMxTokens):
+            return activation.fake(rows, dtype=self.input_dtype)
+        return activation.fake(rows)
 
     def _host_weight(self) -> Tensor:
         """What the codes stand for, made once for the values that there are; in PyNative only."""
@@ -291,7 +307,7 @@ class QuantLinear(nn.Cell):
         return (codes * self.weight_scale.reshape(shape)).reshape(self.weight.shape)
 
     def _product(self, rows: Tensor, static: bool, step: int | None) -> Tensor:
-        if self.transforms:
+        if self.has_kronecker:
             rows = _on_host(self._transform, rows)
         if self.native is not None:
             return _on_host(self.native, rows)  # of a transform: per token, in PyNative

@@ -14,6 +14,7 @@ from mindspore import Parameter, Tensor, nn
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import host_array, linears, replace_cell
 from ms_quant.checkpoint.atomic import free_space_check
+from ms_quant.checkpoint.mindie_sd_choice import network_scheme
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
@@ -49,7 +50,7 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
                     f"{path or cell.cls_name}: is a QuantLinear made by hand, expected those of "
                     "quantize, whose scheme is known"
                 )
-            schemes[path] = {"scheme": cell.scheme.name, **cell.scheme.chosen}
+            schemes[path] = _stated(path, cell, cell.scheme)
     if not schemes:
         raise MsQuantError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
     tensors = dict(_tensors(network))
@@ -60,6 +61,19 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
     path = directory / FILE_NAME
     write_file(path, plans, lambda name: host_array(tensors[name]), metadata)
     return str(path)
+
+
+def _stated(path: str, cell: QuantLinear, scheme: Scheme) -> dict[str, Any]:
+    """What the header says of a linear."""
+    stated = {"scheme": scheme.name, "dtype": cell.input_dtype.name, **scheme.chosen}
+    again, _ = _scheme(stated, path)
+    dynamic = again.activation.dynamic and not isinstance(again.activation, PerToken)
+    if dynamic and again.activation != cell.activation:
+        raise MsQuantError(
+            f"{path}: quantizes its input in another way than scheme {scheme.name}, expected a "
+            "linear as quantize makes it"
+        )
+    return stated
 
 
 def _tensors(network: nn.Cell) -> Iterator[tuple[str, Tensor]]:
@@ -79,13 +93,18 @@ def _stored(tensor: Tensor) -> np.dtype:
     return DTYPES[name] if name in DTYPES else np.dtype(name)
 
 
-def load_whole(network: nn.Cell, path: Path, policy: TimestepPolicyConfig | None = None) -> nn.Cell:
+def load_whole(
+    network: nn.Cell,
+    path: Path,
+    policy: TimestepPolicyConfig | None = None,
+    dtype: np.dtype | None = None,
+) -> nn.Cell:
     """Gives a network all that :func:`save_whole` wrote, in place.
 
     Args:
         network: built as the one that was quantized; its values do not matter.
         path: the file.
-        policy: as for :func:`ms_quant.cells.swap.quantize`.
+        policy, dtype: as for :func:`ms_quant.cells.swap.quantize`.
 
     Raises:
         MsQuantError: names the file and what of it is not as the network has it, or damaged.
@@ -94,13 +113,17 @@ def load_whole(network: nn.Cell, path: Path, policy: TimestepPolicyConfig | None
     file = open_file(path)
     schemes = _schemes(file)
     cells = dict(linears(network))
-    for name in schemes:
+    for name, (_, made_for) in schemes.items():
+        if dtype not in (None, made_for):
+            raise MsQuantError(
+                f"{path}: {name} is made for {made_for.name}, expected no other dtype than that"
+            )
         if name not in cells:
             raise MsQuantError(
                 f"{path}: holds {name!r} as {_LINEAR}, the network has no linear there"
             )
     quantized = {
-        name: _linear(file, name, cells[name], scheme, policy) for name, scheme in schemes.items()
+        name: _linear(file, name, cells[name], row, policy) for name, row in schemes.items()
     }
     inside = tuple(f"{name}." for name in schemes)
     others = {name: t for name, t in _tensors(network) if not name.startswith(inside)}
@@ -120,7 +143,7 @@ def load_whole(network: nn.Cell, path: Path, policy: TimestepPolicyConfig | None
     return network
 
 
-def _schemes(file: SafetensorsFile) -> dict[str, Scheme]:
+def _schemes(file: SafetensorsFile) -> dict[str, tuple[Scheme, np.dtype]]:
     where = f"{file.path}: {KEY} in the header"
     if KEY not in file.metadata:
         raise MsQuantError(f"{where}: missing, expected a file of save_quantized(..., whole=True)")
@@ -134,12 +157,16 @@ def _schemes(file: SafetensorsFile) -> dict[str, Scheme]:
     return {name: _scheme(row, f"{where}: {name!r}") for name, row in rows.items()}
 
 
-def _scheme(row: Any, where: str) -> Scheme:
+def _scheme(row: Any, where: str) -> tuple[Scheme, np.dtype]:
+    """A scheme, and the type of inputs that a linear is made for."""
     if not isinstance(row, dict) or not isinstance(row.get("scheme"), str):
         raise MsQuantError(f"{where}: {row!r:.80}, expected a scheme and its options")
-    options = {key: value for key, value in row.items() if key != "scheme"}
+    dtype = row.get("dtype", "float32")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise MsQuantError(f"{where}: dtype {dtype!r:.80}, expected one of {', '.join(DTYPES)}")
+    options = {key: value for key, value in row.items() if key not in ("scheme", "dtype")}
     try:
-        return get_scheme(row["scheme"], **options)
+        return network_scheme(get_scheme(row["scheme"], **options)), DTYPES[dtype]
     except MsQuantError as error:
         raise MsQuantError(f"{where}: {error}") from None
 
@@ -148,7 +175,7 @@ def _linear(
     file: SafetensorsFile,
     name: str,
     cell: nn.Cell,
-    scheme: Scheme,
+    row: tuple[Scheme, np.dtype],
     policy: TimestepPolicyConfig | None,
 ) -> QuantLinear:
     if getattr(cell, "activation", None) is not None:
@@ -156,7 +183,9 @@ def _linear(
             f"{name}: a Dense with a built-in activation cannot be replaced, expected "
             "activation=None with the activation as a Cell of its own"
         )
+    scheme, dtype = row
     blank = _blank(file, name, scheme, tuple(cell.weight.shape))
+    blank = replace(blank, input_dtype=dtype)
     made = QuantLinear(blank, timestep_policy=policy, scheme=scheme)
     for suffix, parameter in made.kept.items():
         array = _read(file, f"{name}.{suffix}", parameter)

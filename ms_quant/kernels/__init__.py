@@ -14,7 +14,7 @@ from ms_quant.kernels.native import (
     set_operator_threads,
     threads_of,
 )
-from ms_quant.kernels.packing import PackedLinear, layout_of, pack
+from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "table_times",
     "threads_of",
     "times",
+    "transforms",
 ]

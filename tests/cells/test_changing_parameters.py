@@ -35,12 +35,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A16 asymmetric": ("W8A16", {"group_size": 32, "symmetric": False}),
     "W4A8_DYNAMIC grouped": ("W4A8_DYNAMIC", {"group_size": 32}),
     "W8A8_DYNAMIC smooth": ("W8A8_DYNAMIC", {}),
+    "W8A8_DYNAMIC smooth bfloat16": ("W8A8_DYNAMIC", {}),
     "W4A4_DYNAMIC clipped": ("W4A4_DYNAMIC", {}),
 }
 COMPILED = [  # others ask NumPy or the timestep in each call
     *("W8A8", "W8A8_DYNAMIC", "W8A8_PER_TENSOR", "W8A8_PER_CHANNEL", "W8A8_MIX", "W8A16"),
     *("W4A16", "W4A8_DYNAMIC", "W4A4_DYNAMIC", "W16A16S", "W8A16 asymmetric"),
-    *("W8A8_DYNAMIC smooth", "W4A4_DYNAMIC clipped"),
+    *("W8A8_DYNAMIC smooth", "W8A8_DYNAMIC smooth bfloat16", "W4A4_DYNAMIC clipped"),
 ]
 NATIVE_COMPILED = [*COMPILED, "W4A8_DYNAMIC grouped"]
 
@@ -74,7 +75,9 @@ def linear(case: str, seed: int) -> QuantizedLinear:
         activation = scheme.activation.fit(Seen(low, high, DTYPES["float32"], "x"), None)
     made = QuantizedLinear(grid.round(weight), grid, bias, activation)
     if "smooth" in case:
-        return replace(made, smooth=np.exp(rng.standard_normal(IN)).astype("f4"))
+        dtype = DTYPES["bfloat16" if "bfloat16" in case else "float32"]
+        smooth = np.exp(rng.standard_normal(IN)).astype("f4")
+        return replace(made, smooth=smooth, input_dtype=dtype)
     if "clipped" in case:
         return replace(made, activation=PerToken(4, 0.6 + seed / 5))
     if "FLATQUANT" in case:

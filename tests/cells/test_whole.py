@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,10 +23,11 @@ from mindspore import Parameter, Tensor, nn
 import ms_quant
 from ms_quant.cells import QuantLinear
 from ms_quant.cells.whole import KEY
+from ms_quant.checkpoint.mindie_sd_types import TYPES
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import int8_linear
 from ms_quant.schemes import SCHEMES, get_scheme
-from ms_quant.timestep import TimestepManager, kept_timesteps
+from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -158,6 +159,57 @@ def test_bfloat16_parameters_and_other_types(tmp_path: Path) -> None:
     assert fresh.half.dtype == ms.bfloat16
     assert fresh.count.asnumpy().tolist() == [8, 9]
     assert fresh.mask.asnumpy().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "W8A8_MXFP8"])
+def test_linears_made_for_bfloat16(scheme: str, tmp_path: Path) -> None:
+    """Their inputs are rounded where the runtime rounds them."""
+    network = ms_quant.quantize(
+        small(), scheme, calibration=[data()], algorithm="smoothquant", dtype="bfloat16"
+    )
+    expected = network(data()).asnumpy()
+    path = ms_quant.save_quantized(network, tmp_path, whole=True)
+    np.testing.assert_array_equal(ms_quant.quantize(small(1), path)(data()).asnumpy(), expected)
+    ms_quant.quantize(small(1), path, dtype="bfloat16")
+    with pytest.raises(
+        MsQuantError, match="0 is made for bfloat16, expected no other dtype than t"
+    ):
+        ms_quant.quantize(small(1), path, dtype="float16")
+
+
+@pytest.mark.filterwarnings("ignore:.*gives the quantized linears alone")
+@pytest.mark.parametrize("scheme", sorted(TYPES))
+def test_linears_of_mindie_sds_files(scheme: str, tmp_path: Path) -> None:
+    def made(seed: int) -> nn.Cell:
+        network = nn.SequentialCell(nn.Dense(64, 64, has_bias=scheme != "W4A4_DYNAMIC"), nn.ReLU())
+        weight = np.random.default_rng(seed).standard_normal((64, 64))
+        network[0].weight.set_data(Tensor(weight.astype("f4")))
+        return network
+
+    def inputs() -> Iterator[Tensor]:
+        TimestepManager.set_timestep_idx(0)
+        yield Tensor(np.random.default_rng(2).standard_normal((5, 64)).astype("f4"))
+
+    with kept_timesteps():
+        policy = TimestepPolicyConfig("static") if scheme == "W8A8_TIMESTEP" else None
+        ours = "W8A8_PER_CHANNEL" if scheme == "W8A8" else scheme
+        options = dict(TYPES[ours].options)
+        network = ms_quant.quantize(
+            made(0),
+            ours,
+            calibration=inputs(),
+            dtype="bfloat16",
+            timestep_policy=policy,
+            for_format="mindie-sd",
+            **options,
+        )
+        path = ms_quant.save_quantized(network, tmp_path)
+        loaded = ms_quant.quantize(made(1), path, timestep_policy=policy)
+        (x,) = inputs()
+        expected = loaded(x).asnumpy()
+        whole = ms_quant.save_quantized(loaded, tmp_path, whole=True)
+        fresh = ms_quant.quantize(made(1), whole, timestep_policy=policy)
+        np.testing.assert_array_equal(fresh(x).asnumpy(), expected)
 
 
 @pytest.fixture
