@@ -18,7 +18,7 @@ enum MsqStatus {
   MSQ_BAD_BLOB = 2,
   MSQ_NO_MEMORY = 3,
   MSQ_NO_ISA = 4,
-  MSQ_NOT_FINITE = 5,     // NaN or inf, where there may be none
+  MSQ_NOT_FINITE = 5,      // NaN or inf, where there may be none
   MSQ_OFFSETS_DIFFER = 6,  // of the channels of a static input
   MSQ_NOT_INT4 = 7         // a code
 };
