@@ -112,6 +112,7 @@ class WatchedLinear:
 
     Attributes:
         outputs: how many there are.
+        packed_bytes: of the packed weight.
         record: uint8, ``MsqWatchedLinear`` of ``src/kernels.h``, for the custom operator.
     """
 
@@ -125,7 +126,7 @@ class WatchedLinear:
         number = native.number_of(isa)
         weights = native.weights_blob(linear.weight.shape, layout.bits, number)
         params = [native.blob(native.params_bytes(each)) for each in linears]
-        self._watched, self._packed = watched, (weights, params)
+        self._watched, self._packed, self.packed_bytes = watched, (weights, params), weights.nbytes
         record = _Watched(
             process=native.function("msq_process")(),
             pages=watched.pages,
