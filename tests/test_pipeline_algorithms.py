@@ -95,7 +95,7 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W8A8", "smoothquant+gptq", {"format": "mindie-sd"}),
         ("W8A8_PER_TENSOR", "osl", {}),
         ("W8A8_DYNAMIC", "awq", {"format": "mindie-sd"}),
-        ("W8A8_MXFP8", "smoothquant", {"format": "mindie-sd"}),
+        ("W4A4_MXFP4", "smoothquant", {"format": "mindie-sd"}),
         ("W4A16", "gptq", {"format": "mindie-sd", "group_size": 0}),
         ("W4A4_MXFP4_SVD", "smoothquant", {"rank": 4}),
         ("W16A16S", "quarot", {"sparsity": 0.5}),

@@ -175,6 +175,6 @@ FLAVOUR = Flavour(
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,
-    bias_dtype=FLOAT32,
+    bias_dtype=lambda plan, path: FLOAT32,
     holds_cache=True,
 )
