@@ -23,13 +23,27 @@ BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 	'import sys; print(*sys.version_info[:2], sep=".")')),vllm_mindspore==0.5.1)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-vllm test-aarch64 lint format bench accuracy fuzz clean
+.PHONY: demo test test-isa test-vllm test-aarch64 lint format bench accuracy fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+# What depends on the kernels' instruction set, with each that is slower than this machine's best, and
+# with NumPy alone; other libraries as on such a machine, as far as they let themselves be told.
+test-isa: $(INSTALLED)
+	set -e; for isa in none $$($(BIN)/python -c 'from ms_quant.kernels import ISAS, best_isa, has_isa; \
+			print(*(name for name in ISAS if has_isa(name) and name != best_isa()))'); do \
+		case $$isa in \
+			none | scalar) others="$(AS_SSE)";; \
+			avx*_vnni) others=;; \
+			avx2 | avx_vnni) others="$(AS_AVX2)";; \
+		esac; \
+		echo "MS_QUANT_ISA=$$isa"; \
+		env $$others MS_QUANT_ISA=$$isa $(BIN)/python -m pytest -q $(ISA_TESTS); \
+	done
 
 # The plugin in vLLM itself: each version in an environment of its own without what only a GPU
 # needs, over one torch and $(VENV).

@@ -25,8 +25,11 @@ ISAS = {
 }
 """Instruction sets, slowest first, with their numbers in the library."""
 
+FASTEST = "MS_QUANT_ISA"
+"""An environment variable: the fastest instruction set that is used, or ``none`` for NumPy alone."""
+
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 3
+_ABI = 4
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -56,6 +59,9 @@ class _Linear(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    fastest = os.environ.get(FASTEST)
+    if fastest == "none":
+        return None, f"{FASTEST} is none; using the NumPy reference, slower"
     found, where = load_library(
         "ms_quant.kernels", "_kernels", "msq_abi_version", _ABI, "native kernels"
     )
@@ -92,7 +98,20 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ]
         found.msq_add_gram.argtypes = [pointer, size, size, pointer, number]
         found.msq_column_stats.argtypes = [number, pointer, size, size, *(pointer,) * 4, number]
+    if fastest:
+        _limit(found, where, fastest)
     return found, where
+
+
+def _limit(library: ctypes.CDLL | None, where: str, fastest: str) -> None:
+    """Leaves the instruction sets up to one, so that tests see what a lesser machine computes."""
+    if library is None:
+        raise MsQuantError(f"{FASTEST} is {fastest!r}, but: {where}")
+    able = [name for name, number in ISAS.items() if library.msq_has_isa(number)]
+    if fastest not in able:
+        expected = ", ".join([*able, "none"])
+        raise MsQuantError(f"{FASTEST} is {fastest!r}, which is not here, expected one of {expected}")
+    library.msq_limit_isa(ISAS[fastest])
 
 
 def available() -> bool:

@@ -22,7 +22,7 @@
 namespace msq {
 namespace {
 
-std::atomic<int32_t> operator_threads{1};
+std::atomic<int32_t> operator_threads{1}, fastest{MSQ_ISAS - 1};
 
 #if defined(__x86_64__)
 // The registers that the system saves: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512, 17
@@ -228,16 +228,20 @@ const Kernels* kernels_of(int isa) {
     }
   } found;
   if (isa == MSQ_BEST) isa = msq_best_isa();
-  return isa >= 0 && isa < MSQ_ISAS ? found.of[isa] : nullptr;
+  return isa >= 0 && isa <= fastest.load() ? found.of[isa] : nullptr;
 }
 
 }  // namespace msq
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 3; }
+int32_t msq_abi_version(void) { return 4; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
+
+void msq_limit_isa(int32_t isa) {
+  if (isa >= 0 && isa < MSQ_ISAS) fastest.store(isa);
+}
 
 int32_t msq_best_isa(void) {
   for (int32_t isa = MSQ_ISAS - 1; isa > 0; --isa)

@@ -57,6 +57,8 @@ typedef struct {
 MSQ_API int32_t msq_abi_version(void);
 MSQ_API int32_t msq_best_isa(void);
 MSQ_API int32_t msq_has_isa(int32_t isa);
+// From now on the process has no instruction set above this one: for tests. Call it first of all.
+MSQ_API void msq_limit_isa(int32_t isa);
 
 // Bytes of the blobs, or -1 for arguments that make none.
 MSQ_API int64_t msq_weights_bytes(int32_t isa, int64_t outputs, int64_t inputs, int32_t bits);
