@@ -26,7 +26,7 @@ ISAS = {
 """Instruction sets, slowest first, with their numbers in the library."""
 
 FASTEST = "MS_QUANT_ISA"
-"""An environment variable: the fastest instruction set that is used, or ``none`` for NumPy alone."""
+"""An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
 _ABI = 4
@@ -39,7 +39,8 @@ _STATUS = {
     4: "the weight was packed for an instruction set that this machine has not",
 }
 NO_ISA, NOT_FINITE = 4, 5
-_POINTERS = ("mul", "input_scale", "scale", "row_scale", "zero_point", "int_bias", "bias")
+_INPUT_POINTERS = ("mul", "input_scale", "input_factor")
+_POINTERS = (*_INPUT_POINTERS, "scale", "row_scale", "zero_point", "int_bias", "bias")
 _TYPES = {"zero_point": np.int8, "int_bias": np.int32}
 
 
@@ -110,7 +111,9 @@ def _limit(library: ctypes.CDLL | None, where: str, fastest: str) -> None:
     able = [name for name, number in ISAS.items() if library.msq_has_isa(number)]
     if fastest not in able:
         expected = ", ".join([*able, "none"])
-        raise MsQuantError(f"{FASTEST} is {fastest!r}, which is not here, expected one of {expected}")
+        raise MsQuantError(
+            f"{FASTEST} is {fastest!r}, which is not here, expected one of {expected}"
+        )
     library.msq_limit_isa(ISAS[fastest])
 
 

@@ -153,7 +153,8 @@ bool valid(const MsqLinear& l) {
   if (!sizes_fit(l.outputs, l.inputs) || l.group < 1 || l.inputs % l.group) return false;
   if (l.group != l.inputs && l.group % 8) return false;
   if (l.input < MSQ_FLOAT || l.input > MSQ_STATIC || !l.scale) return false;
-  if (l.input == MSQ_STATIC && !l.input_scale) return false;
+  const bool divides = l.input_scale, multiplies = l.input_factor;
+  if (l.input == MSQ_STATIC && divides == multiplies) return false;
   if (l.input != MSQ_FLOAT && (l.smallest < -128 || l.largest > 127 || l.smallest >= l.largest))
     return false;
   return l.input == MSQ_FLOAT || !l.zero_point;
@@ -177,8 +178,10 @@ Params lay_out(const MsqLinear& l, uint8_t* start) {
   };
   p.mul = writer.fill(l.mul, n, n, 1, 1.0f, input(l.mul));
   p.input_scale = writer.fill(l.input_scale, n, n, 1, 1.0f, input(l.input_scale));
-  p.input_inverse = writer.fill(l.input_scale, n, n, 1, 1.0f,
-                                [&](int64_t, int64_t i) { return 1.0f / l.input_scale[i]; });
+  p.input_inverse = l.input_factor
+                        ? writer.fill(l.input_factor, n, n, 1, 1.0f, input(l.input_factor))
+                        : writer.fill(l.input_scale, n, n, 1, 1.0f,
+                                      [&](int64_t, int64_t i) { return 1.0f / l.input_scale[i]; });
   p.scale = writer.fill(l.scale, padded, l.outputs, groups, 0.0f,
                         [&](int64_t g, int64_t i) { return l.scale[i * groups + g]; });
   p.zero_scale = writer.fill(

@@ -46,7 +46,8 @@ typedef struct {
   float clip;                 // factor on each token's range
   float offset;               // zero point of a static input
   const float* mul;           // (inputs) the input is multiplied by first
-  const float* input_scale;   // (inputs) a static input is divided by
+  const float* input_scale;   // (inputs) a static input is divided by, or null for
+  const float* input_factor;  // (inputs) what it is multiplied by
   const float* scale;         // (outputs, inputs / group) of the weight, or of sums
   const float* row_scale;     // (outputs) on top of `scale`
   const int8_t* zero_point;   // (outputs, inputs / group) of the weight
