@@ -243,7 +243,8 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
         if isinstance(grid, AffineGrid | Float8Grid | TwoLevelGrid):
             _check_exact(grid.scale, dtype, f"{path}.weight_scale")
         return linear
-    step = static.input_scale[:1]
+    static = replace(static, multiplied_in=None)  # which goes with a format, not with numbers
+    linear, step = replace(linear, activation=static), static.input_scale[:1]
     if (static.input_scale != step).any():
         raise MsQuantError(
             f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "

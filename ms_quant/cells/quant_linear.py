@@ -153,6 +153,7 @@ class QuantLinear(nn.Cell):
         self.input_scale = _frozen(static.input_scale)
         self.input_offset = _frozen(np.full(self.in_channels, static.offset, np.int8))
         self.offset = float(static.offset)
+        self.multiplied_in = static.multiplied_in and getattr(ms, static.multiplied_in.name)
         self.deq_scale = _frozen(linear.deq_scale)
         self.folds_bias = static.folds_bias
         bias = folded_bias(linear, "linear") if static.folds_bias else linear.quant_bias
@@ -275,13 +276,20 @@ class QuantLinear(nn.Cell):
             steps = rows / self.input_scale[step] + offset
         else:
             bias, deq_scale = self.quant_bias, self.deq_scale
-            steps = rows / repeat_rows(self.input_scale, count) + self.offset
+            steps = self._steps(rows) + self.offset
         qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
         if self.one_product:
             total = self._chunk(qx, 0) + repeat_rows(bias.astype(ms.float32), count)
         else:
             total = (self._sum(qx) + bias).astype(ms.float32)
         return total * repeat_rows(deq_scale, count)
+
+    def _steps(self, rows: Tensor) -> Tensor:
+        if self.multiplied_in is None:
+            return rows / repeat_rows(self.input_scale, rows.shape[0])
+        held = self.input_scale.astype(self.multiplied_in).astype(ms.float32)
+        reciprocal = (1.0 / held).astype(self.multiplied_in).astype(ms.float32)
+        return rows * repeat_rows(reciprocal, rows.shape[0])
 
     def _dynamic(self, rows: Tensor) -> Tensor:
         smallest, largest = self.code_limits

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from ms_quant.checkpoint.structure import Structure
+from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 from ms_quant.tensor_parallel import rank_problems
@@ -38,6 +41,7 @@ def check(request: ServeRequest) -> Served:
     if served.problems:
         return served
     served.loaded = loaded_rows(structure, request.tp)
+    served.notes += _reciprocal_notes(structure)
     ours = structure.flavour.name == "ascend"
     served.command = command(request, *(("--quantization", "ascend") if ours else ()))
     return served
@@ -61,3 +65,19 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
             yield f"{request.checkpoint}: {text}"
         else:
             served.notes.append(text)
+
+
+def _reciprocal_notes(structure: Structure) -> Iterator[str]:
+    """Static inputs whose codes are off, as they are multiplied by a rounded reciprocal."""
+    names = [name for name in structure.expected if name.endswith(".input_scale")]
+    scales = [structure.checkpoint.read_float32(name)[0] for name in names]
+    dtype = structure.plan.dtype
+    errors = reciprocal_error(np.array(scales, np.float32), dtype)
+    wrong = int(np.count_nonzero(~(errors <= NEARLY_EXACT)))
+    if wrong:
+        worst = int(errors.argmax())
+        yield (
+            f"inputs are multiplied by 1 / input_scale in {dtype.name}: {wrong} of {len(names)} "
+            f"are off by more than 0.1 %, {names[worst]} by {100 * errors[worst]:.2f} %; ms-quant "
+            "quantize --format ascend chooses scales whose reciprocals are not"
+        )

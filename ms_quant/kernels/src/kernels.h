@@ -46,7 +46,8 @@ typedef struct {
   float clip;                 // factor on each token's range
   float offset;               // zero point of a static input
   const float* mul;           // (inputs) the input is multiplied by first
-  const float* input_scale;   // (inputs) a static input is divided by
+  const float* input_scale;   // (inputs) a static input is divided by, or null for
+  const float* input_factor;  // (inputs) what it is multiplied by
   const float* scale;         // (outputs, inputs / group) of the weight, or of sums
   const float* row_scale;     // (outputs) on top of `scale`
   const int8_t* zero_point;   // (outputs, inputs / group) of the weight
@@ -57,6 +58,8 @@ typedef struct {
 MSQ_API int32_t msq_abi_version(void);
 MSQ_API int32_t msq_best_isa(void);
 MSQ_API int32_t msq_has_isa(int32_t isa);
+// From now on the process has no instruction set above this one: for tests. Call it first of all.
+MSQ_API void msq_limit_isa(int32_t isa);
 
 // Bytes of the blobs, or -1 for arguments that make none.
 MSQ_API int64_t msq_weights_bytes(int32_t isa, int64_t outputs, int64_t inputs, int32_t bits);
