@@ -31,7 +31,7 @@ from ms_quant.plan import Choices
 from ms_quant.request import QuantizeOptions, prepare
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
-ALGORITHMS = ("minmax", "histogram", "smoothquant", "flexsmooth")
+ALGORITHMS = ("minmax", "histogram", "smoothquant")
 
 
 class Dividing(JobModel):

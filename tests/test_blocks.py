@@ -401,8 +401,8 @@ def test_what_is_rounded_is_what_was_folded(scheme, algorithm):
 
 @pytest.mark.parametrize("scheme", ["W8A8_PER_CHANNEL", "W8A8_PER_TENSOR", "W8A8_MIX"])
 def test_static_ranges_are_those_of_the_folded_block(scheme):
-    """The step is that range over 255, rounded up to bfloat16, which has 8 bits, or where the
-    runtime multiplies on to one of the next seven, for its reciprocal's sake."""
+    """The step is that range over 255, rounded up to bfloat16, which has 8 bits; where the runtime
+    multiplies, it may be one of the next seven, for its reciprocal's sake."""
     case = folded(scheme)
     inputs = run(case.after, case.x)
     rounded = folded(scheme, steps=Steps())
