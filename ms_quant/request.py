@@ -19,7 +19,7 @@ from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
-from ms_quant.data import load_tokens
+from ms_quant.data import few_tokens, load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
@@ -415,12 +415,26 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
-            f"{what} needs calibration data, expected --calib FILE (text, .jsonl or .npz)"
+            f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet or "
+            ".npz)"
         )
     samples = SAMPLES if options.samples is None else options.samples
     seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
     seed = SEED if options.seed is None else options.seed
     return load_tokens(options.calib, options.model, samples, seq_len, seed)
+
+
+def data_notes(prepared: Prepared) -> list[str]:
+    """Sentences about calibration data that is used, but less or poorer than asked for."""
+    options, tokens, notes = prepared.options, prepared.tokens, []
+    if tokens is None:
+        return notes
+    count, length = tokens.shape
+    if count < (options.samples or SAMPLES):
+        notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
+    if poor := few_tokens(tokens):
+        notes.append(f"{options.calib}: {poor}")
+    return notes
 
 
 def float_tensors(plan: Plan) -> list[str]:

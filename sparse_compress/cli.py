@@ -22,6 +22,7 @@ from ms_quant.console import (
     use_mindspore,
 )
 from ms_quant.console import run as run_app
+from ms_quant.request import data_notes
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
@@ -50,7 +51,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compres
 def run(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
     output: OutputOption,
-    calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
+    calib: Annotated[Path, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")],
     target: Annotated[
         str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
     ] = DEFAULT,
@@ -127,6 +128,8 @@ def run(
     )
     request = check(options)
     for line in request.not_served_by:
+        note(f"note: {line}")
+    for line in data_notes(request.prepared):
         note(f"note: {line}")
     if dry_run:
         from sparse_compress.estimate import estimate
