@@ -53,7 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "stdlib-qwen3-6m")
     parser.add_argument("--mb", type=float, nargs="+", default=(0.35, 24, 120, 500))
-    parser.add_argument("--limit", type=float, default=120, help="seconds before a file is given up")
+    parser.add_argument(
+        "--limit", type=float, default=120, help="seconds before a file is given up"
+    )
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="ms-quant-data-"))
     print("| file | MB | windows | CPU s | MB of memory |\n|---|---|---|---|---|")
@@ -62,7 +64,9 @@ def main() -> None:
             for suffix in (".txt", ".jsonl", ".json"):
                 path = work / f"data{suffix}"
                 write(path, int(size * 1e6))
-                print(f"| {suffix} | {size:g} | {measure(path, args.model, args.limit)} |", flush=True)
+                print(
+                    f"| {suffix} | {size:g} | {measure(path, args.model, args.limit)} |", flush=True
+                )
                 path.unlink()
     finally:
         shutil.rmtree(work)

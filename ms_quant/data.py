@@ -34,8 +34,9 @@ def load_tokens(
 
     A file of up to 1 Mi characters (or 12 for each token asked for) becomes one stream of ids, cut
     into windows that do not overlap; ``samples`` of them are drawn without replacement and kept in
-    the order of the file. Of a larger one a window is tokenized at each of ``samples`` drawn places,
-    one in each of as many equal stretches of the file. A 2-D array of ids is cut row by row.
+    the order of the file. Of a larger one a window is tokenized at each of ``samples`` drawn
+    places, one in each of as many equal stretches of the file. A 2-D array of ids is cut row by
+    row.
 
     Args:
         path (Path | str): text, JSON or Parquet records, or ids.
@@ -248,7 +249,9 @@ def _open(path: Path, directory: Path) -> _Data:
     size = 0 if kind is Kind.PARQUET else count_chars(path)
     read = record_reader(path, kind)
     if read is None:
-        return _Data(path, _Encoder(path, directory, load_tokenizer(directory)), TextSource(path, size))
+        return _Data(
+            path, _Encoder(path, directory, load_tokenizer(directory)), TextSource(path, size)
+        )
     tokenizer = None if holds_ids(read) else load_tokenizer(directory)
     encoder = _Encoder(path, directory, tokenizer)
     return _Data(path, encoder, RecordSource(path, size, read, encoder.read))

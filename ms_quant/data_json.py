@@ -113,10 +113,10 @@ class JsonReader:
         held = len(self.text) - self.at
         if cut and held > MAX_RECORD_CHARS:
             raise _too_long(where)
+        line = self.line + self.text.count("\n", self.at, error.pos)
+        column = error.pos - max(self.at - 1, self.text.rfind("\n", self.at, error.pos))
+        place = f"character {column}" if line == self.line else f"line {line}, character {column}"
         if not cut or not self._more(held):
-            line = self.line + self.text.count("\n", self.at, error.pos)
-            column = error.pos - self.text.rfind("\n", 0, error.pos)
-            place = f"column {column}" if line == self.line else f"line {line}, column {column}"
             raise NotJsonError(f"{where} is not valid JSON ({error.msg}: {place})") from None
 
     def _advance(self, end: int) -> None:

@@ -136,12 +136,12 @@ def _message(value: Any, where: str) -> dict[str, Any]:
             raise MsQuantError(
                 f"{where}: from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}"
             )
-        content = _string(value["value"], "value", where)
-        return {"role": SPEAKERS[speaker.lower()], "content": content}
+        said = _string(value["value"], "value", where)
+        return {"role": SPEAKERS[speaker.lower()], "content": said}
     calls = value.get("tool_calls") or value.get("function_call")
     if "content" not in value and not calls:
         raise MsQuantError(f"{where} has no content, expected a string")
-    content = value.get("content")
+    content: Any = value.get("content")
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     elif content is not None:

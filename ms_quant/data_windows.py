@@ -43,7 +43,8 @@ class Passage:
 class Source(Protocol):
     """What windows are made of: `size` characters, in passages, each time from the beginning."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
 
     def passages(self) -> Iterator[Passage]: ...
 
@@ -69,15 +70,17 @@ def split_text(text: str, size: int) -> Iterator[str]:
 
 
 def _cut(text: str, start: int, end: int) -> int:
-    """After the last newline, or before the last space, that has no white space beside it."""
+    """After the last newline, or before the last space, best without white space beside it."""
+    loose = 0
     for char, after in (("\n", 1), (" ", 0)):
         at = text.rfind(char, start + 1, end)
+        loose = loose or (at + after if at > start else 0)
         while at > start:
             around = text[at - 1] + text[at + 1 : at + 2]
             if len(around) == 2 and not _SPACE.search(around):
                 return at + after
             at = text.rfind(char, start + 1, at)
-    return end
+    return loose or end
 
 
 def text_passages(parts: Iterator[str]) -> Iterator[Passage]:

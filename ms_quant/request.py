@@ -415,8 +415,8 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
-            f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet or "
-            ".npz)"
+            f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
+            "or .npz)"
         )
     samples = SAMPLES if options.samples is None else options.samples
     seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
@@ -426,7 +426,8 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
 
 def data_notes(prepared: Prepared) -> list[str]:
     """Sentences about calibration data that is used, but less or poorer than asked for."""
-    options, tokens, notes = prepared.options, prepared.tokens, []
+    options, tokens = prepared.options, prepared.tokens
+    notes: list[str] = []
     if tokens is None:
         return notes
     count, length = tokens.shape

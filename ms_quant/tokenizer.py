@@ -12,7 +12,12 @@ from tokenizers import Tokenizer
 from ms_quant.chat_template import choose_template, find_templates, render_template
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
-from ms_quant.tokenizer_files import load_backend, special_tokens
+from ms_quant.tokenizer_files import (
+    additional_tokens,
+    begins_with_bos,
+    load_backend,
+    special_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class ModelTokenizer:
         eos_id: the end-of-sequence token, if one is known.
         add_bos: whether texts begin with the begin-of-sequence token, where the model says so;
             else its post-processor does.
+        additional: special tokens without a name.
     """
 
     directory: Path
@@ -37,6 +43,7 @@ class ModelTokenizer:
     templates: dict[str, str] | None = None
     eos_id: int | None = None
     add_bos: bool | None = None
+    additional: tuple[str, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text as int32, without special tokens."""
@@ -54,10 +61,10 @@ class ModelTokenizer:
         says. Models that have it show their largest activations there.
         """
         bos = self.backend.token_to_id(self.special.get("bos_token", ""))
-        added = self.backend.encode("", add_special_tokens=True).ids[:1]
-        if self.add_bos is not None:
-            added = [bos] if self.add_bos else []
-        return np.array(added if bos is not None and added == [bos] else [], np.int32)
+        added = self.add_bos
+        if added is None:
+            added = self.backend.encode("", add_special_tokens=True).ids[:1] == [bos]
+        return np.array([bos] if added and bos is not None else [], np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Ids of a text as a server sees it."""
@@ -89,6 +96,7 @@ class ModelTokenizer:
             )
         names = {
             **self.special,
+            **({"additional_special_tokens": list(self.additional)} if self.additional else {}),
             "messages": messages,
             "tools": tools,
             "documents": None,
@@ -124,7 +132,6 @@ def load_tokenizer(directory: Path | str) -> ModelTokenizer:
     if vocab_size is None:
         vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     special = special_tokens(directory, config)
-    add_bos = config.get("add_bos_token")
     return ModelTokenizer(
         directory,
         backend,
@@ -132,7 +139,8 @@ def load_tokenizer(directory: Path | str) -> ModelTokenizer:
         vocab_size,
         find_templates(directory, config),
         _eos_id(directory, backend, special.get("eos_token")),
-        add_bos if isinstance(add_bos, bool) else None,
+        begins_with_bos(directory, config),
+        tuple(additional_tokens(directory, config)),
     )
 
 

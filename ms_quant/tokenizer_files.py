@@ -67,21 +67,35 @@ def load_backend(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
 def special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """``bos_token``, ``eos_token`` and so on to their text, where the model names them.
 
-    ``tokenizer_config.json`` comes before ``special_tokens_map.json``, and that before what the
-    class says where neither has the key.
+    As in transformers, ``special_tokens_map.json`` counts where ``tokenizer_config.json`` has no
+    ``added_tokens_decoder``, and then what the class says where no file has the key.
     """
-    path = directory / "special_tokens_map.json"
-    older = read_json(path) if path.is_file() else {}
     defaults = CLASS_SPECIAL.get(tokenizer_class(directory, config) or "", {})
-    found = {}
-    for key in SPECIAL_KEYS:
-        value = next((source[key] for source in (config, older) if key in source), None)
-        if key not in config and key not in older:
-            value = defaults.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found[key] = text
-    return found
+    said = {**defaults, **config, **_older_tokens(directory, config)}
+    texts = {key: _content(said.get(key)) for key in SPECIAL_KEYS}
+    return {key: text for key, text in texts.items() if isinstance(text, str) and text}
+
+
+def additional_tokens(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    """The special tokens without a name of their own."""
+    found = {**config, **_older_tokens(directory, config)}.get("additional_special_tokens")
+    texts = map(_content, found if isinstance(found, list) else [])
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _older_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    path = directory / "special_tokens_map.json"
+    return read_json(path) if path.is_file() and "added_tokens_decoder" not in config else {}
+
+
+def begins_with_bos(directory: Path, config: Mapping[str, Any]) -> bool | None:
+    """Whether the begin-of-sequence token stands before a text; None: the post-processor says.
+
+    So it is in transformers 4, which servers for Ascend have; 5 asks the post-processor alone.
+    """
+    if tokenizer_class(directory, config) != "LlamaTokenizer":
+        return None
+    return config.get("add_bos_token", True) is True
 
 
 def tokenizer_class(directory: Path, config: Mapping[str, Any]) -> str | None:
@@ -112,8 +126,8 @@ def _from_vocabulary(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     split = BYTE_LEVEL.get(name or "")
     if split is None:
         raise MsQuantError(
-            f"{directory}: has vocab.json and merges.txt of {name or 'no tokenizer_class'}, which "
-            f"split text in a way that only {' and '.join(BYTE_LEVEL)} are known to, {WAYS_OUT}"
+            f"{directory}: has vocab.json and merges.txt of {name or 'no tokenizer_class'}; how "
+            f"text is split is known of {' and '.join(BYTE_LEVEL)}, {WAYS_OUT}"
         )
     vocabulary = read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
     path = directory / "merges.txt"
@@ -155,7 +169,7 @@ def _add_tokens(backend: Tokenizer, directory: Path, config: Mapping[str, Any]) 
         MsQuantError: the library would give one another id.
     """
     special = special_tokens(directory, config)
-    names = {*special.values(), *map(_content, config.get("additional_special_tokens") or ())}
+    names = {*special.values(), *additional_tokens(directory, config)}
     path = directory / "added_tokens.json"
     older = read_json(path) if path.is_file() else {}
     entries: dict[int, Any] = {}
@@ -174,7 +188,9 @@ def _add_tokens(backend: Tokenizer, directory: Path, config: Mapping[str, Any]) 
     for number, entry in sorted(entries.items()):
         content = _content(entry)
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        said = {k: entry[k] for k in flags if isinstance(entry, dict) and type(entry.get(k)) is bool}
+        said = {
+            k: entry[k] for k in flags if isinstance(entry, dict) and type(entry.get(k)) is bool
+        }
         token = AddedToken(content, **{"normalized": not said.get("special", False), **said})
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(content) != number:

@@ -51,7 +51,9 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compres
 def run(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
     output: OutputOption,
-    calib: Annotated[Path, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")],
+    calib: Annotated[
+        Path, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
+    ],
     target: Annotated[
         str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
     ] = DEFAULT,
