@@ -13,17 +13,25 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.data_files import Kind, count_chars, find_kind, read_ids
+from ms_quant.data_files import Kind, count_chars, find_kind, read_ids, unpacked_bytes
 from ms_quant.data_records import Content, Conversation
 from ms_quant.data_sources import RecordSource, TextSource, holds_ids, record_reader
 from ms_quant.data_windows import draw, needs_whole, stream
 from ms_quant.errors import MsQuantError
 from ms_quant.tokenizer import ModelTokenizer, load_tokenizer, model_vocab_size
 
-__all__ = ["eval_windows", "few_tokens", "load_stream", "load_tokenizer", "load_tokens"]
+__all__ = [
+    "eval_windows",
+    "few_tokens",
+    "load_stream",
+    "load_tokenizer",
+    "load_tokens",
+    "reading_bytes",
+]
 
 FEW_TOKENS, JUDGED_TOKENS = 16, 64  # fewer of all tokens say nothing
 REPEATED = 0.98
+TEXT_BYTES, TOKENIZER_COPIES = 64 << 20, 12
 NO_IDS = np.zeros(0, np.int32)
 
 
@@ -104,6 +112,14 @@ def load_stream(path: Path | str, tokenizer_dir: Path | str) -> np.ndarray:
             the model does not have.
     """
     return _open(Path(path), Path(tokenizer_dir)).stream()
+
+
+def reading_bytes(path: Path, tokenizer_dir: Path) -> int:
+    """About the most memory that reading a file takes, measured with ``benchmarks/data.py``."""
+    if find_kind(path) is Kind.IDS:
+        return 2 * unpacked_bytes(path)
+    files = [tokenizer_dir / name for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return TEXT_BYTES + TOKENIZER_COPIES * sum(f.stat().st_size for f in files if f.is_file())
 
 
 def few_tokens(windows: np.ndarray) -> str | None:

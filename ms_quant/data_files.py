@@ -179,13 +179,27 @@ def read_ids(path: Path) -> np.ndarray:
     return ids
 
 
+def unpacked_bytes(path: Path) -> int:
+    """Bytes of the arrays of a file.
+
+    Raises:
+        MsQuantError: it is no archive of arrays.
+    """
+    if path.suffix.lower() != ".npz":
+        return path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise MsQuantError(f"{path}: not a readable .npz file ({error})") from error
+
+
 def _load_npy(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _load_npz(path: Path) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
+    size = unpacked_bytes(path)
     if size > MAX_FILE_BYTES:
         raise MsQuantError(f"{path}: {size} bytes unpacked, expected at most {MAX_FILE_BYTES}")
     with np.load(path, allow_pickle=False) as arrays:

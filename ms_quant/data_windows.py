@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 # The tokenizers library takes some 200 bytes of memory a token.
-CHUNK_CHARS = 256 << 10
+CHUNK_CHARS = 64 << 10
 WHOLE_CHARS = 1 << 20
 TOKEN_CHARS = 12  # of a file for one token: more than nearly all data have
 USUAL_TOKEN_CHARS = 6

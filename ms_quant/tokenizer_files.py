@@ -60,8 +60,12 @@ def load_backend(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
         return _from_vocabulary(directory, config)
     known = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt")
     others = sorted(found.name for pattern in known for found in directory.glob(pattern))
-    held = f"has {', '.join(others)} but no tokenizer.json" if others else "has no tokenizer.json"
-    raise MsQuantError(f"{directory}: {held}, {WAYS_OUT}")
+    if not others:
+        raise MsQuantError(
+            f"{directory}: has no tokenizer, expected tokenizer.json, or token ids as .npz in "
+            "place of text"
+        )
+    raise MsQuantError(f"{directory}: has {', '.join(others)} but no tokenizer.json, {WAYS_OUT}")
 
 
 def special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -125,9 +129,10 @@ def _from_vocabulary(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     name = tokenizer_class(directory, config)
     split = BYTE_LEVEL.get(name or "")
     if split is None:
+        said = config.get("tokenizer_class") or name or "no tokenizer_class"
         raise MsQuantError(
-            f"{directory}: has vocab.json and merges.txt of {name or 'no tokenizer_class'}; how "
-            f"text is split is known of {' and '.join(BYTE_LEVEL)}, {WAYS_OUT}"
+            f"{directory}: has vocab.json and merges.txt of {said}; how text is split is known of "
+            f"{' and '.join(BYTE_LEVEL)}, {WAYS_OUT}"
         )
     vocabulary = read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
     path = directory / "merges.txt"

@@ -13,7 +13,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ms_quant import data_files, data_json, data_windows
-from ms_quant.data import eval_windows, few_tokens, load_stream, load_tokenizer, load_tokens
+from ms_quant.data import (
+    eval_windows,
+    few_tokens,
+    load_stream,
+    load_tokenizer,
+    load_tokens,
+    reading_bytes,
+)
 from ms_quant.errors import MsQuantError
 from ms_quant.tokenizer import ModelTokenizer
 
@@ -441,6 +448,14 @@ def test_the_end_of_a_large_file_is_checked_too(tmp_path: Path, model: Path) -> 
     path = put(tmp_path, "x.txt", b"w1 w2 w3 w4\n" * 900 + b"\xff")
     with pytest.raises(MsQuantError, match=r"is not UTF-8 at byte 10800 \(0xff\)"):
         load_tokens(path, model, 2, 8, seed=0)
+
+
+def test_the_plan_says_what_reading_takes(tmp_path: Path, model: Path) -> None:
+    path = put(tmp_path, "x.txt", "w1")
+    size = (model / "tokenizer.json").stat().st_size
+    assert reading_bytes(path, model) == (64 << 20) + 12 * size
+    np.savez_compressed(tmp_path / "x.npz", np.zeros(1_000_000, np.int64))
+    assert 16_000_000 < reading_bytes(tmp_path / "x.npz", model) < 16_001_000
 
 
 def test_the_bundled_text_is_read_as_ever() -> None:
