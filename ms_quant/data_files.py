@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.strict_json import require_file
 
 MAX_FILE_BYTES = 4 << 30
 READ_CHARS = 1 << 20
@@ -99,7 +98,10 @@ def find_kind(path: Path) -> Kind:
         raise MsQuantError(
             f"{path}: no such file, expected a data file (no data set is downloaded by its name)"
         )
-    require_file(path)
+    if not path.is_file():
+        raise MsQuantError(
+            f"{path}: is no regular file, expected a data file that can be read twice"
+        )
     size = path.stat().st_size
     if not 0 < size <= MAX_FILE_BYTES:
         raise MsQuantError(f"{path}: {size} bytes, expected between 1 and {MAX_FILE_BYTES}")

@@ -17,6 +17,7 @@ from ms_quant.strict_json import without_duplicates
 MAX_RECORD_CHARS = 16 << 20
 LIST_KEYS = ("data", "train", "rows", "records", "examples", "samples", "instances", "items")
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BEGUN = re.compile(r"""\{\s*["']|\[\s*'|\[\s*\{\s*["']""")
 _NEAR = 20  # characters; an error this close to the end of what was read may be its end
 _JUDGED = ("{", "[", '"')
 
@@ -177,11 +178,14 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file that is not named so holds JSON: its first value is an object or a list."""
+    """Whether a file that is not named so holds JSON: it begins as JSON does, or as Python writes
+    such values, or its first value is an object or a list."""
     reader = JsonReader(path)
     opening = reader.peek()
     if opening not in ("{", "["):
         return False
+    if _BEGUN.match(reader.text, reader.at):
+        return True
     try:
         if opening == "{":
             return bool(reader.value("").value)

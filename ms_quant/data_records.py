@@ -20,6 +20,8 @@ SPEAKERS = {
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "function_call": "assistant",
     "tool": "tool",
@@ -100,7 +102,8 @@ def _text(record: Record, key: str, where: str) -> str:
 
 def _question(record: Record, key: str, where: str) -> Content:
     """A question with its context and answer, or messages in their place."""
-    given = [k for k in (*CONTEXT_KEYS, *ANSWER_KEYS) if not _is_empty(record.get(k))]
+    beside = [k for k in (*CONTEXT_KEYS, *ANSWER_KEYS) if k != key]
+    given = [k for k in beside if not _is_empty(record.get(k))]
     answers = [k for k in given if k in ANSWER_KEYS]
     if len(answers) > 1:
         raise MsQuantError(f"{where} has {' and '.join(answers)}, expected one answer to {key}")
@@ -125,10 +128,12 @@ def _conversation(record: Record, key: str, where: str) -> Conversation:
 
 def _message(value: Any, where: str) -> dict[str, Any]:
     """A message of either spelling: role and content, or from and value."""
-    if not isinstance(value, dict) or not ("role" in value or {"from", "value"} <= set(value)):
+    if not isinstance(value, dict):
+        raise MsQuantError(f"{where} is a JSON {_named(value)}, expected a message")
+    if "role" not in value and not {"from", "value"} <= value.keys():
         raise MsQuantError(
-            f"{where} is a JSON {_named(value)}, expected an object with role and content, or "
-            "from and value"
+            f"{where} has the keys {sorted(value)!r:.80}, expected role and content, or from and "
+            "value"
         )
     if value.get("role") is None and "from" in value:
         speaker = value["from"]
@@ -258,7 +263,7 @@ KINDS = (
         "with `system` and `tools` beside it",
     ),
     RecordKind(
-        ("instruction", "question", "query", "prompt"),
+        ("instruction", "question", "query", "prompt", "input"),
         _question,
         "it, then `input` or `context`, then one of `answer`, `completion`, `response`, `output`, "
         "each on a line of its own; lists of messages are a conversation",
@@ -270,4 +275,5 @@ KINDS = (
     ),
 )
 RECORD_KEYS = tuple(key for kind in KINDS for key in kind.keys)
-COLUMNS = (*RECORD_KEYS, *CONTEXT_KEYS, *ANSWER_KEYS, "system", "tools", "attention_mask")
+BESIDE = ("context", *ANSWER_KEYS, "system", "tools", "attention_mask")
+COLUMNS = (*RECORD_KEYS, *BESIDE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -105,6 +106,9 @@ def test_bad_bytes_are_found_where_they_are(
 def test_paths_that_are_no_file(tmp_path: Path, model: Path) -> None:
     with pytest.raises(MsQuantError, match="is a directory, expected a file"):
         load_stream(tmp_path, model)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MsQuantError, match="is no regular file"):
+        load_stream(tmp_path / "pipe", model)
     with pytest.raises(MsQuantError, match=r"wikitext: no such file.* by its name"):
         load_stream(tmp_path / "wikitext", model)
 

@@ -121,6 +121,9 @@ def test_a_wrong_value_does_not_make_it_read_on(
         ("[[1, 2], [3]]", True),
         ("[1, 2]\n[3]", True),
         ("[" * 100_000, True),
+        ('{"text": "cut o', True),
+        ("{'text': 'a'}", True),  # as Python prints it
+        ("['a', 'b']", True),
         ('{"a": 1, "a": 2}', True),
         ('"quoted" he said', False),
         ("[1] Smith et al.", False),
