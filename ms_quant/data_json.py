@@ -14,7 +14,7 @@ from ms_quant.data_files import open_text
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import without_duplicates
 
-MAX_RECORD_CHARS = 16 << 20
+MAX_RECORD_CHARS = 8 << 20
 LIST_KEYS = ("data", "train", "rows", "records", "examples", "samples", "instances", "items")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEGUN = re.compile(r"""\{\s*["']|\[\s*'|\[\s*\{\s*["']""")
@@ -24,6 +24,10 @@ _JUDGED = ("{", "[", '"')
 
 class NotJsonError(MsQuantError):
     """What is read is no JSON."""
+
+
+class TooLongError(MsQuantError):
+    """A value has more than ``MAX_RECORD_CHARS``."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class JsonReader:
         line = self.line + self.text.count("\n", self.at, error.pos)
         column = error.pos - max(self.at - 1, self.text.rfind("\n", self.at, error.pos))
         place = f"character {column}" if line == self.line else f"line {line}, character {column}"
-        if not cut or not self._more(held):
+        if not cut or not self._more(min(held, MAX_RECORD_CHARS + 1 - held)):
             raise NotJsonError(f"{where} is not valid JSON ({error.msg}: {place})") from None
 
     def _advance(self, end: int) -> None:
@@ -137,8 +141,8 @@ class JsonReader:
         return size > 0
 
 
-def _too_long(where: str) -> MsQuantError:
-    return MsQuantError(
+def _too_long(where: str) -> TooLongError:
+    return TooLongError(
         f"{where} is longer than {MAX_RECORD_CHARS} characters, expected smaller records: a list "
         "of them, or one a line"
     )
@@ -164,8 +168,16 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
                 f"{path}: line {reader.line} goes on after the list, expected one list alone"
             )
         return
+    first = True
     while reader.peek():
-        found = reader.value(f"{path}: line {reader.line}")
+        try:
+            found = reader.value(f"{path}: line {reader.line}")
+        except TooLongError:
+            if not first:
+                raise
+            yield from _members(JsonReader(path), keys)
+            return
+        first = False
         inner = _inner_list(found, keys)
         if inner is None:
             yield found
@@ -214,6 +226,27 @@ def _is_list_of_records(path: Path) -> bool:
     if reader.peek() not in _JUDGED:
         return False
     return not is_message(reader.value(f"{path}: record 1").value)
+
+
+def _members(reader: JsonReader, keys: Collection[str]) -> Iterator[Value]:
+    """The elements of the list of an object that is the whole file, and too long for one value.
+
+    Raises:
+        MsQuantError: it is no such object.
+    """
+    where, lists, char = f"{reader.path}: line 1", 0, reader.take()
+    while char in ("{", ","):
+        name = reader.value(where).value
+        if reader.take() != ":" or not isinstance(name, str) or name in keys:
+            raise _too_long(where)
+        if name in LIST_KEYS and reader.peek() == "[":
+            lists += 1
+            yield from _elements(reader)
+        else:
+            reader.value(f"{where}, {name!r:.40}")
+        char = reader.take()
+    if char != "}" or lists != 1 or reader.peek():
+        raise _too_long(where)
 
 
 def _elements(reader: JsonReader) -> Iterator[Value]:

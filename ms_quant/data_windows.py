@@ -19,6 +19,7 @@ CHUNK_CHARS = 64 << 10
 WHOLE_CHARS = 1 << 20
 TOKEN_CHARS = 12  # of a file for one token: more than nearly all data have
 USUAL_TOKEN_CHARS = 6
+TRIES = 100  # of places to cut at
 LEAST_CHARS = 1024  # that are tokenized at once
 _SPACE = re.compile(r"\s")
 
@@ -75,7 +76,9 @@ def _cut(text: str, start: int, end: int) -> int:
     for char, after in (("\n", 1), (" ", 0)):
         at = text.rfind(char, start + 1, end)
         loose = loose or (at + after if at > start else 0)
-        while at > start:
+        for _ in range(TRIES):
+            if at <= start:
+                break
             around = text[at - 1] + text[at + 1 : at + 2]
             if len(around) == 2 and not _SPACE.search(around):
                 return at + after

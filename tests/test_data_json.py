@@ -89,6 +89,25 @@ def test_refusals(tmp_path: Path, content: str, message: str) -> None:
         values(tmp_path, content)
 
 
+def test_a_long_list_inside_an_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_json, "MAX_RECORD_CHARS", 1000)
+    monkeypatch.setattr(data_files, "READ_CHARS", 100)
+    rows = [{"text": "x" * 90} for _ in range(50)]
+    for value in ({"version": [1], "data": rows, "end": {"a": 1}}, {"train": rows}):
+        assert values(tmp_path, "\n " + json.dumps(value) + "\n") == rows
+    row = json.dumps(rows)
+    for content in (
+        f'{{"data": {row}, "text": "a"}}',
+        f'{{"data": {row}}}\n{{}}',
+        f'{{"data": {row}, "rows": {row}}}',
+        f'{{"other": {row}}}',
+        f'{{"data": {row}',
+        f"{{5: {row}}}",
+    ):
+        with pytest.raises(MsQuantError, match=r"is longer than 1000 characters|not valid JSON"):
+            values(tmp_path, content)
+
+
 @pytest.mark.parametrize("content", ['{"text": "%s"}', '["%s"]', '["a", "%s"]', '{"text": "%s'])
 def test_a_record_that_is_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
