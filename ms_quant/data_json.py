@@ -57,7 +57,7 @@ class JsonReader:
     def __init__(self, path: Path):
         self.path = path
         self.parts = open_text(path)
-        self.text, self.at, self.ended = "", 0, False
+        self.text, self.at = "", 0
         self.line, self.passed = 1, 0
         self.decoder = json.JSONDecoder(object_pairs_hook=without_duplicates)
 
@@ -234,7 +234,8 @@ def _members(reader: JsonReader, keys: Collection[str]) -> Iterator[Value]:
     Raises:
         MsQuantError: it is no such object.
     """
-    where, lists, char = f"{reader.path}: line 1", 0, reader.take()
+    reader.peek()
+    where, lists, char = f"{reader.path}: line {reader.line}", 0, reader.take()
     while char in ("{", ","):
         name = reader.value(where).value
         if reader.take() != ":" or not isinstance(name, str) or name in keys:
