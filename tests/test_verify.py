@@ -563,12 +563,18 @@ def test_a_file_too_many(name: str, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rope_theta": 5000.0}, {"rms_norm_eps": 1e-5}, {"eos_token_id": None}, {"added": 1}],
+    [
+        {"rope_theta": 5000.0, "rope_parameters": None},
+        {"rms_norm_eps": 1e-5},
+        {"max_position_embeddings": 65},
+        {"eos_token_id": None},
+        {"added": 1},
+    ],
 )
 def test_config_json_that_is_not_the_sources(changes: dict, checkpoint: Path, source: Path) -> None:
     edit_json(checkpoint / "config.json", **changes)
     assert verify_checkpoint(checkpoint)["problems"] == []
-    (key,) = changes
+    key = next(iter(changes))
     assert f"config.json: {key} is {changes[key]!r}, expected" in problem(checkpoint, source)
 
 
@@ -588,7 +594,7 @@ def test_tokenizer_that_is_not_the_sources(checkpoint: Path, source: Path) -> No
     ("changes", "message"),
     [
         ({"torch_dtype": None, "dtype": "bfloat16"}, "torch_dtype is None, expected 'bfloat16'"),
-        ({"torch_dtype": "float16", "dtype": "bfloat16"}, "torch_dtype is 'float16', expected"),
+        ({"torch_dtype": "float16", "dtype": "float16"}, "torch_dtype is 'float16', expected"),
     ],
 )
 def test_dtype_that_older_runtimes_do_not_read(
@@ -598,11 +604,17 @@ def test_dtype_that_older_runtimes_do_not_read(
     assert message in problem(checkpoint)
 
 
-@pytest.mark.parametrize("value", [5, "x", [1], {}])
-def test_text_config_of_any_type(value: object, checkpoint: Path, source: Path) -> None:
-    edit_json(checkpoint / "config.json", text_config=value)
+def test_an_empty_text_config(checkpoint: Path, source: Path) -> None:
+    edit_json(checkpoint / "config.json", text_config={})
     assert verify_checkpoint(checkpoint)["problems"] == []
     assert "text_config is" in problem(checkpoint, source)
+
+
+@pytest.mark.parametrize("value", [5, "x", [1], {"hidden_size": 8}])
+def test_a_text_config_that_some_runtime_may_take(value: object, checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", text_config=value)
+    with pytest.raises(MsQuantError, match="text_config is .*, expected no such key"):
+        verify_checkpoint(checkpoint)
 
 
 def test_a_float_tensor_labelled_as_quantized(checkpoint: Path) -> None:

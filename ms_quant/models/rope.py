@@ -7,6 +7,7 @@ the linear and dynamic NTK rules as Hugging Face configs spell them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,16 @@ _OPTIONAL = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+
+
+_KNOWN = frozenset(
+    ["rope_type", "rope_theta", "truncate", "finetuned", "attn_factor", "extrapolation_factor"]
+).union(_OPTIONAL, *_REQUIRED.values())
+
+
+def unknown_rope_keys(rope: Mapping[str, Any]) -> list[str]:
+    """Rotary parameters that are not known here, and not looked at."""
+    return sorted(rope.keys() - _KNOWN)
 
 
 def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str, Any]:
@@ -72,6 +83,12 @@ def _check_ranges(rope: dict[str, Any], where: str) -> None:
             f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not "
             "supported, expected 1.0"
         )
+    for key in ("attn_factor", "extrapolation_factor"):  # vLLM's own, which transformers has not
+        if rope.get(key) not in (None, 1):
+            raise MsQuantError(
+                f"{where}: {key} of the rotary embedding is {rope[key]!r}, expected no such key "
+                "or 1: some runtimes ignore it"
+            )
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise MsQuantError(
             f"{where}: high_freq_factor is {rope['high_freq_factor']!r}, expected more than "
