@@ -160,6 +160,8 @@ def quantize(
     if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
         count, length = prepared.tokens.shape
         note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
+    for line in prepared.notes:
+        note(f"note: {line}")
     if dry_run:
         from ms_quant.estimate import estimate
 
@@ -306,7 +308,8 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
-    generator = Generator(open_model(checkpoint), kv_cache)
+    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    generator = Generator(open_model(checkpoint), kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))

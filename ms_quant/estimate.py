@@ -75,6 +75,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "estimated_seconds": round(seconds, 1),
         "served_by": plan.served_by,
         "not_served_by": plan.not_served_by,
+        "notes": list(prepared.notes),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,20 @@ def load_norm(model: ServedModel) -> RMSNorm:
     return norm
 
 
+def require_head(model: ServedModel) -> None:
+    """Refuses a model that predicts no tokens.
+
+    Raises:
+        MsQuantError: it gives out labels or its last hidden states.
+    """
+    if not model.config.predicts:
+        what = "a classifier" if model.config.labels else "its last hidden states (no lm_head)"
+        raise MsQuantError(
+            f"the model gives out {what}, expected one that predicts tokens: there is no "
+            "perplexity and no text of it"
+        )
+
+
 def head_name(model: ServedModel) -> str:
     return EMBEDDING if model.config.tied else "lm_head.weight"
 
@@ -127,6 +141,7 @@ def perplexity(
     Raises:
         MsQuantError: a window is shorter than 2 tokens, or the model's activations overflow.
     """
+    require_head(model)
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
@@ -217,9 +232,17 @@ class Generator:
     Args:
         model: the checkpoint.
         kv_cache: how keys and values are cached, see :func:`new_caches`.
+        stops: tokens that end a generation beside those of the config, such as the tokenizer's.
+
+    Raises:
+        MsQuantError: the model has no head.
     """
 
-    def __init__(self, model: ServedModel, kv_cache: str | None = None):
+    def __init__(
+        self, model: ServedModel, kv_cache: str | None = None, stops: Collection[int] = ()
+    ):
+        require_head(model)
+        self.stops = {*model.config.eos_token_ids, *stops}
         self.config = model.config
         self.table = Table(model.tensor(EMBEDDING))
         self.blocks = [load_block(model, index) for index in range(model.config.num_layers)]
@@ -241,7 +264,7 @@ class Generator:
         ids = np.asarray(prompt, np.int64)
         for _ in range(new_tokens):
             token = int(np.argmax(self._step(ids, caches)))
-            if token in self.config.eos_token_ids:
+            if token in self.stops:
                 return
             yield token
             ids = np.array([token])

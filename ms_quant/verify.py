@@ -16,11 +16,11 @@ from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
-from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan, recorded_way
@@ -46,7 +46,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
     flavour, _ = check_kind(directory)
-    original = None if source is None else _open_source(source)
+    original = None if source is None else open_float(source)
     problems = list(_root_problems(directory, flavour.entry))
     result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
     if problems:
@@ -71,14 +71,8 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
             problems.append(str(error))
     problems += [p for p in _float_problems(structure) if p not in problems]
     if original is not None and not problems:
-        problems += SourceProof(subject, original, result).problems()
+        problems += SourceProof(subject, original.checkpoint, original.config, result).problems()
     return result
-
-
-def _open_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(source)
-    check_model(checkpoint, load_config(source))
-    return checkpoint
 
 
 def _root_problems(directory: Path, entry: str) -> Iterator[str]:

@@ -126,7 +126,7 @@ def run(
         workers=workers,
     )
     request = check(options)
-    for line in request.not_served_by:
+    for line in (*request.not_served_by, *request.prepared.notes):
         note(f"note: {line}")
     if dry_run:
         from sparse_compress.estimate import estimate

@@ -84,12 +84,18 @@ class QuaRot:
         rotations: every tensor of the rotated model, by name.
 
     Raises:
-        MsQuantError: there is no Hadamard matrix of the hidden size or the head size.
+        MsQuantError: there is no Hadamard matrix of the hidden size or the head size, or the
+            model is no generating one.
     """
 
     def __init__(self, config: ModelConfig, seed: int, where: str = "config.json"):
         base_order(config.hidden_size, f"{where}: hidden_size")
         base_order(config.head_dim, f"{where}: head_dim")
+        if config.no_head or config.labels:
+            raise MsQuantError(
+                f"{where}: quarot turns the last hidden states, which this model gives out or "
+                "classifies by, expected a model with a head of its own or a tied one"
+            )
         if seed < 0:
             raise MsQuantError(f"seed is {seed}, expected at least 0")
         self.config = untied(config)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
-from ms_quant.checkpoint.finish import COPIED
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.job import find_difference
 from ms_quant.models.config import ModelConfig, load_config, written_config
 from ms_quant.models.spellings import DTYPE_KEYS, spelling_problems
@@ -22,7 +22,7 @@ def model_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     """config.json for old and new runtimes: no quantization entries, the dtype of what is float."""
     written = written_config(config)
     written = {key: value for key, value in written.items() if key not in QUANTIZATION_KEYS}
-    return {**written, **{key: dtype.name for key in DTYPE_KEYS}}
+    return {**written, **dict.fromkeys(DTYPE_KEYS, dtype.name)}
 
 
 def config_problems(
@@ -74,7 +74,7 @@ def source_problems(
     if found:
         key, ours, theirs = found
         yield f"{path}: {key} is {ours!r:.80}, expected {theirs!r:.80} as the source has it"
-    for name in COPIED:
+    for name in sorted({*companion_files(source), *companion_files(directory)}):
         yield from copy_problems(directory / name, source / name)
 
 

@@ -94,7 +94,8 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
             members = []
             groups.append((scheme, members))
         members.append(path)
-    return quantization_config(groups or [(plan.scheme, [])], plan.float_linears())
+    floats = [*plan.float_linears(), *(["score"] if plan.config.labels else [])]
+    return quantization_config(groups or [(plan.scheme, [])], floats)
 
 
 def find(directory: Path) -> list[Path]:

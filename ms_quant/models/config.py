@@ -17,6 +17,7 @@ from ms_quant.strict_json import read_json
 
 MAX_LAYERS = 4096  # what is done for every layer must end before its tensors are looked at
 
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder.
@@ -288,8 +289,8 @@ def _refuse_unrotated(raw: dict[str, Any], layers: int, where: str) -> None:
         return
     if not isinstance(rotated, list) or len(rotated) != layers:
         raise MsQuantError(
-            f"{where}: no_rope_layers is {rotated!r:.80}, expected a list of 1 for each of {layers} "
-            "layers"
+            f"{where}: no_rope_layers is {rotated!r:.80}, expected a list of 1 for each "
+            f"of {layers} layers"
         )
     if not all(rotated):
         raise MsQuantError(

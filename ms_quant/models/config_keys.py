@@ -12,40 +12,38 @@ from typing import Any
 
 from ms_quant.errors import MsQuantError
 
-USED = frozenset(
-    """
-    model_type architectures auto_map hidden_size intermediate_size num_hidden_layers
-    num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps
-    max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor
-    original_max_position_embeddings tie_word_embeddings hidden_act dtype torch_dtype eos_token_id
-    use_sliding_window sliding_window max_window_layers layer_types no_rope_layers
-    no_rope_layer_interval quantization_config compression_config id2label num_labels
-    """.split()
-)
+_USED = """
+model_type architectures auto_map hidden_size intermediate_size num_hidden_layers
+num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps
+max_position_embeddings rope_theta rope_scaling rope_parameters partial_rotary_factor
+original_max_position_embeddings tie_word_embeddings hidden_act dtype torch_dtype eos_token_id
+use_sliding_window sliding_window max_window_layers layer_types no_rope_layers
+no_rope_layer_interval quantization_config compression_config id2label num_labels
+"""
+USED = frozenset(_USED.split())
 """Keys that are read, each where it belongs."""
 
-HARMLESS = frozenset(
-    """
-    _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
-    attn_implementation transformers_version use_cache initializer_range attention_dropout
-    hidden_dropout hidden_dropout_prob embd_pdrop resid_pdrop attn_pdrop residual_dropout
-    classifier_dropout bos_token_id pad_token_id sep_token_id cls_token_id mask_token_id
-    unk_token_id decoder_start_token_id pad_token max_length min_length do_sample early_stopping
-    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens return_dict output_hidden_states output_attentions torchscript
-    use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder
-    tie_encoder_decoder cross_attention_hidden_size finetuning_task task_specific_params
-    problem_type prefix label2id tokenizer_class pretraining_tp
-    gradient_checkpointing unsloth_version unsloth_fixed unsloth_training_method use_flash_attn
-    use_flash_attention attn_impl mlp_only_layers decoder_sparse_step max_sequence_length
-    model_max_length seq_length max_seq_len n_positions tokenizer_padding_side padding_side
-    ignore_index pad_to_multiple_of keys_to_ignore_at_inference router_aux_loss_coef
-    output_router_logits norm_topk_prob vocab_parallel rope_scaling_type license
-    """.split()
-)
+_HARMLESS = """
+_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash
+_flash_attn_2_enabled attn_implementation transformers_version use_cache initializer_range
+attention_dropout hidden_dropout hidden_dropout_prob embd_pdrop resid_pdrop attn_pdrop
+residual_dropout classifier_dropout bos_token_id pad_token_id sep_token_id cls_token_id
+mask_token_id unk_token_id decoder_start_token_id pad_token max_length min_length do_sample early_stopping
+num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+begin_suppress_tokens return_dict output_hidden_states output_attentions torchscript
+use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder
+tie_encoder_decoder cross_attention_hidden_size finetuning_task task_specific_params
+problem_type prefix label2id tokenizer_class pretraining_tp
+gradient_checkpointing unsloth_version unsloth_fixed unsloth_training_method use_flash_attn
+use_flash_attention attn_impl mlp_only_layers decoder_sparse_step max_sequence_length
+model_max_length seq_length max_seq_len n_positions tokenizer_padding_side padding_side
+ignore_index pad_to_multiple_of keys_to_ignore_at_inference router_aux_loss_coef
+output_router_logits norm_topk_prob vocab_parallel rope_scaling_type license
+"""
+HARMLESS = frozenset(_HARMLESS.split())
 """Keys that change no number of a forward: training, generation, bookkeeping."""
 
 _OFF: tuple[Any, ...] = (False, 0)
@@ -166,7 +164,7 @@ def check_keys(raw: Mapping[str, Any], own: Iterable[str], qk_norm: bool, where:
     wanted: dict[str, tuple[Any, ...]] = {
         **NEUTRAL,
         **{key: _OFF for key in BIASES if key not in own},
-        **{key: (qk_norm,) for key in ("use_qk_norm", "qk_norm", "qk_layernorm")},
+        **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), (qk_norm,)),
         "kv_channels": () if head_dim is None else (head_dim,),
     }
     for key, neutral in wanted.items():

@@ -111,8 +111,8 @@ def rope_table(
         Two float32 arrays of shape (S, head_dim), each half repeating the same frequencies.
     """
     length = int(positions.max()) + 1 if positions.size else 0
-    frequencies, factor = _frequencies(rope, head_dim, length, max_position)
-    angles = positions.astype(np.float32)[:, None] * frequencies[None, :]
+    turns, factor = frequencies(rope, head_dim, length, max_position)
+    angles = positions.astype(np.float32)[:, None] * turns[None, :]
     angles = np.concatenate([angles, angles], axis=1)
     return (
         (np.cos(angles) * np.float32(factor)).astype(np.float32),
@@ -120,7 +120,7 @@ def rope_table(
     )
 
 
-def _frequencies(
+def frequencies(
     rope: dict[str, Any], head_dim: int, length: int, max_position: int
 ) -> tuple[np.ndarray, float]:
     """Inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin."""

@@ -51,9 +51,9 @@ def read_rope(raw: Mapping[str, Any], where: str, theta: float = THETA) -> dict[
             f"{raw['rope_scaling']!r:.80} differ, expected one of them or equal ones"
         )
     rope = {"rope_type": "default", **(ropes[0] if ropes else {}), **shared}
-    if rope["rope_type"] not in ("yarn", "llama3", "longrope"):
-        if not any("original_max_position_embeddings" in (raw.get(key) or {}) for key in ROPE_KEYS):
-            rope.pop("original_max_position_embeddings", None)  # of no rotary rule
+    inside = any("original_max_position_embeddings" in (raw.get(key) or {}) for key in ROPE_KEYS)
+    if rope["rope_type"] not in ("yarn", "llama3") and not inside:
+        rope.pop("original_max_position_embeddings", None)  # the rule does not read it
     return {"rope_theta": theta, **rope}
 
 
