@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.serving import QuantizedModel, ServedModel, open_model
 from ms_quant.models.config import block_prefix
@@ -22,7 +23,9 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         MsQuantError: the directory is none of them.
     """
     model = open_model(directory)
-    files = [path for path in sorted(directory.rglob("*.safetensors")) if path.is_file()]
+    beside = {directory / name for name in companion_files(directory)}  # a module after the model
+    found = sorted(set(directory.rglob("*.safetensors")) - beside)
+    files = [path for path in found if path.is_file()]
     tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
     by_dtype: Counter[str] = Counter()
     for _, info in tensors:

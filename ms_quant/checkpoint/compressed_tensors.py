@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ms_quant.checkpoint.compressed_tensors_config import (
+    CLASSIFIER,
     KEY,
     NAME,
     PACKED,
@@ -94,7 +95,7 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
             members = []
             groups.append((scheme, members))
         members.append(path)
-    floats = [*plan.float_linears(), *(["score"] if plan.config.labels else [])]
+    floats = [*plan.float_linears(), *([CLASSIFIER] if plan.config.labels else [])]
     return quantization_config(groups or [(plan.scheme, [])], floats)
 
 

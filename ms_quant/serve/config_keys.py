@@ -12,6 +12,9 @@ TRANSFORMERS = {
 }
 """Runtime to the version that it comes with, and the keys, of those in two places, it reads."""
 
+NATIVE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Of the classes known here, those that vllm-mindspore 0.5.1 registers for its Native backend."""
+
 
 def config_findings(served: Served, request: ServeRequest, config: ModelConfig) -> None:
     """Adds which keys a vLLM reads, and what it computes in another way than transformers."""
@@ -22,6 +25,17 @@ def config_findings(served: Served, request: ServeRequest, config: ModelConfig) 
         f"{request.runtime} has {version}, which reads {', '.join(keys)} of config.json and "
         "generation_config.json's eos_token_id before config.json's"
     )
+    classes = [name for name in config.raw.get("architectures") or () if isinstance(name, str)]
+    if request.runtime == "vllm-mindspore" and classes and not set(classes) & set(NATIVE):
+        served.problems.append(
+            f"{path}: architectures is {classes}, expected one of {', '.join(NATIVE)}: "
+            "vllm-mindspore's Native backend (0.5.1) has no other of these classes"
+        )
+    if config.model_type == "smollm3":
+        served.notes.append(
+            "vLLM has SmolLM3 through its Transformers backend only; quantized linears were not "
+            "tried there"
+        )
     rope = config.raw.get("rope_scaling") or config.raw.get("rope_parameters") or {}
     kind = config.rope["rope_type"]
     if kind == "yarn" and not rope.get("original_max_position_embeddings"):
@@ -42,6 +56,12 @@ def config_findings(served: Served, request: ServeRequest, config: ModelConfig) 
         )
     if not config.predicts:
         what = "labels" if config.labels else "its last hidden states"
+        if request.runtime == "vllm-mindspore":
+            served.problems.append(
+                f"{request.checkpoint}: gives out {what}, expected a model that generates: "
+                "vllm-mindspore's Native backend has no pooling models"
+            )
+            return
         served.notes.append(
             f"the model gives out {what}: it is served for pooling (--runner pooling, --task embed "
             "or classify in older vLLM), not for text"
