@@ -258,6 +258,9 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     windows: Annotated[int | None, typer.Option(help="Use only the first windows.", min=1)] = None,
     kv_cache: CacheOption = None,
+    float16: Annotated[
+        bool, typer.Option("--float16", help="Also as a runtime computes that has float16 alone.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized checkpoint."""
@@ -277,6 +280,18 @@ def evaluate(
             decoded = perplexity(model, tokens, progress, decode=True, kv_cache=kv_cache)
         measured["perplexity_decode"] = decoded["perplexity"]
         measured["loss_decode"] = decoded["loss"]
+    problems = []
+    if float16:
+        from ms_quant.float16_forward import Float16OverflowError
+
+        try:
+            with block_progress("evaluating float16", model.config.num_layers) as progress:
+                narrow = perplexity(model, tokens, progress, float16=True)
+            measured["perplexity_float16"] = narrow["perplexity"]
+            measured["loss_float16"] = narrow["loss"]
+        except Float16OverflowError as error:
+            problems.append(str(error))
+            measured["float16_overflow"] = str(error)
     emit(
         {
             "checkpoint": str(checkpoint),
@@ -287,6 +302,7 @@ def evaluate(
         as_json,
         show_fields,
     )
+    exit_if_problems(problems)
 
 
 @app.command(epilog=example('ms-quant generate Qwen3-8B-W8A8 --prompt "The capital of France"'))

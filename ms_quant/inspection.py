@@ -24,8 +24,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """
     model = open_model(directory)
     beside = {directory / name for name in companion_files(directory)}  # a module after the model
-    found = sorted(set(directory.rglob("*.safetensors")) - beside)
-    files = [path for path in found if path.is_file()]
+    places = sorted(set(directory.rglob("*.safetensors")) - beside)
+    files = [path for path in places if path.is_file()]
     tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
     by_dtype: Counter[str] = Counter()
     for _, info in tensors:

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import activation_range
+from ms_quant.activation_range import float16_facts
 from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
 from ms_quant.checkpoint import activations, kv_cache
-from ms_quant.checkpoint.finish import OutputDirectory
+from ms_quant.checkpoint.divided import as_divided
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.floats import round_chunks, round_finite
 from ms_quant.checkpoint.job import JobDirectory
@@ -24,6 +27,7 @@ from ms_quant.request import (
     prepare,
     require_mindspore,
 )
+from ms_quant.strict_json import read_json
 from ms_quant.writing import Tensor, output_bytes, summary, write_output
 
 __all__ = [
@@ -52,7 +56,8 @@ def quantize_checkpoint(
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
-        ``"finished_before"``, True when there was nothing left to do. Of several formats a list of
+        ``"finished_before"``, True when there was nothing left to do; of float16 also what
+        :func:`~ms_quant.activation_range.float16_facts` says. Of several formats a list of
         that, under ``"formats"``.
 
     Raises:
@@ -60,14 +65,18 @@ def quantize_checkpoint(
     """
     prepared = prepared or prepare(options)
     finished_before = complete(prepared, progress, _write)
-    if not prepared.others:
-        return summary(prepared.plan, options.output, finished_before)
-    return {
-        "formats": [
-            summary(request.plan, request.options.output, finished_before)
-            for request in prepared.all
-        ]
-    }
+    results = [_summary(request, finished_before) for request in prepared.all]
+    return {"formats": results} if prepared.others else results[0]
+
+
+def _summary(request: Prepared, finished_before: bool) -> dict[str, Any]:
+    """What was made; for a runtime in float16 also how large its activations get."""
+    plan, output = request.plan, request.options.output
+    result = summary(plan, output, finished_before)
+    if plan.dtype.name != "float16":
+        return result
+    path = output / RECORD
+    return result | float16_facts(read_json(path, MAX_RECORD_BYTES), str(path))
 
 
 def complete(
@@ -144,13 +153,15 @@ def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> No
     }
     if prepared.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
+        facts[activation_range.KEY] = job.ranges()
     get = _tensor_getter(prepared, job)
     size = options.shard_bytes or SHARD_BYTES
     write_output(plan, get, output, size, options.model, facts)
 
 
 def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
-    plan, flavour, checkpoint = prepared.plan, prepared.plan.flavour, prepared.tensors
+    plan, flavour = prepared.plan, prepared.plan.flavour
+    checkpoint = as_divided(prepared.tensors, plan.config, job.ranges(), str(job.directory))
     names = set(checkpoint.names)
     plans = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
 
@@ -178,6 +189,6 @@ def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
         changed = job.changed_tensor(name)
         if changed is not None:
             return round_finite(changed, tensor.dtype, name)
-        return round_chunks(prepared.tensors, name, tensor.dtype)
+        return round_chunks(checkpoint, name, tensor.dtype)
 
     return get

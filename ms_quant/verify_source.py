@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import activation_range
 from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import source_problems
+from ms_quant.checkpoint.divided import as_divided
+from ms_quant.checkpoint.finish import RECORD
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.serving import QuantizedModel
@@ -119,6 +122,11 @@ class SourceProof:
         if shapes != config.parameter_shapes():
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
+        try:
+            self.source = _as_divided(self.source, config, subject.record)
+        except MsQuantError as error:
+            yield str(error)
+            return
         places, entry = (ours.directory, self.source.directory), plan.flavour.entry
         yield from source_problems(*places, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded(), subject.model.stored_name)
@@ -159,6 +167,14 @@ class SourceProof:
                     "made_again": compared.made_again,
                 }
             )
+
+
+def _as_divided(
+    source: FloatTensors, config: ModelConfig, record: Mapping[str, Any]
+) -> FloatTensors:
+    """The source as its activations were brought into the range of float16."""
+    entries, where = record.get(activation_range.KEY), f"{RECORD}: {activation_range.KEY}"
+    return as_divided(source, config, entries, where)
 
 
 def _rotated(

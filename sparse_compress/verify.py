@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import activation_range
 from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import config_problems, source_problems
-from ms_quant.checkpoint.finish import RECORD, check_files, unlisted_files
+from ms_quant.checkpoint.divided import as_divided
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
 from ms_quant.checkpoint.float_model import open_float
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
 from ms_quant.checkpoint.structure import check_kind
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
 from ms_quant.remake import Comparison, ScaleRule
+from ms_quant.strict_json import read_json
 from sparse_compress.codec import CORES
 from sparse_compress.divide import SlimModel
 from sparse_compress.divide_verify import divided_problems
@@ -57,14 +60,14 @@ class Subject:
         directory: the checkpoint.
         model: its reader.
         record: what it says it was made with.
-        source: the source checkpoint, where it is given.
+        source: the source checkpoint, as it was quantized, where it is given.
         checked: counts of what was looked at.
     """
 
     directory: Path
     model: SparseModel
     record: dict[str, Any]
-    source: Checkpoint | None
+    source: FloatTensors | None
     checked: Counts
 
 
@@ -158,6 +161,7 @@ def _contents(
     workers: int,
 ) -> list[str]:
     record, config = read_record(directory), load_config(directory)
+    original = None if source is None else _divided(source, config, directory)
     layout = recorded_layout(directory, config, record)
     ranks = open_ranks(directory, layout.target, layout.tp)
     problems = structure_problems(layout, ranks) + guard(_config_problems, directory, source)
@@ -165,14 +169,21 @@ def _contents(
         return problems
     problems += guard(description_problems, directory, layout, ranks)
     model = SparseModel(directory, layout, ranks, workers)
-    subject = Subject(directory, model, record, source, checked)
+    subject = Subject(directory, model, record, original, checked)
     for index in range(config.num_layers):
         problems += guard(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
     for name in stored_floats(model):
-        problems += guard(float_problems, model, source, name, checked)
+        problems += guard(float_problems, model, original, name, checked)
     progress("tensors", 1.0)
     return problems
+
+
+def _divided(source: Checkpoint, config: ModelConfig, directory: Path) -> FloatTensors:
+    """The source as its activations were brought into the range of float16."""
+    path = directory / RECORD
+    entries = read_json(path, MAX_RECORD_BYTES).get(activation_range.KEY)
+    return as_divided(source, config, entries, f"{path}: {activation_range.KEY}")
 
 
 def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str]:

@@ -144,12 +144,14 @@ class FinishedBlock(Protocol):
     floats: float32 tensors that folding has changed, by name.
     notes: group to what was chosen.
     cache: path to float32 scales of a linear's outputs in a cache of int8.
+    ranges: how large activations get.
     """
 
     linears: dict[str, QuantizedLinear]
     floats: dict[str, np.ndarray]
     notes: dict[str, dict[str, Any]]
     cache: dict[str, np.ndarray]
+    ranges: dict[str, Any]
 
 
 class JobDirectory:
@@ -269,6 +271,7 @@ class JobDirectory:
             tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
+        metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
         write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
         self._opened = None
         if self.target == 0:
@@ -318,6 +321,11 @@ class JobDirectory:
 
     def notes(self, index: int) -> dict[str, Any]:
         return json.loads(self._block(index).metadata["notes"])
+
+    def ranges(self) -> list[dict[str, Any]]:
+        """How large the activations of each finished block get; empty without calibration."""
+        blocks = range(self.finished_blocks())
+        return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
 
     def remove(self) -> None:
         """Deletes the job's own files, and the directory when nothing else is in it.

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ms_quant.checkpoint import kv_cache
+from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import is_quantized
 from ms_quant.checkpoint.float_model import open_float
@@ -98,7 +99,8 @@ class JobModel(FloatModel):
     """
 
     def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
-        self.config, self.checkpoint = plan.config, checkpoint
+        self.config = plan.config
+        self.checkpoint = as_divided(checkpoint, plan.config, job.ranges(), str(job.directory))
         self.flavour, self.phased = plan.scheme_name, plan.phased
         self.job, self.kv_cache = job, plan.kv_cache
         self._quantized = frozenset(plan.quantized())
