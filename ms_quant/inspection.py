@@ -8,7 +8,7 @@ from typing import Any
 
 from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.serving import QuantizedModel, ServedModel, open_model
+from ms_quant.checkpoint.serving import FloatModel, QuantizedModel, ServedModel, open_model
 from ms_quant.models.config import block_prefix
 from ms_quant.schemes import FLOAT_CACHE, STATIC_CACHE
 
@@ -26,7 +26,10 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     beside = {directory / name for name in companion_files(directory)}  # a module after the model
     places = sorted(set(directory.rglob("*.safetensors")) - beside)
     files = [path for path in places if path.is_file()]
-    tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
+    if isinstance(model, FloatModel):  # whose files may have other names
+        tensors = [(name, model.checkpoint.info(name)) for name in model.checkpoint.names]
+    else:
+        tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
     by_dtype: Counter[str] = Counter()
     for _, info in tensors:
         by_dtype[info.code] += info.stop - info.start

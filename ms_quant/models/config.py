@@ -285,7 +285,7 @@ def _refuse_unrotated(raw: dict[str, Any], layers: int, where: str) -> None:
                 f"{where}: no_rope_layer_interval is {interval!r:.80}, expected a positive number"
             )
         rotated = [int((index + 1) % interval != 0) for index in range(layers)]
-    if rotated is None:
+    if rotated is None or (rotated == [] and interval is None):
         return
     if not isinstance(rotated, list) or len(rotated) != layers:
         raise MsQuantError(

@@ -41,7 +41,8 @@ gradient_checkpointing unsloth_version unsloth_fixed unsloth_training_method use
 use_flash_attention attn_impl mlp_only_layers decoder_sparse_step max_sequence_length
 model_max_length seq_length max_seq_len n_positions tokenizer_padding_side padding_side
 ignore_index pad_to_multiple_of keys_to_ignore_at_inference router_aux_loss_coef
-output_router_logits norm_topk_prob vocab_parallel rope_scaling_type license
+output_router_logits norm_topk_prob vocab_parallel rope_scaling_type license is_llama_config
+transformers.js_config
 """
 HARMLESS = frozenset(_HARMLESS.split())
 """Keys that change no number of a forward: training, generation, bookkeeping."""
@@ -62,6 +63,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": _OFF,
     "use_alibi": _OFF,
     "use_rope": (True,),
+    "use_mrope": _OFF,
     "rope_interleaved": _OFF,
     "rope_interleave": _OFF,
     "rotary_interleaved": _OFF,
@@ -104,6 +106,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_activation": ("silu",),
     "mlp_hidden_act": ("silu",),
     "activation_function": ("silu",),
+    "activation": ("silu", "swish", "swiglu"),
     "parallel_attn": _OFF,
     "use_parallel_residual": _OFF,
     "post_norm": _OFF,

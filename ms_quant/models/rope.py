@@ -39,9 +39,10 @@ _OPTIONAL = (
 )
 
 
-_KNOWN = frozenset(
-    ["rope_type", "rope_theta", "truncate", "finetuned", "attn_factor", "extrapolation_factor"]
-).union(_OPTIONAL, *_REQUIRED.values())
+_NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1, "llama_4_scaling_beta": 0}
+_KNOWN = frozenset(["rope_type", "rope_theta", "truncate", "finetuned"]).union(
+    _OPTIONAL, _NEUTRAL, *_REQUIRED.values()
+)
 
 
 def unknown_rope_keys(rope: Mapping[str, Any]) -> list[str]:
@@ -83,11 +84,11 @@ def _check_ranges(rope: dict[str, Any], where: str) -> None:
             f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not "
             "supported, expected 1.0"
         )
-    for key in ("attn_factor", "extrapolation_factor"):  # vLLM's own, which transformers has not
-        if rope.get(key) not in (None, 1):
+    for key, neutral in _NEUTRAL.items():
+        if rope.get(key) not in (None, neutral):
             raise MsQuantError(
                 f"{where}: {key} of the rotary embedding is {rope[key]!r}, expected no such key "
-                "or 1: some runtimes ignore it"
+                f"or {neutral}: some runtimes ignore it, and it is not computed here"
             )
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise MsQuantError(

@@ -13,6 +13,7 @@ from ms_quant.checkpoint.float_model import model_notes, open_float
 from ms_quant.checkpoint.serving import open_model
 from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.inspection import inspect_checkpoint
 from ms_quant.pipeline import quantize_checkpoint
 from ms_quant.request import QuantizeOptions
 from ms_quant.serve.check import serve_check
@@ -61,6 +62,8 @@ def test_an_embedding_model_without_prefix_and_head(
     config, checkpoint = open_float(source)
     assert (config.no_head, config.has_head, config.predicts) == (True, False, tied)
     assert EMBEDDING in checkpoint
+    inspected = inspect_checkpoint(source)
+    assert {linear["stored_as"] for linear in inspected["linears"]} == {"BF16"}
     stored = load_tensors(source)["layers.1.mlp.up_proj.weight"]
     found = checkpoint.read("model.layers.1.mlp.up_proj.weight")
     assert found.tobytes() == stored.tobytes()

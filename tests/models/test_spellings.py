@@ -148,6 +148,10 @@ def test_sparse_outputs_are_spelled_so_too() -> None:
             {"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 2.0}},
             ("attn_factor", "2.0", "some runtimes ignore it"),
         ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", **YARN, "llama_4_scaling_beta": 0.1}},
+            ("llama_4_scaling_beta", "0.1", "no such key or 0"),
+        ),
     ],
 )
 def test_spellings_that_differ_are_refused(given: dict, named: tuple[str, ...]) -> None:
