@@ -195,15 +195,16 @@ class CellForward:
     def __init__(self, model: ServedModel, length: int, decode: bool, kv_cache: str | None):
         self.model, self.decode = model, decode
         self.caches = new_caches(model, kv_cache)
-        self.angles, self.mask = rope_tensors(model.config, 0, length), causal_mask(length)
+        self.length, self.mask = length, causal_mask(length)
         self.last = load_norm(model)
 
     def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
-        block = load_block(self.model, index)
+        block, config = load_block(self.model, index), self.model.config
+        angles = rope_tensors(config, 0, self.length, config.rotates(index))
 
         def output(hidden: np.ndarray) -> np.ndarray:
             cache = self.caches[index]()
-            made = block(Tensor(hidden), *self.angles, self.mask, cache, self.decode)
+            made = block(Tensor(hidden), *angles, self.mask, cache, self.decode)
             return finite(made, index)
 
         return output
@@ -310,11 +311,13 @@ class Generator:
     def _step(self, ids: np.ndarray, caches: list[KeyValueCache]) -> np.ndarray:
         """Logits of the token after ``ids``."""
         start, stop = caches[0].length, caches[0].length + len(ids)
-        cos, sin = rope_tensors(self.config, start, stop)
+        turned = rope_tensors(self.config, start, stop)
+        still = rope_tensors(self.config, start, stop, False) if self.config.unrotated else turned
         mask = causal_mask(stop)[:, :, start:]
         hidden = Tensor(self.table.rows(ids)[None])
         for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
-            hidden = block(hidden, cos, sin, mask, cache, start > 0)
+            angles = turned if self.config.rotates(index) else still
+            hidden = block(hidden, *angles, mask, cache, start > 0)
             finite(hidden, index)
         last = self.norm(hidden[:, -1:]).asnumpy().reshape(-1)
         return self.head.times(last)

@@ -22,6 +22,7 @@ MODELS = [
     {"family": "qwen3"},
     {"family": "qwen2", "tied": True, "dtype": "float32"},
     {"family": "llama", "biases": True, "dtype": "float16"},
+    {"family": "smollm3", "no_rope_layers": [1, 0]},
 ]
 
 

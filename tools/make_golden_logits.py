@@ -147,6 +147,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
+    "smollm3": (
+        "smollm3",
+        {
+            "num_hidden_layers": 5,
+            "rope_parameters": rope("default", 5000000.0),
+            "pad_token_id": 0,
+            "use_sliding_window": True,
+            "sliding_window": 64,
+        },
+    ),
+    "smollm3_unrotated": ("smollm3", {"no_rope_layers": [0, 1], "pad_token_id": 0}),
     "seed_oss": (
         "seed_oss",
         {"head_dim": 8, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False},

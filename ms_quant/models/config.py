@@ -31,6 +31,7 @@ class ModelConfig:
         labels: rows of the classifier ``score`` that stands in the place of the head; 0 is none.
         label_bias: whether that has a bias.
         unknown: keys of the config that are not known here, and not looked at.
+        unrotated: layers whose attention has no rotary embedding.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class ModelConfig:
     labels: int = 0
     label_bias: bool = False
     unknown: tuple[str, ...] = ()
+    unrotated: tuple[int, ...] = ()
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -78,6 +80,10 @@ class ModelConfig:
         if self.label_bias:
             shapes["score.bias"] = (self.labels,)
         return shapes
+
+    def rotates(self, index: int) -> bool:
+        """Whether the attention of a layer has a rotary embedding."""
+        return index not in self.unrotated
 
     @property
     def has_head(self) -> bool:
@@ -181,8 +187,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         raise MsQuantError(f"{where}: head_dim {head_dim} is odd, the rotary embedding needs pairs")
     max_position = _positive_int(raw, "max_position_embeddings", where, default=2048)
     layers = _layers(raw, where)
-    check_windows(raw, layers, max_position, family.flagged_window, where)
-    _refuse_unrotated(raw, layers, where)
+    unrotated = _unrotated(raw, layers, family, where)
+    first = (0 if unrotated else layers) if family.skips_rotation else None
+    check_windows(raw, layers, max_position, family.flagged_window, where, first)
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
@@ -203,6 +210,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         dtype=_dtype(raw, where),
         eos_token_ids=_token_ids(raw.get("eos_token_id"), where),
         unknown=tuple(unknown),
+        unrotated=unrotated,
         raw=given,
     )
 
@@ -276,8 +284,12 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
         raise MsQuantError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")
 
 
-def _refuse_unrotated(raw: dict[str, Any], layers: int, where: str) -> None:
-    """Refuses layers without a rotary embedding, which SmolLM3 has and may have elsewhere."""
+def _unrotated(raw: dict[str, Any], layers: int, family: Family, where: str) -> tuple[int, ...]:
+    """Layers without a rotary embedding, by ``no_rope_layers`` or every so many.
+
+    Raises:
+        MsQuantError: a key is malformed, or the family has no such layers.
+    """
     rotated, interval = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
     if rotated is None and interval is not None:
         if type(interval) is not int or interval <= 0:
@@ -285,19 +297,25 @@ def _refuse_unrotated(raw: dict[str, Any], layers: int, where: str) -> None:
                 f"{where}: no_rope_layer_interval is {interval!r:.80}, expected a positive number"
             )
         rotated = [int((index + 1) % interval != 0) for index in range(layers)]
-    if rotated is None or (rotated == [] and interval is None):
-        return
-    if not isinstance(rotated, list) or len(rotated) != layers:
+    if rotated is None or (rotated == [] and not family.skips_rotation):
+        return ()
+    if (
+        not isinstance(rotated, list)
+        or len(rotated) != layers
+        or any(type(item) is not int or item not in (0, 1) for item in rotated)
+    ):
         raise MsQuantError(
-            f"{where}: no_rope_layers is {rotated!r:.80}, expected a list of 1 for each "
-            f"of {layers} layers"
+            f"{where}: no_rope_layers is {rotated!r:.80}, expected 1 (rotated) or 0 for each of "
+            f"{layers} layers"
         )
-    if not all(rotated):
+    found = tuple(index for index, turned in enumerate(rotated) if not turned)
+    if found and not family.skips_rotation:
         raise MsQuantError(
-            f"{where}: layer {rotated.index(0)} has no rotary embedding by no_rope_layers or "
-            "no_rope_layer_interval, expected no_rope_layers to be 1 in every layer: attention "
-            "without positions is not computed here"
+            f"{where}: layer {found[0]} has no rotary embedding by no_rope_layers or "
+            "no_rope_layer_interval, expected one in every layer of this family: its own class "
+            "does not read the key"
         )
+    return found
 
 
 def _positive_int(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:

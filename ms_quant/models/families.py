@@ -82,6 +82,8 @@ class Family:
             ``sliding_window`` is one of all layers.
         defaults: what transformers takes where a key is absent, beside what all families share.
         required: keys that have to be there: what is taken for them is not known.
+        skips_rotation: whether ``no_rope_layers`` names layers without a rotary embedding; only
+            those have a window then, if there is one.
         custom_code: whether the runtimes' own configs do not know the family, but ``auto_map``.
         groups: the quantizable linears of a block.
     """
@@ -94,6 +96,7 @@ class Family:
     flagged_window: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    skips_rotation: bool = False
     custom_code: bool = False
     groups: tuple[LinearGroup, ...] = GATED_DECODER_GROUPS
 
@@ -141,6 +144,7 @@ FAMILIES: dict[str, Family] = {
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
         flagged_window=True,
+        skips_rotation=True,
         defaults={
             "max_position_embeddings": 32768,
             "num_key_value_heads": 4,

@@ -121,6 +121,12 @@ def rope_table(
     )
 
 
+def still_table(table: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines that turn nothing, of the shapes of others."""
+    cos, sin = table
+    return np.ones_like(cos), np.zeros_like(sin)
+
+
 def frequencies(
     rope: dict[str, Any], head_dim: int, length: int, max_position: int
 ) -> tuple[np.ndarray, float]:

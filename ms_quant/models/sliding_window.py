@@ -13,7 +13,12 @@ DEFAULT_FIRST = 28
 
 
 def check_windows(
-    raw: Mapping[str, Any], layers: int, max_position: int, flagged: bool, where: str
+    raw: Mapping[str, Any],
+    layers: int,
+    max_position: int,
+    flagged: bool,
+    where: str,
+    first: int | None = None,
 ) -> None:
     """Refuses a window that some layer would have.
 
@@ -25,6 +30,7 @@ def check_windows(
         max_position: the longest context.
         flagged: whether the family has a window only where ``use_sliding_window`` says so.
         where: the file, for errors.
+        first: the first layer that would have it; None is as ``max_window_layers`` says.
 
     Raises:
         MsQuantError: a layer has a window or another kind of attention; names the key.
@@ -53,8 +59,10 @@ def check_windows(
         )
     if window is None or long:
         return
+    if first is None and flagged:
+        first = _first_windowed(raw, where)
     # Where there are layer_types they say which layers have the window.
-    if flagged and (kinds or not use or _first_windowed(raw, where) >= layers):
+    if flagged and (kinds or not use or (first or 0) >= layers):
         return
     hint = "use_sliding_window false" if flagged else "no such key, null"
     raise MsQuantError(

@@ -61,7 +61,7 @@ def refusal(model_type: str = "llama", **changes: object) -> str:
         ("vision_config", {"depth": 2}),
         ("lm_head_bias", True),
         ("kv_channels", 32),
-        ("no_rope_layers", [1, 0]),
+        ("no_rope_layers", [1]),
     ],
 )
 def test_what_would_change_the_numbers(model_type: str, key: str, value: object) -> None:
@@ -152,7 +152,7 @@ def test_classes_that_are_the_family_s() -> None:
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0,
                    "layer_types": ["full_attention"] * 2}),
         ("qwen3", {"sliding_window": 128, "layer_types": ["sliding_attention"] * 2}),
-        ("smollm3", {"use_sliding_window": True, "sliding_window": 64}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}),
         ("mistral", {"sliding_window": 128}),
         ("mistral", {"sliding_window": None}),
         ("llama", {"sliding_window": None}),
@@ -180,6 +180,8 @@ def test_windows_that_are_not_in_force(model_type: str, changes: dict) -> None:
         ("mistral", {"sliding_window": 64}, "sliding_window is 64"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
         ("llama", {"sliding_window": 64}, "sliding_window is 64"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 64, "no_rope_layers": [1, 0]},
+         "sliding_window is 64"),
     ],
 )  # fmt: skip
 def test_windows_that_are_in_force(model_type: str, changes: dict, named: str) -> None:
@@ -195,16 +197,43 @@ def test_an_absent_window_of_mistral_is_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "unrotated"),
     [
-        ({"no_rope_layers": None, "no_rope_layer_interval": 2}, "layer 1 has no rotary embedding"),
-        ({"no_rope_layers": [0, 1]}, "layer 0 has no rotary embedding"),
-        ({"no_rope_layers": [1]}, "expected a list of 1 for each of 2 layers"),
-        ({"no_rope_layers": None, "no_rope_layer_interval": 0}, "expected a positive number"),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 2}, (1,)),
+        ({"no_rope_layers": [0, 1], "no_rope_layer_interval": 2}, (0,)),
+        ({"no_rope_layers": [0, 0]}, (0, 1)),
+        ({"no_rope_layers": [1, 1]}, ()),
+        ({"no_rope_layers": None}, ()),  # every fourth, and there are two
     ],
 )
-def test_layers_without_positions(changes: dict, named: str) -> None:
-    assert named in refusal("smollm3", **changes)
+def test_layers_without_positions(changes: dict, unrotated: tuple[int, ...]) -> None:
+    config = parse("smollm3", **changes)
+    assert config.unrotated == unrotated
+    assert [config.rotates(index) for index in range(2)] == [i not in unrotated for i in range(2)]
+    assert written_config(config).get("no_rope_layers") == changes["no_rope_layers"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "named"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}, "for each of 2 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "expected 1 (rotated) or 0"),
+        ("smollm3", {"no_rope_layers": "10"}, "no_rope_layers is '10'"),
+        ("smollm3", {"no_rope_layers": []}, "for each of 2 layers"),
+        ("smollm3", {"no_rope_layers": [[1], 1]}, "no_rope_layers is [[1], 1]"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "a positive number"),
+        ("llama", {"no_rope_layers": [0, 1]}, "its own class does not read the key"),
+        ("qwen3", {"no_rope_layer_interval": 2}, "layer 1 has no rotary embedding"),
+    ],
+)
+def test_layers_without_positions_that_cannot_be(
+    model_type: str, changes: dict, named: str
+) -> None:
+    assert named in refusal(model_type, **changes)
+
+
+def test_an_empty_list_of_layers_says_nothing_elsewhere() -> None:
+    assert parse("llama", no_rope_layers=[]).unrotated == ()
 
 
 def test_smollm3_takes_its_own_defaults() -> None:
