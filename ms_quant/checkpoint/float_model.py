@@ -60,6 +60,12 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
             "hidden states"
         )
     check_model(checkpoint, config)
+    for name, path in left_out(checkpoint):
+        if name == HEAD or name in config.parameter_shapes():
+            raise MsQuantError(
+                f"{path}: holds tensor {name!r}, which the index leaves out, expected it in its "
+                "weight_map: runtimes read whole files"
+            )
     if config.tied and HEAD in checkpoint:
         check_same(checkpoint, HEAD, EMBEDDING)
     check_buffers(checkpoint, config)
@@ -128,6 +134,11 @@ def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
     others = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in read)
     if others:
         notes.append(f"{directory}: {', '.join(others):.300} are not read, nor copied")
+    unnamed = [name for name, _ in left_out(checkpoint)]
+    if unnamed:
+        notes.append(
+            f"{directory}: the index leaves out {', '.join(unnamed):.300}, which are not read"
+        )
     if config.tied and HEAD in checkpoint:
         notes.append(f"{directory}: stores the head a second time, equal; it is left out")
     if checkpoint.renamed:
@@ -139,6 +150,16 @@ def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
         what = "labels" if config.labels else "its last hidden states"
         notes.append(f"{directory}: gives out {what}, so there is no perplexity of it")
     return notes + code_notes(directory)
+
+
+def left_out(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
+    """Tensors that the files hold and their index does not name."""
+    named = set(checkpoint.names)
+    return [
+        (name, path)
+        for path in checkpoint.files()
+        for name in sorted(checkpoint.shard(path.name).tensors.keys() - named)
+    ]
 
 
 def check_same(checkpoint: Checkpoint, name: str, other: str) -> None:

@@ -187,6 +187,28 @@ def test_a_whole_model_beside_an_index(tiny_model: Callable, save_tensors: Calla
     assert "'x' is not a tensor of a qwen3 model" in refusal(source)
 
 
+def test_tensors_that_an_index_leaves_out(
+    tiny_model: Callable, save_tensors: Callable, load_tensors: Callable
+) -> None:
+    def index(*gone: str) -> None:
+        places = {name: "all.safetensors" for name in tensors if name not in gone}
+        text = json.dumps({"weight_map": places})
+        (source / "model.safetensors.index.json").write_text(text)
+
+    source = tiny_model(tied=True)
+    tensors = load_tensors(source)
+    tensors |= {HEAD: 2 * tensors[EMBEDDING], "other": np.zeros(3, np.float32)}
+    (source / "model.safetensors").unlink()
+    save_tensors(source / "all.safetensors", tensors)
+    index(HEAD, "other")
+    assert "holds tensor 'lm_head.weight', which the index leaves out" in refusal(source)
+    tensors[HEAD] = tensors[EMBEDDING]
+    save_tensors(source / "all.safetensors", tensors)
+    index("other")
+    notes = model_notes(*open_float(source))
+    assert any("the index leaves out other, which are not read" in line for line in notes)
+
+
 def test_shards_beside_a_whole_model(tiny_model: Callable, save_tensors: Callable) -> None:
     source = tiny_model()
     save_tensors(source / "model-00001-of-00002.safetensors", {"x": np.zeros(3, np.float32)})
