@@ -9,6 +9,7 @@ from typing import Any
 from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.serving import FloatModel, QuantizedModel, ServedModel, open_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.models.config import block_prefix
 from ms_quant.schemes import FLOAT_CACHE, STATIC_CACHE
 
@@ -22,6 +23,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     Raises:
         MsQuantError: the directory is none of them.
     """
+    directory = model_directory(directory)
     model = open_model(directory)
     beside = {directory / name for name in companion_files(directory)}  # a module after the model
     places = sorted(set(directory.rglob("*.safetensors")) - beside)

@@ -19,10 +19,12 @@ from ms_quant import activation_range
 from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.divided import as_divided
-from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import check_kind
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.models.families import LinearGroup
@@ -88,20 +90,22 @@ def verify(
 
     Returns:
         JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
-        checkpoint is right) and ``checked``: counts of ``linears``, ``tiles``, ``float_tensors``
-        and, with a source, ``recomputed`` or ``measured`` linears or ``compared`` tensors.
+        checkpoint is right), ``notes`` about files that nothing reads, and ``checked``: counts of
+        ``linears``, ``tiles``, ``float_tensors`` and, with a source, ``recomputed`` or
+        ``measured`` linears or ``compared`` tensors.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
-    directory = Path(directory)
+    directory = model_directory(directory)
     record, checked = rewriting(directory), dict[str, int]()
     if record is None:
         _require_checkpoint(directory)
     contents, opened = _check_of(record)
-    original = None if source is None else opened(source)
+    original = None if source is None else opened(model_directory(source))
     progress("files", 0.0)
-    problems = [*guard(check_files, directory), *guard(unlisted_files, directory)]
+    notes: list[str] = []
+    problems = [*guard(check_files, directory), *guard(unlisted_problems, directory, notes)]
     progress("files", 1.0)
     problems += guard(
         partial(
@@ -118,6 +122,7 @@ def verify(
         "checkpoint": str(directory),
         "source": where,
         "problems": problems,
+        "notes": notes,
         "checked": checked,
     }
 
@@ -127,7 +132,7 @@ def _check_of(
 ) -> tuple[Callable[..., list[str]], Callable[[Path], Any]]:
     """The check of a checkpoint's content, by who made it, and what opens its source."""
     if record is None:
-        return _contents, lambda source: open_float(source).checkpoint
+        return _contents, lambda source: open_float(model_directory(source)).checkpoint
     if "target" in record:
         return partial(divided_problems, record=record), SlimModel
     return slim_problems, SlimDirectory

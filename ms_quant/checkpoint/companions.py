@@ -11,6 +11,7 @@ import numpy as np
 from ms_quant.checkpoint.atomic import sha256_file
 from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.job import find_difference
+from ms_quant.checkpoint.unlisted import is_read
 from ms_quant.models.config import ModelConfig, load_config, written_config
 from ms_quant.models.spellings import DTYPE_KEYS, spelling_problems
 from ms_quant.strict_json import read_json
@@ -74,7 +75,8 @@ def source_problems(
     if found:
         key, ours, theirs = found
         yield f"{path}: {key} is {ours!r:.80}, expected {theirs!r:.80} as the source has it"
-    for name in sorted({*companion_files(source), *companion_files(directory)}):
+    names = {*companion_files(source), *companion_files(directory)}
+    for name in sorted(filter(is_read, names)):  # a licence may have come to either side since
         yield from copy_problems(directory / name, source / name)
 
 
