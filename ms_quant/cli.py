@@ -346,7 +346,8 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
-    generator = Generator(open_model(checkpoint), kv_cache)
+    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    generator = Generator(open_model(checkpoint), kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))

@@ -16,6 +16,7 @@ import numpy as np
 
 from ms_quant.algorithms import get_chain
 from ms_quant.checkpoint import kv_cache
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.finish import (
     MAX_RECORD_BYTES,
     RECORD,
@@ -97,7 +98,12 @@ def convert_checkpoint(
     plan = _other_plan(model, record, format)
     sizes = {"shard_bytes": shard_bytes} if shard_bytes is not None else {}
     rest = {key: value for key, value in record.items() if key not in PLANNED}
-    made = OutputDirectory(output, {**plan.record(), **rest, **sizes}, any_environment=True)
+    made = OutputDirectory(
+        output,
+        {**plan.record(), **rest, **sizes},
+        any_environment=True,
+        copied=companion_files(directory),
+    )
     finished = made.finished
     if not finished:
         converted = _Converted(model, plan, progress)

@@ -81,6 +81,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "tensor_parallel": ", ".join(map(str, rank_counts(plan))),
         "served_by": plan.served_by,
         "not_served_by": plan.not_served_by,
+        "notes": list(prepared.notes),
     }
 
 

@@ -16,13 +16,13 @@ from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
-from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan, recorded_way
@@ -50,7 +50,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     """
     directory = model_directory(directory)
     flavour, _ = check_kind(directory)
-    original = None if source is None else _open_source(source)
+    original = None if source is None else open_float(model_directory(source))
     notes: list[str] = []
     problems = list(_root_problems(directory, flavour.entry, notes))
     result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
@@ -77,14 +77,8 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
             problems.append(str(error))
     problems += [p for p in _float_problems(structure) if p not in problems]
     if original is not None and not problems:
-        problems += SourceProof(subject, original, result).problems()
+        problems += SourceProof(subject, original.checkpoint, original.config, result).problems()
     return result
-
-
-def _open_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(model_directory(source))
-    check_model(checkpoint, load_config(checkpoint.directory))
-    return checkpoint
 
 
 def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:

@@ -36,6 +36,15 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 STORED = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"], "float32": DTYPES["F32"]}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "seed_oss": "SeedOss",
+    "internlm3": "InternLM3",
+}
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions".split()  # noqa: SIM905
 
 
@@ -150,7 +159,7 @@ def _write_model(
 ) -> Path:
     directory.mkdir()
     content: dict[str, Any] = {
-        "architectures": ["AnyForCausalLM"],
+        "architectures": [f"{CLASSES[family]}ForCausalLM"],
         "model_type": family,
         "hidden_size": 16,
         "intermediate_size": 24,

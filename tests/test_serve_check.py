@@ -162,6 +162,36 @@ def test_files_that_vllm_mindspore_would_read_wrongly(
     assert pattern in problems(directory)
 
 
+def test_a_config_that_only_transformers_5_reads(make: Make) -> None:
+    directory = make(dtype="float16")
+    keys = "rope_theta, rope_scaling, torch_dtype of config.json"
+    assert any(keys in line for line in serve_check(directory, "vllm-mindspore")["notes"])
+    edit_json(directory / "config.json", lambda v: v.pop("rope_theta"))
+    assert "rope_theta is None, expected 10000.0 as rope_parameters says" in problems(directory)
+
+
+@pytest.mark.parametrize(
+    ("rope", "pattern"),
+    [
+        ({"type": "yarn", "factor": 2.0}, "no original_max_position_embeddings, expected"),
+        ({"type": "dynamic", "factor": 2.0}, "scales the dynamic rotary embedding for the longest"),
+        (
+            {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 1.1},
+            "vLLM reads no mscale of the yarn rotary embedding",
+        ),
+    ],
+)
+def test_rotary_embeddings_that_vllm_has_otherwise(make: Make, rope: dict, pattern: str) -> None:
+    found = serve_check(make(dtype="float16", rope_scaling=rope), "vllm-mindspore")
+    assert any(pattern in line for line in (*found["problems"], *found["notes"]))
+    assert bool(found["problems"]) is ("expected" in pattern)
+
+
+def test_a_class_that_vllm_mindspore_does_not_have(make: Make) -> None:
+    directory = make(dtype="float16", family="seed_oss")
+    assert "architectures is ['SeedOssForCausalLM'], expected one of Llama" in problems(directory)
+
+
 def test_two_descriptions(make: Make) -> None:
     """The runtime refuses them; a copy under another name is one of them."""
     directory = make(dtype="float16")

@@ -19,7 +19,7 @@ NAME = "compressed-tensors"
 KEY = "quantization_config"
 PLAIN, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
 EVERY = "Linear"
-HEAD = "lm_head"
+HEAD, CLASSIFIER = "lm_head", "score"
 
 
 def format_of(scheme: Scheme) -> str:
@@ -123,7 +123,7 @@ def read_schemes(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, S
         for target in _names(group, "targets", f"{KEY}: {name}", {EVERY, *paths}):
             if targets.setdefault(target, scheme) != scheme:
                 raise MsQuantError(f"{KEY}: {target} is a target of several schemes, expected one")
-    ignored = _names(config, "ignore", KEY, {HEAD, *paths})
+    ignored = _names(config, "ignore", KEY, {HEAD, CLASSIFIER, *paths})
     every = targets.get(EVERY)
     return {path: None if path in ignored else targets.get(path, every) for path in paths}
 

@@ -29,7 +29,7 @@ def check(request: ServeRequest) -> Served:
     if structure is None:
         return served
     plan = structure.plan
-    server_findings(served, request.checkpoint, plan.config, request.tp)
+    server_findings(served, request, plan.config)
     served.problems += _scheme_problems(structure, request, served)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
