@@ -267,6 +267,7 @@ def evaluate(
     from ms_quant.inspection import cache_name
 
     model = open_model(checkpoint)
+    _note_oddities(model)
     tokens = eval_windows(text, checkpoint, seq_len)[:windows]
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
@@ -285,6 +286,13 @@ def evaluate(
         as_json,
         show_fields,
     )
+
+
+def _note_oddities(model: Any) -> None:
+    """What is wrong or odd in the files of a checkpoint that can be read all the same."""
+    structure = getattr(model, "structure", None)
+    for text in [*structure.defects, *structure.notes] if structure else []:
+        note(f"note: {text}")
 
 
 @app.command(epilog=example('ms-quant generate Qwen3-8B-W8A8 --prompt "The capital of France"'))
@@ -385,8 +393,14 @@ def _show_verification(result: dict[str, Any]) -> None:
         )
         if result["unknown"]:
             print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
+    for text in result["notes"]:
+        note(f"note: {text}")
+    for text in result["not_proved"]:
+        print(f"not proved: {text}")
     if not result["problems"]:
-        print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
+        print(
+            f"{result['checkpoint']}: {result['verdict']}, {result['quantized']} quantized linears"
+        )
 
 
 def _show_serving(result: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ class Held:
         folds: where a smoothing vector may go, the default first, and how inputs are quantized
             then; None is the scheme's way.
         only: option to the value with which alone the flavour holds it.
+        float32_scales: whether runtimes take scales of the weight in float32 as well.
     """
 
     flavour: str
@@ -56,6 +57,7 @@ class Held:
     scale_type: ScaleType = ScaleType.FLOAT32
     folds: Mapping[Fold, ActivationFormat | None] = field(default_factory=_into_norms)
     only: Mapping[str, Any] = field(default_factory=dict)
+    float32_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ class Scheme:
     def narrowed(self) -> Scheme:
         """The same with weight scales that the model's type holds, whatever the flavour stores."""
         row = replace(self.held[0], scale_type=ScaleType.MODEL)
+        return replace(self, held=(row,))
+
+    def widened(self) -> Scheme:
+        """The same with weight scales in float32."""
+        row = replace(self.held[0], scale_type=ScaleType.FLOAT32)
         return replace(self, held=(row,))
 
     @property

@@ -34,7 +34,7 @@ def model_config(raw: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
 
 
 def config_problems(
-    directory: Path, dtype: np.dtype | None = None, entry: str = ""
+    directory: Path, dtype: np.dtype | None = None, entry: str = "", *, strict: bool = True
 ) -> Iterator[str]:
     """What the runtime would read wrongly in ``config.json``, one line each.
 
@@ -42,6 +42,7 @@ def config_problems(
         directory: the checkpoint.
         dtype: type of what stays float, where it is known.
         entry: the one that describes the checkpoint, if one does.
+        strict: whether ``torch_dtype`` must be there, as we write it; newer tools write ``dtype``.
     """
     path = directory / "config.json"
     raw = read_json(path)
@@ -53,7 +54,7 @@ def config_problems(
     if dtype is None:
         return
     for key, found in (("torch_dtype", raw.get("torch_dtype")), ("dtype", raw.get("dtype"))):
-        if found != dtype.name and (key in raw or key == "torch_dtype"):
+        if found != dtype.name and (key in raw or (strict and key == "torch_dtype")):
             yield f"{path}: {key} is {found!r:.80}, expected {dtype.name!r}"
 
 

@@ -7,7 +7,7 @@ checkpoints asks the record, so nothing there knows a flavour or a scheme by its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.spec import Scheme
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -40,6 +41,31 @@ class Part:
     dtype: np.dtype
     shape: tuple[int, ...]
     make: Callable[[QuantizedLinear], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Leeway:
+    """Where checkpoints that others made may differ from ours, and stand for the same numbers.
+
+    Attributes:
+        types: suffix of a quantized linear's tensor to further types, by name, that it may have.
+        extra: suffixes of tensors that no runtime needs; what they say is compared with the rest.
+        missing: suffixes of tensors that may be left out.
+        aliases: other names of schemes.
+        stored: the scheme of a linear, by its path, as the checkpoint's tensors hold it.
+        description: compares a description, as stored and as we would write it, and says what is
+            wrong and what is to be noted; the last argument is its file. What it raises cannot be
+            read. None: they must be equal.
+    """
+
+    types: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    extra: frozenset[str] = frozenset()
+    missing: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    stored: Callable[[Scheme, Checkpoint, str], Scheme] = lambda scheme, checkpoint, path: scheme
+    description: (
+        Callable[[Mapping[str, Any], Mapping[str, Any], Path], tuple[list[str], list[str]]] | None
+    ) = None
 
 
 Kinds = tuple[dict[str, str], list[str]]
@@ -70,6 +96,7 @@ class Flavour:
     bias_name: full name of the bias that a quantized linear, by its path, has in the model.
     bias_dtype: type of a quantized linear's bias; None is the model's.
     holds_cache: whether it has tensors for keys and values cached in int8.
+    leeway: how checkpoints by others may differ.
     """
 
     name: str
@@ -90,6 +117,7 @@ class Flavour:
     bias_name: Callable[[Plan, str], str] = lambda plan, path: f"{path}.bias"
     bias_dtype: np.dtype | None = None
     holds_cache: bool = False
+    leeway: Leeway = field(default_factory=Leeway)
 
     @property
     def title(self) -> str:

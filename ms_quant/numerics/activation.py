@@ -10,6 +10,7 @@ Float             x                                          none
 StaticInt8        (q - offset) * scale, one for all tokens   StaticActivation
 PerToken          q * scale, one scale a token, 8 or 4 bits  none, or a clip ratio
 PerTokenFloat8    e4m3(q) * scale, one scale a token         none
+GroupFloat8       the same, one scale for 128 channels       none
 MxTokens          blocks of 32 with a shared exponent        none
 DualMxTokens      the same under a scale for long blocks     none
 Phased            per token in prefill, static in decode     StaticActivation
@@ -26,7 +27,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.numerics import affine, minifloat, mx, storage
+from ms_quant.numerics import affine, float8_blocks, minifloat, mx, storage
 from ms_quant.numerics.mx_rules import RULES
 
 
@@ -134,6 +135,16 @@ class PerTokenFloat8(_Dynamic):
     def fake(self, x: np.ndarray) -> np.ndarray:
         scale = minifloat.row_scale(x)
         return minifloat.dequantize_rows(minifloat.quantize_rows(x, scale), scale)
+
+
+@dataclass(frozen=True)
+class GroupFloat8(_Dynamic):
+    """E4M3 with one scale for each 128 channels of a token."""
+
+    bits = 8
+
+    def fake(self, x: np.ndarray) -> np.ndarray:
+        return float8_blocks.fake_groups(x)
 
 
 @dataclass(frozen=True)
@@ -246,10 +257,12 @@ class StaticInt8:
         per_channel: whether the stored input scale has a value for each channel and so holds a
             smoothing vector, as in golden-stick; else it is one number.
         folds_bias: whether a linear's bias is rounded into ``quant_bias``, as in ascend.
+        symmetric: whether the zero point is 0: not what is made here, but what others make.
     """
 
     per_channel: bool = True
     folds_bias: bool = False
+    symmetric: bool = False
     dynamic = False
     bits = 8
 
