@@ -12,7 +12,12 @@ from typing import Any
 
 from ms_quant.checkpoint.finish import RECORD
 from ms_quant.checkpoint.reader import fingerprint
-from ms_quant.checkpoint.structure import PROVENANCE, Structure, is_ours
+from ms_quant.checkpoint.structure import (
+    MAX_DESCRIPTION_BYTES,
+    PROVENANCE,
+    Structure,
+    is_ours,
+)
 from ms_quant.numerics.activation import Phased, StaticInt8
 from ms_quant.plan import Plan
 from ms_quant.strict_json import read_json
@@ -32,7 +37,8 @@ def provenance(structure: Structure) -> dict[str, Any]:
     tools = [tool for format, sign, tool in SIGNS if format == name and any(directory.glob(sign))]
     found: dict[str, Any] = {"made_by": tools[0] if tools else UNKNOWN, "format": name}
     entry = structure.flavour.entry
-    description = read_json(structure.flavour.find(directory)[0])
+    where = structure.flavour.find(directory)[0]
+    description = read_json(where, MAX_DESCRIPTION_BYTES)
     version = (description[entry] if entry else description).get("version")
     if isinstance(version, str):
         found["version"] = version[:40]

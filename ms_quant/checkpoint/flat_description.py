@@ -9,7 +9,7 @@ from typing import Any
 
 from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.flavour import Kinds, Leeway
-from ms_quant.errors import short
+from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.schemes import held_by
 
@@ -79,13 +79,16 @@ def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path
 def tensor_entries(
     found: Mapping[str, Any], made: Mapping[str, Any], where: Path, leeway: Leeway
 ) -> tuple[list[str], list[str]]:
-    """What is wrong with the entries of tensors in a description by others, and what is odd.
+    """What is missing of the entries of tensors in a description by others, and what is odd.
 
     Args:
         found: the description, as stored.
         made: what we would write.
         where: its file.
         leeway: what may differ.
+
+    Raises:
+        MsQuantError: an entry is of no tensor, or says what it is not.
     """
     defects, notes = [], []
     for key in (key for key in sorted({*made, *found}) if "." in key):
@@ -93,12 +96,12 @@ def tensor_entries(
         if key not in found and suffix not in leeway.missing:
             defects.append(f"{where}: does not name {key!r}, expected {made[key]!r}")
         elif key not in made and suffix not in leeway.extra:
-            defects.append(f"{where}: names {key!r}, expected only the model's tensors")
+            raise MsQuantError(f"{where}: names {key!r}, expected only the model's tensors")
         elif key in made and key in found and value != made[key]:
             if leeway.aliases.get(value) == made[key]:
                 notes.append(f"{where}: calls {made[key]} {value}")
             elif suffix == "bias":
                 notes.append(f"{where}: {key} is {short(value)}, the other tensors {made[key]}")
             else:
-                defects.append(f"{where}: {key} is {short(value)}, expected {made[key]!r}")
+                raise MsQuantError(f"{where}: {key} is {short(value)}, expected {made[key]!r}")
     return defects, list(dict.fromkeys(notes))

@@ -81,7 +81,8 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
             made = flavour.description(plan)
             problems += _entry_problems(description, made, where, exact=bool(flavour.entry))
     except MsQuantError as error:
-        return None, [f"{where}: {error}"]
+        text = str(error)
+        return None, [text if text.startswith(f"{where}: ") else f"{where}: {text}"]
     problems += _tensor_problems(structure)
     return structure, problems
 
@@ -179,7 +180,7 @@ def _plan_of(
                 scheme = scheme.narrowed()
             elif scales == "float32":
                 scheme = scheme.widened()
-            if foreign:
+            if not is_ours(checkpoint.directory):
                 scheme = flavour.leeway.stored(scheme, checkpoint, first)
             ways[path] = scheme, chain
     if not ways:

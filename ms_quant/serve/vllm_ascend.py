@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ms_quant.checkpoint.structure import Structure
+from ms_quant.checkpoint.structure import MAX_DESCRIPTION_BYTES, Structure
 from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES
 from ms_quant.serve.flat import loaded_rows, open_flat, row_parallel, server_findings
 from ms_quant.serve.records import Served, ServeRequest
+from ms_quant.strict_json import read_json
 
 NEWER_DEVICE = ("FP8", "MX")
 OLD = "up to 0.25"
@@ -28,6 +29,7 @@ def check(request: ServeRequest) -> Served:
     plan = structure.plan
     server_findings(served, request.checkpoint, plan.config, request.tp)
     served.problems += _scheme_problems(structure, request, served)
+    served.problems += _unknown_names(structure)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
             f"{request.checkpoint}: is a bfloat16 checkpoint, expected float16 on a 310P "
@@ -61,6 +63,19 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
             yield f"{request.checkpoint}: {text}"
         else:
             served.notes.append(text)
+
+
+def _unknown_names(structure: Structure) -> Iterator[str]:
+    """Types by names that msModelSlim writes and the runtime has not registered."""
+    aliases = structure.flavour.leeway.aliases
+    for where in structure.flavour.find(structure.checkpoint.directory) if aliases else ():
+        described = read_json(where, MAX_DESCRIPTION_BYTES).values()
+        values = [value for value in described if isinstance(value, str)]
+        for name in sorted(aliases.keys() & set(values)):
+            yield (
+                f"{where}: calls a type {name}, expected {aliases[name]}, the name by which "
+                "vllm-ascend knows it"
+            )
 
 
 def _rank_problems(structure: Structure, tp: int) -> Iterator[str]:
