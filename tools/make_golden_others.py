@@ -3,7 +3,7 @@
 Needs the tools themselves, each in an environment of its own, as their requirements differ:
 
     python tools/make_golden_others.py llm-compressor   # torch, transformers, llmcompressor
-    python tools/make_golden_others.py msmodelslim      # torch, transformers 4.51, msmodelslim
+    python tools/make_golden_others.py msmodelslim [CASE ...]  # torch, transformers 4.51, msmodelslim
 
 Beside each checkpoint, expected.json has what the tool's own library makes of it: for LLM
 Compressor a sha256 of every weight that compressed-tensors decompresses, in the model's type.
@@ -145,6 +145,8 @@ def msmodelslim(work: Path) -> None:
     calib = work / "calib.json"
     calib.write_text(json.dumps([" ".join(WORDS[i:] + WORDS[:i]) for i in range(0, 16, 4)]))
     for name, kind, family, dtype, first in CASES:
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
         source, made, recipe = work / f"{name}-float", work / name, work / f"{name}.yaml"
         make_float(source, family, dtype, SHAPE)
         act, weight = TYPES[kind]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BF16_STEPS = 2.0**-7  # the sum, both scales and their product rounded to bfloat16: 2**-9 each
 FLOATS = frozenset(DTYPES)
+STATIC = "W8A8"  # which vllm-mindspore's own models serve
 
 
 def describe_difference(
@@ -38,7 +39,15 @@ def describe_difference(
     for key, value in found.items():
         if "." not in key and value and key.endswith("quant_type") and key != "model_quant_type":
             raise MsQuantError(f"{where}: {key} is {short(value)}, which is not read here")
-    return tensor_entries(found, made, where, LEEWAY)
+    defects, notes = tensor_entries(found, made, where, LEEWAY)
+    for key, value in made.items():
+        if value == STATIC and key.endswith(".bias") and found.get(key, value) != value:
+            defects.append(
+                f"{where}: {key} is {short(found[key])}, expected {value!r}: vllm-mindspore wants "
+                "one type for all tensors of a linear"
+            )
+            notes = [note for note in notes if not note.startswith(f"{where}: {key} ")]
+    return defects, notes
 
 
 def check_extra(checkpoint: Checkpoint, path: str, linear: QuantizedLinear) -> None:
