@@ -331,9 +331,7 @@ def test_changed_byte(name: str, checkpoint: Path) -> None:
     )
 
 
-def test_without_a_record_it_is_right_as_far_as_can_be_seen(
-    checkpoint: Path, source: Path
-) -> None:
+def test_without_a_record_it_is_right_as_far_as_can_be_seen(checkpoint: Path, source: Path) -> None:
     assert verify_checkpoint(checkpoint)["verdict"] == "right"
     (checkpoint / RECORD).unlink()
     found = verify_checkpoint(checkpoint)

@@ -3,7 +3,7 @@
 Needs the tools themselves, each in an environment of its own, as their requirements differ:
 
     python tools/make_golden_others.py llm-compressor   # torch, transformers, llmcompressor
-    python tools/make_golden_others.py msmodelslim [CASE ...]  # torch, transformers 4.51, msmodelslim
+    python tools/make_golden_others.py msmodelslim [CASE ...]  # with transformers 4.51
 
 Beside each checkpoint, expected.json has what the tool's own library makes of it: for LLM
 Compressor a sha256 of every weight that compressed-tensors decompresses, in the model's type.
@@ -29,7 +29,7 @@ SHAPE = {"num_hidden_layers": 1, "vocab_size": 16, "num_attention_heads": 2, "he
 SHAPE |= {"num_key_value_heads": 1, "hidden_size": 32, "intermediate_size": 32}
 SHAPE |= {"max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
 BLOCKS = {"hidden_size": 128, "head_dim": 8, "intermediate_size": 16}
-WORDS = "a b c d e f g h i j k l m n o p".split()
+WORDS = list("abcdefghijklmnop")
 PRESETS: dict[str, dict[str, Any]] = {
     "W8A8": {},
     "W8A16": {},

@@ -182,9 +182,9 @@ def read_schemes(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, S
         raise MsQuantError(f"{KEY}: {HEAD} is a target, expected it in ignore: it stays float")
     schemes: dict[str, Scheme | None] = {}
     for path in paths:
-        target = target_of(path, list(targets))
+        chosen = target_of(path, list(targets))
         ignore = any(matches(path, name) for name in ignored)
-        schemes[path] = None if ignore or target is None else targets[target]
+        schemes[path] = None if ignore or chosen is None else targets[chosen]
     return schemes
 
 
@@ -214,7 +214,8 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
 def _nearest(differences: Sequence[tuple[Difference, str]]) -> str:
     """The sentence about the first key that keeps a group from being one of the nearest schemes."""
     first, _ = min(differences, key=lambda row: row[0].count)
-    rows = [row for row in differences if (row[0].count, row[0].place) == (first.count, first.place)]
+    same = (first.count, first.place)
+    rows = [row for row in differences if (row[0].count, row[0].place) == same]
     values = " or ".join(dict.fromkeys(difference.expected for difference, _ in rows))
     names = " or ".join(name for _, name in rows)
     return (
@@ -249,9 +250,7 @@ def _difference(
     """How a group differs from what a scheme is spelled as: in how many keys, and where first."""
     spelled, stored = arguments(scheme), group["format"]
     found = [
-        first_difference(
-            given, arguments_of(spelled[key], f"{where}.{key}"), f"{where}.{key}"
-        )
+        first_difference(given, arguments_of(spelled[key], f"{where}.{key}"), f"{where}.{key}")
         for key, given in (("weights", weights), ("input_activations", inputs))
     ]
     if stored is not None and stored not in STORED_AS[spelled["format"]]:

@@ -97,7 +97,7 @@ def stated(linear: QuantizedLinear, quant_bias: np.ndarray, path: str) -> Quanti
 
 
 LEEWAY = Leeway(
-    types={name: FLOATS for name in ("input_scale", "weight_scale", "deq_scale", "bias")},
+    types=dict.fromkeys(("input_scale", "weight_scale", "deq_scale", "bias"), FLOATS),
     extra=frozenset({"weight_scale", "weight_offset", "smooth_scale"}),
     description=describe_difference,
 )

@@ -1,7 +1,4 @@
-"""``quantization_config`` as versions of LLM Compressor and its users write it, read as its schemes.
-
-Spellings are those of published checkpoints and of the library's versions 0.3 to 0.20.
-"""
+"""``quantization_config`` as versions of LLM Compressor write it, read as the schemes it spells."""
 
 from __future__ import annotations
 

@@ -131,7 +131,10 @@ def test_a_dynamic_one_is_converted(write: Any, tmp_path: Path, format: str) -> 
     convert_checkpoint(out, tmp_path / "other", format)
     assert verify_checkpoint(tmp_path / "other", tmp_path / "model")["problems"] == []
     for path in QuantizedModel(out).plan.quantized():
-        one, other = QuantizedModel(out).linear(path), QuantizedModel(tmp_path / "other").linear(path)
+        one, other = (
+            QuantizedModel(out).linear(path),
+            QuantizedModel(tmp_path / "other").linear(path),
+        )
         assert one is not None and other is not None
         np.testing.assert_array_equal(one.float_weight(), other.float_weight())
 
