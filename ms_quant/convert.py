@@ -27,7 +27,7 @@ from ms_quant.checkpoint.finish import (
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
-from ms_quant.checkpoint.structure import check_kind, is_ours
+from ms_quant.checkpoint.structure import PROVENANCE, check_kind, is_ours
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.numerics.activation import Phased, StaticActivation
@@ -37,7 +37,7 @@ from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.places import check_places
 from ms_quant.plan import Plan, Way, plan_of_ways, recorded_way
-from ms_quant.provenance import PROVENANCE, provenance, without_algorithms
+from ms_quant.provenance import provenance, without_algorithms
 from ms_quant.request import SHARD_BYTES
 from ms_quant.schemes import get_scheme
 from ms_quant.spec import Fold

@@ -14,7 +14,6 @@ from ms_quant.checkpoint.finish import RECORD
 from ms_quant.checkpoint.reader import fingerprint
 from ms_quant.checkpoint.structure import (
     MAX_DESCRIPTION_BYTES,
-    PROVENANCE,
     Structure,
     is_ours,
 )
@@ -84,6 +83,3 @@ def not_proved(directory: Path, plan: Plan, compared: bool) -> list[str]:
     if not compared:
         found.append("that the weights are those of a source: none was given (--source)")
     return found
-
-
-__all__ = ["PROVENANCE", "UNKNOWN", "not_proved", "provenance", "without_algorithms"]

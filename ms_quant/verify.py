@@ -18,13 +18,19 @@ from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.serving import QuantizedModel
-from ms_quant.checkpoint.structure import Structure, check_kind, is_ours, read_structure
+from ms_quant.checkpoint.structure import (
+    PROVENANCE,
+    Structure,
+    check_kind,
+    is_ours,
+    read_structure,
+)
 from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan, recorded_way
-from ms_quant.provenance import PROVENANCE, UNKNOWN, not_proved
+from ms_quant.provenance import UNKNOWN, not_proved
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
 from ms_quant.verify_foreign import ForeignProof

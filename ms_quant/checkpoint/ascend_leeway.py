@@ -24,7 +24,7 @@ from ms_quant.spec import Scheme
 
 ALIASES = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
 INFORMATIVE = frozenset({"version", "model_quant_type", "group_size", "max_supported_tp"})
-EMPTY = (None, False, "", {}, [])
+EMPTY: tuple[Any, ...] = (None, False, "", {}, [])
 CACHE = ("kv_quant_type", "kv_cache_type")
 ONLINE = (".heads_rotation", ".kronecker_rotation_m", ".kronecker_rotation_n", ".q_rot", ".k_rot")
 PACKED_VERSION = "1.0.0"

@@ -116,6 +116,7 @@ def _weights(weight: WeightFormat) -> dict[str, Any]:
         return _arguments(8, strategy="block", type="float", block_structure=block)
     if isinstance(weight, Float8Format):
         return _arguments(8, strategy="channel", type="float")
+    assert isinstance(weight, AffineFormat)
     return _arguments(
         weight.bits,
         symmetric=weight.symmetric,

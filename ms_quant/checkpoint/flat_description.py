@@ -98,7 +98,7 @@ def tensor_entries(
         elif key not in made and suffix not in leeway.extra:
             raise MsQuantError(f"{where}: names {key!r}, expected only the model's tensors")
         elif key in made and key in found and value != made[key]:
-            if leeway.aliases.get(value) == made[key]:
+            if isinstance(value, str) and leeway.aliases.get(value) == made[key]:
                 notes.append(f"{where}: calls {made[key]} {value}")
             elif suffix == "bias":
                 notes.append(f"{where}: {key} is {short(value)}, the other tensors {made[key]}")
