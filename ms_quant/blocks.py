@@ -20,10 +20,12 @@ from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics import kv_cache
+from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
-from ms_quant.spec import Fold
+from ms_quant.spec import Fold, Scheme
 
 Progress = Callable[[int, float], None]
 """Called with a block's index and how much of it is done, 0 to 1."""
@@ -63,11 +65,14 @@ class Seen:
         stats: statistics of its input.
         loss: error of the block's output with candidates in place of the float linears.
         damage: the same relative to the output of each token.
+        floor: float32 (in,), the least a vector may be that the model's activations are divided
+            by; less would bring them near the end of float16. None where that does not matter.
     """
 
     stats: ActivationStats | None
     loss: Loss
     damage: Loss
+    floor: np.ndarray | None = None
 
 
 @dataclass
@@ -78,13 +83,15 @@ class Block:
         linears: path to quantized linear.
         floats: float32 tensors that folding has changed, by name.
         notes: group to what was chosen.
-    cache: path to float32 scales of a linear's outputs in a cache of int8.
+        cache: path to float32 scales of a linear's outputs in a cache of int8.
+        ranges: how large activations get, see :mod:`ms_quant.activation_range`.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     floats: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     cache: dict[str, np.ndarray] = field(default_factory=dict)
+    ranges: dict[str, Any] = field(default_factory=dict)
 
 
 class Smoothed(NamedTuple):
@@ -121,10 +128,11 @@ def quantize_block(
 
     def smoothed() -> Iterator[Smoothed]:
         for done, group in enumerate(plan.groups(index)):
-            problem = _problem(plan, index, group, array, seen(group), steps)
-            solution = plan.of(index, group).chain.first(problem)
+            looked = seen(group)
+            problem = _problem(plan, index, group, array, looked, steps)
+            solution = _floored(plan.of(index, group), looked, problem)
             if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
-                solution = replace(solution, smooth=stable_smooth(solution.smooth))
+                solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
             if group.name in folding and solution.smooth is not None:
                 smooth = _fold(plan, group, array, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)
@@ -153,6 +161,14 @@ def quantize_block(
         name = f"{block_prefix(index)}{path}: cached output"
         block.cache[path] = kv_cache.channel_scale(absmax / divisors.get(path, 1), plan.dtype, name)
     return block
+
+
+def _floored(plan: Plan, seen: Seen, problem: Problem) -> Solution:
+    """The smoothing of a group, nowhere so small that what it divides leaves float16."""
+    solution = plan.chain.first(problem)
+    if solution.smooth is None or seen.floor is None or plan.scheme.fold is Fold.INPUT_SCALE:
+        return solution
+    return replace(solution, smooth=np.maximum(solution.smooth, seen.floor))
 
 
 def folds(plan: Plan) -> bool:
@@ -187,7 +203,13 @@ def _problem(
         damage=seen.damage,
         smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
+        input_dtype=plan.dtype if _own_product(scheme) else DTYPES["float32"],
     )
+
+
+def _own_product(scheme: Scheme) -> bool:
+    """Whether linears multiply their inputs by a vector, or scale long blocks of them."""
+    return scheme.fold is Fold.MUL_SCALE or isinstance(scheme.activation, DualMxTokens)
 
 
 def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[int, int]:

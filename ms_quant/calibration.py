@@ -3,15 +3,21 @@
 In memory are one block's weights in float32, one batch of activations, the kept rows of each
 linear's input, and the inputs and outputs of the tokens that searches look at. Hidden states are
 on disk.
+
+Of a model that will run in float16 a block whose activations do not fit that is refused here, or
+made to fit by dividing what a linear makes and multiplying what reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ms_quant import activation_range as places
+from ms_quant.activation_range import BlockRanges, Divided
 from ms_quant.blocks import (
     PLAIN,
     Block,
@@ -23,6 +29,7 @@ from ms_quant.blocks import (
     quantize_block,
 )
 from ms_quant.budget import BATCH_TOKENS
+from ms_quant.checkpoint.divided import factors
 from ms_quant.checkpoint.job import HiddenStates, JobDirectory, read_hidden
 from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.embedding import used_rows
@@ -75,13 +82,45 @@ def calibrate(
         block.load(checkpoint.read_float32, prefix)
         cache = CacheRange(prefix) if plan.kv_cache else None
         plans = [plan for plan, _ in targets]
-        stats, searched = _observe(plans, block, job, index, tokens.shape, progress, steps, cache)
-        seen = partial(_seen, block, stats, searched)
+        observe = partial(_observe, plans, block, job, index, tokens.shape, progress, steps)
+        observed, divided = observe(cache), Divided()
+        if plan.dtype.name == "float16":
+            divided = observed.ranges.divisions(plan.config)
+            if divided:
+                _divide(block, divided)
+                cache = CacheRange(prefix) if plan.kv_cache else None
+                observed = observe(cache)
+            observed.ranges.check_float16()
+        seen = partial(_seen, plan, block, observed)
         half = partial(_second_half, progress, index)
         cached = None if cache is None else cache.absmax
-        make = partial(_make, index, block, seen, steps, cached)
-        norms = {f"{name}.l2_norm": stats[name].l2_norm for name in stats}
+        make = partial(_make, index, block, seen, steps, cached, observed.ranges.facts(divided))
+        norms = {f"{name}.l2_norm": stats.l2_norm for name, stats in observed.stats.items()}
         finish_targets(targets, index, make, norms, half)
+
+
+class _Observed(NamedTuple):
+    """What the float forward of a block has shown.
+
+    Attributes:
+        stats: of the input of each group.
+        searched: inputs and outputs of the windows that searches look at.
+        ranges: how large every place gets.
+    """
+
+    stats: dict[str, ActivationStats]
+    searched: SearchWindows
+    ranges: BlockRanges
+
+
+def _divide(block: HostBlock, divided: Divided) -> None:
+    """Changes a loaded block so that it computes the same with smaller activations."""
+    for name, array in block.arrays.items():
+        rows, columns = factors(block.config, divided, name)
+        if rows is not None:
+            array *= rows if array.ndim == 1 else rows[:, None]
+        if columns is not None:
+            array *= columns
 
 
 def _make(
@@ -90,24 +129,24 @@ def _make(
     seen: Callable[[LinearGroup], Seen],
     steps: Steps,
     cached: Mapping[str, np.ndarray] | None,
+    ranges: Mapping[str, Any],
     plan: Plan,
     progress: Callable[[float], None],
 ) -> Block:
-    return quantize_block(plan, index, block.arrays.get, seen, steps, progress, cached)
+    made = quantize_block(plan, index, block.arrays.get, seen, steps, progress, cached)
+    made.ranges = dict(ranges)
+    return made
 
 
 def _second_half(progress: Progress, index: int, part: float) -> None:
     progress(index, (1 + part) / 2)
 
 
-def _seen(
-    block: HostBlock,
-    stats: Mapping[str, ActivationStats],
-    searched: SearchWindows,
-    group: LinearGroup,
-) -> Seen:
-    errors = BlockErrors(block, group, searched)
-    return Seen(stats[group.name], errors.loss, errors.damage)
+def _seen(plan: Plan, block: HostBlock, observed: _Observed, group: LinearGroup) -> Seen:
+    errors = BlockErrors(block, group, observed.searched)
+    narrow = plan.dtype.name == "float16"
+    floor = observed.ranges.floor(plan.config, group) if narrow else None
+    return Seen(observed.stats[group.name], errors.loss, errors.damage, floor)
 
 
 def _observe(
@@ -119,17 +158,22 @@ def _observe(
     progress: Progress,
     steps: Steps,
     cache: CacheRange | None,
-) -> tuple[dict[str, ActivationStats], SearchWindows]:
-    """The float forward of a block: statistics, and the searched windows' inputs and outputs."""
+) -> _Observed:
+    """The float forward of a block."""
     plan, (sequences, length) = plans[0], shape
     batch = max(1, BATCH_TOKENS // length)
     stats: dict[str, ActivationStats] = {}
-    watched: dict[str, Linear] = {}
+    ranges = BlockRanges(index)
+    watched = {
+        path: _watched(block, path, partial(ranges.add, places.output_of(path)))
+        for path in plan.config.linear_shapes()
+    }
     wanted = {group.name for plan in plans for group in plan.groups(index)}
     for group in plan.config.family.groups:
+        path = group.members[0]
+        watched[path] = _shown(watched[path], partial(ranges.add, places.input_of(group)))
         if group.name not in wanted:
             continue
-        path = group.members[0]
         chains = [plan.of(index, group).chain for plan in plans]
         stats[group.name] = ActivationStats(
             plan.config.linear_shapes()[path][1],
@@ -139,7 +183,7 @@ def _observe(
             steps.rounding is not None or any(chain.any("hessian") for chain in chains),
             any(chain.any("histogram") for chain in chains),
         )
-        watched[path] = _watched(block, path, stats[group.name].update)
+        watched[path] = _shown(watched[path], stats[group.name].update)
     last = index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)
     following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
@@ -147,22 +191,37 @@ def _observe(
     searched = SearchWindows(hidden_shape, plan.search_tokens if searches else 0)
     for start in range(0, sequences, batch):
         hidden = read_hidden(job.hidden_file(index), start, start + batch)
+        if index == 0:
+            ranges.add(places.BEFORE, hidden)
         middle = block.attend(hidden, watched, cache)
+        ranges.add(places.MIDDLE, middle)
         output = block.feed_forward(middle, watched)
+        ranges.add(places.AFTER, output)
         searched.add(start, hidden, middle, output)
         if following:
             following.append(output)
         progress(index, min(1.0, (start + batch) / sequences) / 2)
     if following:
         following.commit()
-    return stats, searched
+    return _Observed(stats, searched, ranges)
 
 
 def _watched(block: HostBlock, path: str, observe: Callable[[np.ndarray], None]) -> Linear:
-    """A float linear that shows its input first."""
+    """A float linear that shows its output."""
 
     def linear(rows: np.ndarray) -> np.ndarray:
-        observe(rows)
-        return block.linear(path, rows)
+        made = block.linear(path, rows)
+        observe(made)
+        return made
 
     return linear
+
+
+def _shown(linear: Linear, observe: Callable[[np.ndarray], None]) -> Linear:
+    """A linear that shows its input first."""
+
+    def shown(rows: np.ndarray) -> np.ndarray:
+        observe(rows)
+        return linear(rows)
+
+    return shown

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from mindspore import Tensor
@@ -22,6 +22,7 @@ from ms_quant.checkpoint.job import HiddenStates, read_hidden
 from ms_quant.checkpoint.serving import ServedModel
 from ms_quant.embedding import Table, cross_entropy, used_rows
 from ms_quant.errors import MsQuantError
+from ms_quant.float16_forward import Float16Forward
 from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.config import block_prefix
 from ms_quant.models.decoder import (
@@ -107,6 +108,7 @@ def perplexity(
     progress: Progress = silent,
     decode: bool = False,
     kv_cache: str | None = None,
+    float16: bool = False,
 ) -> dict[str, Any]:
     """Perplexity over windows of tokens, block by block, hidden states on disk.
 
@@ -119,6 +121,8 @@ def perplexity(
         decode: compute as token by token, where linears tell the phases apart.
         kv_cache: how keys and values are cached, see :func:`new_caches`; all are read from the
             cache.
+        float16: compute as a runtime that has float16 alone, see
+            :mod:`ms_quant.float16_forward`; nothing else may be asked for.
 
     Returns:
         ``perplexity``, ``loss`` (mean negative log likelihood, natural logarithm), ``tokens``
@@ -130,7 +134,7 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    losses = token_losses(model, tokens, progress, decode, kv_cache)
+    losses = token_losses(model, tokens, progress, decode, kv_cache, float16)
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
@@ -148,35 +152,69 @@ def token_losses(
     progress: Progress = silent,
     decode: bool = False,
     kv_cache: str | None = None,
+    float16: bool = False,
 ) -> np.ndarray:
     """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
+    forward: Forward
+    if float16:
+        forward = Float16Forward(model, tokens.shape[1])
+    else:
+        forward = CellForward(model, tokens.shape[1], decode, kv_cache)
     with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
-        return _losses(model, tokens, Path(directory), progress, decode, kv_cache)
+        return _losses(model, forward, tokens, Path(directory), progress)
+
+
+class Forward(Protocol):
+    """How the blocks and the last norm of a checkpoint are computed."""
+
+    def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The output of a block, float32 (B, S, hidden) of the same, all values finite."""
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        """The last norm, float32 (B, S, hidden) of the same."""
+
+
+class CellForward:
+    """The Cells, in float32. Arguments are those of :func:`perplexity`."""
+
+    def __init__(self, model: ServedModel, length: int, decode: bool, kv_cache: str | None):
+        self.model, self.decode = model, decode
+        self.caches = new_caches(model, kv_cache)
+        self.angles, self.mask = rope_tensors(model.config, 0, length), causal_mask(length)
+        self.last = load_norm(model)
+
+    def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
+        block = load_block(self.model, index)
+
+        def output(hidden: np.ndarray) -> np.ndarray:
+            cache = self.caches[index]()
+            made = block(Tensor(hidden), *self.angles, self.mask, cache, self.decode)
+            return finite(made, index)
+
+        return output
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        return self.last(Tensor(x)).asnumpy()
 
 
 def _losses(
     model: ServedModel,
+    forward: Forward,
     tokens: np.ndarray,
     directory: Path,
     progress: Progress,
-    decode: bool,
-    kv_cache: str | None,
 ) -> np.ndarray:
-    caches = new_caches(model, kv_cache)
     count, length = tokens.shape
     shape = (count, length, model.config.hidden_size)
     free_space_check(directory, 2 * 4 * math.prod(shape))
     source = directory / "hidden-0.npy"
     _write(source, shape, map(used_rows(model.chunks(EMBEDDING), tokens), tokens))
-    cos, sin = rope_tensors(model.config, 0, length)
-    mask = causal_mask(length)
     batch = max(1, BATCH_TOKENS // length)
 
     def outputs(source: Path, index: int) -> Iterator[np.ndarray]:
-        block = load_block(model, index)
+        block = forward.block(index)
         for start in range(0, count, batch):
-            hidden = Tensor(read_hidden(source, start, start + batch))
-            yield from finite(block(hidden, cos, sin, mask, caches[index](), decode), index)
+            yield from block(read_hidden(source, start, start + batch))
             progress(index, min(1.0, (start + batch) / count))
 
     for index in range(model.config.num_layers):
@@ -184,9 +222,9 @@ def _losses(
         _write(target, shape, outputs(source, index))
         source.unlink()
         source = target
-    norm, last = load_norm(model), np.load(source, mmap_mode="r+")
+    last = np.load(source, mmap_mode="r+")
     for start in range(0, count, batch):
-        last[start : start + batch] = norm(Tensor(last[start : start + batch])).asnumpy()
+        last[start : start + batch] = forward.norm(last[start : start + batch])
     # A copy without each window's last token would not fit in memory: its loss is dropped instead.
     rows, targets = last.reshape(-1, shape[2]), np.roll(tokens, -1, axis=1).ravel()
     losses = cross_entropy(model.chunks(head_name(model)), rows, targets)

@@ -15,9 +15,10 @@ import numpy as np
 from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
-from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import (
     PROVENANCE,
     Structure,
@@ -25,6 +26,7 @@ from ms_quant.checkpoint.structure import (
     is_ours,
     read_structure,
 )
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
@@ -51,12 +53,14 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     Returns:
         ``verdict``: one of ``VERDICTS``; ``problems`` (one sentence each; empty when the checkpoint
         is right), ``not_proved`` (what of a checkpoint that others made is taken on trust, one
-        clause each), ``notes``, ``quantized`` and ``float`` counts, and with a source what
-        :class:`SourceProof` or :class:`ForeignProof` adds.
+        clause each), ``notes`` (about files that nothing reads, and oddities that mean the same),
+        ``quantized`` and ``float`` counts, and with a source what :class:`SourceProof` or
+        :class:`ForeignProof` adds.
 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
+    directory = model_directory(directory)
     problems: list[str] = []
     result: dict[str, Any] = {
         "checkpoint": str(directory),
@@ -76,7 +80,7 @@ def _verify(
 ) -> None:
     flavour, _ = check_kind(directory)
     original = None if source is None else _open_source(source)
-    problems += _root_problems(directory, flavour.entry)
+    problems += _root_problems(directory, flavour.entry, result["notes"])
     if problems:
         return
     structure, found = read_structure(directory)
@@ -124,16 +128,16 @@ def _recorded_notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _open_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(source)
-    check_model(checkpoint, load_config(source))
+    checkpoint = Checkpoint(model_directory(source))
+    check_model(checkpoint, load_config(checkpoint.directory))
     return checkpoint
 
 
-def _root_problems(directory: Path, entry: str) -> Iterator[str]:
+def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:
     yield from config_problems(directory, entry=entry)
     if is_ours(directory):
         yield from check_files(directory)
-        yield from unlisted_files(directory)
+        yield from unlisted_problems(directory, notes)
 
 
 def record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterator[str]:

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import activation_range
 from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import source_problems
+from ms_quant.checkpoint.divided import as_divided
+from ms_quant.checkpoint.finish import RECORD
 from ms_quant.checkpoint.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.serving import QuantizedModel
@@ -44,7 +47,7 @@ def max_output_error(scheme: Scheme) -> float:
     """
     if scheme.weight.bits == 16:
         return PRUNED
-    if scheme.weight.bits == 8:
+    if scheme.weight.bits == 8 and not scheme.algorithm:
         return MAX_OUTPUT_ERROR
     return BOTH_FOUR_BITS if scheme.activation.bits == 4 else FOUR_BITS
 
@@ -117,6 +120,11 @@ class SourceProof:
         if shapes != config.parameter_shapes():
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
+        try:
+            self.source = _as_divided(self.source, config, subject.record)
+        except MsQuantError as error:
+            yield str(error)
+            return
         places, entry = (ours.directory, self.source.directory), plan.flavour.entry
         yield from source_problems(*places, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded(), subject.model.stored_name)
@@ -159,20 +167,30 @@ class SourceProof:
             )
 
 
+def _as_divided(
+    source: FloatTensors, config: ModelConfig, record: Mapping[str, Any]
+) -> FloatTensors:
+    """The source as its activations were brought into the range of float16."""
+    entries, where = record.get(activation_range.KEY), f"{RECORD}: {activation_range.KEY}"
+    return as_divided(source, config, entries, where)
+
+
 def _rotated(
     source: FloatTensors, config: ModelConfig, record: Mapping[str, Any]
 ) -> RotatedCheckpoint:
     """The source as it was rotated before anything else."""
     options = record.get("algorithm_options")
     chosen = options.get("quarot") if isinstance(options, Mapping) else None
-    seed = chosen.get("seed") if isinstance(chosen, Mapping) else None
-    if type(seed) is not int or seed < 0:
-        raise MsQuantError(
-            f"ms_quant.json: algorithm_options: quarot.seed is {seed!r:.80}, expected that of the "
-            "rotation"
-        )
+    found = chosen if isinstance(chosen, Mapping) else {}
+    numbers = {"seed": found.get("seed"), "block_size": found.get("block_size", 0)}
+    for name, value in numbers.items():
+        if type(value) is not int or value < 0:
+            raise MsQuantError(
+                f"ms_quant.json: algorithm_options: quarot.{name} is {value!r:.80}, expected that "
+                "of the rotation"
+            )
     assert isinstance(source, Checkpoint)
-    return RotatedCheckpoint(source, config, seed)
+    return RotatedCheckpoint(source, config, **numbers)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_quant.activation_range import float16_facts
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
@@ -181,7 +182,7 @@ def summary(directory: Path) -> dict[str, Any]:
         compressed linears (``size``, ``pruned``, ``source_zeros`` that were 0 before pruning and
         were not chosen by it, ``rounded`` to 0, ``zeros`` in all, ``input_scale_raised`` values to
         the smallest normal float16), None where ``compress`` made it; ``float16_lost`` (tensor to
-        counts); ``codec_note``.
+        counts); ``float16_range`` and ``float16_warnings`` of activations; ``codec_note``.
 
     Raises:
         MsQuantError: the directory is no such checkpoint, or its structure is wrong.
@@ -204,6 +205,7 @@ def summary(directory: Path) -> dict[str, Any]:
         "tensor_bytes": sum(rank.bytes for rank in model.ranks),
         "weights": None if COMMAND in record else _weight_counts(directory, model.layout),
         "float16_lost": value.get("float16_lost", {}),
+        **float16_facts(value, str(directory / RECORD)),
         "codec_note": backend_note(),
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.reader import Checkpoint
+from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, open_file
 from ms_quant.checkpoint.writer import FileRecord, TensorPlan, write_file
 from ms_quant.errors import MsQuantError
@@ -57,7 +57,7 @@ def write_proof(
     layout: Layout,
     index: int,
     job: JobDirectory,
-    checkpoint: Checkpoint,
+    checkpoint: FloatTensors,
     pruning: Pruning | None,
 ) -> FileRecord:
     """Writes a block's proof, and counts its zeros.

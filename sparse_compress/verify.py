@@ -15,16 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import activation_range
 from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import config_problems, source_problems
-from ms_quant.checkpoint.finish import RECORD, check_files, unlisted_files
-from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.divided import as_divided
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import check_kind
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
 from ms_quant.remake import Comparison, ScaleRule
+from ms_quant.strict_json import read_json
 from sparse_compress.codec import CORES
 from sparse_compress.divide import SlimModel
 from sparse_compress.divide_verify import divided_problems
@@ -56,14 +61,14 @@ class Subject:
         directory: the checkpoint.
         model: its reader.
         record: what it says it was made with.
-        source: the source checkpoint, where it is given.
+        source: the source checkpoint, as it was quantized, where it is given.
         checked: counts of what was looked at.
     """
 
     directory: Path
     model: SparseModel
     record: dict[str, Any]
-    source: Checkpoint | None
+    source: FloatTensors | None
     checked: Counts
 
 
@@ -84,20 +89,22 @@ def verify(
 
     Returns:
         JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
-        checkpoint is right) and ``checked``: counts of ``linears``, ``tiles``, ``float_tensors``
-        and, with a source, ``recomputed`` or ``measured`` linears or ``compared`` tensors.
+        checkpoint is right), ``notes`` about files that nothing reads, and ``checked``: counts of
+        ``linears``, ``tiles``, ``float_tensors`` and, with a source, ``recomputed`` or
+        ``measured`` linears or ``compared`` tensors.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
     """
-    directory = Path(directory)
+    directory = model_directory(directory)
     record, checked = rewriting(directory), dict[str, int]()
     if record is None:
         _require_checkpoint(directory)
     contents, opened = _check_of(record)
-    original = None if source is None else opened(source)
+    original = None if source is None else opened(model_directory(source))
     progress("files", 0.0)
-    problems = [*guard(check_files, directory), *guard(unlisted_files, directory)]
+    notes: list[str] = []
+    problems = [*guard(check_files, directory), *guard(unlisted_problems, directory, notes)]
     progress("files", 1.0)
     problems += guard(
         partial(
@@ -114,6 +121,7 @@ def verify(
         "checkpoint": str(directory),
         "source": where,
         "problems": problems,
+        "notes": notes,
         "checked": checked,
     }
 
@@ -163,6 +171,7 @@ def _contents(
     workers: int,
 ) -> list[str]:
     record, config = read_record(directory), load_config(directory)
+    original = None if source is None else _divided(source, config, directory)
     layout = recorded_layout(directory, config, record)
     ranks = open_ranks(directory, layout.target, layout.tp)
     problems = structure_problems(layout, ranks) + guard(_config_problems, directory, source)
@@ -170,14 +179,21 @@ def _contents(
         return problems
     problems += guard(description_problems, directory, layout, ranks)
     model = SparseModel(directory, layout, ranks, workers)
-    subject = Subject(directory, model, record, source, checked)
+    subject = Subject(directory, model, record, original, checked)
     for index in range(config.num_layers):
         problems += guard(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
     for name in stored_floats(model):
-        problems += guard(float_problems, model, source, name, checked)
+        problems += guard(float_problems, model, original, name, checked)
     progress("tensors", 1.0)
     return problems
+
+
+def _divided(source: Checkpoint, config: ModelConfig, directory: Path) -> FloatTensors:
+    """The source as its activations were brought into the range of float16."""
+    path = directory / RECORD
+    entries = read_json(path, MAX_RECORD_BYTES).get(activation_range.KEY)
+    return as_divided(source, config, entries, f"{path}: {activation_range.KEY}")
 
 
 def _config_problems(directory: Path, source: Checkpoint | None) -> Iterator[str]:

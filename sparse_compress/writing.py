@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ms_quant import activation_range
 from ms_quant.checkpoint.atomic import FileRecord, disk_errors, write_json
+from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.safetensors_file import open_file
@@ -37,7 +39,8 @@ def write_checkpoint(
     Raises:
         MsQuantError: the disk does not take a file, or a linear does not fit the target.
     """
-    options, layout, source = request.options, request.layout, request.prepared.checkpoint
+    options, layout = request.options, request.layout
+    source = as_divided(request.prepared.tensors, layout.config, job.ranges(), str(job.directory))
     packer = Packer(layout, source, job, options.workers)
 
     def proof(index: int, path: Path) -> FileRecord:
@@ -48,6 +51,7 @@ def write_checkpoint(
         "chosen": {f"block {i}": job.notes(i) for i in range(layout.config.num_layers)},
         "uncompressed": request.uncompressed,
         "float16_lost": request.lost,
+        activation_range.KEY: job.ranges(),
         **({"rate": dict(request.rate)} if request.goal else {}),
     }
     finish(layout, output, files, options.model, facts)

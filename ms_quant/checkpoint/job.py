@@ -4,6 +4,7 @@
     block-00000.safetensors  the quantized linears of a finished block; further formats of the same
                              job have block-00000.1.safetensors and so on
     hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
+    source.json              the hash of every tensor of the source, as the first pass read it
     ms_quant.lock            empty; locked by the process that works here
 
 Every file appears under its name only when it is whole and on disk. A block is finished when its
@@ -40,7 +41,7 @@ from ms_quant.strict_json import read_json
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
 CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
-_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy)"
+_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy|source\.json)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (
@@ -144,12 +145,14 @@ class FinishedBlock(Protocol):
     floats: float32 tensors that folding has changed, by name.
     notes: group to what was chosen.
     cache: path to float32 scales of a linear's outputs in a cache of int8.
+    ranges: how large activations get.
     """
 
     linears: dict[str, QuantizedLinear]
     floats: dict[str, np.ndarray]
     notes: dict[str, dict[str, Any]]
     cache: dict[str, np.ndarray]
+    ranges: dict[str, Any]
 
 
 class JobDirectory:
@@ -269,6 +272,7 @@ class JobDirectory:
             tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
+        metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
         write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
         self._opened = None
         if self.target == 0:
@@ -318,6 +322,11 @@ class JobDirectory:
 
     def notes(self, index: int) -> dict[str, Any]:
         return json.loads(self._block(index).metadata["notes"])
+
+    def ranges(self) -> list[dict[str, Any]]:
+        """How large the activations of each finished block get; empty without calibration."""
+        blocks = range(self.finished_blocks())
+        return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
 
     def remove(self) -> None:
         """Deletes the job's own files, and the directory when nothing else is in it.

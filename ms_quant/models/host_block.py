@@ -15,7 +15,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 Linear = Callable[[np.ndarray], np.ndarray]
 """float32 (rows, out) of float32 (rows, in)."""
 
-_NONE: Mapping[str, Linear] = {}
+NO_LINEARS: Mapping[str, Linear] = {}
 
 
 class HostBlock:
@@ -49,7 +49,7 @@ class HostBlock:
         return kernels.times(rows, weight, bias)
 
     def attend(
-        self, x: np.ndarray, linears: Mapping[str, Linear] = _NONE, cache: Cache | None = None
+        self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS, cache: Cache | None = None
     ) -> np.ndarray:
         """The first half.
 
@@ -60,12 +60,12 @@ class HostBlock:
         """
         return self.add_heads(x, self.heads(x, linears, cache), linears)
 
-    def feed_forward(self, x: np.ndarray, linears: Mapping[str, Linear] = _NONE) -> np.ndarray:
+    def feed_forward(self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS) -> np.ndarray:
         """The second half; arguments as of :meth:`attend`."""
         return self.add_gated(x, self.gated(x, linears), linears)
 
     def heads(
-        self, x: np.ndarray, linears: Mapping[str, Linear] = _NONE, cache: Cache | None = None
+        self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS, cache: Cache | None = None
     ) -> np.ndarray:
         """The input of o_proj, (B, S, heads * D); arguments as of :meth:`attend`."""
         batch, length, _ = x.shape
@@ -81,19 +81,19 @@ class HostBlock:
         return attention(q, k, v, self.angles, self.mask, cache)
 
     def add_heads(
-        self, x: np.ndarray, heads: np.ndarray, linears: Mapping[str, Linear] = _NONE
+        self, x: np.ndarray, heads: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS
     ) -> np.ndarray:
         """x + o_proj(heads)."""
         return self._added("self_attn.o_proj", x, heads, linears)
 
-    def gated(self, x: np.ndarray, linears: Mapping[str, Linear] = _NONE) -> np.ndarray:
+    def gated(self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS) -> np.ndarray:
         """The input of down_proj, (B * S, intermediate)."""
         rows = self._norm("post_attention_layernorm", x)
         gate = self._project("mlp.gate_proj", rows, linears)
         return kernels.swiglu(gate, self._project("mlp.up_proj", rows, linears))
 
     def add_gated(
-        self, x: np.ndarray, gated: np.ndarray, linears: Mapping[str, Linear] = _NONE
+        self, x: np.ndarray, gated: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS
     ) -> np.ndarray:
         """x + down_proj(gated)."""
         return self._added("mlp.down_proj", x, gated, linears)
@@ -118,6 +118,6 @@ def linear_function(linear: QuantizedLinear) -> Linear:
     packed = kernels.pack(linear)
     if packed is None:
         return linear.forward
-    if linear.kronecker is None:
+    if not kernels.transforms(linear):
         return packed
     return lambda rows: packed(linear.transformed(rows))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ms_quant.checkpoint.structure import MAX_DESCRIPTION_BYTES, Structure
-from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES
-from ms_quant.serve.flat import loaded_rows, open_flat, row_parallel, server_findings
+from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 from ms_quant.strict_json import read_json
+from ms_quant.tensor_parallel import rank_problems
 
 NEWER_DEVICE = ("FP8", "MX")
 OLD = "up to 0.25"
@@ -36,7 +36,7 @@ def check(request: ServeRequest) -> Served:
             "(ms-quant quantize --dtype float16): what is stored depends on it"
         )
     if not served.problems:
-        served.problems += _rank_problems(structure, request.tp)
+        served.problems += rank_problems(plan, request.tp, structure.expected)
     if served.problems:
         return served
     served.loaded = loaded_rows(structure, request.tp)
@@ -75,23 +75,4 @@ def _unknown_names(structure: Structure) -> Iterator[str]:
             yield (
                 f"{where}: calls a type {name}, expected {aliases[name]}, the name by which "
                 "vllm-ascend knows it"
-            )
-
-
-def _rank_problems(structure: Structure, tp: int) -> Iterator[str]:
-    """Quantized linears whose inputs cannot be split over so many ranks."""
-    for path in row_parallel(structure) if tp > 1 else ():
-        scheme = structure.plan.scheme_of(path)
-        inputs = structure.plan.config.linear_shapes()[path.split(".", 3)[3]][1]
-        if f"{path}.left_trans" in structure.expected:
-            yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
-        elif f"{path}.scale_bias" in structure.expected and ROW_PARALLEL_SLICES % tp:
-            yield (
-                f"{path}.scale_bias: is stored in {ROW_PARALLEL_SLICES} slices, tp is {tp}, "
-                "expected a divisor"
-            )
-        elif scheme.weight.group_size and inputs // tp % scheme.weight.group_size:
-            yield (
-                f"{path}: {inputs} inputs on {tp} ranks, expected groups of "
-                f"{scheme.weight.group_size} on each"
             )
