@@ -358,7 +358,9 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
-    generator = Generator(open_model(checkpoint), kv_cache)
+    model = open_model(checkpoint)
+    _note_oddities(model)
+    generator = Generator(model, kv_cache)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))

@@ -93,7 +93,7 @@ def tensor_entries(
     defects, notes = [], []
     for key in (key for key in sorted({*made, *found}) if "." in key):
         suffix, value = key.rpartition(".")[2], found.get(key)
-        if key not in found and suffix not in leeway.missing:
+        if key not in found:
             defects.append(f"{where}: does not name {key!r}, expected {made[key]!r}")
         elif key not in made and suffix not in leeway.extra:
             raise MsQuantError(f"{where}: names {key!r}, expected only the model's tensors")

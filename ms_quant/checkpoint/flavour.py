@@ -51,7 +51,6 @@ class Leeway:
     Attributes:
         types: suffix of a quantized linear's tensor to further types, by name, that it may have.
         extra: suffixes of tensors that no runtime needs; what they say is compared with the rest.
-        missing: suffixes of tensors that may be left out.
         aliases: other names of schemes.
         stored: the scheme of a linear, by its path, as the checkpoint's tensors hold it.
         description: compares a description, as stored and as we would write it, and says what is
@@ -61,7 +60,6 @@ class Leeway:
 
     types: Mapping[str, frozenset[str]] = field(default_factory=dict)
     extra: frozenset[str] = frozenset()
-    missing: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     stored: Callable[[Scheme, Checkpoint, str], Scheme] = lambda scheme, checkpoint, path: scheme
     description: (

@@ -73,12 +73,11 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
         plan = _plan_of(flavour, config, kinds, description, checkpoint)
         expected = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
         structure = Structure(flavour, checkpoint, plan, expected)
+        made = flavour.description(plan)
         if not is_ours(directory) and flavour.leeway.description is not None:
-            made = flavour.description(plan)
             defects, notes = flavour.leeway.description(description, made, where)
             structure = replace(structure, defects=defects, notes=notes)
         else:
-            made = flavour.description(plan)
             problems += _entry_problems(description, made, where, exact=bool(flavour.entry))
     except MsQuantError as error:
         text = str(error)
@@ -250,8 +249,6 @@ def _tensor_problems(structure: Structure) -> Iterator[str]:
         if tensor.part is None and suffix not in kv_cache.SUFFIXES:
             suffix = ""  # a float tensor of the model
         if name not in names:
-            if suffix in leeway.missing:
-                continue
             yield (
                 f"{checkpoint.directory}: tensor {name!r} is missing, expected {tensor.dtype} "
                 f"{list(tensor.shape)}"
