@@ -294,6 +294,7 @@ def evaluate(
     from ms_quant.inspection import cache_name
 
     model = open_model(checkpoint)
+    _note_oddities(model)
     tokens = eval_windows(text, checkpoint, seq_len, windows)
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
@@ -327,6 +328,13 @@ def evaluate(
     exit_if_problems(problems)
 
 
+def _note_oddities(model: Any) -> None:
+    """What is wrong or odd in the files of a checkpoint that can be read all the same."""
+    structure = getattr(model, "structure", None)
+    for text in [*structure.defects, *structure.notes] if structure else []:
+        note(f"note: {text}")
+
+
 @app.command(epilog=example('ms-quant generate Qwen3-8B-W8A8 --prompt "The capital of France"'))
 def generate(
     checkpoint: CheckpointArgument,
@@ -346,8 +354,10 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
+    model = open_model(checkpoint)
+    _note_oddities(model)
     stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    generator = Generator(open_model(checkpoint), kv_cache, stops)
+    generator = Generator(model, kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))
@@ -426,10 +436,14 @@ def _show_verification(result: dict[str, Any]) -> None:
         )
         if result["unknown"]:
             print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
-    if not result["problems"]:
-        print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
     for text in result["notes"]:
         note(f"note: {text}")
+    for text in result["not_proved"]:
+        print(f"not proved: {text}")
+    if not result["problems"]:
+        print(
+            f"{result['checkpoint']}: {result['verdict']}, {result['quantized']} quantized linears"
+        )
 
 
 def _show_serving(result: dict[str, Any]) -> None:

@@ -92,6 +92,9 @@ ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("W8A16", "ascend", "compressed-tensors", {"symmetric": False}),
     ("W8A16", "compressed-tensors", "mindie-sd", {"dtype": "float16"}),
     ("W4A16", "compressed-tensors", "mindie-sd", {"group_size": 0}),
+    ("W8A8FP8_DYNAMIC", "compressed-tensors", "ascend", {}),
+    ("W8A8FP8_DYNAMIC", "ascend", "compressed-tensors", {}),
+    ("W8A8FP8_DYNAMIC", "ascend", "compressed-tensors", {"dtype": "float16"}),
     ("W4A4_DYNAMIC", "mindie-sd", "ascend", {"model": {"family": "qwen3"}}),
     ("W8A8_MXFP8", "ascend", "mindie-sd", {"model": {"family": "llama", "biases": True}}),
     ("W8A8_MXFP8", "mindie-sd", "ascend", {"model": {"family": "llama", "biases": True}}),
@@ -189,8 +192,8 @@ def test_a_damaged_checkpoint_is_not_converted(make, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(MsQuantError, match=r"quantization_description\.json: "):
         convert_checkpoint(first, tmp_path / "two", "ascend")
-    (first / "ms_quant.json").unlink()
-    with pytest.raises(MsQuantError, match=r"has no ms_quant\.json, expected a checkpoint of ms-"):
+    (first / "ms_quant.json").unlink()  # as if others had made it
+    with pytest.raises(MsQuantError, match=r"model\.norm\.weight is 'W8A8', expected 'FLOAT'"):
         convert_checkpoint(first, tmp_path / "two", "ascend")
 
 

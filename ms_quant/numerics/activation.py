@@ -10,6 +10,7 @@ Float             x                                          none
 StaticInt8        (q - offset) * scale, one for all tokens   StaticActivation
 PerToken          q * scale, one scale a token, 8 or 4 bits  none, or a clip ratio
 PerTokenFloat8    e4m3(q) * scale, one scale a token         none
+GroupFloat8       the same, one scale for 128 channels       none
 MxTokens          blocks of 32 with a shared exponent        none
 DualMxTokens      the same under a scale for long blocks     none
 Phased            per token in prefill, static in decode     StaticActivation
@@ -26,7 +27,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.numerics import affine, minifloat, mx, storage
+from ms_quant.numerics import affine, float8_blocks, minifloat, mx, storage
 from ms_quant.numerics.mx_rules import RULES
 from ms_quant.numerics.reciprocal import round_up_for_reciprocal, rounded_reciprocal
 
@@ -135,6 +136,16 @@ class PerTokenFloat8(_Dynamic):
     def fake(self, x: np.ndarray) -> np.ndarray:
         scale = minifloat.row_scale(x)
         return minifloat.dequantize_rows(minifloat.quantize_rows(x, scale), scale)
+
+
+@dataclass(frozen=True)
+class GroupFloat8(_Dynamic):
+    """E4M3 with one scale for each 128 channels of a token."""
+
+    bits = 8
+
+    def fake(self, x: np.ndarray) -> np.ndarray:
+        return float8_blocks.fake_groups(x)
 
 
 @dataclass(frozen=True)
@@ -268,11 +279,13 @@ class StaticInt8:
         folds_bias: whether a linear's bias is rounded into ``quant_bias``, as in ascend.
         multiplies: whether the runtime multiplies by the reciprocal of the one number, rounded to
             the type that the number is stored in.
+        symmetric: whether the zero point is 0: not what is made here, but what others make.
     """
 
     per_channel: bool = True
     folds_bias: bool = False
     multiplies: bool = False
+    symmetric: bool = False
     dynamic = False
     bits = 8
 

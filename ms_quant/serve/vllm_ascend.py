@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ms_quant.checkpoint.structure import Structure
+from ms_quant.checkpoint.structure import MAX_DESCRIPTION_BYTES, Structure
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
+from ms_quant.strict_json import read_json
 from ms_quant.tensor_parallel import rank_problems
 
 NEWER_DEVICE = ("FP8", "MX")
@@ -31,6 +32,7 @@ def check(request: ServeRequest) -> Served:
     plan = structure.plan
     server_findings(served, request, plan.config)
     served.problems += _scheme_problems(structure, request, served)
+    served.problems += _unknown_names(structure)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
             f"{request.checkpoint}: is a bfloat16 checkpoint, expected float16 on a 310P "
@@ -81,3 +83,16 @@ def _reciprocal_notes(structure: Structure) -> Iterator[str]:
             f"are off by more than 0.1 %, {names[worst]} by {100 * errors[worst]:.2f} %; ms-quant "
             "quantize --format ascend chooses scales whose reciprocals are not"
         )
+
+
+def _unknown_names(structure: Structure) -> Iterator[str]:
+    """Types by names that msModelSlim writes and the runtime has not registered."""
+    aliases = structure.flavour.leeway.aliases
+    for where in structure.flavour.find(structure.checkpoint.directory) if aliases else ():
+        described = read_json(where, MAX_DESCRIPTION_BYTES).values()
+        values = [value for value in described if isinstance(value, str)]
+        for name in sorted(aliases.keys() & set(values)):
+            yield (
+                f"{where}: calls a type {name}, expected {aliases[name]}, the name by which "
+                "vllm-ascend knows it"
+            )
