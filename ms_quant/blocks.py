@@ -20,10 +20,12 @@ from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics import kv_cache
+from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats
 from ms_quant.plan import Plan
-from ms_quant.spec import Fold
+from ms_quant.spec import Fold, Scheme
 
 Progress = Callable[[int, float], None]
 """Called with a block's index and how much of it is done, 0 to 1."""
@@ -130,7 +132,7 @@ def quantize_block(
             problem = _problem(plan, index, group, array, looked, steps)
             solution = _floored(plan.of(index, group), looked, problem)
             if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
-                solution = replace(solution, smooth=stable_smooth(solution.smooth))
+                solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
             if group.name in folding and solution.smooth is not None:
                 smooth = _fold(plan, group, array, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)
@@ -201,7 +203,13 @@ def _problem(
         damage=seen.damage,
         smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
+        input_dtype=plan.dtype if _own_product(scheme) else DTYPES["float32"],
     )
+
+
+def _own_product(scheme: Scheme) -> bool:
+    """Whether linears multiply their inputs by a vector, or scale long blocks of them."""
+    return scheme.fold is Fold.MUL_SCALE or isinstance(scheme.activation, DualMxTokens)
 
 
 def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[int, int]:

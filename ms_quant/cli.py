@@ -16,7 +16,9 @@ from ms_quant.console import (
     block_progress,
     emit,
     exit_if_problems,
+    given_model,
     human_bytes,
+    naming_leftovers,
     note,
     run,
     show_fields,
@@ -44,12 +46,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-ModelArgument = Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(help="Directory of a Hugging Face checkpoint.", callback=given_model)
+]
 CacheOption = Annotated[
     str | None,
     typer.Option(help="float, C8 or C8_DYNAMIC. Default: as the checkpoint says"),
 ]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a checkpoint.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="Directory of a checkpoint.", callback=given_model)
+]
 
 
 def example(line: str) -> str:
@@ -71,7 +77,7 @@ def quantize(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="YAML that says what each linear becomes, ours or modelslim_v1."),
+        typer.Option(help="YAML that says what each linear becomes, ours or msModelSlim's."),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a weight scale; 0 is per channel.", min=0)
@@ -81,7 +87,10 @@ def quantize(
     ] = None,
     float_undivided: Annotated[
         bool,
-        typer.Option("--float-undivided", help="Leave linears float that groups do not divide."),
+        typer.Option(
+            "--float-undivided",
+            help="Leave linears float that groups do not divide or the format's runtime fails on.",
+        ),
     ] = False,
     kv_cache: Annotated[
         str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")
@@ -115,6 +124,10 @@ def quantize(
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Glob pattern of linears that stay float; whole fused groups do."),
+    ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option(help="Tensor-parallel ranks that will serve it: checked now.", min=1),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
@@ -155,11 +168,19 @@ def quantize(
         job=job,
         keep_job=keep_job,
         any_environment=any_environment,
+        tp=tp,
     )
+    with naming_leftovers(output, job, options.formats):
+        _quantize(options, dry_run, as_json)
+
+
+def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
     prepared = prepare(options)
     if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
         count, length = prepared.tokens.shape
         note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
+    for line in dict.fromkeys(line for request in prepared.all for line in request.notes):
+        note(f"note: {line}")
     if dry_run:
         from ms_quant.estimate import estimate
 
@@ -169,8 +190,14 @@ def quantize(
         use_mindspore()
     if prepared.tokens is not None and kernels.note():
         note(f"note: {kernels.note()}")
-    with block_progress("quantizing", prepared.plan.config.num_layers) as progress:
-        result = quantize_checkpoint(options, progress, prepared)
+    blocks = prepared.plan.config.num_layers
+    with step_progress() as step:
+        result = quantize_checkpoint(
+            options,
+            lambda index, part: step("quantizing", (index + part) / blocks),
+            prepared,
+            lambda part: step("reading the model", part),
+        )
     results = result.get("formats", [result])
     for line in dict.fromkeys(line for one in results for line in one["not_served_by"]):
         note(f"note: {line}")
@@ -199,7 +226,7 @@ def convert(
     """The same numbers in another flavour, or why it cannot hold them."""
     from ms_quant.convert import convert_checkpoint
 
-    with step_progress() as step:
+    with naming_leftovers(output), step_progress() as step:
         result = convert_checkpoint(
             checkpoint,
             output,
@@ -216,7 +243,8 @@ def convert(
 def verify(
     checkpoint: CheckpointArgument,
     source: Annotated[
-        Path | None, typer.Option(help="The float checkpoint it was made from.")
+        Path | None,
+        typer.Option(help="The float checkpoint it was made from.", callback=given_model),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -403,6 +431,8 @@ def _show_verification(result: dict[str, Any]) -> None:
             print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
     if not result["problems"]:
         print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
+    for text in result["notes"]:
+        note(f"note: {text}")
 
 
 def _show_serving(result: dict[str, Any]) -> None:

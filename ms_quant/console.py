@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -23,6 +24,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ms_quant.checkpoint.lock import BusyError
+from ms_quant.checkpoint.source_kind import find_model
 from ms_quant.errors import MsQuantError
 
 STDERR = Console(stderr=True)
@@ -70,6 +73,52 @@ def fail(message: str, status: int = 1) -> NoReturn:
 def note(message: str) -> None:
     """One line for the reader, on standard error."""
     STDERR.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def given_model(path: Path | None) -> Path | None:
+    """The model directory that an argument stands for; says so where it is another.
+
+    Raises:
+        MsQuantError: it is none.
+    """
+    if path is None:
+        return None
+    found = find_model(path)
+    for text in found.notes:
+        note(f"note: {text}")
+    return found.directory
+
+
+@contextmanager
+def naming_leftovers(
+    output: Path, job: Path | None = None, formats: Sequence[str] = ()
+) -> Iterator[None]:
+    """Says what a command that fails leaves behind, and what to do with it.
+
+    Args:
+        output: the directory that it makes.
+        job: the job directory; None is the usual one.
+        formats: names of the outputs in it, where there are several.
+    """
+    try:
+        yield
+    except BusyError:
+        raise
+    except BaseException:
+        if not output.name:
+            raise
+        job = job or output.with_name(f"{output.name}.job")
+        outputs = [output / name for name in formats] if len(formats) > 1 else [output]
+        places = [job, job.with_name(f"{job.name}.measure")]
+        places += [place.with_name(f"{place.name}.partial") for place in outputs]
+        left = [str(place) for place in places if place.name and place.is_dir()]
+        if left:
+            verb, them = ("stays", "it") if len(left) == 1 else ("stay", "them")
+            note(
+                f"note: {' and '.join(left)} {verb}: the command that began {them} goes on where "
+                f"it stopped; delete {them} to start again"
+            )
+        raise
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from ms_quant.checkpoint.finish import (
     RECORD,
     OutputDirectory,
     check_files,
-    unlisted_files,
 )
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import check_kind
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.numerics.activation import StaticActivation
@@ -35,7 +35,7 @@ from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.places import check_places
-from ms_quant.plan import Plan, Way, plan_of_ways, recorded_way
+from ms_quant.plan import Plan, Way, check_runs, plan_of_ways, recorded_way
 from ms_quant.schemes import get_scheme
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
@@ -81,10 +81,11 @@ def convert_checkpoint(
         MsQuantError: the checkpoint is damaged or the other flavour cannot hold what it holds;
             names the tensor. No output directory is left behind.
     """
+    directory = model_directory(directory)
     check_places(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     _record(directory)
-    damaged = next(chain.from_iterable((check_files(directory), unlisted_files(directory))), None)
+    damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)
     if damaged:
         raise MsQuantError(damaged)
     model = QuantizedModel(directory)
@@ -148,6 +149,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
             for member in group.members:
                 name = f"{block_prefix(index)}{member}.weight"
                 own.flavour.check(own, group, shapes[member], name)
+            check_runs(other, index, group)
     return other
 
 
@@ -214,7 +216,7 @@ class _Converted:
             yield part if part.dtype == dtype else part.astype(np.float32).astype(dtype)
 
     def _check_bias(self, path: str, linear: QuantizedLinear) -> None:
-        dtype = self.plan.flavour.bias_dtype or self.plan.dtype
+        dtype = self.plan.flavour.bias_dtype(self.plan, path)
         if linear.bias is not None:
             _check_exact(linear.bias, dtype, f"{path}.bias")
 

@@ -15,6 +15,7 @@ from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes
 from ms_quant.plan import Plan
 from ms_quant.schemes import FLOAT_CACHE
+from ms_quant.tensor_parallel import rank_counts
 from ms_quant.writing import output_bytes
 
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
@@ -73,6 +74,7 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         "disk_bytes": needed_bytes(replace(prepared, others=())),
         "memory_bytes": int(memory),
         "estimated_seconds": round(seconds, 1),
+        "tensor_parallel": ", ".join(map(str, rank_counts(plan))),
         "served_by": plan.served_by,
         "not_served_by": plan.not_served_by,
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.checkpoint.serving import QuantizedModel, ServedModel, open_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.models.config import block_prefix
 from ms_quant.schemes import FLOAT_CACHE, STATIC_CACHE
 
@@ -21,6 +22,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     Raises:
         MsQuantError: the directory is none of them.
     """
+    directory = model_directory(directory)
     model = open_model(directory)
     files = [path for path in sorted(directory.rglob("*.safetensors")) if path.is_file()]
     tensors = [place for file in map(open_file, files) for place in file.tensors.items()]

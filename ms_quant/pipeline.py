@@ -13,11 +13,14 @@ from ms_quant import activation_range
 from ms_quant.activation_range import float16_facts
 from ms_quant.blocks import PLAIN, Progress, Steps, quantize_data_free
 from ms_quant.checkpoint import activations, kv_cache
+from ms_quant.checkpoint.atomic import DiskError
 from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, OutputDirectory
+from ms_quant.checkpoint.first_pass import read_source
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.floats import round_chunks, round_finite
 from ms_quant.checkpoint.job import JobDirectory
+from ms_quant.checkpoint.reader import ChangedSourceError
 from ms_quant.errors import MsQuantError
 from ms_quant.request import (
     SHARD_BYTES,
@@ -30,6 +33,8 @@ from ms_quant.request import (
 from ms_quant.strict_json import read_json
 from ms_quant.writing import Tensor, output_bytes, summary, write_output
 
+Reading = Callable[[float], None]
+
 __all__ = [
     "Prepared",
     "QuantizeOptions",
@@ -37,6 +42,7 @@ __all__ = [
     "needed_bytes",
     "output_bytes",
     "prepare",
+    "prove_source",
     "quantize_checkpoint",
     "require_mindspore",
 ]
@@ -46,6 +52,7 @@ def quantize_checkpoint(
     options: QuantizeOptions,
     progress: Progress = lambda index, part: None,
     prepared: Prepared | None = None,
+    reading: Reading = lambda part: None,
 ) -> dict[str, Any]:
     """Makes a quantized checkpoint, or goes on making it.
 
@@ -53,6 +60,7 @@ def quantize_checkpoint(
         options: the request.
         progress: told how far each block is.
         prepared: the checked request, where the caller has it already.
+        reading: told how much of the model's first pass is done, 0 to 1.
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
@@ -64,7 +72,7 @@ def quantize_checkpoint(
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     prepared = prepared or prepare(options)
-    finished_before = complete(prepared, progress, _write)
+    finished_before = complete(prepared, progress, _write, reading=reading)
     results = [_summary(request, finished_before) for request in prepared.all]
     return {"formats": results} if prepared.others else results[0]
 
@@ -84,6 +92,7 @@ def complete(
     progress: Progress,
     write: Callable[[Prepared, JobDirectory, OutputDirectory], None],
     steps: Steps = PLAIN,
+    reading: Reading = lambda part: None,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -92,6 +101,7 @@ def complete(
         progress: told how far each block is.
         write: writes and finishes the output of a request whose blocks are finished.
         steps: what is done around the algorithm.
+        reading: told how much of the model's first pass is done, 0 to 1.
 
     Returns:
         True when every output was finished before.
@@ -107,6 +117,8 @@ def complete(
     with job.open():
         # Another process may have finished an output just now.
         left = {k: r.output() for k, r in enumerate(prepared.all) if not r.output().finished}
+        if left:
+            prove_source(prepared, job, reading)
         with ExitStack() as opened:
             for output in left.values():
                 opened.enter_context(output.open())
@@ -117,6 +129,27 @@ def complete(
         if not prepared.options.keep_job:
             job.remove()
     return not left
+
+
+def prove_source(prepared: Prepared, job: JobDirectory, reading: Reading) -> None:
+    """Reads all of the float model once, in a job that is open; a second call does nothing.
+
+    Raises:
+        MsQuantError: a tensor holds NaN or infinity, or is not what the job has read before.
+            Where no block was finished, no job is left behind.
+    """
+    if prepared.checkpoint.digests:
+        return
+    try:
+        found = read_source(prepared.checkpoint, job.directory, reading)
+    except (DiskError, ChangedSourceError):
+        raise
+    except MsQuantError:
+        if not job.finished_blocks():
+            job.remove()
+        raise
+    for request in prepared.all:
+        request.checkpoint.expect(found.digests, found.trusted, found.stamps)
 
 
 def _remove_leftover(prepared: Prepared) -> None:
@@ -183,7 +216,7 @@ def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
             path, suffix = tensor.part
             _, _, index, member = path.split(".", 3)
             linear = job.linear(int(index), member, suffix in flavour.with_codes)
-            linear = replace(linear, bias=bias(path))
+            linear = replace(linear, bias=bias(path), input_dtype=plan.dtype)
             return flavour.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
         name = tensor.source or name
         changed = job.changed_tensor(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ms_quant.checkpoint.atomic import free_spaces_check
 from ms_quant.checkpoint.finish import OutputDirectory
+from ms_quant.checkpoint.hub_cache import refuse_cached_place
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
@@ -29,6 +30,7 @@ def check_places(model: Path, output: Path, job: Path) -> None:
         MsQuantError: names the two.
     """
     check_output_place(model, output)
+    refuse_cached_place(job, "job")
     for place, what in ((model, "model"), (output, "output"), (_partial(output), IN_PROGRESS)):
         _check_apart(job, "job", place, what)
 
@@ -43,6 +45,7 @@ def check_output_place(model: Path, output: Path) -> None:
     Raises:
         MsQuantError: names the two.
     """
+    refuse_cached_place(output)
     for place, what in ((output, "output"), (_partial(output), IN_PROGRESS)):
         _check_apart(place, what, model, "model")
 

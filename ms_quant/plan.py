@@ -12,6 +12,7 @@ from ms_quant.algorithms import Chain
 from ms_quant.budget import SEARCH_TOKENS
 from ms_quant.checkpoint.flavour import Flavour
 from ms_quant.checkpoint.flavours import FLAVOURS
+from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Phased
@@ -112,13 +113,25 @@ class Plan:
     @property
     def served_by(self) -> list[str]:
         """The runtimes that serve every scheme there is."""
+        if self.fails:
+            return []
         first, *others = (way.scheme.served_by for way in self.ways)
         return [runtime for runtime in first if all(runtime in other for other in others)]
 
     @property
     def not_served_by(self) -> list[str]:
         """Runtimes that do not serve some scheme there is, with the reason."""
-        return list(dict.fromkeys(r for way in self.ways for r in way.scheme.not_served_by))
+        reasons = [reason for way in self.ways for reason in way.scheme.not_served_by]
+        return list(dict.fromkeys([*reasons, *filter(None, [self.fails])]))
+
+    @property
+    def fails(self) -> str:
+        """The first linear that the flavour's runtime fails on, with the reason; "" for none."""
+        for index in range(self.config.num_layers):
+            for group in self.groups(index):
+                if reason := why_not_run(self, index, group):
+                    return reason
+        return ""
 
     @property
     def flavour(self) -> Flavour:
@@ -240,3 +253,23 @@ def check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
         name = f"{block_prefix(index)}{member}.weight"
         own.scheme.weight.check_columns(shapes[member][1], name)
         own.flavour.check(own, group, shapes[member], name)
+
+
+def why_not_run(plan: Plan, index: int, group: LinearGroup) -> str:
+    """Why the flavour's runtime fails on a group that files can hold; "" where it does not."""
+    shapes = plan.config.linear_shapes()
+    own = plan.of(index, group)
+    for member in group.members:
+        if reason := own.flavour.why_not_run(own, group, shapes[member]):
+            return f"{block_prefix(index)}{member}: {reason}"
+    return ""
+
+
+def check_runs(plan: Plan, index: int, group: LinearGroup) -> None:
+    """Refuses a group that the runtime fails on.
+
+    Raises:
+        MsQuantError: names the linear.
+    """
+    if reason := why_not_run(plan, index, group):
+        raise MsQuantError(reason)

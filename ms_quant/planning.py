@@ -11,9 +11,11 @@ import numpy as np
 from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.errors import MsQuantError
+from ms_quant.exclude import float_paths, matches, no_match
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.plan import Choices, Plan, Way, check_shapes, plan_of_ways
-from ms_quant.recipe import Recipe, Treatment, assign, unmatched
+from ms_quant.plan import Choices, Plan, Way, check_runs, check_shapes, plan_of_ways
+from ms_quant.recipe import Recipe, Treatment, assign, idle_patterns, is_reached
+from ms_quant.recipe.notes import notes
 from ms_quant.recipe.records import EVERYTHING
 from ms_quant.schemes import (
     DYNAMIC_CACHE,
@@ -26,8 +28,6 @@ from ms_quant.schemes import (
     why_not_held,
 )
 from ms_quant.spec import Fold, Scheme
-
-FLOATS = ("lm_head", "model.embed_tokens", "model.norm")  # that recipes may exclude
 
 
 def make_plan(
@@ -68,12 +68,16 @@ def make_plan(
         unseen -= matched
         if not matched:
             ways[group] = way
-    if unseen:
+    floats = float_paths(config) if unseen else []
+    wrong = sorted(pattern for pattern in unseen if not matches(pattern, floats))
+    if wrong and wrong[0].startswith("re:"):
         raise MsQuantError(
-            f"exclude pattern {min(unseen)!r} matches no linear, expected something like "
-            "'model.layers.0.*' or '*.down_proj'"
+            f"exclude pattern {wrong[0]!r} is a regular expression, expected a glob pattern "
+            "(recipes take both)"
         )
-    return _plan(config, ways, dtype, options)
+    if wrong:
+        raise MsQuantError(f"exclude {no_match(wrong[0], linear_paths(config))}")
+    return _plan(config, ways, dtype, options, must_serve)
 
 
 def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options: Choices) -> Plan:
@@ -89,6 +93,8 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
         MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
             schemes, or what :func:`make_plan` refuses; names the key of the recipe.
     """
+    if config.model_type in recipe.not_for:
+        raise MsQuantError(f"{config.model_type}: {recipe.not_for[config.model_type]}")
     wanted = _treatments(config, recipe)
     format = options.format or _common_format(wanted.values(), recipe.kv_cache)
     must_serve = options.format not in ("", *recipe.formats)  # a recipe may be for a compressor
@@ -103,18 +109,22 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
             way = _way(treatment.scheme, text, own, must_serve)
             made.append((treatment, way))
         ways[group] = way
-    return _plan(config, ways, dtype, asked)
+    return _plan(config, ways, dtype, asked, must_serve)
 
 
 def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
     """What becomes of each group that a recipe reaches, by full path prefix."""
     groups = _groups(config)
     paths = {path: group for group, members in groups.items() for path in members}
-    _refuse_idle(recipe, list(paths))
-    treated = assign(recipe, {path: group.rpartition(".")[2] for path, group in paths.items()})
+    producers = linear_producers(config)
+    _refuse_idle(recipe, list(paths), list(producers.values()), float_paths(config))
+    linears = {path: group.rpartition(".")[2] for path, group in paths.items()}
+    treated = assign(recipe, linears, producers)
     wanted: dict[str, Treatment] = {}
     for group, members in groups.items():
         found = {path: treated.get(path) for path in members}
+        if recipe.lenient and None in found.values():
+            continue
         first = found[members[0]]
         for path, treatment in found.items():
             if treatment != first:
@@ -136,13 +146,35 @@ def _groups(config: ModelConfig) -> dict[str, list[str]]:
     }
 
 
+def linear_paths(config: ModelConfig) -> list[str]:
+    """Full paths of the decoder linears, in model order."""
+    return [path for members in _groups(config).values() for path in members]
+
+
 def _title(treatment: Treatment | None) -> str:
     if treatment is None:
         return "float"
     return f"{treatment.scheme} with {'+'.join(treatment.algorithms) or PLAIN}"
 
 
-def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
+def linear_producers(config: ModelConfig) -> dict[str, str]:
+    """Full path of every linear to that of what makes its input, in model order."""
+    return {
+        f"{block_prefix(index)}{member}": f"{block_prefix(index)}{group.feed}"
+        for index in range(config.num_layers)
+        for group in config.family.groups
+        for member in group.members
+    }
+
+
+def recipe_notes(config: ModelConfig, recipe: Recipe) -> list[str]:
+    """What a recipe says that changes nothing for a model, or less than it says."""
+    return notes(recipe, _groups(config), linear_producers(config), float_paths(config))
+
+
+def _refuse_idle(
+    recipe: Recipe, paths: Sequence[str], producers: Sequence[str], floats: Sequence[str]
+) -> None:
     """Refuses a pattern that names nothing; one that leaves out what is float anyway may stay."""
     for step in recipe.steps:
         chosen = step.include != EVERYTHING or step.exclude or step.groups
@@ -151,13 +183,10 @@ def _refuse_idle(recipe: Recipe, paths: Sequence[str]) -> None:
                 f"{step.where}: {step.algorithm} rotates the whole model, expected it without "
                 "include, exclude and groups"
             )
-    for record in recipe.rules + recipe.steps:
-        idle = [*unmatched(record.include, paths), *unmatched(record.exclude, [*paths, *FLOATS])]
-        if idle:
-            raise MsQuantError(
-                f"{record.where}: pattern {idle[0]!r} matches no linear, expected something like "
-                "'model.layers.0.*' or '*.down_proj'"
-            )
+    if recipe.lenient and any(is_reached(recipe, path) for path in paths):
+        return  # what is idle is noted
+    for where, pattern in idle_patterns(recipe, paths, producers, floats):
+        raise MsQuantError(f"{where}: {no_match(pattern, paths)}")
 
 
 def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
@@ -187,7 +216,13 @@ def _way(name: str, algorithm: str, options: Choices, must_serve: bool) -> Way:
     return scheme, chain
 
 
-def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options: Choices) -> Plan:
+def _plan(
+    config: ModelConfig,
+    ways: Mapping[str, Way],
+    dtype: np.dtype,
+    options: Choices,
+    must_serve: bool,
+) -> Plan:
     """The plan of some groups; the others stay float.
 
     Raises:
@@ -199,7 +234,7 @@ def _plan(config: ModelConfig, ways: Mapping[str, Way], dtype: np.dtype, options
         _check_cache(next(iter(ways.values()))[0], options.kv_cache)
         floats = frozenset(_groups(config)) - ways.keys()
         plan = plan_of_ways(config, ways, dtype, floats, options.kv_cache)
-        undivided = frozenset(_undivided(plan, options.float_undivided))
+        undivided = frozenset(_undivided(plan, options.float_undivided, must_serve))
         left = {path: way for path, way in ways.items() if path not in undivided}
         if left:
             return plan_of_ways(config, left, dtype, floats | undivided, options.kv_cache)
@@ -254,8 +289,9 @@ def _check_cache(scheme: Scheme, name: str) -> None:
         )
 
 
-def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
-    """The groups with a shape that the scheme's groups do not divide or no file can hold.
+def _undivided(plan: Plan, stay_float: bool, must_serve: bool) -> Iterator[str]:
+    """The groups with a shape that the scheme's groups do not divide or no file can hold, or which
+    the runtime that must serve them fails on.
 
     Raises:
         MsQuantError: there is one and it may not stay float.
@@ -264,6 +300,8 @@ def _undivided(plan: Plan, stay_float: bool) -> Iterator[str]:
         for group in plan.groups(index):
             try:
                 check_shapes(plan, index, group)
+                if must_serve:
+                    check_runs(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
                     size = "another group size, or " if "do not divide" in str(error) else ""

@@ -19,15 +19,19 @@ from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
+from ms_quant.checkpoint.source_kind import model_directory
+from ms_quant.checkpoint.unlisted import is_read
 from ms_quant.data import load_tokens
 from ms_quant.errors import MsQuantError
+from ms_quant.exclude import float_notes
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan, plan_of_recipe
+from ms_quant.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
 from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.schemes import FLOAT_CACHE, VALUES, as_value
+from ms_quant.tensor_parallel import rank_notes, refuse_ranks
 from ms_quant.writing import output_bytes
 
 SHARD_BYTES = 4 << 30
@@ -56,6 +60,8 @@ class QuantizeOptions:
         keep_job: leave the job directory when all is done.
         any_environment: resume under other versions, CPU or thread count.
         recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
+        tp: tensor-parallel ranks that will serve the output, which must be divisible so; None is
+            not known yet.
         formats: the checkpoint flavours to make, each in a directory of its name inside
             ``output`` if there are several; () is one, the schemes' default.
     """
@@ -77,6 +83,7 @@ class QuantizeOptions:
     any_environment: bool = False
     recipe: Recipe | None = None
     formats: Sequence[str] = ()
+    tp: int | None = None
 
     @property
     def job_directory(self) -> Path:
@@ -116,13 +123,23 @@ def make_choices(
     return Choices(scheme, algorithm, float_undivided, cache, format, fold)
 
 
+CALIB_DIRECTORY = "lab_calib"  # where msModelSlim has its data sets, near its recipes
+CALIB_LEVELS = 3
+
+
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a file. A calibration file that it names may be beside it."""
+    """The recipe of a file. A calibration file that it names may be beside it.
+
+    Or in ``lab_calib`` beside it, beside its directory, or beside that one's.
+    """
     recipe = load_recipe(path)
     if recipe.calib is None or Path(recipe.calib).exists():
         return recipe
-    beside = path.parent / recipe.calib
-    return replace(recipe, calib=str(beside)) if beside.exists() else recipe
+    above = [path.absolute().parent, *path.absolute().parent.parents][:CALIB_LEVELS]
+    for directory in (path.parent, *(level / CALIB_DIRECTORY for level in above)):
+        if (directory / recipe.calib).exists():
+            return replace(recipe, calib=str(directory / recipe.calib))
+    return recipe
 
 
 def refuse_beside_recipe(path: Path, said: Mapping[str, Any]) -> None:
@@ -171,6 +188,7 @@ class Prepared:
         output_bytes: most bytes of the output's tensors.
         unknown: entries that the record does not have yet.
         others: the requests for other formats that the same job serves.
+        notes: what to know before the work, one sentence each.
     """
 
     options: QuantizeOptions
@@ -183,6 +201,7 @@ class Prepared:
     output_bytes: int
     unknown: Sequence[str] = ()
     others: tuple[Prepared, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[Prepared, ...]:
@@ -227,6 +246,7 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     Raises:
         MsQuantError: anything that would make the job fail later.
     """
+    options = replace(options, model=model_directory(options.model))
     if options.recipe is not None:
         options = _with_recipe(options, options.recipe)
     if len(options.formats) > 1:
@@ -234,6 +254,9 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     else:
         prepared = _prepare(options, extension)
     _check_disk(prepared)
+    if options.recipe is not None:
+        said = recipe_notes(prepared.plan.config, options.recipe)
+        return replace(prepared, notes=(*said, *prepared.notes))
     return prepared
 
 
@@ -254,6 +277,11 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
     found = {name: getattr(recipe, name) for name in given}
     calib = options.calib or (None if recipe.calib is None else Path(recipe.calib))
+    if options.calib is None and calib is not None and not calib.exists():
+        raise MsQuantError(
+            f"{calib}: the calibration data of the recipe is neither here nor beside it nor in a "
+            f"{CALIB_DIRECTORY} near it, expected --calib FILE"
+        )
     merged = {name: found[name] if given[name] is None else given[name] for name in given}
     return replace(options, calib=calib, **merged)
 
@@ -265,10 +293,14 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)
+    if options.tp is not None:
+        refuse_ranks(plan, options.tp)
     checkpoint = Checkpoint(options.model)
     check_model(checkpoint, config)
     plan, tensors = _rotated(plan, checkpoint)
+    notes = float_notes(options.exclude, linear_paths(config), config)
     if extension is None:
+        notes += rank_notes(plan) if options.tp is None else []
         options = replace(options, shard_bytes=options.shard_bytes or SHARD_BYTES)
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
@@ -284,6 +316,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
         {**record, **extension.writing},
         extension.output_bytes,
         extension.unknown,
+        notes=tuple(notes),
     )
 
 
@@ -308,7 +341,10 @@ def _refuse_occupied(output: Path) -> None:
     """Refuses a directory for several formats with anything in it but directories of formats."""
     known = {f"{name}{ending}" for name in FLAVOURS for ending in ("", ".partial")}
     if output.is_dir():
-        others = sorted(path.name for path in output.iterdir() if path.name not in known)
+        names = {path.name for path in output.iterdir()}
+        others = sorted(names - known)
+        if names & known:  # what a hub or a person has added since
+            others = [name for name in others if is_read(name)]
         if others:
             raise MsQuantError(
                 f"{output}: holds {others[0]!r}, expected a new directory for several formats"
@@ -336,7 +372,7 @@ def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     options = plan.chain.options.get("quarot")
     if options is None:
         return plan, checkpoint
-    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed)
+    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed, options.block_size)
     return replace(plan, config=rotated.config), rotated
 
 

@@ -35,6 +35,7 @@ KV_CACHES = {
 }
 FLOAT_BIAS, IN_BIAS = StaticInt8(per_channel=False), StaticInt8(False, folds_bias=True)
 MULTIPLIED = StaticInt8(False, folds_bias=True, multiplies=True)
+_HALF_EVEN = MxTokens("mxfp4_cann0")  # MindIE-SD asks the operator for rint, vllm-ascend for round
 _GROUPED = ("group_size", "symmetric")
 _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"
@@ -42,6 +43,7 @@ _VLLM_ASCEND = "vllm-ascend (--quantization ascend)"
 _OLD_VLLM_ASCEND = "vllm-ascend up to 0.25 (--quantization ascend)"
 _MINDIE_SD = "MindIE-SD quantize()"
 _VLLM = "vLLM (the checkpoint says how)"
+_COMPRESSED = "sparse-compress compress makes it the W8A8SC of the Atlas 300I Duo"
 _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval and generate run it"
 _STATIC_OPS = "npu_quantize, npu_quant_matmul"
 _INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
@@ -62,7 +64,7 @@ def _ascend(*served_by: str, kernels: str = "", **more: Any) -> Held:
 def _mindie_sd(kernels: str, smooths: bool = True, **more: Any) -> Held:
     places = (Fold.MUL_SCALE, Fold.NORM) if smooths else (Fold.NORM,)
     folds = dict.fromkeys(places, more.pop("activation", None))
-    scales = more.pop("scale_type", ScaleType.BFLOAT16)
+    scales = more.pop("scale_type", ScaleType.MODEL)
     return Held("mindie-sd", (_MINDIE_SD,), kernels, scale_type=scales, folds=folds, **more)
 
 
@@ -134,6 +136,14 @@ _ROWS = (
         ),
     ),
     Scheme(
+        "W8A8S",
+        AffineFormat(8),
+        MULTIPLIED,
+        "W8A8 of which most weights need four bits, for sparse-compress compress",
+        (Held("ascend", (), "", (_COMPRESSED,), folds={Fold.NORM: MULTIPLIED}),),
+        algorithm="low_bits",
+    ),
+    Scheme(
         "W8A8_TIMESTEP",
         AffineFormat(8),
         Timestep(),
@@ -188,7 +198,7 @@ _ROWS = (
         "int4 weights per channel, int4 activations per token",
         (
             _ascend(_VLLM_ASCEND, kernels=_INT8_OPS),
-            _mindie_sd(_INT8_OPS, smooths=False, scale_type=ScaleType.FLOAT32),
+            _mindie_sd(_INT8_OPS, smooths=False),
         ),
     ),
     Scheme(
@@ -227,7 +237,10 @@ _ROWS = (
         MxFormat("mxfp4_msmodelslim", multiple=2),
         MxTokens("mxfp4_cann0_round"),
         "MXFP4 weights and activations, blocks of 32",
-        (_ascend(_VLLM_ASCEND, kernels=_MX_OPS), _mindie_sd(_MX_OPS, scale_type=ScaleType.FLOAT32)),
+        (
+            _ascend(_VLLM_ASCEND, kernels=_MX_OPS),
+            _mindie_sd(_MX_OPS, scale_type=ScaleType.FLOAT32, activation=_HALF_EVEN),
+        ),
         options=("rule",),
     ),
     Scheme(

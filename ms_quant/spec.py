@@ -11,7 +11,7 @@ import numpy as np
 
 from ms_quant.numerics.activation import ActivationFormat
 from ms_quant.numerics.grid import WeightFormat
-from ms_quant.numerics.storage import DTYPES
+from ms_quant.numerics.storage import DTYPES, widened
 
 
 class ScaleType(str, Enum):
@@ -20,6 +20,7 @@ class ScaleType(str, Enum):
     FLOAT32 = "float32"
     MODEL = "the model's"
     BFLOAT16 = "bfloat16 for bfloat16 models, else float32"
+    WIDENED = "the model's, which is made float32 again when it is loaded"
 
 
 class Fold(str, Enum):
@@ -109,12 +110,14 @@ class Scheme:
         narrow = kind is ScaleType.MODEL or (
             kind is ScaleType.BFLOAT16 and model_dtype.name == "bfloat16"
         )
+        if kind is ScaleType.WIDENED:
+            return widened(model_dtype)
         return model_dtype if narrow else DTYPES["float32"]
 
-    def narrowed(self) -> Scheme:
+    def narrowed(self, kind: ScaleType = ScaleType.MODEL) -> Scheme:
         """The same with weight scales that the model's type holds, whatever the flavour stores."""
-        row = replace(self.held[0], scale_type=ScaleType.MODEL)
-        return replace(self, held=(row,))
+        row = self.held[0] if self.held else Held("", folds={Fold.MUL_SCALE: None})
+        return replace(self, held=(replace(row, scale_type=kind),))
 
     @property
     def chosen(self) -> dict[str, Any]:

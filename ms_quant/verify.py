@@ -15,10 +15,12 @@ import numpy as np
 from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
-from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files, unlisted_files
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.serving import QuantizedModel
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
@@ -39,16 +41,20 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
             and the output error of the quantized linears is measured.
 
     Returns:
-        ``problems`` (one sentence each; empty when the checkpoint is right), ``quantized`` and
-        ``float`` counts, and with a source what :class:`SourceProof` adds.
+        ``problems`` (one sentence each; empty when the checkpoint is right), ``notes`` (about
+        files that nothing reads), ``quantized`` and ``float`` counts, and with a source what
+        :class:`SourceProof` adds.
 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
+    directory = model_directory(directory)
     flavour, _ = check_kind(directory)
     original = None if source is None else _open_source(source)
-    problems = list(_root_problems(directory, flavour.entry))
+    notes: list[str] = []
+    problems = list(_root_problems(directory, flavour.entry, notes))
     result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
+    result["notes"] = notes
     if problems:
         return result
     structure, found = read_structure(directory)
@@ -76,16 +82,16 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
 
 
 def _open_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(source)
-    check_model(checkpoint, load_config(source))
+    checkpoint = Checkpoint(model_directory(source))
+    check_model(checkpoint, load_config(checkpoint.directory))
     return checkpoint
 
 
-def _root_problems(directory: Path, entry: str) -> Iterator[str]:
+def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:
     yield from config_problems(directory, entry=entry)
     if (directory / RECORD).exists():
         yield from check_files(directory)
-        yield from unlisted_files(directory)
+        yield from unlisted_problems(directory, notes)
     else:
         yield f"{directory}: has no {RECORD}, its files cannot be compared with what was written"
 

@@ -47,7 +47,7 @@ def max_output_error(scheme: Scheme) -> float:
     """
     if scheme.weight.bits == 16:
         return PRUNED
-    if scheme.weight.bits == 8:
+    if scheme.weight.bits == 8 and not scheme.algorithm:
         return MAX_OUTPUT_ERROR
     return BOTH_FOUR_BITS if scheme.activation.bits == 4 else FOUR_BITS
 
@@ -181,14 +181,16 @@ def _rotated(
     """The source as it was rotated before anything else."""
     options = record.get("algorithm_options")
     chosen = options.get("quarot") if isinstance(options, Mapping) else None
-    seed = chosen.get("seed") if isinstance(chosen, Mapping) else None
-    if type(seed) is not int or seed < 0:
-        raise MsQuantError(
-            f"ms_quant.json: algorithm_options: quarot.seed is {seed!r:.80}, expected that of the "
-            "rotation"
-        )
+    found = chosen if isinstance(chosen, Mapping) else {}
+    numbers = {"seed": found.get("seed"), "block_size": found.get("block_size", 0)}
+    for name, value in numbers.items():
+        if type(value) is not int or value < 0:
+            raise MsQuantError(
+                f"ms_quant.json: algorithm_options: quarot.{name} is {value!r:.80}, expected that "
+                "of the rotation"
+            )
     assert isinstance(source, Checkpoint)
-    return RotatedCheckpoint(source, config, seed)
+    return RotatedCheckpoint(source, config, **numbers)
 
 
 @dataclass

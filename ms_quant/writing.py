@@ -46,7 +46,7 @@ def write_output(
         named = {flavour.weights(plan): tensors}
 
     def write_shard(path: Path) -> FileRecord:
-        return write_file(path, named[path.name], get)
+        return write_file(path, named[path.name], get, mode=flavour.mode)
 
     files = [output.write_once(name, write_shard) for name in named]
     if isinstance(flavour.weights, str):
@@ -56,7 +56,7 @@ def write_output(
     config = {**model_config(plan.config.raw, plan.dtype), **entry}
     files.append(write_json(directory / "config.json", config))
     if not flavour.entry:
-        files.append(write_json(directory / flavour.document(plan), description))
+        files.append(write_json(directory / flavour.document(plan), description, flavour.mode))
     output.finish(files, source, facts)
 
 

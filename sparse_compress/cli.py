@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ms_quant import __version__
-from ms_quant.cli import example
+from ms_quant.cli import ModelArgument, example
 from ms_quant.console import (
     JsonOption,
     emit,
     exit_if_problems,
+    given_model,
+    naming_leftovers,
     note,
     show_fields,
     step_progress,
@@ -39,7 +41,9 @@ WorkersOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compressed checkpoint.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="Directory of a compressed checkpoint.", callback=given_model)
+]
 
 
 @app.command(
@@ -48,7 +52,7 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="Directory of a compres
     )
 )
 def run(
-    model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
+    model: ModelArgument,
     output: OutputOption,
     calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
     target: Annotated[
@@ -101,8 +105,6 @@ def run(
 
     Started again after a kill, it goes on where it stopped.
     """
-    from sparse_compress.run import run as compress
-
     options = SparseOptions(
         model=model,
         output=output,
@@ -125,22 +127,29 @@ def run(
         any_environment=any_environment,
         workers=workers,
     )
+    with naming_leftovers(output, job):
+        _run(options, dry_run, as_json)
+
+
+def _run(options: SparseOptions, dry_run: bool, as_json: bool) -> None:
+    from sparse_compress.run import run as compress
+
     request = check(options)
-    for line in request.not_served_by:
+    for line in (*request.prepared.notes, *request.not_served_by):
         note(f"note: {line}")
     if dry_run:
         from sparse_compress.estimate import estimate
 
         emit(estimate(request), as_json, show_fields)
         return
-    if heldout is not None:
+    if options.heldout is not None:
         use_mindspore()
     _note_backend()
     with step_progress() as progress:
         result = compress(options, progress, request)
     for name, reason in result["uncompressed"].items():
         note(f"note: {name} stays float16: {reason}")
-    if result["ratio"] > (target_ratio or 1):
+    if result["ratio"] > (options.target_ratio or 1):
         note(
             f"note: the ratio is {result['ratio']:.4f}, above the target: it is predicted without "
             "the padding of slices whose rows are not a multiple of 128"
@@ -151,7 +160,10 @@ def run(
 @app.command(epilog=example("sparse-compress compress Qwen3-8B-W8A8S -o Qwen3-8B-W8A8SC"))
 def compress(
     directory: Annotated[
-        Path, typer.Argument(help="W8A8S or W16A16S directory as msModelSlim writes it.")
+        Path,
+        typer.Argument(
+            help="W8A8S or W16A16S directory as msModelSlim writes it.", callback=given_model
+        ),
     ],
     output: OutputOption,
     target: Annotated[
@@ -169,13 +181,14 @@ def compress(
     from sparse_compress.compress import check as check_directory
     from sparse_compress.compress import compress as code
 
-    request = check_directory(directory, output, workers, target, tp)
-    if dry_run:
-        emit(request.plan(), as_json, show_fields)
-        return
-    _note_backend()
-    with step_progress() as progress:
-        result = code(request, progress)
+    with naming_leftovers(output):
+        request = check_directory(directory, output, workers, target, tp)
+        if dry_run:
+            emit(request.plan(), as_json, show_fields)
+            return
+        _note_backend()
+        with step_progress() as progress:
+            result = code(request, progress)
     for name, reason in result["uncompressed"].items():
         note(f"note: {name} stays as it is: {reason}")
     emit(result, as_json, show_fields)
@@ -195,17 +208,21 @@ def decompress(
     from sparse_compress.decompress import check as check_checkpoint
     from sparse_compress.decompress import decompress as restore
 
-    request = check_checkpoint(checkpoint, output, workers)
-    _note_backend()
-    with step_progress() as progress:
-        result = restore(request, progress)
+    with naming_leftovers(output):
+        request = check_checkpoint(checkpoint, output, workers)
+        _note_backend()
+        with step_progress() as progress:
+            result = restore(request, progress)
     emit(result, as_json, show_fields)
 
 
 @app.command(epilog=example("sparse-compress verify Qwen3-8B-W8A8SC --source Qwen3-8B"))
 def verify(
     checkpoint: CheckpointArgument,
-    source: Annotated[Path | None, typer.Option(help="The checkpoint it was made from.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was made from.", callback=given_model),
+    ] = None,
     workers: WorkersOption = CORES,
     as_json: JsonOption = False,
 ) -> None:
@@ -248,8 +265,12 @@ def _show_verification(result: dict[str, Any]) -> None:
     for problem in result["problems"]:
         print(problem)
     if not result["problems"]:
-        show_fields({key: value for key, value in result.items() if key != "problems"})
+        show_fields(
+            {key: value for key, value in result.items() if key not in ("problems", "notes")}
+        )
         print("right: every check passed")
+    for text in result["notes"]:
+        note(f"note: {text}")
 
 
 def _show_info(result: dict[str, Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.data import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
@@ -146,6 +147,7 @@ def check(options: SparseOptions) -> Request:
             cannot hold, a number of ranks that does not divide the model, and a model that the
             target cannot hold.
     """
+    options = replace(options, model=model_directory(options.model))
     plain = options.quantization(options.exclude)
     check_places(options.model, options.output, plain.job_directory)
     goal = _goal(options)

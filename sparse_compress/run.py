@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def run(
 
     Args:
         options: what to make.
-        progress: told how far the steps ``"quantize"`` and ``"compress"`` are; for a goal also
-            ``"measure"`` and ``"evaluate"``.
+        progress: told how far the steps ``"read"``, ``"quantize"`` and ``"compress"`` are; for a
+            goal also ``"measure"`` and ``"evaluate"``.
         request: what :func:`~sparse_compress.request.check` made of the options, where the caller
             has it already.
 
@@ -52,7 +53,11 @@ def run(
     if options.pruned:
         steps = Steps(pruning_transform(*options.pruned))
         finished_before = complete(
-            request.prepared, block_progress, _writer(request, progress), steps
+            request.prepared,
+            block_progress,
+            _writer(request, progress),
+            steps,
+            partial(progress, "read"),
         )
     else:
         finished_before = _run_for_goal(request, block_progress, progress)

@@ -55,6 +55,11 @@ def find_description(directory: Path) -> Path:
     if not directory.is_dir():
         raise MsQuantError(f"{directory}: no such directory")
     found = sorted(directory.glob(DESCRIPTIONS))
+    if not found:
+        raise MsQuantError(
+            f"{directory}: is no directory of msModelSlim, expected one {DESCRIPTIONS} in it "
+            "(sparse-compress run takes a float model)"
+        )
     if len(found) != 1:
         names = [path.name for path in found]
         raise MsQuantError(f"{directory}: has {names!r:.200}, expected one {DESCRIPTIONS}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ms_quant.checkpoint.companions import copy_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
+from ms_quant.checkpoint.unlisted import is_read
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
@@ -48,7 +49,7 @@ def slim_problems(
         problems += guard(_tensor_problems, slim, source, name, checked, workers)
         progress("tensors", done / len(names))
     if source is not None:
-        for name in sorted({*slim.companions(), *source.companions()}):
+        for name in sorted(filter(is_read, {*slim.companions(), *source.companions()})):
             problems += copy_problems(directory / name, source.directory / name)
     return problems
 

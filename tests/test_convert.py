@@ -92,9 +92,9 @@ ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("W8A16", "ascend", "compressed-tensors", {"symmetric": False}),
     ("W8A16", "compressed-tensors", "mindie-sd", {"dtype": "float16"}),
     ("W4A16", "compressed-tensors", "mindie-sd", {"group_size": 0}),
-    ("W4A4_DYNAMIC", "ascend", "mindie-sd", {"model": {"family": "qwen3"}}),
-    ("W8A8_MXFP8", "ascend", "mindie-sd", {}),
-    ("W8A8_MXFP8", "mindie-sd", "ascend", {"model": {"family": "qwen3"}}),
+    ("W4A4_DYNAMIC", "mindie-sd", "ascend", {"model": {"family": "qwen3"}}),
+    ("W8A8_MXFP8", "ascend", "mindie-sd", {"model": {"family": "llama", "biases": True}}),
+    ("W8A8_MXFP8", "mindie-sd", "ascend", {"model": {"family": "llama", "biases": True}}),
     ("W4A4_MXFP4", "ascend", "mindie-sd", {"rule": "mxfp4_cann0"}),
 ]
 
@@ -147,6 +147,16 @@ def test_what_is_converted_is_what_would_have_been_made(make, tmp_path, file_con
         (("W8A16", "ascend", {}), "ascend", r"is of format ascend already, expected another"),
         (("W8A16", "ascend", {}), "gguf", r"format 'gguf' is unknown, expected one of golden-st"),
         (("W4A4_DYNAMIC", "ascend", {}), "mindie-sd", r"q_proj: MindIE-SD drops the bias of a W4"),
+        (
+            ("W4A4_DYNAMIC", "ascend", {"model": {"family": "qwen3"}}),
+            "mindie-sd",
+            r"weight_scale: \d+ of 64 values are not exact in bfloat16, which the other format st",
+        ),
+        (
+            ("W8A8_MXFP8", "ascend", {}),
+            "mindie-sd",
+            r"0\.self_attn\.o_proj: MindIE-SD fails on a W8A8_MXFP8 linear without a bias in",
+        ),
         (
             ("W8A8_DYNAMIC", "ascend", {"algorithm": "smoothquant"}),
             "golden-stick",

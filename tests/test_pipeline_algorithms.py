@@ -95,10 +95,12 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W8A8", "smoothquant+gptq", {"format": "mindie-sd"}),
         ("W8A8_PER_TENSOR", "osl", {}),
         ("W8A8_DYNAMIC", "awq", {"format": "mindie-sd"}),
-        ("W8A8_MXFP8", "smoothquant", {"format": "mindie-sd"}),
+        ("W4A4_MXFP4", "smoothquant", {"format": "mindie-sd"}),
         ("W4A16", "gptq", {"format": "mindie-sd", "group_size": 0}),
         ("W4A4_MXFP4_SVD", "smoothquant", {"rank": 4}),
         ("W16A16S", "quarot", {"sparsity": 0.5}),
+        ("W8A8S", "smoothquant", {"sigma": 3.0}),
+        ("W8A8S", "minmax", {"whole": True, "fraction": 0.05}),
         ("W8A8FP8_DYNAMIC", "smoothquant+gptq", {}),
         ("W4A4_FLATQUANT_DYNAMIC", "smoothquant+gptq", {"steps": 5}),
     ],
@@ -143,7 +145,7 @@ def test_a_rotated_model_is_an_ordinary_one(make, tied):
 
 def test_another_seed_is_another_job(make):
     prepared = make("W8A16", "quarot", None, seed=3)
-    assert prepared.record["algorithm_options"] == {"quarot": {"seed": 3}}
+    assert prepared.record["algorithm_options"] == {"quarot": {"seed": 3, "block_size": 0}}
 
 
 def test_both_phases_of_a_generation(make):

@@ -95,7 +95,7 @@ def test_a_model_that_overflows_is_refused_by_the_linears_name(
         tensors["model.layers.0.mlp.up_proj.weight"][:] = 1e38
 
     wanted = options(tiny_model(dtype="float32", change=change), algorithm="smoothquant")
-    with pytest.raises(MsQuantError, match=r"model\.layers\.0\.mlp\.down_proj: calibration input"):
+    with pytest.raises(MsQuantError, match=r"layers\.0: mlp\.up_proj output holds NaN or inf"):
         quantize_checkpoint(wanted)
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import reader
+from ms_quant.checkpoint import digest, reader
 from ms_quant.checkpoint.floats import round_chunks
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile
@@ -53,6 +53,7 @@ def test_memory_of_writing_is_a_few_rows_of_the_embedding(
 
     model = tiny_model(dtype=dtype, tied=True, layers=1, vocab_size=rows, change=enlarge)
     monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(digest, "HASHED_ELEMENTS", 1 << 14)
     tracemalloc.start()
     try:
         quantize_checkpoint(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))

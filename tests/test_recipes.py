@@ -214,6 +214,19 @@ def test_a_job_for_several_formats_goes_on(make, file_contents, monkeypatch, sto
     assert file_contents(again.options.output.parent) == expected
 
 
+def test_what_hubs_add_beside_several_formats_changes_nothing(make):
+    options = {"scheme": "W8A16", "formats": ("ascend", "mindie-sd")}
+    output = make(None, **options).options.output
+    for place in (output, output.parent):
+        for name in ("README.md", ".gitattributes", "configuration.json"):
+            (place / name).write_text("")
+    again = make(None, **options)
+    assert all(request.output().finished for request in again.all)
+    (output.parent / "model.safetensors").write_text("")
+    with pytest.raises(MsQuantError, match=r"holds 'model\.safetensors', expected a new directory"):
+        make(None, **options)
+
+
 def test_a_format_twice_is_refused(make):
     with pytest.raises(MsQuantError, match="formats ascend, ascend: expected each once"):
         make(None, scheme="W8A16", formats=("ascend", "ascend"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -29,16 +30,26 @@ def make(
 ) -> Make:
     """A quantized tiny model, without the record that would tell every change."""
 
-    def one(scheme: str = "W8A8", format: str = "", dtype: str = "bfloat16", **model: Any) -> Path:
-        source = tiny_model(f"source-{scheme}-{format}-{dtype}", layers=1, dtype=dtype, **model)
+    count = itertools.count()
+
+    def one(
+        scheme: str = "W8A8",
+        format: str = "",
+        dtype: str = "bfloat16",
+        algorithm: str = "minmax",
+        **model: Any,
+    ) -> Path:
+        name = f"{scheme}-{format}-{dtype}-{next(count)}"
+        source = tiny_model(f"source-{name}", layers=1, dtype=dtype, **model)
         calibration = {"calib": calib_text, "samples": 2, "seq_len": 16}
         options = QuantizeOptions(
             source,
-            tmp_path / f"{scheme}-{format}-{dtype}",
+            tmp_path / name,
             scheme=scheme,
+            algorithm=algorithm,
             formats=(format,) if format else (),
             choices=make_choices({}, [], False, "float"),
-            **(calibration if scheme == "W8A8" else {}),
+            **(calibration if scheme == "W8A8" or algorithm != "minmax" else {}),
         )
         quantize_checkpoint(options)
         (options.output / RECORD).unlink()
@@ -204,6 +215,7 @@ def test_mindie(make: Make) -> None:
     """MindIE-SD checks who may read its files, and reads one for all or one for each rank."""
     directory = make("W8A8_DYNAMIC", "mindie-sd")
     files = [path for path in directory.iterdir() if path.name.startswith("quant_model_")]
+    assert [path.stat().st_mode & 0o777 & ~0o640 for path in files] == [0, 0]
     for path in files:
         path.chmod(0o644)
     assert problems(directory, "mindie").count("has mode 644, expected at most 640") == len(files)
@@ -212,6 +224,44 @@ def test_mindie(make: Make) -> None:
     found = serve_check(directory, "mindie")
     assert found["line"].startswith("quantize(model, ")
     assert "expected --tp 1" in problems(directory, "mindie", tp=2)
+
+
+def test_what_mindie_fails_on(make: Make) -> None:
+    """A scheme of no other format is made all the same, and named before and after."""
+    wide = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    bare = make("W4A4_MXFP4_DUALSCALE", **wide)
+    reason = "q_proj: MindIE-SD fails on a W4A4_MXFP4_DUALSCALE linear without a bias in the model"
+    found = serve_check(bare, "mindie")
+    assert [reason in problem for problem in found["problems"]] == [True]
+    pairs = "down_proj: MindIE-SD reads the scales of a W4A4_MXFP4_DUALSCALE linear in pairs, 96 in"
+    with_bias = make("W4A4_MXFP4_DUALSCALE", family="llama", biases=True, **wide)
+    assert pairs in problems(with_bias, "mindie") and reason not in problems(with_bias, "mindie")
+    for scheme in ("W8A8_MXFP8", "W4A4_MXFP4_DUALSCALE"):
+        with pytest.raises(MsQuantError, match=f"q_proj: MindIE-SD fails on a {scheme} linear wi"):
+            make(scheme, "mindie-sd", **wide)
+    notes = serve_check(make("W4A4_MXFP4", "mindie-sd", **wide), "mindie")["notes"]
+    assert any("fail in MindIE-SD of May 2026" in note for note in notes)
+
+
+def test_a_smoothed_linear_is_one_row(make: Make) -> None:
+    found = serve_check(make("W8A8_DYNAMIC", "mindie-sd", algorithm="smoothquant"), "mindie")
+    rows = {row["kind"]: row for row in found["loaded"]}
+    assert rows.keys() >= {"qkv_proj", "down_proj"} and not rows.keys() & {"div", "linear"}
+    weights, scales, factors = 16 * 24, 2 * 16, 2 * 24
+    assert rows["down_proj"]["bytes"] == weights + scales + factors
+    assert rows["down_proj"]["method"] == "W8A8_DYNAMIC"
+
+
+def test_files_of_other_users(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make("W8A8_DYNAMIC", "mindie-sd")
+    assert problems(directory, "mindie") == ""
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    monkeypatch.setattr(os, "getgid", lambda: 4321)
+    assert problems(directory, "mindie").count("MindIE-SD refuses the files of others") == 2
+    (weights,) = directory.glob("*.safetensors")
+    weights.rename(directory / "elsewhere")
+    weights.symlink_to(directory / "elsewhere")
+    assert "is a symbolic link" in problems(directory, "mindie")
 
 
 def test_without_a_record(make: Make) -> None:

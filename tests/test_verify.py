@@ -314,7 +314,7 @@ def test_a_w8a8sc_checkpoint_is_sent_to_its_verifier(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MsQuantError, match=r"has the descriptions \[\], expected exactly"):
+    with pytest.raises(MsQuantError, match=r"is empty, expected the directory of"):
         verify_checkpoint(tmp_path)
     with pytest.raises(MsQuantError, match="none: no such model directory"):
         verify_checkpoint(tmp_path / "none")
@@ -557,7 +557,21 @@ def test_a_file_too_many(name: str, checkpoint: Path) -> None:
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_bytes(b"x")
     assert problem(checkpoint) == (
-        f"{checkpoint / name}: not listed in {RECORD}, expected no other file"
+        f"{checkpoint / name}: not listed in {RECORD}, expected no other file that a runtime reads"
+    )
+
+
+@pytest.mark.parametrize("listed", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_what_hubs_add_is_a_note(listed: str, checkpoint: Path, source: Path) -> None:
+    for name in ("README.md", ".gitattributes", "configuration.json", "LICENSE", ".cache/x.lock"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    found = verify_checkpoint(checkpoint, source)
+    (note,) = found["notes"]
+    assert found["problems"] == [] and "configuration.json are not listed in" in note
+    (checkpoint / listed).write_text("{ }")
+    assert any(
+        f"{checkpoint / listed}: " in text for text in verify_checkpoint(checkpoint)["problems"]
     )
 
 

@@ -18,6 +18,7 @@ from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import Activation, PerToken, Seen, StaticActivation
 from ms_quant.numerics.grid import Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.observers import ActivationStats
 from ms_quant.spec import Scheme
 
@@ -69,6 +70,8 @@ class Problem:
         smoothing: whether there is a place for a smoothing vector of this input.
         shared: how many adjacent sets of ``head`` inputs must share their smoothing, as query
             heads that read one value head do; (1, 1) for none.
+        input_dtype: the type of inputs that the linears multiply by a vector of their own, or scale
+            by long blocks, where they run; what is folded elsewhere is not rounded so.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Problem:
     damage: Loss | None = None
     smoothing: bool = True
     shared: tuple[int, int] = (1, 1)
+    input_dtype: np.dtype = DTYPES["float32"]
 
     @property
     def seen(self) -> ActivationStats:
@@ -155,6 +159,7 @@ def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
             None if inside else solution.smooth,
             solution.kronecker,
             solution.branch.get(name),
+            problem.input_dtype,
         )
     return linears
 

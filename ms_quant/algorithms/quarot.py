@@ -9,6 +9,9 @@ Nothing is done at run time, so any runtime takes the rotated model as it is. Th
 3. The values of every head become v @ H / sqrt(head_dim): by the rows of v_proj and its bias, and
    undone in the columns of o_proj. Attention mixes tokens, not channels, so it does not notice.
 
+With blocks, R and the rotation of a head are block diagonal: H is that of a block, and the signs
+are still those of all channels.
+
 Step 2 needs step 1, and RMSNorm: without a gain it is x / |x| up to a constant, and |x @ R| = |x|,
 so norm(x @ R) = norm(x) @ R. LayerNorm subtracts a mean along (1, ..., 1), a direction that R
 moves; its mean would have to be folded away first. The norms of q and k work within heads that
@@ -42,9 +45,12 @@ OUTPUT = "self_attn.o_proj"
 class QuarotOptions:
     """Attributes:
     seed: of the signs of the rotations.
+    block_size: channels that are rotated together; 0 is all of the residual stream, or of a
+        head.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
+    block_size: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class QuaRot:
         config: the model.
         seed: of the signs, at least 0.
         where: what to call the config in errors.
+        block_size: channels that are rotated together; 0 is all.
 
     Attributes:
         config: the rotated model. With the last norm's gain in the head only, tied embeddings are
@@ -84,17 +91,27 @@ class QuaRot:
         rotations: every tensor of the rotated model, by name.
 
     Raises:
-        MsQuantError: there is no Hadamard matrix of the hidden size or the head size.
+        MsQuantError: there is no Hadamard matrix of the hidden size, the head size or the block
+            size, or blocks do not divide them.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, where: str = "config.json"):
-        base_order(config.hidden_size, f"{where}: hidden_size")
-        base_order(config.head_dim, f"{where}: head_dim")
+    def __init__(
+        self, config: ModelConfig, seed: int, where: str = "config.json", block_size: int = 0
+    ):
+        for key in ("hidden_size", "head_dim"):
+            size = getattr(config, key)
+            if block_size and size % block_size:
+                raise MsQuantError(
+                    f"{where}: {key} is {size}, expected a multiple of quarot.block_size "
+                    f"{block_size}"
+                )
+            base_order(block_size or size, "quarot.block_size" if block_size else f"{where}: {key}")
         if seed < 0:
             raise MsQuantError(f"seed is {seed}, expected at least 0")
         self.config = untied(config)
         self.rotations = rotations(config)
         self._signs = random_signs(config.hidden_size, seed)
+        self._block = block_size
 
     def rotate(self, name: str, x: np.ndarray, gain: np.ndarray | None = None) -> np.ndarray:
         """Rotates a tensor, or a piece that is whole along each axis that its rotation names.
@@ -116,11 +133,16 @@ class QuaRot:
         if gain is not None:
             y *= gain
         if rotation.heads is not None:
-            y = _along(rotation.heads, partial(_rotate_heads, self.config.head_dim, name), y)
+            size = self._block or self.config.head_dim
+            y = _along(rotation.heads, partial(_rotate_blocks, size, name), y)
         if rotation.stream is not None:
-            turn = partial(apply_hadamard, name=name, signs=self._signs, stages=sylvester)
-            y = _along(rotation.stream, turn, y)
+            y = _along(rotation.stream, partial(self._rotate_stream, name), y)
         return y
+
+    def _rotate_stream(self, name: str, x: np.ndarray) -> np.ndarray:
+        if self._block:
+            return _rotate_blocks(self._block, name, x * self._signs)
+        return apply_hadamard(x, name, self._signs, sylvester)
 
     def tensor(self, name: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """One tensor of the rotated model, float64, from those of the model by name."""
@@ -168,10 +190,10 @@ def _of_block(family: Family, prefix: str, name: str) -> TensorRotation:
     return make(gain=f"{prefix}{norms[group.name]}.weight", stream=-1, heads=heads)
 
 
-def _rotate_heads(head_dim: int, name: str, x: np.ndarray) -> np.ndarray:
-    """(..., heads * head_dim), each head times the Hadamard matrix of its size."""
-    heads = x.reshape(*x.shape[:-1], -1, head_dim)
-    return apply_hadamard(heads, name, stages=sylvester).reshape(x.shape)
+def _rotate_blocks(size: int, name: str, x: np.ndarray) -> np.ndarray:
+    """(..., blocks * size), each block times the Hadamard matrix of its size."""
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    return apply_hadamard(blocks, name, stages=sylvester).reshape(x.shape)
 
 
 def _along(axis: int, rotate: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from ms_quant.algorithms import (
     flex_smooth,
     gptq,
     input_range,
+    low_bits,
     outlier_suppression_lite,
     quarot,
     smooth,
@@ -92,11 +93,23 @@ def _static_input(scheme: Scheme) -> str:
 
 
 def _clippable(scheme: Scheme) -> str:
-    return "" if scheme.weight.clips else "its weights' ranges follow from a rule"
+    if not scheme.weight.clips:
+        return "its weights' ranges follow from a rule"
+    return _free_range(scheme)
+
+
+def _free_range(scheme: Scheme) -> str:
+    return "its weights' ranges leave out outliers" if scheme.algorithm == "low_bits" else ""
+
+
+def _smoothed_and_clipped(scheme: Scheme) -> str:
+    return _quantized_input(scheme) or _free_range(scheme)
 
 
 def _affine(scheme: Scheme) -> str:
     weight = scheme.weight
+    if _free_range(scheme):
+        return _free_range(scheme)
     if isinstance(weight, AffineFormat) and weight.symmetric and not weight.per_tensor:
         return ""
     return "it needs symmetric integer weights with a scale for each row or group"
@@ -156,7 +169,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         outlier_suppression_lite.solve,
         "smoothing strength searched by block error, then weight clipping",
         None,
-        _quantized_input,
+        _smoothed_and_clipped,
         smooths=True,
         clips=True,
         searches=len(outlier_suppression_lite.ALPHAS) + 2,
@@ -198,6 +211,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         None,
         _clippable,
         clips=True,
+    ),
+    "low_bits": Algorithm(
+        Stage.RANGE,
+        low_bits.solve,
+        "each row's scale from all but its outliers, so that most codes need four bits",
+        low_bits.LowBitsOptions(),
+        _own("low_bits"),
+        calibrated=False,
+        places=True,
     ),
     "ssz": Algorithm(
         Stage.RANGE,

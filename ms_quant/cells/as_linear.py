@@ -27,9 +27,10 @@ def as_linear(cell: QuantLinear) -> QuantizedLinear:
         _grid(cell, found),
         found.get("bias"),
         _activation(cell, found),
-        smooth_of(found["mul_scale"]) if "mul_scale" in found else None,
+        smooth_of(found["mul_scale"], cell.input_dtype) if "mul_scale" in found else None,
         Kronecker(found["left_trans"], found["right_trans"]) if "left_trans" in found else None,
         LowRank(found["svd_lowrank_l1"], found["svd_lowrank_l2"]) if cell.has_branch else None,
+        cell.input_dtype,
     )
     if isinstance(cell.activation, StaticActivation) and cell.activation.folds_bias:
         return with_tensors(linear, found["deq_scale"], found["quant_bias"])

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 
 from ms_quant.algorithms import Chain
 from ms_quant.cells import timesteps
+from ms_quant.cells.float_forward import in_float32
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import replaced
 from ms_quant.errors import MsQuantError
@@ -46,7 +47,7 @@ def observe(
         needs = scheme.needs_calibration and policy is None
         what = f"scheme {scheme.name}" if needs else f"algorithm {chain.name}"
         raise MsQuantError(f"{what}: needs calibration inputs, found None")
-    with kept_timesteps():
+    with kept_timesteps(), in_float32(network):  # what gives the calls may call the network
         if policy is not None:
             TimestepManager.set_timestep_idx(None)  # of no step until the data says of which
         calls = [_call(batch) for batch in (() if calibration is None else calibration)]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from mindspore import communication, nn
 from mindspore.communication import GlobalComm
 
+from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import is_linear, linears, replace_cell
 from ms_quant.checkpoint.mindie_sd_description import (
     Description,
+    made_for,
     open_weights,
     rank_of,
     read_description,
@@ -31,6 +34,7 @@ def load(
     network: nn.Cell,
     path: Path,
     timestep_policy: TimestepPolicyConfig | None = None,
+    dtype: np.dtype | None = None,
 ) -> nn.Cell:
     """Replaces linears of a network with quantized ones from files, in place.
 
@@ -40,6 +44,8 @@ def load(
         network: with linears inside.
         path: the description; the weights are beside it.
         timestep_policy: as for :func:`ms_quant.cells.swap.quantize`.
+        dtype: what the network runs in; None is what the file says that it was made for, else each
+            linear's own type.
 
     Raises:
         MsQuantError: names the file and the entry or tensor that is wrong. Nothing is replaced.
@@ -62,10 +68,11 @@ def load(
             f"{path}: quantizes none of the network's linears, expected one at least"
         )
     _check_policy(types, timestep_policy, path)
-    tensors = Tensors(open_weights(description, rank_of(path)))
+    weights = open_weights(description, rank_of(path))
+    tensors, dtype = Tensors(weights), dtype or made_for(weights)
     quantized = {}
     for name, kind in types.items():
-        linear = _linear(tensors, name, cells[name], kind)
+        linear = _linear(tensors, name, cells[name], kind, dtype or run_dtype(cells[name]))
         if linear is not None:
             quantized[name] = QuantLinear(linear, timestep_policy=timestep_policy)
     steps = _steps(quantized, description)
@@ -83,7 +90,9 @@ def _of_this_rank(path: Path) -> Path:
     return with_rank(path, communication.get_rank())
 
 
-def _linear(tensors: Tensors, name: str, cell: nn.Cell, kind: str) -> QuantizedLinear | None:
+def _linear(
+    tensors: Tensors, name: str, cell: nn.Cell, kind: str, dtype: np.dtype
+) -> QuantizedLinear | None:
     """The linear of a layer, None for one that stays float."""
     rows, columns = cell.weight.shape
     if kind == FLOAT:
@@ -99,7 +108,7 @@ def _linear(tensors: Tensors, name: str, cell: nn.Cell, kind: str) -> QuantizedL
             f"{name}: a Dense with a built-in activation cannot be replaced, expected "
             "activation=None with the activation as a Cell of its own"
         )
-    linear = read(kind, tensors, name, (rows, columns))
+    linear = read(kind, tensors, name, (rows, columns), dtype)
     return with_bias_of(linear, kind, getattr(cell, "bias", None) is not None, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mindspore as ms
 import numpy as np
@@ -11,9 +12,16 @@ from mindspore import Parameter, Tensor, nn, ops
 from ms_quant.cells import ascend
 from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.timesteps import current_step, is_static
+from ms_quant.kernels import transforms
 from ms_quant.models.decoder import repeat_rows
 from ms_quant.models.direct import calls_directly, floats
-from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
+from ms_quant.numerics.activation import (
+    Activation,
+    DualMxTokens,
+    Float,
+    PerToken,
+    PhasedActivation,
+)
 from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
 from ms_quant.numerics.timestep import TimestepActivation
@@ -50,6 +58,9 @@ class QuantLinear(nn.Cell):
 
     W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
     call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
+
+    A smoothing vector and its product with the input are rounded to the type of inputs that the
+    linear was made for, whatever the type of `x`, and so is the quotient of a dual scale.
 
     On Ascend MindSpore's quantization operators are called for W8A8 and W8A8_DYNAMIC; other schemes
     have no operator here yet and are refused.
@@ -119,6 +130,7 @@ class QuantLinear(nn.Cell):
             for name, array in linear.grid.arrays().items():
                 squeezed = array[:, 0] if linear.integer else array
                 self.insert_param_to_cell(name, _frozen(squeezed))
+        self.input_dtype = linear.input_dtype
         self._take_input(activation)
         self._take_extras(linear)
         self.has_bias = linear.bias is not None
@@ -171,10 +183,15 @@ class QuantLinear(nn.Cell):
             self.code_limits = tuple(map(float, LIMITS[tokens.bits]))
             self.clip_ratio = float(np.float32(tokens.clip))
         self.fake = None if isinstance(tokens, Float) else tokens.fake
+        if isinstance(tokens, DualMxTokens):
+            self.fake = partial(tokens.fake, dtype=self.input_dtype)
 
     def _take_extras(self, linear: QuantizedLinear) -> None:
         self.kronecker, self.has_branch = None, linear.branch is not None
-        self.smooths = linear.smooth is not None
+        self.smooths, self.transforms = linear.smooth is not None, transforms(linear)
+        narrow = getattr(ms, linear.input_dtype.name)
+        self.smoothed_dtype = narrow if linear.rounds_smoothed else ms.float32
+        self.smoothed_as = linear.input_dtype if linear.rounds_smoothed else np.dtype(np.float32)
         if linear.mul_scale is not None:
             self.mul_scale = _frozen(linear.mul_scale)
         if linear.kronecker is not None:
@@ -192,12 +209,15 @@ class QuantLinear(nn.Cell):
         return self._direct(self.native, *args, **kwargs)
 
     def _direct(self, native: NativeLinear, x: Tensor, decode: bool = False) -> Tensor:
-        if self.kronecker is None and (y := native.of_tensor(x, decode)) is not None:
+        if not self.transforms and (y := native.of_tensor(x, decode)) is not None:
             return y
         shape, array = x.shape[:-1] + (self.out_channels,), floats(x)
         rows = array.reshape(-1, self.in_channels)
+        if self.transforms and self.smooths:
+            with np.errstate(over="ignore"):
+                rows = (rows * self.mul_scale.asnumpy()).astype(self.smoothed_as)
         if self.kronecker is not None:
-            rows = self.kronecker(rows * self.mul_scale.asnumpy() if self.smooths else rows)
+            rows = self.kronecker(rows.astype(np.float32, copy=False))
         y = Tensor.from_numpy(native(rows, decode).reshape(shape))
         return y if x.dtype == ms.float32 else y.astype(x.dtype)
 
@@ -207,14 +227,17 @@ class QuantLinear(nn.Cell):
         if rows.shape[0] == 0:
             return ops.zeros(shape, x.dtype)
         if self.operators is not None:
+            if self.smooths:
+                rows = rows * self.mul_scale.astype(rows.dtype)
             return ascend.forward(self, rows).reshape(shape)
         rows = rows.astype(ms.float32)
+        if self.smooths and (self.native is None or self.transforms):
+            rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
+            rows = rows.astype(self.smoothed_dtype).astype(ms.float32)
         if self.native is not None and self.kronecker is None:
             params = self.native_decode if decode else self.native_params
             y = self.native_operator(rows, self.native_weights, params)
             return y.reshape(shape).astype(x.dtype)
-        if self.smooths:
-            rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
         static, step = self.static or (self.phased and decode), None
         if self.by_step:
             step = self._static_step()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -15,17 +16,21 @@ from ms_quant.cells.as_linear import as_linear
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
 from ms_quant.checkpoint.atomic import free_space_check, write_json
-from ms_quant.checkpoint.mindie_sd_choice import check_linear, type_of_linear
+from ms_quant.checkpoint.mindie_sd_choice import check_linear, type_of_linear, why_not_run
+from ms_quant.checkpoint.mindie_sd_description import DTYPE
+from ms_quant.checkpoint.mindie_sd_held import RUN_DTYPES
 from ms_quant.checkpoint.mindie_sd_tensors import Layout, Part, entry, parts
 from ms_quant.checkpoint.mindie_sd_types import (
     FLOAT,
     GLOBAL_TYPE,
+    MODE,
     description_name,
     model_type,
     weights_name,
 )
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 
@@ -42,17 +47,20 @@ def save_quantized(
     ``quant_model_description_TYPE.json`` names every tensor of a linear with its type or
     ``FLOAT``, ``quant_model_weight_TYPE.safetensors`` holds them. Linears that stayed float are
     among them. What is no linear is not written: MindIE-SD leaves it as the model has it. Each
-    file is either whole or absent; the description comes last.
+    file is either whole or absent; the description comes last. Others than owner and group may not
+    read them: MindIE-SD refuses files with more permissions.
 
     Args:
         network (Cell): what :func:`ms_quant.quantize` returned, unless it was a linear itself.
         directory (str, PathLike): where the files go; it is made if need be. Files of these names
             are replaced.
         dtype (str, optional): the type that MindIE-SD runs the model in, ``"bfloat16"`` or
-            ``"float16"``. For ``"float16"`` `deq_scale` is int64, as its operator takes it. For
-            ``"bfloat16"`` scales are in that type, and refused if it does not hold them: linears
-            of a bfloat16 network have such scales. Default: ``None``, all scales are float32, which
-            a bfloat16 model rounds when it loads them.
+            ``"float16"``. What its loader rounds to this type is stored in it, and refused if the
+            type does not hold it: ``ms_quant.quantize(network, ..., dtype=...)`` makes such values,
+            and so it does by itself for linears of that type. For ``"float16"`` `deq_scale` is
+            int64, as the operator takes it. Default: ``None``, the type that the linears were made
+            for; where that is float32, scales are float32, which MindIE-SD rounds when it loads
+            them: a warning says so.
         rank (int, optional): the rank at the end of both names. With one MindIE-SD asks for a
             process group and replaces it by the process's own. Default: ``None``, no rank: every
             process reads the same files.
@@ -63,8 +71,9 @@ def save_quantized(
     Raises:
         MsQuantError: a linear is of a scheme that MindIE-SD does not serve, or has what it would
             ignore: groups, a zero point of the weight, a bias with W4A4_DYNAMIC, smoothing with
-            W8A16, W4A16 or W4A4_DYNAMIC; nothing is quantized; a scale is not exact in `dtype`;
-            or the disk is full.
+            W8A16, W4A16 or W4A4_DYNAMIC; or on which it fails: W8A8_MXFP8 and W4A4_MXFP4_DUALSCALE
+            without a bias; nothing is quantized; a scale is not exact in `dtype`; or the disk is
+            full.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -81,7 +90,7 @@ def save_quantized(
         >>> fresh = ms_quant.quantize(fresh, path)
     """
     layouts, makers, entries = {}, {}, {}
-    wanted = _checked(dtype, rank)
+    wanted = _checked(dtype, rank) or _own_dtype(network)
     plans: list[TensorPlan] = []
     for name, cell in network.cells_and_names():
         if isinstance(cell, QuantLinear):
@@ -100,10 +109,20 @@ def save_quantized(
     target = Path(directory)
     free_space_check(target, sum(plan.bytes for plan in plans))
     target.mkdir(parents=True, exist_ok=True)
-    write_file(target / weights_name(whole, rank), plans, lambda name: makers[name]())
+    made_for = {DTYPE: wanted.name} if wanted.name in RUN_DTYPES else {}
+    weights = target / weights_name(whole, rank)
+    write_file(weights, plans, lambda name: makers[name](), made_for, MODE)
     path = target / description_name(whole, rank)
-    write_json(path, {GLOBAL_TYPE: whole, **entries})
+    write_json(path, {GLOBAL_TYPE: whole, **entries}, MODE)
+    if not made_for:
+        _warn_of_float32(layouts)
     return str(path)
+
+
+_WAYS_OUT = (
+    "another scheme, or such linears float, or for a bias: has_bias=True before quantizing, here "
+    "and in MindIE-SD's model (zeros will do)"
+)
 
 
 @dataclass(frozen=True)
@@ -119,12 +138,38 @@ class _Tensor:
     make: Callable[[], np.ndarray]
 
 
-def _checked(dtype: str | None, rank: int | None) -> np.dtype:
-    if dtype not in (None, "bfloat16", "float16"):
+def _checked(dtype: str | None, rank: int | None) -> np.dtype | None:
+    if dtype not in (None, *RUN_DTYPES):
         raise MsQuantError(f"dtype is {dtype!r}, expected 'bfloat16', 'float16' or None")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
         raise MsQuantError(f"rank is {rank!r}, expected an int of at least 0 or None")
-    return DTYPES[dtype or "float32"]
+    return None if dtype is None else DTYPES[dtype]
+
+
+def _warn_of_float32(layouts: Mapping[str, Layout]) -> None:
+    """MindIE-SD runs in no float32: what it rounds is not what was evaluated here."""
+    exact = "W8A8_MXFP8", "W4A4_MXFP4"  # there is nothing to round, unless they are smoothed
+    rounded = [n for n, layout in layouts.items() if layout.smooths or layout.type not in exact]
+    if rounded:
+        warnings.warn(
+            f"ms_quant: {rounded[0]} is made for float32, and MindIE-SD rounds its scales to the "
+            'type that it runs in; ms_quant.quantize(network, ..., dtype="bfloat16") makes such '
+            "that it takes as they are",
+            stacklevel=3,
+        )
+
+
+def _own_dtype(network: nn.Cell) -> np.dtype:
+    """The type that the network's linears were made for."""
+    cells = network.cells_and_names()
+    found = {cell.input_dtype: name for name, cell in cells if isinstance(cell, QuantLinear)}
+    if len(found) > 1:
+        listed = " and ".join(f"{name or 'it'} for {kind.name}" for kind, name in found.items())
+        raise MsQuantError(
+            f"{network.cls_name}: {listed}, expected linears that are made for one type as "
+            "MindIE-SD runs a network in one: ms_quant.quantize(network, ..., dtype=...)"
+        )
+    return next(iter(found), DTYPES["float32"])
 
 
 def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
@@ -138,7 +183,14 @@ def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
     type, (rows, columns) = type_of_linear(linear, name), linear.weight.shape
     bias, smooths = linear.bias is not None, linear.smooth is not None
     check_linear(type, (rows, columns), smooths, bias, name)
+    if reason := why_not_run(type, (rows, columns), bias):
+        raise MsQuantError(f"{name}: {reason}; expected {_WAYS_OUT}")
     activation = linear.activation
+    if linear.input_dtype != dtype and (smooths or isinstance(activation, DualMxTokens)):
+        raise MsQuantError(
+            f"{name}: its products with the input are rounded as {linear.input_dtype.name}, "
+            f"expected {dtype.name}: ms_quant.quantize(network, ..., dtype={dtype.name!r})"
+        )
     steps = len(activation.scale) if isinstance(activation, TimestepActivation) else 0
     return Layout(type, (rows, columns), dtype, smooths, bias, steps, name)
 

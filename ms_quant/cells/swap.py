@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
@@ -15,12 +16,17 @@ from ms_quant.algorithms import PLAIN, get_chain
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells import timesteps
 from ms_quant.cells.calibrate import observe
+from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.load import load
 from ms_quant.cells.quant_linear import QuantLinear
-from ms_quant.cells.tree import float_dtype, is_linear, linears, replace_cell
+from ms_quant.cells.tree import is_linear, linears, replace_cell
+from ms_quant.checkpoint.floats import round_finite
+from ms_quant.checkpoint.mindie_sd_choice import network_scheme
+from ms_quant.checkpoint.mindie_sd_held import held_dtype
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
-from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep
 from ms_quant.observers import ActivationStats, StepStats
 from ms_quant.schemes import VALUES, get_scheme
@@ -79,6 +85,7 @@ def quantize(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     timestep_policy: TimestepPolicyConfig | None = None,
+    dtype: Any = None,
     **options: Any,
 ) -> nn.Cell:
     """Replaces the linears of a network with :class:`QuantLinear`, in place.
@@ -88,8 +95,8 @@ def quantize(
         scheme (str, PathLike): a name from ``ms_quant.SCHEMES``; or the path of a description as
             MindIE-SD reads it, ``quant_model_description_TYPE.json``, or ``..._TYPE_RANK.json``:
             then linears are loaded from it and the weights beside it, and of the other arguments
-            only `timestep_policy` may be given. Every linear needs an entry; those that are
-            ``FLOAT`` keep the network's values. Default: ``"W8A8"``.
+            only `timestep_policy` and `dtype` may be given. Every linear needs an entry; those that
+            are ``FLOAT`` keep the network's values. Default: ``"W8A8"``.
         calibration (Iterable, optional): what to call the network with: for each call a Tensor
             or array, a tuple or list of arguments, or a dict of named ones, as MindSpore's
             dataset iterators give them. Needed by static schemes and most algorithms.
@@ -104,8 +111,17 @@ def quantize(
             ``TimestepManager.set_timestep_idx(t)`` before it gives inputs of step t; dynamic steps
             need none. There are as many steps as ``set_timestep_idx_max`` said, else 1 + the
             largest index of the inputs. Default: ``None``, all steps are dynamic.
+        dtype (str, mindspore.dtype, optional): the type that the quantized network will run in,
+            ``"bfloat16"``, ``"float16"`` or ``"float32"``. Scales, smoothing vectors and biases
+            that such a runtime holds in this type are exact in it, and so is what the linears here
+            compute. Default: ``None``, each linear's own type; of a file the type that it was
+            made for.
         options: options of the scheme and the algorithms, such as ``group_size=64`` or
             ``alpha=0.7``.
+
+    A bfloat16 or float16 network is calibrated on a CPU, too: MindSpore has no products of these
+    types there, so for that time its parameters are float32. What it computes afterwards is as it
+    was; its float linears still need a device.
 
     Returns:
         Cell, `network`. When `network` itself is a linear, its replacement.
@@ -163,10 +179,10 @@ def quantize(
         refused = [name for name, is_given in given.items() if is_given]
         if refused:
             raise MsQuantError(
-                f"{refused[0]}: given with {scheme}, which says all, expected timestep_policy at "
-                "most"
+                f"{refused[0]}: given with {scheme}, which says all, expected timestep_policy and "
+                "dtype at most"
             )
-        return load(network, Path(scheme), timestep_policy)
+        return load(network, Path(scheme), timestep_policy, wanted_dtype(dtype))
     if is_linear(network):
         if tuple(include) != ("*",) or exclude:
             raise MsQuantError(
@@ -175,11 +191,12 @@ def quantize(
             )
         holder = nn.SequentialCell(network)
         more = {"calibration": calibration, "timestep_policy": timestep_policy, **options}
-        quantize(holder, scheme, algorithm=algorithm, **more)
+        quantize(holder, scheme, algorithm=algorithm, dtype=dtype, **more)
         quantized = holder[0]
         for name, parameter in quantized.parameters_and_names():
             parameter.name = name
         return quantized
+    chosen_dtype = wanted_dtype(dtype)
     wanted = get_scheme(scheme, **{k: v for k, v in options.items() if k in VALUES})
     settings = {key: value for key, value in options.items() if key not in VALUES}
     chain = get_chain(algorithm, wanted, settings)
@@ -197,23 +214,46 @@ def quantize(
         weight, _ = weight_and_bias(path, cells[path])  # refuses before the long part
         wanted.weight.check_columns(weight.shape[1], f"{path}.weight")
     inputs = observe(network, {n: cells[n] for n in chosen}, wanted, chain, calibration, policy)
+    wanted = network_scheme(wanted)
     quantized = {}
     for path in chosen:
         weight, bias = weight_and_bias(path, cells[path])
+        runs_in = chosen_dtype or run_dtype(cells[path])
+        if bias is not None:
+            bias = round_finite(bias, held_dtype(wanted.name, "bias", runs_in), f"{path}.bias")
+            bias = bias.astype(np.float32)
         problem = Problem(
             name=path,
             scheme=wanted,
-            weights={path: weight},
-            biases={} if bias is None else {path: bias},
+            weights={f"{path}.weight": weight},
+            biases={} if bias is None else {f"{path}.weight": bias},
             stats=inputs.get(path),
-            dtype=float_dtype(cells[path].weight),
-            loss=_own_output_error(path, weight, bias, inputs.get(path), policy),
+            dtype=runs_in,
+            input_dtype=runs_in,
+            loss=_own_output_error(weight, bias, inputs.get(path), policy),
         )
-        linear = apply(problem, chain.solve(problem))[path]
+        solution = chain.first(problem)
+        if solution.smooth is not None and not wanted.activation.holds_smoothing:
+            solution = replace(solution, smooth=stable_smooth(solution.smooth, runs_in))
+        (linear,) = apply(problem, chain.rest(problem, solution)).values()
         quantized[path] = QuantLinear(linear, timestep_policy=policy)
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)
     return network
+
+
+def wanted_dtype(dtype: Any) -> np.dtype | None:
+    """The type that a network runs in, by its name or as MindSpore's; None where it is not given.
+
+    Raises:
+        MsQuantError: it is none of the three.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).lower()
+    if name not in DTYPES:
+        raise MsQuantError(f"dtype is {dtype!r:.80}, expected one of {', '.join(DTYPES)} or None")
+    return DTYPES[name]
 
 
 def _policy(scheme: Scheme, given: TimestepPolicyConfig | None) -> TimestepPolicyConfig | None:
@@ -235,7 +275,6 @@ def _policy(scheme: Scheme, given: TimestepPolicyConfig | None) -> TimestepPolic
 
 
 def _own_output_error(
-    path: str,
     weight: np.ndarray,
     bias: np.ndarray | None,
     stats: ActivationStats | None,
@@ -250,7 +289,8 @@ def _own_output_error(
     def loss(candidate: Mapping[str, QuantizedLinear]) -> float:
         assert stats is not None
         exact = stats.rows @ weight.T + (0 if bias is None else bias)
-        error = forward(candidate[path]) - exact
+        (linear,) = candidate.values()
+        error = forward(linear) - exact
         return float(np.mean(np.square(error), dtype=np.float64))
 
     return loss

@@ -39,6 +39,7 @@ MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
     "W8A8_DYNAMIC",
     "W8A8_MIX",
     "W8A8",
+    "W8A8S",
     "W8A8FP8_DYNAMIC",
     "W8A8_MXFP8",
     "W4A8_DYNAMIC",
@@ -174,6 +175,6 @@ FLAVOUR = Flavour(
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,
-    bias_dtype=FLOAT32,
+    bias_dtype=lambda plan, path: FLOAT32,
     holds_cache=True,
 )

@@ -86,8 +86,11 @@ class Sink:
         return FileRecord(self.path.name, self.bytes, self._hash.hexdigest())
 
 
+ANY_MODE = 0o666
+
+
 @contextmanager
-def atomic_file(path: Path | str) -> Iterator[Sink]:
+def atomic_file(path: Path | str, mode: int = ANY_MODE) -> Iterator[Sink]:
     """Opens a file that appears under its name only when it is complete and on the disk.
 
     The temporary name is ``.NAME.PID.tmp`` in the same directory: two processes never share
@@ -95,6 +98,8 @@ def atomic_file(path: Path | str) -> Iterator[Sink]:
 
     Args:
         path (Path | str): the final name.
+        mode (int): the widest permissions that the file gets, of which the process's umask takes
+            what it takes of any file.
 
     Returns:
         A context manager that gives the :class:`Sink` to write to.
@@ -106,7 +111,10 @@ def atomic_file(path: Path | str) -> Iterator[Sink]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(path):
-            file = temporary.open("wb", buffering=0)
+            temporary.unlink(missing_ok=True)  # of a process that was killed, in another mode
+            file = open(  # noqa: SIM115 - closed below
+                temporary, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, mode)
+            )
         with file:
             yield Sink(path, file)
             with disk_errors(path):
@@ -130,12 +138,13 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path | str, data: bytes) -> FileRecord:
+def write_bytes(path: Path | str, data: bytes, mode: int = ANY_MODE) -> FileRecord:
     """Writes a whole file atomically.
 
     Args:
         path (Path | str): the final name.
         data (bytes): the content.
+        mode (int): as for :func:`atomic_file`.
 
     Returns:
         FileRecord, name, size and digest.
@@ -143,17 +152,18 @@ def write_bytes(path: Path | str, data: bytes) -> FileRecord:
     Raises:
         MsQuantError: the disk is full, or the directory cannot be written.
     """
-    with atomic_file(path) as sink:
+    with atomic_file(path, mode) as sink:
         sink.write(data)
     return sink.record()
 
 
-def write_json(path: Path | str, value: Any) -> FileRecord:
+def write_json(path: Path | str, value: Any, mode: int = ANY_MODE) -> FileRecord:
     """Writes JSON atomically: keys in the given order, indent 2, a newline at the end.
 
     Args:
         path (Path | str): the final name.
         value (Any): what to write; NaN and infinity are not JSON and are refused.
+        mode (int): as for :func:`atomic_file`.
 
     Returns:
         FileRecord, name, size and digest.
@@ -162,7 +172,7 @@ def write_json(path: Path | str, value: Any) -> FileRecord:
         MsQuantError: the disk is full, or the directory cannot be written.
         ValueError: `value` holds NaN or infinity.
     """
-    return write_bytes(path, json_text(value).encode())
+    return write_bytes(path, json_text(value).encode(), mode)
 
 
 def json_text(value: Any) -> str:

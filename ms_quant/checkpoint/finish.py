@@ -323,18 +323,3 @@ def _size_problem(directory: Path, name: str, expected: Any) -> str | None:
     if path.stat().st_size != expected["bytes"]:
         return f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}"
     return None
-
-
-def unlisted_files(directory: Path) -> list[str]:
-    """Files, in subdirectories too, that the record does not list, one line each.
-
-    Raises:
-        MsQuantError: there is no record, or it is not JSON.
-    """
-    listed = read_json(directory / RECORD, MAX_RECORD_BYTES).get("files")
-    names = set(listed) if isinstance(listed, dict) else set()
-    return [
-        f"{path}: not listed in {RECORD}, expected no other file"
-        for path in sorted(directory.rglob("*"))
-        if not path.is_dir() and path.relative_to(directory).as_posix() not in {*names, RECORD}
-    ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ms_quant.checkpoint import kv_cache
+from ms_quant.checkpoint.atomic import ANY_MODE
 from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
@@ -68,7 +69,9 @@ class Flavour:
     index: file name of the shards' index.
     entry: of config.json, where that holds the description; else "".
     bias_name: full name of the bias that a quantized linear, by its path, has in the model.
-    bias_dtype: type of a quantized linear's bias; None is the model's.
+    bias_dtype: type of the bias of a quantized linear, by its path.
+    why_not_run: why the runtime fails on a linear of a group and shape that files can hold, or "".
+    mode: the widest permissions of the description and the weights that the runtime reads.
     holds_cache: whether it has tensors for keys and values cached in int8.
     """
 
@@ -88,7 +91,9 @@ class Flavour:
     index: str = INDEX_NAME
     entry: str = ""
     bias_name: Callable[[Plan, str], str] = lambda plan, path: f"{path}.bias"
-    bias_dtype: np.dtype | None = None
+    bias_dtype: Callable[[Plan, str], np.dtype] = lambda plan, path: plan.dtype
+    why_not_run: Callable[[Plan, LinearGroup, tuple[int, int]], str] = lambda *linear: ""
+    mode: int = ANY_MODE
     holds_cache: bool = False
 
     @property
@@ -117,7 +122,7 @@ class Flavour:
 
     def _bias(self, plan: Plan, path: str, shape: tuple[int, ...]) -> TensorPlan:
         """The bias that the model itself has."""
-        name, dtype = self.bias_name(plan, path), self.bias_dtype or plan.dtype
+        name, dtype = self.bias_name(plan, path), self.bias_dtype(plan, path)
         return TensorPlan(name, dtype, shape, (path, "bias"), f"{path}.bias")
 
     def description(self, plan: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     block-00000.safetensors  the quantized linears of a finished block; further formats of the same
                              job have block-00000.1.safetensors and so on
     hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
+    source.json              the hash of every tensor of the source, as the first pass read it
     ms_quant.lock            empty; locked by the process that works here
 
 Every file appears under its name only when it is whole and on disk. A block is finished when its
@@ -40,7 +41,7 @@ from ms_quant.strict_json import read_json
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
 CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
-_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy)"
+_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy|source\.json)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (

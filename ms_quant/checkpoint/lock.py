@@ -16,6 +16,10 @@ except ImportError:  # a system without flock works without the lock
     fcntl = None  # type: ignore[assignment]
 
 
+class BusyError(MsQuantError):
+    """Another process works there, and goes on."""
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on a file or a directory. The system releases it on death.
@@ -24,7 +28,7 @@ def locked(path: Path) -> Iterator[None]:
         path (Path): what to lock; made as an empty file when it does not exist.
 
     Raises:
-        MsQuantError: another process holds it, or it cannot be opened.
+        MsQuantError: another process holds it (a :class:`BusyError`), or it cannot be opened.
     """
     if fcntl is None:
         yield
@@ -34,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
         descriptor = os.open(path, flags, 0o666)
     try:
         if not _lock(descriptor, path):
-            raise MsQuantError(
+            raise BusyError(
                 f"{path}: another process works on this job, expected to be the only one"
             )
         yield

@@ -16,10 +16,11 @@ import numpy as np
 from ms_quant.checkpoint.flavour import Flavour, Kinds
 from ms_quant.checkpoint.flavour import Tensors as Table
 from ms_quant.checkpoint.mindie_sd_choice import check_linear, type_of_scheme
+from ms_quant.checkpoint.mindie_sd_choice import why_not_run as why_linear_not_run
 from ms_quant.checkpoint.mindie_sd_description import read_content
+from ms_quant.checkpoint.mindie_sd_held import held_dtype, run_dtype
 from ms_quant.checkpoint.mindie_sd_reading import Tensors, read, with_bias_of
 from ms_quant.checkpoint.mindie_sd_tensors import (
-    FLOAT32,
     INNER,
     MUL_SCALE,
     WITH_CODES,
@@ -30,6 +31,7 @@ from ms_quant.checkpoint.mindie_sd_tensors import (
 from ms_quant.checkpoint.mindie_sd_types import (
     FLOAT,
     GLOBAL_TYPE,
+    MODE,
     NAME,
     description_name,
     model_type,
@@ -75,6 +77,12 @@ def bias_name(plan: Plan, path: str) -> str:
     return f"{path}.{INNER if _smooths(plan.at(path)) else ''}bias"
 
 
+def bias_dtype(plan: Plan, path: str) -> np.dtype:
+    """The type of the bias of a quantized linear."""
+    type = type_of_scheme(plan.at(path).scheme, path)
+    return held_dtype(type, "bias", run_dtype(plan.dtype))
+
+
 def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
     """Refuses a linear that cannot be stored, or that the runtime would not compute.
 
@@ -94,6 +102,12 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
     check_linear(type, shape, _smooths(plan), bias, path)
 
 
+def why_not_run(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> str:
+    """Why the runtime fails on a linear that files can hold, or ""."""
+    type = type_of_scheme(plan.scheme, group.name)
+    return why_linear_not_run(type, shape, _has_bias(plan, group))
+
+
 def _has_bias(plan: Plan, group: LinearGroup) -> bool:
     shapes = plan.config.block_shapes()
     return any(f"{member}.bias" in shapes for member in group.members)
@@ -105,7 +119,8 @@ def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Table
     A linear without one has a bias of zeros where the runtime fails else.
     """
     smooths = _smooths(plan)
-    layout = Layout(type_of_scheme(plan.scheme, group.name), shape, plan.dtype, smooths)
+    type = type_of_scheme(plan.scheme, group.name)
+    layout = Layout(type, shape, run_dtype(plan.dtype), smooths)
     bias = f"{INNER}bias" if smooths else "bias"
     own = {bias} if _has_bias(plan, group) else set()
     return {
@@ -126,7 +141,8 @@ def linear_tensor(
     rows, columns = linear.weight.shape
     smooths = suffix == MUL_SCALE or suffix.startswith(INNER)
     type = type_of_scheme(plan.scheme, group.name)
-    layout = Layout(type, (rows, columns), plan.dtype, smooths, linear.bias is not None)
+    dtype = run_dtype(plan.dtype)
+    layout = Layout(type, (rows, columns), dtype, smooths, linear.bias is not None)
     held = {"smooth"} if smooths else set()
     homeless = ({"smooth", "left_trans", "svd_lowrank_l1"} & linear.arrays().keys()) - held
     if homeless:
@@ -147,7 +163,7 @@ def read_linear(
     type = type_of_scheme(plan.scheme, path)
     tensors = Tensors(checkpoint)
     shape = plan.config.linear_shapes()[path.split(".", 3)[3]]
-    found = read(type, tensors, path, (shape[0], shape[1]))
+    found = read(type, tensors, path, (shape[0], shape[1]), run_dtype(plan.dtype))
     linear = replace(with_bias_of(found, type, bias is not None, path), bias=bias)
     if isinstance(found.activation, StaticActivation):
         _same(folded_bias(linear, path), folded_bias(found, path), tensors, path)
@@ -220,5 +236,7 @@ FLAVOUR = Flavour(
     with_codes=WITH_CODES,
     weights=weights,
     bias_name=bias_name,
-    bias_dtype=FLOAT32,
+    bias_dtype=bias_dtype,
+    why_not_run=why_not_run,
+    mode=MODE,
 )

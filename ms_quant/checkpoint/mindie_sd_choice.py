@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ms_quant.checkpoint.mindie_sd_held import WEIGHT_ONLY
 from ms_quant.checkpoint.mindie_sd_types import TYPES
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import Activation, Float, PerToken, StaticActivation, StaticInt8
+from ms_quant.numerics.activation import (
+    Activation,
+    Float,
+    MxTokens,
+    PerToken,
+    StaticActivation,
+    StaticInt8,
+)
 from ms_quant.numerics.float_grid import DualMxGrid, MxGrid
 from ms_quant.numerics.grid import AffineGrid, Grid
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.minifloat import E2M1
-from ms_quant.numerics.mx import DUAL_BLOCK
+from ms_quant.numerics.mx import BLOCK, DUAL_BLOCK
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.schemes import SCHEMES
-from ms_quant.spec import Scheme
+from ms_quant.spec import ScaleType, Scheme
 
 _SERVED = ", ".join(TYPES)
 _PER_CHANNEL_INPUT = (
@@ -49,6 +58,18 @@ def type_of_scheme(scheme: Scheme, name: str) -> str:
     return scheme.name
 
 
+def network_scheme(scheme: Scheme) -> Scheme:
+    """The scheme as linears of a network have it, which only this flavour stores: scales that are
+    stored are exact in the type that the network runs in, and inputs are rounded as by its
+    operators."""
+    if scheme.name not in TYPES or isinstance(scheme.activation, StaticInt8):
+        return scheme
+    if isinstance(scheme.activation, MxTokens):
+        scheme = replace(scheme, activation=TYPES[scheme.name].make().activation)
+    kept = scheme.name in WEIGHT_ONLY  # the loader widens the scales of all others
+    return scheme.narrowed(ScaleType.MODEL if kept else ScaleType.WIDENED)
+
+
 def type_of_linear(linear: QuantizedLinear, name: str) -> str:
     """The type under which a linear is stored.
 
@@ -63,7 +84,7 @@ def type_of_linear(linear: QuantizedLinear, name: str) -> str:
     if isinstance(grid, AffineGrid):
         return _type_of_integers(grid, activation, name)
     for type in ("W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE"):
-        if activation == SCHEMES[type].activation and _is_grid_of(grid, type):
+        if activation == TYPES[type].make().activation and _is_grid_of(grid, type):
             return type
     raise _unserved(grid, activation, name)
 
@@ -138,3 +159,26 @@ def check_linear(type: str, shape: tuple[int, int], smooths: bool, bias: bool, n
             f"{name}: MindIE-SD drops the bias of a {type} linear, expected one without a bias"
         )
     row.make().weight.check_columns(shape[1], f"{name}.weight")
+
+
+def why_not_run(type: str, shape: tuple[int, int], bias: bool) -> str:
+    """Why the runtime fails on a linear that files can hold; "" where it does not.
+
+    Args:
+        type: a name from ``TYPES``.
+        shape: (out, in).
+        bias: whether the model's own linear has a bias; what the file has does not count.
+    """
+    row = TYPES[type]
+    if row.needs_bias and not bias:
+        return (
+            f"MindIE-SD fails on a {type} linear without a bias in the model itself, zeros in the "
+            "file do not help; W8A8_DYNAMIC and W4A4_MXFP4 run without"
+        )
+    blocks = -(-shape[1] // BLOCK)
+    if row.even_blocks and blocks % 2:
+        return (
+            f"MindIE-SD reads the scales of a {type} linear in pairs, {shape[1]} inputs have "
+            f"{blocks} of them; W4A4_MXFP4 takes any number"
+        )
+    return ""

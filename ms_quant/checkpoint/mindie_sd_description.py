@@ -10,13 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ms_quant.checkpoint.mindie_sd_types import FLOAT, GLOBAL_TYPE, check_type, weights_name
+import numpy as np
+
+from ms_quant.checkpoint.mindie_sd_held import RUN_DTYPES
+from ms_quant.checkpoint.mindie_sd_types import (
+    FLOAT,
+    GLOBAL_TYPE,
+    check_model_type,
+    check_type,
+    weights_name,
+)
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.safetensors_file import open_file
 from ms_quant.errors import MsQuantError
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.strict_json import read_json
 
 MAX_DESCRIPTION_BYTES = 256 << 20
+DTYPE = "dtype"  # in __metadata__ of the weights, which the runtime does not look at
 PATTERNS = ("{}.linear.weight", "{}.weight", "{}", "{}.fa_q.scale", "{}.quant_type")
 IGNORED = frozenset({"version", "group_size", "metadata", "optional"})
 ATTENTION = (".fa_q.scale", ".fa_k.scale", ".fa_v.scale", ".quant_type")
@@ -100,9 +111,8 @@ def read_content(content: Mapping[str, Any], path: Path) -> Description:
         raise MsQuantError(
             f"{path}: has no {GLOBAL_TYPE!r}, expected a type that names the weights"
         )
-    model_type = content[GLOBAL_TYPE]
-    check_type(model_type, f"{path}: {GLOBAL_TYPE}")
-    return Description(path, model_type.upper(), dict(_entries(content, path)))
+    model_type = check_model_type(content[GLOBAL_TYPE], f"{path}: {GLOBAL_TYPE}")
+    return Description(path, model_type, dict(_entries(content, path)))
 
 
 def _entries(content: Mapping[str, object], path: Path) -> Iterable[tuple[str, str]]:
@@ -118,7 +128,7 @@ def _entries(content: Mapping[str, object], path: Path) -> Iterable[tuple[str, s
         yield key, check_type(value, f"{path}: {key}")
 
 
-def open_weights(description: Description, rank: int | None) -> Checkpoint:
+def open_weights(description: Description, rank: int | None) -> OneFile:
     """The weights beside a description.
 
     Args:
@@ -144,6 +154,21 @@ class OneFile(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.directory, self._index, file = path.parent, None, open_file(path)
         self._open, self._places = {path.name: file}, dict.fromkeys(file.tensors, path.name)
+
+
+def made_for(weights: OneFile) -> np.dtype | None:
+    """The type that a file of ours says its network runs in; None where it says nothing.
+
+    Raises:
+        MsQuantError: there is no such type.
+    """
+    (path,) = weights.files()
+    name = weights.shard(path.name).metadata.get(DTYPE)
+    if name is not None and name not in RUN_DTYPES:
+        raise MsQuantError(
+            f"{path}: {DTYPE} of __metadata__ is {name!r:.80}, expected {' or '.join(RUN_DTYPES)}"
+        )
+    return None if name is None else DTYPES[name]
 
 
 def rank_of(path: Path) -> int | None:

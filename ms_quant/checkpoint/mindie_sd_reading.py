@@ -13,6 +13,7 @@ import numpy as np
 
 from ms_quant.checkpoint.ascend_tensors import narrowed
 from ms_quant.checkpoint.mindie_sd_choice import check_linear
+from ms_quant.checkpoint.mindie_sd_held import FLOAT32, held_dtype
 from ms_quant.checkpoint.mindie_sd_tensors import INNER, MUL_SCALE, codes_of
 from ms_quant.checkpoint.mindie_sd_types import TYPES
 from ms_quant.checkpoint.reader import MODEL_CODES, Checkpoint
@@ -72,10 +73,11 @@ class Tensors:
 
 
 class _Source:
-    """The tensors of one linear, by suffix."""
+    """The tensors of one linear, by suffix, as the runtime holds them."""
 
-    def __init__(self, tensors: Tensors, path: str, type: str) -> None:
-        self.tensors, self.type, self.prefix = tensors, type, tensors.prefix(path)
+    def __init__(self, tensors: Tensors, path: str, type: str, dtype: np.dtype) -> None:
+        self.tensors, self.type, self.dtype = tensors, type, dtype
+        self.path, self.prefix = path, tensors.prefix(path)
 
     def has(self, suffix: str) -> bool:
         return f"{self.prefix}{suffix}" in self.tensors.names
@@ -88,13 +90,20 @@ class _Source:
         return self.tensors.read(f"{self.prefix}{suffix}", codes, shape, self.type)
 
     def floats(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
-        return self.read(suffix, shape, *MODEL_CODES)
+        """float32 of any float type, rounded as the loader rounds it."""
+        held = held_dtype(self.type, suffix, self.dtype)
+        with np.errstate(over="ignore"):
+            array = self.read(suffix, shape, *MODEL_CODES).astype(held).astype(np.float32)
+        self.require(np.isfinite(array), suffix, f"values exceed {held.name}")
+        return array
 
     def scale(self, suffix: str, shape: tuple[int, ...], zero: bool = False) -> np.ndarray:
         """Positive float32, or at least 0."""
         array = self.floats(suffix, shape)
         good = array >= 0 if zero else array > 0
-        self.require(good, suffix, f"scales are not {'at least 0' if zero else 'positive'}")
+        type = held_dtype(self.type, suffix, self.dtype).name
+        wanted = "at least 0" if zero else "positive"
+        self.require(good, suffix, f"scales are not {wanted} in {type}")
         return array
 
     def whole(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -122,7 +131,13 @@ class _Source:
             raise MsQuantError(f"{where}: {wrong} of {good.size} {what}")
 
 
-def read(type: str, tensors: Tensors, path: str, shape: tuple[int, int]) -> QuantizedLinear:
+def read(
+    type: str,
+    tensors: Tensors,
+    path: str,
+    shape: tuple[int, int],
+    dtype: np.dtype = FLOAT32,
+) -> QuantizedLinear:
     """The linear at a path, with the bias of the file.
 
     Args:
@@ -130,24 +145,26 @@ def read(type: str, tensors: Tensors, path: str, shape: tuple[int, int]) -> Quan
         tensors: of the file.
         path: the linear's.
         shape: (out, in), as the network has it.
+        dtype: what the model runs in, to which the loader rounds scales; float32 is as stored.
 
     Raises:
         MsQuantError: names the tensor that is missing or wrong.
     """
     check_linear(type, shape, f"{path}.{MUL_SCALE}" in tensors.names, False, path)
-    source, scheme = _Source(tensors, path, type), TYPES[type].make()
+    source, scheme = _Source(tensors, path, type, dtype), TYPES[type].make()
     if source.has("weight_offset"):
         offset = source.read("weight_offset", (shape[0], 1), *MODEL_CODES, "I8", "I32")
         source.require(offset == 0, "weight_offset", "offsets are not 0, MindIE-SD ignores them")
     weight = _codes(source, shape)
     bias = source.floats("bias", shape[:1]) if source.has("bias") else None
-    smooth = _smooth(tensors, path, shape, type)
-    if isinstance(scheme.activation, StaticInt8):
-        return _static(source, QuantizedLinear(weight, _unit(type), bias, smooth=smooth))
-    grid = _grid(source, shape)
+    static = isinstance(scheme.activation, StaticInt8)
+    grid, smooth = _unit(type) if static else _grid(source, shape), _smooth(source, shape)
+    linear = QuantizedLinear(weight, grid, bias, smooth=smooth, input_dtype=dtype)
+    if static:
+        return _static(source, linear)
     if isinstance(scheme.activation, Timestep):
-        return _timesteps(source, QuantizedLinear(weight, grid, bias, smooth=smooth))
-    return QuantizedLinear(weight, grid, bias, scheme.activation.fit(None, None), smooth)
+        return _timesteps(source, linear)
+    return replace(linear, activation=scheme.activation.fit(None, None))
 
 
 def _codes(source: _Source, shape: tuple[int, int]) -> np.ndarray:
@@ -169,16 +186,21 @@ def _e2m1_in_e4m3(source: _Source, shape: tuple[int, int]) -> np.ndarray:
     return codes
 
 
-def _smooth(tensors: Tensors, path: str, shape: tuple[int, int], type: str) -> np.ndarray | None:
-    name = f"{path}.{MUL_SCALE}"
-    if name not in tensors.names:
+def _smooth(source: _Source, shape: tuple[int, int]) -> np.ndarray | None:
+    name = f"{source.path}.{MUL_SCALE}"
+    if name not in source.tensors.names:
         return None
-    mul_scale = tensors.read(name, MODEL_CODES, shape[1:], type)
-    wrong = int(np.count_nonzero(mul_scale < SMALLEST_SCALE))
+    mul_scale = source.tensors.read(name, MODEL_CODES, shape[1:], source.type)
+    with np.errstate(over="ignore"):
+        mul_scale = mul_scale.astype(source.dtype).astype(np.float32)
+    good = (mul_scale >= SMALLEST_SCALE) & np.isfinite(mul_scale)
+    wrong = int(good.size - np.count_nonzero(good))
     if wrong:
-        place = tensors.checkpoint.place(name)
-        raise MsQuantError(f"{place}: {wrong} of {mul_scale.size} factors are not positive")
-    return smooth_of(mul_scale)
+        place, type = source.tensors.checkpoint.place(name), source.dtype.name
+        raise MsQuantError(
+            f"{place}: {wrong} of {good.size} factors are not positive and finite in {type}"
+        )
+    return smooth_of(mul_scale, source.dtype)
 
 
 def _grid(source: _Source, shape: tuple[int, int]) -> Grid:

@@ -5,13 +5,16 @@ docs/mindie_sd_format.md states them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ms_quant.checkpoint.ascend_codes import FLOAT4, FLOAT8, INT4, PLAIN, Codes
 from ms_quant.checkpoint.ascend_tensors import exponents, widened
 from ms_quant.checkpoint.flavour import Part
+from ms_quant.checkpoint.mindie_sd_held import held_dtype
 from ms_quant.checkpoint.mindie_sd_types import FLOAT, TYPES
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import StaticInt8
@@ -81,22 +84,26 @@ def parts(layout: Layout) -> dict[str, Part]:
     if not isinstance(scheme.activation, StaticInt8):
         made |= _scales(layout)
     if layout.bias or TYPES[layout.type].needs_bias:
-        made["bias"] = Part(FLOAT32, rows, lambda x: _bias(x, rows))
+        made["bias"] = _part(layout, "bias", rows, lambda x: _bias(x, rows))
     if not layout.smooths:
         return made
-    smoothing = Part(FLOAT32, layout.shape[1:], lambda x: _mul_scale(x, layout.shape[1]))
+    columns = layout.shape[1:]
+    smoothing = _part(layout, "mul_scale", columns, lambda x: _mul_scale(x, columns[0]))
     return {MUL_SCALE: smoothing, **{f"{INNER}{suffix}": part for suffix, part in made.items()}}
 
 
+def _part(
+    layout: Layout, suffix: str, shape: tuple[int, ...], make: Callable[[QuantizedLinear], Any]
+) -> Part:
+    """A float tensor in the type that the runtime holds it in."""
+    dtype = held_dtype(layout.type, suffix, layout.dtype)
+    return Part(dtype, shape, lambda x: exact(make(x), dtype, f"{layout.name}.{suffix}"))
+
+
 def _static(layout: Layout) -> dict[str, Part]:
-    rows, scale = layout.shape[:1], _input_type(layout)
-    deq = _deq_type(layout)
+    rows, deq = layout.shape[:1], _deq_type(layout)
     return {
-        "input_scale": Part(
-            scale,
-            (1,),
-            lambda x: exact(x.static.input_scale[:1], scale, f"{layout.name}.input_scale"),
-        ),
+        "input_scale": _part(layout, "input_scale", (1,), lambda x: x.static.input_scale[:1]),
         "input_offset": Part(FLOAT32, (1,), lambda x: np.array([x.static.offset], FLOAT32)),
         "deq_scale": Part(deq, rows, lambda x: _stored_deq(x.deq_scale, deq)),
         "quant_bias": Part(INT32, rows, lambda x: folded_bias(x, layout.name)),
@@ -104,14 +111,9 @@ def _static(layout: Layout) -> dict[str, Part]:
 
 
 def _timesteps(layout: Layout) -> dict[str, Part]:
-    steps, table, scale = (layout.steps, 1), (layout.steps, layout.shape[0]), _input_type(layout)
-    deq = _deq_type(layout)
+    steps, table, deq = (layout.steps, 1), (layout.steps, layout.shape[0]), _deq_type(layout)
     return {
-        "input_scale": Part(
-            scale,
-            steps,
-            lambda x: exact(_steps(x).scale[:, None], scale, f"{layout.name}.input_scale"),
-        ),
+        "input_scale": _part(layout, "input_scale", steps, lambda x: _steps(x).scale[:, None]),
         "input_offset": Part(FLOAT32, steps, lambda x: _steps(x).offset[:, None].astype(FLOAT32)),
         "deq_scale": Part(
             deq, table, lambda x: _stored_deq(timestep_tables(x, layout.name)[0], deq)
@@ -123,10 +125,6 @@ def _timesteps(layout: Layout) -> dict[str, Part]:
 def _steps(linear: QuantizedLinear) -> TimestepActivation:
     assert isinstance(linear.activation, TimestepActivation)
     return linear.activation
-
-
-def _input_type(layout: Layout) -> np.dtype:
-    return layout.dtype if layout.dtype.name == "bfloat16" else FLOAT32
 
 
 def _deq_type(layout: Layout) -> np.dtype:
@@ -148,14 +146,8 @@ def _scales(layout: Layout) -> dict[str, Part]:
             long = (rows, -(-columns // format.dual_block_size), 1)
             made["weight_dual_scale"] = Part(FLOAT32, long, _dual_scale)
         return made
-    dtype = scheme.scale_dtype(layout.dtype)
-    return {
-        "weight_scale": Part(
-            dtype,
-            (rows, 1),
-            lambda x: exact(x.weight_scale[:, None], dtype, f"{layout.name}.weight_scale"),
-        )
-    }
+    scale = _part(layout, "weight_scale", (rows, 1), lambda x: x.weight_scale[:, None])
+    return {"weight_scale": scale}
 
 
 def _dual_scale(linear: QuantizedLinear) -> np.ndarray:
@@ -180,11 +172,13 @@ def exact(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     Raises:
         MsQuantError: the type does not hold all of them.
     """
-    stored = array.astype(dtype)
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype)
     wrong = int(np.count_nonzero(stored.astype(np.float32) != array))
     if wrong:
         raise MsQuantError(
-            f"{name}: {wrong} of {array.size} values are not exact in {dtype.name}, expected "
-            f"scales made for it: quantize a network whose linears are {dtype.name}"
+            f"{name}: {wrong} of {array.size} values are not exact in {dtype.name}, in which "
+            f"MindIE-SD holds them, expected some that are made for it: ms_quant.quantize(network, "
+            f"..., dtype={dtype.name!r}) makes them"
         )
     return stored

@@ -5,7 +5,6 @@ docs/mindie_sd_format.md states them, and why what is refused is refused.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from ms_quant.spec import Scheme
 
 NAME, GLOBAL_TYPE = "mindie-sd", "model_quant_type"
 FLOAT = "FLOAT"
+MODE = 0o640  # the runtime refuses files that others than these may read or write
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Type:
         scheme: the scheme of ours that computes the same.
         options: the one choice of the scheme's options that the runtime reads.
         smooths: whether it multiplies the input by ``div.mul_scale``; else it ignores the tensor.
-        needs_bias: whether it fails without a bias.
+        needs_bias: whether it fails if the model's linear has no bias.
         drops_bias: whether it leaves a bias out.
+        even_blocks: whether it fails if K / 32, rounded up, is odd.
     """
 
     scheme: str
@@ -35,6 +36,7 @@ class Type:
     smooths: bool = True
     needs_bias: bool = False
     drops_bias: bool = False
+    even_blocks: bool = False
 
     def make(self) -> Scheme:
         """The scheme with the options."""
@@ -55,10 +57,15 @@ TYPES: dict[str, Type] = {  # a later one names the file of a network that has s
     "W4A4_DYNAMIC": Type("W4A4_DYNAMIC", smooths=False, drops_bias=True),
     "W4A4_MXFP4": Type("W4A4_MXFP4"),
     "W4A4_MXFP4_DUALSCALE": Type(
-        "W4A4_MXFP4_DUALSCALE", (("dual_block_size", DUAL_BLOCK),), needs_bias=True
+        "W4A4_MXFP4_DUALSCALE",
+        (("dual_block_size", DUAL_BLOCK),),
+        needs_bias=True,
+        even_blocks=True,
     ),
 }
-STATIC_PAIR = re.compile(r"W8A8_PER_(CHANNEL|TENSOR|TOKEN|GROUP)_PER_(CHANNEL|TENSOR|TOKEN|GROUP)")
+STATIC_PAIRS = frozenset(
+    f"W8A8_PER_{pair}" for pair in ("CHANNEL_PER_TOKEN", "CHANNEL_PER_TENSOR", "TENSOR_PER_TOKEN")
+)
 _UNDEFINED = (
     "MindIE-SD leaves such layers float and defines no tensors for them, expected plain {0} with "
     "the algorithm's result in its codes"
@@ -96,12 +103,27 @@ def check_type(value: object, where: str) -> str:
     name = value.upper()
     if name in REFUSED:
         raise MsQuantError(f"{where} is {value!r}: {REFUSED[name]}")
-    if STATIC_PAIR.fullmatch(name):  # the runtime takes the static path for all of them
+    if name in STATIC_PAIRS:  # the runtime takes the static path for all of them
         return "W8A8"
     if name not in TYPES and name != FLOAT:
         known = ", ".join([*TYPES, FLOAT])
         raise MsQuantError(f"{where} is {value!r:.80}, expected one of {known}")
     return name
+
+
+def check_model_type(value: object, where: str) -> str:
+    """What a description calls the whole model: a type of linears, spelled as MindIE-SD does.
+
+    Raises:
+        MsQuantError: it is none, or one that the runtime fails on.
+    """
+    name = check_type(value, where)
+    if name == FLOAT or value != str(value).upper():
+        raise MsQuantError(
+            f"{where} is {value!r:.80}, which MindIE-SD fails on, expected one of "
+            f"{', '.join(TYPES)} in upper case"
+        )
+    return str(value)
 
 
 def description_name(type: str, rank: int | None = None) -> str:

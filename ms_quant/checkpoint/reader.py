@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
+from ms_quant.checkpoint.digest import (
+    CHUNK_ELEMENTS,
+    count_non_finite,
+    file_stamp,
+    row_chunks,
+    tensor_digest,
+)
 from ms_quant.checkpoint.safetensors_file import (
     SafetensorsFile,
     TensorInfo,
     open_file,
 )
+from ms_quant.checkpoint.strange_names import refuse_strange_names
 from ms_quant.checkpoint.writer import INDEX_NAME
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
@@ -27,7 +35,21 @@ FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_
 MODEL_CODES = ("F32", "F16", "BF16")
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
+IGNORED = "rotary_emb.inv_freq"  # a buffer of old exports
+
+
+class ChangedSourceError(MsQuantError):
+    """A tensor is not what it was when the job was begun.
+
+    Args:
+        where: the tensor.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where} changed since the job was begun (its sha256 differs), expected the same "
+            "model in every block; delete the job directory to start again"
+        )
 
 
 class FloatTensors(Protocol):
@@ -76,10 +98,15 @@ class Checkpoint:
         directory (Path | str): the model directory.
         prefix (str): only files, the index among them, whose names begin so are looked at.
 
+    Attributes:
+        digests: sha256 of tensors' bytes, where they are known.
+
     Raises:
         MsQuantError: there is no such directory or no safetensors file in it, the index is
             malformed or names a missing shard, or two files hold the same tensor.
     """
+
+    digests: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, directory: Path | str, prefix: str = "") -> None:
         self.directory = Path(directory)
@@ -112,6 +139,36 @@ class Checkpoint:
         """
         return self.file_of(name).info(name)
 
+    def expect(
+        self,
+        digests: Mapping[str, str],
+        unproven: Iterable[str],
+        stamps: Mapping[str, list[int]],
+    ) -> None:
+        """Says what tensors are. One that is not proven is hashed when it is read first.
+
+        Args:
+            digests (Mapping[str, str]): name to the sha256 of the tensor's bytes.
+            unproven (Iterable[str]): those that this process has not hashed yet.
+            stamps (Mapping[str, list[int]]): file name to what its file looked like. Where it
+                looks different later, its tensors are no longer proven.
+        """
+        self.digests, self._unproven, self._stamps = dict(digests), set(unproven), dict(stamps)
+
+    def _prove(self, name: str) -> None:
+        if name not in self.digests:
+            return
+        file = self.file_of(name)
+        stamp = file_stamp(file.path)
+        if self._stamps.get(file.path.name) != stamp:
+            self._unproven |= self.digests.keys() & file.tensors.keys()
+            self._stamps[file.path.name] = stamp
+        if name not in self._unproven:
+            return
+        if tensor_digest(file, name) != self.digests[name]:
+            raise ChangedSourceError(self.place(name))
+        self._unproven.discard(name)
+
     def file_of(self, name: str) -> SafetensorsFile:
         """The opened file that holds a tensor, for instance to read some rows of it.
 
@@ -128,6 +185,7 @@ class Checkpoint:
         Raises:
             MsQuantError: there is no such tensor, or its shard is malformed.
         """
+        self._prove(name)
         return self.file_of(name).read(name)
 
     def read_float32(self, name: str) -> np.ndarray:
@@ -180,6 +238,7 @@ class Checkpoint:
         Raises:
             MsQuantError: the tensor is missing, is not float, or holds NaN or infinity.
         """
+        self._prove(name)
         file = self.file_of(name)
         info = file.info(name)
         if info.code not in FLOAT_CODES:
@@ -191,7 +250,7 @@ class Checkpoint:
             if dtype is not None:
                 with np.errstate(over="ignore"):  # what becomes infinite is refused below
                     part = part.astype(dtype, copy=False)
-            seen, wrong = seen + part.size, wrong + _non_finite(part)
+            seen, wrong = seen + part.size, wrong + count_non_finite(part)
             if not wrong:
                 yield start, part
         if wrong:
@@ -255,6 +314,8 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
         checkpoint.shard(path.name)
     expected = config.parameter_shapes()
     found = checkpoint.names
+    codes = {name: checkpoint.info(name).code for name in found}
+    refuse_strange_names(str(checkpoint.directory), codes, list(expected), MODEL_CODES)
     missing = [name for name in expected if name not in set(found)]
     if missing:
         raise MsQuantError(
@@ -267,7 +328,7 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
     for name in found:
         if name in expected:
             check_tensor(checkpoint, name, expected[name])
-        elif not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
+        elif not name.endswith(IGNORED):
             raise MsQuantError(
                 f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
                 f"{config.model_type} model of {config.num_layers} layers"
@@ -318,7 +379,9 @@ def _unindexed_files(directory: Path, prefix: str) -> list[str]:
     if SINGLE_NAME.startswith(prefix) and (directory / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     found = directory.glob(f"{prefix}*.safetensors")
-    names = sorted(path.name for path in found if not path.name.startswith("."))
+    names = sorted(path.name for path in found if not path.name.startswith((".", "adapter_")))
+    # Mistral's own files say the same again under other names.
+    names = [name for name in names if not name.startswith("consolidated")] or names
     if not names:
         raise MsQuantError(
             f"{directory}: found no {prefix and prefix + '*'}.safetensors file, expected at least "
@@ -333,9 +396,14 @@ def _read_index(path: Path) -> dict[str, str]:
         raise MsQuantError(f"{path}: weight_map is {places!r:.80}, expected file names by tensor")
     for name, shard in places.items():
         _check_shard_name(shard, f"{path}: the shard of {name!r}")
-    for shard in sorted(set(places.values())):
-        if not (path.parent / shard).is_file():
-            raise MsQuantError(f"{path.parent / shard}: no such file, expected as {path} names it")
+    shards = sorted(set(places.values()))
+    missing = [shard for shard in shards if not (path.parent / shard).is_file()]
+    if missing:
+        raise MsQuantError(
+            f"{path.parent / missing[0]}: no such file, expected as {path} names it; "
+            f"{len(missing)} of its {len(shards)} files are missing: get the rest of the model "
+            "(hf download goes on where it stopped)"
+        )
     return places
 
 
@@ -366,26 +434,6 @@ def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
             f"{file.path}: tensor {name!r} has dtype {info.code}, expected one of "
             f"{', '.join(MODEL_CODES)}"
         )
-
-
-def row_chunks(
-    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int = CHUNK_ELEMENTS
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Reads a tensor some rows at a time: (first row, rows). Nothing comes of an empty one."""
-    shape = file.info(name).shape
-    if not math.prod(shape):
-        return
-    if not shape:
-        yield 0, file.read(name)
-        return
-    first, last = (rows.start, rows.stop) if rows else (0, shape[0])
-    step = max(1, elements // math.prod(shape[1:]))
-    for start in range(first, last, step):
-        yield start, file.read_rows(name, start, min(start + step, last))
-
-
-def _non_finite(array: np.ndarray) -> int:
-    return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
 def shard_print(file: SafetensorsFile) -> dict[str, Any]:

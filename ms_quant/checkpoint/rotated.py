@@ -28,19 +28,23 @@ class RotatedCheckpoint(FloatTensors):
         checkpoint (Checkpoint): the float model.
         config (ModelConfig): of that model.
         seed (int): of the rotation, at least 0.
+        block_size (int, optional): channels that are rotated together. Default: 0, all of them.
 
     Attributes:
         config: the rotated model's; ``config.raw`` is its ``config.json``.
 
     Raises:
         MsQuantError: the checkpoint is not the model its config describes, or there is no Hadamard
-            matrix of its hidden size or head size.
+            matrix of its hidden size, head size or blocks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, seed: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, seed: int, block_size: int = 0
+    ) -> None:
         check_model(checkpoint, config)
         self._checkpoint = checkpoint
-        self._quarot = QuaRot(config, seed, str(checkpoint.directory / "config.json"))
+        where = str(checkpoint.directory / "config.json")
+        self._quarot = QuaRot(config, seed, where, block_size)
         self.config = self._quarot.config
         self._shapes = self.config.parameter_shapes()
 

@@ -22,6 +22,7 @@ from ms_quant.checkpoint.floats import round_finite
 from ms_quant.checkpoint.golden_stick import static_linear
 from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
@@ -104,7 +105,7 @@ class JobModel(FloatModel):
         self.config = plan.config
         self.checkpoint = as_divided(checkpoint, plan.config, job.ranges(), str(job.directory))
         self.flavour, self.phased = plan.scheme_name, plan.phased
-        self.job, self.kv_cache = job, plan.kv_cache
+        self.job, self.kv_cache, self.dtype = job, plan.kv_cache, plan.dtype
         self._quantized = frozenset(plan.quantized())
         self._types = {}
         for tensor in plan.flavour.tensor_plans(plan):
@@ -127,7 +128,8 @@ class JobModel(FloatModel):
         _, _, index, member = path.split(".", 3)
         bias = f"{path}.bias"
         found = self.tensor(bias) if bias in self.checkpoint.names else None
-        return replace(self.job.linear(int(index), member), bias=found)
+        linear = self.job.linear(int(index), member)
+        return replace(linear, bias=found, input_dtype=self.dtype)
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.kv_cache:
@@ -185,9 +187,7 @@ def open_model(directory: Path | str) -> ServedModel:
     Raises:
         MsQuantError: the directory does not exist or is of no known flavour.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise MsQuantError(f"{directory}: no such model directory")
+    directory = model_directory(directory)
     model: ServedModel | None = first_answer("ms_quant.checkpoint_readers", directory)
     if model is not None:
         return model

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.checkpoint.atomic import FileRecord, atomic_file, write_json
+from ms_quant.checkpoint.atomic import ANY_MODE, FileRecord, atomic_file, write_json
 from ms_quant.checkpoint.safetensors_file import CODES, LENGTH_BYTES, MAX_HEADER_BYTES
 from ms_quant.errors import MsQuantError
 
@@ -97,6 +97,7 @@ def write_file(
     plans: Sequence[TensorPlan],
     get: Callable[[str], np.ndarray | Iterable[np.ndarray]],
     metadata: Mapping[str, str] | None = None,
+    mode: int = ANY_MODE,
 ) -> FileRecord:
     """Writes one safetensors file atomically. The order of `plans` does not matter.
 
@@ -111,6 +112,7 @@ def write_file(
             or its rows in pieces. It is called once for each tensor, in the order of the file;
             only one array or piece is held at a time.
         metadata (Mapping[str, str], optional): the ``__metadata__`` of the header.
+        mode (int): the widest permissions that the file gets.
 
     Returns:
         FileRecord, name, size and SHA-256.
@@ -123,7 +125,7 @@ def write_file(
     _refuse_duplicates(plans, str(path))
     layout = sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name))
     header = _header(layout, metadata, path)
-    with atomic_file(path) as sink:
+    with atomic_file(path, mode) as sink:
         sink.write(header, "the header")
         for plan in layout:
             for piece in _checked_pieces(get(plan.name), plan, path):

@@ -14,7 +14,7 @@ from ms_quant.kernels.native import (
     set_operator_threads,
     threads_of,
 )
-from ms_quant.kernels.packing import PackedLinear, pack
+from ms_quant.kernels.packing import PackedLinear, pack, transforms
 
 __all__ = [
     "ISAS",
@@ -40,4 +40,5 @@ __all__ = [
     "table_times",
     "threads_of",
     "times",
+    "transforms",
 ]

@@ -55,7 +55,8 @@ class PackedLinear:
 def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None:
     """The linear for the kernels; None where they have none for it, or are not there.
 
-    A Kronecker transform is the caller's, and so is smoothing before it.
+    What happens to the input before the kernel is the caller's, if there is something: see
+    :func:`transforms`.
 
     Args:
         linear: the linear.
@@ -92,6 +93,12 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
     return PackedLinear(shape[0], weights, params, decode)
 
 
+def transforms(linear: QuantizedLinear) -> bool:
+    """Whether a packed linear takes inputs that ``QuantizedLinear.transformed`` gave: kernels
+    multiply by a smoothing vector in float32, and know no more."""
+    return linear.kronecker is not None or linear.rounds_smoothed
+
+
 def _integer_params(linear: QuantizedLinear, activation: Activation) -> np.ndarray:
     if isinstance(activation, StaticActivation):
         folds = activation.folds_bias
@@ -113,7 +120,7 @@ def _params(
     shape = outputs, inputs
     if linear.bias is not None and not folds_bias:
         arrays["bias"] = linear.bias
-    if linear.mul_scale is not None and linear.kronecker is None:
+    if linear.mul_scale is not None and not transforms(linear):
         arrays["mul"] = linear.mul_scale
     if isinstance(activation, StaticActivation):
         if activation.reciprocal is None:

@@ -118,6 +118,6 @@ def linear_function(linear: QuantizedLinear) -> Linear:
     packed = kernels.pack(linear)
     if packed is None:
         return linear.forward
-    if linear.kronecker is None:
+    if not kernels.transforms(linear):
         return packed
     return lambda rows: packed(linear.transformed(rows))

@@ -169,8 +169,9 @@ class DualMxTokens(_Dynamic):
     size: int = mx.DUAL_BLOCK
     bits = 4
 
-    def fake(self, x: np.ndarray) -> np.ndarray:
-        found = mx.quantize_dual(x, RULES[self.rule], self.size)
+    def fake(self, x: np.ndarray, dtype: np.dtype = storage.DTYPES["float32"]) -> np.ndarray:
+        """As :meth:`Activation.fake`, with x / scale rounded to a type."""
+        found = mx.quantize_dual(x, RULES[self.rule], self.size, dtype)
         return mx.dequantize_dual(*found, self.size)
 
 

@@ -18,12 +18,14 @@ from ms_quant.numerics import affine, rotation
 from ms_quant.numerics.activation import (
     Activation,
     ActivationFormat,
+    DualMxTokens,
     PerToken,
     PhasedActivation,
     StaticActivation,
     static_activation,
 )
 from ms_quant.numerics.grid import AffineFormat, AffineGrid, Clip, Grid, WeightFormat
+from ms_quant.numerics.storage import DTYPES, nearest
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
 
 __all__ = ["QuantizedLinear", "StaticActivation", "quantize_linear", "static_activation"]
@@ -73,11 +75,12 @@ class QuantizedLinear:
         grid: what the codes stand for.
         bias: float32 (out,) or None.
         activation: how the input is quantized.
-        smooth: float (in,), what the input is divided by first, as a product with the float32
-            ``mul_scale``; or None. A static activation of the golden-stick kind holds its
-            smoothing itself.
+        smooth: float (in,), what the input is divided by first, as a product with ``mul_scale``;
+            or None. A static activation of the golden-stick kind holds its smoothing itself.
         kronecker: the transform of the input after that, or None.
         branch: the low-rank branch, or None.
+        input_dtype: the type that inputs have where the linear runs. ``mul_scale``, its product
+            with the input and the quotient of a dual scale are rounded to it; nothing else is.
     """
 
     weight: np.ndarray
@@ -87,6 +90,7 @@ class QuantizedLinear:
     smooth: np.ndarray | None = None
     kronecker: Kronecker | None = None
     branch: LowRank | None = None
+    input_dtype: np.dtype = DTYPES["float32"]
 
     @property
     def weight_scale(self) -> np.ndarray:
@@ -137,13 +141,27 @@ class QuantizedLinear:
 
     @property
     def mul_scale(self) -> np.ndarray | None:
-        """float32 (in,), what the input is multiplied by first: 1 / ``smooth``; or None."""
-        return None if self.smooth is None else reciprocal(self.smooth)
+        """float32 (in,), what the input is multiplied by first: 1 / ``smooth`` in the type of
+        inputs; or None."""
+        return None if self.smooth is None else reciprocal(self.smooth, self.input_dtype)
+
+    @property
+    def rounds_smoothed(self) -> bool:
+        """Whether the smoothed input is rounded to the type of inputs; the operator of a dual scale
+        multiplies and divides before it rounds."""
+        dual = isinstance(self.activation, DualMxTokens)
+        return self.smooth is not None and self.input_dtype != np.float32 and not dual
 
     def smoothed(self, x: np.ndarray) -> np.ndarray:
         """float32 (..., in): the input without its outliers."""
         mul_scale = self.mul_scale
-        return x if mul_scale is None else x * mul_scale
+        if mul_scale is None:
+            return x
+        product = x * mul_scale
+        if not self.rounds_smoothed:
+            return product
+        with np.errstate(over="ignore"):  # infinite there, too
+            return product.astype(self.input_dtype).astype(np.float32)
 
     def transformed(self, x: np.ndarray) -> np.ndarray:
         """float32 (..., in): the input as it is quantized."""
@@ -203,7 +221,13 @@ class QuantizedLinear:
             codes, x_scale = activation.codes(x)
             total = affine.integer_matmul(codes, self.weight)
             return total.astype(np.float32) * x_scale * self.weight_scale
-        return activation.fake(x) @ self.grid.values(self.weight).T
+        return self.fake(activation, x) @ self.grid.values(self.weight).T
+
+    def fake(self, activation: Activation, x: np.ndarray) -> np.ndarray:
+        """What the weight sees of an input that is transformed already."""
+        if isinstance(activation, DualMxTokens):
+            return activation.fake(x, self.input_dtype)
+        return activation.fake(x)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything but the bias, by name; :func:`from_arrays` reads it back."""
@@ -232,7 +256,8 @@ class QuantizedLinear:
 def from_arrays(
     weight: WeightFormat, activation: ActivationFormat, arrays: Mapping[str, np.ndarray]
 ) -> QuantizedLinear:
-    """The linear, without its bias, that :meth:`QuantizedLinear.arrays` gave.
+    """The linear, without its bias and for inputs in float32, that :meth:`QuantizedLinear.arrays`
+    gave.
 
     Args:
         weight: the scheme's format of weights.
@@ -328,30 +353,39 @@ def folded_bias(linear: QuantizedLinear, path: str) -> np.ndarray:
     return total.astype(np.int32)
 
 
-def reciprocal(x: np.ndarray) -> np.ndarray:
-    """float32 1 / x."""
-    return (1 / x.astype(np.float64)).astype(np.float32)
+def reciprocal(x: np.ndarray, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
+    """float32 1 / x, rounded to a type."""
+    with np.errstate(over="ignore"):
+        return (1 / x.astype(np.float64)).astype(dtype).astype(np.float32)
 
 
-def smooth_of(mul_scale: np.ndarray) -> np.ndarray:
-    """The ``smooth`` whose ``mul_scale`` a float32 array is, exactly.
+def smooth_of(mul_scale: np.ndarray, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
+    """The ``smooth`` whose ``mul_scale`` in a type an array is, exactly.
 
     It is float32 where a float32 has this reciprocal, else float64: of two neighbours in the upper
-    part of a binade only one is the reciprocal of a float32.
+    part of a binade only one is the reciprocal of a float32. Narrower types are always told.
+
+    Args:
+        mul_scale: float32 (in,), positive, exact in the type.
+        dtype: the type of inputs.
     """
     narrow = reciprocal(mul_scale)
-    same = np.array_equal(reciprocal(narrow), mul_scale)
+    same = np.array_equal(reciprocal(narrow, dtype), mul_scale)
     return narrow if same else 1 / mul_scale.astype(np.float64)
 
 
-def stable_smooth(smooth: np.ndarray) -> np.ndarray:
+def stable_smooth(smooth: np.ndarray, dtype: np.dtype = DTYPES["float32"]) -> np.ndarray:
     """Nearest vectors of float32 that their own ``mul_scale`` tells exactly.
 
-    Reciprocals of reciprocals come to rest after a step or two.
+    For float32 reciprocals of reciprocals come to rest after a step or two. In a narrower type they
+    are those of its normal numbers: devices may flush others to zero, and float16 ends at 65504.
 
     Args:
         smooth: float32 (in,), positive.
+        dtype: the type of inputs, which ``mul_scale`` is held in.
     """
+    if dtype != np.float32:
+        return reciprocal(nearest(reciprocal(smooth), dtype))
     while True:
         again = reciprocal(reciprocal(smooth))
         if np.array_equal(again, smooth):

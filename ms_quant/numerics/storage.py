@@ -20,8 +20,23 @@ def weight_scale_dtype(model_dtype: np.dtype) -> np.dtype:
     return model_dtype if model_dtype.name == "bfloat16" else DTYPES["float32"]
 
 
+_WIDENED = {"widened": True}
+
+
+def widened(dtype: np.dtype) -> np.dtype:
+    """The type for scales that are made float32 again before a device sees them.
+
+    It equals the type that is given. Float16's numbers below its smallest normal one are numbers of
+    it then: a row of weights below 7.7e-3 has such a scale.
+    """
+    return np.dtype(dtype, metadata=_WIDENED) if dtype == np.float16 else dtype
+
+
 def smallest_normal(dtype: np.dtype) -> float:
-    return float(ml_dtypes.finfo(dtype).smallest_normal)
+    """The smallest number that no device takes for 0."""
+    found = ml_dtypes.finfo(dtype)
+    whole = dtype.metadata is not None and "widened" in dtype.metadata
+    return float(found.smallest_subnormal if whole else found.smallest_normal)
 
 
 def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -50,5 +65,6 @@ def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """``x`` rounded to ``dtype``, positive ones not below its smallest normal number; float32."""
-    return np.maximum(x, smallest_normal(dtype)).astype(dtype).astype(np.float32)
+    """``x`` rounded to ``dtype``, positive ones within its normal numbers; float32."""
+    limits = smallest_normal(dtype), float(ml_dtypes.finfo(dtype).max)
+    return np.clip(x, *limits).astype(dtype).astype(np.float32)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
-from ms_quant.recipe import modelslim, native
-from ms_quant.recipe.assign import Treatment, assign, idle_patterns
+from ms_quant.recipe import modelslim, modelslim_v0, native
+from ms_quant.recipe.assign import Treatment, assign, idle_patterns, is_reached
 from ms_quant.recipe.checks import checked
 from ms_quant.recipe.golden_stick import from_ptq_config
 from ms_quant.recipe.modelslim import from_modelslim
+from ms_quant.recipe.modelslim_v0 import from_modelslim_v0
 from ms_quant.recipe.native import from_native, to_native
 from ms_quant.recipe.patterns import matches, unmatched
 from ms_quant.recipe.records import Recipe, Rule, Step
@@ -29,9 +30,11 @@ __all__ = [
     "assign",
     "checked",
     "from_modelslim",
+    "from_modelslim_v0",
     "from_native",
     "from_ptq_config",
     "idle_patterns",
+    "is_reached",
     "load_recipe",
     "matches",
     "to_native",
@@ -40,7 +43,12 @@ __all__ = [
 
 LANGUAGES: dict[str, Callable[[Mapping[str, Any]], Recipe]] = {
     native.APIVERSION: from_native,
-    modelslim.APIVERSION: from_modelslim,
+    modelslim_v0.APIVERSION: from_modelslim_v0,
+    **dict.fromkeys(modelslim.APIVERSIONS, from_modelslim),
+}
+REFUSED_LANGUAGES = {
+    "modelslim_convert": "it changes the types of float weights and quantizes nothing; possible "
+    "is ms-quant quantize on the bfloat16 checkpoint",
 }
 
 
@@ -67,5 +75,9 @@ def _translated(document: Mapping[str, Any]) -> Recipe:
     language = document.get("apiversion")
     if not isinstance(language, str) or language not in LANGUAGES:
         found = repr(language)[:80] if "apiversion" in document else "missing"
+        if isinstance(language, str) and language in REFUSED_LANGUAGES:
+            raise MsQuantError(
+                f"apiversion {language} is not supported, {REFUSED_LANGUAGES[language]}"
+            )
         raise MsQuantError(f"apiversion is {found}, expected one of {', '.join(LANGUAGES)}")
     return checked(LANGUAGES[language](document))

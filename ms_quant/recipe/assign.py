@@ -35,12 +35,16 @@ class Treatment:
     algorithm_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def assign(recipe: Recipe, linears: Mapping[str, str]) -> dict[str, Treatment]:
+def assign(
+    recipe: Recipe, linears: Mapping[str, str], producers: Mapping[str, str] | None = None
+) -> dict[str, Treatment]:
     """What is done to which linear.
 
     Args:
         recipe: a checked one.
         linears: full path of every linear to the name of its group.
+        producers: full path of every linear to that of what makes its input, for steps whose
+            patterns name it.
 
     Returns:
         path to treatment, in the order of ``linears``, without those that stay float.
@@ -53,23 +57,42 @@ def assign(recipe: Recipe, linears: Mapping[str, str]) -> dict[str, Treatment]:
     for path, group in linears.items():
         rule = _rule(recipe, path)
         if rule is not None:
-            steps = [step for step in recipe.steps if _reaches(step, path, group)]
+            made_by = path if producers is None else producers[path]
+            steps = [step for step in recipe.steps if _reaches(step, path, group, made_by)]
             found[path] = _treatment(path, rule, steps)
     return found
 
 
-def idle_patterns(recipe: Recipe, paths: Sequence[str]) -> list[tuple[str, str]]:
-    """The patterns that match none of some paths, each after the path of what holds it."""
-    return [
-        (record.where, pattern)
-        for record in recipe.rules + recipe.steps
-        for pattern in unmatched(record.include + record.exclude, paths)
-    ]
+def is_reached(recipe: Recipe, path: str) -> bool:
+    """Whether a rule reaches a linear."""
+    return any(matches(path, rule.include, rule.exclude) for rule in recipe.rules)
+
+
+def idle_patterns(
+    recipe: Recipe,
+    paths: Sequence[str],
+    producers: Sequence[str] = (),
+    excluded: Sequence[str] = (),
+) -> list[tuple[str, str]]:
+    """The patterns that match nothing, each after the path of what holds it.
+
+    Args:
+        recipe: a checked one.
+        paths: of all linears.
+        producers: what makes their inputs, for steps whose patterns name it.
+        excluded: what is no such linear and may be excluded all the same.
+    """
+    found = []
+    for record in recipe.rules + recipe.steps:
+        names = producers if isinstance(record, Step) and record.by_producer else paths
+        idle = unmatched(record.include, names) + unmatched(record.exclude, [*names, *excluded])
+        found += [(record.where, pattern) for pattern in idle]
+    return found
 
 
 def _rule(recipe: Recipe, path: str) -> Rule | None:
     rules = [rule for rule in recipe.rules if matches(path, rule.include, rule.exclude)]
-    if len(rules) > 1:
+    if len(rules) > 1 and not recipe.lenient:
         raise MsQuantError(
             f"{path}: is reached by {rules[0].where} and {rules[1].where}, expected one; exclude "
             "it from the other"
@@ -77,10 +100,10 @@ def _rule(recipe: Recipe, path: str) -> Rule | None:
     return rules[0] if rules else None
 
 
-def _reaches(step: Step, path: str, group: str) -> bool:
+def _reaches(step: Step, path: str, group: str, producer: str) -> bool:
     if step.groups and group not in step.groups:
         return False
-    return matches(path, step.include, step.exclude)
+    return matches(producer if step.by_producer else path, step.include, step.exclude)
 
 
 def _treatment(path: str, rule: Rule, steps: list[Step]) -> Treatment:

@@ -1,8 +1,8 @@
-"""Recipes of msModelSlim, ``apiversion: modelslim_v1``, as they are."""
+"""Recipes of msModelSlim's newer engine, as they are: ``modelslim_v1`` and its multimodal kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ms_quant.errors import MsQuantError
@@ -12,17 +12,27 @@ from ms_quant.recipe.reading import Section, items, refuse
 from ms_quant.recipe.records import Recipe
 
 APIVERSION = "modelslim_v1"
+APIVERSIONS = (APIVERSION, "multimodal_vlm_modelslim_v1", "multimodal_sd_modelslim_v1")
 FORMATS = {
     "ascendv1_saver": "ascend",
     "compressed_tensors": "compressed-tensors",
     "mindie_format_saver": "mindie-sd",
 }
+DATASET = "mix_calib.jsonl"  # by default
+RUNNERS = ("auto", "layer_wise", "model_wise", "dp_layer_wise")
 SPEC = ("runner", "prior", "process", "save", "dataset")
+UNREAD = {
+    "default_text": "is for images, and only text is read here",
+    "multimodal_sd_config": "is for running a diffusion pipeline, and none is run here",
+}
+"""Keys of ``spec`` that change nothing here, and why."""
 GIB = 1 << 30
+STAGE_ONE = ("steps", "quant_dtype", "layer_type", "block_size", "max_samples")
+"""Keys of ``adapt_rotation`` that prepare its second stage."""
 
 
 def from_modelslim(document: Mapping[str, Any]) -> Recipe:
-    """The recipe of a modelslim_v1 document.
+    """The recipe of a modelslim_v1 document, or of a multimodal one: the same processors.
 
     Other keys beside ``spec`` change nothing: metadata, and places for YAML anchors.
 
@@ -30,27 +40,45 @@ def from_modelslim(document: Mapping[str, Any]) -> Recipe:
         MsQuantError: something has no counterpart here; names the key.
     """
     top = Section(document, "")
-    spec = Section(top.get("spec"), "spec", SPEC)
-    spec.one_of("runner", ("auto", "layer_wise"), "auto")
-    if spec.get("prior", None):
-        raise MsQuantError("spec.prior: is not supported, expected all processors in spec.process")
+    spec = Section(top.get("spec"), "spec", (*SPEC, *UNREAD))
+    runner = spec.one_of("runner", RUNNERS, "auto")
     values = items(spec.get("process"), "spec.process")
     parts = [read_part(value, where) for where, value in values]
     _check_order(parts)
     _check_searches(parts)
-    formats, shard_bytes = _save(spec)
-    recipe = Recipe(
-        rules=tuple(rule for part in parts for rule in part.rules),
+    formats, size = _save(spec)
+    rules = tuple(rule for part in parts for rule in part.rules)
+    if not rules:
+        found = [Section(value, where).get("type") for where, value in values]
+        refuse("spec.process", found, "a linear_quant in it")
+    notes = [note for part in parts for note in part.notes]
+    notes += [f"spec.{key} {why}" for key, why in UNREAD.items() if key in spec]
+    if runner not in ("auto", "layer_wise"):
+        notes.append(f"spec.runner: {runner} is how msModelSlim works; here it is block by block")
+    return Recipe(
+        rules=rules,
         steps=tuple(step for part in parts for step in part.steps),
         kv_cache=next((part.kv_cache for part in parts if part.kv_cache), ""),
         formats=formats,
-        calib=None if spec.get("dataset", None) is None else spec.text("dataset"),
-        shard_bytes=shard_bytes,
+        calib=spec.file("dataset", DATASET),
+        shard_bytes=size,
+        lenient=True,
+        notes=(*_prior(spec), *notes),
     )
-    if not recipe.rules:
-        found = [Section(value, where).get("type") for where, value in values]
-        refuse("spec.process", found, "a linear_quant in it")
-    return recipe
+
+
+def _prior(spec: Section) -> Iterable[str]:
+    """Notes on the stages that prepare something for ``adapt_rotation`` of ``spec.process``.
+
+    There is none in it: it is refused where it is.
+    """
+    for where, value in items(spec.get("prior", None) or [], spec.path("prior")):
+        stage = Section(value, where, ("process", "dataset"))
+        for place, processor in items(stage.get("process", []), stage.path("process")):
+            prepares = Section(processor, place, ("type", "stage", *STAGE_ONE))
+            prepares.one_of("type", ("adapt_rotation",), why="a stage before may only prepare")
+            prepares.one_of("stage", (1,))
+        yield f"{where}: prepares for adapt_rotation, which spec.process does not have"
 
 
 def _check_order(parts: list[Part]) -> None:
@@ -70,13 +98,15 @@ def _check_searches(parts: list[Part]) -> None:
     """Refuses a search with other weights than those that are written: it uses them here."""
     weights = [weight for part in parts for weight in part.weights]
     for part in parts:
-        for weight in weights if part.searched else ():
-            assert part.searched is not None
-            if part.searched.same_grid != weight.same_grid:
-                raise MsQuantError(
-                    f"{part.searched.where} is {described(part.searched)}, expected "
-                    f"{described(weight)} as {weight.where}"
-                )
+        searched = part.searched
+        if searched is None or not weights:
+            continue
+        others = [weight for weight in weights if weight.same_grid != searched.same_grid]
+        if others and (part.searches_all or len(others) == len(weights)):
+            raise MsQuantError(
+                f"{searched.where} is {described(searched)}, expected {described(others[0])} as "
+                f"{others[0].where}"
+            )
 
 
 def _save(spec: Section) -> tuple[tuple[str, ...], int | None]:

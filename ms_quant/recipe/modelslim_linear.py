@@ -58,15 +58,17 @@ class Quantizer:
         kind: dtype, scope and whether it is symmetric.
         method: how ranges and codes are chosen.
         sizes: ``group_size`` and ``dual_block_size``, where they apply.
-        steps: of ``ssz``, or None.
+        settings: options of the method by their names here.
         where: its path.
+        notes: what it says that changes nothing here.
     """
 
     kind: Kind
     method: str
     sizes: dict[str, int] = field(default_factory=dict)
-    steps: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def same_grid(self) -> tuple[Kind, dict[str, int]]:
@@ -126,15 +128,17 @@ def read_act(parent: Section, weight: Quantizer, possible: list[Kind]) -> Quanti
             return ("dualscale",)
         return ("minmax", "histogram") if kind[:2] == ("int8", "per_tensor") else ("minmax",)
 
+    if "act" not in parent and FLOAT in possible:
+        return Quantizer(FLOAT, "none", where=parent.path("act"))
     section = Section(parent.get("act"), parent.path("act"))
     if section.get("dtype") == "float" and FLOAT in possible:
-        section = Section(section.value, section.where, _KEYS)
+        section = Section(section.value, section.where, KEYS)
         section.one_of("method", ("none",), "none")
         return Quantizer(FLOAT, "none", where=section.where)
     return _read(parent, "act", possible, methods, f"beside {described(weight)} weights")
 
 
-_KEYS = ("dtype", "scope", "symmetric", "method", "ext")
+KEYS = ("dtype", "scope", "symmetric", "method", "ext")
 
 
 def _read(
@@ -144,11 +148,11 @@ def _read(
     methods: Callable[[Kind], tuple[str, ...]],
     why: str = "",
 ) -> Quantizer:
-    section = Section(parent.get(key), parent.path(key), _KEYS)
+    section = Section(parent.get(key), parent.path(key), KEYS)
     kind = _kind(section, list(possible), why)
     method = section.one_of("method", methods(kind))
-    sizes, steps = _extras(section, kind, method)
-    return Quantizer(kind, method, sizes, steps, section.where)
+    sizes, settings, notes = _extras(section, kind, method)
+    return Quantizer(kind, method, sizes, settings, section.where, notes)
 
 
 def _kind(section: Section, possible: list[Kind], why: str) -> Kind:
@@ -161,23 +165,51 @@ def _kind(section: Section, possible: list[Kind], why: str) -> Kind:
     return found[0], found[1], found[2]
 
 
-def _extras(section: Section, kind: Kind, method: str) -> tuple[dict[str, int], int | None]:
-    """The sizes and steps that ``ext`` holds."""
+EXTRAS = {
+    "ssz": ("step",),
+    "gptq": ("percdamp", "block_size"),
+    "minmax": ("aggregation_type",),
+}
+"""Keys that ``ext`` may have for a method, beside sizes."""
+
+
+def _extras(
+    section: Section, kind: Kind, method: str
+) -> tuple[dict[str, int], dict[str, Any], tuple[str, ...]]:
+    """The sizes and options that ``ext`` holds, and notes on the rest."""
     size = {"per_group": "group_size", "dual_scale": "dual_block_size"}.get(kind[1])
-    known = [name for name in (size,) if name]
-    known += ["step"] if method == "ssz" else []
+    is_weight = section.where.endswith("weight")
+    known = [size] if size else []
     known += ["axes"] if kind[0].startswith("mx") else []
-    given = section.get("ext", None) or {}
-    where = section.path("ext")
+    known += EXTRAS.get(method, ()) if method != "minmax" or not is_weight else ()
+    where, notes = section.path("ext"), []
+    given = Section(section.get("ext", None) or {}, where).value
+    if is_weight and kind[1] == "per_channel" and "group_size" in given:
+        notes.append(f"{where}.group_size: changes nothing, the scope is per_channel")
+        given = {key: value for key, value in given.items() if key != "group_size"}
     if not known and given:
         refuse(where, given, f"nothing for {kind[0]} {kind[1]} by {method}")
     ext = Section(given, where, known)
     if "axes" in ext:
         ext.one_of("axes", (-1,))
-    weight_only = size and (section.where.endswith("weight") or size in ext)
+    ext.one_of("aggregation_type", ("max",), "max")
     values = [value for value in VALUES[size] if value] if size else []
-    sizes = {size: ext.one_of(size, values)} if size and weight_only else {}
-    return sizes, ext.integer("step", least=1) if "step" in ext else None
+    sizes = {size: ext.one_of(size, values)} if size and (is_weight or size in ext) else {}
+    return sizes, _settings(ext, method), tuple(notes)
+
+
+def _settings(ext: Section, method: str) -> dict[str, Any]:
+    """Options of a method, where it has any, with those of its defaults that are others here."""
+    if method == "ssz":
+        return {"ssz.steps": ext.integer("step", 20, least=1)}
+    if method != "gptq":
+        return {}
+    damping = ext.number("percdamp", 0.01)
+    if damping <= 0:
+        refuse(ext.path("percdamp"), damping, "a number above 0")
+    ext.integer("block_size", 128, least=1)  # columns whose updates are done together
+    # scales of the weight as it was, and no other order of columns
+    return {"gptq.damping": damping, "gptq.static_groups": True}
 
 
 def _options(weight: Quantizer, act: Quantizer) -> dict[str, Any]:
@@ -196,14 +228,8 @@ def _options(weight: Quantizer, act: Quantizer) -> dict[str, Any]:
 def _algorithms(weight: Quantizer, act: Quantizer) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Of the rule, with the options that give the same numbers."""
     names = ["histogram"] if act.method == "histogram" else []
-    settings: dict[str, Any] = {}
-    if weight.method == "gptq":
-        names.append("gptq")  # scales of the weight as it was, and no other order of columns
-        settings = {"gptq.damping": 0.01, "gptq.static_groups": True}
-    if weight.method == "ssz":
-        names.append("ssz")
-        settings = {"ssz.steps": 20 if weight.steps is None else weight.steps}
-    return tuple(names), settings
+    names += [weight.method] if weight.method in ("gptq", "ssz") else []
+    return tuple(names), weight.settings
 
 
 def described(quantizer: Quantizer) -> str:

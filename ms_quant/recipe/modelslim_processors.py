@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ms_quant.algorithms.admm import MAX_SPARSITY
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.modelslim_linear import (
+    KEYS,
     Kind,
     Quantizer,
     linear_quant,
@@ -39,6 +40,8 @@ class Part:
         kv_cache: name of the cache's scheme, or "".
         weights: how its rules quantize weights.
         searched: how a search of its steps quantizes weights, or None.
+        searches_all: the search is of all weights, not of some.
+        notes: what it says that changes nothing here.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -46,6 +49,8 @@ class Part:
     kv_cache: str = ""
     weights: tuple[Quantizer, ...] = ()
     searched: Quantizer | None = None
+    searches_all: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def read_part(value: Any, where: str) -> Part:
@@ -65,7 +70,7 @@ def read_part(value: Any, where: str) -> Part:
 
 def _linear(section: Section) -> Part:
     rule, weight = linear_quant(section)
-    return Part(rules=(rule,), weights=(weight,))
+    return Part(rules=(rule,), weights=(weight,), notes=weight.notes)
 
 
 def _group(section: Section) -> Part:
@@ -75,14 +80,17 @@ def _group(section: Section) -> Part:
         parts.append(read_part(value, where))
     if not parts:
         refuse(section.path("configs"), [], "at least one linear_quant")
-    rules = tuple(rule for part in parts for rule in part.rules)
-    return Part(rules=rules, weights=tuple(weight for part in parts for weight in part.weights))
+    return Part(
+        rules=tuple(rule for part in parts for rule in part.rules),
+        weights=tuple(weight for part in parts for weight in part.weights),
+        notes=tuple(note for part in parts for note in part.notes),
+    )
 
 
 def _smooth(section: Section) -> Part:
     section.one_of("symmetric", (True,), True, "no shift of inputs is held here")
     groups = SUBGRAPHS["norm-linear"]
-    return _step(section, "smoothquant", {"alpha": _share(section, "alpha", 0.5)}, groups)
+    return _smoothing(section, "smoothquant", {"alpha": _share(section, "alpha", 0.5)}, groups)
 
 
 def _iter_smooth(section: Section) -> Part:
@@ -90,13 +98,25 @@ def _iter_smooth(section: Section) -> Part:
     if section.number("scale_min", 1e-5) != 1e-5:
         refuse(section.path("scale_min"), section.get("scale_min"), "1e-05")
     options = {"alpha": _share(section, "alpha", 0.9)}
-    return _step(section, "smoothquant", options, _groups(section))
+    return _smoothing(section, "smoothquant", options, _groups(section))
 
 
 def _flex_smooth(section: Section) -> Part:
     given = [key for key in ("alpha", "beta") if section.get(key, None) is not None]
     options = {key: _share(section, key) for key in given}
-    return _step(section, "flexsmooth", options, _groups(section))
+    return _smoothing(section, "flexsmooth", options, _groups(section))
+
+
+def _flex_awq(section: Section) -> Part:
+    """The strength of inputs alone is searched, with weights as ``qconfig`` rounds them."""
+    if section.get("beta", None) not in (None, 0):
+        refuse(section.path("beta"), section.get("beta"), "0", "only alpha is searched")
+    alpha = {} if section.get("alpha", None) is None else {"alpha": _share(section, "alpha")}
+    qconfig = Section(section.get("qconfig"), section.path("qconfig"), ("act", "weight"))
+    searched = read_weight(qconfig, "weight", INTEGERS)
+    Section(qconfig.get("act", {}), qconfig.path("act"), KEYS)  # inputs are rounded as by the rule
+    part = _smoothing(section, "flexsmooth", {**alpha, "beta": 0.0}, _groups(section))
+    return replace(part, searched=searched, searches_all=False)
 
 
 def _awq(section: Section) -> Part:
@@ -105,26 +125,34 @@ def _awq(section: Section) -> Part:
         "duo_scaling": False,
         "clip": False,
     }
-    whole = (kind for kind in INTEGERS if kind[1] != "per_tensor")
-    searched = read_weight(section, "weight_qconfig", whole)
-    part = _step(section, "awq", options, _groups(section))
-    return Part(steps=part.steps, searched=searched)
+    searched = read_weight(section, "weight_qconfig", INTEGERS)
+    return replace(_smoothing(section, "awq", options, _groups(section)), searched=searched)
 
 
 def _svd(section: Section) -> Part:
-    return _step(section, "svd", {"rank": section.integer("rank", 32, least=1)})
+    include = section.texts("include", EVERYTHING)
+    options = {"rank": section.integer("rank", 32, least=1)}
+    step = Step("svd", options, include, section.texts("exclude", ()), where=section.where)
+    return Part(steps=(step,))
 
 
 def _quarot(section: Section) -> Part:
-    why = "nothing is rotated at run time"
-    section.one_of("online", (False,), False, why)
-    section.one_of("block_size", (-1,), -1)
-    if section.get("down_proj_online_layers", None):
-        path = section.path("down_proj_online_layers")
-        refuse(path, section.get("down_proj_online_layers"), "[]", why)
-    section.integer("max_tp_size", 4, least=1)  # of rotations at run time, so of nothing here
-    section.flag("export_extra_info", True)
-    return Part(steps=(Step("quarot", where=section.where),))
+    section.one_of("online", (False,), False, "nothing is rotated at run time")
+    block, layers = section.get("block_size", -1), "down_proj_online_layers"
+    if type(block) is not int or (block != -1 and not (block > 0 and block & (block - 1) == 0)):
+        refuse(section.path("block_size"), block, "-1 or a power of 2")
+    section.integer("max_tp_size", 4, least=1)
+    notes = []
+    for where, layer in items(section.get(layers, []), section.path(layers)):
+        if type(layer) is not int or layer < 0:
+            refuse(where, layer, "an integer of at least 0")
+    if section.get(layers, None):
+        notes.append(f"{section.path(layers)}: is of rotations at run time, and there are none")
+    if section.flag("export_extra_info", True) and "export_extra_info" in section:
+        path = section.path("export_extra_info")
+        notes.append(f"{path}: optional/quarot.safetensors is not written")
+    options = {} if block == -1 else {"block_size": block}
+    return Part(steps=(Step("quarot", options, where=section.where),), notes=tuple(notes))
 
 
 def _flatquant(section: Section) -> Part:
@@ -146,34 +174,42 @@ def _float_sparse(section: Section) -> Part:
     sparsity = section.number("sparse_ratio", 0.3)
     if not 0 <= sparsity <= MAX_SPARSITY:
         refuse(section.path("sparse_ratio"), sparsity, f"a number from 0 to {MAX_SPARSITY}")
-    include, exclude = section.texts("include", EVERYTHING), section.texts("exclude", ())
+    patterns = _patterns(section)
     settings = {"admm.sparsity": sparsity}
-    return Part(rules=(Rule("W16A16S", {}, ("admm",), settings, include, exclude, section.where),))
+    return Part(rules=(Rule("W16A16S", {}, ("admm",), settings, *patterns, section.where),))
 
 
 def _dynamic_cache(section: Section) -> Part:
     if "qconfig" in section:
-        keys = ("dtype", "scope", "symmetric", "method", "ext")
-        qconfig = Section(section.get("qconfig"), section.path("qconfig"), keys)
+        qconfig = Section(section.get("qconfig"), section.path("qconfig"), KEYS)
         qconfig.one_of("dtype", ("int8",), "int8")
         qconfig.one_of("scope", ("per_channel",), "per_channel")
         qconfig.one_of("symmetric", (True,), True, "runtimes read codes back without an offset")
         qconfig.one_of("method", ("minmax",), "minmax")
         if qconfig.get("ext", None):
             refuse(qconfig.path("ext"), qconfig.get("ext"), "nothing")
-    for key, whole in (("include", EVERYTHING), ("exclude", ())):
-        if section.texts(key, whole) != whole:
+    wholes = {"include": EVERYTHING, "exclude": ()}
+    for (key, whole), found in zip(wholes.items(), _patterns(section), strict=True):
+        if found != whole:
             why = "the caches of all layers are alike here"
             refuse(section.path(key), section.get(key), str(list(whole)), why)
     return Part(kv_cache=STATIC_CACHE)
 
 
-def _step(
-    section: Section, algorithm: str, options: dict[str, Any], groups: tuple[str, ...] = ()
+def _patterns(section: Section) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Include and exclude of a processor whose empty ``include`` is everything."""
+    found = (section.get(key, None) or [] for key in ("include", "exclude"))
+    read = Section(dict(zip(("include", "exclude"), found, strict=True)), section.where)
+    return read.texts("include", ()) or EVERYTHING, read.texts("exclude", ())
+
+
+def _smoothing(
+    section: Section, algorithm: str, options: dict[str, Any], groups: tuple[str, ...]
 ) -> Part:
-    include = section.texts("include", EVERYTHING)
-    exclude = section.texts("exclude", ())
-    return Part(steps=(Step(algorithm, options, include, exclude, groups, section.where),))
+    """A step whose patterns name what the smoothing is folded into, not what it is for."""
+    include, exclude = _patterns(section)
+    chosen = (include, exclude) != (EVERYTHING, ())
+    return Part(steps=(Step(algorithm, options, include, exclude, groups, chosen, section.where),))
 
 
 def _groups(section: Section) -> tuple[str, ...]:
@@ -221,6 +257,7 @@ PROCESSORS: dict[str, tuple[tuple[str, ...], Callable[[Section], Part]]] = {
     "smooth_quant": (("alpha", "symmetric", "include", "exclude"), _smooth),
     "iter_smooth": (("alpha", "scale_min", "symmetric", *_SUBGRAPH), _iter_smooth),
     "flex_smooth_quant": (("alpha", "beta", *_SUBGRAPH), _flex_smooth),
+    "flex_awq_ssz": (("alpha", "beta", "qconfig", *_SUBGRAPH), _flex_awq),
     "awq": (("weight_qconfig", "n_grid", *_SUBGRAPH), _awq),
     "svd_res": (("rank", "include", "exclude"), _svd),
     "quarot": (
@@ -234,7 +271,6 @@ PROCESSORS: dict[str, tuple[tuple[str, ...], Callable[[Section], Part]]] = {
 """Type to the keys it may have besides ``type`` and what reads it."""
 
 REFUSED = {
-    "flex_awq_ssz": "no algorithm here searches so; possible are awq, and linear_quant with ssz",
     "kv_smooth": "keys are not smoothed here; possible is dynamic_cache without it",
     "online_quarot": "nothing is rotated at run time; possible is quarot with online: false",
     "adapt_rotation": "rotations are not trained here; possible are quarot and flatquant",

@@ -33,6 +33,7 @@ class _Step(_Strict):
     include: list[str] = list(EVERYTHING)
     exclude: list[str] = []
     groups: list[str] = []
+    by_producer: bool = False
 
 
 class _Rule(_Strict):
@@ -55,6 +56,8 @@ class _Document(_Strict):
     seq_len: int | None = None
     seed: int | None = None
     shard_bytes: int | None = None
+    lenient: bool = False
+    not_for: dict[str, str] = {}
 
 
 _SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes")
@@ -78,6 +81,8 @@ def from_native(document: Mapping[str, Any]) -> Recipe:
             Step(**_lists(step), where=f"steps[{index}]") for index, step in enumerate(read.steps)
         ),
         formats=tuple(read.formats),
+        lenient=read.lenient,
+        not_for=read.not_for,
         **{name: getattr(read, name) for name in _SETTINGS},
     )
 
@@ -90,7 +95,9 @@ def to_native(recipe: Recipe) -> dict[str, Any]:
         document |= {key: records} if records else {}
     document |= {"formats": list(recipe.formats)} if recipe.formats else {}
     settings = {name: getattr(recipe, name) for name in _SETTINGS}
-    return document | {name: v for name, v in settings.items() if v not in ("", None)}
+    document |= {name: v for name, v in settings.items() if v not in ("", None)}
+    document |= {"lenient": True} if recipe.lenient else {}
+    return document | ({"not_for": dict(recipe.not_for)} if recipe.not_for else {})
 
 
 def _plain(record: Rule | Step) -> dict[str, Any]:

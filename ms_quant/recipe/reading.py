@@ -97,6 +97,13 @@ class Section:
             refuse(self.path(key), value, "text")
         return value
 
+    def file(self, key: str, default: Any = REQUIRED) -> str:
+        """The name of a file."""
+        name = self.text(key, default)
+        if not name:
+            refuse(self.path(key), name, "the name of a file")
+        return name
+
     def flag(self, key: str, default: Any = REQUIRED) -> bool:
         return self.one_of(key, (True, False), default)
 

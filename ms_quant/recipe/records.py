@@ -20,6 +20,8 @@ class Step:
         include: patterns of the linears it works on.
         exclude: patterns of those that it leaves; they win.
         groups: names of the family's linear groups that it works on, in this order; () is all.
+        by_producer: its patterns name what makes a linear's input (a norm, ``v_proj`` before
+            ``o_proj``, ``up_proj`` before ``down_proj``) in place of the linear.
         where: path of what says so, for errors.
     """
 
@@ -28,6 +30,7 @@ class Step:
     include: tuple[str, ...] = EVERYTHING
     exclude: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    by_producer: bool = False
     where: str = field(default="", compare=False)
 
 
@@ -66,6 +69,11 @@ class Recipe:
     seq_len: tokens of a window.
     seed: of the choice of windows.
     shard_bytes: largest data size of an output file; 0 is one file.
+    lenient: it is applied as msModelSlim applies one: of several rules that reach a linear the
+        first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
+        stay float together if one of them does.
+    not_for: model types that it is refused for, each with the reason.
+    notes: what it says that is read and changes nothing here.
     """
 
     rules: tuple[Rule, ...]
@@ -77,3 +85,6 @@ class Recipe:
     seq_len: int | None = None
     seed: int | None = None
     shard_bytes: int | None = None
+    lenient: bool = False
+    not_for: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)

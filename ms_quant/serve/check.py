@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.errors import MsQuantError
 from ms_quant.plugins import first_answer
 from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
@@ -44,7 +45,7 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
         MsQuantError: an argument has no such value, or the directory cannot be read at all.
     """
     _check_arguments(runtime, tp, device)
-    request = ServeRequest(Path(checkpoint), runtime, tp, device)
+    request = ServeRequest(model_directory(checkpoint), runtime, tp, device)
     served = _by_others(request) or RUNTIMES[runtime](request)
     right = not served.problems
     return {
@@ -72,7 +73,5 @@ def _check_arguments(runtime: str, tp: int, device: str) -> None:
 
 
 def _by_others(request: ServeRequest) -> Served | None:
-    if not request.checkpoint.is_dir():
-        raise MsQuantError(f"{request.checkpoint}: no such model directory")
     served: Served | None = first_answer("ms_quant.serve_checks", request)
     return served

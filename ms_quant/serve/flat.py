@@ -11,6 +11,8 @@ from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.structure import Structure, read_structure
+from ms_quant.checkpoint.unlisted import unlisted_problems
+from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
@@ -59,6 +61,7 @@ def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structu
     served.problems += _index_problems(structure.checkpoint)
     if (request.checkpoint / RECORD).exists():
         served.problems += check_files(request.checkpoint)
+        served.problems += unlisted_problems(request.checkpoint, served.notes, serving=True)
     else:
         served.notes.append(f"there is no {RECORD}: files are not compared with what was written")
     return structure, served
@@ -93,7 +96,7 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
     plan, config = structure.plan, structure.plan.config
     sizes: dict[str, int] = defaultdict(int)
     for tensor in structure.expected.values():
-        sizes[tensor.name.rpartition(".")[0]] += tensor.bytes
+        sizes[_owner(tensor)] += tensor.bytes
     ranks = rank_text(tp)
     rows, linears = [], set()
     for index in range(config.num_layers):
@@ -108,7 +111,7 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
             size = sum(sizes[path] for path in paths) // tp
             rows.append(Loaded(kind_of(group.fused), ranks, method, weight, 1, size))
     for name, tensor in structure.expected.items():
-        path = name.rpartition(".")[0]
+        path = _owner(tensor)
         if path not in linears:
             shape = _rank_shape(config, name, tensor.shape, tp)
             size = tensor.dtype.itemsize * math.prod(shape)
@@ -117,15 +120,11 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
     return merged(rows)
 
 
+def _owner(tensor: TensorPlan) -> str:
+    """The path of the layer that a tensor is of; a smoothed linear's are a level deeper."""
+    return tensor.part[0] if tensor.part else tensor.name.rpartition(".")[0]
+
+
 def _rank_shape(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
     """Tables are split by rows, padded; all else that is no linear is on every rank."""
     return (vocab_rows(config, tp, 0).stop, *shape[1:]) if name in TABLES else shape
-
-
-def row_parallel(structure: Structure) -> Iterator[str]:
-    """Paths of the quantized linears whose inputs are split over ranks."""
-    plan = structure.plan
-    for index in range(plan.config.num_layers):
-        for group in plan.groups(index):
-            if group.parallel == "row":
-                yield from (f"{block_prefix(index)}{member}" for member in group.members)

@@ -8,9 +8,9 @@ import numpy as np
 
 from ms_quant.checkpoint.structure import Structure
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
-from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES
-from ms_quant.serve.flat import loaded_rows, open_flat, row_parallel, server_findings
+from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
+from ms_quant.tensor_parallel import rank_problems
 
 NEWER_DEVICE = ("FP8", "MX")
 OLD = "up to 0.25"
@@ -37,7 +37,7 @@ def check(request: ServeRequest) -> Served:
             "(ms-quant quantize --dtype float16): what is stored depends on it"
         )
     if not served.problems:
-        served.problems += _rank_problems(structure, request.tp)
+        served.problems += rank_problems(plan, request.tp, structure.expected)
     if served.problems:
         return served
     served.loaded = loaded_rows(structure, request.tp)
@@ -81,22 +81,3 @@ def _reciprocal_notes(structure: Structure) -> Iterator[str]:
             f"are off by more than 0.1 %, {names[worst]} by {100 * errors[worst]:.2f} %; ms-quant "
             "quantize --format ascend chooses scales whose reciprocals are not"
         )
-
-
-def _rank_problems(structure: Structure, tp: int) -> Iterator[str]:
-    """Quantized linears whose inputs cannot be split over so many ranks."""
-    for path in row_parallel(structure) if tp > 1 else ():
-        scheme = structure.plan.scheme_of(path)
-        inputs = structure.plan.config.linear_shapes()[path.split(".", 3)[3]][1]
-        if f"{path}.left_trans" in structure.expected:
-            yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
-        elif f"{path}.scale_bias" in structure.expected and ROW_PARALLEL_SLICES % tp:
-            yield (
-                f"{path}.scale_bias: is stored in {ROW_PARALLEL_SLICES} slices, tp is {tp}, "
-                "expected a divisor"
-            )
-        elif scheme.weight.group_size and inputs // tp % scheme.weight.group_size:
-            yield (
-                f"{path}: {inputs} inputs on {tp} ranks, expected groups of "
-                f"{scheme.weight.group_size} on each"
-            )

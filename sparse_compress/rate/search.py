@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
-from ms_quant.pipeline import run_blocks
+from ms_quant.pipeline import prove_source, run_blocks
 from ms_quant.request import Prepared
 from ms_quant.strict_json import read_json
 from sparse_compress.rate.goal import Goal
@@ -67,7 +68,8 @@ class Search:
     Args:
         prepared: the checked request.
         goal: what to reach.
-        progress: told how far the steps ``"measure"``, ``"quantize"`` and ``"evaluate"`` are.
+        progress: told how far the steps ``"read"``, ``"measure"``, ``"quantize"`` and
+            ``"evaluate"`` are.
     """
 
     def __init__(self, prepared: Prepared, goal: Goal, progress: Progress):
@@ -81,6 +83,7 @@ class Search:
             MsQuantError: the goal cannot be reached.
         """
         with self.measuring.open():
+            prove_source(self.prepared, self.measuring, partial(self.progress, "read"))
             blocks = self._progress("measure")
             run_blocks(self.prepared, self.measuring, blocks, Steps(rounding=measure))
             curves = read_curves(self.prepared, self.measuring)

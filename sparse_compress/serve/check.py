@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 
+from ms_quant.checkpoint.finish import RECORD
+from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import load_config
 from ms_quant.serve import vllm_ascend as ascend_rules
 from ms_quant.serve import vllm_mindspore as mindspore_rules
 from ms_quant.serve.flat import server_findings
 from ms_quant.serve.records import Loaded, Served, ServeRequest, alike, kind_of, merged, weight_text
+from sparse_compress.guard import guard
 from sparse_compress.layouts import TARGETS, Layout, find_target, rank_name, vllm_mindspore
 from sparse_compress.layouts.mindie import NAME as MINDIE
 from sparse_compress.layouts.mindie import refusal
@@ -47,6 +51,10 @@ def check_w8a8sc(request: ServeRequest) -> Served | None:
         _by_vllm_mindspore(request, layout, served)
     else:
         _by_vllm_ascend(request, served)
+    if (request.checkpoint / RECORD).exists():
+        served.problems += guard(
+            partial(unlisted_problems, request.checkpoint, served.notes, serving=True)
+        )
     coded = served.device == "310p"
     for number in range(layout.tp):
         try:

@@ -10,7 +10,7 @@ import pytest
 from ms_quant.algorithms.quarot import QuaRot
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, parse_config
-from ms_quant.numerics.rotation import hadamard, random_hadamard
+from ms_quant.numerics.rotation import hadamard, random_hadamard, random_signs
 
 Tensors = dict[str, np.ndarray]
 IDS = np.random.default_rng(1).integers(0, 50, 11)
@@ -216,3 +216,47 @@ def test_sizes_without_a_hadamard_matrix_are_refused(changes: dict[str, int], me
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(MsQuantError, match=r"^seed is -1, expected at least 0$"):
         QuaRot(model("llama"), -1)
+
+
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_blocks_are_rotated_by_dense_block_diagonal_matrices(block: int) -> None:
+    config = model(**MODELS["llama, biases, tied"])
+    tensors, prefix = random_tensors(config), "model.layers.1."
+    quarot = QuaRot(config, 3, block_size=block)
+    stream = np.diag(random_signs(96, 3)) @ np.kron(np.eye(96 // block), hadamard(block))
+    heads = np.kron(np.eye(16 // block), hadamard(block))  # two of keys and values, 8 each
+    gain = tensors[f"{prefix}input_layernorm.weight"]
+    value = tensors[f"{prefix}self_attn.v_proj.weight"]
+    expected = {
+        "model.embed_tokens.weight": tensors["model.embed_tokens.weight"] @ stream,
+        f"{prefix}self_attn.v_proj.weight": heads.T @ (value * gain @ stream),
+        f"{prefix}self_attn.v_proj.bias": tensors[f"{prefix}self_attn.v_proj.bias"] @ heads,
+        f"{prefix}mlp.down_proj.weight": stream.T @ tensors[f"{prefix}mlp.down_proj.weight"],
+    }
+    for name, dense in expected.items():
+        found = quarot.tensor(name, tensors.__getitem__)
+        np.testing.assert_allclose(found, dense, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_model_that_is_rotated_in_blocks_has_the_same_logits(name: str) -> None:
+    config = model(**MODELS[name])
+    tensors, quarot = random_tensors(config), QuaRot(config, 0, block_size=2)
+    names = quarot.config.parameter_shapes()
+    turned = {name: quarot.tensor(name, tensors.__getitem__) for name in names}
+    np.testing.assert_allclose(
+        logits(quarot.config, turned), logits(config, tensors), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "block", "message"),
+    [
+        ({}, 16, "^config.json: head_dim is 8, expected a multiple of quarot.block_size 16"),
+        ({}, 64, "^config.json: hidden_size is 96, expected a multiple of quarot.block_size 64"),
+        ({"hidden_size": 48, "head_dim": 6}, 3, "^quarot.block_size: no Hadamard matrix of ord"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(changes: dict, block: int, message: str) -> None:
+    with pytest.raises(MsQuantError, match=message):
+        QuaRot(model("llama", **changes), 0, block_size=block)

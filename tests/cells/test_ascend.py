@@ -6,6 +6,8 @@ documents, so that the whole path can be compared with the CPU path.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,12 @@ import mindspore as ms
 from mindspore import Tensor
 
 from ms_quant.cells import QuantLinear
-from ms_quant.numerics.linear import QuantizedLinear, quantize_linear, static_activation
+from ms_quant.numerics.linear import (
+    QuantizedLinear,
+    quantize_linear,
+    stable_smooth,
+    static_activation,
+)
 from ms_quant.numerics.storage import DTYPES
 
 NARROW = [ms.float16, ms.bfloat16]
@@ -91,6 +98,21 @@ def test_the_operators_are_made_only_for_ascend():
     operators = QuantLinear(layer(True), device_target="Ascend").operators
     assert type(operators.quant).__name__ == "QuantV2"
     assert type(operators.dynamic_quant).__name__ == "DynamicQuantExt"
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_smoothing_vector_is_multiplied_in_the_type_of_inputs(dtype):
+    narrow = DTYPES[str(dtype).lower()]
+    smooth = stable_smooth(np.exp(np.random.default_rng(2).standard_normal(INNER)), narrow)
+    linear = replace(layer(False), smooth=smooth, input_dtype=narrow)
+    cell, doubles = on_ascend(linear)
+    x = tokens(dtype, 5)
+    y = cell(x)
+    (_, given), _ = doubles.calls
+    assert given.dtype == dtype
+    np.testing.assert_array_equal(wide(given), linear.smoothed(wide(x)))
+    expected = linear.forward(wide(x)).astype(narrow).astype("f4")
+    np.testing.assert_allclose(wide(y), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -292,6 +292,10 @@ REFUSALS: list[tuple[Callable[[Files], None], str]] = [
     (lambda f: f["entries"].update({"a.weight": "FLOAT"}), "quantizes none of the network's"),
     (lambda f: f.update(type=7), r"model_quant_type is 7 \(int\), expected the name"),
     (lambda f: f.update(type="W8A17"), "model_quant_type is 'W8A17', expected one of"),
+    (lambda f: f.update(type="w8a8_dynamic"), "is 'w8a8_dynamic', which MindIE-SD fails on, exp"),
+    (lambda f: f.update(type="FLOAT"), "model_quant_type is 'FLOAT', which MindIE-SD fails on"),
+    (entry("W8A8_PER_TOKEN_PER_CHANNEL"), "'W8A8_PER_TOKEN_PER_CHANNEL', expected one of W8A16"),
+    (entry("W16A16"), "a.weight is 'W16A16', expected one of W8A16"),
     (lambda f: f.update(type="W4A4_MXFP4_SVD"), "model_quant_type is .* no low-rank branch"),
     (tensor("a.weight", None), "has no tensor 'a.weight', expected I8 .2, 4. of a W8A8_DYNAMIC"),
     (tensor("a.weight_scale", None), "has no tensor 'a.weight_scale', expected F32 or F16 or"),
@@ -398,6 +402,42 @@ def test_microscaling_without_a_bias_loads_though_the_original_fails(put: Callab
     network = ms_quant.quantize(Net(), path)
     assert not network.a.has_bias
     np.testing.assert_array_equal(network.a(Tensor(X)).asnumpy(), GOLDEN[4][2])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.linear.weight_scale", 1e-9, "2 of 2 scales are not positive in float16"),
+        ("a.linear.weight_scale", 1e6, "2 of 2 values exceed float16"),
+        ("a.linear.bias", 1e6, "2 of 2 values exceed float16"),
+        ("a.div.mul_scale", 1e-9, "4 of 4 factors are not positive and finite in float16"),
+        ("a.div.mul_scale", 1e6, "4 of 4 factors are not positive and finite in float16"),
+    ],
+)
+def test_what_the_run_type_does_not_hold(
+    name: str, value: float, message: str, put: Callable
+) -> None:
+    tensors = {f"a.linear.{name[2:]}": array for name, array in DYNAMIC.items()}
+    tensors |= {"a.div.mul_scale": np.ones(4, "f4"), "a.linear.bias": np.ones(2, "f4")}
+    tensors[name] = np.full_like(tensors[name], value)
+    path = put({"a.linear.weight": "W8A8_DYNAMIC", **REST}, tensors)
+    with pytest.raises(MsQuantError, match=message):
+        ms_quant.quantize(Net(True), path, dtype="float16")
+    network = ms_quant.quantize(Net(True), path)  # float32 holds them
+    assert network.a.input_dtype == np.float32
+
+
+def test_a_type_in_the_file_that_is_none(put: Callable, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    path = put({"a.weight": "W8A8_DYNAMIC", **REST}, DYNAMIC)
+    weights = tmp_path / "quant_model_weight_w8a8_dynamic.safetensors"
+    save_file(DYNAMIC, weights, {"dtype": "float16"})
+    assert ms_quant.quantize(Net(), path).a.input_dtype == np.float16
+    assert ms_quant.quantize(Net(), path, dtype="bfloat16").a.input_dtype == BF16
+    save_file(DYNAMIC, weights, {"dtype": "int8"})
+    with pytest.raises(MsQuantError, match="dtype of __metadata__ is 'int8', expected bfloat16 or"):
+        ms_quant.quantize(Net(), path)
 
 
 def test_pairs_of_granularities_are_static(put: Callable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.schemes import SCHEMES
 
 TRAINED = "W4A4_FLATQUANT_DYNAMIC"  # takes long
-pytestmark = pytest.mark.usefixtures("blocking_mindspore")
+pytestmark = [
+    pytest.mark.usefixtures("blocking_mindspore"),
+    pytest.mark.filterwarnings("ignore:.*is made for float32"),
+]
 
 
 def net(bias: bool = True, seed: int = 0) -> nn.Cell:
@@ -190,10 +194,68 @@ def test_a_refused_save_keeps_the_old_files(tmp_path: Path) -> None:
     ms_quant.save_quantized(network, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(
-        MsQuantError, match=r"weight_scale: 6 of 6 values are not exact in bfloat16"
+        MsQuantError, match=r"0\.bias: 6 of 6 values are not exact in bfloat16.*dtype=.bf"
     ):
         ms_quant.save_quantized(network, tmp_path, dtype="bfloat16")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0, 0o640), (0o022, 0o640), (0o077, 0o600)])
+def test_nobody_else_may_read_the_files(umask: int, mode: int, tmp_path: Path) -> None:
+    """MindIE-SD refuses files of more than 0640; what the user's umask takes is not given back."""
+    network = ms_quant.quantize(net(), "W8A8_DYNAMIC")
+    target = tmp_path / "new"
+    target.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept")
+    (target / "quant_model_weight_w8a8_dynamic.safetensors").symlink_to(elsewhere)
+    before = os.umask(umask)
+    try:
+        ms_quant.save_quantized(network, target)
+    finally:
+        os.umask(before)
+    files = list(target.iterdir())
+    assert len(files) == 2 and not any(path.is_symlink() for path in files)
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert elsewhere.read_text() == "kept"
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_MXFP8", "W4A4_MXFP4_DUALSCALE"])
+def test_microscaling_needs_a_bias_in_the_network(scheme: str, tmp_path: Path) -> None:
+    network = ms_quant.quantize(net(bias=False), scheme, include=["0"])
+    with pytest.raises(MsQuantError, match=f"^0: MindIE-SD fails on a {scheme} linear without a b"):
+        ms_quant.save_quantized(network, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if scheme == "W8A8_MXFP8":
+        ms_quant.save_quantized(ms_quant.quantize(net(), scheme, include=["0"]), tmp_path)
+        return
+    wide = nn.SequentialCell(nn.Dense(96, 4))
+    with pytest.raises(MsQuantError, match=r"0: MindIE-SD reads the scales .* in pairs, 96 in"):
+        ms_quant.save_quantized(ms_quant.quantize(wide, scheme), tmp_path / "out")
+    even = ms_quant.quantize(nn.SequentialCell(nn.Dense(40, 4)), scheme, dtype="float16")
+    ms_quant.save_quantized(even, tmp_path)
+    with pytest.raises(MsQuantError, match=r"products .* rounded as float16, expected bfloat16: "):
+        ms_quant.save_quantized(even, tmp_path / "out", dtype="bfloat16")
+
+
+def test_a_scale_that_is_made_for_another_type(tmp_path: Path, load_tensors: Callable) -> None:
+    """float16 ends where float32 does not: such a scale is raised, or refused by name."""
+    small = nn.SequentialCell(nn.Dense(8, 2))
+    small[0].weight.set_data(Tensor(np.float32([[1e-3] * 8, [1e-9] * 8])))
+    path = ms_quant.save_quantized(
+        ms_quant.quantize(small, "W8A8_DYNAMIC", dtype="float16"), tmp_path
+    )
+    scale = load_tensors(tmp_path)["0.weight_scale"]
+    assert scale.dtype == np.float16  # below its normal numbers, above 1e-3 / 127
+    np.testing.assert_array_equal(scale, np.float16([[133 * 2.0**-24], [2.0**-24]]))
+    assert ms_quant.quantize(nn.SequentialCell(nn.Dense(8, 2)), path)[0].input_dtype == np.float16
+    for name, value in (("weight", 1e9), ("bias", 1e5)):
+        large = nn.SequentialCell(nn.Dense(8, 2))
+        getattr(large[0], name).set_data(
+            Tensor(np.full(getattr(large[0], name).shape, value, "f4"))
+        )
+        with pytest.raises(MsQuantError, match=rf"0\.{name}.*does not fit float16"):
+            ms_quant.quantize(large, "W8A8_DYNAMIC", dtype="float16")
 
 
 @pytest.mark.parametrize("scheme", [n for n in SCHEMES if n not in ("W8A8_TIMESTEP", TRAINED)])

@@ -69,6 +69,7 @@ E4M3 = {"weight": "float8_e4m3fn [32, 64]"}
     [
         ("W8A8_PER_TENSOR", {}, {**PLAIN, **STATIC}),
         ("W8A8_PER_CHANNEL", {}, {**PLAIN, **STATIC}),
+        ("W8A8S", {}, {**PLAIN, **STATIC}),
         ("W8A8_MIX", {}, {**PLAIN, **STATIC, **scales("", 32, 1)}),
         ("W8A16", {}, {**PLAIN, **scales("", 32, 1)}),
         ("W8A16", {"group_size": 32}, {**PLAIN, **scales("", 32, 2)}),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ms_quant.algorithms import get_chain
 from ms_quant.checkpoint import mindie_sd
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.mindie_sd_reading import Tensors, read
@@ -22,12 +23,13 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.grid import AffineFormat
-from ms_quant.numerics.linear import QuantizedLinear, smooth_of
+from ms_quant.numerics.linear import QuantizedLinear, smooth_of, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.plan import Choices, Plan
 from ms_quant.planning import make_plan
 from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.spec import Fold
 
 F32, BF16, FP16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
@@ -47,10 +49,23 @@ DECODER = [name for name in TYPES if name not in ("W8A8", "W8A8_TIMESTEP", "W4A4
 
 
 def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options: Any) -> Plan:
+    """A plan of any scheme, as a checkpoint tells it: also of linears that the runtime fails on."""
     config = parse_config({**RAW, **(raw or {})})
     algorithm = "smoothquant" if options.pop("smooths", False) else "minmax"
-    choices = Choices(scheme=options or WHOLE.get(scheme, {}), format="mindie-sd")
-    return make_plan(config, scheme, algorithm, dtype=dtype, options=choices)
+    bare = TYPES[scheme].needs_bias
+    choices = Choices(WHOLE.get("W8A16" if bare else scheme, options), format="mindie-sd")
+    made = make_plan(
+        config,
+        "W8A16" if bare else scheme,
+        "minmax" if bare else algorithm,
+        dtype=dtype,
+        options=choices,
+    )
+    if not bare:
+        return made
+    fold = Fold.MUL_SCALE if algorithm == "smoothquant" else Fold.NORM
+    found = get_scheme(scheme, "mindie-sd", fold, **options)
+    return replace(made, scheme=found, chain=get_chain(algorithm, found))
 
 
 def table(chosen: Plan, path: str) -> dict[str, str]:
@@ -91,7 +106,7 @@ def test_tensors_of_a_linear_with_a_bias(scheme: str) -> None:
     if TYPES[scheme].smooths:
         smoothed = {f"linear.{suffix}": entry for suffix, entry in TABLES[scheme].items()}
         found = table(plan(scheme, smooths=True), K_PROJ)
-        assert found == {"div.mul_scale": "float32 [64]", **smoothed}
+        assert found == {"div.mul_scale": "bfloat16 [64]", **smoothed}
 
 
 def test_float16_models_and_linears_without_a_bias() -> None:
@@ -100,10 +115,10 @@ def test_float16_models_and_linears_without_a_bias() -> None:
         "input_scale": "float32 [1]",
         "deq_scale": "int64 [32]",
     }
-    assert table(plan("W8A8_DYNAMIC", FP16), K_PROJ)["weight_scale"] == "float32 [32, 1]"
+    assert table(plan("W8A8_DYNAMIC", FP16), K_PROJ)["weight_scale"] == "float16 [32, 1]"
     assert table(plan("W4A4_DYNAMIC", raw={"model_type": "llama"}), K_PROJ) == {
         **PLAIN,
-        "weight_scale": "float32 [32, 1]",
+        "weight_scale": "bfloat16 [32, 1]",
     }
     without = {name for name in DECODER if "bias" not in table(plan(name), DOWN)}
     assert set(DECODER) - without == {"W8A8_MXFP8", "W4A4_MXFP4_DUALSCALE"}
@@ -125,8 +140,8 @@ def test_tensors_of_timesteps() -> None:
             "input_offset": "float32 [7, 1]",
             "deq_scale": f"{deq_scale} [7, 5]",
             "quant_bias": "int32 [7, 5]",
-            "weight_scale": "float32 [5, 1]",
-            "bias": "float32 [5]",
+            "weight_scale": f"{dtype} [5, 1]",
+            "bias": f"{dtype} [5]",
         }
 
 
@@ -178,7 +193,8 @@ def test_static_numbers(dtype: np.dtype) -> None:
 def test_numbers_of_timesteps() -> None:
     """The second of them was not reached by calibration."""
     steps = TimestepActivation(np.float32([0.5, 0, 2]), np.int8([-3, 0, 4]))
-    linear = QuantizedLinear(CODES, GRID, np.float32([1, -0.3]), steps)
+    bias = np.float32([1, -0.3]).astype(FP16).astype("f4")
+    linear = QuantizedLinear(CODES, GRID, bias, steps)
     found = made("W8A8_TIMESTEP", linear, FP16, steps=3)
     assert found["input_scale"] == [[0.5], [0], [2]]
     assert found["input_offset"] == [[-3], [0], [4]]
@@ -213,6 +229,7 @@ def test_reciprocals_are_exact_there_and_back() -> None:
 
 
 def random_linear(scheme: Any, shape: tuple[int, int], dtype: np.dtype, bias: bool, seed: int = 0):
+    """Exact in the type, as quantizing for it makes them."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal(shape, np.float32)
     weight[0] = 0
@@ -220,8 +237,9 @@ def random_linear(scheme: Any, shape: tuple[int, int], dtype: np.dtype, bias: bo
     steps = (3,) if scheme.name == "W8A8_TIMESTEP" else ()
     ends = np.full((*steps, shape[1]), -2.7, "f4"), np.full((*steps, shape[1]), 4.1, "f4")
     seen = None if scheme.activation.dynamic else Seen(*ends, dtype, "x")
-    given = rng.standard_normal(shape[0], np.float32) if bias else None
-    return QuantizedLinear(grid.round(weight), grid, given, scheme.activation.fit(seen, None))
+    given = rng.standard_normal(shape[0], np.float32).astype(dtype).astype("f4") if bias else None
+    activation = scheme.activation.fit(seen, None)
+    return QuantizedLinear(grid.round(weight), grid, given, activation, input_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -238,12 +256,13 @@ def test_what_is_read_computes_the_same(
     type: str, smooths: bool, dtype: np.dtype, bias: bool, tmp_path: Path
 ) -> None:
     row = TYPES[type]
-    scheme = row.make()
+    scheme = row.make().narrowed()
     for shape in [(1, 2), (7, 34), (3, 1030)]:
         linear = random_linear(scheme, shape, dtype, bias)
         if smooths:
             rng = np.random.default_rng(3)
-            linear = replace(linear, smooth=np.exp(rng.standard_normal(shape[1], np.float32)))
+            smooth = np.exp(rng.standard_normal(shape[1], np.float32))
+            linear = replace(linear, smooth=stable_smooth(smooth, dtype))
         steps = 3 if type == "W8A8_TIMESTEP" else 0
         tables = parts(Layout(type, shape, dtype, smooths, bias, steps))
         plans = [TensorPlan(f"a.b.{n}", part.dtype, part.shape) for n, part in tables.items()]
@@ -252,7 +271,7 @@ def test_what_is_read_computes_the_same(
             plans,
             lambda name, t=tables, x=linear: t[name.removeprefix("a.b.")].make(x),
         )
-        found = read(type, Tensors(Checkpoint(tmp_path)), "a.b", shape)
+        found = read(type, Tensors(Checkpoint(tmp_path)), "a.b", shape, dtype)
         x = np.random.default_rng(1).standard_normal((5, shape[1]), np.float32)
         np.testing.assert_array_equal(found.weight, linear.weight)
         for step in range(steps or 1):
@@ -279,7 +298,7 @@ def written(chosen: Plan, path: str, linear: QuantizedLinear, file: Path, **chan
     shapes = mindie_sd.linear_plan(chosen, group, linear.weight.shape)
     arrays = {s: mindie_sd.linear_tensor(chosen, group, linear, s) for s in shapes}
     if linear.bias is not None:
-        arrays["bias"] = linear.bias
+        arrays["bias"] = linear.bias.astype(mindie_sd.bias_dtype(chosen, path))
     arrays |= change
     assert {s: (a.dtype, a.shape) for s, a in arrays.items() if s in shapes} == shapes
     plans = [TensorPlan(f"{path}.{s}", a.dtype, a.shape) for s, a in arrays.items()]
@@ -363,7 +382,7 @@ def test_file_names() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("w8a16", "W8A16"), ("float", "FLOAT"), ("W8A8_PER_TOKEN_PER_CHANNEL", "W8A8")],
+    [("w8a16", "W8A16"), ("float", "FLOAT"), ("W8A8_PER_CHANNEL_PER_TOKEN", "W8A8")],
 )
 def test_names_in_any_case(value: str, expected: str) -> None:
     assert check_type(value, "x") == expected

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import Float, PerToken, PhasedActivation, Seen
+from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation, Seen
 from ms_quant.numerics.float_grid import Float8Format
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import (
@@ -22,6 +22,8 @@ from ms_quant.numerics.linear import (
     from_arrays,
     int8_linear,
     quantize_linear,
+    smooth_of,
+    stable_smooth,
     static_activation,
 )
 from ms_quant.numerics.storage import DTYPES
@@ -297,6 +299,7 @@ INTEGER = {  # scheme: (bits of tokens, or None for static), by the docstring of
     "W8A8": None,
     "W8A8_PER_TENSOR": None,
     "W8A8_PER_CHANNEL": None,
+    "W8A8S": None,
     "W8A8_DYNAMIC": 8,
     "W8A8_MIX": 8,
     "W8A8_TIMESTEP": 8,
@@ -514,3 +517,44 @@ def test_arrays_give_the_linear_back(scheme, fields):
         assert again.arrays()[name].tobytes() == array.tobytes(), name
     if isinstance(linear.activation, StaticActivation | PhasedActivation):
         assert again.static.folds_bias == linear.static.folds_bias
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_narrow_mul_scale_is_exact_and_read_again(name: str) -> None:
+    dtype = DTYPES[name]
+    rng = np.random.default_rng(0)
+    smooth = stable_smooth(np.exp(4 * rng.standard_normal(5000)).astype("f4"), dtype)
+    assert smooth.dtype == np.float32
+    linear = QuantizedLinear(
+        np.zeros((1, 5000), np.int8),
+        AffineFormat().grid({"weight_scale": np.ones((1, 1), "f4")}),
+        smooth=smooth,
+        input_dtype=dtype,
+    )
+    factors = linear.mul_scale
+    assert (factors.astype(dtype).astype("f4") == factors).all() and np.isfinite(factors).all()
+    assert factors.min() >= ml_dtypes.finfo(dtype).smallest_normal
+    np.testing.assert_array_equal(smooth_of(factors, dtype), smooth)
+    end = np.array(np.inf, dtype).view(np.uint16)
+    every = np.arange(1, end, dtype=np.uint16).view(dtype).astype("f4")  # all positive numbers
+    limits = float(ml_dtypes.finfo(dtype).smallest_normal), 1e38  # 1 / x is a normal float32
+    normal = every[(every >= limits[0]) & (every < limits[1])]
+    again = replace(linear, smooth=smooth_of(normal, dtype)).mul_scale
+    np.testing.assert_array_equal(again, normal)
+
+
+def test_what_is_multiplied_and_divided_in_a_type_is_rounded_once() -> None:
+    """A product of two numbers of a type is exact in float32; x that is none of it is not rounded
+    first. A dual scale's product is not rounded."""
+    x, smooth = np.float32([[1.0078125, 3, -5.03125, 1e-3]]), np.float32([0.75, 0.8, 1.2, 7])
+    bf16 = DTYPES["bfloat16"]
+    grid = AffineFormat().grid({"weight_scale": np.ones((1, 1), "f4")})
+    linear = QuantizedLinear(np.ones((1, 4), np.int8), grid, smooth=smooth, input_dtype=bf16)
+    product = x.astype("f8") * (1 / smooth.astype("f8")).astype(bf16).astype("f8")
+    np.testing.assert_array_equal(
+        linear.smoothed(x), product.astype("f4").astype(bf16).astype("f4")
+    )
+    dual = replace(linear, activation=DualMxTokens("mxfp4_cann0", 32))
+    np.testing.assert_array_equal(dual.smoothed(x), product.astype("f4"))
+    wide = replace(linear, input_dtype=DTYPES["float32"])
+    np.testing.assert_array_equal(wide.smoothed(x), x * (1 / smooth.astype("f8")).astype("f4"))

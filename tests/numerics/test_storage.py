@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.storage import DTYPES, round_up, smallest_normal, weight_scale_dtype
+from ms_quant.numerics.storage import (
+    DTYPES,
+    nearest,
+    round_up,
+    smallest_normal,
+    weight_scale_dtype,
+    widened,
+)
 
 NARROW = ["bfloat16", "float16"]
 
@@ -110,3 +117,23 @@ def test_smallest_normal():
 )
 def test_type_of_weight_scales(model, stored):
     assert weight_scale_dtype(DTYPES[model]) == DTYPES[stored]
+
+
+def test_scales_that_are_widened_may_be_subnormal() -> None:
+    """Only float16 has them where scales are: the type is equal, and rounds up as others do."""
+    dtype = widened(DTYPES["float16"])
+    assert dtype == np.float16 and widened(DTYPES["bfloat16"]) is DTYPES["bfloat16"]
+    x = np.array([1e-12, 1e-5, 2.0**-20, 3e-4, 7.0])
+    found = round_up(x, dtype, "x").astype(np.float64)
+    assert (found >= x).all() and found[2] == x[2]
+    for value, near in zip(x, found, strict=True):  # the next number below is too small
+        assert np.float64(np.nextafter(np.float16(near), np.float16(0))) < value
+    np.testing.assert_array_equal(
+        round_up(x[:2], DTYPES["float16"], "x").astype(np.float64), [2.0**-14, 2.0**-14]
+    )
+
+
+def test_nearest_stays_within_the_type() -> None:
+    x = np.array([1e-30, 1e9, 1.0])
+    found = nearest(x, DTYPES["float16"])
+    np.testing.assert_array_equal(found, np.float32([2.0**-14, 65504, 1]))

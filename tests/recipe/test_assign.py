@@ -91,6 +91,48 @@ def test_what_does_not_go_together_is_refused_by_both_paths(recipe, words):
 def test_idle_patterns_come_with_their_paths():
     recipe = Recipe(
         (Rule("W8A8", exclude=("*lm_head*", DOWN), where="a"),),
-        (Step("osl", include=("*.w2", "*"), where="b"),),
+        (
+            Step("osl", include=("*.w2", "*"), where="b"),
+            Step("osl", include=(NORM, OUT), by_producer=True, where="c"),
+        ),
     )
-    assert idle_patterns(recipe, list(LINEARS)) == [("a", "*lm_head*"), ("b", "*.w2")]
+    producers = list(PRODUCERS.values())
+    idle = [("b", "*.w2"), ("c", OUT)]
+    assert idle_patterns(recipe, list(LINEARS), producers) == [("a", "*lm_head*"), *idle]
+    assert idle_patterns(recipe, list(LINEARS), producers, ["lm_head"]) == idle
+
+
+NORM = "model.layers.0.input_layernorm"
+PRODUCERS = {
+    Q: NORM,
+    OUT: "model.layers.0.self_attn.v_proj",
+    UP: "model.layers.0.post_attention_layernorm",
+    DOWN: UP,
+}
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "reached"),
+    [
+        (("*",), (), [Q, OUT, UP, DOWN]),
+        (("*self_attn*",), (), [OUT]),  # v_proj before o_proj, and no norm
+        (("*input_layernorm*",), (), [Q]),
+        (("*",), ("*post_attention_layernorm*",), [Q, OUT, DOWN]),
+        (("*.mlp.up_proj",), (), [DOWN]),
+        (("*.down_proj",), (), []),
+    ],
+)
+def test_patterns_may_name_what_makes_an_input(include, exclude, reached):
+    step = Step("smoothquant", include=include, exclude=exclude, by_producer=True)
+    found = assign(Recipe((Rule("W8A8"),), (step,)), LINEARS, PRODUCERS)
+    assert [path for path, made in found.items() if made.algorithms] == reached
+
+
+def test_of_a_lenient_recipe_the_first_rule_holds():
+    rules = (Rule("W8A8", include=("*.self_attn.*",)), Rule("W8A16", exclude=(DOWN,)))
+    found = assign(Recipe(rules, lenient=True), LINEARS)
+    assert {path: made.scheme for path, made in found.items()} == {
+        Q: "W8A8",
+        OUT: "W8A8",
+        UP: "W8A16",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ms_quant.recipe import Recipe, Rule, Step, load_recipe, to_native
 from ms_quant.recipe.modelslim_linear import PAIRS
 from ms_quant.schemes import SCHEMES
 
+made = partial(Recipe, lenient=True, calib="mix_calib.jsonl")
 ROWS = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 TOKENS = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
 TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
@@ -66,7 +68,7 @@ spec:
 def test_a_whole_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(PDMIX)
-    expected = Recipe(
+    expected = made(
         rules=(Rule("W8A8_MIX", exclude=("*.layers.{0,1,27}.mlp.down_proj",)),),
         steps=(Step("smoothquant", {"alpha": 0.9}, groups=("down", "o", "qkv", "gate_up")),),
         formats=("ascend",),
@@ -132,6 +134,12 @@ spec:
         (PHASES, ROWS, Rule("W8A8_MIX")),
         (FLOAT, ROWS, Rule("W8A16")),
         ({"dtype": "float"}, ROWS, Rule("W8A16")),
+        (
+            TOKENS,
+            ROWS | {"method": "gptq", "ext": {"percdamp": 0.1, "block_size": 64}},
+            Rule("W8A8_DYNAMIC", {}, ("gptq",), GPTQ | {"gptq.damping": 0.1}),
+        ),
+        (TENSOR | {"ext": {"aggregation_type": "max"}}, ROWS, Rule("W8A8")),
         (FLOAT, GROUPS, Rule("W8A16", {"group_size": 128}, ("gptq",), GPTQ)),
         (
             FLOAT,
@@ -181,7 +189,7 @@ spec:
     ],
 )
 def test_a_pair_is_a_scheme(act, weight, rule):
-    assert load_recipe(document(linear(act, weight))) == Recipe((rule,))
+    assert load_recipe(document(linear(act, weight))) == made((rule,))
 
 
 def test_every_pair_is_a_scheme_that_exists():
@@ -200,7 +208,13 @@ SUBGRAPHS = "enable_subgraph_type"
         ),
         (
             {"type": "iter_smooth", SUBGRAPHS: ["ov"], "exclude": ["*.layers.0.*"]},
-            Step("smoothquant", {"alpha": 0.9}, exclude=("*.layers.0.*",), groups=("o",)),
+            Step(
+                "smoothquant",
+                {"alpha": 0.9},
+                exclude=("*.layers.0.*",),
+                groups=("o",),
+                by_producer=True,
+            ),
         ),
         (
             {"type": "iter_smooth", SUBGRAPHS: ["norm-linear", "linear-linear", "up-down"]},
@@ -211,6 +225,23 @@ SUBGRAPHS = "enable_subgraph_type"
             Step("flexsmooth", {"alpha": 0.7, "beta": 0.3}, groups=("qkv", "gate_up")),
         ),
         ({"type": "flex_smooth_quant", SUBGRAPHS: ["ov"]}, Step("flexsmooth", groups=("o",))),
+        (
+            {"type": "flex_smooth_quant", SUBGRAPHS: ["ov"], "include": None, "exclude": []},
+            Step("flexsmooth", groups=("o",)),
+        ),
+        (
+            {
+                "type": "flex_awq_ssz",
+                "qconfig": {"act": TOKENS, "weight": ROWS | {"method": "ssz", "ext": {"step": 10}}},
+                SUBGRAPHS: ["up-down"],
+                "include": ["*.mlp.*"],
+            },
+            Step("flexsmooth", {"beta": 0.0}, ("*.mlp.*",), groups=("down",), by_producer=True),
+        ),
+        (
+            {"type": "quarot", "block_size": 32, "down_proj_online_layers": []},
+            Step("quarot", {"block_size": 32}),
+        ),
         (
             {"type": "awq", "weight_qconfig": ROWS, SUBGRAPHS: ["norm-linear"]},
             Step(
@@ -242,6 +273,17 @@ def test_flatquant_is_a_scheme():
     )
 
 
+def test_activations_that_are_not_named_stay_float():
+    processor = {"type": "linear_quant", "qconfig": {"weight": ROWS}}
+    assert load_recipe(document(processor)) == made((Rule("W8A16"),))
+
+
+def test_a_search_may_be_of_some_weights():
+    search = {"type": "flex_awq_ssz", "qconfig": {"act": TOKENS, "weight": INT4}}
+    recipe = load_recipe(document(search, GOOD, linear(TOKENS, INT4, include=["*.down_proj"])))
+    assert [rule.scheme for rule in recipe.rules] == ["W8A8_DYNAMIC", "W4A8_DYNAMIC"]
+
+
 @pytest.mark.parametrize(("given", "sparsity"), [({}, 0.3), ({"sparse_ratio": 0.5}, 0.5)])
 def test_float_weights_are_pruned(given, sparsity):
     more = {"include": ["*.mlp.*"], "exclude": ["*.down_proj"]}
@@ -253,7 +295,7 @@ def test_float_weights_are_pruned(given, sparsity):
 @pytest.mark.parametrize("more", [{}, {"qconfig": ROWS, "include": ["*"]}])
 def test_a_cache(more):
     recipe = load_recipe(document(linear(TOKENS, ROWS), {"type": "dynamic_cache", **more}))
-    assert recipe == Recipe((Rule("W8A8_DYNAMIC"),), kv_cache="C8")
+    assert recipe == made((Rule("W8A8_DYNAMIC"),), kv_cache="C8")
 
 
 GOOD = linear(TOKENS, ROWS)
@@ -282,7 +324,6 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
                 "autoround_quant",
                 "fa3_quant",
                 "kv_smooth",
-                "flex_awq_ssz",
                 "load",
             )
         ),
@@ -352,6 +393,15 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
             [linear(TOKENS, ROWS | {"method": "ssz", "ext": {"step": 0}})],
             r"ext\.step is 0, expected an integer of at least 1",
         ),
+        (
+            [linear(TOKENS, ROWS | {"method": "gptq", "ext": {"percdamp": 0}})],
+            r"ext\.percdamp is 0\.0, expected a number above 0",
+        ),
+        (
+            [linear(TENSOR | {"ext": {"aggregation_type": "mean"}}, ROWS)],
+            r"act\.ext\.aggregation_type is 'mean', expected max",
+        ),
+        ([linear(TOKENS, ROWS | {"ext": 3})], r"qconfig\.weight\.ext is 3, expected a mapping"),
         ([linear(MX8, MX8 | {"ext": {"axes": 0}})], r"weight\.ext\.axes is 0, expected -1"),
         (
             [linear(MX4, MX4 | {"method": "ceil_x", "ext": {"c": 6}})],
@@ -403,14 +453,30 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
             r"weight_qconfig is int4 per_channel symmetric, expected int8 per_channel symmetric as "
             r"spec\.process\[1\]\.qconfig\.weight",
         ),
+        (
+            [
+                {"type": "flex_awq_ssz", "qconfig": {"act": TOKENS, "weight": INT4}},
+                GOOD,
+                linear(TENSOR, ROWS),
+            ],
+            r"\[0\]\.qconfig\.weight is int4 per_channel symmetric, expected int8 per_channel symm",
+        ),
+        ([{"type": "flex_awq_ssz"}, GOOD], r"spec\.process\[0\]\.qconfig: is missing"),
+        (
+            [{"type": "flex_awq_ssz", "beta": 0.5, "qconfig": GOOD["qconfig"]}, GOOD],
+            r"spec\.process\[0\]\.beta is 0\.5 \(only alpha is searched\), expected 0",
+        ),
         ([AWQ | {"n_grid": 0}, GOOD], r"spec\.process\[0\]\.n_grid is 0"),
         ([{"type": "svd_res", "rank": 0}, GOOD], r"spec\.process\[0\]\.rank is 0"),
         # rotations
         ([{"type": "quarot", "online": True}, GOOD], r"online is True .*expected false"),
-        ([{"type": "quarot", "block_size": 64}, GOOD], r"block_size is 64, expected -1"),
+        *(
+            ([{"type": "quarot", "block_size": wrong}, GOOD], rf"block_size is {wrong}, expected -")
+            for wrong in (0, 48, -2, True, 32.0)
+        ),
         (
-            [{"type": "quarot", "down_proj_online_layers": [0]}, GOOD],
-            r"spec\.process\[0\]\.down_proj_online_layers is \[0\] .*expected \[\]",
+            [{"type": "quarot", "down_proj_online_layers": [-1]}, GOOD],
+            r"spec\.process\[0\]\.down_proj_online_layers\[0\] is -1, expected an integer",
         ),
         (
             [{"type": "smooth_quant"}, {"type": "quarot"}, GOOD],
@@ -454,12 +520,24 @@ def test_a_processor_without_counterpart_is_refused_by_its_path(process, words):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"runner": "model_wise"}, "spec.runner is 'model_wise', expected one of auto, layer_wise"),
-        ({"runner": "dp_layer_wise"}, "spec.runner is 'dp_layer_wise'"),
-        ({"prior": [{"process": []}]}, "spec.prior: is not supported"),
+        ({"runner": "fast"}, "spec.runner is 'fast', expected one of auto, layer_wise, model_wise"),
+        ({"prior": 3}, "spec.prior is 3, expected a list"),
+        (
+            {"prior": [{"process": [GOOD]}]},
+            r"spec\.prior\[0\]\.process\[0\]\.qconfig: is no known key, expected one of type, stag",
+        ),
+        (
+            {"prior": [{"process": [{"type": "smooth_quant"}]}]},
+            r"prior\[0\]\.process\[0\]\.type is 'smooth_quant' \(a stage before may only prepare\)",
+        ),
+        (
+            {"prior": [{"process": [{"type": "adapt_rotation", "stage": 2}]}]},
+            r"spec\.prior\[0\]\.process\[0\]\.stage is 2, expected 1",
+        ),
         ({"process": {}}, "spec.process is {}, expected a list"),
         ({"proces": []}, "spec.proces: is no known key, expected one of runner, prior, process"),
         ({"dataset": 3}, "spec.dataset is 3, expected text"),
+        ({"dataset": ""}, "spec.dataset is '', expected the name of a file"),
         (
             {"save": [{"type": "gguf"}]},
             r"spec\.save\[0\]\.type is 'gguf', expected one of ascendv1",
@@ -484,13 +562,54 @@ def test_a_spec_without_counterpart_is_refused_by_its_path(spec, words):
         load_recipe(document(GOOD) | {"spec": {"process": [GOOD], **spec}})
 
 
+@pytest.mark.parametrize("kind", ["vlm", "sd"])
+def test_the_multimodal_kinds_say_the_same(kind):
+    extra = {"default_text": "x"} if kind == "vlm" else {"multimodal_sd_config": {}}
+    text = document(GOOD, dataset="images", **extra)
+    recipe = load_recipe(text | {"apiversion": f"multimodal_{kind}_modelslim_v1"})
+    assert recipe == made((Rule("W8A8_DYNAMIC"),), calib="images")
+    (note,) = recipe.notes
+    assert note.startswith(f"spec.{next(iter(extra))} is for ")
+
+
+def test_conversion_without_quantization_is_refused_by_name():
+    with pytest.raises(MsQuantError, match="apiversion modelslim_convert is not supported, it cha"):
+        load_recipe(document(GOOD) | {"apiversion": "modelslim_convert"})
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["modelslim_v0", "multimodal_vlm_modelslim_v1", "multimodal_sd_modelslim_v1"],
+    ("spec", "note"),
+    [
+        ({"runner": "dp_layer_wise"}, "spec.runner: dp_layer_wise is how msModelSlim works"),
+        ({"runner": "model_wise"}, "spec.runner: model_wise is how msModelSlim works"),
+        ({"default_text": "Describe."}, "spec.default_text is for images"),
+        (
+            {"prior": [{"process": [{"type": "adapt_rotation", "stage": 1, "steps": 20}]}]},
+            "spec.prior[0]: prepares for adapt_rotation, which spec.process does not have",
+        ),
+        ({"prior": [{"dataset": "laos.jsonl"}]}, "spec.prior[0]: prepares for"),
+        (
+            {"process": [{"type": "quarot", "down_proj_online_layers": [0, 3]}, GOOD]},
+            "spec.process[0].down_proj_online_layers: is of rotations at run time",
+        ),
+        (
+            {"process": [{"type": "quarot", "export_extra_info": True}, GOOD]},
+            "spec.process[0].export_extra_info: optional/quarot.safetensors is not written",
+        ),
+        (
+            {"process": [linear(TOKENS, INT4 | {"ext": {"group_size": 256}})]},
+            "spec.process[0].qconfig.weight.ext.group_size: changes nothing, the scope is per_cha",
+        ),
+    ],
 )
-def test_other_languages_are_refused_by_name(name):
-    with pytest.raises(MsQuantError, match=f"apiversion is '{name}', expected one of"):
-        load_recipe(document(GOOD) | {"apiversion": name})
+def test_what_changes_nothing_is_noted(spec, note):
+    recipe = load_recipe(document() | {"spec": {"process": [GOOD], **spec}})
+    assert len(recipe.notes) == 1 and recipe.notes[0].startswith(note)
+
+
+@pytest.mark.parametrize("runner", ["auto", "layer_wise"])
+def test_the_usual_runners_are_not_noted(runner):
+    assert load_recipe(document(GOOD, runner=runner)).notes == ()
 
 
 def test_a_recipe_without_spec_is_refused():

@@ -82,8 +82,8 @@ def test_a_short_one():
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({}, "apiversion is missing, expected one of ms_quant_v1, modelslim_v1"),
-        (document(apiversion="modelslim_v0"), "apiversion is 'modelslim_v0', expected one of"),
+        ({}, "apiversion is missing, expected one of ms_quant_v1, modelslim_v0, "),
+        (document(apiversion="modelslim_v2"), "apiversion is 'modelslim_v2', expected one of"),
         (document(apiversion=["x"]), r"apiversion is \['x'\]"),
         (document(rules=[]), "rules: are empty"),
         (document(rule=[]), "rule: is no known key, expected one of apiversion, rules, steps"),

@@ -98,6 +98,25 @@ def test_there_and_back(
     same(slim_models.tensors_of(tmp_path / "again"), slim_models.tensors_of(coded))
 
 
+def test_what_hubs_add_on_either_side_is_a_note(source: Any, tmp_path: Path) -> None:
+    plain, coded, back = source(), tmp_path / "coded", tmp_path / "back"
+    compress(plain, coded)
+    decompress(coded, back)
+    for directory, names in (
+        (plain, ["configuration.json", "NOTICE"]),
+        (coded, ["README.md", ".gitattributes", "configuration.json", "LICENSE", ".msc"]),
+        (back, ["README.md", "LICENSE", "configuration.json"]),
+    ):
+        for name in names:
+            (directory / name).write_text(f"{{}} {directory}")
+    for made, origin in ((coded, plain), (back, coded)):
+        found = verify(made, origin)
+        assert found["problems"] == [] and "README.md" in found["notes"][0]
+    (coded / "tokenizer.json").write_text("{}")
+    problems = verify(coded, plain)["problems"]
+    assert any("tokenizer.json: not listed in" in text for text in problems)
+
+
 def test_tensors_and_types_of_the_result(source: Any, slim_models: Any, tmp_path: Path) -> None:
     plain = source()
     compress(plain, tmp_path / "out")
@@ -539,7 +558,11 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ),
     ("a missing shard", lambda d: index(d, "x.safetensors"), "x.safetensors: no such file, exp"),
     ("another shard", lambda d: index(d, "quant_model_weights-00002-of-00002.safetensors"), "tens"),
-    ("no description", lambda d: (d / "quant_model_description.json").unlink(), "has [], expected"),
+    (
+        "no description",
+        lambda d: (d / "quant_model_description.json").unlink(),
+        "is no directory of msM",
+    ),
     (
         "two descriptions",
         lambda d: (d / "quant_model_description_w8a8s.json").write_text("{}"),
@@ -692,8 +715,8 @@ def test_every_flipped_byte_of_every_file_is_found(source: Any, tmp_path: Path) 
             path.write_bytes(changed)
             assert verify(tmp_path / "out")["problems"], f"{path.name} byte {place}"
         path.write_bytes(content)
-    (tmp_path / "out" / "extra.txt").write_text("")
-    assert "extra.txt: not listed in" in verify(tmp_path / "out")["problems"][0]
+    (tmp_path / "out" / "extra.py").write_text("")
+    assert "extra.py: not listed in" in verify(tmp_path / "out")["problems"][0]
 
 
 def test_a_float_source_is_refused(source: Any, tiny_model: Any, tmp_path: Path) -> None:

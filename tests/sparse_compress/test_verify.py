@@ -373,7 +373,9 @@ def test_a_missing_rank_is_refused_and_not_replaced_by_the_first(
     assert "has ['rank_0'], expected ['rank_0', 'rank_1']" in verify(copy.directory)["problems"][0]
 
 
-@pytest.mark.parametrize("name", ["rank_0/more.safetensors", "x.json", "rank_2/x", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["rank_0/more.safetensors", "adapter_config.json", "rank_2/x", "x.py"]
+)
 def test_a_file_too_many_is_found(
     make: Callable[..., Any], damage: Callable[..., Any], name: str
 ) -> None:
@@ -382,7 +384,8 @@ def test_a_file_too_many_is_found(
     (copy.directory / name).write_bytes(b"x")
     problems = verify(copy.directory)["problems"]
     assert (
-        f"{copy.directory / name}: not listed in ms_quant.json, expected no other file" in problems
+        f"{copy.directory / name}: not listed in ms_quant.json, expected no other file that a "
+        "runtime reads" in problems
     )
 
 
@@ -473,7 +476,7 @@ def test_truncated_and_deleted_files_are_named(
 
 
 def test_a_directory_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MsQuantError, match="is no W8A8SC checkpoint, expected"):
+    with pytest.raises(MsQuantError, match="is empty, expected the directory of"):
         verify(tmp_path)
 
 
