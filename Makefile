@@ -16,9 +16,13 @@ KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninit
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
 ARM = aarch64-linux-gnu
 
-ISA_TESTS = $(addprefix tests/,kernels models algorithms test_searched.py test_blocks.py \
-	test_observers.py test_evaluation.py test_kv_cache.py test_remake.py \
-	$(addprefix cells/test_,native.py quant_linear.py quant_linear_schemes.py))
+# tests/kernels goes through all instruction sets in each run; these take the best there is.
+WITHOUT_KERNELS = $(addprefix tests/,models algorithms test_searched.py test_blocks.py \
+	test_observers.py test_remake.py)
+ISA_TESTS = $(WITHOUT_KERNELS) $(addprefix tests/,test_evaluation.py test_kv_cache.py \
+	kernels/test_matrix.py $(addprefix cells/test_,native.py quant_linear.py \
+	quant_linear_schemes.py))
+test-isa-none: ISA_TESTS = $(WITHOUT_KERNELS)
 # Other libraries as on such a machine, as far as they let themselves be told.
 ifeq ($(shell uname -m),x86_64)
 AVX512 = AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR
