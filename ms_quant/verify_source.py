@@ -18,12 +18,12 @@ from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import source_problems
 from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.finish import RECORD
-from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
+from ms_quant.checkpoint.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.errors import MsQuantError
 from ms_quant.folding import Folding
-from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
@@ -94,6 +94,7 @@ class SourceProof:
     Args:
         subject: the checkpoint.
         source: the float model.
+        config: of that model.
         result: gets ``layers`` (path and output error of each linear that was compared),
             ``made_again`` and ``measured`` (how many were, bit for bit or by their output alone)
             and ``unknown`` (paths of those that could not be compared).
@@ -101,6 +102,7 @@ class SourceProof:
 
     subject: Subject
     source: FloatTensors
+    config: ModelConfig
     result: dict[str, Any]
 
     def problems(self) -> Iterator[str]:
@@ -108,7 +110,7 @@ class SourceProof:
         subject, plan = self.subject, self.subject.plan
         ours = subject.model.checkpoint
         self.result |= {"made_again": 0, "measured": 0, "unknown": []}
-        config = load_config(self.source.directory)
+        config = self.config
         if "quarot" in subject.record["record"]["algorithm"].split("+"):
             try:
                 rotated = _rotated(self.source, config, subject.record["record"])
@@ -136,7 +138,7 @@ class SourceProof:
                 continue
             if name in changed:
                 yield from self.folding.problems(name)
-            elif not _same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
+            elif not same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
                 yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
         for index in range(plan.config.num_layers):
             for group in plan.groups(index):
@@ -258,7 +260,10 @@ class _Compared:
             )
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for start, weight in self.source.float32_chunks(f"{self.path}.weight"):
+        rows = getattr(self.plan.scheme.weight, "row_block", 1)  # chunks are of whole blocks
+        columns = self.linear.weight.shape[1]
+        elements = columns * max(rows, CHUNK_ELEMENTS // max(1, columns) // rows * rows)
+        for start, weight in self.source.float32_chunks(f"{self.path}.weight", elements):
             yield start, weight if self.smooth is None else weight * self.smooth
 
     def _has_scale(self) -> bool:
@@ -292,7 +297,7 @@ def _scaled(weight: np.ndarray, part: QuantizedLinear) -> np.ndarray:
     return weight * np.where(factor > 0, factor, 1)[:, None]
 
 
-def _same_rounded(
+def same_rounded(
     ours: FloatTensors,
     stored: str,
     source: FloatTensors,

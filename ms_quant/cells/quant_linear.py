@@ -132,6 +132,8 @@ class QuantLinear(nn.Cell):
         self.integer = linear.integer
         has_static = self.static or self.phased
         self.folds_bias = self.by_step or (has_static and linear.static.folds_bias)
+        multiplied_in = linear.static.multiplied_in if has_static else None
+        self.multiplied_in = multiplied_in and getattr(ms, multiplied_in.name)
         tokens = activation.prefill if isinstance(activation, PhasedActivation) else activation
         bits = tokens.bits if isinstance(tokens, PerToken) else 8
         self.code_limits = tuple(map(float, LIMITS[bits]))
@@ -326,10 +328,17 @@ class QuantLinear(nn.Cell):
         else:
             bias, deq_scale = self.quant_bias, self.deq_scale
             offset = repeat_rows(self.input_offset.astype(ms.float32), count)
-            steps = rows / repeat_rows(self.input_scale, count) + offset
+            steps = self._steps(rows) + offset
         qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
         total = (self._sum(qx) + bias).astype(ms.float32)
         return total * repeat_rows(deq_scale, count)
+
+    def _steps(self, rows: Tensor) -> Tensor:
+        if self.multiplied_in is None:
+            return rows / repeat_rows(self.input_scale, rows.shape[0])
+        held = self.input_scale.astype(self.multiplied_in).astype(ms.float32)
+        reciprocal = (1.0 / held).astype(self.multiplied_in).astype(ms.float32)
+        return rows * repeat_rows(reciprocal, rows.shape[0])
 
     def _dynamic(self, rows: Tensor) -> Tensor:
         smallest, largest = self.code_limits

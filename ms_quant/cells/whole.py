@@ -18,7 +18,7 @@ from ms_quant.checkpoint.mindie_sd_choice import network_scheme
 from ms_quant.checkpoint.safetensors_file import SafetensorsFile, open_file
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import PerToken, Seen
+from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen, StaticActivation
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
@@ -67,8 +67,13 @@ def _stated(path: str, cell: QuantLinear, scheme: Scheme) -> dict[str, Any]:
     """What the header says of a linear."""
     stated = {"scheme": scheme.name, "dtype": cell.input_dtype.name, **scheme.chosen}
     again, _ = _scheme(stated, path)
-    dynamic = again.activation.dynamic and not isinstance(again.activation, PerToken)
-    if dynamic and again.activation != cell.activation:
+    format, found = again.activation, cell.activation
+    differs = format.dynamic and not isinstance(format, PerToken) and format != found
+    if isinstance(found, StaticActivation | PhasedActivation):
+        static = found.static if isinstance(found, PhasedActivation) else found
+        multiplies = cell.input_dtype if getattr(format, "multiplies", False) else None
+        differs = static.multiplied_in != multiplies
+    if differs:
         raise MsQuantError(
             f"{path}: quantizes its input in another way than scheme {scheme.name}, expected a "
             "linear as quantize makes it"
@@ -184,8 +189,7 @@ def _linear(
             "activation=None with the activation as a Cell of its own"
         )
     scheme, dtype = row
-    blank = _blank(file, name, scheme, tuple(cell.weight.shape))
-    blank = replace(blank, input_dtype=dtype)
+    blank = _blank(file, name, scheme, dtype, tuple(cell.weight.shape))
     made = QuantLinear(blank, timestep_policy=policy, scheme=scheme)
     for suffix, parameter in made.kept.items():
         array = _read(file, f"{name}.{suffix}", parameter)
@@ -196,7 +200,7 @@ def _linear(
 
 
 def _blank(
-    file: SafetensorsFile, name: str, scheme: Scheme, shape: tuple[int, int]
+    file: SafetensorsFile, name: str, scheme: Scheme, dtype: np.dtype, shape: tuple[int, int]
 ) -> QuantizedLinear:
     """A linear of zeros with all the parts that the file has of this one."""
     outputs, inputs = shape
@@ -217,10 +221,11 @@ def _blank(
             )
         activation = TimestepActivation(np.zeros(steps, np.float32), np.zeros(steps, np.int8))
     else:
-        activation = scheme.activation.fit(Seen(*ends, DTYPES["float32"], name), None)
+        activation = scheme.activation.fit(Seen(*ends, dtype, name), None)
     if isinstance(activation, PerToken) and "clip_ratio" in parts:
         activation = replace(activation, clip=0.5)
-    linear = QuantizedLinear(grid.round(np.zeros(shape, np.float32)), grid, None, activation)
+    codes = grid.round(np.zeros(shape, np.float32))
+    linear = QuantizedLinear(codes, grid, None, activation, input_dtype=dtype)
     if "bias" in parts:
         linear = replace(linear, bias=np.zeros(outputs, np.float32))
     if "mul_scale" in parts:

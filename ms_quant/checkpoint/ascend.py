@@ -13,6 +13,7 @@ import numpy as np
 
 from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
+from ms_quant.checkpoint.ascend_leeway import LEEWAY
 from ms_quant.checkpoint.ascend_reading import read_linear
 from ms_quant.checkpoint.ascend_tensors import FLOAT32, WITH_CODES, parts, slices_of
 from ms_quant.checkpoint.flat_description import kinds
@@ -102,14 +103,14 @@ def linear_tensor(
 
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
-    """Tensor name to scheme, tied heads included, and what is said of the whole model."""
+    """Tensor name to scheme, a head that is none included, and what is said of the whole model."""
     quantized, result = set(plan.quantized()), {}
     for tensor in tensors:
         path, _, suffix = tensor.name.rpartition(".")
         scheme = plan.scheme_of(path) if path in quantized else None
         kind = scheme.name if scheme and not _is_float(scheme, suffix) else "FLOAT"
         result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
-    if plan.config.tied:
+    if not plan.config.has_head:
         result[HEAD] = "FLOAT"
     cache = {"kv_cache_type": plan.kv_cache, "kv_quant_type": plan.kv_cache}
     return {
@@ -171,10 +172,11 @@ FLAVOUR = Flavour(
     linear_tensor=linear_tensor,
     read_linear=read_linear,
     describe=describe,
-    kinds=partial(kinds, "ascend", FLOATS),
+    kinds=partial(kinds, "ascend", FLOATS, aliases=LEEWAY.aliases),
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,
     bias_dtype=lambda plan, path: FLOAT32,
     holds_cache=True,
+    leeway=LEEWAY,
 )

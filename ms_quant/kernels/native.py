@@ -26,6 +26,9 @@ ISAS = {
 }
 """Instruction sets, slowest first, with their numbers in the library."""
 
+FASTEST = "MS_QUANT_ISA"
+"""An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
+
 FLOAT, PER_TOKEN, STATIC = range(3)
 _ABI = 4
 _BEST = -1
@@ -39,7 +42,8 @@ _STATUS = {
     7: "a code of the weight is no int4, expected -8..7",
 }
 NO_ISA, NOT_FINITE = 4, 5
-_POINTERS = ("mul", "input_scale", "scale", "row_scale", "zero_point", "int_bias", "bias")
+_INPUT_POINTERS = ("mul", "input_scale", "input_factor")
+_POINTERS = (*_INPUT_POINTERS, "scale", "row_scale", "zero_point", "int_bias", "bias")
 _TYPES = {"zero_point": np.int8, "int_bias": np.int32}
 
 
@@ -92,6 +96,9 @@ class Computed:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    fastest = os.environ.get(FASTEST)
+    if fastest == "none":
+        return None, f"{FASTEST} is none; using the NumPy reference, slower"
     found, where = load_library(
         "ms_quant.kernels", "_kernels", "msq_abi_version", _ABI, "native kernels"
     )
@@ -134,7 +141,22 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ]
         found.msq_add_gram.argtypes = [pointer, size, size, pointer, number]
         found.msq_column_stats.argtypes = [number, pointer, size, size, *(pointer,) * 4, number]
+    if fastest:
+        _limit(found, where, fastest)
     return found, where
+
+
+def _limit(library: ctypes.CDLL | None, where: str, fastest: str) -> None:
+    """Leaves the instruction sets up to one, so that tests see what a lesser machine computes."""
+    if library is None:
+        raise MsQuantError(f"{FASTEST} is {fastest!r}, but: {where}")
+    able = [name for name, number in ISAS.items() if library.msq_has_isa(number)]
+    if fastest not in able:
+        expected = ", ".join([*able, "none"])
+        raise MsQuantError(
+            f"{FASTEST} is {fastest!r}, which is not here, expected one of {expected}"
+        )
+    library.msq_limit_isa(ISAS[fastest])
 
 
 def available() -> bool:

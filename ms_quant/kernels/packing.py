@@ -144,7 +144,10 @@ def _computed(
     if linear.mul_scale is not None and not transforms(linear):
         arrays["mul"] = linear.mul_scale
     if isinstance(activation, StaticActivation):
-        arrays["input_scale"] = activation.input_scale
+        if activation.reciprocal is None:
+            arrays["input_scale"] = activation.input_scale
+        else:
+            arrays["input_factor"] = activation.reciprocal
         offset = float(activation.offset)
         return Computed(shape, arrays, group, native.STATIC, offset=offset)
     if isinstance(activation, PerToken):

@@ -12,10 +12,12 @@ import numpy as np
 from ms_quant.kernels import native
 from ms_quant.kernels.native import Computed
 from ms_quant.kernels.packing import layout_of
+from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.numerics.grid import TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
 
 _ALIGNMENT, _MOST_ARRAYS = 64, 16
+_HELD_IN = {"float32": 0, "bfloat16": 1, "float16": 2}
 _NAMES = {
     "mul": "mul_scale",
     "row_scale": "weight_scale",
@@ -88,6 +90,9 @@ class _Watched(ctypes.Structure):
         ("phases", native.Linear * 2),
         ("offset", ctypes.c_void_p),
         ("clip", ctypes.c_void_p),
+        ("divisor", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("held_in", ctypes.c_int32),
         ("codes", ctypes.c_void_p),
         ("isa", ctypes.c_int32),
         ("bits", ctypes.c_int32),
@@ -122,11 +127,13 @@ class WatchedLinear:
         self.outputs = len(linear.weight)
         phases = [layout.computed, *([layout.decode] if layout.decode is not None else [])]
         two_levels = isinstance(linear.grid, TwoLevelGrid)
-        linears = [_held(computed, watched, two_levels).structure() for computed in phases]
+        factor = np.ones(linear.weight.shape[1], np.float32)
+        linears = [_held(computed, watched, factor, two_levels).structure() for computed in phases]
         number = native.number_of(isa)
         weights = native.weights_blob(linear.weight.shape, layout.bits, number)
         params = [native.blob(native.params_bytes(each)) for each in linears]
-        self._watched, self._packed, self.packed_bytes = watched, (weights, params), weights.nbytes
+        self._watched, self._packed = watched, (weights, params, factor)
+        self.packed_bytes = weights.nbytes
         record = _Watched(
             process=native.function("msq_process")(),
             pages=watched.pages,
@@ -139,6 +146,10 @@ class WatchedLinear:
             weights_bytes=weights.size,
             arrays=len(watched.arrays),
         )
+        held_in = _held_in(linear)
+        if held_in is not None:
+            record.divisor, record.factor = _place(watched, "input_scale"), factor.ctypes.data
+            record.held_in = _HELD_IN[held_in.name]
         for i, (each, packed) in enumerate(zip(linears, params, strict=True)):
             record.phases[i] = each
             record.params[i], record.params_bytes[i] = packed.ctypes.data, packed.size
@@ -160,10 +171,23 @@ class WatchedLinear:
         native.watched_linear(self._address, decode, x, rows, y, threads)
 
 
-def _held(computed: Computed, watched: WatchedArrays, two_levels: bool) -> Computed:
-    """The same with arrays from the watched memory."""
+def _held_in(linear: QuantizedLinear) -> np.dtype | None:
+    """The type of the reciprocals that a static input is multiplied by; None where it is divided
+    or not static."""
+    activation = linear.activation
+    static = activation.static if isinstance(activation, PhasedActivation) else activation
+    return static.multiplied_in if isinstance(static, StaticActivation) else None
+
+
+def _held(
+    computed: Computed, watched: WatchedArrays, factor: np.ndarray, two_levels: bool
+) -> Computed:
+    """The same with arrays from the watched memory, and the factor that is made of it."""
     arrays = {}
     for name in computed.arrays:
+        if name == "input_factor":
+            arrays[name] = factor
+            continue
         own = _NAMES.get(name, name)
         if name == "scale":
             static = computed.input == native.STATIC

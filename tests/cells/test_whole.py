@@ -161,11 +161,12 @@ def test_bfloat16_parameters_and_other_types(tmp_path: Path) -> None:
     assert fresh.mask.asnumpy().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "W8A8_MXFP8"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8_MXFP8"])
 def test_linears_made_for_bfloat16(scheme: str, tmp_path: Path) -> None:
     """Their inputs are rounded where the runtime rounds them."""
+    algorithm = "minmax" if scheme == "W8A8_MIX" else "smoothquant"
     network = ms_quant.quantize(
-        small(), scheme, calibration=[data()], algorithm="smoothquant", dtype="bfloat16"
+        small(), scheme, calibration=[data()], algorithm=algorithm, dtype="bfloat16"
     )
     expected = network(data()).asnumpy()
     path = ms_quant.save_quantized(network, tmp_path, whole=True)

@@ -17,7 +17,7 @@ import ms_quant
 from ms_quant.schemes import SCHEMES
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
-WIDTH, TOKENS = 64, 12
+WIDTH, TOKENS = 128, 12
 OPTIONS: dict[str, dict[str, Any]] = {
     "W4A16": {"group_size": 32, "symmetric": False},
     "W4A4_MXFP4_SVD": {"rank": 2},
@@ -86,7 +86,7 @@ def quantized(scheme: str, seed: int = 0) -> nn.Cell:
 
 def compiles(scheme: str) -> bool:
     """Whether nothing asks NumPy, or the timestep, in each call."""
-    others = ("W8A8_TIMESTEP", "W4A4_FLATQUANT_DYNAMIC", "W8A8FP8_DYNAMIC")
+    others = ("W8A8_TIMESTEP", "W4A4_FLATQUANT_DYNAMIC", "W8A8FP8_DYNAMIC", "W8A8FP8_BLOCK")
     return scheme not in others and "MXFP" not in scheme
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_quant.kernels import WatchedArrays, WatchedLinear, available, native
+from ms_quant.kernels import WatchedArrays, WatchedLinear, available, layout_of, native
+from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
-from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.linear import QuantizedLinear, folded_bias
+from ms_quant.numerics.storage import DTYPES
 
 needs_library = pytest.mark.skipif(not available(), reason="no C++ compiler at install time")
 ARRAYS = {
@@ -156,3 +158,38 @@ def test_pages_are_used_again() -> None:
     for _ in range(200):
         make()
     assert regions() < before + 50
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_rounded_reciprocal_follows_its_scale(dtype: str) -> None:
+    """Ties, subnormal numbers and reciprocals at the type's ends among the scales."""
+    rng = np.random.default_rng(0)
+    count = 64
+    grid = AffineFormat().fit(rng.standard_normal((3, count), np.float32), "w")
+    weight = rng.integers(-128, 128, (3, count)).astype(np.int8)
+
+    def made(scales: np.ndarray) -> QuantizedLinear:
+        static = StaticActivation(np.float32(1), 3, scales.astype(np.float32), True, DTYPES[dtype])
+        return QuantizedLinear(weight, grid, None, static)
+
+    exponents = rng.integers(-13, 14, (2, count))
+    first, second = (made(np.ldexp(1 + rng.random(count), each)) for each in exponents)
+    second.static.input_scale[:4] = 2.0**-15, 3 * 2.0**-24, 1 + 2.0**-8, 1 + 2.0**-11
+    layout = layout_of(first)
+    assert layout is not None and "input_factor" in layout.computed.arrays
+    tensors = {
+        "weight": weight,
+        "input_scale": first.static.input_scale,
+        "input_offset": np.full(count, 3, np.int8),
+        "deq_scale": first.deq_scale,
+        "quant_bias": folded_bias(first, "linear"),
+    }
+    watched = WatchedArrays(tensors)
+    linear, x = WatchedLinear(first, watched), rng.standard_normal((5, count), np.float32)
+    for record in (first, second, first):
+        watched.arrays["input_scale"][...] = record.static.input_scale
+        codes = record.activation.codes(x).astype(np.int64)
+        total = codes @ weight.T.astype(np.int64) + watched.arrays["quant_bias"]
+        exact = total.astype(np.float32) * watched.arrays["deq_scale"]
+        np.testing.assert_array_equal(linear(x), exact)

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <atomic>
+
 #include "amx_product.h"
 #include "blob.h"
 #include "pool.h"
@@ -19,6 +21,8 @@
 
 namespace msq {
 namespace {
+
+std::atomic<int32_t> fastest{MSQ_ISAS - 1};
 
 #if defined(__x86_64__)
 // The registers that the system saves: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512, 17
@@ -149,7 +153,8 @@ bool valid(const MsqLinear& l) {
   if (!sizes_fit(l.outputs, l.inputs) || l.group < 1 || l.inputs % l.group) return false;
   if (l.group != l.inputs && l.group % 8) return false;
   if (l.input < MSQ_FLOAT || l.input > MSQ_STATIC || !l.scale) return false;
-  if (l.input == MSQ_STATIC && !l.input_scale) return false;
+  const bool divides = l.input_scale, multiplies = l.input_factor;
+  if (l.input == MSQ_STATIC && divides == multiplies) return false;
   if (l.input != MSQ_FLOAT && (l.smallest < -128 || l.largest > 127 || l.smallest >= l.largest))
     return false;
   return l.input == MSQ_FLOAT || !l.zero_point;
@@ -173,8 +178,10 @@ Params lay_out(const MsqLinear& l, uint8_t* start) {
   };
   p.mul = writer.fill(l.mul, n, n, 1, 1.0f, input(l.mul));
   p.input_scale = writer.fill(l.input_scale, n, n, 1, 1.0f, input(l.input_scale));
-  p.input_inverse = writer.fill(l.input_scale, n, n, 1, 1.0f,
-                                [&](int64_t, int64_t i) { return 1.0f / l.input_scale[i]; });
+  p.input_inverse = l.input_factor
+                        ? writer.fill(l.input_factor, n, n, 1, 1.0f, input(l.input_factor))
+                        : writer.fill(l.input_scale, n, n, 1, 1.0f,
+                                      [&](int64_t, int64_t i) { return 1.0f / l.input_scale[i]; });
   p.scale = writer.fill(l.scale, padded, l.outputs, groups, 0.0f,
                         [&](int64_t g, int64_t i) { return l.scale[i * groups + g]; });
   p.zero_scale = writer.fill(
@@ -201,7 +208,7 @@ const Kernels* kernels_of(int isa) {
     }
   } found;
   if (isa == MSQ_BEST) isa = msq_best_isa();
-  return isa >= 0 && isa < MSQ_ISAS ? found.of[isa] : nullptr;
+  return isa >= 0 && isa <= fastest.load() ? found.of[isa] : nullptr;
 }
 
 }  // namespace msq
@@ -211,6 +218,10 @@ using namespace msq;
 int32_t msq_abi_version(void) { return 4; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
+
+void msq_limit_isa(int32_t isa) {
+  if (isa >= 0 && isa < MSQ_ISAS) fastest.store(isa);
+}
 
 int32_t msq_best_isa(void) {
   for (int32_t isa = MSQ_ISAS - 1; isa > 0; --isa)

@@ -48,7 +48,8 @@ typedef struct {
   float clip;                 // factor on each token's range
   float offset;               // zero point of a static input
   const float* mul;           // (inputs) the input is multiplied by first
-  const float* input_scale;   // (inputs) a static input is divided by
+  const float* input_scale;   // (inputs) a static input is divided by, or null for
+  const float* input_factor;  // (inputs) what it is multiplied by
   const float* scale;         // (outputs, inputs / group) of the weight, or of sums
   const float* row_scale;     // (outputs) on top of `scale`
   const int8_t* zero_point;   // (outputs, inputs / group) of the weight
@@ -59,6 +60,8 @@ typedef struct {
 MSQ_API int32_t msq_abi_version(void);
 MSQ_API int32_t msq_best_isa(void);
 MSQ_API int32_t msq_has_isa(int32_t isa);
+// From now on the process has no instruction set above this one: for tests. Call it first of all.
+MSQ_API void msq_limit_isa(int32_t isa);
 
 // Bytes of the blobs, or -1 for arguments that make none.
 MSQ_API int64_t msq_weights_bytes(int32_t isa, int64_t outputs, int64_t inputs, int32_t bits);
@@ -138,12 +141,18 @@ MSQ_API void msq_pages_watch(MsqPages* pages);
 
 // A linear whose arrays lie in such pages; all it computes with follows them.
 enum { MSQ_MOST_ARRAYS = 16 };
+// The types in which a runtime holds a static input's scale and the reciprocal that it multiplies
+// by.
+enum { MSQ_FLOAT32 = 0, MSQ_BFLOAT16 = 1, MSQ_FLOAT16 = 2 };
 typedef struct {
   uint64_t process;  // msq_process(): addresses below are of this process
   MsqPages* pages;
   MsqLinear phases[2];   // in decode the second, if it has params
   const int8_t* offset;  // (inputs), all the same: takes the place of MsqLinear's; or null
   const float* clip;     // (1), in the same way
+  const float* divisor;  // (inputs), whose rounded reciprocals are written to `factor`; or null
+  float* factor;         // the MsqLinear::input_factor of both phases
+  int32_t held_in;       // the type that they are rounded to
   const int8_t* codes;   // as for msq_pack_weights
   int32_t isa, bits;
   uint8_t *weights, *params[2];  // where it is packed to

@@ -1,5 +1,6 @@
 // Linears whose arrays lie in watched pages: what was packed of them is packed again after a write.
 
+#include <math.h>
 #include <string.h>
 
 #include <atomic>
@@ -27,8 +28,35 @@ bool all_are_int4(const int8_t* codes, int64_t count) {
   return !outside;
 }
 
+// The nearest bfloat16, of ties the even one; infinity stays.
+float as_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The nearest float16, of ties the even one; too large ones become infinite.
+float as_float16(float x) {
+  const float magnitude = fabsf(x);
+  if (magnitude < 0x1p-14f) return rintf(x * 0x1p24f) * 0x1p-24f;
+  if (magnitude >= 65520.0f) return copysignf(INFINITY, x);
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0xfff + (bits >> 13 & 1)) & 0xffffe000;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+float as_held(float x, int32_t type) {
+  return type == MSQ_BFLOAT16 ? as_bfloat16(x) : type == MSQ_FLOAT16 ? as_float16(x) : x;
+}
+
 int32_t pack(const MsqWatchedLinear& cell) {
   const MsqLinear& any = cell.phases[0];
+  for (int64_t i = 0; cell.divisor && i < any.inputs; ++i)
+    cell.factor[i] = as_held(1.0f / as_held(cell.divisor[i], cell.held_in), cell.held_in);
   if (cell.bits == 4 && !all_are_int4(cell.codes, any.outputs * any.inputs)) return MSQ_NOT_INT4;
   if (cell.offset && !all_the_same(cell.offset, any.inputs)) return MSQ_OFFSETS_DIFFER;
   for (int i = 0; i < 2 && cell.params[i]; ++i) {
