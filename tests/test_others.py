@@ -21,6 +21,7 @@ from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
 from ms_quant.inspection import inspect_checkpoint
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.remake_grid import some_rows
 from ms_quant.serve.check import serve_check
 from ms_quant.verify import VERDICTS, verify_checkpoint
 
@@ -103,6 +104,21 @@ def test_static_products_are_those_of_the_stored_tensors(name: str, load_tensors
         total = codes @ stored[f"{path}.weight"].T.astype(np.int64) + stored[f"{path}.quant_bias"]
         expected = total.astype(np.float32) * as_float32(stored[f"{path}.deq_scale"])
         np.testing.assert_array_equal(linear.forward(x, decode=True), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in STATIC if "qwen2" in n])
+def test_rows_are_taken_apart_without_the_bias_that_others_rounded(name: str) -> None:
+    """As the comparison with a source takes them."""
+    x, biases = np.random.default_rng(1).standard_normal((5, 32), np.float32), 0
+    for path, linear in linears(GOLDEN / name).items():
+        format = QuantizedModel(GOLDEN / name).plan.scheme_of(path).weight
+        part = some_rows(linear, format, slice(3, 9)).forward(x, decode=True)
+        bias = 0 if linear.bias is None else linear.bias[3:9]
+        biases += linear.bias is not None
+        whole = linear.forward(x, decode=True)[:, 3:9]
+        room = 2 * linear.deq_scale[3:9] + np.abs(bias) * 2.0**-7
+        assert (np.abs(part + bias - whole) <= room).all()
+    assert biases == 3
 
 
 @pytest.mark.parametrize("name", [n for n in MSMODELSLIM if n not in STATIC or "mix" in n])
