@@ -78,7 +78,7 @@ def calibrate(
     if first == 0:
         embed(checkpoint, tokens, job)
     for index in range(first, plan.config.num_layers):
-        prefix = block_prefix(index)
+        block.index, prefix = index, block_prefix(index)
         block.load(checkpoint.read_float32, prefix)
         cache = CacheRange(prefix) if plan.kv_cache else None
         plans = [plan for plan, _ in targets]

@@ -28,7 +28,6 @@ from ms_quant.console import (
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import quantize_checkpoint
 from ms_quant.request import (
-    SAMPLES,
     QuantizeOptions,
     make_choices,
     prepare,
@@ -110,7 +109,7 @@ def quantize(
         typer.Option("--set", help="Another option of the scheme or algorithm, NAME=VALUE."),
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Calibration data: text, .jsonl or .npz.")
+        Path | None, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Windows of calibration data. Default: 64", min=1)
@@ -176,9 +175,6 @@ def quantize(
 
 def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
     prepared = prepare(options)
-    if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
-        count, length = prepared.tokens.shape
-        note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
     for line in dict.fromkeys(line for request in prepared.all for line in request.notes):
         note(f"note: {line}")
     if dry_run:
@@ -280,7 +276,7 @@ def serve_check(
 @app.command("eval", epilog=example("ms-quant eval Qwen3-8B-W8A8 --text heldout.txt"))
 def evaluate(
     checkpoint: CheckpointArgument,
-    text: Annotated[Path, typer.Option(help="Text, .jsonl or .npz to predict.")],
+    text: Annotated[Path, typer.Option(help="Text, JSON records, .parquet or .npz to predict.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     windows: Annotated[int | None, typer.Option(help="Use only the first windows.", min=1)] = None,
     kv_cache: CacheOption = None,
@@ -299,7 +295,7 @@ def evaluate(
 
     model = open_model(checkpoint)
     _note_oddities(model)
-    tokens = eval_windows(text, checkpoint, seq_len)[:windows]
+    tokens = eval_windows(text, checkpoint, seq_len, windows)
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
     if is_phased(model):
@@ -360,7 +356,8 @@ def generate(
     ids = tokenizer.encode(prompt)
     model = open_model(checkpoint)
     _note_oddities(model)
-    generator = Generator(model, kv_cache)
+    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    generator = Generator(model, kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))

@@ -16,6 +16,7 @@ import numpy as np
 
 from ms_quant.algorithms import PLAIN, get_chain
 from ms_quant.checkpoint import kv_cache
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.finish import (
     MAX_RECORD_BYTES,
     RECORD,
@@ -94,7 +95,12 @@ def convert_checkpoint(
     sizes = {"shard_bytes": shard_bytes} if shard_bytes is not None else {}
     rest = {key: value for key, value in record.items() if key not in PLANNED}
     planned = without_algorithms(plan.record()) if plan.foreign else plan.record()
-    made = OutputDirectory(output, {**planned, **rest, **sizes}, any_environment=True)
+    made = OutputDirectory(
+        output,
+        {**planned, **rest, **sizes},
+        any_environment=True,
+        copied=companion_files(directory),
+    )
     finished = made.finished
     if not finished:
         converted = _Converted(model, plan, progress)
@@ -275,7 +281,8 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
     if not isinstance(static, StaticActivation):
         _check_scales(linear, plan, path)
         return linear
-    step = static.input_scale[:1]
+    static = replace(static, multiplied_in=None)  # which goes with a format, not with numbers
+    linear, step = replace(linear, activation=static), static.input_scale[:1]
     if (static.input_scale != step).any():
         raise MsQuantError(
             f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "

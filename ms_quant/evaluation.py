@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +98,20 @@ def load_norm(model: ServedModel) -> RMSNorm:
     return norm
 
 
+def require_head(model: ServedModel) -> None:
+    """Refuses a model that predicts no tokens.
+
+    Raises:
+        MsQuantError: it gives out labels or its last hidden states.
+    """
+    if not model.config.predicts:
+        what = "a classifier" if model.config.labels else "its last hidden states (no lm_head)"
+        raise MsQuantError(
+            f"the model gives out {what}, expected one that predicts tokens: there is no "
+            "perplexity and no text of it"
+        )
+
+
 def head_name(model: ServedModel) -> str:
     return EMBEDDING if model.config.tied else "lm_head.weight"
 
@@ -131,6 +145,7 @@ def perplexity(
     Raises:
         MsQuantError: a window is shorter than 2 tokens, or the model's activations overflow.
     """
+    require_head(model)
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
@@ -180,15 +195,16 @@ class CellForward:
     def __init__(self, model: ServedModel, length: int, decode: bool, kv_cache: str | None):
         self.model, self.decode = model, decode
         self.caches = new_caches(model, kv_cache)
-        self.angles, self.mask = rope_tensors(model.config, 0, length), causal_mask(length)
+        self.length, self.mask = length, causal_mask(length)
         self.last = load_norm(model)
 
     def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
-        block = load_block(self.model, index)
+        block, config = load_block(self.model, index), self.model.config
+        angles = rope_tensors(config, 0, self.length, config.rotates(index))
 
         def output(hidden: np.ndarray) -> np.ndarray:
             cache = self.caches[index]()
-            made = block(Tensor(hidden), *self.angles, self.mask, cache, self.decode)
+            made = block(Tensor(hidden), *angles, self.mask, cache, self.decode)
             return finite(made, index)
 
         return output
@@ -255,9 +271,17 @@ class Generator:
     Args:
         model: the checkpoint.
         kv_cache: how keys and values are cached, see :func:`new_caches`.
+        stops: tokens that end a generation beside those of the config, such as the tokenizer's.
+
+    Raises:
+        MsQuantError: the model has no head.
     """
 
-    def __init__(self, model: ServedModel, kv_cache: str | None = None):
+    def __init__(
+        self, model: ServedModel, kv_cache: str | None = None, stops: Collection[int] = ()
+    ):
+        require_head(model)
+        self.stops = {*model.config.eos_token_ids, *stops}
         self.config = model.config
         self.table = Table(model.tensor(EMBEDDING))
         self.blocks = [load_block(model, index) for index in range(model.config.num_layers)]
@@ -279,7 +303,7 @@ class Generator:
         ids = np.asarray(prompt, np.int64)
         for _ in range(new_tokens):
             token = int(np.argmax(self._step(ids, caches)))
-            if token in self.config.eos_token_ids:
+            if token in self.stops:
                 return
             yield token
             ids = np.array([token])
@@ -287,11 +311,13 @@ class Generator:
     def _step(self, ids: np.ndarray, caches: list[KeyValueCache]) -> np.ndarray:
         """Logits of the token after ``ids``."""
         start, stop = caches[0].length, caches[0].length + len(ids)
-        cos, sin = rope_tensors(self.config, start, stop)
+        turned = rope_tensors(self.config, start, stop)
+        still = rope_tensors(self.config, start, stop, False) if self.config.unrotated else turned
         mask = causal_mask(stop)[:, :, start:]
         hidden = Tensor(self.table.rows(ids)[None])
         for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
-            hidden = block(hidden, cos, sin, mask, cache, start > 0)
+            angles = turned if self.config.rotates(index) else still
+            hidden = block(hidden, *angles, mask, cache, start > 0)
             finite(hidden, index)
         last = self.norm(hidden[:, -1:]).asnumpy().reshape(-1)
         return self.head.times(last)

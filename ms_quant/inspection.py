@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.serving import QuantizedModel, ServedModel, open_model
+from ms_quant.checkpoint.serving import FloatModel, QuantizedModel, ServedModel, open_model
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.models.config import block_prefix
 from ms_quant.schemes import FLOAT_CACHE, STATIC_CACHE
@@ -24,8 +25,13 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """
     directory = model_directory(directory)
     model = open_model(directory)
-    files = [path for path in sorted(directory.rglob("*.safetensors")) if path.is_file()]
-    tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
+    beside = {directory / name for name in companion_files(directory)}  # a module after the model
+    places = sorted(set(directory.rglob("*.safetensors")) - beside)
+    files = [path for path in places if path.is_file()]
+    if isinstance(model, FloatModel):  # whose files may have other names
+        tensors = [(name, model.checkpoint.info(name)) for name in model.checkpoint.names]
+    else:
+        tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
     by_dtype: Counter[str] = Counter()
     for _, info in tensors:
         by_dtype[info.code] += info.stop - info.start

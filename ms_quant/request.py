@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 
 from ms_quant import __version__
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.finish import OutputDirectory, check_output_name
 from ms_quant.checkpoint.flavours import FLAVOURS
+from ms_quant.checkpoint.float_model import NO_HEAD, model_notes, open_float
 from ms_quant.checkpoint.floats import check_fits
 from ms_quant.checkpoint.job import JobDirectory, environment
-from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model, fingerprint
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, fingerprint
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.unlisted import is_read
-from ms_quant.data import load_tokens
+from ms_quant.data import few_tokens, load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.exclude import float_notes
-from ms_quant.models.config import ModelConfig, load_config
+from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.places import check_places, check_space, job_bytes
 from ms_quant.plan import Choices, Plan
@@ -188,6 +190,7 @@ class Prepared:
         output_bytes: most bytes of the output's tensors.
         unknown: entries that the record does not have yet.
         others: the requests for other formats that the same job serves.
+        companions: paths of files that go with the tensors.
         notes: what to know before the work, one sentence each.
     """
 
@@ -201,6 +204,7 @@ class Prepared:
     output_bytes: int
     unknown: Sequence[str] = ()
     others: tuple[Prepared, ...] = ()
+    companions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -211,7 +215,9 @@ class Prepared:
     def output(self) -> OutputDirectory:
         """The output as it is on the disk now."""
         options = self.options
-        return OutputDirectory(options.output, self.output_record, options.any_environment)
+        return OutputDirectory(
+            options.output, self.output_record, options.any_environment, self.companions
+        )
 
     def job(self, target: int = 0) -> JobDirectory:
         """The job as it is on the disk now, with the blocks of one of its formats."""
@@ -289,14 +295,12 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
 def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
     """Everything but what is on the disk by now."""
     check_places(options.model, options.output, options.job_directory)
-    config = load_config(options.model)
+    config, checkpoint = open_float(options.model)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)
     if options.tp is not None:
         refuse_ranks(plan, options.tp)
-    checkpoint = Checkpoint(options.model)
-    check_model(checkpoint, config)
     plan, tensors = _rotated(plan, checkpoint)
     notes = float_notes(options.exclude, linear_paths(config), config)
     if extension is None:
@@ -305,6 +309,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
+    notes += [] if tokens is None else _data_notes(options, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     return Prepared(
         options,
@@ -316,7 +321,8 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
         {**record, **extension.writing},
         extension.output_bytes,
         extension.unknown,
-        notes=tuple(notes),
+        companions=companion_files(options.model),
+        notes=(*model_notes(config, checkpoint), *notes),
     )
 
 
@@ -386,6 +392,8 @@ def _record(
         "source": fingerprint(checkpoint),
         "environment": {"ms_quant": __version__},
     }
+    if plan.config.no_head:
+        record["head"] = NO_HEAD
     if tokens is not None:
         record["calibration"] = {
             "samples": len(tokens),
@@ -451,12 +459,23 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
-            f"{what} needs calibration data, expected --calib FILE (text, .jsonl or .npz)"
+            f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
+            "or .npz)"
         )
     samples = SAMPLES if options.samples is None else options.samples
     seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
     seed = SEED if options.seed is None else options.seed
     return load_tokens(options.calib, options.model, samples, seq_len, seed)
+
+
+def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
+    """Sentences about calibration data that are used, but less or poorer than asked for."""
+    notes, (count, length) = [], tokens.shape
+    if count < (options.samples or SAMPLES):
+        notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
+    if poor := few_tokens(tokens):
+        notes.append(f"{options.calib}: {poor}")
+    return notes
 
 
 def float_tensors(plan: Plan) -> list[str]:

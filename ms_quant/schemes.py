@@ -37,6 +37,7 @@ KV_CACHES = {
 }
 FLOAT_BIAS, IN_BIAS = StaticInt8(per_channel=False), StaticInt8(False, folds_bias=True)
 _HALF_EVEN = MxTokens("mxfp4_cann0")  # MindIE-SD asks the operator for rint, vllm-ascend for round
+MULTIPLIED = StaticInt8(False, folds_bias=True, multiplies=True)
 _GROUPED = ("group_size", "symmetric")
 _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"
@@ -92,7 +93,7 @@ _ROWS = (
                 kernels="QuantV2, QuantBatchMatmul",
                 folds={Fold.INPUT_SCALE: None, Fold.NORM: FLOAT_BIAS},
             ),
-            _ascend(_VLLM_ASCEND, kernels=_STATIC_OPS, folds={Fold.NORM: IN_BIAS}),
+            _ascend(_VLLM_ASCEND, kernels=_STATIC_OPS, folds={Fold.NORM: MULTIPLIED}),
             _wide_compressed_tensors(kernels="cutlass_scaled_mm", folds={Fold.NORM: FLOAT_BIAS}),
             _mindie_sd(_STATIC_OPS, scale_type=ScaleType.FLOAT32, activation=IN_BIAS),
         ),
@@ -131,7 +132,7 @@ _ROWS = (
     Scheme(
         "W8A8_MIX",
         AffineFormat(8),
-        Phased(),
+        Phased(multiplies=True),
         "W8A8_DYNAMIC in prefill and static W8A8 in decode, from one int8 weight (PDMIX)",
         (
             _ascend(

@@ -16,7 +16,7 @@ from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
 from ms_quant.checkpoint.activations import recorded_activation, unsmoothed_problem
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
-from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import (
@@ -28,7 +28,7 @@ from ms_quant.checkpoint.structure import (
 )
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError, short
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan, recorded_way
@@ -79,7 +79,7 @@ def _verify(
     directory: Path, source: Path | None, result: dict[str, Any], problems: list[str]
 ) -> None:
     flavour, _ = check_kind(directory)
-    original = None if source is None else _open_source(source)
+    original = None if source is None else open_float(model_directory(source))
     problems += _root_problems(directory, flavour.entry, result["notes"])
     if problems:
         return
@@ -111,10 +111,10 @@ def _verify(
     if original is None or problems:
         return
     if not plan.foreign:
-        problems += SourceProof(subject, original, result).problems()
+        problems += SourceProof(subject, original.checkpoint, original.config, result).problems()
         return
     rotated = any("rotation" in note for note in [*structure.notes, *_recorded_notes(record)])
-    proof = ForeignProof(subject.model, original, result, rotated)
+    proof = ForeignProof(subject.model, original.checkpoint, result, rotated)
     problems += proof.problems()
     result["not_proved"] += proof.unproved
 
@@ -125,12 +125,6 @@ def _recorded_notes(record: Mapping[str, Any]) -> list[str]:
     found = inner.get(PROVENANCE) if isinstance(inner, Mapping) else None
     notes = found.get("notes") if isinstance(found, Mapping) else None
     return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-
-
-def _open_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(model_directory(source))
-    check_model(checkpoint, load_config(checkpoint.directory))
-    return checkpoint
 
 
 def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:

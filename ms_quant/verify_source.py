@@ -23,7 +23,7 @@ from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.errors import MsQuantError
 from ms_quant.folding import Folding
-from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
@@ -94,6 +94,7 @@ class SourceProof:
     Args:
         subject: the checkpoint.
         source: the float model.
+        config: of that model.
         result: gets ``layers`` (path and output error of each linear that was compared),
             ``made_again`` and ``measured`` (how many were, bit for bit or by their output alone)
             and ``unknown`` (paths of those that could not be compared).
@@ -101,6 +102,7 @@ class SourceProof:
 
     subject: Subject
     source: FloatTensors
+    config: ModelConfig
     result: dict[str, Any]
 
     def problems(self) -> Iterator[str]:
@@ -108,7 +110,7 @@ class SourceProof:
         subject, plan = self.subject, self.subject.plan
         ours = subject.model.checkpoint
         self.result |= {"made_again": 0, "measured": 0, "unknown": []}
-        config = load_config(self.source.directory)
+        config = self.config
         if "quarot" in subject.record["record"]["algorithm"].split("+"):
             try:
                 rotated = _rotated(self.source, config, subject.record["record"])

@@ -53,7 +53,7 @@ def write_output(
         files.append(write_index(directory, named, output_bytes(plan), flavour.index))
     description = flavour.description(plan)
     entry = {flavour.entry: description} if flavour.entry else {}
-    config = {**model_config(plan.config.raw, plan.dtype), **entry}
+    config = {**model_config(plan.config, plan.dtype), **entry}
     files.append(write_json(directory / "config.json", config))
     if not flavour.entry:
         files.append(write_json(directory / flavour.document(plan), description, flavour.mode))

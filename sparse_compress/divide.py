@@ -11,6 +11,7 @@ import numpy as np
 
 from ms_quant import __version__
 from ms_quant.checkpoint.atomic import free_space_check, sha256_file
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.finish import OutputDirectory
 from ms_quant.checkpoint.reader import check_tensor, fingerprint
 from ms_quant.checkpoint.safetensors_file import TensorInfo
@@ -215,7 +216,7 @@ class Division:
             "source": fingerprint(slim.checkpoint),
             "description_sha256": sha256_file(slim.path),
         }
-        return OutputDirectory(self.output, record)
+        return OutputDirectory(self.output, record, copied=companion_files(slim.directory))
 
     def run(self, progress: Progress) -> bool:
         """Makes the output, or goes on making it; True when it was finished before."""

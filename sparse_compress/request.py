@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ms_quant.checkpoint.reader import Checkpoint, check_model
+from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.data import eval_windows
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.places import check_places
 from ms_quant.plan import Choices
 from ms_quant.request import Extension, Prepared, QuantizeOptions, prepare, require_mindspore
@@ -152,12 +152,15 @@ def check(options: SparseOptions) -> Request:
     check_places(options.model, options.output, plain.job_directory)
     goal = _goal(options)
     pruned = options.pruned
-    config = load_config(options.model)
+    config, checkpoint = open_float(options.model)
+    if not config.predicts:
+        raise MsQuantError(
+            f"{options.model}: has no head to predict tokens with, expected a model that "
+            "generates: runtimes load no other from W8A8SC"
+        )
     target = get_target(options.target, config.model_type)
     check_tp(config, options.tp)
     target.check(config, options.tp, options.algorithm)
-    checkpoint = Checkpoint(options.model)
-    check_model(checkpoint, config)
     limits = outside_limits(target, config, options.tp)
     reasons = _reasons(target, config, limits, options.exclude)
     fused = {path for _, _, path in target.linears(config)}
@@ -209,12 +212,12 @@ def _goal(options: SparseOptions) -> Goal | None:
     assert options.max_ppl_increase is not None and options.heldout is not None
     check_increase(options.max_ppl_increase)
     require_mindspore("--max-ppl-increase runs the model on --heldout")
-    tokens = eval_windows(options.heldout, options.model, options.seq_len)
+    tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples)
     if tokens.shape[1] < 2:
         raise MsQuantError(
             f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"
         )
-    return Goal(None, float(options.max_ppl_increase), tokens[: options.samples])
+    return Goal(None, float(options.max_ppl_increase), tokens)
 
 
 def most_bytes(layout: Layout) -> int:

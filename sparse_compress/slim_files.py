@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.checkpoint.finish import COPIED, MAX_RECORD_BYTES, RECORD
+from ms_quant.checkpoint.companion_files import companion_files, is_companion
+from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.errors import MsQuantError
 from ms_quant.strict_json import read_json
 from sparse_compress.layouts import find_target
@@ -35,9 +36,9 @@ def companions(directory: Path) -> tuple[str, ...]:
         for path in [*directory.iterdir(), *directory.glob(f"{OPTIONAL}/*")]
         if path.is_file()
         and not path.name.startswith(".")
-        and (path.parent.name == OPTIONAL or path.suffix in COMPANIONS or path.name in COPIED)
+        and (path.parent.name == OPTIONAL or path.suffix in COMPANIONS or is_companion(path.name))
     ]
-    return tuple(sorted(set(found) - own))
+    return tuple(sorted({*found, *companion_files(directory)} - own))
 
 
 def file_names(versioned: bool, kind: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import config_problems, source_problems
 from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
-from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
+from ms_quant.checkpoint.float_model import open_float
+from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import check_kind
 from ms_quant.checkpoint.unlisted import unlisted_problems
@@ -131,7 +132,7 @@ def _check_of(
 ) -> tuple[Callable[..., list[str]], Callable[[Path], Any]]:
     """The check of a checkpoint's content, by who made it, and what opens its source."""
     if record is None:
-        return _contents, _float_source
+        return _contents, lambda source: open_float(model_directory(source)).checkpoint
     if "target" in record:
         return partial(divided_problems, record=record), SlimModel
     return slim_problems, SlimDirectory
@@ -155,12 +156,6 @@ def _other_kind(directory: Path) -> str:
         return check_kind(directory)[0].title
     except MsQuantError:
         return ""
-
-
-def _float_source(source: Path) -> Checkpoint:
-    checkpoint = Checkpoint(source)
-    check_model(checkpoint, load_config(source))
-    return checkpoint
 
 
 def _contents(

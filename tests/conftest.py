@@ -18,6 +18,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import ms_quant
+from ms_quant import kernels
+from ms_quant.errors import MsQuantError
 
 EOS = "<|end|>"
 VOCAB_SIZE = 320  # more than the tokenizer has, as in many real models
@@ -34,7 +36,24 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 STORED = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"], "float32": DTYPES["F32"]}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "seed_oss": "SeedOss",
+    "internlm3": "InternLM3",
+}
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions".split()  # noqa: SIM905
+
+
+def pytest_report_header() -> str:
+    """Which kernels these tests run; ``MS_QUANT_ISA`` chooses slower ones (docs/kernels.md)."""
+    try:
+        return f"kernels: {kernels.best_isa() if kernels.available() else kernels.note()}"
+    except MsQuantError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _text(words: int, seed: int) -> str:
@@ -140,7 +159,7 @@ def _write_model(
 ) -> Path:
     directory.mkdir()
     content: dict[str, Any] = {
-        "architectures": ["AnyForCausalLM"],
+        "architectures": [f"{CLASSES[family]}ForCausalLM"],
         "model_type": family,
         "hidden_size": 16,
         "intermediate_size": 24,

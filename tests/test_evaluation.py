@@ -22,6 +22,7 @@ MODELS = [
     {"family": "qwen3"},
     {"family": "qwen2", "tied": True, "dtype": "float32"},
     {"family": "llama", "biases": True, "dtype": "float16"},
+    {"family": "smollm3", "no_rope_layers": [1, 0]},
 ]
 
 
@@ -176,6 +177,43 @@ def test_generation_stops_at_an_end_token(checkpoint: Callable[..., Path]) -> No
         (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": end}))
         found = list(Generator(open_model(directory)).generate(prompt, 10))
         assert found == free[: free.index(free[4])]
+
+
+def test_generation_stops_at_the_tokens_of_every_file(checkpoint: Callable[..., Path]) -> None:
+    from ms_quant.evaluation import Generator
+
+    directory = checkpoint(eos_token_id=319)
+    prompt = np.array([5, 6], np.int32)
+    free = list(Generator(open_model(directory)).generate(prompt, 10))
+    until = free[: free.index(free[4])]
+    assert list(Generator(open_model(directory), stops=[free[4]]).generate(prompt, 10)) == until
+    beside = directory / "generation_config.json"
+    for end in (free[4], [318, free[4]]):
+        beside.write_text(json.dumps({"eos_token_id": end, "do_sample": True}))
+        assert list(Generator(open_model(directory)).generate(prompt, 10)) == until
+    beside.write_text(json.dumps({"eos_token_id": free[7]}))
+    both = list(Generator(open_model(directory), stops=[free[4]]).generate(prompt, 10))
+    assert both == free[: min(free.index(free[4]), free.index(free[7]))]
+    beside.write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(MsQuantError, match=r"generation_config\.json: eos_token_id is '</s>'"):
+        open_model(directory)
+
+
+def test_a_model_without_head_predicts_nothing(tiny_model: Callable[..., Path]) -> None:
+    from ms_quant.evaluation import Generator, perplexity
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors.pop("lm_head.weight", None)
+
+    headless = open_model(tiny_model("headless", change=change))
+    tokens = np.arange(8, dtype=np.int32).reshape(1, 8)
+    for call in (lambda: perplexity(headless, tokens), lambda: Generator(headless)):
+        with pytest.raises(MsQuantError, match="gives out its last hidden states"):
+            call()
+    tied = open_model(tiny_model("tied", tied=True, change=change))
+    assert perplexity(tied, tokens)["tokens"] == 7
 
 
 def test_generation_needs_a_prompt(checkpoint: Callable[..., Path]) -> None:

@@ -112,7 +112,8 @@ def damage_truncated(model: Path) -> str:
 
 def damage_type(model: Path) -> str:
     edit_config(model, model_type="mamba")
-    return r"config\.json: model_type 'mamba' is not supported, expected one of llama, qwen2, qwen3"
+    known = "internlm3, llama, mistral, qwen2"
+    return rf"config\.json: model_type 'mamba' is not supported, expected one of {known}"
 
 
 def damage_shape(model: Path) -> str:

@@ -162,6 +162,36 @@ def test_files_that_vllm_mindspore_would_read_wrongly(
     assert pattern in problems(directory)
 
 
+def test_a_config_that_only_transformers_5_reads(make: Make) -> None:
+    directory = make(dtype="float16")
+    keys = "rope_theta, rope_scaling, torch_dtype of config.json"
+    assert any(keys in line for line in serve_check(directory, "vllm-mindspore")["notes"])
+    edit_json(directory / "config.json", lambda v: v.pop("rope_theta"))
+    assert "rope_theta is None, expected 10000.0 as rope_parameters says" in problems(directory)
+
+
+@pytest.mark.parametrize(
+    ("rope", "pattern"),
+    [
+        ({"type": "yarn", "factor": 2.0}, "no original_max_position_embeddings, expected"),
+        ({"type": "dynamic", "factor": 2.0}, "scales the dynamic rotary embedding for the longest"),
+        (
+            {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 1.1},
+            "vLLM reads no mscale of the yarn rotary embedding",
+        ),
+    ],
+)
+def test_rotary_embeddings_that_vllm_has_otherwise(make: Make, rope: dict, pattern: str) -> None:
+    found = serve_check(make(dtype="float16", rope_scaling=rope), "vllm-mindspore")
+    assert any(pattern in line for line in (*found["problems"], *found["notes"]))
+    assert bool(found["problems"]) is ("expected" in pattern)
+
+
+def test_a_class_that_vllm_mindspore_does_not_have(make: Make) -> None:
+    directory = make(dtype="float16", family="seed_oss")
+    assert "architectures is ['SeedOssForCausalLM'], expected one of Llama" in problems(directory)
+
+
 def test_two_descriptions(make: Make) -> None:
     """The runtime refuses them; a copy under another name is one of them."""
     directory = make(dtype="float16")
@@ -193,6 +223,15 @@ def test_types_that_a_device_does_not_have(make: Make) -> None:
     assert found["problems"] == []
     assert "needs float8 or float4 types" in found["notes"][-1]
     assert "needs float8" in problems(directory, "vllm-ascend", device="910b")
+
+
+def test_reciprocals_that_are_off_are_noted(make: Make) -> None:
+    """1 / 1.5 is 0.66797 in bfloat16."""
+    directory, name = make("W8A8", "ascend"), "model.layers.0.mlp.down_proj.input_scale"
+    assert not any("input_scale" in note for note in serve_check(directory, "vllm-ascend")["notes"])
+    edit(directory, lambda tensors: tensors[name].fill(1.5))
+    (note,) = (n for n in serve_check(directory, "vllm-ascend")["notes"] if "input_scale" in n)
+    assert "1 of 7 are off by more than 0.1 %" in note and f"{name} by 0.20 %" in note
 
 
 def test_groups_that_ranks_do_not_divide(make: Make) -> None:

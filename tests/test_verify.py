@@ -586,12 +586,18 @@ def test_what_hubs_add_is_a_note(listed: str, checkpoint: Path, source: Path) ->
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rope_theta": 5000.0}, {"rms_norm_eps": 1e-5}, {"eos_token_id": None}, {"added": 1}],
+    [
+        {"rope_theta": 5000.0, "rope_parameters": None},
+        {"rms_norm_eps": 1e-5},
+        {"max_position_embeddings": 65},
+        {"eos_token_id": None},
+        {"added": 1},
+    ],
 )
 def test_config_json_that_is_not_the_sources(changes: dict, checkpoint: Path, source: Path) -> None:
     edit_json(checkpoint / "config.json", **changes)
     assert verify_checkpoint(checkpoint)["problems"] == []
-    (key,) = changes
+    key = next(iter(changes))
     assert f"config.json: {key} is {changes[key]!r}, expected" in problem(checkpoint, source)
 
 
@@ -610,22 +616,40 @@ def test_tokenizer_that_is_not_the_sources(checkpoint: Path, source: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"torch_dtype": None, "dtype": "bfloat16"}, "torch_dtype is None, expected 'bfloat16'"),
-        ({"torch_dtype": "float16", "dtype": "bfloat16"}, "torch_dtype is 'float16', expected"),
+        ({"torch_dtype": None}, "torch_dtype is None, expected 'bfloat16'"),
+        ({"rope_theta": None}, "rope_theta is None, expected 10000.0 as rope_parameters says"),
     ],
 )
-def test_dtype_that_older_runtimes_do_not_read(
+def test_keys_that_older_runtimes_do_not_find(
     changes: dict, message: str, checkpoint: Path
 ) -> None:
     edit_json(checkpoint / "config.json", **changes)
     assert message in problem(checkpoint)
 
 
-@pytest.mark.parametrize("value", [5, "x", [1], {}])
-def test_text_config_of_any_type(value: object, checkpoint: Path, source: Path) -> None:
-    edit_json(checkpoint / "config.json", text_config=value)
+@pytest.mark.parametrize("changes", [{"torch_dtype": "float16"}, {"rope_theta": 5000.0}])
+def test_spellings_that_contradict_each_other(changes: dict, checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", **changes)
+    with pytest.raises(MsQuantError, match="expected one value: some runtimes read the first"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_before_that_has_the_old_spelling(checkpoint: Path, source: Path) -> None:
+    edit_json(checkpoint / "config.json", rope_parameters=None, dtype=None)
+    assert verify_checkpoint(checkpoint, source)["problems"] == []
+
+
+def test_an_empty_text_config(checkpoint: Path, source: Path) -> None:
+    edit_json(checkpoint / "config.json", text_config={})
     assert verify_checkpoint(checkpoint)["problems"] == []
     assert "text_config is" in problem(checkpoint, source)
+
+
+@pytest.mark.parametrize("value", [5, "x", [1], {"hidden_size": 8}])
+def test_a_text_config_that_some_runtime_may_take(value: object, checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", text_config=value)
+    with pytest.raises(MsQuantError, match=r"text_config is .*, expected no such key"):
+        verify_checkpoint(checkpoint)
 
 
 def test_a_float_tensor_labelled_as_quantized(checkpoint: Path) -> None:

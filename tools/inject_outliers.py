@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.checkpoint.finish import COPIED
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.reader import Checkpoint, check_model
 from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.models.config import block_prefix, load_config
@@ -56,7 +56,7 @@ def inject(source: Path, target: Path, channels: int = 4, factor: float = 32, se
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     plans = [TensorPlan(name, info.dtype, info.shape) for name, info in infos.items()]
     write_file(target / "model.safetensors", plans, get)
-    for name in ("config.json", *COPIED):
+    for name in ("config.json", *companion_files(source)):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -2,7 +2,7 @@
 
 Needs torch and transformers, which nothing else in this project does:
 
-    python tools/make_golden_logits.py
+    python tools/make_golden_logits.py [NAME ...]
 
 Each ``.npz`` holds ``config`` (the bytes of the config.json that transformers saved), ``seed``,
 ``checksum`` of the weights, ``right`` and ``left`` (logits by padding side), ``versions``.
@@ -11,6 +11,7 @@ Each ``.npz`` holds ``config`` (the bytes of the config.json that transformers s
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,60 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": [1, 2],
         },
     ),
+    "mistral": (
+        "mistral",
+        {"head_dim": 32, "sliding_window": None, "rope_parameters": rope("default", 1000000.0)},
+    ),
+    "mistral_long_window": ("mistral", {"sliding_window": 64, "tie_word_embeddings": True}),
+    "qwen2_flat_windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ),
+    "smollm3_rotated": (
+        "smollm3",
+        {
+            "no_rope_layers": [1, 1],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": rope("default", 5000000.0),
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3_yarn": (
+        "smollm3",
+        {
+            "no_rope_layer_interval": 3,
+            "rope_parameters": rope("yarn", factor=2.0, original_max_position_embeddings=32),
+            "pad_token_id": 0,
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {
+            "num_hidden_layers": 5,
+            "rope_parameters": rope("default", 5000000.0),
+            "pad_token_id": 0,
+            "use_sliding_window": True,
+            "sliding_window": 64,
+        },
+    ),
+    "smollm3_unrotated": ("smollm3", {"no_rope_layers": [0, 1], "pad_token_id": 0}),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 8, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+    ),
+    "seed_oss_biases": (
+        "seed_oss",
+        {
+            "head_dim": 32,
+            "attention_bias": False,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "residual_dropout": 0.5,
+            "rope_parameters": rope("linear", 10000000.0, factor=2.0),
+        },
+    ),
 }
 
 
@@ -156,11 +211,13 @@ def run(model, side: str, positions: str = "range") -> np.ndarray:
     return kept(out.logits.numpy(), mask)
 
 
-def main() -> None:
+def main(chosen: list[str]) -> None:
     torch.set_num_threads(1)
     TARGET.mkdir(parents=True, exist_ok=True)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     for seed, (name, (model_type, changes)) in enumerate(CASES.items(), start=100):
+        if chosen and name not in chosen:
+            continue
         model, weights = build(model_type, changes, seed)
         logits = {side: run(model, side) for side in SIDES}
         shift = np.abs(run(model, "left", "cumulative") - logits["left"]).max()
@@ -178,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -92,7 +92,7 @@ class QuaRot:
 
     Raises:
         MsQuantError: there is no Hadamard matrix of the hidden size, the head size or the block
-            size, or blocks do not divide them.
+            size, blocks do not divide them, or the model is no generating one.
     """
 
     def __init__(
@@ -106,6 +106,11 @@ class QuaRot:
                     f"{block_size}"
                 )
             base_order(block_size or size, "quarot.block_size" if block_size else f"{where}: {key}")
+        if config.no_head or config.labels:
+            raise MsQuantError(
+                f"{where}: quarot turns the last hidden states, which this model gives out or "
+                "classifies by, expected a model with a head of its own or a tied one"
+            )
         if seed < 0:
             raise MsQuantError(f"seed is {seed}, expected at least 0")
         self.config = untied(config)

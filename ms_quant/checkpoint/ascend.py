@@ -103,14 +103,14 @@ def linear_tensor(
 
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
-    """Tensor name to scheme, tied heads included, and what is said of the whole model."""
+    """Tensor name to scheme, a head that is none included, and what is said of the whole model."""
     quantized, result = set(plan.quantized()), {}
     for tensor in tensors:
         path, _, suffix = tensor.name.rpartition(".")
         scheme = plan.scheme_of(path) if path in quantized else None
         kind = scheme.name if scheme and not _is_float(scheme, suffix) else "FLOAT"
         result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
-    if plan.config.tied:
+    if not plan.config.has_head:
         result[HEAD] = "FLOAT"
     cache = {"kv_cache_type": plan.kv_cache, "kv_quant_type": plan.kv_cache}
     return {

@@ -29,6 +29,7 @@ from ms_quant.numerics.affine import QMAX, QMIN
 from ms_quant.numerics.float_grid import FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
+from ms_quant.numerics.reciprocal import rounded_reciprocal
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -188,7 +189,10 @@ def _activation(plan: Plan, source: _Source, path: str) -> Activation:
     vector = np.full(in_channels(plan, path), step[0], np.float32)
     # Without a weight_scale only the product of both scales is known: deq_scale stands for it.
     scale = step[0] if isinstance(format, Phased) else np.float32(1)
-    static = StaticActivation(scale, int(offset[0]), vector, folds_bias=True)
+    static = StaticActivation(scale, int(offset[0]), vector, True, plan.dtype)
+    held = rounded_reciprocal(step, plan.dtype)
+    good = np.isfinite(held) & (held > 0)
+    source.require(good, "input_scale", f"values have no reciprocal in {plan.dtype.name}")
     return PhasedActivation(static) if isinstance(format, Phased) else static
 
 

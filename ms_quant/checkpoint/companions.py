@@ -9,29 +9,21 @@ from typing import Any
 import numpy as np
 
 from ms_quant.checkpoint.atomic import sha256_file
-from ms_quant.checkpoint.finish import COPIED
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.job import find_difference
 from ms_quant.checkpoint.unlisted import is_read
-from ms_quant.models.config import ModelConfig, load_config
+from ms_quant.models.config import ModelConfig, load_config, written_config
+from ms_quant.models.spellings import DTYPE_KEYS, spelling_problems
 from ms_quant.strict_json import read_json
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
-def model_config(raw: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """config.json for the runtime: no quantization entries, and the dtype of what stays float.
-
-    Older runtimes read only ``torch_dtype``, so it is always there; ``dtype`` where the source
-    has it.
-    """
-    config = {key: value for key, value in raw.items() if key not in QUANTIZATION_KEYS}
-    if isinstance(config.get("text_config"), Mapping):
-        inner = config["text_config"].items()
-        config["text_config"] = {k: v for k, v in inner if k not in QUANTIZATION_KEYS}
-    if "dtype" in config:
-        config["dtype"] = dtype.name
-    config["torch_dtype"] = dtype.name
-    return config
+def model_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """config.json for old and new runtimes: no quantization entries, the dtype of what is float."""
+    written = written_config(config)
+    written = {key: value for key, value in written.items() if key not in QUANTIZATION_KEYS}
+    return {**written, **dict.fromkeys(DTYPE_KEYS, dtype.name)}
 
 
 def config_problems(
@@ -52,11 +44,12 @@ def config_problems(
         for key in QUANTIZATION_KEYS:
             if key in part and not (part is raw and key == entry):
                 yield f"{path}: has {key}, expected none"
+    yield from spelling_problems(raw, str(path))
     if dtype is None:
         return
-    for key, found in (("torch_dtype", raw.get("torch_dtype")), ("dtype", raw.get("dtype"))):
-        if found != dtype.name and (key in raw or (strict and key == "torch_dtype")):
-            yield f"{path}: {key} is {found!r:.80}, expected {dtype.name!r}"
+    for key in DTYPE_KEYS:
+        if raw.get(key) != dtype.name and (key in raw or (strict and key == "torch_dtype")):
+            yield f"{path}: {key} is {raw.get(key)!r:.80}, expected {dtype.name!r}"
 
 
 def source_problems(
@@ -76,13 +69,15 @@ def source_problems(
         entry: the one of config.json that describes the checkpoint, if one does.
     """
     path = directory / "config.json"
-    expected = model_config((config or load_config(source)).raw, dtype)
-    ours = {key: value for key, value in read_json(path).items() if key != entry}
+    expected = model_config(config or load_config(source), dtype)
+    # Both spellings are compared; that one is missing is found elsewhere.
+    ours = model_config(load_config(directory, entry), dtype)
     found = find_difference(ours, expected)
     if found:
         key, ours, theirs = found
         yield f"{path}: {key} is {ours!r:.80}, expected {theirs!r:.80} as the source has it"
-    for name in filter(is_read, COPIED):  # a licence may have come to either side since
+    names = {*companion_files(source), *companion_files(directory)}
+    for name in sorted(filter(is_read, names)):  # a licence may have come to either side since
         yield from copy_problems(directory / name, source / name)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ms_quant.checkpoint.compressed_tensors_config import (
+    CLASSIFIER,
     KEY,
     NAME,
     PACKED,
@@ -96,7 +97,8 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
             members = []
             groups.append((scheme, members))
         members.append(path)
-    return quantization_config(groups or [(plan.scheme, [])], plan.float_linears())
+    floats = [*plan.float_linears(), *([CLASSIFIER] if plan.config.labels else [])]
+    return quantization_config(groups or [(plan.scheme, [])], floats)
 
 
 def find(directory: Path) -> list[Path]:

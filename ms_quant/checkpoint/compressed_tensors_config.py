@@ -41,6 +41,7 @@ from ms_quant.spec import Scheme
 NAME = "compressed-tensors"
 PLAIN, PACKED, FLOAT8 = "int-quantized", "pack-quantized", "float-quantized"
 MIXED, NAIVE = "mixed-precision", "naive-quantized"
+CLASSIFIER = "score"
 STORED_AS = {PLAIN: (PLAIN, NAIVE), PACKED: (PACKED,), FLOAT8: (FLOAT8, NAIVE)}
 """The names under which versions of the library store the same tensors, ours first."""
 FLOATS = (

@@ -33,21 +33,6 @@ from ms_quant.strict_json import read_json
 
 RECORD = "ms_quant.json"
 MAX_RECORD_BYTES = 256 << 20
-COPIED = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
 
 _MADE = "|".join(
     [
@@ -72,7 +57,8 @@ class OutputDirectory:
         path: the final directory.
         record: what it shall hold; a finished output with another record is refused.
         any_environment: a finished output may come from other versions, CPU or thread count.
-        copied: paths of files that are copied from the source where it has them.
+        copied: paths of files that are copied from the source where it has them, at most one
+            directory deep.
 
     Raises:
         MsQuantError: the directory exists with other content, is a symbolic link, or has no name
@@ -84,12 +70,14 @@ class OutputDirectory:
         path: Path,
         record: Mapping[str, Any],
         any_environment: bool = False,
-        copied: Sequence[str] = COPIED,
+        copied: Sequence[str] = (),
     ):
         check_output_name(path)
         self.copied = copied
         names = "|".join([_MADE, *(re.escape(Path(name).name) for name in copied)])
-        inside = rf"(({_DIRECTORY.pattern})/)?"
+        places = sorted({Path(name).parent.as_posix() for name in copied} - {"."})
+        self._directory = re.compile("|".join([_DIRECTORY.pattern, *map(re.escape, places)]))
+        inside = rf"(({self._directory.pattern})/)?"
         self._temporary = re.compile(rf"{inside}\.({names})\.\d+\.tmp")
         self._ours = re.compile(rf"{inside}({names})|{self._temporary.pattern}")
         self.path, self.record = path, json.loads(json.dumps(record))
@@ -140,7 +128,7 @@ class OutputDirectory:
             foreign = "files" in mark or any(
                 not self._ours.fullmatch(path.relative_to(self.partial).as_posix())
                 for path in self.partial.rglob("*")
-                if not (path.is_dir() and _DIRECTORY.fullmatch(path.name))
+                if not (path.is_dir() and self._directory.fullmatch(path.name))
             )
         if foreign:
             raise MsQuantError(

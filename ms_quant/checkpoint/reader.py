@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from ms_quant.models.config import ModelConfig
 from ms_quant.strict_json import read_json
 
 SINGLE_NAME = "model.safetensors"
+SHARDS = "model-*-of-*.safetensors"
 MAX_INDEX_BYTES = 256 << 20
 FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
 MODEL_CODES = ("F32", "F16", "BF16")
@@ -97,25 +99,37 @@ class Checkpoint:
     Args:
         directory (Path | str): the model directory.
         prefix (str): only files, the index among them, whose names begin so are looked at.
+        rename (callable, optional): from the name of a tensor in the files to the one by which it
+            is asked for. Default: the same.
 
     Attributes:
+        renamed: whether there is a ``rename``.
         digests: sha256 of tensors' bytes, where they are known.
 
     Raises:
         MsQuantError: there is no such directory or no safetensors file in it, the index is
-            malformed or names a missing shard, or two files hold the same tensor.
+            malformed or names a missing shard, two files hold the same tensor, or there is a whole
+            model beside an index that does not name it.
     """
 
     digests: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, directory: Path | str, prefix: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        prefix: str = "",
+        rename: Callable[[str], str] | None = None,
+    ) -> None:
         self.directory = Path(directory)
+        self.renamed = rename is not None
+        self._rename = rename or str
         if not self.directory.is_dir():
             raise MsQuantError(f"{self.directory}: no such model directory")
         self._index = _find_index(self.directory, prefix)
         self._open: dict[str, SafetensorsFile] = {}
         if self._index is not None:
-            self._places = _read_index(self._index)
+            self._places = {self._rename(k): v for k, v in _read_index(self._index).items()}
+            _refuse_second_model(self._index, set(self._places.values()))
         else:
             self._places = self._scan(prefix)
 
@@ -267,6 +281,8 @@ class Checkpoint:
         """The opened shard of a file name, checked against the index."""
         if shard not in self._open:
             file = open_file(self.directory / shard)
+            tensors = {self._rename(name): info for name, info in file.tensors.items()}
+            file = replace(file, tensors=tensors)
             if self._index is not None:
                 self._check_shard(file, shard)
             self._open[shard] = file
@@ -323,7 +339,8 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"expected {missing[0]!r} of shape {list(expected[missing[0]])}"
         )
     if config.tied:
-        # Some exports store the tied head a second time; transformers ignores it, and so do we.
+        # Some exports store the tied head a second time; transformers ignores it, and so do we
+        # once it was compared.
         expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     for name in found:
         if name in expected:
@@ -375,8 +392,25 @@ def _find_index(directory: Path, prefix: str) -> Path | None:
     return found[0] if found else None
 
 
+def _refuse_second_model(index: Path, shards: set[str]) -> None:
+    """Refuses a whole model beside an index of another: transformers would read the former."""
+    single = index.with_name(SINGLE_NAME)
+    if index.name == INDEX_NAME and single.is_file() and SINGLE_NAME not in shards:
+        raise MsQuantError(
+            f"{single}: stands beside {index.name}, which does not name it, expected one of the "
+            "two models: delete the file, or the index and its shards; runtimes differ in which "
+            "they read"
+        )
+
+
 def _unindexed_files(directory: Path, prefix: str) -> list[str]:
     if SINGLE_NAME.startswith(prefix) and (directory / SINGLE_NAME).is_file():
+        shards = sorted(path.name for path in directory.glob(SHARDS))
+        if shards:
+            raise MsQuantError(
+                f"{directory}: has {SINGLE_NAME} and shards such as {shards[0]} with no index, "
+                "expected one of the two: runtimes differ in which they read"
+            )
         return [SINGLE_NAME]
     found = directory.glob(f"{prefix}*.safetensors")
     names = sorted(path.name for path in found if not path.name.startswith((".", "adapter_")))

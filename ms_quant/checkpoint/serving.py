@@ -18,14 +18,15 @@ from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import is_quantized
+from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.floats import round_finite
 from ms_quant.checkpoint.golden_stick import static_linear
 from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, check_model
+from ms_quant.checkpoint.reader import FloatTensors
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.structure import read_structure
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import CACHED
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan import Plan
@@ -72,10 +73,7 @@ class FloatModel:
     checkpoint: FloatTensors
 
     def __init__(self, directory: Path):
-        self.config = load_config(directory)
-        checkpoint = Checkpoint(directory)
-        check_model(checkpoint, self.config)
-        self.checkpoint = checkpoint
+        self.config, self.checkpoint = open_float(directory)
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read_float32(name)

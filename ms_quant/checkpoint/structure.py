@@ -13,6 +13,7 @@ from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
 from ms_quant.checkpoint.flavour import Flavour, Leeway
 from ms_quant.checkpoint.flavours import FLAVOURS
+from ms_quant.checkpoint.float_model import with_outputs
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError, short
@@ -70,6 +71,7 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
         if problems:
             return None, problems
         checkpoint = Checkpoint(directory)
+        config = with_outputs(config, checkpoint)
         plan = _plan_of(flavour, config, kinds, description, checkpoint)
         expected = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
         structure = Structure(flavour, checkpoint, plan, expected)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
+from ms_quant.models.config_keys import check_keys
 from ms_quant.models.families import FAMILIES, Family
-from ms_quant.models.rope import check_rope
+from ms_quant.models.rope import check_rope, unknown_rope_keys
+from ms_quant.models.sliding_window import check_windows, without_windows
+from ms_quant.models.spellings import ROPE_KEYS, read_dtype, read_rope, rope_spellings
 from ms_quant.strict_json import read_json
 
 MAX_LAYERS = 4096  # what is done for every layer must end before its tensors are looked at
-
-# What transformers takes when the key is absent, where it is not the same for every family.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,13 @@ class ModelConfig:
     Attributes:
         rope: rotary parameters, always with ``rope_type`` and ``rope_theta``.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, as the config states it.
-        eos_token_ids: the tokens that end a generation.
+        eos_token_ids: the tokens that end a generation, as the config and beside it
+            ``generation_config.json`` say.
+        no_head: whether there is no ``lm_head``: the model gives out its last hidden states.
+        labels: rows of the classifier ``score`` that stands in the place of the head; 0 is none.
+        label_bias: whether that has a bias.
+        unknown: keys of the config that are not known here, and not looked at.
+        unrotated: layers whose attention has no rotary embedding.
     """
 
     model_type: str
@@ -49,6 +52,11 @@ class ModelConfig:
     qk_norm: bool
     dtype: str
     eos_token_ids: tuple[int, ...] = ()
+    no_head: bool = False
+    labels: int = 0
+    label_bias: bool = False
+    unknown: tuple[str, ...] = ()
+    unrotated: tuple[int, ...] = ()
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -65,9 +73,27 @@ class ModelConfig:
             for name, shape in self.block_shapes().items():
                 shapes[f"{block_prefix(index)}{name}"] = shape
         shapes["model.norm.weight"] = (hidden,)
-        if not self.tied:
+        if self.has_head:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        if self.labels:
+            shapes["score.weight"] = (self.labels, hidden)
+        if self.label_bias:
+            shapes["score.bias"] = (self.labels,)
         return shapes
+
+    def rotates(self, index: int) -> bool:
+        """Whether the attention of a layer has a rotary embedding."""
+        return index not in self.unrotated
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a head of its own, ``lm_head.weight``."""
+        return not (self.tied or self.no_head or self.labels)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it gives out logits of the next token."""
+        return not self.labels and (self.tied or not self.no_head)
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of one block, names relative to the block."""
@@ -123,7 +149,12 @@ def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
         raise MsQuantError(f"{model_dir}: no such model directory")
     path = model_dir / "config.json"
     raw = {key: value for key, value in read_json(path).items() if key != without}
-    return parse_config(raw, str(path))
+    config = parse_config(raw, str(path))
+    beside = model_dir / "generation_config.json"
+    if not beside.is_file():
+        return config
+    more = _token_ids(read_json(beside).get("eos_token_id"), str(beside))
+    return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *more])))
 
 
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -135,7 +166,14 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         )
     family = FAMILIES[model_type]
     _refuse_unsupported(raw, where)
-    given, raw = raw, {**_DEFAULTS.get(model_type, {}), **raw}
+    unknown = check_keys(raw, family.own_keys, family.qk_norm, where)
+    rope = read_rope(with_defaults(raw, family), where)
+    unknown += [f"{key} (rotary)" for key in unknown_rope_keys(rope)]
+    check_classes(raw, family, where)
+    for key in family.required:
+        if raw.get(key) is None:
+            raise MsQuantError(f"{where}: the key {key!r} is missing, which has no known default")
+    given, raw = raw, with_defaults(raw, family)
     heads = _positive_int(raw, "num_attention_heads", where)
     hidden = _positive_int(raw, "hidden_size", where)
     kv_heads = _positive_int(raw, "num_key_value_heads", where, default=heads)
@@ -148,18 +186,22 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     if head_dim % 2:
         raise MsQuantError(f"{where}: head_dim {head_dim} is odd, the rotary embedding needs pairs")
     max_position = _positive_int(raw, "max_position_embeddings", where, default=2048)
+    layers = _layers(raw, where)
+    unrotated = _unrotated(raw, layers, family, where)
+    first = (0 if unrotated else layers) if family.skips_rotation else None
+    check_windows(raw, layers, max_position, family.flagged_window, where, first)
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
         intermediate_size=_positive_int(raw, "intermediate_size", where),
-        num_layers=_layers(raw, where),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=_positive_int(raw, "vocab_size", where),
         rms_norm_eps=_epsilon(raw.get("rms_norm_eps", 1e-6), where),
         max_position=max_position,
-        rope=check_rope(_rope_parameters(raw, where), max_position, where),
+        rope=check_rope(rope, max_position, where),
         tied=_flag("tie_word_embeddings", raw, where),
         qkv_bias=_flag(family.qkv_bias, raw, where),
         o_bias=_flag(family.o_bias, raw, where),
@@ -167,8 +209,64 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         qk_norm=family.qk_norm,
         dtype=_dtype(raw, where),
         eos_token_ids=_token_ids(raw.get("eos_token_id"), where),
+        unknown=tuple(unknown),
+        unrotated=unrotated,
         raw=given,
     )
+
+
+def with_defaults(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """A config with what transformers takes for the keys that are absent.
+
+    Its rotary base is found where the rotary object does not have it.
+    """
+    defaults = dict(family.defaults)
+    inner = [raw[key] for key in ROPE_KEYS if isinstance(raw.get(key), dict)]
+    if raw.get("rope_theta") is not None or any("rope_theta" in rope for rope in inner):
+        defaults.pop("rope_theta", None)
+    absent = {k: v for k, v in defaults.items() if k not in raw}
+    return {**raw, **absent}
+
+
+def written_config(config: ModelConfig) -> dict[str, Any]:
+    """``config.json`` that old and new runtimes read alike, but for the type of the weights.
+
+    What is said in two places is said in both, no layer seems to have a window, and tokens that
+    end a generation are there if ``generation_config.json`` has them alone.
+    """
+    raw, family = config.raw, config.family
+    whole = with_defaults(raw, family)
+    rope = rope_spellings(raw, read_rope(whole, "config.json"))
+    written = {**raw, **rope, **without_windows(whole, family.flagged_window)}
+    if raw.get("eos_token_id") is None and config.eos_token_ids:
+        first, *others = config.eos_token_ids
+        written["eos_token_id"] = [first, *others] if others else first
+    return written
+
+
+def check_classes(raw: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuses classes that may compute something else than the family's own.
+
+    Raises:
+        MsQuantError: ``architectures`` or the custom code of ``auto_map`` names such a class.
+    """
+    named = raw.get("architectures")
+    found = [("architectures", name) for name in named] if isinstance(named, list) else []
+    custom = raw.get("auto_map")
+    if custom is not None and not isinstance(custom, dict):
+        raise MsQuantError(f"{where}: auto_map is {custom!r:.80}, expected classes by their kind")
+    for kind, place in (custom or {}).items():
+        if kind.startswith("AutoModel"):
+            text = place if isinstance(place, str) else repr(place)
+            found.append((f"auto_map.{kind}", text.rpartition(".")[2]))
+    known = {name.lower() for name in family.classes}  # LLaMAForCausalLM is older than Llama...
+    for key, name in found:
+        if not isinstance(name, str) or name.lower() not in known:
+            raise MsQuantError(
+                f"{where}: {key} is {name!r:.80}, expected one of {', '.join(family.classes)}: "
+                "another class may compute something else, and custom code is not read. If these "
+                f"weights are an ordinary {family.base}'s, say so in config.json"
+            )
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
@@ -184,19 +282,40 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
     act = raw.get("hidden_act", "silu")
     if act != "silu":
         raise MsQuantError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")
-    if raw.get("use_sliding_window"):
+
+
+def _unrotated(raw: dict[str, Any], layers: int, family: Family, where: str) -> tuple[int, ...]:
+    """Layers without a rotary embedding, by ``no_rope_layers`` or every so many.
+
+    Raises:
+        MsQuantError: a key is malformed, or the family has no such layers.
+    """
+    rotated, interval = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
+    if rotated is None and interval is not None:
+        if type(interval) is not int or interval <= 0:
+            raise MsQuantError(
+                f"{where}: no_rope_layer_interval is {interval!r:.80}, expected a positive number"
+            )
+        rotated = [int((index + 1) % interval != 0) for index in range(layers)]
+    if rotated is None or (rotated == [] and not family.skips_rotation):
+        return ()
+    if (
+        not isinstance(rotated, list)
+        or len(rotated) != layers
+        or any(type(item) is not int or item not in (0, 1) for item in rotated)
+    ):
         raise MsQuantError(
-            f"{where}: use_sliding_window is {raw['use_sliding_window']!r:.80}, expected false: "
-            "only full attention is supported"
+            f"{where}: no_rope_layers is {rotated!r:.80}, expected 1 (rotated) or 0 for each of "
+            f"{layers} layers"
         )
-    layers = raw.get("layer_types")
-    if layers is not None and not isinstance(layers, list):
-        raise MsQuantError(f"{where}: layer_types is {layers!r:.80}, expected a list")
-    others = [kind for kind in layers if kind != "full_attention"] if layers else []
-    if others:
+    found = tuple(index for index, turned in enumerate(rotated) if not turned)
+    if found and not family.skips_rotation:
         raise MsQuantError(
-            f"{where}: layer_types has {others[0]!r:.80}, expected 'full_attention' in every layer"
+            f"{where}: layer {found[0]} has no rotary embedding by no_rope_layers or "
+            "no_rope_layer_interval, expected one in every layer of this family: its own class "
+            "does not read the key"
         )
+    return found
 
 
 def _positive_int(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -235,7 +354,7 @@ def _flag(rule: bool | str, raw: dict[str, Any], where: str) -> bool:
 
 
 def _dtype(raw: dict[str, Any], where: str) -> str:
-    value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    value = read_dtype(raw, where) or "float32"
     if value not in ("bfloat16", "float16", "float32"):
         raise MsQuantError(
             f"{where}: dtype {value!r:.80} is not supported, expected bfloat16, float16 or float32"
@@ -248,41 +367,3 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     if not all(type(i) is int and i >= 0 for i in ids):
         raise MsQuantError(f"{where}: eos_token_id is {value!r:.80}, expected an integer or a list")
     return tuple(ids)
-
-
-def _rope_parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """The rotary parameters from either place they are written in.
-
-    transformers 5 writes one ``rope_parameters``; before, ``rope_theta`` stood beside an
-    optional ``rope_scaling`` whose type key was ``type`` or ``rope_type``.
-    """
-    found = [
-        _one_rope(key, raw, where) for key in ("rope_parameters", "rope_scaling") if raw.get(key)
-    ]
-    if len(found) == 2 and found[0] != found[1]:
-        raise MsQuantError(
-            f"{where}: rope_parameters {raw['rope_parameters']!r:.80} and rope_scaling "
-            f"{raw['rope_scaling']!r:.80} differ, expected one of them"
-        )
-    return found[0] if found else _one_rope("rope_parameters", raw, where)
-
-
-def _one_rope(key: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
-        raise MsQuantError(
-            f"{where}: {key} is {value!r:.80}, expected one flat object for all the layers"
-        )
-    rope = dict(value)
-    if "type" in rope:
-        rope.setdefault("rope_type", rope["type"])
-        del rope["type"]
-    rope.setdefault("rope_type", "default")
-    theta = raw.get("rope_theta")
-    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
-    if raw.get("partial_rotary_factor") is not None:
-        rope.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
-    if rope["rope_type"] in ("yarn", "llama3") and raw.get("original_max_position_embeddings"):
-        # transformers prefers the value outside, too
-        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    return rope

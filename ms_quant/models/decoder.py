@@ -31,7 +31,7 @@ from ms_quant.models.direct import (
     has_kernels,
     threads,
 )
-from ms_quant.models.rope import rope_table
+from ms_quant.models.rope import rope_table, still_table
 
 
 def repeat_rows(row: Tensor, count: int) -> Tensor:
@@ -333,12 +333,16 @@ class Decoder(nn.Cell):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.CellList([DecoderBlock(config) for _ in range(config.num_layers)])
+        self.rotated = tuple(config.rotates(index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+        for layer, rotated in zip(self.layers, self.rotated, strict=True):
+            if rotated:
+                x = layer(x, cos, sin, mask)
+            else:
+                x = layer(x, ops.ones_like(cos), ops.zeros_like(sin), mask)
         return self.norm(x)
 
 
@@ -372,9 +376,18 @@ class CausalLM(nn.Cell):
         return self.lm_head(self.model(ids, cos, sin, mask))
 
 
-def rope_tensors(config: ModelConfig, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions ``start`` to ``stop - 1`` as tensors."""
-    cos, sin = rope_table(config.rope, config.head_dim, np.arange(start, stop), config.max_position)
+def rope_tensors(
+    config: ModelConfig, start: int, stop: int, rotated: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions ``start`` to ``stop - 1`` as tensors.
+
+    Args:
+        config: the model's shape.
+        start, stop: the positions.
+        rotated: False for a layer that has no rotary embedding.
+    """
+    table = rope_table(config.rope, config.head_dim, np.arange(start, stop), config.max_position)
+    cos, sin = table if rotated else still_table(table)
     return Tensor.from_numpy(cos), Tensor.from_numpy(sin)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ms_quant import kernels
 from ms_quant.models.attention import Cache, attention, causal_mask
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.rope import rope_table
+from ms_quant.models.rope import rope_table, still_table
 from ms_quant.numerics.linear import QuantizedLinear
 
 Linear = Callable[[np.ndarray], np.ndarray]
@@ -30,13 +30,19 @@ class HostBlock:
 
     Attributes:
         arrays: the block's float32 parameters by their names in a checkpoint, once they are loaded.
+        index: which of the model's blocks it is.
     """
 
     def __init__(self, config: ModelConfig, length: int):
         self.config, self.arrays = config, dict[str, np.ndarray]()
-        positions = np.arange(length)
-        self.angles = rope_table(config.rope, config.head_dim, positions, config.max_position)
+        self.index, positions = 0, np.arange(length)
+        self._turned = rope_table(config.rope, config.head_dim, positions, config.max_position)
         self.mask = causal_mask(length)
+
+    @property
+    def angles(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines of the block's rotary embedding."""
+        return self._turned if self.config.rotates(self.index) else still_table(self._turned)
 
     def load(self, read: Callable[[str], np.ndarray], prefix: str = "") -> None:
         """Takes what ``read`` gives for each parameter's name after a prefix, one at a time."""

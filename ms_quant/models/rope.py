@@ -7,6 +7,7 @@ the linear and dynamic NTK rules as Hugging Face configs spell them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,17 @@ _OPTIONAL = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+
+
+_NEUTRAL = {"attn_factor": 1, "extrapolation_factor": 1, "llama_4_scaling_beta": 0}
+_KNOWN = frozenset(["rope_type", "rope_theta", "truncate", "finetuned"]).union(
+    _OPTIONAL, _NEUTRAL, *_REQUIRED.values()
+)
+
+
+def unknown_rope_keys(rope: Mapping[str, Any]) -> list[str]:
+    """Rotary parameters that are not known here, and not looked at."""
+    return sorted(rope.keys() - _KNOWN)
 
 
 def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str, Any]:
@@ -72,6 +84,12 @@ def _check_ranges(rope: dict[str, Any], where: str) -> None:
             f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not "
             "supported, expected 1.0"
         )
+    for key, neutral in _NEUTRAL.items():
+        if rope.get(key) not in (None, neutral):
+            raise MsQuantError(
+                f"{where}: {key} of the rotary embedding is {rope[key]!r}, expected no such key "
+                f"or {neutral}: some runtimes ignore it, and it is not computed here"
+            )
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise MsQuantError(
             f"{where}: high_freq_factor is {rope['high_freq_factor']!r}, expected more than "
@@ -94,8 +112,8 @@ def rope_table(
         Two float32 arrays of shape (S, head_dim), each half repeating the same frequencies.
     """
     length = int(positions.max()) + 1 if positions.size else 0
-    frequencies, factor = _frequencies(rope, head_dim, length, max_position)
-    angles = positions.astype(np.float32)[:, None] * frequencies[None, :]
+    turns, factor = frequencies(rope, head_dim, length, max_position)
+    angles = positions.astype(np.float32)[:, None] * turns[None, :]
     angles = np.concatenate([angles, angles], axis=1)
     return (
         (np.cos(angles) * np.float32(factor)).astype(np.float32),
@@ -103,7 +121,13 @@ def rope_table(
     )
 
 
-def _frequencies(
+def still_table(table: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines that turn nothing, of the shapes of others."""
+    cos, sin = table
+    return np.ones_like(cos), np.zeros_like(sin)
+
+
+def frequencies(
     rope: dict[str, Any], head_dim: int, length: int, max_position: int
 ) -> tuple[np.ndarray, float]:
     """Inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin."""

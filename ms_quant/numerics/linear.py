@@ -261,6 +261,10 @@ class QuantizedLinear:
             arrays["act_scale"] = np.array([self.static.scale], np.float32)
             arrays["input_offset"] = np.array([self.static.offset], np.int8)
             arrays["input_scale"] = self.static.input_scale
+            if self.static.reciprocal is not None:  # stored in the type that it is exact in
+                arrays["input_reciprocal"] = self.static.reciprocal[:1].astype(
+                    self.static.multiplied_in
+                )
         if isinstance(self.activation, TimestepActivation):
             arrays |= self.activation.arrays()
         if isinstance(self.activation, PerToken) and self.activation.clip != 1.0:
@@ -308,11 +312,12 @@ def _activation(format: ActivationFormat, arrays: Mapping[str, np.ndarray]) -> A
         return format.fit(None, None)
     if isinstance(format, Timestep):
         return format.restore_steps(arrays["input_scale"], arrays["input_offset"])
-    return format.restore(
-        StaticActivation(
-            arrays["act_scale"][0], int(arrays["input_offset"][0]), arrays["input_scale"]
-        )
+    static = StaticActivation(
+        arrays["act_scale"][0], int(arrays["input_offset"][0]), arrays["input_scale"]
     )
+    if "input_reciprocal" in arrays:
+        static = replace(static, multiplied_in=arrays["input_reciprocal"].dtype)
+    return format.restore(static)
 
 
 def int8_linear(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import RECORD, check_files
@@ -16,6 +15,7 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
+from ms_quant.serve.config_keys import config_findings
 from ms_quant.serve.records import (
     Loaded,
     Served,
@@ -78,18 +78,20 @@ def _index_problems(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{path}: unknown tensor {name!r}, expected only those that the index names"
 
 
-def server_findings(served: Served, directory: Path, config: ModelConfig, tp: int) -> None:
+def server_findings(served: Served, request: ServeRequest, config: ModelConfig) -> None:
     """Adds what any vLLM needs of a model directory and its ranks."""
+    directory = request.checkpoint
     architectures = config.raw.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         served.problems.append(
             f"{directory / 'config.json'}: architectures is {architectures!r:.80}, expected the "
             "model's class, which vLLM looks up"
         )
+    config_findings(served, request, config)
     if not any((directory / name).is_file() for name in TOKENIZERS):
         served.notes.append("the directory has no tokenizer: give --tokenizer to the server")
     try:
-        check_tp(config, tp)
+        check_tp(config, request.tp)
     except MsQuantError as error:
         served.problems.append(str(error))
 

@@ -52,7 +52,7 @@ def check(request: ServeRequest) -> Served:
     if structure is None:
         return served
     config = structure.plan.config
-    server_findings(served, request.checkpoint, config, request.tp)
+    server_findings(served, request, config)
     served.problems += _description_problems(request)
     served.problems += _scheme_problems(structure)
     if served.problems:

@@ -302,4 +302,4 @@ def proof_file(index: int) -> str:
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of the output, the same for every target."""
-    return golden_stick.model_config(config.raw, FLOAT16)
+    return golden_stick.model_config(config, FLOAT16)

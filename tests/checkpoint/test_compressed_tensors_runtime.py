@@ -62,7 +62,7 @@ def write(plan: Plan, source: Path, output: Path) -> dict[str, QuantizedLinear]:
         return tensors.read_float32(name).astype(plan.dtype)
 
     write_file(output / "model.safetensors", flavour.FLAVOUR.tensor_plans(plan), get)
-    config = model_config(plan.config.raw, plan.dtype)
+    config = model_config(plan.config, plan.dtype)
     config["quantization_config"] = flavour.FLAVOUR.description(plan)
     (output / "config.json").write_text(json.dumps(config))
     return linears

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ms_quant.checkpoint.atomic import write_bytes, write_json
+from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.finish import (
     RECORD,
     OutputDirectory,
@@ -35,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def finished(tmp_path: Path, source: Path) -> Path:
-    output = OutputDirectory(tmp_path / "out", JOB)
+    output = OutputDirectory(tmp_path / "out", JOB, copied=companion_files(source))
     with output.open():
         (output.partial / "rank_0").mkdir()
         files = [

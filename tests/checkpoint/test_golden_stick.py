@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -180,17 +181,19 @@ def test_fallback_is_float_by_whole_fused_groups(pattern: str, floats: str) -> N
 
 
 def test_config_json_is_stripped_and_says_the_dtype() -> None:
-    raw = {"a": 1, "quantization_config": None, "compression_config": {}, "torch_dtype": "float32"}
-    assert golden_stick.model_config(raw, BF16) == {"a": 1, "torch_dtype": "bfloat16"}
-    both = {"dtype": "float16", "torch_dtype": "float16"}  # older runtimes read only torch_dtype
-    assert golden_stick.model_config({"dtype": "float32"}, FP16) == both
-    assert golden_stick.model_config({"dtype": None, "torch_dtype": "float32"}, FP16) == both
-    assert golden_stick.model_config({}, FP16) == {"torch_dtype": "float16"}
-    nested = {"text_config": {"b": 2, "quantization_config": {}}}
-    expected = {"text_config": {"b": 2}, "torch_dtype": "bfloat16"}
-    assert golden_stick.model_config(nested, BF16) == expected
-    assert raw["torch_dtype"] == "float32"  # a new dict
-    assert "quantization_config" in nested["text_config"]
+    for given in ({"torch_dtype": "float32"}, {"dtype": "float32"}, {"dtype": None}, {}):
+        raw = {"model_type": "llama", "a": 1, "compression_config": {}, **given}
+        found = golden_stick.model_config(replace(plan("llama").config, raw=raw), BF16)
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        assert found == {
+            "model_type": "llama",
+            "a": 1,
+            "rope_theta": 10000.0,
+            "rope_parameters": rope,
+            "torch_dtype": "bfloat16",  # older runtimes read only this
+            "dtype": "bfloat16",
+        }
+        assert raw == {"model_type": "llama", "a": 1, "compression_config": {}, **given}
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

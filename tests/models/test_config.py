@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import load_config, parse_config, read_json
+from ms_quant.models.config import load_config, parse_config, read_json, written_config
 
 BASE = {
     "model_type": "llama",
@@ -49,11 +49,11 @@ def refusal(**changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mamba"}, ("model_type", "'mamba'", "llama, qwen2, qwen3")),
+        ({"model_type": "mamba"}, ("model_type", "'mamba'", "llama, mistral, qwen2, qwen3")),
         ({"model_type": None}, ("model_type", "None")),
         ({"model_type": ["llama"]}, ("model_type", "['llama']")),
         ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'", "'silu'")),
-        ({"use_sliding_window": True}, ("use_sliding_window", "True")),
+        ({"use_sliding_window": "yes"}, ("use_sliding_window", "'yes'", "true or false")),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             ("layer_types", "'sliding_attention'"),
@@ -153,9 +153,12 @@ def test_refuses_two_rotary_rules_that_differ():
     assert both.rope["rope_type"] == "yarn"
 
 
-def test_outer_original_length_wins_as_in_transformers():
-    config = parse(rope_parameters=LLAMA3, original_max_position_embeddings=16)
+def test_an_original_length_outside_is_taken_in():
+    inside = {key: value for key, value in LLAMA3.items() if not key.startswith("original")}
+    config = parse(rope_parameters=inside, original_max_position_embeddings=16)
     assert config.rope["original_max_position_embeddings"] == 16
+    written = written_config(config)["rope_scaling"]
+    assert written["original_max_position_embeddings"] == 16  # transformers 4 looks inside only
 
 
 def test_original_length_defaults_to_the_maximum():
@@ -181,7 +184,7 @@ def test_absent_keys_take_the_defaults_of_transformers(
 
 
 def test_reads_what_the_family_says():
-    llama = parse(attention_bias=True, mlp_bias=True, dtype="float16", eos_token_id=[2, 3])
+    llama = parse(attention_bias=True, mlp_bias=True, torch_dtype="float16", eos_token_id=[2, 3])
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm) == (True,) * 3 + (False,)
     assert (llama.dtype, llama.eos_token_ids) == ("float16", (2, 3))
     qwen2 = parse(model_type="qwen2", eos_token_id=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -79,6 +80,27 @@ def test_it_computes_what_mindspore_does(model, native, monkeypatch):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_a_layer_without_positions(native, monkeypatch):
+    """It computes what the Cells do, and does not see the order of earlier tokens."""
+    ms = pytest.importorskip("mindspore")
+    from ms_quant.models import decoder, direct
+
+    for module in (decoder, direct):
+        monkeypatch.setattr(module, "has_kernels", lambda: False)
+    config = replace(config_of("llama"), num_layers=2, unrotated=(1,))
+    ours, theirs, x = loaded(config), decoder.DecoderBlock(config), random((2, LENGTH, 24), 99)
+    for name, parameter in theirs.parameters_and_names():
+        parameter.set_data(ms.Tensor(ours.arrays[name]))
+    swapped, mask = x[:, [1, 0, *range(2, LENGTH)]], decoder.causal_mask(LENGTH)
+    for index in (0, 1):
+        ours.index = index
+        angles = decoder.rope_tensors(config, 0, LENGTH, config.rotates(index))
+        expected = theirs.attend(ms.Tensor(x), *angles, mask).asnumpy()
+        np.testing.assert_allclose(ours.attend(x), expected, rtol=1e-5, atol=1e-5)
+        moved = np.abs(ours.attend(swapped)[:, 2:] - ours.attend(x)[:, 2:]).max()
+        assert moved < 1e-5 if index else moved > 1e-3
 
 
 @pytest.mark.parametrize("model", MODELS)
