@@ -16,6 +16,22 @@ KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninit
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
 ARM = aarch64-linux-gnu
 
+# tests/kernels goes through all instruction sets in each run; these take the best there is.
+WITHOUT_KERNELS = $(addprefix tests/,models algorithms test_searched.py test_blocks.py \
+	test_observers.py test_remake.py)
+ISA_TESTS = $(WITHOUT_KERNELS) $(addprefix tests/,test_evaluation.py test_kv_cache.py \
+	kernels/test_matrix.py $(addprefix cells/test_,native.py quant_linear.py \
+	quant_linear_schemes.py))
+test-isa-none: ISA_TESTS = $(WITHOUT_KERNELS)
+# Other libraries as on such a machine, as far as they let themselves be told.
+ifeq ($(shell uname -m),x86_64)
+AVX512 = AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR
+test-isa-avx2 test-isa-avx_vnni: MASKED = OPENBLAS_CORETYPE=Haswell ONEDNN_MAX_CPU_ISA=AVX2 \
+	NPY_DISABLE_CPU_FEATURES="$(AVX512)"
+test-isa-none test-isa-scalar: MASKED = OPENBLAS_CORETYPE=Prescott ONEDNN_MAX_CPU_ISA=SSE41 \
+	NPY_DISABLE_CPU_FEATURES="SSSE3 SSE41 POPCNT SSE42 AVX F16C FMA3 AVX2 $(AVX512)"
+endif
+
 VLLM = build/vllm
 VLLM_VERSIONS ?= 0.11.0 0.31.0
 # Its wheel is for one Python; without it the tests of it are skipped.
@@ -23,13 +39,23 @@ BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 	'import sys; print(*sys.version_info[:2], sep=".")')),vllm_mindspore==0.5.1)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-vllm test-aarch64 lint format bench accuracy fuzz clean
+.PHONY: demo test test-isa test-vllm test-aarch64 lint format bench accuracy fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+# What depends on the kernels' instruction set, with each that is slower than this machine's best, and
+# with NumPy alone; two of them at a time.
+test-isa: $(INSTALLED)
+	$(MAKE) -j2 -Otarget $$($(BIN)/python -c 'from ms_quant.kernels import ISAS, best_isa, has_isa; \
+		slower = [name for name in ISAS if has_isa(name) and name != best_isa()]; \
+		print(*(f"test-isa-{name}" for name in ["none", *slower]))')
+
+test-isa-%: $(INSTALLED)
+	$(MASKED) MS_QUANT_ISA=$* $(BIN)/python -m pytest -q $(ISA_TESTS)
 
 # The plugin in vLLM itself: each version in an environment of its own without what only a GPU
 # needs, over one torch and $(VENV).

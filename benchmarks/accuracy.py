@@ -166,7 +166,7 @@ def main() -> None:
     use_mindspore()
     from ms_quant.evaluation import perplexity
 
-    tokens = eval_windows(arguments.heldout, arguments.model, 256)[: arguments.windows]
+    tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory() as directory:
         twin = Path(directory) / "twin"

@@ -214,7 +214,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     use_mindspore()
-    tokens = eval_windows(arguments.heldout, arguments.model, 256)[: arguments.windows]
+    tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     with tempfile.TemporaryDirectory() as directory:
         options = SparseOptions(
             arguments.model, Path(directory) / "out", arguments.calib, tp=1, target_ratio=RATIOS[0]

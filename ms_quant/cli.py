@@ -28,7 +28,6 @@ from ms_quant.console import (
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline import quantize_checkpoint
 from ms_quant.request import (
-    SAMPLES,
     QuantizeOptions,
     make_choices,
     prepare,
@@ -110,7 +109,7 @@ def quantize(
         typer.Option("--set", help="Another option of the scheme or algorithm, NAME=VALUE."),
     ] = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Calibration data: text, .jsonl or .npz.")
+        Path | None, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Windows of calibration data. Default: 64", min=1)
@@ -176,9 +175,6 @@ def quantize(
 
 def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
     prepared = prepare(options)
-    if prepared.tokens is not None and len(prepared.tokens) < (prepared.options.samples or SAMPLES):
-        count, length = prepared.tokens.shape
-        note(f"{prepared.options.calib}: holds {count} windows of {length} tokens, using all")
     for line in dict.fromkeys(line for request in prepared.all for line in request.notes):
         note(f"note: {line}")
     if dry_run:
@@ -280,7 +276,7 @@ def serve_check(
 @app.command("eval", epilog=example("ms-quant eval Qwen3-8B-W8A8 --text heldout.txt"))
 def evaluate(
     checkpoint: CheckpointArgument,
-    text: Annotated[Path, typer.Option(help="Text, .jsonl or .npz to predict.")],
+    text: Annotated[Path, typer.Option(help="Text, JSON records, .parquet or .npz to predict.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 256,
     windows: Annotated[int | None, typer.Option(help="Use only the first windows.", min=1)] = None,
     kv_cache: CacheOption = None,
@@ -298,7 +294,8 @@ def evaluate(
     from ms_quant.inspection import cache_name
 
     model = open_model(checkpoint)
-    tokens = eval_windows(text, checkpoint, seq_len)[:windows]
+    _note_oddities(model)
+    tokens = eval_windows(text, checkpoint, seq_len, windows)
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
     if is_phased(model):
@@ -331,6 +328,13 @@ def evaluate(
     exit_if_problems(problems)
 
 
+def _note_oddities(model: Any) -> None:
+    """What is wrong or odd in the files of a checkpoint that can be read all the same."""
+    structure = getattr(model, "structure", None)
+    for text in [*structure.defects, *structure.notes] if structure else []:
+        note(f"note: {text}")
+
+
 @app.command(epilog=example('ms-quant generate Qwen3-8B-W8A8 --prompt "The capital of France"'))
 def generate(
     checkpoint: CheckpointArgument,
@@ -350,8 +354,10 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(prompt)
+    model = open_model(checkpoint)
+    _note_oddities(model)
     stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    generator = Generator(open_model(checkpoint), kv_cache, stops)
+    generator = Generator(model, kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
     result = {"prompt": prompt, "text": tokenizer.decode(new), "tokens": new}
     emit(result, as_json, lambda result: print(prompt + result["text"]))
@@ -430,10 +436,14 @@ def _show_verification(result: dict[str, Any]) -> None:
         )
         if result["unknown"]:
             print(f"{len(result['unknown'])} not compared: where their smoothing went is not known")
-    if not result["problems"]:
-        print(f"{result['checkpoint']}: right, {result['quantized']} quantized linears")
     for text in result["notes"]:
         note(f"note: {text}")
+    for text in result["not_proved"]:
+        print(f"not proved: {text}")
+    if not result["problems"]:
+        print(
+            f"{result['checkpoint']}: {result['verdict']}, {result['quantized']} quantized linears"
+        )
 
 
 def _show_serving(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import PLAIN, get_chain
 from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.companion_files import companion_files
 from ms_quant.checkpoint.finish import (
@@ -27,16 +27,19 @@ from ms_quant.checkpoint.flavour import group_of
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.source_kind import model_directory
-from ms_quant.checkpoint.structure import check_kind
+from ms_quant.checkpoint.structure import PROVENANCE, check_kind, is_ours
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
-from ms_quant.numerics.activation import StaticActivation
+from ms_quant.numerics.activation import Phased, StaticActivation
+from ms_quant.numerics.float8_blocks import Float8BlockGrid
 from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.places import check_places
 from ms_quant.plan import Plan, Way, check_runs, plan_of_ways, recorded_way
+from ms_quant.provenance import provenance, without_algorithms
+from ms_quant.request import SHARD_BYTES
 from ms_quant.schemes import get_scheme
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
@@ -69,7 +72,8 @@ def convert_checkpoint(
     """Makes a checkpoint of another flavour with the same numbers.
 
     Args:
-        directory: the checkpoint, made by this project.
+        directory: the checkpoint; one that others made is taken as far as it can be seen to be
+            right, and the record of the output says so.
         output: directory to make.
         format: name of the flavour.
         shard_bytes: largest output file; None is as the checkpoint was made.
@@ -85,22 +89,15 @@ def convert_checkpoint(
     directory = model_directory(directory)
     check_places(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
-    _record(directory)
-    damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)
-    if damaged:
-        raise MsQuantError(damaged)
-    model = QuantizedModel(directory)
-    content = _record(directory)
-    problem = next(record_problems(directory / RECORD, content, model.plan), None)
-    if problem:
-        raise MsQuantError(problem)
+    model, content = _open(directory)
     record = content["record"]
     plan = _other_plan(model, record, format)
     sizes = {"shard_bytes": shard_bytes} if shard_bytes is not None else {}
     rest = {key: value for key, value in record.items() if key not in PLANNED}
+    planned = without_algorithms(plan.record()) if plan.foreign else plan.record()
     made = OutputDirectory(
         output,
-        {**plan.record(), **rest, **sizes},
+        {**planned, **rest, **sizes},
         any_environment=True,
         copied=companion_files(directory),
     )
@@ -119,10 +116,25 @@ def convert_checkpoint(
     return summary(plan, output, finished)
 
 
+def _open(directory: Path) -> tuple[QuantizedModel, dict[str, Any]]:
+    """A checkpoint that is not damaged, and its record; of one that others made what is known."""
+    if not is_ours(directory):
+        model = QuantizedModel(directory)
+        known = {PROVENANCE: provenance(model.structure), "shard_bytes": SHARD_BYTES}
+        return model, {"record": known}
+    content = _record(directory)
+    damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)
+    if damaged:
+        raise MsQuantError(damaged)
+    model = QuantizedModel(directory)
+    problem = next(record_problems(directory / RECORD, content, model.plan), None)
+    if problem:
+        raise MsQuantError(problem)
+    return model, content
+
+
 def _record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
-    if not path.exists():
-        raise MsQuantError(f"{directory}: has no {RECORD}, expected a checkpoint of ms-quant")
     content = read_json(path, MAX_RECORD_BYTES)
     if not isinstance(content.get("record"), Mapping):
         raise MsQuantError(
@@ -148,6 +160,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
     if not ways:
         raise MsQuantError("every linear is float, there is nothing to convert")
     other = plan_of_ways(plan.config, ways, plan.dtype, plan.float_groups, plan.kv_cache)
+    other = replace(other, foreign=plan.foreign)
     shapes = plan.config.linear_shapes()
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
@@ -162,7 +175,8 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
 def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) -> Way:
     options = recorded.get("algorithm_options") or {}
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
-    made = get_chain(str(recorded.get("algorithm")), plan.scheme, settings)
+    algorithm = PLAIN if plan.foreign else str(recorded.get("algorithm"))
+    made = get_chain(algorithm, plan.scheme, settings)
     scheme = get_scheme(plan.scheme.name, format, **plan.scheme.chosen)
     smooths, fold = made.any("smooths"), plan.scheme.fold
     if not smooths:
@@ -175,7 +189,9 @@ def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) 
             "--fold norm to convert it"
         ) from None
     narrow = plan.scheme.scale_dtype(plan.dtype) == plan.dtype
-    return scheme.narrowed() if narrow else scheme, made
+    if narrow:
+        return scheme.narrowed(), made
+    return scheme.widened() if scheme.held[0].float32_scales else scheme, made
 
 
 @dataclass
@@ -202,7 +218,9 @@ class _Converted:
     def check(self) -> None:
         """Refuses, before anything is written, what the output would not tell again."""
         for path in self.plan.quantized():
-            self._check_bias(path, self._linear(path))
+            linear = self._linear(path)
+            self._check_bias(path, linear)
+            self._check_stated(path, linear)
 
     def __call__(self, name: str) -> np.ndarray | Iterator[np.ndarray]:
         tensor = self.tensors[name]
@@ -226,6 +244,21 @@ class _Converted:
         if linear.bias is not None:
             _check_exact(linear.bias, dtype, f"{path}.bias")
 
+    def _check_stated(self, path: str, linear: QuantizedLinear) -> None:
+        """Refuses to lose how others have rounded ``quant_bias``."""
+        if linear.stated is None:
+            return
+        activation = self.plan.scheme_of(path).activation
+        folds = isinstance(activation, Phased) or getattr(activation, "folds_bias", False)
+        rows, columns = linear.weight.shape
+        own, group = self.plan.at(path), group_of(self.plan, path)
+        held = "quant_bias" in own.flavour.linear_plan(own, group, (rows, columns))
+        if not held or (folds != linear.stated.folds_bias and linear.bias is not None):
+            raise MsQuantError(
+                f"{path}.quant_bias: is rounded otherwise than the other tensors give, format "
+                f"{self.plan.flavour.name} does not hold it"
+            )
+
     def _linear(self, path: str) -> QuantizedLinear:
         """The linear as the output's flavour splits its numbers."""
         if self.cached[0] != path:
@@ -246,10 +279,10 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
     grid, static = linear.grid, linear.activation
     dtype = plan.scheme.scale_dtype(plan.dtype)
     if not isinstance(static, StaticActivation):
-        if isinstance(grid, AffineGrid | Float8Grid | TwoLevelGrid):
-            _check_exact(grid.scale, dtype, f"{path}.weight_scale")
+        _check_scales(linear, plan, path)
         return linear
-    step = static.input_scale[:1]
+    static = replace(static, multiplied_in=None)  # which goes with a format, not with numbers
+    linear, step = replace(linear, activation=static), static.input_scale[:1]
     if (static.input_scale != step).any():
         raise MsQuantError(
             f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "
@@ -267,6 +300,16 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
         )
     grid = grid.format.grid({"weight_scale": scale[:, None]})
     return replace(linear, grid=grid, activation=replace(static, scale=np.float32(step[0])))
+
+
+def _check_scales(linear: QuantizedLinear, plan: Plan, path: str) -> None:
+    """Refuses scales of a weight that the output's type does not hold."""
+    if not isinstance(linear.grid, AffineGrid | Float8Grid | Float8BlockGrid | TwoLevelGrid):
+        return
+    rows, columns = linear.weight.shape
+    stored = plan.flavour.linear_plan(plan, group_of(plan, path), (rows, columns))
+    for dtype in {plan.scheme.scale_dtype(plan.dtype), stored["weight_scale"][0]}:
+        _check_exact(linear.grid.scale, dtype, f"{path}.weight_scale")
 
 
 def _check_exact(array: np.ndarray, dtype: np.dtype, name: str) -> None:

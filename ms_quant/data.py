@@ -1,30 +1,38 @@
 """Calibration and evaluation data: a file becomes windows of token ids.
 
-Three kinds of file, told apart by suffix: ``.npz`` holds ids, ``.jsonl`` holds one record a line,
-anything else is UTF-8 text. Text becomes one stream with the end-of-sequence token between records,
-cut into windows. Each window begins with the token that the model's tokenizer puts before a text,
-if it does: serving does so, too. Ids of an ``.npz`` are taken as they are.
+``data_files`` says what is read. Text becomes one stream with the end-of-sequence token between
+records, cut into windows. Each window begins with the token that the model's tokenizer puts before
+a text, if it does: serving does so, too. Ids are taken as they are. Of a large file as much is
+tokenized as the windows need, see ``data_windows``.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ms_quant.data_files import Kind, count_chars, find_kind, read_ids, unpacked_bytes
+from ms_quant.data_records import Content, Conversation
+from ms_quant.data_sources import RecordSource, TextSource, holds_ids, record_reader
+from ms_quant.data_windows import draw, needs_whole, stream
 from ms_quant.errors import MsQuantError
-from ms_quant.tokenizer import ModelTokenizer, check_file, load_tokenizer, model_vocab_size
+from ms_quant.tokenizer import ModelTokenizer, load_tokenizer, model_vocab_size
 
-__all__ = ["eval_windows", "load_stream", "load_tokenizer", "load_tokens"]
+__all__ = [
+    "eval_windows",
+    "few_tokens",
+    "load_stream",
+    "load_tokenizer",
+    "load_tokens",
+    "reading_bytes",
+]
 
-MAX_FILE_BYTES = 4 << 30
-MAX_RECORD_CHARS = 64 << 20
-CHUNK_CHARS = 4 << 20  # the tokenizers library needs some 200 bytes of memory a token
-ANSWER_KEYS = ("answer", "completion", "response")
+FEW_TOKENS, JUDGED_TOKENS = 16, 64  # fewer of all tokens say nothing
+REPEATED = 0.98
+TEXT_BYTES, TOKENIZER_COPIES = 64 << 20, 12
+NO_IDS = np.zeros(0, np.int32)
 
 
 def load_tokens(
@@ -32,12 +40,14 @@ def load_tokens(
 ) -> np.ndarray:
     """Chooses calibration windows from a file.
 
-    The file becomes one stream of ids, cut into windows that do not overlap; ``samples`` of them
-    are drawn without replacement and kept in the order of the file. A 2-D array of ids is cut row
-    by row.
+    A file of up to 1 Mi characters (or 12 for each token asked for) becomes one stream of ids, cut
+    into windows that do not overlap; ``samples`` of them are drawn without replacement and kept in
+    the order of the file. Of a larger one a window is tokenized at each of ``samples`` drawn
+    places, one in each of as many equal stretches of the file. A 2-D array of ids is cut row by
+    row.
 
     Args:
-        path (Path | str): ``.npz``, ``.jsonl`` or text.
+        path (Path | str): text, JSON or Parquet records, or ids.
         tokenizer_dir (Path | str): the model directory.
         samples (int): how many windows to draw.
         seq_len (int): the length of a window.
@@ -48,25 +58,34 @@ def load_tokens(
         fewer windows, and then all are returned.
 
     Raises:
-        MsQuantError: the file is empty, malformed, too short for one window, or holds ids that the
-            model does not have.
+        MsQuantError: the file is of a kind that is not read, empty, malformed, too short for one
+            window, nothing but one token, or holds ids that the model does not have.
     """
     if samples <= 0:
         raise MsQuantError(f"samples is {samples}, expected a positive number")
-    windows = eval_windows(path, tokenizer_dir, seq_len)
-    if len(windows) <= samples:
-        return windows
-    chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
-    return windows[np.sort(chosen)]
+    data = _open(Path(path), Path(tokenizer_dir))
+    step = data.step(seq_len)
+    windows = None
+    if data.source is not None and not needs_whole(data.source, samples, step):
+        windows = draw(data.source, data.encoder, samples, step, seed)
+    if windows is None:
+        windows = data.windows(step)
+    if len(windows) > samples:
+        chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
+        windows = windows[np.sort(chosen)]
+    return data.finish(windows)
 
 
-def eval_windows(path: Path | str, tokenizer_dir: Path | str, seq_len: int) -> np.ndarray:
-    """All windows of a file, in order, without overlap; the rest of the stream is dropped.
+def eval_windows(
+    path: Path | str, tokenizer_dir: Path | str, seq_len: int, limit: int | None = None
+) -> np.ndarray:
+    """The windows of a file, in order, without overlap; the rest of the stream is dropped.
 
     Args:
-        path (Path | str): ``.npz``, ``.jsonl`` or text.
+        path (Path | str): text, JSON or Parquet records, or ids.
         tokenizer_dir (Path | str): the model directory.
         seq_len (int): the length of a window.
+        limit (int | None): only the first ones; no more is tokenized. Default: ``None``, all.
 
     Returns:
         numpy.ndarray, int32 of shape ``(n, seq_len)``, n at least 1.
@@ -74,159 +93,181 @@ def eval_windows(path: Path | str, tokenizer_dir: Path | str, seq_len: int) -> n
     Raises:
         MsQuantError: as :func:`load_tokens`.
     """
-    stream, first = _load(Path(path), Path(tokenizer_dir))
-    step = seq_len - len(first)
-    if step <= 0:
-        raise MsQuantError(f"seq_len is {seq_len}, expected at least {len(first) + 1}")
-    ids = np.atleast_2d(stream)
-    length = ids.shape[1] if ids.size else 0
-    if length < step:
-        raise MsQuantError(
-            f"{path}: {length} tokens, expected at least {step} for a window of seq_len {seq_len}"
-        )
-    windows = ids[:, : length - length % step].reshape(-1, step)
-    return np.concatenate([np.tile(first, (len(windows), 1)), windows], axis=1)
+    data = _open(Path(path), Path(tokenizer_dir))
+    return data.finish(data.windows(data.step(seq_len), limit))
 
 
 def load_stream(path: Path | str, tokenizer_dir: Path | str) -> np.ndarray:
     """The ids of a whole file.
 
     Args:
-        path (Path | str): ``.npz``, ``.jsonl`` or text.
+        path (Path | str): text, JSON or Parquet records, or ids.
         tokenizer_dir (Path | str): the model directory.
 
     Returns:
         numpy.ndarray, int32 of one dimension, or of two where an ``.npz`` holds such an array.
 
     Raises:
-        MsQuantError: the file is empty or malformed, or holds ids that the model does not have.
+        MsQuantError: the file is of a kind that is not read, empty or malformed, or holds ids that
+            the model does not have.
     """
-    return _load(Path(path), Path(tokenizer_dir))[0]
+    return _open(Path(path), Path(tokenizer_dir)).stream()
 
 
-def _load(path: Path, directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The stream, and the ids that each window begins with."""
-    check_file(path, MAX_FILE_BYTES)
-    if path.suffix == ".npz":
-        vocab_size = model_vocab_size(directory) or load_tokenizer(directory).vocab_size
-        return _check_ids(_read_npz(path), vocab_size, path), np.zeros(0, np.int32)
-    tokenizer = load_tokenizer(directory)
-    read = _record_ids if path.suffix == ".jsonl" else _text_ids
-    try:
-        pieces = list(read(path, tokenizer))
-    except UnicodeDecodeError:
-        raise MsQuantError(f"{path}: not UTF-8, expected text, .jsonl or .npz") from None
-    ids = np.concatenate([np.zeros(0, np.int32), *pieces])
-    return _check_ids(ids, tokenizer.vocab_size, path), tokenizer.first_ids
+def reading_bytes(path: Path, tokenizer_dir: Path) -> int:
+    """About the most memory that reading a file takes, measured with ``benchmarks/data.py``."""
+    if find_kind(path) is Kind.IDS:
+        return 2 * unpacked_bytes(path)
+    files = [tokenizer_dir / name for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return TEXT_BYTES + TOKENIZER_COPIES * sum(f.stat().st_size for f in files if f.is_file())
 
 
-def _text_ids(path: Path, tokenizer: ModelTokenizer) -> Iterator[np.ndarray]:
-    with path.open(encoding="utf-8-sig") as file:
-        while chunk := file.read(CHUNK_CHARS):
-            yield tokenizer.encode(chunk + file.readline(CHUNK_CHARS))
+def few_tokens(windows: np.ndarray) -> str | None:
+    """A sentence where data are poor: few different tokens."""
+    count = len(np.unique(windows))
+    if windows.size < JUDGED_TOKENS or count >= FEW_TOKENS:
+        return None
+    return f"only {count} different token ids occur, expected data like what the model will read"
 
 
-def _record_ids(path: Path, tokenizer: ModelTokenizer) -> Iterator[np.ndarray]:
-    first = True
-    for where, line in _lines(path):
-        text = _record_text(line, where, tokenizer)
+class _Encoder:
+    """The ids of a text for one model, each of them one that it has."""
+
+    def __init__(self, path: Path, directory: Path, tokenizer: ModelTokenizer | None):
+        self.path, self.tokenizer = path, tokenizer
+        if tokenizer is None:
+            known = model_vocab_size(directory)
+            self.vocab_size, self.first_ids = known or load_tokenizer(directory).vocab_size, NO_IDS
+        else:
+            self.vocab_size, self.first_ids = tokenizer.vocab_size, tokenizer.first_ids
+
+    @property
+    def between(self) -> np.ndarray:
+        """The end-of-sequence token, or nothing where none is known or records are ids."""
+        eos = None if self.tokenizer is None else self.tokenizer.eos_id
+        return NO_IDS if eos is None else self.check(np.array([eos]))
+
+    def encode(self, text: str, begins: bool) -> np.ndarray:
+        """Ids of a text, without what every window begins with: a chat template may write it."""
+        assert self.tokenizer is not None
+        ids = self.check(self.tokenizer.encode(text))
+        count = len(self.first_ids)
+        return ids[count:] if begins and count and ids[:1] == self.first_ids else ids
+
+    def read(self, content: Content, where: str) -> str | np.ndarray:
+        """The text of a record, or its ids."""
+        if isinstance(content, np.ndarray):
+            return self.check(content)
+        if isinstance(content, Conversation):
+            assert self.tokenizer is not None
+            if self.tokenizer.templates is None:
+                raise MsQuantError(
+                    f"{where} is a conversation, {self.tokenizer.directory} has no chat template: "
+                    "expected chat_template.jinja or a chat_template in tokenizer_config.json, or "
+                    "records of text"
+                )
+            try:
+                content = self.tokenizer.render(content.messages, tools=content.tools)
+            except MsQuantError as error:
+                raise MsQuantError(f"{where}: {error}") from error
         try:
-            text.encode()
+            content.encode()
         except UnicodeEncodeError:
             raise MsQuantError(f"{where} holds half of a surrogate pair, expected text") from None
-        ids = tokenizer.encode(text)
-        if len(tokenizer.first_ids) and ids[:1] == tokenizer.first_ids:
-            ids = ids[1:]  # a chat template may write what every window begins with
-        if not first:
-            if tokenizer.eos_id is None:
-                raise MsQuantError(
-                    f"{tokenizer.directory}: tokenizer_config.json names no known eos_token, "
-                    "expected one to put between records"
-                )
-            yield np.array([tokenizer.eos_id], np.int32)
-        first = False
-        yield ids
+        return content
+
+    def check(self, ids: np.ndarray) -> np.ndarray:
+        """The ids as int32.
+
+        Raises:
+            MsQuantError: the model has no such id.
+        """
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            wrong = int(ids.min() if ids.min() < 0 else ids.max())
+            text = self.tokenizer and self.tokenizer.backend.id_to_token(wrong)
+            raise MsQuantError(
+                f"{self.path}: holds the token id {wrong}{f' ({text})' if text else ''}, expected "
+                f"ids from 0 to {self.vocab_size - 1}, which the model's embedding has"
+            )
+        return ids.astype(np.int32, copy=False)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8-sig") as file:
-        number = 0
-        while line := file.readline(MAX_RECORD_CHARS + 1):
-            number += 1
-            if len(line) > MAX_RECORD_CHARS:
-                raise MsQuantError(
-                    f"{path}: line {number} is longer than {MAX_RECORD_CHARS} characters"
-                )
-            if line.strip():
-                yield f"{path}: line {number}", line
+@dataclass(frozen=True)
+class _Data:
+    """A data file and the model that reads it.
+
+    Attributes:
+        path: the file.
+        encoder: text to ids of the model.
+        source: its texts, or ids record by record; None where `ids` are given as an array.
+        ids: of one or two dimensions.
+    """
+
+    path: Path
+    encoder: _Encoder
+    source: TextSource | RecordSource | None = None
+    ids: np.ndarray | None = None
+
+    def stream(self, limit: int | None = None) -> np.ndarray:
+        """All ids, or a few more than `limit`."""
+        if self.source is None:
+            assert self.ids is not None
+            return self.ids
+        pieces, held = [NO_IDS], 0
+        for piece in stream(self.source, self.encoder):
+            pieces.append(piece)
+            held += len(piece)
+            if limit is not None and held >= limit:
+                break
+        return np.concatenate(pieces)
+
+    def step(self, seq_len: int) -> int:
+        """How many tokens of the data a window has."""
+        first = len(self.encoder.first_ids)
+        if seq_len <= first:
+            raise MsQuantError(f"seq_len is {seq_len}, expected at least {first + 1}")
+        return seq_len - first
+
+    def windows(self, step: int, limit: int | None = None) -> np.ndarray:
+        """The windows of the stream, without what each begins with."""
+        ids = np.atleast_2d(self.stream(None if limit is None else limit * step))
+        length = ids.shape[1] if ids.size else 0
+        if length < step:
+            seq_len = step + len(self.encoder.first_ids)
+            raise MsQuantError(
+                f"{self.path}: {length} tokens, expected at least {step} for a window of seq_len "
+                f"{seq_len}"
+            )
+        return ids[:, : length - length % step].reshape(-1, step)[:limit]
+
+    def finish(self, windows: np.ndarray) -> np.ndarray:
+        """The windows with what each begins with, if they are no repetition of one token.
+
+        Raises:
+            MsQuantError: they are.
+        """
+        found, counts = np.unique(windows, return_counts=True)
+        share = counts.max() / windows.size
+        if windows.size >= JUDGED_TOKENS and (len(found) < 3 or share >= REPEATED):
+            raise MsQuantError(
+                f"{self.path}: {share:.0%} of its tokens are the id {found[counts.argmax()]}, "
+                f"expected data like what the model will read"
+            )
+        first = np.tile(self.encoder.first_ids, (len(windows), 1))
+        return np.concatenate([first, windows], axis=1)
 
 
-def _record_text(line: str, where: str, tokenizer: ModelTokenizer) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MsQuantError(f"{where} is not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise MsQuantError(f"{where} is a JSON {type(record).__name__}, expected an object")
-    kinds = [key for key in ("text", "prompt", "messages") if key in record]
-    answers = [key for key in ANSWER_KEYS if key in record]
-    if len(kinds) != 1 or len(answers) != (kinds == ["prompt"]):
-        raise MsQuantError(
-            f"{where} has the keys {sorted(record)!r:.120}, expected either text, or prompt and "
-            f"one of {', '.join(ANSWER_KEYS)}, or messages"
+def _open(path: Path, directory: Path) -> _Data:
+    kind = find_kind(path)
+    if kind is Kind.IDS:
+        encoder = _Encoder(path, directory, None)
+        return _Data(path, encoder, ids=encoder.check(read_ids(path)))
+    size = 0 if kind is Kind.PARQUET else count_chars(path)
+    read = record_reader(path, kind)
+    if read is None:
+        return _Data(
+            path, _Encoder(path, directory, load_tokenizer(directory)), TextSource(path, size)
         )
-    if kinds == ["messages"]:
-        return tokenizer.render(_check_messages(record["messages"], where))
-    texts = [record[key] for key in kinds + answers]
-    if not all(isinstance(text, str) for text in texts):
-        raise MsQuantError(f"{where}: {' and '.join(kinds + answers)}, expected strings")
-    return _join(texts)
-
-
-def _join(texts: list[str]) -> str:
-    """Prompt and answer touch where one of them brings white space, else on a new line."""
-    if len(texts) == 2 and not texts[0][-1:].isspace() and not texts[1][:1].isspace():
-        return "\n".join(texts)
-    return "".join(texts)
-
-
-def _check_messages(value: Any, where: str) -> list[dict[str, Any]]:
-    good = isinstance(value, list) and all(
-        isinstance(item, dict) and all(isinstance(item.get(k), str) for k in ("role", "content"))
-        for item in value
-    )
-    if not good or not value:
-        raise MsQuantError(f"{where}: messages, expected a list of objects with role and content")
-    return value
-
-
-def _read_npz(path: Path) -> np.ndarray:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_FILE_BYTES:
-            raise MsQuantError(f"{path}: {size} bytes unpacked, expected at most {MAX_FILE_BYTES}")
-        with np.load(path, allow_pickle=False) as arrays:
-            names = arrays.files
-            if "tokens" not in names and len(names) != 1:
-                raise MsQuantError(f"{path}: has the arrays {names}, expected one named tokens")
-            ids = arrays["tokens" if "tokens" in names else names[0]]
-    except MsQuantError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise MsQuantError(f"{path}: not a readable .npz file ({error})") from error
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-        raise MsQuantError(
-            f"{path}: found {getattr(ids, 'dtype', 'bytes')} of shape "
-            f"{list(getattr(ids, 'shape', []))}, expected integers of one or two dimensions"
-        )
-    return ids
-
-
-def _check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise MsQuantError(
-            f"{path}: holds the token id {wrong}, expected ids from 0 to {vocab_size - 1}"
-        )
-    return ids.astype(np.int32, copy=False)
+    tokenizer = None if holds_ids(read) else load_tokenizer(directory)
+    encoder = _Encoder(path, directory, tokenizer)
+    return _Data(path, encoder, RecordSource(path, size, read, encoder.read))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
+from ms_quant.data import reading_bytes
 from ms_quant.models.attention import QUERIES
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.pipeline import Prepared, needed_bytes
@@ -55,6 +56,9 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         if plan.any("hessian"):
             sizes = _inputs(plan)
             memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
+        options = prepared.options
+        assert options.calib is not None
+        memory = max(memory, IMPORT_BYTES + reading_bytes(options.calib, options.model))
     return {
         "output": str(output),
         "flavour": plan.flavour.name,

@@ -58,6 +58,8 @@ class Plan:
     search_tokens: searches look at this many of the calibration tokens, at most.
     kv_cache: how keys and values are cached, one of ``KV_CACHES``, or "".
     mixed: full path prefixes of the groups that become something else.
+    foreign: whether others made the checkpoint: how it was made is not known, and what follows
+        from other tensors may be rounded otherwise.
     """
 
     config: ModelConfig
@@ -68,6 +70,7 @@ class Plan:
     search_tokens: int = SEARCH_TOKENS
     kv_cache: str = ""
     mixed: Mapping[str, Way] = field(default_factory=dict)
+    foreign: bool = False
 
     def at(self, path: str) -> Plan:
         """The plan of one group alone, by its full path prefix or that of one of its linears."""

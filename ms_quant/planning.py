@@ -304,7 +304,8 @@ def _undivided(plan: Plan, stay_float: bool, must_serve: bool) -> Iterator[str]:
                     check_runs(plan, index, group)
             except MsQuantError as error:
                 if not stay_float:
-                    size = "another group size, or " if "do not divide" in str(error) else ""
+                    sized = "group_size" in plan.of(index, group).scheme.options
+                    size = "another group size, or " if sized and "divide" in str(error) else ""
                     raise MsQuantError(
                         f"{error}; expected {size}--float-undivided to leave such linears float"
                     ) from None

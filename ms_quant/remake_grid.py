@@ -31,6 +31,7 @@ def some_rows(linear: QuantizedLinear, format: WeightFormat, rows: slice) -> Qua
         grid=format.grid({name: array[rows] for name, array in linear.grid.arrays().items()}),
         bias=None,
         branch=branch and LowRank(branch.l1, branch.l2[rows]),
+        stated=linear.stated and linear.stated.rows(rows),
     )
 
 

@@ -23,7 +23,7 @@ from ms_quant.checkpoint.reader import Checkpoint, FloatTensors, fingerprint
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.checkpoint.unlisted import is_read
-from ms_quant.data import load_tokens
+from ms_quant.data import few_tokens, load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.exclude import float_notes
 from ms_quant.models.config import ModelConfig
@@ -309,6 +309,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
+    notes += [] if tokens is None else _data_notes(options, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     return Prepared(
         options,
@@ -458,12 +459,23 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
-            f"{what} needs calibration data, expected --calib FILE (text, .jsonl or .npz)"
+            f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
+            "or .npz)"
         )
     samples = SAMPLES if options.samples is None else options.samples
     seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
     seed = SEED if options.seed is None else options.seed
     return load_tokens(options.calib, options.model, samples, seq_len, seed)
+
+
+def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
+    """Sentences about calibration data that are used, but less or poorer than asked for."""
+    notes, (count, length) = [], tokens.shape
+    if count < (options.samples or SAMPLES):
+        notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
+    if poor := few_tokens(tokens):
+        notes.append(f"{options.calib}: {poor}")
+    return notes
 
 
 def float_tensors(plan: Plan) -> list[str]:

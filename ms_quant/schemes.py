@@ -10,12 +10,14 @@ from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import (
     DualMxTokens,
     Float,
+    GroupFloat8,
     MxTokens,
     PerToken,
     PerTokenFloat8,
     Phased,
     StaticInt8,
 )
+from ms_quant.numerics.float8_blocks import Float8BlockFormat
 from ms_quant.numerics.float_grid import DualMxFormat, Float8Format, FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.mx_rules import RULES
@@ -35,6 +37,7 @@ KV_CACHES = {
 }
 FLOAT_BIAS, IN_BIAS = StaticInt8(per_channel=False), StaticInt8(False, folds_bias=True)
 _HALF_EVEN = MxTokens("mxfp4_cann0")  # MindIE-SD asks the operator for rint, vllm-ascend for round
+MULTIPLIED = StaticInt8(False, folds_bias=True, multiplies=True)
 _GROUPED = ("group_size", "symmetric")
 _NATIVE = "vllm-mindspore Native (--quantization golden-stick)"
 _MINDFORMERS = "vllm-mindspore MindFormers backend"
@@ -72,6 +75,11 @@ def _compressed_tensors(*served_by: str, kernels: str, **more: Any) -> Held:
     return Held("compressed-tensors", (_VLLM, *served_by), kernels, scale_type=scales, **more)
 
 
+def _wide_compressed_tensors(*served_by: str, kernels: str, **more: Any) -> Held:
+    """Of schemes whose inputs are quantized, too: vLLM holds their scales in float32."""
+    return _compressed_tensors(*served_by, kernels=kernels, float32_scales=True, **more)
+
+
 _ROWS = (
     Scheme(
         "W8A8",
@@ -85,8 +93,8 @@ _ROWS = (
                 kernels="QuantV2, QuantBatchMatmul",
                 folds={Fold.INPUT_SCALE: None, Fold.NORM: FLOAT_BIAS},
             ),
-            _ascend(_VLLM_ASCEND, kernels=_STATIC_OPS, folds={Fold.NORM: IN_BIAS}),
-            _compressed_tensors(kernels="cutlass_scaled_mm", folds={Fold.NORM: FLOAT_BIAS}),
+            _ascend(_VLLM_ASCEND, kernels=_STATIC_OPS, folds={Fold.NORM: MULTIPLIED}),
+            _wide_compressed_tensors(kernels="cutlass_scaled_mm", folds={Fold.NORM: FLOAT_BIAS}),
             _mindie_sd(_STATIC_OPS, scale_type=ScaleType.FLOAT32, activation=IN_BIAS),
         ),
     ),
@@ -103,7 +111,7 @@ _ROWS = (
                 scale_type=ScaleType.BFLOAT16,
             ),
             _ascend(_VLLM_ASCEND, kernels=_INT8_OPS, scale_type=ScaleType.MODEL),
-            _compressed_tensors("vllm-ascend", kernels="cutlass_scaled_mm"),
+            _wide_compressed_tensors("vllm-ascend", kernels="cutlass_scaled_mm"),
             _mindie_sd(_INT8_OPS),
         ),
     ),
@@ -124,7 +132,7 @@ _ROWS = (
     Scheme(
         "W8A8_MIX",
         AffineFormat(8),
-        Phased(),
+        Phased(multiplies=True),
         "W8A8_DYNAMIC in prefill and static W8A8 in decode, from one int8 weight (PDMIX)",
         (
             _ascend(
@@ -213,7 +221,17 @@ _ROWS = (
         Float8Format(),
         PerTokenFloat8(),
         "float8 e4m3 weights per channel and activations per token",
-        (_ascend(_VLLM_ASCEND, kernels=_INT8_OPS),),
+        (
+            _ascend(_VLLM_ASCEND, kernels=_INT8_OPS),
+            _wide_compressed_tensors(kernels="cutlass_scaled_mm"),
+        ),
+    ),
+    Scheme(
+        "W8A8FP8_BLOCK",
+        Float8BlockFormat(),
+        GroupFloat8(),
+        "float8 e4m3 weights per block of 128 x 128, activations per 128 channels of a token",
+        (_wide_compressed_tensors(kernels="deep_gemm, w8a8_block_fp8_matmul"),),
     ),
     Scheme(
         "W8A8_MXFP8",

@@ -48,6 +48,7 @@ class Held:
         folds: where a smoothing vector may go, the default first, and how inputs are quantized
             then; None is the scheme's way.
         only: option to the value with which alone the flavour holds it.
+        float32_scales: whether runtimes take scales of the weight in float32 as well.
     """
 
     flavour: str
@@ -57,6 +58,7 @@ class Held:
     scale_type: ScaleType = ScaleType.FLOAT32
     folds: Mapping[Fold, ActivationFormat | None] = field(default_factory=_into_norms)
     only: Mapping[str, Any] = field(default_factory=dict)
+    float32_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ class Scheme:
         """The same with weight scales that the model's type holds, whatever the flavour stores."""
         row = self.held[0] if self.held else Held("", folds={Fold.MUL_SCALE: None})
         return replace(self, held=(replace(row, scale_type=kind),))
+
+    def widened(self) -> Scheme:
+        """The same with weight scales in float32."""
+        row = replace(self.held[0], scale_type=ScaleType.FLOAT32)
+        return replace(self, held=(row,))
 
     @property
     def chosen(self) -> dict[str, Any]:

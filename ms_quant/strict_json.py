@@ -65,7 +65,7 @@ def parse_json(content: bytes) -> Any:
     try:
         value = json.loads(
             content.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
+            object_pairs_hook=without_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
@@ -78,7 +78,7 @@ def parse_json(content: bytes) -> Any:
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:

@@ -19,16 +19,26 @@ from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.checkpoint.float_model import open_float
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.checkpoint.source_kind import model_directory
-from ms_quant.checkpoint.structure import Structure, check_kind, read_structure
+from ms_quant.checkpoint.structure import (
+    PROVENANCE,
+    Structure,
+    check_kind,
+    is_ours,
+    read_structure,
+)
 from ms_quant.checkpoint.unlisted import unlisted_problems
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan, recorded_way
+from ms_quant.provenance import UNKNOWN, not_proved
 from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
+from ms_quant.verify_foreign import ForeignProof
 from ms_quant.verify_source import SourceProof, Subject
+
+VERDICTS = ("right", "right as far as can be seen", "wrong")
 
 
 def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, Any]:
@@ -41,32 +51,52 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
             and the output error of the quantized linears is measured.
 
     Returns:
-        ``problems`` (one sentence each; empty when the checkpoint is right), ``notes`` (about
-        files that nothing reads), ``quantized`` and ``float`` counts, and with a source what
-        :class:`SourceProof` adds.
+        ``verdict``: one of ``VERDICTS``; ``problems`` (one sentence each; empty when the checkpoint
+        is right), ``not_proved`` (what of a checkpoint that others made is taken on trust, one
+        clause each), ``notes`` (about files that nothing reads, and oddities that mean the same),
+        ``quantized`` and ``float`` counts, and with a source what :class:`SourceProof` or
+        :class:`ForeignProof` adds.
 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
     directory = model_directory(directory)
+    problems: list[str] = []
+    result: dict[str, Any] = {
+        "checkpoint": str(directory),
+        "verdict": "",
+        "problems": problems,
+        "not_proved": [],
+        "notes": [],
+        "layers": [],
+    }
+    _verify(directory, source, result, problems)
+    result["verdict"] = VERDICTS[2 if problems else 1 if result["not_proved"] else 0]
+    return result
+
+
+def _verify(
+    directory: Path, source: Path | None, result: dict[str, Any], problems: list[str]
+) -> None:
     flavour, _ = check_kind(directory)
     original = None if source is None else open_float(model_directory(source))
-    notes: list[str] = []
-    problems = list(_root_problems(directory, flavour.entry, notes))
-    result: dict[str, Any] = {"checkpoint": str(directory), "problems": problems, "layers": []}
-    result["notes"] = notes
+    problems += _root_problems(directory, flavour.entry, result["notes"])
     if problems:
-        return result
+        return
     structure, found = read_structure(directory)
     problems += found
     if structure is None:
-        return result
-    plan, record = structure.plan, read_json(directory / RECORD, MAX_RECORD_BYTES)
+        return
+    plan = structure.plan
+    record = read_json(directory / RECORD, MAX_RECORD_BYTES) if is_ours(directory) else {}
     result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
-    problems += config_problems(directory, plan.dtype, flavour.entry)
-    problems += record_problems(directory / RECORD, record, plan)
+    problems += structure.defects
+    result["notes"] += structure.notes
+    problems += config_problems(directory, plan.dtype, flavour.entry, strict=is_ours(directory))
+    if is_ours(directory):
+        problems += record_problems(directory / RECORD, record, plan)
     if problems:
-        return result
+        return
     subject = Subject(QuantizedModel(directory), plan, record)
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
@@ -76,18 +106,32 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
         except MsQuantError as error:
             problems.append(str(error))
     problems += [p for p in _float_problems(structure) if p not in problems]
-    if original is not None and not problems:
+    if plan.foreign:
+        result["not_proved"] += not_proved(directory, plan, original is not None)
+    if original is None or problems:
+        return
+    if not plan.foreign:
         problems += SourceProof(subject, original.checkpoint, original.config, result).problems()
-    return result
+        return
+    rotated = any("rotation" in note for note in [*structure.notes, *_recorded_notes(record)])
+    proof = ForeignProof(subject.model, original.checkpoint, result, rotated)
+    problems += proof.problems()
+    result["not_proved"] += proof.unproved
+
+
+def _recorded_notes(record: Mapping[str, Any]) -> list[str]:
+    """What a converted checkpoint's record says of the one that it was made from."""
+    inner = record.get("record")
+    found = inner.get(PROVENANCE) if isinstance(inner, Mapping) else None
+    notes = found.get("notes") if isinstance(found, Mapping) else None
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
 
 
 def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:
     yield from config_problems(directory, entry=entry)
-    if (directory / RECORD).exists():
+    if is_ours(directory):
         yield from check_files(directory)
         yield from unlisted_problems(directory, notes)
-    else:
-        yield f"{directory}: has no {RECORD}, its files cannot be compared with what was written"
 
 
 def record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterator[str]:
@@ -120,6 +164,10 @@ def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
             yield f"{key} is {entry.get(key)!r:.80}, expected {stated[key]!r}"
             return
     algorithm, options = entry.get("algorithm"), entry.get("algorithm_options", {})
+    if plan.foreign:
+        if algorithm != UNKNOWN:
+            yield f"algorithm is {short(algorithm)}, expected {UNKNOWN!r}: others made the numbers"
+        return
     if not is_known(algorithm):
         known = ", ".join([PLAIN, *ALGORITHMS])
         yield f"algorithm is {algorithm!r:.80}, expected one of {known}"
@@ -157,7 +205,7 @@ def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterat
             yield f"{path}.input_offset: differs from that of {first[0]}, the runtime fuses them"
         elif not np.array_equal(static.input_scale, first[1].input_scale):
             yield f"{path}.input_scale: differs from that of {first[0]}, the runtime fuses them"
-    if first is not None:
+    if first is not None and not subject.plan.foreign:
         yield from _activation_problems(subject, prefix + group.name, *first)
 
 
@@ -181,8 +229,10 @@ def _activation_problems(
 def _float_problems(structure: Structure) -> Iterator[str]:
     """Reads every float tensor, which refuses NaN and inf; scales must be positive too."""
     for name, tensor in structure.expected.items():
-        if tensor.dtype.kind in "iu":
+        if tensor.dtype.kind in "iu" or name not in structure.checkpoint:
             continue
+        if structure.checkpoint.info(name).dtype.kind in "iu":
+            continue  # bits of floats, which reading the linear has looked at
         wrong = 0
         try:
             for _, part in structure.checkpoint.float32_chunks(name):

@@ -18,7 +18,7 @@ from ms_quant.algorithms import has
 from ms_quant.checkpoint.companions import source_problems
 from ms_quant.checkpoint.divided import as_divided
 from ms_quant.checkpoint.finish import RECORD
-from ms_quant.checkpoint.reader import Checkpoint, FloatTensors
+from ms_quant.checkpoint.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.checkpoint.rotated import RotatedCheckpoint
 from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.errors import MsQuantError
@@ -138,7 +138,7 @@ class SourceProof:
                 continue
             if name in changed:
                 yield from self.folding.problems(name)
-            elif not _same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
+            elif not same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
                 yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
         for index in range(plan.config.num_layers):
             for group in plan.groups(index):
@@ -260,7 +260,10 @@ class _Compared:
             )
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for start, weight in self.source.float32_chunks(f"{self.path}.weight"):
+        rows = getattr(self.plan.scheme.weight, "row_block", 1)  # chunks are of whole blocks
+        columns = self.linear.weight.shape[1]
+        elements = columns * max(rows, CHUNK_ELEMENTS // max(1, columns) // rows * rows)
+        for start, weight in self.source.float32_chunks(f"{self.path}.weight", elements):
             yield start, weight if self.smooth is None else weight * self.smooth
 
     def _has_scale(self) -> bool:
@@ -294,7 +297,7 @@ def _scaled(weight: np.ndarray, part: QuantizedLinear) -> np.ndarray:
     return weight * np.where(factor > 0, factor, 1)[:, None]
 
 
-def _same_rounded(
+def same_rounded(
     ours: FloatTensors,
     stored: str,
     source: FloatTensors,

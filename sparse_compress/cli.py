@@ -54,7 +54,9 @@ CheckpointArgument = Annotated[
 def run(
     model: ModelArgument,
     output: OutputOption,
-    calib: Annotated[Path, typer.Option(help="Calibration data: text, .jsonl or .npz.")],
+    calib: Annotated[
+        Path, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
+    ],
     target: Annotated[
         str, typer.Option(help=f"Runtime that it is for: {', '.join(TARGETS)}.")
     ] = DEFAULT,

@@ -212,12 +212,12 @@ def _goal(options: SparseOptions) -> Goal | None:
     assert options.max_ppl_increase is not None and options.heldout is not None
     check_increase(options.max_ppl_increase)
     require_mindspore("--max-ppl-increase runs the model on --heldout")
-    tokens = eval_windows(options.heldout, options.model, options.seq_len)
+    tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples)
     if tokens.shape[1] < 2:
         raise MsQuantError(
             f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"
         )
-    return Goal(None, float(options.max_ppl_increase), tokens[: options.samples])
+    return Goal(None, float(options.max_ppl_increase), tokens)
 
 
 def most_bytes(layout: Layout) -> int:

@@ -18,6 +18,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import ms_quant
+from ms_quant import kernels
+from ms_quant.errors import MsQuantError
 
 EOS = "<|end|>"
 VOCAB_SIZE = 320  # more than the tokenizer has, as in many real models
@@ -44,6 +46,14 @@ CLASSES = {
     "internlm3": "InternLM3",
 }
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions".split()  # noqa: SIM905
+
+
+def pytest_report_header() -> str:
+    """Which kernels these tests run; ``MS_QUANT_ISA`` chooses slower ones (docs/kernels.md)."""
+    try:
+        return f"kernels: {kernels.best_isa() if kernels.available() else kernels.note()}"
+    except MsQuantError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _text(words: int, seed: int) -> str:

@@ -401,7 +401,8 @@ def test_what_is_rounded_is_what_was_folded(scheme, algorithm):
 
 @pytest.mark.parametrize("scheme", ["W8A8_PER_CHANNEL", "W8A8_PER_TENSOR", "W8A8_MIX"])
 def test_static_ranges_are_those_of_the_folded_block(scheme):
-    """The step is that range over 255, rounded up to bfloat16, which has 8 bits."""
+    """The step is that range over 255, rounded up to bfloat16, which has 8 bits; where the runtime
+    multiplies, it may be one of the next seven, for its reciprocal's sake."""
     case = folded(scheme)
     inputs = run(case.after, case.x)
     rounded = folded(scheme, steps=Steps())
@@ -409,7 +410,8 @@ def test_static_ranges_are_those_of_the_folded_block(scheme):
         static = rounded.block.linears[group.members[0]].static
         rows = inputs[group.name]
         exact = (max(0.0, rows.max()) - min(0.0, rows.min())) / 255
-        assert exact * (1 - 1e-5) <= static.scale <= exact * (1 + 2.0**-7)
+        steps = 8 if scheme == "W8A8_MIX" else 1
+        assert exact * (1 - 1e-5) <= static.scale <= exact * (1 + steps * 2.0**-7)
 
 
 def test_columns_are_rounded_by_the_hessian_of_the_folded_block():

@@ -220,7 +220,8 @@ def test_every_pair_is_either_planned_or_refused():
                     plan(scheme, algorithm)
             else:
                 chosen = {"group_size": 64} if scheme == "W4A16" else {}
-                assert algorithm in plan(scheme, algorithm, options=Choices(chosen)).algorithm
+                options = Choices(chosen, float_undivided=scheme == "W8A8FP8_BLOCK")
+                assert algorithm in plan(scheme, algorithm, options=options).algorithm
 
 
 def test_options_that_two_algorithms_take_are_told_apart():

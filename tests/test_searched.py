@@ -48,7 +48,11 @@ def test_searched_windows_are_spread_over_all(count, length, tokens, chosen):
 
 @pytest.mark.parametrize("group", GATED_DECODER_GROUPS, ids=lambda group: group.name)
 def test_errors_are_those_of_the_whole_block(group):
-    """Whatever is computed only once for all candidates."""
+    """From what calibration kept, whatever is computed only once for all candidates.
+
+    BLAS may round a row otherwise among other rows (docs/kernels.md), so the middle of the block,
+    kept from batches of calibration, differs from one made of a search's batch.
+    """
     config = parse_config(SHAPE)
     block, searched = HostBlock(config, 7), SearchWindows((5, 7, 24), 21)
     rng = np.random.default_rng(0)
@@ -69,7 +73,11 @@ def test_errors_are_those_of_the_whole_block(group):
         found = list(errors.pairs(candidate))
         assert sum(len(error) for error, _ in found) == 3
         for (error, exact), states in zip(found, searched.batches(), strict=True):
-            whole = block.feed_forward(block.attend(states[0], linears), linears)
+            attended = block.attend(states[0], linears)
+            if group.in_mlp:
+                np.testing.assert_allclose(states[1], attended, rtol=1e-5, atol=1e-5)
+                attended = states[1]
+            whole = block.feed_forward(attended, linears)
             np.testing.assert_array_equal(exact, states[2])
             np.testing.assert_array_equal(error, whole - exact)
             assert error.any()

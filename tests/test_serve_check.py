@@ -225,6 +225,15 @@ def test_types_that_a_device_does_not_have(make: Make) -> None:
     assert "needs float8" in problems(directory, "vllm-ascend", device="910b")
 
 
+def test_reciprocals_that_are_off_are_noted(make: Make) -> None:
+    """1 / 1.5 is 0.66797 in bfloat16."""
+    directory, name = make("W8A8", "ascend"), "model.layers.0.mlp.down_proj.input_scale"
+    assert not any("input_scale" in note for note in serve_check(directory, "vllm-ascend")["notes"])
+    edit(directory, lambda tensors: tensors[name].fill(1.5))
+    (note,) = (n for n in serve_check(directory, "vllm-ascend")["notes"] if "input_scale" in n)
+    assert "1 of 7 are off by more than 0.1 %" in note and f"{name} by 0.20 %" in note
+
+
 def test_groups_that_ranks_do_not_divide(make: Make) -> None:
     directory = make("W8A8_MXFP8", hidden_size=64, intermediate_size=96, head_dim=32)
     assert problems(directory, "vllm-ascend") == ""

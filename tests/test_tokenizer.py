@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from ms_quant import tokenizer
+from ms_quant import chat_template
 from ms_quant.errors import MsQuantError
 from ms_quant.tokenizer import load_tokenizer
 
@@ -35,7 +35,12 @@ def model(tmp_path: Path) -> Path:
 
 
 def configure(directory: Path, **changes: Any) -> None:
-    config = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": None}
+    config = {
+        "eos_token": "</s>",
+        "bos_token": {"content": "<s>"},
+        "additional_special_tokens": ["<s>"],
+        "chat_template": None,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config | changes))
 
 
@@ -50,14 +55,16 @@ def test_tokenizer_missing_or_broken(model: Path) -> None:
     with pytest.raises(MsQuantError, match=r"tokenizer\.json: not a tokenizer"):
         load_tokenizer(model)
     (model / "tokenizer.json").unlink()
-    with pytest.raises(MsQuantError, match=r"tokenizer\.json: no such file"):
+    with pytest.raises(
+        MsQuantError, match=r"has no tokenizer, expected tokenizer\.json, or token ids"
+    ):
         load_tokenizer(model)
 
 
 def test_tokenizer_without_its_config(model: Path) -> None:
     (model / "tokenizer_config.json").unlink()
     loaded = load_tokenizer(model)
-    assert (loaded.vocab_size, loaded.eos_id, loaded.template) == (SIZE, None, None)
+    assert (loaded.vocab_size, loaded.eos_id, loaded.templates) == (SIZE, None, None)
     assert loaded.encode("w1 w2 w3 w4 w5 w6").tolist() == [1, 2, 3, 4, 5, 6]
     assert loaded.decode(np.array([1, EOS, 2])) == "w1 w2"
 
@@ -79,7 +86,14 @@ def render(model: Path, template: Any, **kwargs: Any) -> str:
         ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
         ("{% generation %}a{% endgeneration %}", "a"),
         ("{{ strftime_now('%Y-%m-%d') }}", "2024-07-26"),  # the same tokens on every day
-        ("{{ tools is defined }}{{ nothing }}", "False"),
+        ("{{ tools is none }}{{ documents is none }}{{ nothing }}", "TrueTrue"),
+        ("{% set n = namespace(i=1) %}{% set n.i = n.i + 1 %}{{ n.i }}", "2"),
+        (
+            "{{ {'b': 1, 'a': 'é'} | tojson(indent=1, sort_keys=true) }}",
+            '{\n "a": "é",\n "b": 1\n}',
+        ),
+        ("{% if messages[0].reasoning_content is string %}x{% endif %}y", "y"),
+        ("{{ additional_special_tokens | join }}", "<s>"),
         ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
     ],
 )
@@ -91,6 +105,36 @@ def test_generation_prompt(model: Path) -> None:
     template = "u{% if add_generation_prompt %}a{% endif %}"
     assert render(model, template) == "u"
     assert render(model, template, add_generation_prompt=True) == "ua"
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_templates_by_name(model: Path) -> None:
+    """As in transformers: with tools the one named so, where there is one."""
+    configure(
+        model,
+        chat_template=[
+            {"name": "tool_use", "template": "T{{ tools | length }}"},
+            {"name": "default", "template": "D"},
+        ],
+    )
+    assert load_tokenizer(model).render(USER) == "D"
+    assert load_tokenizer(model).render(USER, tools=TOOLS) == "T1"
+    more = model / "additional_chat_templates"
+    more.mkdir()
+    put(more, "tool_use.jinja", "other {{ tools[0].function.name }}")
+    with pytest.raises(MsQuantError, match="the chat templates tool_use, expected one named def"):
+        load_tokenizer(model).render(USER)
+    put(model, "chat_template.jinja", "file")
+    assert load_tokenizer(model).render(USER) == "file"
+    assert load_tokenizer(model).render(USER, tools=TOOLS) == "other f"
+
+
+def test_the_template_of_a_processor_counts_last(model: Path) -> None:
+    put(model, "chat_template.json", json.dumps({"chat_template": "processor"}))
+    assert load_tokenizer(model).render(USER) == "processor"
+    assert render(model, "tokenizer") == "tokenizer"
 
 
 def test_template_file_comes_first(model: Path) -> None:
@@ -120,6 +164,6 @@ def test_template_that_fails(model: Path, template: str, message: str) -> None:
 
 
 def test_template_that_writes_too_much(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "MAX_RENDERED_CHARS", 1000)
+    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1000)
     with pytest.raises(MsQuantError, match="writes more than 1000 characters"):
         render(model, "{% for i in range(99999) %}{{ messages[0].role }}{% endfor %}")

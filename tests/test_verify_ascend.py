@@ -336,7 +336,7 @@ def test_a_folded_tensor_of_another_sign(
 def test_bounds_of_the_output_error() -> None:
     limits = {name: max_output_error(scheme) for name, scheme in SCHEMES.items()}
     assert limits["W8A8"] == limits["W8A8_MXFP8"] == 0.1
-    assert limits["W4A16"] == limits["W4A8_MXFP"] == 0.35
+    assert limits["W4A16"] == limits["W4A8_MXFP"] == limits["W8A8S"] == 0.35
     assert limits["W4A4_MXFP4_DUALSCALE"] == limits["W4A4_DYNAMIC"] == 0.5
 
 

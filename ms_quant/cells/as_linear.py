@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import host_array
-from ms_quant.numerics.activation import Activation, StaticActivation
-from ms_quant.numerics.float_grid import DualMxGrid, MxGrid
-from ms_quant.numerics.grid import AffineGrid, Grid
+from ms_quant.numerics.activation import (
+    Activation,
+    PerToken,
+    PhasedActivation,
+    StaticActivation,
+)
+from ms_quant.numerics.float_grid import DualMxGrid, Float8Grid, MxGrid
+from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelGrid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, smooth_of, with_tensors
 from ms_quant.numerics.timestep import StatedTables, TimestepActivation
+
+if TYPE_CHECKING:
+    from ms_quant.cells.quant_linear import QuantLinear
 
 
 def as_linear(cell: QuantLinear) -> QuantizedLinear:
@@ -21,7 +29,7 @@ def as_linear(cell: QuantLinear) -> QuantizedLinear:
     The weight scale of a static input is not kept, only its product with the input's: the input's
     is 1 here.
     """
-    found = {name: host_array(parameter) for name, parameter in cell.parameters_and_names()}
+    found = {name: host_array(parameter) for name, parameter in cell.kept.items()}
     linear = QuantizedLinear(
         found["weight"],
         _grid(cell, found),
@@ -41,25 +49,44 @@ def _grid(cell: QuantLinear, found: dict[str, np.ndarray]) -> Grid:
     grid = cell.grid
     if isinstance(grid, AffineGrid):
         scale = found["deq_scale" if cell.static else "weight_scale"]
-        return replace(grid, scale=scale[:, None] if scale.ndim == 1 else scale)
+        zero_point = found.get("weight_zero_point", grid.zero_point)
+        wide = scale[:, None] if scale.ndim == 1 else scale
+        return replace(grid, scale=wide, zero_point=zero_point)
+    if isinstance(grid, TwoLevelGrid):
+        second = replace(grid.second, scale=found["weight_scale_second"])
+        return replace(grid, scale=found["weight_scale"], second=second)
+    if isinstance(grid, Float8Grid):
+        return replace(grid, scale=found["weight_scale"])
     if isinstance(grid, MxGrid):
         return replace(grid, exponents=found["weight_exponent"])
     if isinstance(grid, DualMxGrid):
         inner = replace(grid.inner, exponents=found["weight_exponent"])
         return replace(grid, scales=found["weight_dual_scale"], inner=inner)
-    return grid  # of a scheme that no flavour of networks stores
+    return grid  # of floats
+
+
+def activation_of(cell: QuantLinear) -> Activation:
+    """How a Cell quantizes its input, from its parameters."""
+    return _activation(cell, {name: host_array(parameter) for name, parameter in cell.kept.items()})
 
 
 def _activation(cell: QuantLinear, found: dict[str, np.ndarray]) -> Activation:
     activation = cell.activation
     if isinstance(activation, StaticActivation):
-        return replace(
-            activation,
-            scale=np.float32(1),
-            offset=int(found["input_offset"][0]),
-            input_scale=found["input_scale"],
-        )
+        return _static(activation, np.float32(1), found)
+    if isinstance(activation, PhasedActivation):
+        scale = found["deq_scale"][0] / found["weight_scale"][0]  # or a neighbour of it
+        return replace(activation, static=_static(activation.static, scale, found))
+    if isinstance(activation, PerToken) and "clip_ratio" in found:
+        return replace(activation, clip=float(found["clip_ratio"][0]))
     if isinstance(activation, TimestepActivation):
         tables = StatedTables(found["deq_scale"], found["quant_bias"])
         return TimestepActivation(found["input_scale"][:, 0], found["input_offset"][:, 0], tables)
     return activation
+
+
+def _static(
+    activation: StaticActivation, scale: np.float32, found: dict[str, np.ndarray]
+) -> StaticActivation:
+    offset = int(found["input_offset"][0])
+    return replace(activation, scale=scale, offset=offset, input_scale=found["input_scale"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mindspore.communication import GlobalComm
 from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import is_linear, linears, replace_cell
+from ms_quant.cells.whole import load_whole
 from ms_quant.checkpoint.mindie_sd_description import (
     Description,
     made_for,
@@ -21,7 +23,7 @@ from ms_quant.checkpoint.mindie_sd_description import (
     with_rank,
 )
 from ms_quant.checkpoint.mindie_sd_reading import Tensors, read, with_bias_of
-from ms_quant.checkpoint.mindie_sd_types import FLOAT
+from ms_quant.checkpoint.mindie_sd_types import FLOAT, TYPES
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.timestep import TimestepActivation
@@ -38,11 +40,12 @@ def load(
 ) -> nn.Cell:
     """Replaces linears of a network with quantized ones from files, in place.
 
-    What is ``FLOAT`` keeps the values that the network has.
+    What is ``FLOAT`` keeps the values that the network has, and so does what is no linear; a file
+    of a whole network gives those, too.
 
     Args:
         network: with linears inside.
-        path: the description; the weights are beside it.
+        path: the description; the weights are beside it. Or the one file of a whole network.
         timestep_policy: as for :func:`ms_quant.cells.swap.quantize`.
         dtype: what the network runs in; None is what the file says that it was made for, else each
             linear's own type.
@@ -58,6 +61,14 @@ def load(
     if timestep_policy is not None and not isinstance(timestep_policy, TimestepPolicyConfig):
         found = type(timestep_policy).__name__
         raise MsQuantError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
+    if path.suffix == ".ckpt":
+        raise MsQuantError(
+            f"{path}: is MindSpore's checkpoint, which does not say how linears are quantized; "
+            "expected quantize with a scheme, as before it was saved, and then "
+            "mindspore.load_checkpoint, or a file of save_quantized"
+        )
+    if path.suffix == ".safetensors":
+        return load_whole(network, path, timestep_policy, dtype)
     path = _of_this_rank(path)
     description = read_description(path)
     cells = dict(linears(network))
@@ -74,13 +85,33 @@ def load(
     for name, kind in types.items():
         linear = _linear(tensors, name, cells[name], kind, dtype or run_dtype(cells[name]))
         if linear is not None:
-            quantized[name] = QuantLinear(linear, timestep_policy=timestep_policy)
+            scheme = TYPES[kind].make()
+            quantized[name] = QuantLinear(linear, timestep_policy=timestep_policy, scheme=scheme)
     steps = _steps(quantized, description)
     for name, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, name, cell)
     if steps is not None:
         TimestepManager.set_timestep_idx_max(steps)
+    _warn_of_others(network, path)
     return network
+
+
+def _warn_of_others(network: nn.Cell, path: Path) -> None:
+    """Says once what the files did not give: a fresh network has fresh values there."""
+    given = {
+        id(parameter)
+        for _, cell in network.cells_and_names()
+        if isinstance(cell, QuantLinear)
+        for parameter in cell.kept.values()
+    }
+    left = [name for name, p in network.parameters_and_names() if id(p) not in given]
+    if left:
+        warnings.warn(
+            f"{path}: gives the quantized linears alone; {len(left)} other parameters such as "
+            f"{left[0]!r} stay as the network has them. Load those, too, or write all with "
+            "save_quantized(..., whole=True).",
+            stacklevel=4,
+        )
 
 
 def _of_this_rank(path: Path) -> Path:

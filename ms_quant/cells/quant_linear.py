@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import partial
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
+from ms_quant.cells.as_linear import activation_of, as_linear
 from ms_quant.cells.native import NativeLinear, native_linear
+from ms_quant.cells.parameters import make_parameters, refuse_replacing, tensors_of
 from ms_quant.cells.timesteps import current_step, is_static
-from ms_quant.kernels import transforms
+from ms_quant.cells.tree import host_array
+from ms_quant.kernels import WatchedArrays, transforms
 from ms_quant.models.decoder import repeat_rows
 from ms_quant.models.direct import calls_directly, floats
-from ms_quant.numerics.activation import (
-    Activation,
-    DualMxTokens,
-    Float,
-    PerToken,
-    PhasedActivation,
-)
+from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation
 from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
-from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
+from ms_quant.numerics.float_grid import FloatGrid
+from ms_quant.numerics.grid import AffineGrid
+from ms_quant.numerics.linear import Kronecker, QuantizedLinear, StaticActivation
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.numerics.timestep_linear import timestep_tables
+from ms_quant.spec import Scheme
 from ms_quant.timestep import TimestepPolicyConfig
 
 EXACT_K = 1024  # a float32 sum of this many products of int8 is exact: 1024 * 2**14 = 2**24
-EXACT = 2**24
-
-
-def _frozen(array: np.ndarray) -> Parameter:
-    return Parameter(Tensor(np.ascontiguousarray(array)), requires_grad=False)
+_FLOAT_TYPES = {"fp16": ms.float16, "bf16": ms.bfloat16, "fp32": ms.float32}
+_FOLLOWING = {
+    *("kept", "watched", "clips", "host_weight", "native"),
+    *("native_operator", "native_arrays", "native_record", "native_phases"),
+}
+"""What ``_follow`` makes, which a copy makes of its own."""
 
 
 def _on_host(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Tensor:
@@ -49,12 +50,17 @@ class QuantLinear(nn.Cell):
     :meth:`ms_quant.numerics.linear.QuantizedLinear.forward`. With anything else the input and the
     weight are dequantized and multiplied in float32.
 
-    On CPU integer weights have native kernels (docs/kernels.md), for which they are packed when
-    the Cell is made: called on the tensors' own memory in PyNative, and as a custom operator in
-    jit and graph mode. They have no gradient. Where there is no kernel or no library MindSpore's
-    operators compute the same: exact sums as float32 matrix products over chunks of at most 1,024
-    inputs, others with a weight that is dequantized once. Inputs in float8 or microscaling formats,
-    and those of a Kronecker transform, are quantized in NumPy, which works in PyNative only.
+    On CPU integer weights have native kernels (docs/kernels.md), for which they are packed in the
+    first call: called on the tensors' own memory in PyNative, and as a custom operator in jit and
+    graph mode. They have no gradient. Where there is no kernel or no library MindSpore's operators
+    compute the same: exact sums as float32 matrix products over chunks of at most 1,024 inputs,
+    others with a weight that is dequantized. Inputs in float8 or microscaling formats, and those of
+    a Kronecker transform, are quantized in NumPy, which works in PyNative only.
+
+    Every call computes with the parameters as they are then, whatever changed them:
+    ``load_checkpoint``, ``set_data``, ``ops.assign``, a slice, an array that ``asnumpy`` gave. Each
+    keeps its memory, type and shape; another Parameter in its place is refused. ``to_float`` casts
+    the input, not what is computed with.
 
     W8A8_TIMESTEP asks ``TimestepManager`` for the timestep and the policy for its strategy in each
     call, in PyNative only. A step that is not set is refused, as MindIE-SD's policy refuses it.
@@ -77,6 +83,8 @@ class QuantLinear(nn.Cell):
             dynamic.
         native (bool, optional): whether to use native kernels on CPU where there are some. Default:
             ``True``.
+        scheme (Scheme, optional): the scheme of `linear`, for files of whole networks. Default:
+            ``None``, not known.
 
     Inputs:
         - **x** (Tensor) - float, of shape :math:`(*, in)`.
@@ -110,10 +118,11 @@ class QuantLinear(nn.Cell):
         device_target: str | None = None,
         timestep_policy: TimestepPolicyConfig | None = None,
         native: bool = True,
+        scheme: Scheme | None = None,
     ):
         super().__init__()
+        self.scheme = scheme
         self.out_channels, self.in_channels = linear.weight.shape
-        self.weight = _frozen(linear.weight)
         self.grid, self.activation = linear.grid, linear.activation
         activation = linear.activation
         self.phased = isinstance(activation, PhasedActivation)
@@ -121,90 +130,95 @@ class QuantLinear(nn.Cell):
         self.by_step = isinstance(activation, TimestepActivation)
         self.timestep_policy = timestep_policy or TimestepPolicyConfig()
         self.integer = linear.integer
-        self.folds_bias = False
-        if self.static or self.phased:
-            self._take_static(linear)
-        if isinstance(activation, TimestepActivation):
-            self._take_timesteps(linear, activation)
-        if not self.static:
-            for name, array in linear.grid.arrays().items():
-                squeezed = array[:, 0] if linear.integer else array
-                self.insert_param_to_cell(name, _frozen(squeezed))
-        self.input_dtype = linear.input_dtype
-        self._take_input(activation)
-        self._take_extras(linear)
-        self.has_bias = linear.bias is not None
-        if linear.bias is not None:
-            self.bias = _frozen(linear.bias)
-        target = device_target or ms.get_context("device_target")
-        self.operators = ascend.operators(linear) if target == "Ascend" else None
+        has_static = self.static or self.phased
+        self.folds_bias = self.by_step or (has_static and linear.static.folds_bias)
+        multiplied_in = linear.static.multiplied_in if has_static else None
+        self.multiplied_in = multiplied_in and getattr(ms, multiplied_in.name)
+        tokens = activation.prefill if isinstance(activation, PhasedActivation) else activation
+        bits = tokens.bits if isinstance(tokens, PerToken) else 8
+        self.code_limits = tuple(map(float, LIMITS[bits]))
+        self.affine = isinstance(linear.grid, AffineGrid)
+        self.has_zero_point = "weight_zero_point" in linear.grid.arrays()
+        self.compiles = isinstance(tokens, Float) and isinstance(
+            linear.grid, AffineGrid | FloatGrid
+        )
+        self.has_bias, self.smooths = linear.bias is not None, linear.smooth is not None
+        self.transforms, self.has_branch = transforms(linear), linear.branch is not None
+        self.has_kronecker, self.input_dtype = linear.kronecker is not None, linear.input_dtype
+        self.smoothed_as = linear.input_dtype if linear.rounds_smoothed else DTYPES["float32"]
+        self.smoothed_dtype = getattr(ms, self.smoothed_as.name)
+        computes = self.integer or self.compiles
+        self.asks_python = self.by_step or self.has_kronecker or not computes
+        self.in_pynative = False
         self.matmul = ops.MatMul(transpose_b=True)
         self.row_max = ops.ReduceMax(keep_dims=True)
-        self.native = native_linear(linear) if native and target == "CPU" else None
+        self.float_type = None
+        target = device_target or ms.get_context("device_target")
+        self.operators = ascend.operators(linear) if target == "Ascend" else None
+        self.uses_kernels = native and target == "CPU"
+        kept, watched = make_parameters(tensors_of(linear), target != "Ascend")
+        for name, parameter in kept.items():
+            self.insert_param_to_cell(name, parameter)
+        self._follow(linear, kept, watched)
+
+    def _follow(
+        self, linear: QuantizedLinear, kept: dict[str, Parameter], watched: WatchedArrays | None
+    ) -> None:
+        """Computes with these parameters, whatever their values become."""
+        self.kept, self.watched = kept, watched
+        self.clips = "clip_ratio" in kept
+        self.host_weight: Tensor | None = None
+        self.native: NativeLinear | None = None
+        if self.uses_kernels and watched is not None:
+            self.native = native_linear(linear, watched)
         if self.native is not None:  # graphs look for them here
-            self.native_operator = self.native.operator
-            self.native_weights, self.native_params = self.native.weights, self.native.params
-            self.native_decode = self.native.decode_params
-        if not linear.integer and self.operators is None and self.native is None:
-            self.float_weight = Tensor.from_numpy(linear.grid.values(linear.weight))
+            found = {"native_operator": self.native.operator, "native_arrays": tuple(kept.values())}
+            self.__dict__.update(found)  # neither a primitive nor parameters of its own
+            self.native_record, self.native_phases = self.native.record, self.native.phases
 
-    def _take_static(self, linear: QuantizedLinear) -> None:
-        static = linear.static
-        self.input_scale = _frozen(static.input_scale)
-        self.input_offset = _frozen(np.full(self.in_channels, static.offset, np.int8))
-        self.offset = float(static.offset)
-        self.deq_scale = _frozen(linear.deq_scale)
-        self.folds_bias = static.folds_bias
-        bias = folded_bias(linear, "linear") if static.folds_bias else linear.quant_bias
-        self._take_quant_bias(bias)
+    def __deepcopy__(self, memo: dict) -> QuantLinear:
+        tensors = {name: host_array(parameter) for name, parameter in self.kept.items()}
+        kept, watched = make_parameters(tensors, self.watched is not None)
+        for name, parameter in kept.items():
+            parameter.name = self.kept[name].name
+            memo[id(self.kept[name])] = parameter
+        base, state = nn.Cell.__getstate__(self)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        left = {name: value for name, value in state.items() if name not in _FOLLOWING}
+        twin.__setstate__((base, copy.deepcopy(left, memo)))
+        twin._follow(as_linear(self), kept, watched)
+        return twin
 
-    def _take_timesteps(self, linear: QuantizedLinear, activation: TimestepActivation) -> None:
-        self.check_step = activation.check
-        for name, array in activation.arrays().items():
-            self.insert_param_to_cell(name, _frozen(array))
-        scale, bias = timestep_tables(linear, "linear")
-        self.deq_scale = _frozen(scale)
-        self.folds_bias = True
-        self._take_quant_bias(bias)
+    def __setattr__(self, name: str, value: object) -> None:
+        refuse_replacing(self.__dict__.get("kept", {}), name, value)
+        super().__setattr__(name, value)
 
-    def _take_quant_bias(self, bias: np.ndarray) -> None:
-        self.quant_bias = _frozen(bias)
-        # One float32 addition of integers below 2**24 + 1 rounds their exact sum, as converting
-        # the int32 sum would.
-        largest = int(np.abs(bias.astype(np.int64)).max(initial=0))
-        self.one_product = self.in_channels <= EXACT_K and largest <= EXACT
+    def __delattr__(self, name: str) -> None:
+        refuse_replacing(self.__dict__.get("kept", {}), name, None)
+        super().__delattr__(name)
 
-    def _take_input(self, activation: Activation) -> None:
-        tokens = activation.prefill if isinstance(activation, PhasedActivation) else activation
-        self.code_limits = tuple(map(float, LIMITS[8]))
-        self.clip_ratio = 1.0
-        if isinstance(tokens, PerToken):
-            self.code_limits = tuple(map(float, LIMITS[tokens.bits]))
-            self.clip_ratio = float(np.float32(tokens.clip))
-        self.fake = None if isinstance(tokens, Float) else tokens.fake
-        if isinstance(tokens, DualMxTokens):
-            self.fake = partial(tokens.fake, dtype=self.input_dtype)
+    def insert_param_to_cell(self, param_name: str, param: Parameter, *args, **kwargs) -> None:
+        refuse_replacing(self.__dict__.get("kept", {}), param_name, param)
+        super().insert_param_to_cell(param_name, param, *args, **kwargs)
 
-    def _take_extras(self, linear: QuantizedLinear) -> None:
-        self.kronecker, self.has_branch = None, linear.branch is not None
-        self.smooths, self.transforms = linear.smooth is not None, transforms(linear)
-        narrow = getattr(ms, linear.input_dtype.name)
-        self.smoothed_dtype = narrow if linear.rounds_smoothed else ms.float32
-        self.smoothed_as = linear.input_dtype if linear.rounds_smoothed else np.dtype(np.float32)
-        if linear.mul_scale is not None:
-            self.mul_scale = _frozen(linear.mul_scale)
-        if linear.kronecker is not None:
-            self.left_trans = _frozen(linear.kronecker.left)
-            self.right_trans = _frozen(linear.kronecker.right)
-            self.kronecker = linear.kronecker.apply
-        if linear.branch is not None:
-            self.svd_lowrank_l1 = _frozen(linear.branch.l1)
-            self.svd_lowrank_l2 = _frozen(linear.branch.l2)
+    def add_flags(self, **flags: bool) -> QuantLinear:
+        """``to_float`` casts the input, and with it the output; what is between stays float32."""
+        asked = [name for name in _FLOAT_TYPES if flags.get(name)]
+        if asked:
+            self.float_type = _FLOAT_TYPES[asked[0]]
+            flags |= {name: name == "fp32" for name in _FLOAT_TYPES}
+        return super().add_flags(**flags)
 
     def __call__(self, *args, **kwargs):
         # Compiled networks do not come here: they take the operator in ``construct``.
-        if self.native is None or not calls_directly(self):
-            return super().__call__(*args, **kwargs)
+        if self.native is None or self.float_type is not None or not calls_directly(self):
+            # A graph is made of ``construct`` alone, or, of this Cell itself, in graph mode.
+            self.__dict__["in_pynative"] = ms.get_context("mode") == ms.PYNATIVE_MODE
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                self.__dict__["in_pynative"] = False
         return self._direct(self.native, *args, **kwargs)
 
     def _direct(self, native: NativeLinear, x: Tensor, decode: bool = False) -> Tensor:
@@ -215,12 +229,14 @@ class QuantLinear(nn.Cell):
         if self.transforms and self.smooths:
             with np.errstate(over="ignore"):
                 rows = (rows * self.mul_scale.asnumpy()).astype(self.smoothed_as)
-        if self.kronecker is not None:
-            rows = self.kronecker(rows.astype(np.float32, copy=False))
+        if self.has_kronecker:
+            rows = self._transform(rows.astype(np.float32, copy=False))
         y = Tensor.from_numpy(native(rows, decode).reshape(shape))
         return y if x.dtype == ms.float32 else y.astype(x.dtype)
 
     def construct(self, x: Tensor, decode: bool = False) -> Tensor:
+        if self.float_type is not None:
+            x = x.astype(self.float_type)
         shape = x.shape[:-1] + (self.out_channels,)
         rows = x.reshape(-1, self.in_channels)
         if rows.shape[0] == 0:
@@ -233,10 +249,15 @@ class QuantLinear(nn.Cell):
         if self.smooths and (self.native is None or self.transforms):
             rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
             rows = rows.astype(self.smoothed_dtype).astype(ms.float32)
-        if self.native is not None and self.kronecker is None:
-            params = self.native_decode if decode else self.native_params
-            y = self.native_operator(rows, self.native_weights, params)
+        if self.native is not None and not self.has_kronecker:
+            phase = self.native_phases[1 if decode else 0]
+            y = self.native_operator(rows, self.native_record, phase, *self.native_arrays)
             return y.reshape(shape).astype(x.dtype)
+        if self.asks_python and not self.in_pynative:
+            raise RuntimeError(
+                "QuantLinear: inputs of this scheme are quantized in NumPy or by the timestep, "
+                "expected a call of the Cell in PyNative mode, without jit"
+            )
         static, step = self.static or (self.phased and decode), None
         if self.by_step:
             step = self._static_step()
@@ -253,19 +274,50 @@ class QuantLinear(nn.Cell):
         step = current_step(self.weight.name)
         if not is_static(self.timestep_policy, step):
             return None
-        self.check_step(step, self.weight.name)
+        tables = self.input_scale.asnumpy()[:, 0], self.input_offset.asnumpy()[:, 0]
+        TimestepActivation(*tables).check(step, self.weight.name)
         return step
 
+    def _transform(self, rows: np.ndarray) -> np.ndarray:
+        return Kronecker(self.left_trans.asnumpy(), self.right_trans.asnumpy()).apply(rows)
+
+    def _fake(self, rows: np.ndarray) -> np.ndarray:
+        activation = activation_of(self)
+        if isinstance(activation, DualMxTokens):
+            return activation.fake(rows, dtype=self.input_dtype)
+        return activation.fake(rows)
+
+    def _host_weight(self) -> Tensor:
+        """What the codes stand for, made once for the values that there are; in PyNative only."""
+        assert self.watched is not None
+        self.weight.data_ptr()  # waits for assignments
+        if self.host_weight is None or self.watched.changed():
+            self.watched.watch()
+            linear = as_linear(self)
+            self.host_weight = Tensor.from_numpy(linear.grid.values(linear.weight))
+        return self.host_weight
+
+    def _values(self) -> Tensor:
+        """The same by MindSpore's operators, from the parameters in each call."""
+        codes = self.weight.astype(ms.float32)
+        if not self.affine:
+            return codes
+        shape = self.weight_scale.shape + (1,)
+        codes = codes.reshape(self.weight_scale.shape + (-1,))
+        if self.has_zero_point:
+            codes = codes - self.weight_zero_point.astype(ms.float32).reshape(shape)
+        return (codes * self.weight_scale.reshape(shape)).reshape(self.weight.shape)
+
     def _product(self, rows: Tensor, static: bool, step: int | None) -> Tensor:
-        if self.kronecker is not None:
-            rows = _on_host(self.kronecker, rows)
+        if self.has_kronecker:
+            rows = _on_host(self._transform, rows)
         if self.native is not None:
             return _on_host(self.native, rows)  # of a transform: per token, in PyNative
         if self.integer:
             return self._static(rows, step) if static else self._dynamic(rows)
-        if self.fake is not None:
-            rows = _on_host(self.fake, rows)
-        return self.matmul(rows, self.float_weight)
+        if self.compiles:
+            return self.matmul(rows, self._values())
+        return self.matmul(_on_host(self._fake, rows), self._host_weight())
 
     def _static(self, rows: Tensor, step: int | None) -> Tensor:
         count = rows.shape[0]
@@ -275,17 +327,25 @@ class QuantLinear(nn.Cell):
             steps = rows / self.input_scale[step] + offset
         else:
             bias, deq_scale = self.quant_bias, self.deq_scale
-            steps = rows / repeat_rows(self.input_scale, count) + self.offset
+            offset = repeat_rows(self.input_offset.astype(ms.float32), count)
+            steps = self._steps(rows) + offset
         qx = ops.clip_by_value(ops.round(steps), float(QMIN), float(QMAX))
-        if self.one_product:
-            total = self._chunk(qx, 0) + repeat_rows(bias.astype(ms.float32), count)
-        else:
-            total = (self._sum(qx) + bias).astype(ms.float32)
+        total = (self._sum(qx) + bias).astype(ms.float32)
         return total * repeat_rows(deq_scale, count)
+
+    def _steps(self, rows: Tensor) -> Tensor:
+        if self.multiplied_in is None:
+            return rows / repeat_rows(self.input_scale, rows.shape[0])
+        held = self.input_scale.astype(self.multiplied_in).astype(ms.float32)
+        reciprocal = (1.0 / held).astype(self.multiplied_in).astype(ms.float32)
+        return rows * repeat_rows(reciprocal, rows.shape[0])
 
     def _dynamic(self, rows: Tensor) -> Tensor:
         smallest, largest = self.code_limits
-        x_scale = self.row_max(ops.abs(rows), -1) * self.clip_ratio / largest
+        x_scale = self.row_max(ops.abs(rows), -1)
+        if self.clips:
+            x_scale = x_scale * self.clip_ratio
+        x_scale = x_scale / largest
         x_scale = ops.select(x_scale >= float(SMALLEST_SCALE), x_scale, ops.ones_like(x_scale))
         steps = rows / ops.matmul(x_scale, ops.ones((1, self.in_channels), rows.dtype))
         qx = ops.clip_by_value(ops.round(steps), smallest, largest)
@@ -311,6 +371,5 @@ class QuantLinear(nn.Cell):
     def extend_repr(self) -> str:
         kind = "static" if self.static else "phased" if self.phased else "dynamic"
         kind = "timestep" if self.by_step else kind
-        if self.fake is None:
-            kind = "float"
+        kind = "float" if isinstance(self.activation, Float) else kind
         return f"in={self.in_channels}, out={self.out_channels}, {kind} input"

@@ -12,11 +12,18 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
+from ms_quant.algorithms import Chain
 from ms_quant.cells.as_linear import as_linear
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
+from ms_quant.cells.whole import save_whole
 from ms_quant.checkpoint.atomic import free_space_check, write_json
-from ms_quant.checkpoint.mindie_sd_choice import check_linear, type_of_linear, why_not_run
+from ms_quant.checkpoint.mindie_sd_choice import (
+    check_linear,
+    type_of_linear,
+    type_of_scheme,
+    why_not_run,
+)
 from ms_quant.checkpoint.mindie_sd_description import DTYPE
 from ms_quant.checkpoint.mindie_sd_held import RUN_DTYPES
 from ms_quant.checkpoint.mindie_sd_tensors import Layout, Part, entry, parts
@@ -24,6 +31,7 @@ from ms_quant.checkpoint.mindie_sd_types import (
     FLOAT,
     GLOBAL_TYPE,
     MODE,
+    NAME,
     description_name,
     model_type,
     weights_name,
@@ -33,6 +41,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
+from ms_quant.spec import Scheme
 
 
 def save_quantized(
@@ -41,14 +50,20 @@ def save_quantized(
     *,
     dtype: str | None = None,
     rank: int | None = None,
+    whole: bool = False,
 ) -> str:
-    """Writes the linears of a quantized network to two files, as MindIE-SD's ``quantize`` reads.
+    """Writes the linears of a quantized network to two files, as MindIE-SD's ``quantize`` reads;
+    or all of the network to one.
 
     ``quant_model_description_TYPE.json`` names every tensor of a linear with its type or
     ``FLOAT``, ``quant_model_weight_TYPE.safetensors`` holds them. Linears that stayed float are
     among them. What is no linear is not written: MindIE-SD leaves it as the model has it. Each
     file is either whole or absent; the description comes last. Others than owner and group may not
     read them: MindIE-SD refuses files with more permissions.
+
+    With `whole` there is one file, ``quantized_network.safetensors``, of every scheme and with
+    every parameter of the network: convolutions, norms and embeddings, too. ms-quant reads it, and
+    MindSpore its parameters.
 
     Args:
         network (Cell): what :func:`ms_quant.quantize` returned, unless it was a linear itself.
@@ -64,16 +79,18 @@ def save_quantized(
         rank (int, optional): the rank at the end of both names. With one MindIE-SD asks for a
             process group and replaces it by the process's own. Default: ``None``, no rank: every
             process reads the same files.
+        whole (bool, optional): whether to write the whole network, in types of its own. Default:
+            ``False``.
 
     Returns:
-        str, the path of the description: :func:`ms_quant.quantize` takes it.
+        str, the path of the description, or of the one file: :func:`ms_quant.quantize` takes it.
 
     Raises:
         MsQuantError: a linear is of a scheme that MindIE-SD does not serve, or has what it would
             ignore: groups, a zero point of the weight, a bias with W4A4_DYNAMIC, smoothing with
             W8A16, W4A16 or W4A4_DYNAMIC; or on which it fails: W8A8_MXFP8 and W4A4_MXFP4_DUALSCALE
-            without a bias; nothing is quantized; a scale is not exact in `dtype`; or the disk is
-            full.
+            without a bias; nothing is quantized; a scale is not exact in `dtype`; `dtype` or `rank`
+            are given with `whole`; or the disk is full.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -89,8 +106,16 @@ def save_quantized(
         >>> fresh = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
         >>> fresh = ms_quant.quantize(fresh, path)
     """
+    made_for = _checked(dtype, rank)
+    if whole:
+        for name, value in (("dtype", dtype), ("rank", rank)):
+            if value is not None:
+                raise MsQuantError(
+                    f"{name}: given with whole=True, expected it for MindIE-SD alone"
+                )
+        return save_whole(network, Path(directory))
     layouts, makers, entries = {}, {}, {}
-    wanted = _checked(dtype, rank) or _own_dtype(network)
+    wanted = made_for or _own_dtype(network)
     plans: list[TensorPlan] = []
     for name, cell in network.cells_and_names():
         if isinstance(cell, QuantLinear):
@@ -105,16 +130,16 @@ def save_quantized(
             makers[tensor.plan.name], entries[tensor.plan.name] = tensor.make, tensor.entry
     if not layouts:
         raise MsQuantError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
-    whole = model_type({layout.type for layout in layouts.values()})
+    model = model_type({layout.type for layout in layouts.values()})
     target = Path(directory)
     free_space_check(target, sum(plan.bytes for plan in plans))
     target.mkdir(parents=True, exist_ok=True)
-    made_for = {DTYPE: wanted.name} if wanted.name in RUN_DTYPES else {}
-    weights = target / weights_name(whole, rank)
-    write_file(weights, plans, lambda name: makers[name](), made_for, MODE)
-    path = target / description_name(whole, rank)
-    write_json(path, {GLOBAL_TYPE: whole, **entries}, MODE)
-    if not made_for:
+    metadata = {DTYPE: wanted.name} if wanted.name in RUN_DTYPES else {}
+    weights = target / weights_name(model, rank)
+    write_file(weights, plans, lambda name: makers[name](), metadata, MODE)
+    path = target / description_name(model, rank)
+    write_json(path, {GLOBAL_TYPE: model, **entries}, MODE)
+    if not metadata:
         _warn_of_float32(layouts)
     return str(path)
 
@@ -123,6 +148,7 @@ _WAYS_OUT = (
     "another scheme, or such linears float, or for a bias: has_bias=True before quantizing, here "
     "and in MindIE-SD's model (zeros will do)"
 )
+_WHOLE = "save_quantized(..., whole=True) holds it for ms-quant"
 
 
 @dataclass(frozen=True)
@@ -180,11 +206,14 @@ def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
             "linears by their paths"
         )
     linear = as_linear(cell)
-    type, (rows, columns) = type_of_linear(linear, name), linear.weight.shape
     bias, smooths = linear.bias is not None, linear.smooth is not None
-    check_linear(type, (rows, columns), smooths, bias, name)
+    try:
+        type, (rows, columns) = type_of_linear(linear, name), linear.weight.shape
+        check_linear(type, (rows, columns), smooths, bias, name)
+    except MsQuantError as error:
+        raise MsQuantError(f"{error}; {_WHOLE}") from None
     if reason := why_not_run(type, (rows, columns), bias):
-        raise MsQuantError(f"{name}: {reason}; expected {_WAYS_OUT}")
+        raise MsQuantError(f"{name}: {reason}; expected {_WAYS_OUT}; {_WHOLE}")
     activation = linear.activation
     if linear.input_dtype != dtype and (smooths or isinstance(activation, DualMxTokens)):
         raise MsQuantError(
@@ -211,3 +240,29 @@ def _float(cell: nn.Cell, name: str) -> Iterator[_Tensor]:
         if parameter is not None and name:
             plan = TensorPlan(f"{name}.{suffix}", float_dtype(parameter), tuple(parameter.shape))
             yield _Tensor(plan, FLOAT, partial(host_array, parameter))
+
+
+def check_format(format: str, scheme: Scheme, chain: Chain, cells: Mapping[str, nn.Cell]) -> None:
+    """Refuses what :func:`save_quantized` could not write afterwards.
+
+    Args:
+        format: ``"mindie-sd"``.
+        scheme, chain: what linears will be quantized with.
+        cells: the linears by path.
+
+    Raises:
+        MsQuantError: it is no such format, or would not hold a linear.
+    """
+    if format != NAME:
+        raise MsQuantError(f"for_format is {format!r}, expected {NAME!r} or None")
+    if chain.any("adds"):
+        raise MsQuantError(
+            f"algorithm {chain.name}: puts a transform or a branch beside the weight, MindIE-SD "
+            "reads none, expected another algorithm"
+        )
+    for path, cell in cells.items():
+        type, bias = type_of_scheme(scheme, path), getattr(cell, "bias", None) is not None
+        shape = tuple(cell.weight.shape)
+        check_linear(type, shape, chain.any("smooths"), bias, path)
+        if reason := why_not_run(type, shape, bias):
+            raise MsQuantError(f"{path}: {reason}; expected {_WAYS_OUT}")

@@ -19,6 +19,7 @@ from ms_quant.cells.calibrate import observe
 from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.load import load
 from ms_quant.cells.quant_linear import QuantLinear
+from ms_quant.cells.save import check_format
 from ms_quant.cells.tree import is_linear, linears, replace_cell
 from ms_quant.checkpoint.floats import round_finite
 from ms_quant.checkpoint.mindie_sd_choice import network_scheme
@@ -86,6 +87,7 @@ def quantize(
     exclude: Sequence[str] = (),
     timestep_policy: TimestepPolicyConfig | None = None,
     dtype: Any = None,
+    for_format: str | None = None,
     **options: Any,
 ) -> nn.Cell:
     """Replaces the linears of a network with :class:`QuantLinear`, in place.
@@ -96,7 +98,10 @@ def quantize(
             MindIE-SD reads it, ``quant_model_description_TYPE.json``, or ``..._TYPE_RANK.json``:
             then linears are loaded from it and the weights beside it, and of the other arguments
             only `timestep_policy` and `dtype` may be given. Every linear needs an entry; those that
-            are ``FLOAT`` keep the network's values. Default: ``"W8A8"``.
+            are ``FLOAT`` keep the network's values, and so does what is no linear, of which a
+            warning tells. Or the path of ``quantized_network.safetensors`` that
+            ``save_quantized(..., whole=True)`` wrote, which gives every parameter its value.
+            Default: ``"W8A8"``.
         calibration (Iterable, optional): what to call the network with: for each call a Tensor
             or array, a tuple or list of arguments, or a dict of named ones, as MindSpore's
             dataset iterators give them. Needed by static schemes and most algorithms.
@@ -116,6 +121,9 @@ def quantize(
             that such a runtime holds in this type are exact in it, and so is what the linears here
             compute. Default: ``None``, each linear's own type; of a file the type that it was
             made for.
+        for_format (str, optional): ``"mindie-sd"`` refuses, before anything is calibrated, what
+            :func:`ms_quant.save_quantized` could not write for MindIE-SD. Default: ``None``:
+            ``save_quantized(..., whole=True)`` writes everything.
         options: options of the scheme and the algorithms, such as ``group_size=64`` or
             ``alpha=0.7``.
 
@@ -168,12 +176,13 @@ def quantize(
         >>> fresh = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 8))
         >>> fresh = ms_quant.quantize(fresh, description, timestep_policy=policy)
     """
-    if isinstance(scheme, PathLike) or str(scheme).endswith(".json"):
+    if isinstance(scheme, PathLike) or str(scheme).endswith((".json", ".safetensors", ".ckpt")):
         given = {
             "calibration": calibration is not None,
             "algorithm": algorithm != PLAIN,
             "include": tuple(include) != ("*",),
             "exclude": bool(exclude),
+            "for_format": for_format is not None,
             **dict.fromkeys(options, True),
         }
         refused = [name for name, is_given in given.items() if is_given]
@@ -191,6 +200,11 @@ def quantize(
             )
         holder = nn.SequentialCell(network)
         more = {"calibration": calibration, "timestep_policy": timestep_policy, **options}
+        if for_format is not None:
+            raise MsQuantError(
+                f"for_format: given with {network.cls_name}, which is a linear itself, expected a "
+                "network of them"
+            )
         quantize(holder, scheme, algorithm=algorithm, dtype=dtype, **more)
         quantized = holder[0]
         for name, parameter in quantized.parameters_and_names():
@@ -213,6 +227,8 @@ def quantize(
     for path in chosen:
         weight, _ = weight_and_bias(path, cells[path])  # refuses before the long part
         wanted.weight.check_columns(weight.shape[1], f"{path}.weight")
+    if for_format is not None:
+        check_format(for_format, wanted, chain, {name: cells[name] for name in chosen})
     inputs = observe(network, {n: cells[n] for n in chosen}, wanted, chain, calibration, policy)
     wanted = network_scheme(wanted)
     quantized = {}
@@ -236,7 +252,7 @@ def quantize(
         if solution.smooth is not None and not wanted.activation.holds_smoothing:
             solution = replace(solution, smooth=stable_smooth(solution.smooth, runs_in))
         (linear,) = apply(problem, chain.rest(problem, solution)).values()
-        quantized[path] = QuantLinear(linear, timestep_policy=policy)
+        quantized[path] = QuantLinear(linear, timestep_policy=policy, scheme=wanted)
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)
     return network

@@ -13,6 +13,7 @@ import numpy as np
 
 from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
+from ms_quant.checkpoint.ascend_leeway import LEEWAY
 from ms_quant.checkpoint.ascend_reading import read_linear
 from ms_quant.checkpoint.ascend_tensors import FLOAT32, WITH_CODES, parts, slices_of
 from ms_quant.checkpoint.flat_description import kinds
@@ -171,10 +172,11 @@ FLAVOUR = Flavour(
     linear_tensor=linear_tensor,
     read_linear=read_linear,
     describe=describe,
-    kinds=partial(kinds, "ascend", FLOATS),
+    kinds=partial(kinds, "ascend", FLOATS, aliases=LEEWAY.aliases),
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,
     bias_dtype=lambda plan, path: FLOAT32,
     holds_cache=True,
+    leeway=LEEWAY,
 )

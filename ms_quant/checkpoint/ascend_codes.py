@@ -67,7 +67,7 @@ def _four_bits(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
     return stored
 
 
-def _no_nan(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
+def no_nan(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
     codes = stored.view(np.uint8)
     wrong = int(np.count_nonzero((codes & 127) == 127))
     if wrong:
@@ -78,7 +78,7 @@ def _no_nan(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
 PLAIN = Codes(INT8, _plain, _whole_range)
 INT4 = Codes(INT8, _plain, _four_bits)
 ALONG_OUT = Codes(INT8, pack.pack_along_out, lambda s, k, n: pack.unpack_along_out(s, n), rows=2)
-FLOAT8 = Codes(E4M3, lambda codes, name: codes.view(E4M3), _no_nan)
+FLOAT8 = Codes(E4M3, lambda codes, name: codes.view(E4M3), no_nan)
 FLOAT4 = Codes(UINT8, pack.pack_nibbles, pack.unpack_nibbles, columns=2)
 
 

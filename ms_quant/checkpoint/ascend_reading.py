@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ms_quant.checkpoint.ascend_codes import codes_of, has_scale_bias
+from ms_quant.checkpoint.ascend_leeway import BF16_STEPS, check_scale_bias, stated
 from ms_quant.checkpoint.ascend_tensors import narrowed, scale_bias, slices_of
 from ms_quant.checkpoint.flavour import in_channels
 from ms_quant.errors import MsQuantError
@@ -28,6 +29,7 @@ from ms_quant.numerics.affine import QMAX, QMIN
 from ms_quant.numerics.float_grid import FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
+from ms_quant.numerics.reciprocal import rounded_reciprocal
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -89,12 +91,46 @@ def read_linear(
         _branch(source),
     )
     if isinstance(scheme.activation, StaticInt8 | Phased):
-        source.same("deq_scale", _deq_scale(source), lambda: linear.deq_scale)
-        source.same("quant_bias", source("quant_bias"), lambda: folded_bias(linear, path))
+        linear = _checked_product(plan, source, linear)
     if has_scale_bias(scheme):
-        found, slices = source.float32("scale_bias"), slices_of(group)
-        source.same("scale_bias", found, lambda: scale_bias(weight, linear.grid, slices))
+        _check_scale_bias(plan, group, source, linear)
     return linear
+
+
+def _checked_product(plan: Plan, source: _Source, linear: QuantizedLinear) -> QuantizedLinear:
+    """The linear, whose ``deq_scale`` and ``quant_bias`` follow from the rest, or nearly so."""
+    scale, bias = _deq_scale(source), source("quant_bias")
+    if plan.foreign:
+        if isinstance(plan.scheme.activation, StaticInt8) and "weight_scale" in source.suffixes:
+            _check_old_scales(source, linear)
+        return stated(linear, scale, bias, source.path)
+    source.same("deq_scale", scale, lambda: linear.deq_scale)
+    source.same("quant_bias", bias, lambda: folded_bias(linear, source.path))
+    return linear
+
+
+def _check_old_scales(source: _Source, linear: QuantizedLinear) -> None:
+    """The scales that old msModelSlim stores beside their product, which alone is computed with."""
+    scale = source.scale("weight_scale").reshape(-1)
+    source.require(
+        np.abs(scale * linear.static.input_scale[0] / linear.deq_scale - 1) <= BF16_STEPS,
+        "weight_scale",
+        "scales times input_scale are not deq_scale, even rounded to bfloat16",
+    )
+    if "weight_offset" in source.suffixes:
+        _zero_points(source, "weight_offset", symmetric=True)
+
+
+def _check_scale_bias(
+    plan: Plan, group: LinearGroup, source: _Source, linear: QuantizedLinear
+) -> None:
+    found, slices = source.float32("scale_bias"), slices_of(group)
+    if not plan.foreign:
+        source.same("scale_bias", found, lambda: scale_bias(linear.weight, linear.grid, slices))
+        return
+    made = scale_bias(linear.weight, linear.grid, slices)
+    largest = scale_bias(np.abs(linear.weight), linear.grid, slices)
+    check_scale_bias(found, made, largest, source.path)
 
 
 def _grid(plan: Plan, source: _Source, path: str) -> Grid:
@@ -129,6 +165,8 @@ def _zero_points(source: _Source, suffix: str, symmetric: bool) -> np.ndarray:
 def _deq_scale(source: _Source) -> np.ndarray:
     """float32 (out,), positive."""
     stored = source("deq_scale")
+    if stored.dtype.kind not in "iu":
+        stored = stored.astype(np.float32)
     if stored.dtype == np.int64:
         source.require(stored == stored.astype(np.int32), "deq_scale", "values exceed 32 bits")
         stored = narrowed(stored)
@@ -151,7 +189,10 @@ def _activation(plan: Plan, source: _Source, path: str) -> Activation:
     vector = np.full(in_channels(plan, path), step[0], np.float32)
     # Without a weight_scale only the product of both scales is known: deq_scale stands for it.
     scale = step[0] if isinstance(format, Phased) else np.float32(1)
-    static = StaticActivation(scale, int(offset[0]), vector, folds_bias=True)
+    static = StaticActivation(scale, int(offset[0]), vector, True, plan.dtype)
+    held = rounded_reciprocal(step, plan.dtype)
+    good = np.isfinite(held) & (held > 0)
+    source.require(good, "input_scale", f"values have no reciprocal in {plan.dtype.name}")
     return PhasedActivation(static) if isinstance(format, Phased) else static
 
 

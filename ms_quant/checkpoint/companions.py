@@ -27,7 +27,7 @@ def model_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def config_problems(
-    directory: Path, dtype: np.dtype | None = None, entry: str = ""
+    directory: Path, dtype: np.dtype | None = None, entry: str = "", *, strict: bool = True
 ) -> Iterator[str]:
     """What the runtime would read wrongly in ``config.json``, one line each.
 
@@ -35,6 +35,7 @@ def config_problems(
         directory: the checkpoint.
         dtype: type of what stays float, where it is known.
         entry: the one that describes the checkpoint, if one does.
+        strict: whether ``torch_dtype`` must be there, as we write it; newer tools write ``dtype``.
     """
     path = directory / "config.json"
     raw = read_json(path)
@@ -47,7 +48,7 @@ def config_problems(
     if dtype is None:
         return
     for key in DTYPE_KEYS:
-        if raw.get(key) != dtype.name and (key in raw or key == "torch_dtype"):
+        if raw.get(key) != dtype.name and (key in raw or (strict and key == "torch_dtype")):
             yield f"{path}: {key} is {raw.get(key)!r:.80}, expected {dtype.name!r}"
 
 

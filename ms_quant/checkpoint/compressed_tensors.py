@@ -22,7 +22,7 @@ from ms_quant.checkpoint.compressed_tensors_config import (
     read_schemes,
 )
 from ms_quant.checkpoint.compressed_tensors_tensors import WITH_CODES, parts, read_linear
-from ms_quant.checkpoint.flavour import Flavour, Kinds, Tensors
+from ms_quant.checkpoint.flavour import Flavour, Kinds, Leeway, Tensors
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
@@ -30,6 +30,7 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.pack import WORD_BITS
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.spec import Scheme
 from ms_quant.strict_json import read_json
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
     from ms_quant.plan import Plan
 
+FLOAT_NAMES = frozenset(DTYPES)
 STORED = frozenset(
     {"weight_scale", "weight_zero_point", "act_scale", "input_scale", "input_offset"}
 )
@@ -136,7 +138,22 @@ def scheme_options(
     return {} if scheme is None else scheme.chosen
 
 
+def stored(scheme: Scheme, checkpoint: Checkpoint, path: str) -> Scheme:
+    """A scheme with scales of the type that the tensors of a linear have."""
+    name = f"{path}.weight_scale"
+    wide = name in checkpoint and checkpoint.info(name).dtype.name == "float32"
+    return scheme.widened() if wide else scheme
+
+
+LEEWAY = Leeway(
+    types={"input_scale": FLOAT_NAMES, "bias": FLOAT_NAMES},
+    extra=frozenset({"weight_zero_point", "input_zero_point"}),
+    stored=stored,
+    # Reading it has compared what decides numbers.
+    description=lambda found, made, where: ([], []),
+)
 FLAVOUR = Flavour(
+    leeway=LEEWAY,
     name=NAME,
     shown=f"{KEY} in config.json",
     find=find,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ms_quant.checkpoint import kv_cache
-from ms_quant.checkpoint.flavour import Kinds
+from ms_quant.checkpoint.flavour import Kinds, Leeway
+from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.schemes import held_by
 
@@ -18,17 +20,24 @@ def kinds(
     config: ModelConfig,
     description: Mapping[str, Any],
     where: Path,
+    *,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Kinds:
     """What each linear is, if all of its tensors and those that runtimes fuse it with agree.
 
     Args:
         flavour: name of the flavour.
-        floats: suffixes that are called ``FLOAT`` although the linear is quantized.
+        floats: suffixes whose entries do not tell what the linear is.
         config: the model.
         description: as stored.
         where: its file.
+        aliases: other names of schemes.
     """
     modules: dict[str, str] = {}
+    description = {
+        key: aliases.get(value, value) if isinstance(value, str) else value
+        for key, value in description.items()
+    }
     problems = list(_module_problems(flavour, floats, description, where, modules))
     problems += _group_problems(config, modules, where)
     return modules, problems
@@ -46,9 +55,11 @@ def _module_problems(
         module, _, suffix = key.rpartition(".")
         if not module or suffix in kv_cache.SUFFIXES:
             continue
+        if suffix in floats and isinstance(value, str):
+            continue  # compared with what it should be, later
         if value not in known:
-            yield f"{where}: {key} is {value!r:.80}, expected one of {', '.join(known)}"
-        elif suffix not in floats and modules.setdefault(module, value) != value:
+            yield f"{where}: {key} is {short(value)}, expected one of {', '.join(known)}"
+        elif modules.setdefault(module, value) != value:
             yield f"{where}: tensors of {module} are {modules[module]} and {value}, expected one"
 
 
@@ -63,3 +74,34 @@ def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path
             if len(found) > 1:
                 listed = ", ".join(f"{name} {modules.get(name)}" for name in names)
                 yield f"{where}: {listed}; expected one scheme, the runtime fuses them"
+
+
+def tensor_entries(
+    found: Mapping[str, Any], made: Mapping[str, Any], where: Path, leeway: Leeway
+) -> tuple[list[str], list[str]]:
+    """What is missing of the entries of tensors in a description by others, and what is odd.
+
+    Args:
+        found: the description, as stored.
+        made: what we would write.
+        where: its file.
+        leeway: what may differ.
+
+    Raises:
+        MsQuantError: an entry is of no tensor, or says what it is not.
+    """
+    defects, notes = [], []
+    for key in (key for key in sorted({*made, *found}) if "." in key):
+        suffix, value = key.rpartition(".")[2], found.get(key)
+        if key not in found:
+            defects.append(f"{where}: does not name {key!r}, expected {made[key]!r}")
+        elif key not in made and suffix not in leeway.extra:
+            raise MsQuantError(f"{where}: names {key!r}, expected only the model's tensors")
+        elif key in made and key in found and value != made[key]:
+            if isinstance(value, str) and leeway.aliases.get(value) == made[key]:
+                notes.append(f"{where}: calls {made[key]} {value}")
+            elif suffix == "bias":
+                notes.append(f"{where}: {key} is {short(value)}, the other tensors {made[key]}")
+            else:
+                raise MsQuantError(f"{where}: {key} is {short(value)}, expected {made[key]!r}")
+    return defects, list(dict.fromkeys(notes))

@@ -7,7 +7,7 @@ checkpoints asks the record, so nothing there knows a flavour or a scheme by its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ms_quant.checkpoint.writer import INDEX_NAME, TensorPlan
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.spec import Scheme
 
 if TYPE_CHECKING:
     from ms_quant.checkpoint.reader import Checkpoint
@@ -41,6 +42,29 @@ class Part:
     dtype: np.dtype
     shape: tuple[int, ...]
     make: Callable[[QuantizedLinear], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Leeway:
+    """Where checkpoints that others made may differ from ours, and stand for the same numbers.
+
+    Attributes:
+        types: suffix of a quantized linear's tensor to further types, by name, that it may have.
+        extra: suffixes of tensors that no runtime needs; what they say is compared with the rest.
+        aliases: other names of schemes.
+        stored: the scheme of a linear, by its path, as the checkpoint's tensors hold it.
+        description: compares a description, as stored and as we would write it, and says what is
+            wrong and what is to be noted; the last argument is its file. What it raises cannot be
+            read. None: they must be equal.
+    """
+
+    types: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    extra: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    stored: Callable[[Scheme, Checkpoint, str], Scheme] = lambda scheme, checkpoint, path: scheme
+    description: (
+        Callable[[Mapping[str, Any], Mapping[str, Any], Path], tuple[list[str], list[str]]] | None
+    ) = None
 
 
 Kinds = tuple[dict[str, str], list[str]]
@@ -73,6 +97,7 @@ class Flavour:
     why_not_run: why the runtime fails on a linear of a group and shape that files can hold, or "".
     mode: the widest permissions of the description and the weights that the runtime reads.
     holds_cache: whether it has tensors for keys and values cached in int8.
+    leeway: how checkpoints by others may differ.
     """
 
     name: str
@@ -95,6 +120,7 @@ class Flavour:
     why_not_run: Callable[[Plan, LinearGroup, tuple[int, int]], str] = lambda *linear: ""
     mode: int = ANY_MODE
     holds_cache: bool = False
+    leeway: Leeway = field(default_factory=Leeway)
 
     @property
     def title(self) -> str:

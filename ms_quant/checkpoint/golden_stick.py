@@ -11,6 +11,7 @@ import numpy as np
 from ms_quant.checkpoint.companions import model_config
 from ms_quant.checkpoint.flat_description import kinds
 from ms_quant.checkpoint.flavour import Flavour
+from ms_quant.checkpoint.golden_stick_leeway import LEEWAY, check_extra, stated
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import LinearGroup
@@ -68,7 +69,17 @@ def read_linear(
     """The linear at a path. What it reads it checks: a wrong quant_bias is an error."""
     weight = checkpoint.read(f"{path}.weight")
     if plan.scheme.activation.dynamic:
-        return int8_linear(weight, checkpoint.read_float32(f"{path}.weight_scale"), bias)
+        linear = int8_linear(weight, checkpoint.read_float32(f"{path}.weight_scale"), bias)
+    else:
+        linear = _static(plan, checkpoint, path, weight, bias)
+    if plan.foreign:
+        check_extra(checkpoint, path, linear)
+    return linear
+
+
+def _static(
+    plan: Plan, checkpoint: Checkpoint, path: str, weight: np.ndarray, bias: np.ndarray | None
+) -> QuantizedLinear:
     return static_linear(
         path,
         weight,
@@ -77,6 +88,7 @@ def read_linear(
         checkpoint.read_float32(f"{path}.input_scale"),
         checkpoint.read(f"{path}.input_offset"),
         bias,
+        foreign=plan.foreign,
     )
 
 
@@ -88,11 +100,14 @@ def static_linear(
     input_scale: np.ndarray,
     input_offset: np.ndarray,
     bias: np.ndarray | None,
+    *,
+    foreign: bool = False,
 ) -> QuantizedLinear:
     """A linear from the tensors of a static checkpoint, which must agree with each other.
 
     The split of ``deq_scale`` into an activation and a weight scale is not stored and does not
-    matter: the activation scale is taken as 1.
+    matter: the activation scale is taken as 1. ``foreign``: others made it, and may have rounded
+    quant_bias, which is then taken as it is.
 
     Raises:
         MsQuantError: offsets differ within the tensor, or quant_bias is not what the weight and
@@ -104,6 +119,8 @@ def static_linear(
         raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
     activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
     linear = int8_linear(weight, deq_scale, bias, activation)
+    if foreign:
+        return stated(linear, quant_bias, path)
     wrong = int(np.count_nonzero(linear.quant_bias != quant_bias))
     if wrong:
         raise MsQuantError(
@@ -133,9 +150,10 @@ FLAVOUR = Flavour(
     linear_tensor=lambda plan, group, linear, suffix: linear_tensor(plan, linear, suffix),
     read_linear=read_linear,
     describe=describe,
-    kinds=partial(kinds, "golden-stick", ()),
+    kinds=partial(kinds, "golden-stick", ("bias",)),
     scheme_options=lambda config, description, checkpoint, path: {},
     check=lambda plan, group, shape, name: None,
     with_codes=frozenset({"weight", "quant_bias"}),
+    leeway=LEEWAY,
 )
 tensor_plans, description = FLAVOUR.tensor_plans, FLAVOUR.description

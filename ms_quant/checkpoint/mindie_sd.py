@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ms_quant.checkpoint.ascend_leeway import stated
 from ms_quant.checkpoint.flavour import Flavour, Kinds
 from ms_quant.checkpoint.flavour import Tensors as Table
 from ms_quant.checkpoint.mindie_sd_choice import check_linear, type_of_scheme
@@ -166,6 +167,8 @@ def read_linear(
     found = read(type, tensors, path, (shape[0], shape[1]), run_dtype(plan.dtype))
     linear = replace(with_bias_of(found, type, bias is not None, path), bias=bias)
     if isinstance(found.activation, StaticActivation):
+        if plan.foreign:
+            return stated(linear, linear.deq_scale, folded_bias(found, path), path)
         _same(folded_bias(linear, path), folded_bias(found, path), tensors, path)
     return linear
 

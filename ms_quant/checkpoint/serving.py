@@ -142,7 +142,7 @@ class QuantizedModel:
         structure, problems = read_structure(directory)
         if structure is None or problems:
             raise MsQuantError(problems[0])
-        self.plan, self.row = structure.plan, structure.flavour
+        self.plan, self.row, self.structure = structure.plan, structure.flavour, structure
         self.config, self.phased = structure.plan.config, structure.plan.phased
         self.checkpoint = structure.checkpoint
         self._quantized = frozenset(self.plan.quantized())

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.checkpoint import kv_cache
 from ms_quant.checkpoint.finish import MAX_RECORD_BYTES, RECORD
-from ms_quant.checkpoint.flavour import Flavour
+from ms_quant.checkpoint.flavour import Flavour, Leeway
 from ms_quant.checkpoint.flavours import FLAVOURS
 from ms_quant.checkpoint.float_model import with_outputs
 from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.checkpoint.writer import TensorPlan
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan import Plan, Way, check_shapes, plan_of_ways, recorded_way
@@ -24,6 +25,8 @@ from ms_quant.spec import Fold
 from ms_quant.strict_json import read_json
 
 MAX_DESCRIPTION_BYTES = 256 << 20
+PROVENANCE = "provenance"
+"""The entry of a record that says where numbers come from that others have made."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ class Structure:
     checkpoint: the tensors.
     plan: what a consistent description stands for.
     expected: every tensor that there should be, by name.
+    defects: what a runtime will not forgive although it can be read, one sentence each.
+    notes: what is otherwise than we write it, and means the same, one sentence each.
     """
 
     flavour: Flavour
     checkpoint: Checkpoint
     plan: Plan
     expected: dict[str, TensorPlan]
+    defects: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
@@ -67,12 +74,18 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
         config = with_outputs(config, checkpoint)
         plan = _plan_of(flavour, config, kinds, description, checkpoint)
         expected = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
+        structure = Structure(flavour, checkpoint, plan, expected)
+        made = flavour.description(plan)
+        if not is_ours(directory) and flavour.leeway.description is not None:
+            defects, notes = flavour.leeway.description(description, made, where)
+            structure = replace(structure, defects=defects, notes=notes)
+        else:
+            problems += _entry_problems(description, made, where, exact=bool(flavour.entry))
     except MsQuantError as error:
-        return None, [f"{where}: {error}"]
-    problems += _tensor_problems(checkpoint, expected)
-    made = flavour.description(plan)
-    problems += _entry_problems(description, made, where, exact=bool(flavour.entry))
-    return Structure(flavour, checkpoint, plan, expected), problems
+        text = str(error)
+        return None, [text if text.startswith(f"{where}: ") else f"{where}: {text}"]
+    problems += _tensor_problems(structure)
+    return structure, problems
 
 
 def check_kind(directory: Path) -> tuple[Flavour, Path]:
@@ -114,9 +127,21 @@ def _entry_problems(
         if key not in found:
             yield f"{where}: does not name {key!r}"
         elif key in expected and not _same(found[key], expected[key]):
-            yield f"{where}: {key} is {found[key]!r:.200}, expected {expected[key]!r:.200}"
+            place, one, other = _first_difference(found[key], expected[key], key)
+            yield f"{where}: {place} is {short(one)}, expected {short(other)}"
         elif key not in expected and ("." in key or exact):
             yield f"{where}: names {key!r}, expected only the model's tensors"
+
+
+def _first_difference(found: Any, expected: Any, where: str) -> tuple[str, Any, Any]:
+    """The place of the first value that differs, and both."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in dict.fromkeys([*expected, *found]):
+            if key not in found or key not in expected:
+                return f"{where}.{key}", found.get(key), expected.get(key)
+            if not _same(found[key], expected[key]):
+                return _first_difference(found[key], expected[key], f"{where}.{key}")
+    return where, found, expected
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -137,7 +162,9 @@ def _plan_of(
         MsQuantError: an option of the scheme has no such value, or a linear no such shape.
     """
     record = _record(checkpoint.directory)
-    ways, floats = {}, set()
+    foreign = is_foreign(checkpoint.directory)
+    ways: dict[str, Way] = {}
+    floats = set()
     for index in range(config.num_layers):
         for group in config.family.groups:
             path = f"{block_prefix(index)}{group.name}"
@@ -149,14 +176,21 @@ def _plan_of(
             fold = recorded_way(record, path).get("fold")
             options = {"fold": fold, **_options(record, path), **told}
             scheme, chain = _way(flavour, kinds[first], options)
-            narrow = recorded_way(record, path).get("scale_dtype") == config.dtype
-            ways[path] = (scheme.narrowed() if narrow else scheme), chain
+            scales = recorded_way(record, path).get("scale_dtype")
+            if scales == config.dtype:
+                scheme = scheme.narrowed()
+            elif scales == "float32":
+                scheme = scheme.widened()
+            if not is_ours(checkpoint.directory):
+                scheme = flavour.leeway.stored(scheme, checkpoint, first)
+            ways[path] = scheme, chain
     if not ways:
         ways = {"": _way(flavour, held_by(flavour.name)[0], {})}
-    cache = description.get("kv_cache_type", "") if flavour.holds_cache else ""
+    cache = (description.get("kv_cache_type") or "") if flavour.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
-        raise MsQuantError(f"kv_cache_type is {cache!r:.80}, expected {STATIC_CACHE!r}")
+        raise MsQuantError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
     plan = plan_of_ways(config, ways, DTYPES[config.dtype], frozenset(floats), cache)
+    plan = replace(plan, foreign=foreign)
     for index in range(config.num_layers):
         for group in plan.groups(index):
             check_shapes(plan, index, group)
@@ -185,6 +219,16 @@ def _fold(value: Any) -> Fold | None:
     return Fold(value)
 
 
+def is_ours(directory: Path) -> bool:
+    """Whether a checkpoint has our record, so that its files are as we write them."""
+    return (directory / RECORD).exists()
+
+
+def is_foreign(directory: Path) -> bool:
+    """Whether others made the numbers of a checkpoint, whoever wrote its files."""
+    return not is_ours(directory) or PROVENANCE in _record(directory)
+
+
 def _record(directory: Path) -> Mapping[str, Any]:
     """What was done, where the files say so."""
     path = directory / RECORD
@@ -198,9 +242,14 @@ def _options(record: Mapping[str, Any], path: str) -> dict[str, Any]:
     return dict(options) if isinstance(options, Mapping) else {}
 
 
-def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan]) -> Iterator[str]:
-    names = set(checkpoint.names)
+def _tensor_problems(structure: Structure) -> Iterator[str]:
+    checkpoint, expected = structure.checkpoint, structure.expected
+    leeway = Leeway() if is_ours(checkpoint.directory) else structure.flavour.leeway
+    quantized, names = set(structure.plan.quantized()), set(checkpoint.names)
     for name, tensor in expected.items():
+        suffix = name.rpartition(".")[2]
+        if tensor.part is None and suffix not in kv_cache.SUFFIXES:
+            suffix = ""  # a float tensor of the model
         if name not in names:
             yield (
                 f"{checkpoint.directory}: tensor {name!r} is missing, expected {tensor.dtype} "
@@ -208,10 +257,15 @@ def _tensor_problems(checkpoint: Checkpoint, expected: Mapping[str, TensorPlan])
             )
             continue
         info = checkpoint.info(name)
+        if info.shape == tensor.shape and info.dtype.name in leeway.types.get(suffix, ()):
+            continue
         if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
             yield (
                 f"{checkpoint.file_of(name).path}: tensor {name!r} is {info.dtype} "
                 f"{list(info.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
             )
     for name in sorted(names - set(expected)):
+        path, _, suffix = name.rpartition(".")
+        if path in quantized and suffix in leeway.extra:
+            continue
         yield f"{checkpoint.file_of(name).path}: unknown tensor {name!r}, expected none"

@@ -14,11 +14,14 @@ from ms_quant.kernels.native import (
     set_operator_threads,
     threads_of,
 )
-from ms_quant.kernels.packing import PackedLinear, pack, transforms
+from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
+from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
 __all__ = [
     "ISAS",
     "PackedLinear",
+    "WatchedArrays",
+    "WatchedLinear",
     "add_gram",
     "attention",
     "available",
@@ -26,6 +29,7 @@ __all__ = [
     "column_stats",
     "has_isa",
     "has_product",
+    "layout_of",
     "library_path",
     "masked_softmax",
     "note",

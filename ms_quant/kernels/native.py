@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +26,11 @@ ISAS = {
 }
 """Instruction sets, slowest first, with their numbers in the library."""
 
+FASTEST = "MS_QUANT_ISA"
+"""An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
+
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 3
+_ABI = 4
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -34,13 +38,18 @@ _STATUS = {
     2: "the packed weight or its parameters are damaged",
     3: "there is not enough memory",
     4: "the weight was packed for an instruction set that this machine has not",
+    6: "input_offset differs between channels, expected the same in all",
+    7: "a code of the weight is no int4, expected -8..7",
 }
 NO_ISA, NOT_FINITE = 4, 5
-_POINTERS = ("mul", "input_scale", "scale", "row_scale", "zero_point", "int_bias", "bias")
+_INPUT_POINTERS = ("mul", "input_scale", "input_factor")
+_POINTERS = (*_INPUT_POINTERS, "scale", "row_scale", "zero_point", "int_bias", "bias")
 _TYPES = {"zero_point": np.int8, "int_bias": np.int32}
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
+    """``MsqLinear`` of ``src/kernels.h``."""
+
     _fields_ = [
         ("outputs", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
@@ -54,8 +63,42 @@ class _Linear(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a linear computes with, besides its codes.
+
+    Attributes:
+        shape: of the weight, (out, in).
+        arrays: by the names of ``MsqLinear`` in ``src/kernels.h``.
+        group: inputs that share a scale.
+        input: ``FLOAT``, ``PER_TOKEN`` or ``STATIC``.
+        limits: smallest and largest code of the input.
+        clip: factor on each token's range.
+        offset: zero point of a static input.
+    """
+
+    shape: tuple[int, int]
+    arrays: Mapping[str, np.ndarray]
+    group: int
+    input: int
+    limits: tuple[int, int] = LIMITS[8]
+    clip: float = 1.0
+    offset: float = 0.0
+
+    def structure(self) -> Linear:
+        """The same for the library; it holds addresses of the arrays, which must stay."""
+        for name, array in self.arrays.items():
+            assert array.dtype == _TYPES.get(name, np.float32) and array.flags.c_contiguous, name
+        places = [self.arrays[n].ctypes.data if n in self.arrays else None for n in _POINTERS]
+        numbers = (*self.shape, self.group, self.input, *self.limits, self.clip, self.offset)
+        return Linear(*numbers, *places)
+
+
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    fastest = os.environ.get(FASTEST)
+    if fastest == "none":
+        return None, f"{FASTEST} is none; using the NumPy reference, slower"
     found, where = load_library(
         "ms_quant.kernels", "_kernels", "msq_abi_version", _ABI, "native kernels"
     )
@@ -67,6 +110,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_params_bytes.restype = size
         found.msq_pack_weights.argtypes = [number, pointer, size, size, number, pointer]
         found.msq_pack_params.argtypes = [pointer, pointer]
+        found.msq_pages_new.argtypes, found.msq_pages_new.restype = [size], pointer
+        found.msq_pages_start.argtypes, found.msq_pages_start.restype = [pointer], pointer
+        for name in ("free", "changed", "watch"):
+            getattr(found, f"msq_pages_{name}").argtypes = [pointer]
+        found.msq_process.restype = ctypes.c_uint64
+        found.msq_watched_linear.argtypes = [pointer, number, pointer, size, pointer, number]
         found.msq_linear.argtypes = [pointer, size, pointer, size, pointer, size, pointer, number]
         found.msq_quantize_rows.argtypes = [
             *(number, pointer, size, size, number, number, ctypes.c_float),
@@ -92,7 +141,22 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ]
         found.msq_add_gram.argtypes = [pointer, size, size, pointer, number]
         found.msq_column_stats.argtypes = [number, pointer, size, size, *(pointer,) * 4, number]
+    if fastest:
+        _limit(found, where, fastest)
     return found, where
+
+
+def _limit(library: ctypes.CDLL | None, where: str, fastest: str) -> None:
+    """Leaves the instruction sets up to one, so that tests see what a lesser machine computes."""
+    if library is None:
+        raise MsQuantError(f"{FASTEST} is {fastest!r}, but: {where}")
+    able = [name for name, number in ISAS.items() if library.msq_has_isa(number)]
+    if fastest not in able:
+        expected = ", ".join([*able, "none"])
+        raise MsQuantError(
+            f"{FASTEST} is {fastest!r}, which is not here, expected one of {expected}"
+        )
+    library.msq_limit_isa(ISAS[fastest])
 
 
 def available() -> bool:
@@ -172,6 +236,11 @@ def call(name: str, *arguments: Any) -> None:
     _check(getattr(_library(), name)(*arguments))
 
 
+def function(name: str) -> Callable[..., Any]:
+    """A function that returns something else than a status."""
+    return getattr(_library(), name)
+
+
 def status_of(name: str, *arguments: Any, passed: tuple[int, ...]) -> int:
     """Calls a function that may also return one of some statuses; 0 is well done.
 
@@ -200,53 +269,41 @@ def pack_weights(codes: np.ndarray, bits: int, isa: str | None = None) -> np.nda
     Returns:
         uint8 (bytes,), with a header.
     """
-    library, number = _library(), number_of(isa)
+    number = number_of(isa)
     codes = np.ascontiguousarray(codes, np.int8)
-    count = library.msq_weights_bytes(number, *codes.shape, bits)
-    if count < 0:
-        raise MsQuantError(f"native kernels: codes of shape {codes.shape}, expected some of each")
-    packed = blob(count)
-    _check(
-        library.msq_pack_weights(number, codes.ctypes.data, *codes.shape, bits, packed.ctypes.data)
-    )
+    packed = weights_blob(codes.shape, bits, number)
+    call("msq_pack_weights", number, codes.ctypes.data, *codes.shape, bits, packed.ctypes.data)
     return packed
 
 
-def pack_params(
-    shape: tuple[int, int],
-    arrays: Mapping[str, np.ndarray],
-    group: int,
-    input: int,
-    limits: tuple[int, int] = LIMITS[8],
-    clip: float = 1.0,
-    offset: float = 0.0,
-) -> np.ndarray:
-    """What a linear of a shape (out, in) computes with, besides its codes.
+def weights_blob(shape: tuple[int, ...], bits: int, isa: int) -> np.ndarray:
+    """Room for packed codes of a shape (out, in)."""
+    count = _library().msq_weights_bytes(isa, *shape, bits)
+    if count < 0:
+        raise MsQuantError(f"native kernels: codes of shape {shape}, expected some of each")
+    return blob(count)
 
-    Args:
-        shape: of the weight.
-        arrays: by the names of ``MsqLinear`` in ``src/kernels.h``.
-        group: inputs that share a scale.
-        input: ``FLOAT``, ``PER_TOKEN`` or ``STATIC``.
-        limits: smallest and largest code of the input.
-        clip: factor on each token's range.
-        offset: zero point of a static input.
 
-    Returns:
-        uint8 (bytes,), with a header.
-    """
+def pack_params(computed: Computed) -> np.ndarray:
+    """uint8 (bytes,), with a header."""
     held = {
         name: np.ascontiguousarray(array, _TYPES.get(name, np.float32))
-        for name, array in arrays.items()
+        for name, array in computed.arrays.items()
     }
-    pointers = [held[name].ctypes.data if name in held else None for name in _POINTERS]
-    linear = _Linear(*shape, group, input, *limits, clip, offset, *pointers)
-    count = _library().msq_params_bytes(ctypes.byref(linear))
-    if count < 0:
-        raise MsQuantError(f"native kernels: a linear of shape {shape}, groups of {group}: refused")
-    packed = blob(count)
+    linear = replace(computed, arrays=held).structure()
+    packed = blob(params_bytes(linear))
     _check(_library().msq_pack_params(ctypes.byref(linear), packed.ctypes.data))
     return packed
+
+
+def params_bytes(linear: Linear) -> int:
+    count = _library().msq_params_bytes(ctypes.byref(linear))
+    if count < 0:
+        shape = linear.outputs, linear.inputs
+        raise MsQuantError(
+            f"native kernels: a linear of shape {shape}, groups of {linear.group}: refused"
+        )
+    return count
 
 
 Place = tuple[int, int]
@@ -260,6 +317,11 @@ def place_of(packed: np.ndarray) -> Place:
 def linear(weights: Place, params: Place, x: int, rows: int, y: int, threads: int) -> None:
     """Writes float32 (rows, out) to the address `y`, of float32 (rows, in) at the address `x`."""
     _check(_library().msq_linear(*weights, *params, x, rows, y, threads))
+
+
+def watched_linear(record: int, decode: bool, x: int, rows: int, y: int, threads: int) -> None:
+    """The same of a ``MsqWatchedLinear`` at an address."""
+    _check(_library().msq_watched_linear(record, decode, x, rows, y, threads))
 
 
 def quantize_rows(

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ms_quant.kernels import native
+from ms_quant.kernels.native import Computed
 from ms_quant.numerics.activation import Activation, Float, PerToken, PhasedActivation
 from ms_quant.numerics.affine import LIMITS
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
@@ -62,6 +63,31 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
         linear: the linear.
         isa: an instruction set by its name; None for the fastest there is.
     """
+    layout = layout_of(linear)
+    if layout is None:
+        return None
+    decode = None if layout.decode is None else native.pack_params(layout.decode)
+    weights = native.pack_weights(linear.weight, layout.bits, isa)
+    return PackedLinear(len(linear.weight), weights, native.pack_params(layout.computed), decode)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the kernels compute a linear.
+
+    Attributes:
+        bits: of a code.
+        computed: what it computes with; with ``decode`` in place of it in that phase.
+        decode: for activations that differ between phases, or None.
+    """
+
+    bits: int
+    computed: Computed
+    decode: Computed | None = None
+
+
+def layout_of(linear: QuantizedLinear) -> Layout | None:
+    """How the kernels compute a linear; None where they do not, or are not there."""
     grid, activation, shape = linear.grid, linear.activation, linear.weight.shape
     if linear.branch is not None or 0 in shape or not native.available():
         return None
@@ -69,11 +95,9 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
         if not isinstance(activation, PerToken) or grid.group % GROUP_MULTIPLE:
             return None
         arrays = {"scale": grid.second.scale, "row_scale": grid.scale}
-        params = _params(linear, activation, arrays, grid.group)
-        return PackedLinear(shape[0], native.pack_weights(linear.weight, 4, isa), params)
+        return Layout(4, _computed(linear, activation, arrays, grid.group))
     if not isinstance(grid, AffineGrid):
         return None
-    decode = None
     if isinstance(activation, Float):
         groups = grid.scale.shape[1]
         if groups > 1 and (shape[1] // groups) % GROUP_MULTIPLE:
@@ -81,16 +105,13 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
         arrays = {"scale": grid.scale}
         if not grid.format.symmetric:
             arrays["zero_point"] = grid.zero_point
-        params = _params(linear, activation, arrays, shape[1] // groups)
-    elif linear.integer and isinstance(activation, PerToken | StaticActivation):
-        params = _integer_params(linear, activation)
-    elif linear.integer and isinstance(activation, PhasedActivation):
-        params = _integer_params(linear, activation.prefill)
-        decode = _integer_params(linear, activation.static)
-    else:
-        return None
-    weights = native.pack_weights(linear.weight, grid.format.bits, isa)
-    return PackedLinear(shape[0], weights, params, decode)
+        return Layout(grid.format.bits, _computed(linear, activation, arrays, shape[1] // groups))
+    if linear.integer and isinstance(activation, PerToken | StaticActivation):
+        return Layout(grid.format.bits, _of_integers(linear, activation))
+    if linear.integer and isinstance(activation, PhasedActivation):
+        decode = _of_integers(linear, activation.static)
+        return Layout(grid.format.bits, _of_integers(linear, activation.prefill), decode)
+    return None
 
 
 def transforms(linear: QuantizedLinear) -> bool:
@@ -99,23 +120,23 @@ def transforms(linear: QuantizedLinear) -> bool:
     return linear.kronecker is not None or linear.rounds_smoothed
 
 
-def _integer_params(linear: QuantizedLinear, activation: Activation) -> np.ndarray:
+def _of_integers(linear: QuantizedLinear, activation: Activation) -> Computed:
     if isinstance(activation, StaticActivation):
         folds = activation.folds_bias
         bias = folded_bias(linear, "linear") if folds else linear.quant_bias
         arrays = {"scale": linear.deq_scale, "int_bias": bias}
-        return _params(linear, activation, arrays, linear.weight.shape[1], folds)
+        return _computed(linear, activation, arrays, linear.weight.shape[1], folds)
     arrays = {"scale": linear.weight_scale}
-    return _params(linear, activation, arrays, linear.weight.shape[1])
+    return _computed(linear, activation, arrays, linear.weight.shape[1])
 
 
-def _params(
+def _computed(
     linear: QuantizedLinear,
     activation: Activation,
     arrays: dict[str, np.ndarray],
     group: int,
     folds_bias: bool = False,
-) -> np.ndarray:
+) -> Computed:
     outputs, inputs = linear.weight.shape
     shape = outputs, inputs
     if linear.bias is not None and not folds_bias:
@@ -123,10 +144,13 @@ def _params(
     if linear.mul_scale is not None and not transforms(linear):
         arrays["mul"] = linear.mul_scale
     if isinstance(activation, StaticActivation):
-        arrays["input_scale"] = activation.input_scale
+        if activation.reciprocal is None:
+            arrays["input_scale"] = activation.input_scale
+        else:
+            arrays["input_factor"] = activation.reciprocal
         offset = float(activation.offset)
-        return native.pack_params(shape, arrays, group, native.STATIC, offset=offset)
+        return Computed(shape, arrays, group, native.STATIC, offset=offset)
     if isinstance(activation, PerToken):
         limits, clip = LIMITS[activation.bits], activation.clip
-        return native.pack_params(shape, arrays, group, native.PER_TOKEN, limits, clip)
-    return native.pack_params(shape, arrays, group, native.FLOAT)
+        return Computed(shape, arrays, group, native.PER_TOKEN, limits, clip)
+    return Computed(shape, arrays, group, native.FLOAT)

@@ -10,6 +10,7 @@ Float             x                                          none
 StaticInt8        (q - offset) * scale, one for all tokens   StaticActivation
 PerToken          q * scale, one scale a token, 8 or 4 bits  none, or a clip ratio
 PerTokenFloat8    e4m3(q) * scale, one scale a token         none
+GroupFloat8       the same, one scale for 128 channels       none
 MxTokens          blocks of 32 with a shared exponent        none
 DualMxTokens      the same under a scale for long blocks     none
 Phased            per token in prefill, static in decode     StaticActivation
@@ -26,8 +27,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.numerics import affine, minifloat, mx, storage
+from ms_quant.numerics import affine, float8_blocks, minifloat, mx, storage
 from ms_quant.numerics.mx_rules import RULES
+from ms_quant.numerics.reciprocal import round_up_for_reciprocal, rounded_reciprocal
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ class PerTokenFloat8(_Dynamic):
 
 
 @dataclass(frozen=True)
+class GroupFloat8(_Dynamic):
+    """E4M3 with one scale for each 128 channels of a token."""
+
+    bits = 8
+
+    def fake(self, x: np.ndarray) -> np.ndarray:
+        return float8_blocks.fake_groups(x)
+
+
+@dataclass(frozen=True)
 class MxTokens(_Dynamic):
     """MXFP8 or MXFP4 along the channels.
 
@@ -184,20 +196,33 @@ class StaticActivation:
         input_scale: float32 (in,): s_x times the smoothing vector, as the checkpoint stores it.
             Each value is exact in the stored type.
         folds_bias: whether the linear's bias is rounded into ``quant_bias``.
+        multiplied_in: type in which the runtime holds 1 / ``input_scale``, the same for all
+            channels, to multiply by; None where it divides.
     """
 
     scale: np.float32
     offset: int
     input_scale: np.ndarray
     folds_bias: bool = False
+    multiplied_in: np.dtype | None = None
 
     @property
     def smooth(self) -> np.ndarray:
         """float32 (in,): what the input is divided by and the weight's columns multiplied by."""
         return self.input_scale / self.scale
 
+    @property
+    def reciprocal(self) -> np.ndarray | None:
+        """float32 (in,): what the runtime multiplies by; None where it divides."""
+        if self.multiplied_in is None:
+            return None
+        return rounded_reciprocal(self.input_scale, self.multiplied_in)
+
     def codes(self, x: np.ndarray) -> np.ndarray:
         """int8 codes (..., in)."""
+        reciprocal = self.reciprocal
+        if reciprocal is not None:
+            return affine.quantize_by(x, reciprocal, self.offset)
         return affine.quantize(x, self.input_scale, self.offset)
 
     def fake(self, x: np.ndarray) -> np.ndarray:
@@ -225,18 +250,23 @@ def static_activation(
     return StaticActivation(np.float32(scale), int(offset), stored.astype(np.float32))
 
 
-def tensor_activation(seen: Seen) -> StaticActivation:
+def tensor_activation(seen: Seen, multiplies: bool = False) -> StaticActivation:
     """Parameters with one stored step for all channels, as ascend checkpoints hold them.
 
     The step itself is rounded up to the stored type before anything follows from it: no smoothing
     vector could make up for that.
+
+    Args:
+        seen: what calibration saw.
+        multiplies: whether the runtime multiplies by the step's reciprocal in the stored type.
     """
     low, high = seen.low.min(initial=0), seen.high.max(initial=0)
     scale, _ = affine.asymmetric_parameters(low, high)
-    stored = storage.round_up(scale, seen.dtype, f"{seen.name}.input_scale").astype(np.float32)
+    round_up = round_up_for_reciprocal if multiplies else storage.round_up
+    stored = np.float32(round_up(scale, seen.dtype, f"{seen.name}.input_scale"))
     offset = int(np.clip(np.rint(affine.QMIN - float(low) / float(stored)), -128, 127))
     vector = np.full(seen.low.shape, stored, np.float32)
-    return StaticActivation(np.float32(stored), offset, vector, folds_bias=True)
+    return StaticActivation(stored, offset, vector, True, seen.dtype if multiplies else None)
 
 
 @dataclass(frozen=True)
@@ -247,10 +277,15 @@ class StaticInt8:
         per_channel: whether the stored input scale has a value for each channel and so holds a
             smoothing vector, as in golden-stick; else it is one number.
         folds_bias: whether a linear's bias is rounded into ``quant_bias``, as in ascend.
+        multiplies: whether the runtime multiplies by the reciprocal of the one number, rounded to
+            the type that the number is stored in.
+        symmetric: whether the zero point is 0: not what is made here, but what others make.
     """
 
     per_channel: bool = True
     folds_bias: bool = False
+    multiplies: bool = False
+    symmetric: bool = False
     dynamic = False
     bits = 8
 
@@ -263,7 +298,7 @@ class StaticInt8:
         if self.per_channel:
             return static_activation(seen.low, seen.high, smooth, seen.dtype, seen.name)
         assert smooth is None
-        return replace(tensor_activation(seen), folds_bias=self.folds_bias)
+        return replace(tensor_activation(seen, self.multiplies), folds_bias=self.folds_bias)
 
     def restore(self, static: StaticActivation) -> StaticActivation:
         return replace(static, folds_bias=self.folds_bias)
@@ -287,15 +322,20 @@ class PhasedActivation:
 
 @dataclass(frozen=True)
 class Phased:
-    """The format of :class:`PhasedActivation`."""
+    """The format of :class:`PhasedActivation`.
 
+    Attributes:
+        multiplies: as of :class:`StaticInt8`, in decode.
+    """
+
+    multiplies: bool = False
     dynamic = False
     holds_smoothing = False
     bits = 8
 
     def fit(self, seen: Seen | None, smooth: np.ndarray | None) -> PhasedActivation:
         assert seen is not None and smooth is None
-        return PhasedActivation(tensor_activation(seen))
+        return PhasedActivation(tensor_activation(seen, self.multiplies))
 
     def restore(self, static: StaticActivation) -> PhasedActivation:
         return PhasedActivation(replace(static, folds_bias=True))

@@ -11,6 +11,7 @@ format            codes                   a code q stands for                   
 AffineFormat      int8, of 8 or 4 bits    (q - zero_point) * scale                    G or K
 TwoLevelFormat    int8, of 4 bits         (q * second) * scale                        G
 Float8Format      uint8, E4M3             e4m3(q) * scale                             K
+Float8BlockFormat uint8, E4M3             e4m3(q) * scale, one for 128 rows as well   128
 MxFormat          uint8, E4M3 or E2M1     element(q) * 2**e                           32
 DualMxFormat      uint8, E2M1             (e2m1(q) * 2**e) * dual_scale               32
 FloatFormat       float32                 itself, a float of the model's type         K

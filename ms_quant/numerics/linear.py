@@ -67,6 +67,25 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Stated:
+    """What a static product is computed with, where others round it otherwise than is done here.
+
+    Attributes:
+        deq_scale: float32 (out,).
+        quant_bias: int32 (out,).
+        folds_bias: whether the bias is in ``quant_bias``.
+    """
+
+    deq_scale: np.ndarray
+    quant_bias: np.ndarray
+    folds_bias: bool
+
+    def rows(self, rows: slice) -> Stated:
+        """The part of some outputs."""
+        return Stated(self.deq_scale[rows], self.quant_bias[rows], self.folds_bias)
+
+
+@dataclass(frozen=True)
 class QuantizedLinear:
     """A quantized linear.
 
@@ -81,6 +100,7 @@ class QuantizedLinear:
         branch: the low-rank branch, or None.
         input_dtype: the type that inputs have where the linear runs. ``mul_scale``, its product
             with the input and the quotient of a dual scale are rounded to it; nothing else is.
+        stated: what the static product of a checkpoint by others is computed with, or None.
     """
 
     weight: np.ndarray
@@ -91,6 +111,7 @@ class QuantizedLinear:
     kronecker: Kronecker | None = None
     branch: LowRank | None = None
     input_dtype: np.dtype = DTYPES["float32"]
+    stated: Stated | None = None
 
     @property
     def weight_scale(self) -> np.ndarray:
@@ -109,11 +130,15 @@ class QuantizedLinear:
     @property
     def deq_scale(self) -> np.ndarray:
         """float32 (out,), s_x * s_w; static activations only."""
+        if self.stated is not None:
+            return self.stated.deq_scale
         return self.static.scale * self.weight_scale
 
     @property
     def quant_bias(self) -> np.ndarray:
         """int32 (out,), -offset * sum over in of the weight; static activations only."""
+        if self.stated is not None and not self.stated.folds_bias:
+            return self.stated.quant_bias
         return (-self.static.offset * self.weight.sum(axis=1, dtype=np.int64)).astype(np.int32)
 
     @property
@@ -236,6 +261,10 @@ class QuantizedLinear:
             arrays["act_scale"] = np.array([self.static.scale], np.float32)
             arrays["input_offset"] = np.array([self.static.offset], np.int8)
             arrays["input_scale"] = self.static.input_scale
+            if self.static.reciprocal is not None:  # stored in the type that it is exact in
+                arrays["input_reciprocal"] = self.static.reciprocal[:1].astype(
+                    self.static.multiplied_in
+                )
         if isinstance(self.activation, TimestepActivation):
             arrays |= self.activation.arrays()
         if isinstance(self.activation, PerToken) and self.activation.clip != 1.0:
@@ -283,11 +312,12 @@ def _activation(format: ActivationFormat, arrays: Mapping[str, np.ndarray]) -> A
         return format.fit(None, None)
     if isinstance(format, Timestep):
         return format.restore_steps(arrays["input_scale"], arrays["input_offset"])
-    return format.restore(
-        StaticActivation(
-            arrays["act_scale"][0], int(arrays["input_offset"][0]), arrays["input_scale"]
-        )
+    static = StaticActivation(
+        arrays["act_scale"][0], int(arrays["input_offset"][0]), arrays["input_scale"]
     )
+    if "input_reciprocal" in arrays:
+        static = replace(static, multiplied_in=arrays["input_reciprocal"].dtype)
+    return format.restore(static)
 
 
 def int8_linear(
@@ -335,6 +365,8 @@ def folded_bias(linear: QuantizedLinear, path: str) -> np.ndarray:
     Raises:
         MsQuantError: a sum does not fit int32.
     """
+    if linear.stated is not None and linear.stated.folds_bias:
+        return linear.stated.quant_bias
     if linear.bias is None:
         return linear.quant_bias
     total = linear.quant_bias + bias_units(linear.bias, linear.deq_scale)

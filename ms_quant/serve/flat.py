@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ms_quant.checkpoint.companions import config_problems
 from ms_quant.checkpoint.finish import RECORD, check_files
 from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.structure import Structure, read_structure
+from ms_quant.checkpoint.structure import Structure, is_ours, read_structure
 from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
@@ -57,9 +57,12 @@ def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structu
             f"{request.runtime} (ms-quant convert makes one where it can)"
         )
         return None, served
-    served.problems += config_problems(request.checkpoint, plan.dtype, flavour.entry)
+    served.problems += structure.defects
+    served.notes += structure.notes
+    ours = is_ours(request.checkpoint)
+    served.problems += config_problems(request.checkpoint, plan.dtype, flavour.entry, strict=ours)
     served.problems += _index_problems(structure.checkpoint)
-    if (request.checkpoint / RECORD).exists():
+    if ours:
         served.problems += check_files(request.checkpoint)
         served.problems += unlisted_problems(request.checkpoint, served.notes, serving=True)
     else:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ms_quant.checkpoint.structure import Structure
+import numpy as np
+
+from ms_quant.checkpoint.structure import MAX_DESCRIPTION_BYTES, Structure
+from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
+from ms_quant.strict_json import read_json
 from ms_quant.tensor_parallel import rank_problems
 
 NEWER_DEVICE = ("FP8", "MX")
@@ -28,6 +32,7 @@ def check(request: ServeRequest) -> Served:
     plan = structure.plan
     server_findings(served, request, plan.config)
     served.problems += _scheme_problems(structure, request, served)
+    served.problems += _unknown_names(structure)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
             f"{request.checkpoint}: is a bfloat16 checkpoint, expected float16 on a 310P "
@@ -38,6 +43,7 @@ def check(request: ServeRequest) -> Served:
     if served.problems:
         return served
     served.loaded = loaded_rows(structure, request.tp)
+    served.notes += _reciprocal_notes(structure)
     ours = structure.flavour.name == "ascend"
     served.command = command(request, *(("--quantization", "ascend") if ours else ()))
     return served
@@ -61,3 +67,32 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
             yield f"{request.checkpoint}: {text}"
         else:
             served.notes.append(text)
+
+
+def _reciprocal_notes(structure: Structure) -> Iterator[str]:
+    """Static inputs whose codes are off, as they are multiplied by a rounded reciprocal."""
+    names = [name for name in structure.expected if name.endswith(".input_scale")]
+    scales = [structure.checkpoint.read_float32(name)[0] for name in names]
+    dtype = structure.plan.dtype
+    errors = reciprocal_error(np.array(scales, np.float32), dtype)
+    wrong = int(np.count_nonzero(~(errors <= NEARLY_EXACT)))
+    if wrong:
+        worst = int(errors.argmax())
+        yield (
+            f"inputs are multiplied by 1 / input_scale in {dtype.name}: {wrong} of {len(names)} "
+            f"are off by more than 0.1 %, {names[worst]} by {100 * errors[worst]:.2f} %; ms-quant "
+            "quantize --format ascend chooses scales whose reciprocals are not"
+        )
+
+
+def _unknown_names(structure: Structure) -> Iterator[str]:
+    """Types by names that msModelSlim writes and the runtime has not registered."""
+    aliases = structure.flavour.leeway.aliases
+    for where in structure.flavour.find(structure.checkpoint.directory) if aliases else ():
+        described = read_json(where, MAX_DESCRIPTION_BYTES).values()
+        values = [value for value in described if isinstance(value, str)]
+        for name in sorted(aliases.keys() & set(values)):
+            yield (
+                f"{where}: calls a type {name}, expected {aliases[name]}, the name by which "
+                "vllm-ascend knows it"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,13 @@ def linear(kind: str) -> QuantizedLinear:
     weight = rng.standard_normal((OUTPUTS, INPUTS), np.float32)
     bounds = np.full(INPUTS, -3, "f4"), np.full(INPUTS, 2, "f4")
     static = static_activation(*bounds, None, DTYPES["float32"], "x")
-    activation = {"dynamic": PerToken(), "static": static, "float": Float()}.get(kind)
+    product = replace(static, folds_bias=True, multiplied_in=DTYPES["bfloat16"])
+    activation = {
+        "dynamic": PerToken(),
+        "static": static,
+        "multiplied": product,
+        "float": Float(),
+    }.get(kind)
     if activation is None:
         activation = Phased().restore(static)
     grid = AffineFormat(4 if kind == "float" else 8).fit(weight, "weight")
@@ -45,7 +52,7 @@ def tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((*shape, INPUTS), np.float32)
 
 
-KINDS = ["dynamic", "static", "phased", "float"]
+KINDS = ["dynamic", "static", "multiplied", "phased", "float"]
 
 
 @pytest.fixture

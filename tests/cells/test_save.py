@@ -28,6 +28,7 @@ from ms_quant.schemes import SCHEMES
 TRAINED = "W4A4_FLATQUANT_DYNAMIC"  # takes long
 pytestmark = [
     pytest.mark.usefixtures("blocking_mindspore"),
+    pytest.mark.filterwarnings("ignore:.*gives the quantized linears alone"),
     pytest.mark.filterwarnings("ignore:.*is made for float32"),
 ]
 

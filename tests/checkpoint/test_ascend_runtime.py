@@ -6,15 +6,21 @@ Nothing of the package reads them: names, packing, scales and products are plain
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from mindspore import Tensor
 
+from ms_quant import kernels
+from ms_quant.cells import QuantLinear
 from ms_quant.checkpoint.serving import open_model
+from ms_quant.errors import MsQuantError
 from ms_quant.inspection import inspect_checkpoint
 from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
 from ms_quant.plan import Choices
@@ -48,6 +54,7 @@ class Runtime:
         self.tensors = tensors
         config = json.loads((directory / "config.json").read_text())
         assert "quantization_config" not in config
+        self.torch_dtype = config["torch_dtype"]
         index = json.loads((directory / "quant_model_weights.safetensors.index.json").read_text())
         assert sorted(index["weight_map"]) == sorted(tensors)
 
@@ -69,7 +76,7 @@ class Runtime:
             return x @ exact(get["weight"]).T + bias
         assert all(self.description[f"{path}.{n}"] == kind for n in get if n != "bias")
         if kind == "W8A8" or (kind == "W8A8_MIX" and decode):
-            return static(get, x)
+            return static(get, x, self.torch_dtype)
         if kind == "W8A16":
             weight = get["weight"].astype(np.float64) + repeated(get["weight_offset"], x)
             return x @ (weight * repeated(get["weight_scale"], x)).T + bias
@@ -97,12 +104,27 @@ class Runtime:
         return np.array([[nibble(b, high) for b in row] for row in rows for high in (0, 1)], "f8")
 
 
-def static(get: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def held(value: float, torch_dtype: str) -> float:
+    """As a parameter of the type holds it, rounded half to even."""
+    if torch_dtype == "float16":
+        return struct.unpack("<e", struct.pack("<e", value))[0]
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    if torch_dtype == "bfloat16":
+        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
+    return struct.unpack("<f", struct.pack("<I", bits))[0]
+
+
+def static(get: dict[str, np.ndarray], x: np.ndarray, torch_dtype: str) -> np.ndarray:
+    """The scale becomes the model's type, and so does its reciprocal; npu_quantize multiplies."""
     deq = get["deq_scale"]
     if deq.dtype == np.int64:
         deq = np.array([np.uint32(bits) for bits in deq], np.uint32).view(np.float32)
-    codes = np.clip(np.rint(x / get["input_scale"] + get["input_offset"]), -128, 127)
-    return (codes.astype(np.int64) @ get["weight"].astype(np.int64).T + get["quant_bias"]) * deq
+    scale = held(float(get["input_scale"][0]), torch_dtype)
+    reciprocal = np.float32(held(float(np.float32(1) / np.float32(scale)), torch_dtype))
+    offset = np.float32(held(float(get["input_offset"][0]), torch_dtype))
+    codes = np.clip(np.rint(x * reciprocal + offset), -128, 127)
+    total = codes.astype(np.int64) @ get["weight"].astype(np.int64).T + get["quant_bias"]
+    return total.astype(np.float32) * deq
 
 
 def repeated(parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -179,11 +201,86 @@ def test_a_runtime_computes_what_was_quantized(
                 expected = runtime.forward(f"{prefix}.{shard}", kind, x, decode)
                 found = linear.forward(x, decode)
                 np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+                if kind == "W8A8" or (kind == "W8A8_MIX" and decode):
+                    np.testing.assert_array_equal(found, expected)
     result = verify_checkpoint(output, source)
     assert result["problems"] == []
     again = result["made_again"], result["measured"], len(result["unknown"])
     moved = "gptq" if scheme == "W16A16S" else options.get("algorithm")
     assert again == {None: (7, 0, 0), "gptq": (0, 7, 0), "smoothquant": (3, 2, 2)}[moved]
+
+
+@pytest.fixture
+def static_checkpoint(
+    tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
+) -> Callable[..., Path]:
+    """W8A8 of one block in some type, in one file."""
+
+    def make(dtype: str, **options: Any) -> Path:
+        source = tiny_model(f"source-{dtype}", family="qwen2", layers=1, **SHAPES)
+        choices, output = Choices(format="ascend"), tmp_path / dtype
+        request = QuantizeOptions(source, output, "W8A8", choices=choices, calib=calib_text)
+        quantize_checkpoint(replace(request, dtype=dtype, **CALIBRATED, **options))
+        return output
+
+    return make
+
+
+def test_reciprocals_are_nearly_exact_in_the_runtimes_type(
+    static_checkpoint: Callable[..., Path], load_tensors: Callable
+) -> None:
+    for dtype in ("bfloat16", "float16"):
+        tensors = load_tensors(static_checkpoint(dtype))
+        scales = [float(t[0]) for name, t in tensors.items() if name.endswith("input_scale")]
+        assert len(set(scales)) > 3
+        for scale in scales:
+            assert held(scale, dtype) == scale
+            assert abs(scale * held(1 / scale, dtype) - 1) <= 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [0.0123, 0.03, 1 / 3, 0.7001, 1.9])
+def test_whatever_scale_others_stored_is_multiplied_as_the_runtime_does(
+    dtype: str,
+    scale: float,
+    static_checkpoint: Callable[..., Path],
+    load_tensors: Callable,
+    save_tensors: Callable,
+) -> None:
+    """msModelSlim stores a float32 that the runtime rounds; its reciprocal may be far off."""
+    output, path = static_checkpoint(dtype), "model.layers.0.mlp.down_proj"
+    tensors = load_tensors(output)
+    tensors[f"{path}.input_scale"][0] = scale
+    save_tensors(next(output.glob("quant_model_weights*.safetensors")), tensors)
+    linear = open_model(output).linear(path)
+    assert linear is not None
+    of_linear = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{path}.")}
+    x = 40 * scale * np.random.default_rng(0).standard_normal((9, 128), np.float32)
+    expected = static(of_linear, x, dtype)
+    np.testing.assert_array_equal(linear.forward(x), expected)
+    packed = kernels.pack(linear)
+    if packed is not None:
+        np.testing.assert_array_equal(packed(x), expected)
+    np.testing.assert_array_equal(QuantLinear(linear)(Tensor(x)).asnumpy(), expected)
+    plain = QuantLinear(linear, native=False)
+    np.testing.assert_array_equal(plain(Tensor(x)).asnumpy(), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6])  # 0, and a subnormal number, in float16
+def test_a_scale_without_a_reciprocal_is_refused(
+    scale: float,
+    static_checkpoint: Callable[..., Path],
+    load_tensors: Callable,
+    save_tensors: Callable,
+) -> None:
+    output, path = static_checkpoint("float16"), "model.layers.0.mlp.down_proj"
+    tensors = load_tensors(output)
+    tensors[f"{path}.input_scale"][0] = scale
+    save_tensors(next(output.glob("quant_model_weights*.safetensors")), tensors)
+    with pytest.raises(
+        MsQuantError, match=f"{path}.input_scale: .* values have no reciprocal in float16"
+    ):
+        open_model(output).linear(path)
 
 
 def test_a_layer_without_an_entry_is_a_key_error(

@@ -66,6 +66,7 @@ STATIC = {"input_scale": "bfloat16 [1]", "input_zero_point": "int8 [1]"}
 PLAIN = {"weight": "int8 [32, 64]"}
 INT4 = {"weight_packed": "int32 [32, 8]", "weight_shape": "int64 [2]"}
 INT8 = {"weight_packed": "int32 [32, 16]", "weight_shape": "int64 [2]"}
+FLOAT8 = {"weight": "float8_e4m3fn [32, 64]"}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ INT8 = {"weight_packed": "int32 [32, 16]", "weight_shape": "int64 [2]"}
                 "weight_zero_point": "int32 [4, 2]",
             },
         ),
+        ("W8A8FP8_DYNAMIC", {}, {**FLOAT8, "weight_scale": "bfloat16 [32, 1]"}),
     ],
 )
 def test_tensors_of_a_linear(scheme: str, options: dict, expected: dict) -> None:
@@ -107,7 +109,7 @@ def test_types_of_a_float16_model() -> None:
     assert table(plan("W8A8", FP16))["input_scale"] == "float16 [1]"
 
 
-def integers(bits: int, strategy: str, size: int | None = None, **more: bool) -> dict[str, Any]:
+def integers(bits: int, strategy: str, size: int | None = None, **more: Any) -> dict[str, Any]:
     said = {"num_bits": bits, "type": "int", "symmetric": True, "group_size": size}
     return {**said, "strategy": strategy, "dynamic": False, **more}
 
@@ -126,6 +128,13 @@ SPELLED: list[tuple[str, dict, str, dict, dict | None]] = [
         "pack-quantized",
         integers(4, "group", 64, symmetric=False),
         None,
+    ),
+    (
+        "W8A8FP8_DYNAMIC",
+        {},
+        "float-quantized",
+        integers(8, "channel", type="float"),
+        integers(8, "token", dynamic=True, type="float"),
     ),
 ]
 
@@ -201,46 +210,74 @@ def test_a_path_goes_before_every_linear_and_what_no_target_names_is_float() -> 
     assert schemes[K_PROJ] == MIXTURE[0][0] and schemes[DOWN] == MIXTURE[1][0]
 
 
+GROUP, WEIGHTS = ("config_groups", "group_0"), ("config_groups", "group_0", "weights")
 REFUSED: list[tuple[tuple, Any, str]] = [
     (("config_groups",), None, r"config_groups is None, expected groups"),
     (("config_groups",), [], r"config_groups is \[\], expected groups"),
-    (("config_groups", "group_0"), 3, r"group_0 is 3, expected an object"),
-    (("config_groups", "group_0", "targets"), "Linear", r"targets is 'Linear', expected a list"),
-    (("config_groups", "group_0", "targets"), ["re:.*"], r"targets has 're:\.\*', expected 'Line"),
-    (("config_groups", "group_0", "targets"), [["Linear"]], r"targets has \['Linear'\], expected"),
-    (("ignore",), None, r"ignore is None, expected a list"),
-    (("ignore",), ["model.layers.9.mlp.up_proj"], r"ignore has 'model\.layers\.9"),
-    (("config_groups", "group_0", "weights"), None, r"group_0 is \{'weights': None"),
-    (("config_groups", "group_0", "weights", "num_bits"), 3, r"expected the arguments of a sch"),
-    (("config_groups", "group_0", "weights", "actorder"), "group", r"expected the arguments of"),
-    (("config_groups", "group_0", "weights", "group_size"), 48, r"expected the arguments of"),
-    (("config_groups", "group_0", "weights", "group_size"), [], r"expected the arguments of"),
-    (("config_groups", "group_0", "weights", "symmetric"), "yes", r"expected the arguments of"),
-    (("config_groups", "group_0", "format"), "int-quantized", r"expected the arguments of"),
-    (("config_groups", "group_0", "input_activations"), TENSOR, r"expected the arguments of"),
-    (("config_groups", "group_0", "output_activations"), TENSOR, r"expected the arguments of"),
+    (GROUP, 3, r"group_0 is 3, expected an object"),
+    ((*GROUP, "kernel"), "marlin", r"group_0\.kernel is unknown, expected one of weights, in"),
+    ((*GROUP, "targets"), "Linear", r"targets is 'Linear', expected a list"),
+    ((*GROUP, "targets"), [["Linear"]], r"targets has \['Linear'\], expected a text"),
+    ((*GROUP, "targets"), ["re:(a+)+$"], r"targets has the pattern '\(a\+\)\+\$', expected at"),
+    ((*GROUP, "targets"), ["re:" + ".*a" * 7], r"expected at most 6 repetitions"),
+    ((*GROUP, "targets"), ["re:" + "a" * 300], r"a pattern of 300 characters, expected at most"),
+    ((*GROUP, "targets"), ["re:("], r"targets has the pattern '\(': missing \), unterminated"),
+    (("ignore",), "lm_head", r"ignore is 'lm_head', expected a list"),
+    (WEIGHTS, None, r"group_0\.weights is null, expected arguments"),
+    (WEIGHTS, [], r"group_0\.weights is \[\], expected arguments or null"),
+    ((*WEIGHTS, "num_bits"), 3, r"weights\.num_bits is 3, expected 8 or 4 as in W8A16 or W4A16"),
+    ((*WEIGHTS, "num_bits"), 4.0, r"weights\.num_bits is 4\.0, expected 8 or 4 as in W8"),
+    ((*WEIGHTS, "actorder"), "group", r"weights\.actorder is 'group', expected null, 'static' or"),
+    ((*WEIGHTS, "actorder"), True, r"weights\.actorder is True, expected null"),
+    ((*WEIGHTS, "scale_dtype"), "torch.uint8", r"scale_dtype is 'torch\.uint8', expected null"),
+    ((*WEIGHTS, "group_size"), 48, r"weights\.group_size is 48, expected 128 as in W4A16"),
+    ((*WEIGHTS, "group_size"), [], r"weights\.group_size is \[\], expected 128 as in"),
+    ((*WEIGHTS, "symmetric"), "yes", r"weights\.symmetric is 'yes', expected True as in W4A16"),
+    ((*WEIGHTS, "type"), "float", r"weights\.type is 'float', expected 'int' as in W4A16"),
+    ((*WEIGHTS, "dynamic"), True, r"weights\.dynamic is True, expected False as in W4A16"),
+    ((*WEIGHTS, "is_mx"), True, r"weights\.is_mx is unknown, expected one of type, num_bits"),
+    ((*GROUP, "format"), "int-quantized", r"format is 'int-quantized', expected 'pack-quant"),
+    ((*GROUP, "format"), "nvfp4-pack-quantized", r"format is 'nvfp4-pack-quantized', expected one"),
+    ((*GROUP, "input_activations"), TENSOR, r"weights\.num_bits is 4, expected 8 as in W8A8, the"),
+    (
+        (*GROUP, "input_activations"),
+        8,
+        r"group_0\.input_activations is 8, expected arguments or",
+    ),
+    ((*GROUP, "output_activations"), TENSOR, r"group_0\.output_activations is \{.*\}, expected nu"),
+    (("kv_cache_scheme",), TENSOR, r"kv_cache_scheme is \{.*\}, expected null"),
+    (("sparsity_config",), {"format": "sparse-24-bitmask"}, r"sparsity_config is \{'format': 'sp"),
+    (
+        ("transform_config",),
+        {"config_groups": {"u": 1}},
+        r"transform_config is \{.*\}, expected",
+    ),
+    (("quantization_status",), "initialized", r"quantization_status is 'initialized', expected"),
+    (("cache",), 1, r"cache is unknown, expected one of config_groups, dequantize"),
 ]
 
 
 @pytest.mark.parametrize(("where", "value", "message"), REFUSED)
 def test_a_description_of_something_else_is_refused(where: tuple, value: Any, message: str) -> None:
+    """The first key that differs is named, with both values, and no message is cut."""
     found = copy.deepcopy(described(plan("W4A16", group_size=32)))
     entry = found
     for key in where[:-1]:
         entry = entry[key]
     entry[where[-1]] = value
-    with pytest.raises(MsQuantError, match=rf"^quantization_config: .*{message}"):
+    with pytest.raises(MsQuantError, match=rf"^quantization_config: .*{message}") as raised:
         read_schemes(found, LINEARS)
+    assert len(str(raised.value)) < 400
 
 
 def test_a_path_in_two_groups_is_refused() -> None:
     found = quantization_config(MIXTURE, [])
     found["config_groups"]["group_1"]["targets"].append(K_PROJ)
-    with pytest.raises(MsQuantError, match=rf"{K_PROJ} is a target of several schemes"):
+    with pytest.raises(MsQuantError, match=rf"{K_PROJ}' is a target of several schemes"):
         read_schemes(found, LINEARS)
 
 
-HELD = {"W8A8_DYNAMIC", "W8A16", "W4A16"}
+HELD = {"W8A8_DYNAMIC", "W8A16", "W4A16", "W8A8FP8_DYNAMIC", "W8A8FP8_BLOCK"}
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMES.keys() - HELD))

@@ -61,9 +61,17 @@ def static(columns: int, per_channel: bool, seed: int = 0) -> Any:
     return found if per_channel else replace(found, folds_bias=True)
 
 
+def multiplied(columns: int, dtype: str, seed: int) -> Any:
+    """A static input that is not divided by its scale, of any reciprocal."""
+    found = static(columns, False, seed)
+    step = np.full(columns, found.scale.astype(DTYPES[dtype]), np.float32)
+    return replace(found, input_scale=step, multiplied_in=DTYPES[dtype])
+
+
 def integer_linears(shape: tuple[int, int], seed: int) -> list[QuantizedLinear]:
     eight, four = AffineFormat(8), AffineFormat(4)
     phased = Phased().restore(static(shape[1], False, seed))
+    product = multiplied(shape[1], "bfloat16", seed)
     per_tensor = AffineFormat(8, per_tensor=True)
     smooth = np.exp(np.random.default_rng(seed).standard_normal(shape[1])).astype(np.float32)
     return [
@@ -77,6 +85,9 @@ def integer_linears(shape: tuple[int, int], seed: int) -> list[QuantizedLinear]:
         made(eight, shape, static(shape[1], False, seed), seed),
         replace(made(per_tensor, shape, StaticInt8().restore(static(shape[1], True)), seed)),
         made(eight, shape, phased, seed),
+        made(eight, shape, product, seed),
+        made(eight, shape, Phased(True).restore(product), seed, bias=False),
+        replace(made(eight, shape, multiplied(shape[1], "float32", seed), seed), smooth=smooth),
     ]
 
 

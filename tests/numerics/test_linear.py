@@ -335,8 +335,11 @@ def made(scheme: Scheme, *, inner: int = 128, bias: bool = True, seed: int = 0):
 def slow_folded(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
     """(qx @ W^T + quant_bias with the bias in it) * deq_scale, in Python integers."""
     static, y = linear.static, np.zeros((len(x), len(linear.weight)), np.float32)
+    divides = static.multiplied_in is None
+    factor = None if divides else (1 / static.scale).astype(static.multiplied_in).astype("f4")
     for t, row in enumerate(x):
-        steps = [float(np.float32(v / static.scale) + np.float32(static.offset)) for v in row]
+        steps = row / static.scale if divides else row * factor
+        steps = [float(step + np.float32(static.offset)) for step in steps]
         codes = [min(127, max(-128, round(step))) for step in steps]
         for n, weights in enumerate(linear.weight.tolist()):
             unit = np.float32(static.scale * linear.grid.scale[n, 0])

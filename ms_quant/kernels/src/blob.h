@@ -33,7 +33,7 @@ struct Params {
   int32_t input, smallest, largest;
   float clip, offset;
   int64_t outputs, inputs, group;
-  int64_t mul, input_scale, input_inverse;               // float (inputs)
+  int64_t mul, input_scale, input_inverse;               // float (inputs); scale 0: multiplied
   int64_t scale, zero_scale, row_scale, int_bias, bias;  // (groups, padded), (padded)
   int64_t bytes, pad;
 

@@ -73,7 +73,7 @@ struct Problem {
     if (grouped && linear.input == MSQ_PER_TOKEN)
       fill(linear.row_scale, row_scale = positive(outputs));
     if (linear.input == MSQ_STATIC) {
-      fill(linear.input_scale, input_scale = positive(inputs));
+      fill(below(2) ? linear.input_scale : linear.input_factor, input_scale = positive(inputs));
       int_bias.resize(static_cast<size_t>(outputs));
       for (int32_t& b : int_bias) b = static_cast<int32_t>(below(1 << 20) - (1 << 19));
       linear.int_bias = int_bias.data();

@@ -22,7 +22,7 @@
 namespace msq {
 namespace {
 
-std::atomic<int32_t> operator_threads{1};
+std::atomic<int32_t> fastest{MSQ_ISAS - 1};
 
 #if defined(__x86_64__)
 // The registers that the system saves: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512, 17
@@ -153,7 +153,8 @@ bool valid(const MsqLinear& l) {
   if (!sizes_fit(l.outputs, l.inputs) || l.group < 1 || l.inputs % l.group) return false;
   if (l.group != l.inputs && l.group % 8) return false;
   if (l.input < MSQ_FLOAT || l.input > MSQ_STATIC || !l.scale) return false;
-  if (l.input == MSQ_STATIC && !l.input_scale) return false;
+  const bool divides = l.input_scale, multiplies = l.input_factor;
+  if (l.input == MSQ_STATIC && divides == multiplies) return false;
   if (l.input != MSQ_FLOAT && (l.smallest < -128 || l.largest > 127 || l.smallest >= l.largest))
     return false;
   return l.input == MSQ_FLOAT || !l.zero_point;
@@ -177,8 +178,10 @@ Params lay_out(const MsqLinear& l, uint8_t* start) {
   };
   p.mul = writer.fill(l.mul, n, n, 1, 1.0f, input(l.mul));
   p.input_scale = writer.fill(l.input_scale, n, n, 1, 1.0f, input(l.input_scale));
-  p.input_inverse = writer.fill(l.input_scale, n, n, 1, 1.0f,
-                                [&](int64_t, int64_t i) { return 1.0f / l.input_scale[i]; });
+  p.input_inverse = l.input_factor
+                        ? writer.fill(l.input_factor, n, n, 1, 1.0f, input(l.input_factor))
+                        : writer.fill(l.input_scale, n, n, 1, 1.0f,
+                                      [&](int64_t, int64_t i) { return 1.0f / l.input_scale[i]; });
   p.scale = writer.fill(l.scale, padded, l.outputs, groups, 0.0f,
                         [&](int64_t g, int64_t i) { return l.scale[i * groups + g]; });
   p.zero_scale = writer.fill(
@@ -195,29 +198,6 @@ Params lay_out(const MsqLinear& l, uint8_t* start) {
   return p;
 }
 
-int32_t run(const uint8_t* weights, int64_t weights_bytes, const uint8_t* params,
-            int64_t params_bytes, const float* x, int64_t rows, int64_t columns, float* y,
-            int64_t outputs, int32_t threads) {
-  if (weights_bytes < static_cast<int64_t>(sizeof(Weights)) ||
-      params_bytes < static_cast<int64_t>(sizeof(Params)))
-    return MSQ_BAD_BLOB;
-  const Weights& w = *reinterpret_cast<const Weights*>(weights);
-  const Params& p = *reinterpret_cast<const Params*>(params);
-  if (w.magic != kWeights || p.magic != kParams || p.bytes > params_bytes) return MSQ_BAD_BLOB;
-  const Kernels* kernels = kernels_of(w.isa);
-  if (!kernels) return MSQ_NO_ISA;
-  if (w.outputs != p.outputs || w.inputs != p.inputs || (w.bits != 4 && w.bits != 8) ||
-      !sizes_fit(w.outputs, w.inputs) || p.group < 1 || p.inputs % p.group)
-    return MSQ_BAD_BLOB;
-  const int64_t needed = words_bytes(*kernels, w.outputs, w.inputs, w.bits);
-  if (weights_bytes - static_cast<int64_t>(sizeof(Weights)) < needed) return MSQ_BAD_BLOB;
-  if (rows < 0 || threads < 1 || columns != p.inputs || outputs != p.outputs)
-    return MSQ_BAD_ARGUMENT;
-  bool out_of_memory = false;
-  if (rows) kernels->linear(w, p, x, rows, y, threads, &out_of_memory);
-  return out_of_memory ? MSQ_NO_MEMORY : MSQ_OK;
-}
-
 }  // namespace
 
 const Kernels* kernels_of(int isa) {
@@ -228,16 +208,20 @@ const Kernels* kernels_of(int isa) {
     }
   } found;
   if (isa == MSQ_BEST) isa = msq_best_isa();
-  return isa >= 0 && isa < MSQ_ISAS ? found.of[isa] : nullptr;
+  return isa >= 0 && isa <= fastest.load() ? found.of[isa] : nullptr;
 }
 
 }  // namespace msq
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 3; }
+int32_t msq_abi_version(void) { return 4; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
+
+void msq_limit_isa(int32_t isa) {
+  if (isa >= 0 && isa < MSQ_ISAS) fastest.store(isa);
+}
 
 int32_t msq_best_isa(void) {
   for (int32_t isa = MSQ_ISAS - 1; isa > 0; --isa)
@@ -295,10 +279,23 @@ int32_t msq_pack_params(const MsqLinear* linear, uint8_t* params) {
 
 int32_t msq_linear(const uint8_t* weights, int64_t weights_bytes, const uint8_t* params,
                    int64_t params_bytes, const float* x, int64_t rows, float* y, int32_t threads) {
-  if (params_bytes < static_cast<int64_t>(sizeof(Params))) return MSQ_BAD_BLOB;
+  if (weights_bytes < static_cast<int64_t>(sizeof(Weights)) ||
+      params_bytes < static_cast<int64_t>(sizeof(Params)))
+    return MSQ_BAD_BLOB;
+  const Weights& w = *reinterpret_cast<const Weights*>(weights);
   const Params& p = *reinterpret_cast<const Params*>(params);
-  return run(weights, weights_bytes, params, params_bytes, x, rows, p.inputs, y, p.outputs,
-             threads);
+  if (w.magic != kWeights || p.magic != kParams || p.bytes > params_bytes) return MSQ_BAD_BLOB;
+  const Kernels* kernels = kernels_of(w.isa);
+  if (!kernels) return MSQ_NO_ISA;
+  if (w.outputs != p.outputs || w.inputs != p.inputs || (w.bits != 4 && w.bits != 8) ||
+      !sizes_fit(w.outputs, w.inputs) || p.group < 1 || p.inputs % p.group)
+    return MSQ_BAD_BLOB;
+  const int64_t needed = words_bytes(*kernels, w.outputs, w.inputs, w.bits);
+  if (weights_bytes - static_cast<int64_t>(sizeof(Weights)) < needed) return MSQ_BAD_BLOB;
+  if (rows < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
+  bool out_of_memory = false;
+  if (rows) kernels->linear(w, p, x, rows, y, threads, &out_of_memory);
+  return out_of_memory ? MSQ_NO_MEMORY : MSQ_OK;
 }
 
 int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int64_t columns,
@@ -392,19 +389,4 @@ int32_t msq_column_stats(int32_t isa, const float* x, int64_t rows, int64_t colu
   ColumnStats stats = {x, rows, columns, low, high, squares, sizes, false};
   kernels->column_stats(stats, threads);
   return stats.not_finite ? MSQ_NOT_FINITE : MSQ_OK;
-}
-
-void msq_set_threads(int32_t threads) { operator_threads.store(threads < 1 ? 1 : threads); }
-
-int MsqLinearOp(int nparam, void** params, int* ndims, int64_t** shapes, const char** dtypes, void*,
-                void*) {
-  if (nparam != 4 || ndims[0] != 2 || ndims[1] != 1 || ndims[2] != 1 || ndims[3] != 2)
-    return MSQ_BAD_ARGUMENT;
-  if (strcmp(dtypes[0], "float32") || strcmp(dtypes[1], "uint8") || strcmp(dtypes[2], "uint8") ||
-      strcmp(dtypes[3], "float32") || shapes[0][0] != shapes[3][0])
-    return MSQ_BAD_ARGUMENT;
-  return run(static_cast<const uint8_t*>(params[1]), shapes[1][0],
-             static_cast<const uint8_t*>(params[2]), shapes[2][0],
-             static_cast<const float*>(params[0]), shapes[0][0], shapes[0][1],
-             static_cast<float*>(params[3]), shapes[3][1], operator_threads.load());
 }

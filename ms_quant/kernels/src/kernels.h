@@ -18,7 +18,9 @@ enum MsqStatus {
   MSQ_BAD_BLOB = 2,
   MSQ_NO_MEMORY = 3,
   MSQ_NO_ISA = 4,
-  MSQ_NOT_FINITE = 5  // NaN or inf, where there may be none
+  MSQ_NOT_FINITE = 5,      // NaN or inf, where there may be none
+  MSQ_OFFSETS_DIFFER = 6,  // of the channels of a static input
+  MSQ_NOT_INT4 = 7         // a code
 };
 
 // Instruction sets, slowest first; msq_pack takes one of them or MSQ_BEST.
@@ -46,7 +48,8 @@ typedef struct {
   float clip;                 // factor on each token's range
   float offset;               // zero point of a static input
   const float* mul;           // (inputs) the input is multiplied by first
-  const float* input_scale;   // (inputs) a static input is divided by
+  const float* input_scale;   // (inputs) a static input is divided by, or null for
+  const float* input_factor;  // (inputs) what it is multiplied by
   const float* scale;         // (outputs, inputs / group) of the weight, or of sums
   const float* row_scale;     // (outputs) on top of `scale`
   const int8_t* zero_point;   // (outputs, inputs / group) of the weight
@@ -57,6 +60,8 @@ typedef struct {
 MSQ_API int32_t msq_abi_version(void);
 MSQ_API int32_t msq_best_isa(void);
 MSQ_API int32_t msq_has_isa(int32_t isa);
+// From now on the process has no instruction set above this one: for tests. Call it first of all.
+MSQ_API void msq_limit_isa(int32_t isa);
 
 // Bytes of the blobs, or -1 for arguments that make none.
 MSQ_API int64_t msq_weights_bytes(int32_t isa, int64_t outputs, int64_t inputs, int32_t bits);
@@ -126,10 +131,45 @@ MSQ_API int32_t msq_column_stats(int32_t isa, const float* x, int64_t rows, int6
                                  float* low, float* high, double* squares, double* sizes,
                                  int32_t threads);
 
-// The same as msq_linear in the form of a custom operator: x, weights, params -> y.
-MSQ_API int MsqLinearOp(int nparam, void** params, int* ndims, int64_t** shapes,
-                        const char** dtypes, void* stream, void* extra);
+// Memory of which is known whether it was written to. Null without memory.
+typedef struct MsqPages MsqPages;
+MSQ_API MsqPages* msq_pages_new(int64_t bytes);
+MSQ_API void msq_pages_free(MsqPages* pages);
+MSQ_API uint8_t* msq_pages_start(const MsqPages* pages);
+MSQ_API int32_t msq_pages_changed(const MsqPages* pages);  // since they were watched, or ever
+MSQ_API void msq_pages_watch(MsqPages* pages);
 
-MSQ_API void msq_set_threads(int32_t threads);  // of MsqLinearOp
+// A linear whose arrays lie in such pages; all it computes with follows them.
+enum { MSQ_MOST_ARRAYS = 16 };
+// The types in which a runtime holds a static input's scale and the reciprocal that it multiplies
+// by.
+enum { MSQ_FLOAT32 = 0, MSQ_BFLOAT16 = 1, MSQ_FLOAT16 = 2 };
+typedef struct {
+  uint64_t process;  // msq_process(): addresses below are of this process
+  MsqPages* pages;
+  MsqLinear phases[2];   // in decode the second, if it has params
+  const int8_t* offset;  // (inputs), all the same: takes the place of MsqLinear's; or null
+  const float* clip;     // (1), in the same way
+  const float* divisor;  // (inputs), whose rounded reciprocals are written to `factor`; or null
+  float* factor;         // the MsqLinear::input_factor of both phases
+  int32_t held_in;       // the type that they are rounded to
+  const int8_t* codes;   // as for msq_pack_weights
+  int32_t isa, bits;
+  uint8_t *weights, *params[2];  // where it is packed to
+  int64_t weights_bytes, params_bytes[2];
+  int64_t offsets[MSQ_MOST_ARRAYS];  // of the arrays in the pages, as the operator is given them
+  int64_t arrays;
+} MsqWatchedLinear;
+
+MSQ_API uint64_t msq_process(void);  // a number that other processes have not
+// As msq_linear, and packs what has changed before.
+MSQ_API int32_t msq_watched_linear(const MsqWatchedLinear* linear, int32_t phase, const float* x,
+                                   int64_t rows, float* y, int32_t threads);
+// The same in the form of a custom operator: x, the bytes of a MsqWatchedLinear, the phase as one
+// int32, the arrays -> y.
+MSQ_API int MsqWatchedOp(int nparam, void** params, int* ndims, int64_t** shapes,
+                         const char** dtypes, void* stream, void* extra);
+
+MSQ_API void msq_set_threads(int32_t threads);  // of MsqWatchedOp
 
 #endif  // MS_QUANT_KERNELS_H_

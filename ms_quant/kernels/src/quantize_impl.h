@@ -71,7 +71,8 @@ struct Quantize {
 
   static constexpr int kParts = kBlock / W;  // vectors of a block of inputs
 
-  // What a block of inputs is divided by, its reciprocal, and what else makes codes of it.
+  // What a block of inputs is divided by, its reciprocal, and what else makes codes of it. Of
+  // static inputs that are only multiplied there is no scale.
   struct Steps {
     const float *mul, *scale, *inverse;  // of each input, or null
     F all_scale, all_inverse, offset, low, high;
@@ -94,7 +95,7 @@ struct Quantize {
       whole[i] = S::round(quick);
       part = S::max(part, S::abs(S::sub(quick, whole[i])));
     });
-    if (S::near_half(part)) {
+    if ((!EACH || s.scale) && S::near_half(part)) {
       each<kParts>([&](auto i) __attribute__((always_inline)) {
         const F scale = EACH ? S::load(s.scale + k + i * W) : s.all_scale;
         const F quotient = S::div(v[i], scale);
