@@ -39,8 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A4_DYNAMIC clipped": ("W4A4_DYNAMIC", {}),
 }
 COMPILED = [  # others ask NumPy or the timestep in each call
-    *("W8A8", "W8A8S", "W8A8_DYNAMIC", "W8A8_PER_TENSOR", "W8A8_PER_CHANNEL", "W8A8_MIX", "W8A16"),
-    *("W4A16", "W4A8_DYNAMIC", "W4A4_DYNAMIC", "W16A16S", "W8A16 asymmetric"),
+    *("W8A8", "W8A8S", "W8A8_DYNAMIC", "W8A8_PER_TENSOR", "W8A8_PER_CHANNEL", "W8A8_MIX"),
+    *("W8A16", "W4A16", "W4A8_DYNAMIC", "W4A4_DYNAMIC", "W16A16S", "W8A16 asymmetric"),
     *("W8A8_DYNAMIC smooth", "W8A8_DYNAMIC smooth bfloat16", "W4A4_DYNAMIC clipped"),
 ]
 NATIVE_COMPILED = [*COMPILED, "W4A8_DYNAMIC grouped"]
