@@ -13,7 +13,7 @@ import numpy as np
 
 from ms_quant.algorithms.clip import RATIOS
 from ms_quant.numerics.grid import Grid, WeightFormat
-from ms_quant.numerics.linear import LowRank, QuantizedLinear
+from ms_quant.numerics.linear import LowRank, QuantizedLinear, Stated, bias_units
 
 
 def some_rows(linear: QuantizedLinear, format: WeightFormat, rows: slice) -> QuantizedLinear:
@@ -31,8 +31,17 @@ def some_rows(linear: QuantizedLinear, format: WeightFormat, rows: slice) -> Qua
         grid=format.grid({name: array[rows] for name, array in linear.grid.arrays().items()}),
         bias=None,
         branch=branch and LowRank(branch.l1, branch.l2[rows]),
-        stated=linear.stated and linear.stated.rows(rows),
+        stated=_without_bias(linear, rows),
     )
+
+
+def _without_bias(linear: QuantizedLinear, rows: slice) -> Stated | None:
+    """What is stated of some outputs, less the bias that is in it."""
+    if linear.stated is None or linear.bias is None or not linear.stated.folds_bias:
+        return linear.stated and linear.stated.rows(rows)
+    found = linear.stated.rows(rows)
+    units = bias_units(linear.bias[rows], found.deq_scale)
+    return replace(found, quant_bias=(found.quant_bias - units).astype(np.int32))
 
 
 @dataclass

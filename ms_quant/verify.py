@@ -30,6 +30,7 @@ from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError, short
 from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan import Plan, recorded_way
 from ms_quant.provenance import UNKNOWN, not_proved
@@ -128,7 +129,10 @@ def _recorded_notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:
-    yield from config_problems(directory, entry=entry)
+    yield from config_problems(directory, entry=entry, strict=is_ours(directory))
+    if not is_ours(directory):
+        path = directory / "config.json"
+        notes += spelling_problems(read_json(path), str(path))
     if is_ours(directory):
         yield from check_files(directory)
         yield from unlisted_problems(directory, notes)
