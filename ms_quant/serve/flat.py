@@ -15,7 +15,6 @@ from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
-from ms_quant.models.spellings import spelling_problems
 from ms_quant.serve.config_keys import config_findings
 from ms_quant.serve.records import (
     Loaded,
@@ -26,7 +25,6 @@ from ms_quant.serve.records import (
     rank_text,
     weight_text,
 )
-from ms_quant.strict_json import read_json
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -68,8 +66,6 @@ def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structu
         served.problems += check_files(request.checkpoint)
         served.problems += unlisted_problems(request.checkpoint, served.notes, serving=True)
     else:
-        path = request.checkpoint / "config.json"
-        served.notes += spelling_problems(read_json(path), str(path))
         served.notes.append(f"there is no {RECORD}: files are not compared with what was written")
     return structure, served
 
