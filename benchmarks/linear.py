@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +77,14 @@ def quantized(name: str, options: dict[str, Any]) -> Make:
         grid = scheme.weight.fit(weight, "weight")
         activation = scheme.activation.fit(None, None)
         cell = QuantLinear(QuantizedLinear(grid.round(weight), grid, None, activation))
-        native = cell.native
-        assert native is not None
-        packed = native.packed
-        copies = [replace(packed, weights=copy_of(packed.weights)) for _ in range(count)]
-
-        def call_of(own: kernels.PackedLinear):
-            def call(x: Tensor) -> Tensor:
-                native.packed = own
-                return cell(x)
-
-            return call
-
-        return [call_of(own) for own in copies], Tensor, packed.weights.nbytes
+        assert cell.native is not None
+        cells = [cell, *(copy.deepcopy(cell) for _ in range(count - 1))]
+        one = Tensor(np.zeros((1, weight.shape[1]), np.float32))
+        for each in cells:
+            each(one)  # packs
+        return cells, Tensor, cell.native.watched.packed_bytes
 
     return make
-
-
-def copy_of(weights: np.ndarray) -> np.ndarray:
-    """Where a Cell's would lie."""
-    made = kernels.native.blob(weights.size)
-    made[:] = weights
-    return made
 
 
 def in_numpy(weight: np.ndarray, count: int):

@@ -14,6 +14,7 @@ from ms_quant.numerics.activation import (
     PhasedActivation,
     StaticActivation,
 )
+from ms_quant.numerics.float8_blocks import Float8BlockGrid
 from ms_quant.numerics.float_grid import DualMxGrid, Float8Grid, MxGrid
 from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelGrid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, smooth_of, with_tensors
@@ -55,7 +56,7 @@ def _grid(cell: QuantLinear, found: dict[str, np.ndarray]) -> Grid:
     if isinstance(grid, TwoLevelGrid):
         second = replace(grid.second, scale=found["weight_scale_second"])
         return replace(grid, scale=found["weight_scale"], second=second)
-    if isinstance(grid, Float8Grid):
+    if isinstance(grid, Float8Grid | Float8BlockGrid):
         return replace(grid, scale=found["weight_scale"])
     if isinstance(grid, MxGrid):
         return replace(grid, exponents=found["weight_exponent"])

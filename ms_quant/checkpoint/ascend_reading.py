@@ -189,10 +189,13 @@ def _activation(plan: Plan, source: _Source, path: str) -> Activation:
     vector = np.full(in_channels(plan, path), step[0], np.float32)
     # Without a weight_scale only the product of both scales is known: deq_scale stands for it.
     scale = step[0] if isinstance(format, Phased) else np.float32(1)
-    static = StaticActivation(scale, int(offset[0]), vector, True, plan.dtype)
-    held = rounded_reciprocal(step, plan.dtype)
-    good = np.isfinite(held) & (held > 0)
-    source.require(good, "input_scale", f"values have no reciprocal in {plan.dtype.name}")
+    multiplies = isinstance(format, StaticInt8 | Phased) and format.multiplies
+    multiplied_in = plan.dtype if multiplies else None
+    static = StaticActivation(scale, int(offset[0]), vector, True, multiplied_in)
+    if multiplied_in is not None:
+        held = rounded_reciprocal(step, multiplied_in)
+        good = np.isfinite(held) & (held > 0)
+        source.require(good, "input_scale", f"values have no reciprocal in {multiplied_in.name}")
     return PhasedActivation(static) if isinstance(format, Phased) else static
 
 

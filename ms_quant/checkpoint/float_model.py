@@ -132,6 +132,7 @@ def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
         )
     read = {path.name for path in checkpoint.files()}
     others = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in read)
+    others = [name for name in others if not name.startswith("adapter_")]  # said already
     if others:
         notes.append(f"{directory}: {', '.join(others):.300} are not read, nor copied")
     unnamed = [name for name, _ in left_out(checkpoint)]

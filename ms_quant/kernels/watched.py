@@ -117,6 +117,7 @@ class WatchedLinear:
 
     Attributes:
         outputs: how many there are.
+        packed_bytes: of the packed weight.
         record: uint8, ``MsqWatchedLinear`` of ``src/kernels.h``, for the custom operator.
     """
 
@@ -132,6 +133,7 @@ class WatchedLinear:
         weights = native.weights_blob(linear.weight.shape, layout.bits, number)
         params = [native.blob(native.params_bytes(each)) for each in linears]
         self._watched, self._packed = watched, (weights, params, factor)
+        self.packed_bytes = weights.nbytes
         record = _Watched(
             process=native.function("msq_process")(),
             pages=watched.pages,

@@ -111,13 +111,24 @@ def rope_spellings(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
     return spelled
 
 
-def spelling_problems(raw: Mapping[str, Any], where: str) -> Iterator[str]:
+OLD_THETA, OLD_THETA_OF = 10000.0, frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""What transformers 4 takes for ``rope_theta`` where it is absent, for these model types."""
+
+
+def spelling_problems(raw: Mapping[str, Any], where: str, strict: bool = True) -> Iterator[str]:
     """What runtimes with transformers 4 would not find in a ``config.json``, one line each.
 
     transformers 5 reads the old spelling too, so the new one may be absent.
+
+    Args:
+        raw: the content.
+        where: the file, for errors.
+        strict: whether what equals transformers 4's default must be there, too, as we write it.
     """
     rope = read_rope(raw, where)
-    if raw.get("rope_theta") is None and raw.get("rope_parameters"):
+    default = not strict and raw.get("model_type") in OLD_THETA_OF
+    missing = raw.get("rope_theta") is None and not (default and rope["rope_theta"] == OLD_THETA)
+    if missing and raw.get("rope_parameters"):
         yield (
             f"{where}: rope_theta is None, expected {rope['rope_theta']!r} as rope_parameters "
             "says: runtimes with transformers 4 read no rope_parameters and take a default"

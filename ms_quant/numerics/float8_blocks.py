@@ -73,6 +73,7 @@ class Float8BlockFormat:
     def fit(
         self, weight: np.ndarray, name: str, scale_dtype: np.dtype = FLOAT32, clip: Clip = 1.0
     ) -> Float8BlockGrid:
+        self.check_columns(weight.shape[1], name)
         scale = stored_scale(block_scales(weight, name), scale_dtype, name)
         return Float8BlockGrid(by_row(scale, len(weight)), scale_dtype, name)
 

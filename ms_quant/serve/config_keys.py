@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ms_quant.checkpoint.structure import is_ours
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.spellings import READ_BY_NEW, READ_BY_OLD, spelling_problems
 from ms_quant.serve.records import Served, ServeRequest
@@ -19,7 +20,7 @@ NATIVE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 def config_findings(served: Served, request: ServeRequest, config: ModelConfig) -> None:
     """Adds which keys a vLLM reads, and what it computes in another way than transformers."""
     path = request.checkpoint / "config.json"
-    served.problems += spelling_problems(config.raw, str(path))
+    served.problems += spelling_problems(config.raw, str(path), is_ours(request.checkpoint))
     version, keys = TRANSFORMERS[request.runtime]
     served.notes.append(
         f"{request.runtime} has {version}, which reads {', '.join(keys)} of config.json and "

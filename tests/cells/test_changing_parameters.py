@@ -29,7 +29,7 @@ from ms_quant.schemes import SCHEMES, get_scheme
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore", "steps")
-IN, OUT, ROWS = 64, 10, 5
+IN, OUT, ROWS = 128, 10, 5
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"group_size": 64} if name == "W4A16" else {}) for name in SCHEMES},
     "W8A16 asymmetric": ("W8A16", {"group_size": 32, "symmetric": False}),
@@ -39,8 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A4_DYNAMIC clipped": ("W4A4_DYNAMIC", {}),
 }
 COMPILED = [  # others ask NumPy or the timestep in each call
-    *("W8A8", "W8A8_DYNAMIC", "W8A8_PER_TENSOR", "W8A8_PER_CHANNEL", "W8A8_MIX", "W8A16"),
-    *("W4A16", "W4A8_DYNAMIC", "W4A4_DYNAMIC", "W16A16S", "W8A16 asymmetric"),
+    *("W8A8", "W8A8S", "W8A8_DYNAMIC", "W8A8_PER_TENSOR", "W8A8_PER_CHANNEL", "W8A8_MIX"),
+    *("W8A16", "W4A16", "W4A8_DYNAMIC", "W4A4_DYNAMIC", "W16A16S", "W8A16 asymmetric"),
     *("W8A8_DYNAMIC smooth", "W8A8_DYNAMIC smooth bfloat16", "W4A4_DYNAMIC clipped"),
 ]
 NATIVE_COMPILED = [*COMPILED, "W4A8_DYNAMIC grouped"]
@@ -81,7 +81,7 @@ def linear(case: str, seed: int) -> QuantizedLinear:
     if "clipped" in case:
         return replace(made, activation=PerToken(4, 0.6 + seed / 5))
     if "FLATQUANT" in case:
-        left, right = (rng.standard_normal((8, 8)).astype("f4") for _ in range(2))
+        left, right = (rng.standard_normal((n, n)).astype("f4") for n in (8, 16))
         return replace(made, kronecker=Kronecker(left, right), activation=PerToken(4, 0.9))
     if "SVD" in case:
         l1, l2 = rng.standard_normal((4, IN)), rng.standard_normal((OUT, 4))
@@ -268,10 +268,10 @@ def test_what_would_not_be_seen_is_refused() -> None:
         cell.bias = None
     with pytest.raises(MsQuantError, match="bias: replaced by NoneType"):
         del cell.bias
-    with pytest.raises(MsQuantError, match=r"weight: set to Float32 \[10, 64\], expected Int8"):
+    with pytest.raises(MsQuantError, match=r"weight: set to Float32 \[10, 128\], expected Int8"):
         cell.weight.assign_value(Tensor(np.zeros((OUT, IN), np.float32)))
     with pytest.raises(
-        MsQuantError, match=r"weight: set to Int8 \[3, 64\], expected Int8 \[10, 64"
+        MsQuantError, match=r"weight: set to Int8 \[3, 128\], expected Int8 \[10, 128"
     ):
         cell.weight.set_data(Tensor(np.zeros((3, IN), np.int8)), slice_shape=True)
     with pytest.raises(MsQuantError, match=r"weight: set_dtype\(Float16\), expected Int8"):

@@ -17,7 +17,7 @@ import ms_quant
 from ms_quant.schemes import SCHEMES
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
-WIDTH, TOKENS = 64, 12
+WIDTH, TOKENS = 128, 12
 OPTIONS: dict[str, dict[str, Any]] = {
     "W4A16": {"group_size": 32, "symmetric": False},
     "W4A4_MXFP4_SVD": {"rank": 2},

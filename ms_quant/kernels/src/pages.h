@@ -15,7 +15,7 @@ struct MsqPages {
   std::atomic<uint8_t*> start;  // null while nobody uses this record
   std::atomic<int64_t> bytes;   // a multiple of the page's
   std::atomic<int32_t> changed;
-  std::atomic_flag busy;        // while `changed` and what the system was told differ
+  std::atomic_flag busy;  // while `changed` and what the system was told differ
   MsqPages* next;
 };
 

@@ -144,6 +144,7 @@ class World:
         patch.setattr(search, "JobModel", lambda plan, job, model: job)
         patch.setattr(search, "read_curves", lambda prepared, job: CURVES)
         patch.setattr(search, "run_blocks", self.make_block)
+        patch.setattr(search, "prove_source", lambda prepared, job, reading: None)
         patch.setattr(Search, "_loss", lambda _, model: self.loss(model))
 
     def make_block(self, prepared: Prepared, job: JobDirectory, *_: object) -> None:
