@@ -25,12 +25,15 @@ class ScaleRule:
         dtype: what the weight scale is rounded up to before use.
         factor: what is stored is this times the weight scale.
         absmax: the largest magnitude of all rows where they share a scale, or None.
+        step: of a static input whose product with the scale is what counts, or None. A format that
+            stores the product alone does not tell which of a few neighbours the scale was.
     """
 
     clipped: bool
     dtype: np.dtype = DTYPES["float32"]
     factor: np.float32 = field(default_factory=lambda: np.float32(1))
     absmax: np.float32 | None = None
+    step: np.float32 | None = None
 
     def find(self, weight: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The weight scale of each row.
@@ -49,10 +52,14 @@ class ScaleRule:
         scales, good = self._scale(absmax, 1.0), np.zeros(len(weight), np.bool_)
         for ratio in RATIOS if self.clipped else RATIOS[:1]:
             scale = self._scale(absmax, ratio)
-            same = ~good & (self.factor * scale == stored)
+            same = ~good & self._gives(scale, stored)
             scales[same] = scale[same]
             good |= same
         return scales, good
+
+    def _gives(self, scale: np.ndarray, stored: np.ndarray) -> np.ndarray:
+        equal = self.factor * scale == stored
+        return equal if self.step is None else equal | (self.step * scale == self.step * stored)
 
     def _scale(self, absmax: np.ndarray, ratio: float) -> np.ndarray:
         scale = affine.symmetric_scale(absmax * np.float32(ratio))
@@ -117,7 +124,7 @@ class Comparison:
             row, found, expected = self.row
             yield (
                 f"{path}.{suffix}: {self.rows} of {shape[0]} rows do not follow from the source; "
-                f"[{row}] is {found:g}, expected {expected:g} or a clipping factor of it"
+                f"[{row}] is {found:.9g}, expected {expected:.9g} or a clipping factor of it"
             )
         if self.code is not None:
             row, column, stored, code = self.code

@@ -280,7 +280,9 @@ class _Compared:
         absmax = None
         if format.per_tensor:
             absmax = np.float32(max(np.abs(w).max(initial=0) for _, w in self._chunks()))
-        return ScaleRule(self._has("clips"), dtype, factor, absmax)
+        converted = self._has_scale() and isinstance(self.linear.activation, StaticActivation)
+        step = recorded.scale if recorded is not None and converted else None
+        return ScaleRule(self._has("clips"), dtype, factor, absmax, step)
 
     def _grid_comparison(self) -> GridComparison:
         scheme = self.plan.scheme

@@ -115,6 +115,19 @@ def test_there_and_back(make, tmp_path, file_contents, scheme, one, other, optio
     assert again["finished_before"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["ascend", "golden-stick"])
+def test_scales_that_only_a_product_tells_are_proved(make, tmp_path, format, dtype):
+    """The quotient of the product is one of a few neighbours; each gives the same outputs."""
+    first = make("W8A8", format, dtype=dtype, model={"seed": 3})
+    try:
+        convert_checkpoint(first, tmp_path / "two", "compressed-tensors")
+    except MsQuantError as error:
+        assert "is not input_scale times scales" in str(error)
+        return
+    assert verify_checkpoint(tmp_path / "two", tmp_path / "model")["problems"] == []
+
+
 @pytest.mark.parametrize(("one", "other"), [("golden-stick", "ascend"), ("ascend", "mindie-sd")])
 def test_what_is_converted_is_what_would_have_been_made(make, tmp_path, file_contents, one, other):
     """Where both flavours hold scales in one type, nothing tells how a checkpoint came to be."""

@@ -56,6 +56,18 @@ def test_rows_of_zeros_have_scale_one():
     assert good.tolist() == [True, False]
 
 
+def test_scales_of_one_product_are_one_where_the_product_counts():
+    weight, step = np.array([[1.0, -3.0], [2.0, 0.5]], np.float32), np.float32(0.013)
+    scale = np.abs(weight).max(axis=1) / np.float32(127)
+    near = np.nextafter(scale, np.float32(1))
+    found = ScaleRule(False, step=step).find(weight, near)[1]
+    assert found.tolist() == (step * near == step * scale).tolist()
+    assert ScaleRule(False).find(weight, near)[1].tolist() == [False, False]
+    assert ScaleRule(False, step=step).find(weight, 2 * scale)[1].tolist() == [False, False]
+    coarse = np.float32(2.0**-140)  # by which all small scales become one
+    assert ScaleRule(False, step=coarse).find(weight, near)[1].all()
+
+
 @pytest.mark.parametrize("size", [1, 7, 30])
 def test_each_difference_is_counted_and_the_first_named(size):
     linear = quantize_linear(WEIGHT, None, None, FLOAT32)
@@ -65,8 +77,8 @@ def test_each_difference_is_counted_and_the_first_named(size):
     scale = np.abs(WEIGHT[9]).max() / np.float32(127)
     code = int(linear.weight[4, 60])
     assert problems(linear, ScaleRule(False), size) == [
-        f"x.weight_scale: 2 of 30 rows do not follow from the source; [9] is {2 * scale:g}, "
-        f"expected {scale:g} or a clipping factor of it",
+        f"x.weight_scale: 2 of 30 rows do not follow from the source; [9] is {2 * scale:.9g}, "
+        f"expected {scale:.9g} or a clipping factor of it",
         "x.weight: 2 of 1920 values differ from those of the source; "
         f"[4, 60] is {code}, expected {code ^ 1}",
     ]
