@@ -29,14 +29,14 @@ import numpy as np
 
 from ms_quant import __version__
 from ms_quant.algorithms import ALGORITHMS, PLAIN
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.serving import FloatModel, JobModel
-from ms_quant.console import use_mindspore
-from ms_quant.data import eval_windows
-from ms_quant.pipeline import run_blocks
-from ms_quant.plan import Choices, Plan
-from ms_quant.request import QuantizeOptions, prepare
-from ms_quant.schemes import KV_CACHES, SCHEMES, STATIC_CACHE
+from ms_quant.cli.console import use_mindspore
+from ms_quant.data.calibration import eval_windows
+from ms_quant.files.atomic import write_json
+from ms_quant.formats.opening import FloatModel, JobModel
+from ms_quant.pipeline.request import QuantizeOptions, prepare
+from ms_quant.pipeline.run import run_blocks
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import KV_CACHES, SCHEMES, STATIC_CACHE
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 COMBINED = ("smoothquant+gptq", "osl+gptq", "awq+gptq", "quarot+gptq")
@@ -72,7 +72,7 @@ def measure(
     model: Path, scheme: str, algorithm: str, options: Row, calib: Path, tokens: np.ndarray
 ) -> Row:
     """Quantizes one model in one way and evaluates it."""
-    from ms_quant.evaluation import is_phased, perplexity
+    from ms_quant.evaluation.evaluation import is_phased, perplexity
 
     options = dict(options)
     cache = options.pop("kv_cache", None)
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
     use_mindspore()
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}

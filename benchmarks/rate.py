@@ -30,22 +30,22 @@ import numpy as np
 
 from ms_quant.algorithms.gptq import BLOCK
 from ms_quant.algorithms.problem import Problem, Solution
-from ms_quant.blocks import Rounding, Steps
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
-from ms_quant.console import use_mindspore
-from ms_quant.data import eval_windows
+from ms_quant.cli.console import use_mindspore
+from ms_quant.data.calibration import eval_windows
+from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
+from ms_quant.job.directory import JobDirectory
 from ms_quant.numerics.affine import per_channel_scale
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline import run_blocks
-from ms_quant.request import Prepared
+from ms_quant.pipeline.request import Prepared
+from ms_quant.pipeline.run import run_blocks
+from ms_quant.quantize.block import Rounding, Steps
 from sparse_compress.codec import compress_matrix
-from sparse_compress.prune import pruning_transform
+from sparse_compress.pipeline.request import SparseOptions, check
 from sparse_compress.rate.goal import Goal
+from sparse_compress.rate.prune import pruning_transform
 from sparse_compress.rate.rounding import Rounded, curvature
 from sparse_compress.rate.search import Search
 from sparse_compress.rate.steps import make_subject
-from sparse_compress.request import SparseOptions, check
 
 PRUNED = (0.2, 0.35, 0.5, 0.6, 0.7)
 OUTLIERS = (0.0001, 0.01, 0.03, 0.07, 0.15)
@@ -137,7 +137,7 @@ def sizes(prepared: Prepared, job: JobDirectory) -> tuple[int, int]:
 
 
 def mean_loss(model: ServedModel, tokens: np.ndarray) -> float:
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     return float(perplexity(model, tokens)["loss"])
 

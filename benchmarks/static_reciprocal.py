@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.checkpoint.serving import JobModel
-from ms_quant.console import use_mindspore
-from ms_quant.data import eval_windows
+from ms_quant.cli.console import use_mindspore
+from ms_quant.data.calibration import eval_windows
+from ms_quant.formats.opening import JobModel
 from ms_quant.numerics import activation, storage
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline import run_blocks
-from ms_quant.plan import Choices
-from ms_quant.request import QuantizeOptions, prepare
+from ms_quant.pipeline.request import QuantizeOptions, prepare
+from ms_quant.pipeline.run import run_blocks
+from ms_quant.plan.plan import Choices
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 ALGORITHMS = ("minmax", "histogram", "smoothquant")
@@ -59,7 +59,7 @@ def measure(
     kinds: Sequence[type[JobModel]], model: Path, algorithm: str, calib: Path, tokens: np.ndarray
 ) -> list[float]:
     """Perplexity of one quantized model in some arithmetics."""
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     with tempfile.TemporaryDirectory() as directory:
         output, choices = Path(directory) / "out", Choices(format="ascend")

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 from ms_quant.algorithms.problem import Problem, Solution, prepared
-from ms_quant.blocks import Block, Seen, Steps, quantize_block
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.quantize.block import Block, Seen, Steps, quantize_block
+from ms_quant.statistics.observers import ActivationStats
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 HIDDEN, INTER, DIM, HEADS = 16, 32, 4, 4

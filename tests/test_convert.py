@@ -13,17 +13,17 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import seal
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import write_json
+from ms_quant.formats.opening import open_model
+from ms_quant.job.output_directory import seal
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.request import make_choices
-from ms_quant.schemes import SCHEMES
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.schemes.table import SCHEMES
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

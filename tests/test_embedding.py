@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ms_quant import kernels
-from ms_quant.embedding import Table, cross_entropy, used_rows
+from ms_quant.models.embedding import Table, cross_entropy, used_rows
 
 
 def pieces(table: np.ndarray, size: int):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare
+from ms_quant.pipeline.run import QuantizeOptions, prepare
 from ms_quant.recipe import load_recipe
 
 FLOATS = [

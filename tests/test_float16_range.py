@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.divided import DividedTensors
-from ms_quant.checkpoint.finish import seal
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.data import load_tokens
+from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity, token_losses
-from ms_quant.float16_forward import Float16Block, Float16OverflowError
+from ms_quant.evaluation.evaluation import perplexity, token_losses
+from ms_quant.evaluation.float16_forward import Float16Block, Float16OverflowError
+from ms_quant.files.atomic import write_json
+from ms_quant.files.reader import Checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.job.output_directory import seal
 from ms_quant.models.config import load_config
 from ms_quant.models.host_block import HostBlock
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.quantize.divided import DividedTensors
+from ms_quant.statistics.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 Tensors = dict[str, np.ndarray]

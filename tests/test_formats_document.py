@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes.table import SCHEMES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 

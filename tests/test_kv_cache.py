@@ -12,15 +12,15 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant.checkpoint.serving import JobModel, open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import Generator, token_losses
-from ms_quant.inspection import inspect_checkpoint
+from ms_quant.evaluation.evaluation import Generator, token_losses
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.models.config import load_config
 from ms_quant.models.families import CACHED, KEYS, VALUES
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from ms_quant.checkpoint.serving import open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.request import read_recipe
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 from ms_quant.recipe import load_recipe
-from ms_quant.request import read_recipe
-from ms_quant.verify import verify_checkpoint
-from sparse_compress.compress import check, compress
-from sparse_compress.slim import SlimDirectory
+from ms_quant.verify.checkpoint import verify_checkpoint
+from sparse_compress.msmodelslim.compress import check, compress
+from sparse_compress.msmodelslim.directory import SlimDirectory
 
 INT8 = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 DYNAMIC = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}

@@ -16,14 +16,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import QuantizedModel
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.inspection import inspect_checkpoint
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import QuantizedModel
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
-from ms_quant.remake_grid import some_rows
+from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.serve.check import serve_check
-from ms_quant.verify import VERDICTS, verify_checkpoint
+from ms_quant.verify.checkpoint import VERDICTS, verify_checkpoint
+from ms_quant.verify.requantize_grid import some_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "others"
 RIGHT, SEEN, WRONG = VERDICTS

@@ -12,17 +12,17 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import RECORD, seal
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.serving import JobModel, open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.evaluation.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.files.atomic import write_json
+from ms_quant.files.reader import Checkpoint
+from ms_quant.formats.opening import JobModel, open_model
+from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import load_config
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.request import make_choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

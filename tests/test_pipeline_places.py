@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant import request
-from ms_quant.checkpoint import atomic
-from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.files import atomic
+from ms_quant.job.directory import JobDirectory
+from ms_quant.pipeline import request
+from ms_quant.pipeline.run import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_the_disk_of_the_job_counts_too(
 ) -> None:
     wanted = replace(wanted, job=tmp_path / "other" / "job")
     seen: dict[Path, int] = {}
-    monkeypatch.setattr("ms_quant.places.free_spaces_check", seen.update)
+    monkeypatch.setattr("ms_quant.pipeline.paths.free_spaces_check", seen.update)
     prepared = prepare(wanted)
     assert list(seen) == [tmp_path / "out.partial", tmp_path / "other" / "job"]
     assert sum(seen.values()) == needed_bytes(prepared)

@@ -10,9 +10,9 @@ from ms_quant.algorithms import ALGORITHMS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = parse_config(

@@ -13,21 +13,21 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant import request
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import seal
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.serving import JobModel, open_model
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.estimate import estimate
-from ms_quant.evaluation import is_phased, token_losses
-from ms_quant.inspection import inspect_checkpoint
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.evaluation.evaluation import is_phased, token_losses
+from ms_quant.files.atomic import write_json
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import JobModel, open_model
+from ms_quant.job.directory import JobDirectory
+from ms_quant.job.output_directory import seal
+from ms_quant.pipeline import request
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.estimate import estimate
+from ms_quant.pipeline.request import read_recipe
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 from ms_quant.recipe import Recipe, load_recipe
-from ms_quant.request import read_recipe
-from ms_quant.verify import verify_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

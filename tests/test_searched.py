@@ -9,7 +9,7 @@ from ms_quant.models.config import parse_config
 from ms_quant.models.families import GATED_DECODER_GROUPS
 from ms_quant.models.host_block import HostBlock, linear_function
 from ms_quant.numerics.linear import quantize_linear
-from ms_quant.searched import BlockErrors, SearchWindows
+from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
 
 SHAPE = {
     "model_type": "qwen3",

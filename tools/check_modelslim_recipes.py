@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.estimate import estimate
 from ms_quant.models.config import parse_config
-from ms_quant.request import QuantizeOptions, prepare, read_recipe
+from ms_quant.pipeline.estimate import estimate
+from ms_quant.pipeline.request import QuantizeOptions, prepare, read_recipe
 
 PRACTICE, DATA = "msmodelslim/lab_practice/", "msmodelslim/lab_calib/"
 SMALL = {

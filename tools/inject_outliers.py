@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.checkpoint.companion_files import companion_files
-from ms_quant.checkpoint.reader import Checkpoint, check_model
-from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.files.companion_files import companion_files
+from ms_quant.files.reader import Checkpoint, check_model
+from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.models.config import block_prefix, load_config
 
 

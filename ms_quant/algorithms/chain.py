@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.algorithms.table import ALGORITHMS, Algorithm, Stage
 from ms_quant.errors import MsQuantError
-from ms_quant.observers import KEPT_TOKENS
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.statistics.observers import KEPT_TOKENS
 
 PLAIN = "minmax"
 

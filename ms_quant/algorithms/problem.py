@@ -19,8 +19,8 @@ from ms_quant.numerics.activation import Activation, PerToken, Seen, StaticActiv
 from ms_quant.numerics.grid import Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from ms_quant.cells.float_forward import in_float32
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import replaced
 from ms_quant.errors import MsQuantError
-from ms_quant.observers import ActivationStats, StepStats
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 

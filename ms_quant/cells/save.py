@@ -17,17 +17,19 @@ from ms_quant.cells.as_linear import as_linear
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
 from ms_quant.cells.whole import save_whole
-from ms_quant.checkpoint.atomic import free_space_check, write_json
-from ms_quant.checkpoint.mindie_sd_choice import (
+from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import free_space_check, write_json
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.mindie_sd.choice import (
     check_linear,
     type_of_linear,
     type_of_scheme,
     why_not_run,
 )
-from ms_quant.checkpoint.mindie_sd_description import DTYPE
-from ms_quant.checkpoint.mindie_sd_held import RUN_DTYPES
-from ms_quant.checkpoint.mindie_sd_tensors import Layout, Part, entry, parts
-from ms_quant.checkpoint.mindie_sd_types import (
+from ms_quant.formats.mindie_sd.description import DTYPE
+from ms_quant.formats.mindie_sd.held import RUN_DTYPES
+from ms_quant.formats.mindie_sd.tensors import Layout, Part, entry, parts
+from ms_quant.formats.mindie_sd.types import (
     FLOAT,
     GLOBAL_TYPE,
     MODE,
@@ -36,12 +38,10 @@ from ms_quant.checkpoint.mindie_sd_types import (
     model_type,
     weights_name,
 )
-from ms_quant.checkpoint.writer import TensorPlan, write_file
-from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
 
 
 def save_quantized(

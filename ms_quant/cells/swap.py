@@ -21,17 +21,17 @@ from ms_quant.cells.load import load
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.save import check_format
 from ms_quant.cells.tree import is_linear, linears, replace_cell
-from ms_quant.checkpoint.floats import round_finite
-from ms_quant.checkpoint.mindie_sd_choice import network_scheme
-from ms_quant.checkpoint.mindie_sd_held import held_dtype
 from ms_quant.errors import MsQuantError
+from ms_quant.files.floats import round_finite
+from ms_quant.formats.mindie_sd.choice import network_scheme
+from ms_quant.formats.mindie_sd.held import held_dtype
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep
-from ms_quant.observers import ActivationStats, StepStats
-from ms_quant.schemes import VALUES, get_scheme
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import VALUES, get_scheme
+from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepPolicyConfig
 
 

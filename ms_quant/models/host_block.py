@@ -21,7 +21,7 @@ NO_LINEARS: Mapping[str, Linear] = {}
 class HostBlock:
     """x + attention(norm(x)), then + mlp(norm(.)), in float32 NumPy and native kernels.
 
-    It computes what :class:`ms_quant.models.decoder.DecoderBlock` does, for windows of one length
+    It computes what :class:`ms_quant.cells.decoder.DecoderBlock` does, for windows of one length
     that all begin at position 0.
 
     Args:

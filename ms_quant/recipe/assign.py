@@ -11,7 +11,7 @@ from ms_quant.algorithms.chain import PLAIN
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.patterns import matches, unmatched
 from ms_quant.recipe.records import Recipe, Rule, Step
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 ADDED = {
     ("svd", "W4A4_MXFP4"): "W4A4_MXFP4_SVD",

@@ -12,7 +12,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.families import FAMILIES
 from ms_quant.recipe.patterns import check_pattern
 from ms_quant.recipe.records import Recipe, Rule, Step
-from ms_quant.schemes import KV_CACHES, SCHEMES, get_scheme
+from ms_quant.schemes.table import KV_CACHES, SCHEMES, get_scheme
 
 FORMATS = tuple(dict.fromkeys(held.flavour for row in SCHEMES.values() for held in row.held))
 CHOOSING = (Stage.INPUT, Stage.RANGE, Stage.ROUNDING)

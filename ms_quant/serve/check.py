@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.errors import MsQuantError
-from ms_quant.plugins import first_answer
+from ms_quant.formats.plugins import first_answer
+from ms_quant.formats.source_kind import model_directory
 from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
 from ms_quant.serve.records import DEVICES, Served, ServeRequest
 

@@ -6,13 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from ms_quant.checkpoint.companions import config_problems
-from ms_quant.checkpoint.finish import RECORD, check_files
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.structure import Structure, is_ours, read_structure
-from ms_quant.checkpoint.unlisted import unlisted_problems
-from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan
+from ms_quant.formats.companions import config_problems
+from ms_quant.formats.structure import Structure, is_ours, read_structure
+from ms_quant.job.output_directory import RECORD, check_files
+from ms_quant.job.unlisted import unlisted_problems
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
 from ms_quant.serve.config_keys import config_findings

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ms_quant.checkpoint.mindie_sd_held import run_dtype
-from ms_quant.checkpoint.mindie_sd_types import MODE
-from ms_quant.checkpoint.structure import Structure
-from ms_quant.plan import why_not_run
+from ms_quant.formats.mindie_sd.held import run_dtype
+from ms_quant.formats.mindie_sd.types import MODE
+from ms_quant.formats.structure import Structure
+from ms_quant.plan.plan import why_not_run
 from ms_quant.serve.flat import loaded_rows, open_flat
 from ms_quant.serve.records import Served, ServeRequest
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ms_quant.checkpoint.structure import MAX_DESCRIPTION_BYTES, Structure
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats.structure import MAX_DESCRIPTION_BYTES, Structure
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
+from ms_quant.plan.tensor_parallel import rank_problems
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
-from ms_quant.strict_json import read_json
-from ms_quant.tensor_parallel import rank_problems
 
 NEWER_DEVICE = ("FP8", "MX")
 OLD = "up to 0.25"

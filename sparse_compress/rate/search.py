@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ms_quant.blocks import Steps
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
 from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import write_json
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
+from ms_quant.job.directory import JobDirectory
 from ms_quant.models.config import block_prefix
-from ms_quant.pipeline import prove_source, run_blocks
-from ms_quant.request import Prepared
-from ms_quant.strict_json import read_json
+from ms_quant.pipeline.request import Prepared
+from ms_quant.pipeline.run import prove_source, run_blocks
+from ms_quant.quantize.block import Steps
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.share import (
     Curve,
@@ -157,7 +157,7 @@ class Search:
             return self._loss(JobModel(prepared.plan, job, prepared.tensors))
 
     def _loss(self, model: ServedModel) -> float:
-        from ms_quant.evaluation import perplexity
+        from ms_quant.evaluation.evaluation import perplexity
 
         assert self.goal.tokens is not None
         return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]

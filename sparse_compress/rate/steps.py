@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution, apply, input_quantization
-from ms_quant.blocks import Rounding
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
+from ms_quant.quantize.block import Rounding
 from sparse_compress.codec import encoded_size
-from sparse_compress.fractal import TILE_ROWS, tile_count
+from sparse_compress.codec.fractal import TILE_ROWS, tile_count
 from sparse_compress.rate.dictionary import Floats
 from sparse_compress.rate.rounding import (
     Rounded,

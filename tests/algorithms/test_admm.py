@@ -15,8 +15,8 @@ from ms_quant.algorithms.admm import cut, protected, pruned
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 

@@ -15,8 +15,8 @@ from ms_quant.algorithms.awq import AwqOptions, scale, solve, weight_share
 from ms_quant.algorithms.clip import search_clip
 from ms_quant.algorithms.problem import Problem, Solution, apply, prepared, seen_inputs
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 K = 64
 NAMES = ("q_proj", "k_proj", "v_proj")

@@ -12,8 +12,8 @@ from ms_quant.algorithms.flex_smooth import GRID, FlexSmoothOptions, search
 from ms_quant.algorithms.problem import Problem
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 F32 = DTYPES["float32"]
 

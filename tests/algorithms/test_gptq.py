@@ -31,8 +31,8 @@ from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, Float8Format,
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat, TwoLevelGrid, WeightFormat
 from ms_quant.numerics.linear import Kronecker
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 def oracle(weight: np.ndarray, hessian: np.ndarray, step: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.low_bits import LowBitsOptions, largest_inlier, solve
 from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 FLOAT32 = np.dtype(np.float32)
 RNG = np.random.default_rng(0)

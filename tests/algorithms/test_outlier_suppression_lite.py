@@ -12,8 +12,8 @@ from ms_quant.algorithms.outlier_suppression_lite import ALPHAS, solve
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.linear import quantize_linear, static_activation
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 GRID = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
 BF16 = DTYPES["bfloat16"]

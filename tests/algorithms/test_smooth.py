@@ -11,8 +11,8 @@ from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.algorithms.smooth import smooth_scale, weight_absmax
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 def slow_scale(act: float, weight: float, alpha: float) -> float:

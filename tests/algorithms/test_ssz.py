@@ -15,7 +15,7 @@ from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.algorithms.ssz import SszOptions, improve, solve
 from ms_quant.numerics.grid import AffineFormat, AffineGrid
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 F32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
 G, K = 32, 96

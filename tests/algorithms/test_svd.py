@@ -9,7 +9,7 @@ from ms_quant.algorithms import get_chain
 from ms_quant.algorithms.problem import Problem, Solution, apply, prepared
 from ms_quant.algorithms.svd import SvdOptions, low_rank, solve
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 F32, BF16, F16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 K = 128

@@ -20,8 +20,8 @@ from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen
 from ms_quant.numerics.grid import AffineGrid, Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import SCHEMES, get_scheme
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 DECODER = [name for name, scheme in SCHEMES.items() if scheme.flavour]

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import ascend
-from ms_quant.checkpoint.ascend_codes import codes_of
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.ascend import format as ascend
+from ms_quant.formats.ascend.codes import codes_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
@@ -215,7 +215,7 @@ def test_an_input_scale_for_each_channel_is_refused() -> None:
 def test_output_bytes_are_those_of_the_tensors(
     tiny_model: Callable[..., Path], tmp_path: Path, load_tensors: Callable
 ) -> None:
-    from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+    from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 
     source = tiny_model(hidden_size=64, intermediate_size=64, head_dim=16, shards=1)
     made = quantize_checkpoint(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP"))

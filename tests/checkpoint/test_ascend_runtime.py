@@ -19,12 +19,12 @@ from mindspore import Tensor
 
 from ms_quant import kernels
 from ms_quant.cells import QuantLinear
-from ms_quant.checkpoint.serving import open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.inspection import inspect_checkpoint
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import ascend
-from ms_quant.checkpoint.ascend_tensors import narrowed, parts, widened
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.ascend import format as ascend
+from ms_quant.formats.ascend.tensors import narrowed, parts, widened
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import PerToken, Phased, PhasedActivation, Seen, StaticActivation
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {

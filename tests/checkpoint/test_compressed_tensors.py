@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import compressed_tensors as flavour
-from ms_quant.checkpoint.compressed_tensors_config import (
+from ms_quant.errors import MsQuantError
+from ms_quant.formats.compressed_tensors import format as flavour
+from ms_quant.formats.compressed_tensors.config import (
     format_of,
     quantization_config,
     read_schemes,
 )
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.errors import MsQuantError
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import PerToken
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 FORMAT = "compressed-tensors"
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]

@@ -17,18 +17,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import compressed_tensors as flavour
-from ms_quant.checkpoint.companions import model_config
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.writer import write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import write_file
+from ms_quant.formats.companions import model_config
+from ms_quant.formats.compressed_tensors import format as flavour
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import load_config
 from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
 
 FORMAT = "compressed-tensors"
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

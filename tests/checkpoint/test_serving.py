@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import JobModel, open_model, static_linear
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity, token_losses
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.evaluation.evaluation import perplexity, token_losses
+from ms_quant.formats.opening import JobModel, open_model, static_linear
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 
 WEIGHT = np.array([[1, 2], [3, -4]], np.int8)
 ONES = np.ones(2, np.float32)

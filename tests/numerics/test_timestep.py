@@ -16,7 +16,7 @@ from ms_quant.numerics.linear import QuantizedLinear, from_arrays, int8_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
 from ms_quant.numerics.timestep_linear import timestep_tables
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 SCHEME = get_scheme("W8A8_TIMESTEP")
 BF16, F32 = DTYPES["bfloat16"], DTYPES["float32"]

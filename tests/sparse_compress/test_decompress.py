@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import check as check_coded
-from sparse_compress.decompress import decompress as run_decompression
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.verify import verify
+from sparse_compress.msmodelslim.compress import check, compress
+from sparse_compress.msmodelslim.decompress import check as check_coded
+from sparse_compress.msmodelslim.decompress import decompress as run_decompression
+from sparse_compress.ranks.reader import open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 WEIGHTS, CODED = "quant_model_weight_w8a8s.safetensors", "quant_model_weight_w8a8sc.safetensors"
 DESCRIPTION = "quant_model_description_w8a8s.json"

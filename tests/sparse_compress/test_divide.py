@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
 from sparse_compress.cli import app
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import check as check_coded
-from sparse_compress.decompress import decompress as run_decompression
-from sparse_compress.info import info
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.verify import verify
+from sparse_compress.msmodelslim.compress import check, compress
+from sparse_compress.msmodelslim.decompress import check as check_coded
+from sparse_compress.msmodelslim.decompress import decompress as run_decompression
+from sparse_compress.pipeline.info import info
+from sparse_compress.ranks.reader import open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 WEIGHTS, DESCRIPTION = "quant_model_weight_w8a8s.safetensors", "quant_model_description_w8a8s.json"
 LAYER = "model.layers.0"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.activation_range import LARGEST
 from ms_quant.errors import MsQuantError
+from ms_quant.statistics.activation_range import LARGEST
 from sparse_compress.rate import levels, share, steps
-from sparse_compress.verify import verify
+from sparse_compress.verify.checkpoint import verify
 
 BLOCK = "model.layers.0."
 

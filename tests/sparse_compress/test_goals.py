@@ -17,18 +17,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.serving import ServedModel, open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import Generator, perplexity
+from ms_quant.evaluation.evaluation import Generator, perplexity
+from ms_quant.files.safetensors_file import open_file
+from ms_quant.formats.opening import ServedModel, open_model
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix, matrix_info
-from sparse_compress.info import info
+from sparse_compress.pipeline.info import info
+from sparse_compress.pipeline.request import SparseOptions
+from sparse_compress.pipeline.run import run
+from sparse_compress.ranks.reader import open_w8a8sc
 from sparse_compress.rate import levels, search, share, steps
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.request import SparseOptions
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.verify.checkpoint import verify
 
 LAYER = "model.layers.0"
 GATE_UP = f"{LAYER}.mlp.gate_up_proj"

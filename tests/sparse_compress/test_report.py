@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from sparse_compress import report
 from sparse_compress.cli import app
-from sparse_compress.info import entropy_bytes, info
-from sparse_compress.reader import SparseModel, open_w8a8sc
+from sparse_compress.pipeline import report
+from sparse_compress.pipeline.info import entropy_bytes, info
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
 
 HOSTILE = '</script><img src=x onerror="alert(1)"><b>&amp;'
 

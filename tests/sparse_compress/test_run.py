@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ms_quant.checkpoint import reader
-from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.files import reader
+from ms_quant.files.reader import Checkpoint
 from sparse_compress.codec import decompress_matrix, matrix_info
-from sparse_compress.estimate import estimate
-from sparse_compress.request import SparseOptions, check
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.pipeline.estimate import estimate
+from sparse_compress.pipeline.request import SparseOptions, check
+from sparse_compress.pipeline.run import run
+from sparse_compress.verify.checkpoint import verify
 
 LAYER = "model.layers.0"
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"

@@ -14,17 +14,17 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity
-from ms_quant.inspection import inspect_checkpoint
+from ms_quant.evaluation.evaluation import perplexity
+from ms_quant.formats.inspection import inspect_checkpoint
 from sparse_compress.cli import app
 from sparse_compress.codec import matrix_info
-from sparse_compress.estimate import estimate
-from sparse_compress.info import info
 from sparse_compress.layouts import TARGETS, Layout, Target
-from sparse_compress.reader import SparseModel, open_w8a8sc
-from sparse_compress.request import SparseOptions, check
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.pipeline.estimate import estimate
+from sparse_compress.pipeline.info import info
+from sparse_compress.pipeline.request import SparseOptions, check
+from sparse_compress.pipeline.run import run
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layouts"
 LAYER = "model.layers.0"

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
-from ms_quant.request import Prepared, QuantizeOptions
-from ms_quant.schemes import SCHEMES
+from ms_quant.job.directory import JobDirectory
+from ms_quant.pipeline.request import Prepared, QuantizeOptions
+from ms_quant.schemes.table import SCHEMES
 from sparse_compress.rate import search
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.search import (
