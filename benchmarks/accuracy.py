@@ -55,7 +55,7 @@ Row = dict[str, Any]
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scheme, algorithms and options of the scheme."""
     for name, scheme in SCHEMES.items():
-        if not scheme.flavour:  # for networks, not for checkpoints
+        if not scheme.format:  # for networks, not for checkpoints
             continue
         for options in ({}, *VARIANTS.get(name, ())):
             few = options or name in LIKE_W8A8
@@ -82,15 +82,15 @@ def measure(
         choices = Choices(options, kv_cache=held)
         output = Path(directory) / "out"
         request = QuantizeOptions(model, output, scheme, algorithm, choices, data)
-        prepared = prepare(request)
-        job, started = prepared.job(), time.monotonic()
+        checked = prepare(request)
+        job, started = checked.job(), time.monotonic()
         with job.open():
-            run_blocks(prepared, job, lambda index, part: None)
+            run_blocks(checked, job, lambda index, part: None)
             seconds = time.monotonic() - started
-            served = JobModel(prepared.plan, job, prepared.tensors)
+            served = JobModel(checked.plan, job, checked.tensors)
             found = {
                 "perplexity": perplexity(served, tokens, kv_cache=cache)["perplexity"],
-                "bytes": bytes_per_weight(prepared.plan),
+                "bytes": bytes_per_weight(checked.plan),
                 "seconds": round(seconds, 1),
             }
             if is_phased(served):
@@ -101,15 +101,15 @@ def measure(
 
 def bytes_per_weight(plan: Plan) -> float:
     """Bytes of the quantized linears' tensors over the number of their weights."""
-    shapes, tensors = plan.config.parameter_shapes(), plan.flavour.tensor_plans(plan)
+    shapes, tensors = plan.config.parameter_shapes(), plan.format.tensor_plans(plan)
     stored = sum(tensor.bytes for tensor in tensors if tensor.part is not None)
     return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in plan.quantized())
 
 
 def _calibrated(scheme: str, algorithm: str) -> bool:
-    chain = [*algorithm.split("+"), SCHEMES[scheme].algorithm]
+    algorithms = [*algorithm.split("+"), SCHEMES[scheme].algorithm]
     return SCHEMES[scheme].needs_calibration or any(
-        ALGORITHMS[name].calibrated for name in chain if name in ALGORITHMS
+        ALGORITHMS[name].calibrated for name in algorithms if name in ALGORITHMS
     )
 
 

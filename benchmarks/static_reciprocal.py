@@ -63,11 +63,11 @@ def measure(
 
     with tempfile.TemporaryDirectory() as directory:
         output, choices = Path(directory) / "out", Choices(format="ascend")
-        prepared = prepare(QuantizeOptions(model, output, "W8A8", algorithm, choices, calib))
-        job = prepared.job()
+        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, choices, calib))
+        job = checked.job()
         with job.open():
-            run_blocks(prepared, job, lambda index, part: None)
-            served = [kind(prepared.plan, job, prepared.tensors) for kind in kinds]
+            run_blocks(checked, job, lambda index, part: None)
+            served = [kind(checked.plan, job, checked.tensors) for kind in kinds]
             found = [perplexity(kind, tokens)["perplexity"] for kind in served]
             job.remove()
     return found

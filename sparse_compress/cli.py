@@ -137,7 +137,7 @@ def _run(options: SparseOptions, dry_run: bool, as_json: bool) -> None:
     from sparse_compress.pipeline.run import run as compress
 
     request = check(options)
-    for line in (*request.prepared.notes, *request.not_served_by):
+    for line in (*request.checked.notes, *request.not_served_by):
         note(f"note: {line}")
     if dry_run:
         from sparse_compress.pipeline.estimate import estimate

@@ -71,7 +71,7 @@ def test_the_whole_story_in_json(
     options = ["--algorithm", "osl", "--calib", calib_text, "--samples", 2, "--seq-len", 8]
     arguments = ["quantize", model, "-o", output, *options, "--json"]
     planned = result(ms_quant_command(*arguments, "--dry-run"))
-    assert planned["flavour"] == "golden-stick"
+    assert planned["format"] == "golden-stick"
     assert planned["blocks"] == 2 and planned["calibration_tokens"] == 16
     assert {"estimated_seconds", "memory_bytes", "output_bytes", "served_by"} <= planned.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
@@ -85,7 +85,7 @@ def test_the_whole_story_in_json(
     proved = result(ms_quant_command("verify", output, "--source", model, "--json"))
     assert proved["problems"] == [] and len(proved["layers"]) == 14
     found = result(ms_quant_command("inspect", output, "--json"))
-    assert found["flavour"] == "golden-stick W8A8"
+    assert found["format"] == "golden-stick W8A8"
     assert {row["stored_as"] for row in found["linears"]} == {"I8"}
     run = ms_quant_command("eval", output, "--text", calib_text, "--seq-len", 8, "--json")
     measured = result(run)
@@ -410,8 +410,8 @@ def test_without_mindspore(
     static = ["quantize", model, "-o", tmp_path / "static", "--algorithm", "osl+gptq", *data]
     assert result(run(*static, "--json"))["quantized_linears"] == 7
     assert result(run("verify", output, "--source", model, "--json"))["problems"] == []
-    assert result(run("inspect", output, "--json"))["flavour"] == "golden-stick W8A8_DYNAMIC"
-    assert result(run("inspect", model, "--json"))["flavour"] == "float"
+    assert result(run("inspect", output, "--json"))["format"] == "golden-stick W8A8_DYNAMIC"
+    assert result(run("inspect", model, "--json"))["format"] == "float"
     assert len(result(run("schemes", "--json"))["schemes"]) == len(SCHEMES)
     for arguments in (
         ["eval", output, "--text", calib_text],

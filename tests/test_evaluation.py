@@ -85,13 +85,13 @@ def test_perplexity_is_that_of_the_whole_model(
 
     directory = checkpoint(scheme, **model)
     opened = open_model(directory)
-    assert opened.flavour == ("float" if scheme == "float" else f"golden-stick {scheme}")
+    assert opened.format == ("float" if scheme == "float" else f"golden-stick {scheme}")
     tokens = eval_windows(calib_text, directory, 12)[:5]
     expected = losses(whole_model(opened)(tokens), tokens)
     for batch in (1, 5, 3):
         monkeypatch.setattr(evaluation, "BATCH_TOKENS", 12 * batch)
         seen: list[float] = []
-        found = evaluation.perplexity(opened, tokens, Steps(seen))
+        found = evaluation.perplexity(opened, tokens, BlockHooks(seen))
         assert found["tokens"] == 5 * 11
         # An int8 rounding may flip when a sum is taken in another order; a layer left float or
         # swapped changes the loss by far more, as the next test shows.
@@ -101,7 +101,7 @@ def test_perplexity_is_that_of_the_whole_model(
         assert seen[-1] == 2.0 and seen == sorted(seen)
 
 
-class Steps:
+class BlockHooks:
     """Notes how many blocks are done."""
 
     def __init__(self, seen: list[float]):

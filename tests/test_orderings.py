@@ -19,7 +19,7 @@ pytest.importorskip("mindspore")
 
 from mindspore import Tensor
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells.decoder import causal_mask, rope_tensors
 from ms_quant.cells.recorder import Recorder
@@ -106,7 +106,7 @@ def _solve(key: tuple, group: Group) -> list[float]:
 
     problem = Problem("group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss)
     return _errors(
-        apply(problem, get_chain(key[1], scheme, settings).solve(problem)), weights, heldout
+        apply(problem, get_algorithms(key[1], scheme, settings).solve(problem)), weights, heldout
     )
 
 

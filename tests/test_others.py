@@ -75,7 +75,7 @@ def test_every_golden_checkpoint_is_named_here() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_is_read(name: str) -> None:
-    assert inspect_checkpoint(GOLDEN / name)["flavour"] == KINDS[name]
+    assert inspect_checkpoint(GOLDEN / name)["format"] == KINDS[name]
     blocks = name == "llm_compressor_fp8_block"  # whose o_proj and down_proj were ignored
     assert len(linears(GOLDEN / name)) == (5 if blocks else 7)
 
@@ -184,7 +184,7 @@ def test_it_is_converted_and_what_made_it_is_recorded(
     name: str, format: str, tmp_path: Path
 ) -> None:
     result = convert_checkpoint(GOLDEN / name, tmp_path / "out", format)
-    assert result["flavour"] == format
+    assert result["format"] == format
     record = json.loads((tmp_path / "out" / "ms_quant.json").read_text())["record"]
     tool = "LLM Compressor" if name in LLM_COMPRESSOR else "msModelSlim"
     provenance = record["provenance"]

@@ -114,14 +114,14 @@ def test_an_unwritable_place_is_found_before_the_blocks(
         raise PermissionError(13, "Permission denied")
 
     wanted = replace(wanted, job=tmp_path / "job")
-    prepared = prepare(wanted)
+    checked = prepare(wanted)
     (tmp_path / "job").mkdir()
     make = Path.mkdir
     monkeypatch.setattr(
         Path, "mkdir", lambda path, **o: make(path, **o) if path.name == "job" else refuse(path)
     )
     with pytest.raises(MsQuantError, match=r"out\.partial: writing .* failed \(Permission denied"):
-        quantize_checkpoint(wanted, lambda *_: pytest.fail("worked"), prepared)
+        quantize_checkpoint(wanted, lambda *_: pytest.fail("worked"), checked)
 
 
 def test_space_that_a_resumed_job_has_taken_already_counts(
@@ -152,9 +152,9 @@ def test_the_disk_of_the_job_counts_too(
     wanted = replace(wanted, job=tmp_path / "other" / "job")
     seen: dict[Path, int] = {}
     monkeypatch.setattr("ms_quant.pipeline.paths.free_spaces_check", seen.update)
-    prepared = prepare(wanted)
+    checked = prepare(wanted)
     assert list(seen) == [tmp_path / "out.partial", tmp_path / "other" / "job"]
-    assert sum(seen.values()) == needed_bytes(prepared)
+    assert sum(seen.values()) == needed_bytes(checked)
 
 
 def test_a_second_run_of_the_same_job_is_refused(wanted: QuantizeOptions) -> None:

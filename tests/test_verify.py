@@ -19,7 +19,7 @@ from ms_quant.files.safetensors_file import SafetensorsFile
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.quantize.activation_record import KEY
+from ms_quant.quantization.activation_record import KEY
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")

@@ -75,5 +75,5 @@ class Linear(nn.Dense):
             return super().__call__(x)
         rows = floats(x).reshape(-1, self.in_channels)
         bias = floats(self.bias) if self.has_bias else None
-        y = kernels.times(rows, floats(self.weight), bias, threads())
+        y = kernels.matmul(rows, floats(self.weight), bias, threads())
         return Tensor.from_numpy(y.reshape(*x.shape[:-1], self.out_channels))

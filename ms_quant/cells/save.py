@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
-from ms_quant.algorithms import Chain
+from ms_quant.algorithms import AlgorithmPipeline
 from ms_quant.cells.as_linear import as_linear
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
@@ -242,7 +242,9 @@ def _float(cell: nn.Cell, name: str) -> Iterator[_Tensor]:
             yield _Tensor(plan, FLOAT, partial(host_array, parameter))
 
 
-def check_format(format: str, scheme: Scheme, chain: Chain, cells: Mapping[str, nn.Cell]) -> None:
+def check_format(
+    format: str, scheme: Scheme, algorithms: AlgorithmPipeline, cells: Mapping[str, nn.Cell]
+) -> None:
     """Refuses what :func:`save_quantized` could not write afterwards.
 
     Args:
@@ -255,14 +257,14 @@ def check_format(format: str, scheme: Scheme, chain: Chain, cells: Mapping[str, 
     """
     if format != NAME:
         raise MsQuantError(f"for_format is {format!r}, expected {NAME!r} or None")
-    if chain.any("adds"):
+    if algorithms.any("adds"):
         raise MsQuantError(
-            f"algorithm {chain.name}: puts a transform or a branch beside the weight, MindIE-SD "
-            "reads none, expected another algorithm"
+            f"algorithm {algorithms.name}: puts a transform or a branch beside the weight, "
+            "MindIE-SD reads none, expected another algorithm"
         )
     for path, cell in cells.items():
         type, bias = type_of_scheme(scheme, path), getattr(cell, "bias", None) is not None
         shape = tuple(cell.weight.shape)
-        check_linear(type, shape, chain.any("smooths"), bias, path)
+        check_linear(type, shape, algorithms.any("smooths"), bias, path)
         if reason := why_not_run(type, shape, bias):
             raise MsQuantError(f"{path}: {reason}; expected {_WAYS_OUT}")

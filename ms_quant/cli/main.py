@@ -96,7 +96,7 @@ def quantize(
     ] = FLOAT_CACHE,
     format: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoint flavour; several share one calibration. Default: one served"),
+        typer.Option(help="Checkpoint format; several share one calibration. Default: one served"),
     ] = None,
     fold: Annotated[
         str, typer.Option(help="Where smoothing goes: input-scale, norm or mul-scale.")
@@ -174,24 +174,24 @@ def quantize(
 
 
 def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
-    prepared = prepare(options)
-    for line in dict.fromkeys(line for request in prepared.all for line in request.notes):
+    checked = prepare(options)
+    for line in dict.fromkeys(line for request in checked.all for line in request.notes):
         note(f"note: {line}")
     if dry_run:
         from ms_quant.pipeline.estimate import estimate
 
-        _emit_all([estimate(p, p.options.output) for p in prepared.all], as_json)
+        _emit_all([estimate(p, p.options.output) for p in checked.all], as_json)
         return
-    if any(request.plan.any("trains") for request in prepared.all):
+    if any(request.plan.any("trains") for request in checked.all):
         use_mindspore()
-    if prepared.tokens is not None and kernels.note():
+    if checked.tokens is not None and kernels.note():
         note(f"note: {kernels.note()}")
-    blocks = prepared.plan.config.num_layers
+    blocks = checked.plan.config.num_layers
     with step_progress() as step:
         result = quantize_checkpoint(
             options,
             lambda index, part: step("quantizing", (index + part) / blocks),
-            prepared,
+            checked,
             lambda part: step("reading the model", part),
         )
     results = result.get("formats", [result])
@@ -213,13 +213,13 @@ def _emit_all(results: list[dict[str, Any]], as_json: bool) -> None:
 def convert(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
-    format: Annotated[str, typer.Option(help="The other flavour, see [b]ms-quant schemes[/b].")],
+    format: Annotated[str, typer.Option(help="The other format, see [b]ms-quant schemes[/b].")],
     shard_bytes: Annotated[
         int | None, typer.Option(help="Largest output file. Default: as it was made", min=1)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The same numbers in another flavour, or why it cannot hold them."""
+    """The same numbers in another format, or why it cannot hold them."""
     from ms_quant.pipeline.convert import convert_checkpoint
 
     with naming_leftovers(output), step_progress() as step:
@@ -318,7 +318,7 @@ def evaluate(
     emit(
         {
             "checkpoint": str(checkpoint),
-            "flavour": model.flavour,
+            "format": model.format,
             "kv_cache": kv_cache or cache_name(model),
             **measured,
         },
@@ -365,7 +365,7 @@ def generate(
 
 @app.command(epilog=example("ms-quant inspect Qwen3-8B-W8A8"))
 def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
-    """What a checkpoint holds: flavour, sizes, how each linear is stored."""
+    """What a checkpoint holds: format, sizes, how each linear is stored."""
     from ms_quant.formats.inspection import inspect_checkpoint
 
     emit(inspect_checkpoint(checkpoint), as_json, _show_inspection)
@@ -401,7 +401,7 @@ def schemes(as_json: JsonOption = False) -> None:
 
 def _format_row(held: Held) -> dict[str, Any]:
     return {
-        "format": held.flavour,
+        "format": held.format,
         "folds": [fold.value for fold in held.folds],
         "served_by": list(held.served_by),
         "only": dict(held.only),
@@ -447,7 +447,7 @@ def _show_verification(result: dict[str, Any]) -> None:
 
 
 def _show_serving(result: dict[str, Any]) -> None:
-    keys = ("checkpoint", "flavour", "runtime", "tp", "device")
+    keys = ("checkpoint", "format", "runtime", "tp", "device")
     show_fields({key: result[key] or None for key in keys})
     if result["loaded"]:
         table = _table("layer", "ranks", "loaded as", "weight", "layers", "size")

@@ -320,4 +320,4 @@ class Generator:
             hidden = block(hidden, *angles, mask, cache, start > 0)
             finite(hidden, index)
         last = self.norm(hidden[:, -1:]).asnumpy().reshape(-1)
-        return self.head.times(last)
+        return self.head.matmul(last)

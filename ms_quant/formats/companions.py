@@ -1,4 +1,4 @@
-"""``config.json`` and the copied files of a finished checkpoint, whatever its flavour."""
+"""``config.json`` and the copied files of a finished checkpoint, whatever its format."""
 
 from __future__ import annotations
 

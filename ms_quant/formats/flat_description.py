@@ -15,7 +15,7 @@ from ms_quant.schemes.table import held_by
 
 
 def kinds(
-    flavour: str,
+    format: str,
     floats: Collection[str],
     config: ModelConfig,
     description: Mapping[str, Any],
@@ -26,7 +26,7 @@ def kinds(
     """What each linear is, if all of its tensors and those that runtimes fuse it with agree.
 
     Args:
-        flavour: name of the flavour.
+        format: name of the format.
         floats: suffixes whose entries do not tell what the linear is.
         config: the model.
         description: as stored.
@@ -38,19 +38,19 @@ def kinds(
         key: aliases.get(value, value) if isinstance(value, str) else value
         for key, value in description.items()
     }
-    problems = list(_module_problems(flavour, floats, description, where, modules))
+    problems = list(_module_problems(format, floats, description, where, modules))
     problems += _group_problems(config, modules, where)
     return modules, problems
 
 
 def _module_problems(
-    flavour: str,
+    format: str,
     floats: Collection[str],
     description: Mapping[str, Any],
     where: Path,
     modules: dict[str, str],
 ) -> Iterator[str]:
-    known = ("FLOAT", *held_by(flavour))
+    known = ("FLOAT", *held_by(format))
     for key, value in description.items():
         module, _, suffix = key.rpartition(".")
         if not module or suffix in kv_cache.SUFFIXES:

@@ -16,12 +16,13 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.companion_files import code_notes
-from ms_quant.files.reader import Checkpoint, check_model, row_chunks
+from ms_quant.files.reader import Checkpoint, row_chunks
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.families import CLASSIFIES, EMBEDS
 from ms_quant.models.rope import frequencies
+from ms_quant.models.weights import check_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTER = ("lm_head.", "score.")

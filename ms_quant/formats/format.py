@@ -1,7 +1,7 @@
-"""What a checkpoint flavour is: a record of what its files hold. ``flavours`` lists them.
+"""What a checkpoint format is: a record of what its files hold. ``formats`` lists them.
 
-A flavour is a module with such a record. Everything else that reads, writes and verifies
-checkpoints asks the record, so nothing there knows a flavour or a scheme by its name.
+A format is a module with such a record. Everything else that reads, writes and verifies
+checkpoints asks the record, so nothing there knows a format or a scheme by its name.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ Kinds = tuple[dict[str, str], list[str]]
 
 
 @dataclass(frozen=True)
-class Flavour:
+class CheckpointFormat:
     """Attributes:
     name: what commands call it.
     shown: what messages call its description.
-    find: the files of a directory that describe a checkpoint of this flavour; one, if it is one.
+    find: the files of a directory that describe a checkpoint of this format; one, if it is one.
     document: the file name of the description.
     linear_plan: the tensors of a quantized linear of a group and shape (out, in).
     linear_tensor: one of them by its suffix; where it is not one of ``with_codes`` the linear's

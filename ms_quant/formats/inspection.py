@@ -15,7 +15,7 @@ from ms_quant.schemes.table import FLOAT_CACHE, STATIC_CACHE
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
-    """Flavour, sizes and how each linear is stored.
+    """CheckpointFormat, sizes and how each linear is stored.
 
     Args:
         directory: a float, golden-stick, ascend or W8A8SC checkpoint.
@@ -47,7 +47,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
             )
     return {
         "checkpoint": str(directory),
-        "flavour": model.flavour,
+        "format": model.format,
         "model_type": model.config.model_type,
         "blocks": model.config.num_layers,
         "kv_cache": cache_name(model),

@@ -1,8 +1,8 @@
-"""Finished checkpoints as evaluation and generation see them, whatever their flavour.
+"""Finished checkpoints as evaluation and generation see them, whatever their format.
 
-A flavour is read by a class with the attributes of :class:`ServedModel`. Other packages add
+A format is read by a class with the attributes of :class:`ServedModel`. Other packages add
 theirs under the entry point group ``ms_quant.checkpoint_readers``: a function that takes the
-directory and returns a ``ServedModel``, or None when the directory is not of its flavour.
+directory and returns a ``ServedModel``, or None when the directory is not of its format.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import CACHED
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
-from ms_quant.quantize.divided import as_divided
+from ms_quant.quantization.divided import as_divided
 
 __all__ = [
     "FloatModel",
@@ -45,12 +45,12 @@ __all__ = [
 class ServedModel(Protocol):
     """Attributes:
     config: the model's shape.
-    flavour: what to call the checkpoint.
+    format: what to call the checkpoint.
     phased: whether some linears tell prefill and decode apart.
     """
 
     config: ModelConfig
-    flavour: str
+    format: str
     phased: bool
 
     def tensor(self, name: str) -> np.ndarray:
@@ -69,7 +69,7 @@ class ServedModel(Protocol):
 class FloatModel:
     """A Hugging Face checkpoint."""
 
-    flavour, phased = "float", False
+    format, phased = "float", False
     checkpoint: FloatTensors
 
     def __init__(self, directory: Path):
@@ -91,7 +91,7 @@ class FloatModel:
 class JobModel(FloatModel):
     """The blocks of a finished job in the float model that they were made from.
 
-    Float tensors are those that a checkpoint of the plan's flavour would hold, in its types.
+    Float tensors are those that a checkpoint of the plan's format would hold, in its types.
 
     Args:
         plan: what was done.
@@ -102,11 +102,11 @@ class JobModel(FloatModel):
     def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
         self.config = plan.config
         self.checkpoint = as_divided(checkpoint, plan.config, job.ranges(), str(job.directory))
-        self.flavour, self.phased = plan.scheme_name, plan.phased
+        self.format, self.phased = plan.scheme_name, plan.phased
         self.job, self.kv_cache, self.dtype = job, plan.kv_cache, plan.dtype
         self._quantized = frozenset(plan.quantized())
         self._types = {}
-        for tensor in plan.flavour.tensor_plans(plan):
+        for tensor in plan.format.tensor_plans(plan):
             self._types[tensor.source or tensor.name] = tensor.dtype
 
     def tensor(self, name: str) -> np.ndarray:
@@ -136,20 +136,20 @@ class JobModel(FloatModel):
 
 
 class QuantizedModel:
-    """A checkpoint of one of ``FLAVOURS``. What it reads it checks: a defect is an error."""
+    """A checkpoint of one of ``FORMATS``. What it reads it checks: a defect is an error."""
 
     def __init__(self, directory: Path):
         structure, problems = read_structure(directory)
         if structure is None or problems:
             raise MsQuantError(problems[0])
-        self.plan, self.row, self.structure = structure.plan, structure.flavour, structure
+        self.plan, self.row, self.structure = structure.plan, structure.format, structure
         self.config, self.phased = structure.plan.config, structure.plan.phased
         self.checkpoint = structure.checkpoint
         self._quantized = frozenset(self.plan.quantized())
         self._floats = frozenset(self.config.parameter_shapes())
         kinds = [self.plan.kv_cache, *(way.scheme.name for way in self.plan.ways)]
         found = "+".join(sorted(filter(None, kinds))) if self._quantized else "FLOAT"
-        self.flavour = f"{self.row.name} {found}"
+        self.format = f"{self.row.name} {found}"
 
     def stored_name(self, name: str) -> str:
         """The name in the files of a float tensor of the model."""
@@ -180,10 +180,10 @@ class QuantizedModel:
 
 
 def open_model(directory: Path | str) -> ServedModel:
-    """Opens a float checkpoint or a finished one of any known flavour.
+    """Opens a float checkpoint or a finished one of any known format.
 
     Raises:
-        MsQuantError: the directory does not exist or is of no known flavour.
+        MsQuantError: the directory does not exist or is of no known format.
     """
     directory = model_directory(directory)
     model: ServedModel | None = first_answer("ms_quant.checkpoint_readers", directory)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.algorithms import PLAIN, get_algorithms
 from ms_quant.errors import MsQuantError, short
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.formats.float_model import with_outputs
-from ms_quant.formats.format import Flavour, Leeway
-from ms_quant.formats.registry import FLAVOURS
+from ms_quant.formats.format import CheckpointFormat, Leeway
+from ms_quant.formats.registry import FORMATS
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.numerics.storage import DTYPES
@@ -32,7 +32,7 @@ PROVENANCE = "provenance"
 @dataclass(frozen=True)
 class Structure:
     """Attributes:
-    flavour: what the files hold.
+    format: what the files hold.
     checkpoint: the tensors.
     plan: what a consistent description stands for.
     expected: every tensor that there should be, by name.
@@ -40,7 +40,7 @@ class Structure:
     notes: what is otherwise than we write it, and means the same, one sentence each.
     """
 
-    flavour: Flavour
+    format: CheckpointFormat
     checkpoint: Checkpoint
     plan: Plan
     expected: dict[str, TensorPlan]
@@ -61,26 +61,26 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
     Raises:
         MsQuantError: the directory holds another kind of checkpoint, or a file cannot be read.
     """
-    flavour, where = check_kind(directory)
-    config = load_config(directory, flavour.entry)
+    format, where = check_kind(directory)
+    config = load_config(directory, format.entry)
     description = read_json(where, MAX_DESCRIPTION_BYTES)
-    if flavour.entry:
-        description = description[flavour.entry]
+    if format.entry:
+        description = description[format.entry]
     try:
-        kinds, problems = flavour.kinds(config, description, where)
+        kinds, problems = format.kinds(config, description, where)
         if problems:
             return None, problems
         checkpoint = Checkpoint(directory)
         config = with_outputs(config, checkpoint)
-        plan = _plan_of(flavour, config, kinds, description, checkpoint)
-        expected = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
-        structure = Structure(flavour, checkpoint, plan, expected)
-        made = flavour.description(plan)
-        if not is_ours(directory) and flavour.leeway.description is not None:
-            defects, notes = flavour.leeway.description(description, made, where)
+        plan = _plan_of(format, config, kinds, description, checkpoint)
+        expected = {tensor.name: tensor for tensor in format.tensor_plans(plan)}
+        structure = Structure(format, checkpoint, plan, expected)
+        made = format.description(plan)
+        if not is_ours(directory) and format.leeway.description is not None:
+            defects, notes = format.leeway.description(description, made, where)
             structure = replace(structure, defects=defects, notes=notes)
         else:
-            problems += _entry_problems(description, made, where, exact=bool(flavour.entry))
+            problems += _entry_problems(description, made, where, exact=bool(format.entry))
     except MsQuantError as error:
         text = str(error)
         return None, [text if text.startswith(f"{where}: ") else f"{where}: {text}"]
@@ -88,16 +88,16 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
     return structure, problems
 
 
-def check_kind(directory: Path) -> tuple[Flavour, Path]:
-    """The flavour of a checkpoint and the file that describes it.
+def check_kind(directory: Path) -> tuple[CheckpointFormat, Path]:
+    """The format of a checkpoint and the file that describes it.
 
     Raises:
         MsQuantError: it has none; says what the directory is instead.
     """
     if not directory.is_dir():
         raise MsQuantError(f"{directory}: no such model directory")
-    expected = " or ".join(f"{row.title} with {row.shown}" for row in FLAVOURS.values())
-    found = [(row, path) for row in FLAVOURS.values() for path in row.find(directory)]
+    expected = " or ".join(f"{row.title} with {row.shown}" for row in FORMATS.values())
+    found = [(row, path) for row in FORMATS.values() for path in row.find(directory)]
     sparse = directory / "quant_model_description_w8a8sc.json"
     if sparse.exists() or (len(found) == 1 and _is_compressed(found[0][1])):
         raise MsQuantError(
@@ -110,12 +110,12 @@ def check_kind(directory: Path) -> tuple[Flavour, Path]:
         raise MsQuantError(f"{directory}: is a float checkpoint, expected {expected}")
     raise MsQuantError(
         f"{directory}: has the descriptions {[path.name for _, path in found]}, expected exactly "
-        f"one of {', '.join(row.shown for row in FLAVOURS.values())}"
+        f"one of {', '.join(row.shown for row in FORMATS.values())}"
     )
 
 
 def _is_compressed(path: Path) -> bool:
-    """Whether a description is of W8A8SC, which shares a file name with another flavour."""
+    """Whether a description is of W8A8SC, which shares a file name with another format."""
     return read_json(path, MAX_DESCRIPTION_BYTES).get("model_quant_type") == "W8A8SC"
 
 
@@ -150,7 +150,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plan_of(
-    flavour: Flavour,
+    format: CheckpointFormat,
     config: ModelConfig,
     kinds: Mapping[str, str],
     description: Mapping[str, Any],
@@ -172,21 +172,21 @@ def _plan_of(
             if kinds[first] == "FLOAT":
                 floats.add(path)
                 continue
-            told = flavour.scheme_options(config, description, checkpoint, first)
+            told = format.scheme_options(config, description, checkpoint, first)
             fold = recorded_way(record, path).get("fold")
             options = {"fold": fold, **_options(record, path), **told}
-            scheme, chain = _way(flavour, kinds[first], options)
+            scheme, algorithms = _way(format, kinds[first], options)
             scales = recorded_way(record, path).get("scale_dtype")
             if scales == config.dtype:
                 scheme = scheme.narrowed()
             elif scales == "float32":
                 scheme = scheme.widened()
             if not is_ours(checkpoint.directory):
-                scheme = flavour.leeway.stored(scheme, checkpoint, first)
-            ways[path] = scheme, chain
+                scheme = format.leeway.stored(scheme, checkpoint, first)
+            ways[path] = scheme, algorithms
     if not ways:
-        ways = {"": _way(flavour, held_by(flavour.name)[0], {})}
-    cache = (description.get("kv_cache_type") or "") if flavour.holds_cache else ""
+        ways = {"": _way(format, held_by(format.name)[0], {})}
+    cache = (description.get("kv_cache_type") or "") if format.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
         raise MsQuantError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
     plan = plan_of_ways(config, ways, DTYPES[config.dtype], frozenset(floats), cache)
@@ -197,12 +197,12 @@ def _plan_of(
     return plan
 
 
-def _way(flavour: Flavour, name: str, options: Mapping[str, Any]) -> Way:
+def _way(format: CheckpointFormat, name: str, options: Mapping[str, Any]) -> Way:
     """What a group is, as far as one can tell: algorithms leave no trace but what they add."""
     chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
-    scheme = get_scheme(name, flavour.name, _fold(options.get("fold")), **chosen)
+    scheme = get_scheme(name, format.name, _fold(options.get("fold")), **chosen)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
-    return scheme, get_chain(PLAIN, scheme, settings if scheme.algorithm else {})
+    return scheme, get_algorithms(PLAIN, scheme, settings if scheme.algorithm else {})
 
 
 def _fold(value: Any) -> Fold | None:
@@ -244,7 +244,7 @@ def _options(record: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def _tensor_problems(structure: Structure) -> Iterator[str]:
     checkpoint, expected = structure.checkpoint, structure.expected
-    leeway = Leeway() if is_ours(checkpoint.directory) else structure.flavour.leeway
+    leeway = Leeway() if is_ours(checkpoint.directory) else structure.format.leeway
     quantized, names = set(structure.plan.quantized()), set(checkpoint.names)
     for name, tensor in expected.items():
         suffix = name.rpartition(".")[2]

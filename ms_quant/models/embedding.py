@@ -53,11 +53,11 @@ class Table:
         """float32 (len(ids), hidden)."""
         return self._held[ids].astype(np.float32, copy=False)
 
-    def times(self, x: np.ndarray) -> np.ndarray:
+    def matmul(self, x: np.ndarray) -> np.ndarray:
         """Logits, float32 (vocab,), of float32 (hidden,)."""
         if self._held.dtype == np.float32:
             return self._held @ x
-        return kernels.table_times(self._held, x)
+        return kernels.gemv(self._held, x)
 
 
 def cross_entropy(
@@ -80,7 +80,7 @@ def cross_entropy(
         step = max(1, logit_bytes // (4 * len(weight)))
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            logits = kernels.times(rows[part], weight)
+            logits = kernels.matmul(rows[part], weight)
             found = np.flatnonzero((targets[part] >= start) & (targets[part] < start + len(weight)))
             chosen[first + found] = logits[found, targets[part][found] - start]
             higher = np.maximum(top[part], logits.max(axis=1))

@@ -1,4 +1,4 @@
-"""A finished checkpoint in another flavour, without loss, or a sentence why there is none.
+"""A finished checkpoint in another format, without loss, or a sentence why there is none.
 
 The codes, scales and float tensors are those that were; only names, packing and what follows from
 others change. Nothing is calibrated or rounded again, so that going there and back gives the same
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.algorithms import PLAIN, get_algorithms
 from ms_quant.errors import MsQuantError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats import kv_cache
 from ms_quant.formats.format import group_of
 from ms_quant.formats.opening import QuantizedModel
-from ms_quant.formats.registry import FLAVOURS
+from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import PROVENANCE, check_kind, is_ours
 from ms_quant.job.output_directory import (
@@ -37,7 +37,7 @@ from ms_quant.numerics.float8_blocks import Float8BlockGrid
 from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline.paths import check_places
+from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.request import SHARD_BYTES
 from ms_quant.pipeline.writer import summary, write_output
 from ms_quant.plan.plan import Plan, Way, check_runs, plan_of_ways, recorded_way
@@ -69,13 +69,13 @@ def convert_checkpoint(
     shard_bytes: int | None = None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> dict[str, Any]:
-    """Makes a checkpoint of another flavour with the same numbers.
+    """Makes a checkpoint of another format with the same numbers.
 
     Args:
         directory: the checkpoint; one that others made is taken as far as it can be seen to be
             right, and the record of the output says so.
         output: directory to make.
-        format: name of the flavour.
+        format: name of the format.
         shard_bytes: largest output file; None is as the checkpoint was made.
         progress: told how much is written, 0 to 1.
 
@@ -83,11 +83,11 @@ def convert_checkpoint(
         What was made, as JSON.
 
     Raises:
-        MsQuantError: the checkpoint is damaged or the other flavour cannot hold what it holds;
+        MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
             names the tensor. No output directory is left behind.
     """
     directory = model_directory(directory)
-    check_places(directory, output, output.with_name(output.name + ".job"))
+    check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)
     record = content["record"]
@@ -144,13 +144,13 @@ def _record(directory: Path) -> dict[str, Any]:
 
 
 def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -> Plan:
-    """The same schemes and algorithms as another flavour holds them."""
+    """The same schemes and algorithms as another format holds them."""
     plan = model.plan
-    if format not in FLAVOURS:
-        raise MsQuantError(f"format {format!r} is unknown, expected one of {', '.join(FLAVOURS)}")
-    if format == plan.flavour.name:
+    if format not in FORMATS:
+        raise MsQuantError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
+    if format == plan.format.name:
         raise MsQuantError(f"the checkpoint is of format {format} already, expected another")
-    if plan.kv_cache and not FLAVOURS[format].holds_cache:
+    if plan.kv_cache and not FORMATS[format].holds_cache:
         raise MsQuantError(f"format {format}: has no place for keys and values in int8")
     ways: dict[str, Way] = {}
     for index in range(plan.config.num_layers):
@@ -167,7 +167,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
             own = other.of(index, group)
             for member in group.members:
                 name = f"{block_prefix(index)}{member}.weight"
-                own.flavour.check(own, group, shapes[member], name)
+                own.format.check(own, group, shapes[member], name)
             check_runs(other, index, group)
     return other
 
@@ -176,7 +176,7 @@ def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) 
     options = recorded.get("algorithm_options") or {}
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
     algorithm = PLAIN if plan.foreign else str(recorded.get("algorithm"))
-    made = get_chain(algorithm, plan.scheme, settings)
+    made = get_algorithms(algorithm, plan.scheme, settings)
     scheme = get_scheme(plan.scheme.name, format, **plan.scheme.chosen)
     smooths, fold = made.any("smooths"), plan.scheme.fold
     if not smooths:
@@ -209,7 +209,7 @@ class _Converted:
     progress: Callable[[float], None]
 
     def __post_init__(self) -> None:
-        tensors = self.plan.flavour.tensor_plans(self.plan)
+        tensors = self.plan.format.tensor_plans(self.plan)
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.total = sum(tensor.bytes for tensor in tensors) or 1
         self.done = 0
@@ -233,14 +233,14 @@ class _Converted:
             return self._floats(stored, tensor.dtype)
         path, suffix = tensor.part
         own, group = self.plan.at(path), group_of(self.plan, path)
-        return own.flavour.linear_tensor(own, group, self._linear(path), suffix)
+        return own.format.linear_tensor(own, group, self._linear(path), suffix)
 
     def _floats(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
         for _, part in self.model.checkpoint.float_chunks(name):
             yield part if part.dtype == dtype else part.astype(np.float32).astype(dtype)
 
     def _check_bias(self, path: str, linear: QuantizedLinear) -> None:
-        dtype = self.plan.flavour.bias_dtype(self.plan, path)
+        dtype = self.plan.format.bias_dtype(self.plan, path)
         if linear.bias is not None:
             _check_exact(linear.bias, dtype, f"{path}.bias")
 
@@ -252,15 +252,15 @@ class _Converted:
         folds = isinstance(activation, Phased) or getattr(activation, "folds_bias", False)
         rows, columns = linear.weight.shape
         own, group = self.plan.at(path), group_of(self.plan, path)
-        held = "quant_bias" in own.flavour.linear_plan(own, group, (rows, columns))
+        held = "quant_bias" in own.format.linear_plan(own, group, (rows, columns))
         if not held or (folds != linear.stated.folds_bias and linear.bias is not None):
             raise MsQuantError(
                 f"{path}.quant_bias: is rounded otherwise than the other tensors give, format "
-                f"{self.plan.flavour.name} does not hold it"
+                f"{self.plan.format.name} does not hold it"
             )
 
     def _linear(self, path: str) -> QuantizedLinear:
-        """The linear as the output's flavour splits its numbers."""
+        """The linear as the output's format splits its numbers."""
         if self.cached[0] != path:
             linear = self.model.linear(path)
             assert linear is not None
@@ -286,17 +286,17 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
     if (static.input_scale != step).any():
         raise MsQuantError(
             f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "
-            f"{plan.flavour.name} holds one"
+            f"{plan.format.name} holds one"
         )
     rows, columns = linear.weight.shape
-    if "weight_scale" not in plan.flavour.linear_plan(plan, group_of(plan, path), (rows, columns)):
+    if "weight_scale" not in plan.format.linear_plan(plan, group_of(plan, path), (rows, columns)):
         return linear  # the product is stored
     assert isinstance(grid, AffineGrid)
     scale = (linear.deq_scale / step).astype(dtype).astype(np.float32)
     if (scale * step != linear.deq_scale).any():
         raise MsQuantError(
             f"{path}.deq_scale: is not input_scale times scales that {dtype.name} holds, as "
-            f"format {plan.flavour.name} stores them"
+            f"format {plan.format.name} stores them"
         )
     grid = grid.format.grid({"weight_scale": scale[:, None]})
     return replace(linear, grid=grid, activation=replace(static, scale=np.float32(step[0])))
@@ -307,7 +307,7 @@ def _check_scales(linear: QuantizedLinear, plan: Plan, path: str) -> None:
     if not isinstance(linear.grid, AffineGrid | Float8Grid | Float8BlockGrid | TwoLevelGrid):
         return
     rows, columns = linear.weight.shape
-    stored = plan.flavour.linear_plan(plan, group_of(plan, path), (rows, columns))
+    stored = plan.format.linear_plan(plan, group_of(plan, path), (rows, columns))
     for dtype in {plan.scheme.scale_dtype(plan.dtype), stored["weight_scale"][0]}:
         _check_exact(linear.grid.scale, dtype, f"{path}.weight_scale")
 

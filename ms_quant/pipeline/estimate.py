@@ -13,7 +13,7 @@ from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
 from ms_quant.data.calibration import reading_bytes
 from ms_quant.models.attention import QUERIES
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.pipeline.run import Prepared, needed_bytes
+from ms_quant.pipeline.run import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.plan.tensor_parallel import rank_counts
@@ -29,39 +29,39 @@ FACTOR_COPIES = 4  # of a Hessian in float64, while it is factored
 SEARCHED_GROUPS = 2.5  # of four: candidates share what comes before them
 
 
-def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
+def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
     """The plan of a job.
 
     Time and memory are rough: from the sizes, and the speed of one matrix product measured now.
 
     Args:
-        prepared: the checked request.
+        checked: the checked request.
         output: where it would be written.
     """
-    plan, config = prepared.plan, prepared.plan.config
+    plan, config = checked.plan, checked.plan.config
     shapes = config.linear_shapes()
     weights = sum(out * into for out, into in shapes.values())
-    tokens = 0 if prepared.tokens is None else prepared.tokens.size
-    searches = max(way.chain.searches for way in plan.ways)
+    tokens = 0 if checked.tokens is None else checked.tokens.size
+    searches = max(way.algorithms.searches for way in plan.ways)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
     seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
     if plan.any("hessian"):
         seconds += config.num_layers * _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
     memory = IMPORT_BYTES + DATA_FREE_COPIES * 4 * weights
-    if prepared.tokens is not None:
+    if checked.tokens is not None:
         memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * weights
-        memory += _activation_bytes(prepared.tokens, config)
+        memory += _activation_bytes(checked.tokens, config)
         memory += MINDSPORE_BYTES if plan.any("trains") else 0
         if plan.any("hessian"):
             sizes = _inputs(plan)
             memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
-        options = prepared.options
+        options = checked.options
         assert options.calib is not None
         memory = max(memory, IMPORT_BYTES + reading_bytes(options.calib, options.model))
     return {
         "output": str(output),
-        "flavour": plan.flavour.name,
+        "format": plan.format.name,
         "scheme": plan.scheme_name,
         "algorithm": plan.algorithm,
         "kv_cache": plan.kv_cache or FLOAT_CACHE,
@@ -75,13 +75,13 @@ def estimate(prepared: Prepared, output: Path) -> dict[str, Any]:
         ],
         "calibration_tokens": tokens,
         "output_bytes": output_bytes(plan),
-        "disk_bytes": needed_bytes(replace(prepared, others=())),
+        "disk_bytes": needed_bytes(replace(checked, others=())),
         "memory_bytes": int(memory),
         "estimated_seconds": round(seconds, 1),
         "tensor_parallel": ", ".join(map(str, rank_counts(plan))),
         "served_by": plan.served_by,
         "not_served_by": plan.not_served_by,
-        "notes": list(prepared.notes),
+        "notes": list(checked.notes),
     }
 
 

@@ -18,7 +18,7 @@ IN_PROGRESS = "output in progress"
 BLOCK_OVERHEAD = 1 << 14  # header and norms of a finished block's file
 
 
-def check_places(model: Path, output: Path, job: Path) -> None:
+def check_paths(model: Path, output: Path, job: Path) -> None:
     """Refuses directories that are one another or lie in one another.
 
     Args:
@@ -95,7 +95,7 @@ def _block_bytes(plan: Plan, index: int) -> int:
 
 def _linear_bytes(plan: Plan, group: LinearGroup, out: int, into: int) -> int:
     """At most: codes that are not packed, an input scale, a bias, and the rest in float32."""
-    stored = plan.flavour.linear_plan(plan, group, (out, into))
+    stored = plan.format.linear_plan(plan, group, (out, into))
     rest = sum(math.prod(s) * d.itemsize for name, (d, s) in stored.items() if name != "weight")
     return out * into + 4 * (out + 2 * into) + 2 * rest
 

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain
+from ms_quant.algorithms import ALGORITHMS, PLAIN, get_algorithms
 from ms_quant.errors import MsQuantError
-from ms_quant.formats.registry import FLAVOURS
+from ms_quant.formats.registry import FORMATS
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.plan.exclude import float_paths, matches, no_match
 from ms_quant.plan.plan import Choices, Plan, Way, check_runs, check_shapes, plan_of_ways
@@ -24,8 +24,8 @@ from ms_quant.schemes.table import (
     SCHEMES,
     STATIC_CACHE,
     get_scheme,
-    holding_flavours,
-    served_flavours,
+    holding_formats,
+    served_formats,
     why_not_held,
 )
 
@@ -57,8 +57,8 @@ def make_plan(
     options = options or Choices()
     must_serve = bool(options.format)
     if options.kv_cache in KV_CACHES and not options.format and scheme in SCHEMES:
-        for format in served_flavours(scheme, **options.scheme):
-            if FLAVOURS[format].holds_cache:
+        for format in served_formats(scheme, **options.scheme):
+            if FORMATS[format].holds_cache:
                 options = replace(options, format=format)
                 break
     way = _way(scheme, algorithm, options, must_serve)
@@ -191,10 +191,10 @@ def _refuse_idle(
 
 def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
     """The first format in which a runtime serves every scheme, else the first that holds all."""
-    able = [name for name, row in FLAVOURS.items() if row.holds_cache or not kv_cache]
+    able = [name for name, row in FORMATS.items() if row.holds_cache or not kv_cache]
     names = list(dict.fromkeys((t.scheme, tuple(t.options.items())) for t in wanted))
-    held = [holding_flavours(name, **dict(options)) for name, options in names]
-    served = [served_flavours(name, **dict(options)) for name, options in names]
+    held = [holding_formats(name, **dict(options)) for name, options in names]
+    served = [served_formats(name, **dict(options)) for name, options in names]
     for choices in (served, held):
         first, *others = choices or [[]]
         for format in first:
@@ -208,12 +208,12 @@ def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
 
 def _way(name: str, algorithm: str, options: Choices, must_serve: bool) -> Way:
     scheme = _chosen(name, options, must_serve)
-    chain = get_chain(algorithm, scheme, options.algorithm)
-    if not chain.any("smooths"):  # there is nothing to hold
-        usual = get_scheme(name, scheme.flavour, **options.scheme)
+    algorithms = get_algorithms(algorithm, scheme, options.algorithm)
+    if not algorithms.any("smooths"):  # there is nothing to hold
+        usual = get_scheme(name, scheme.format, **options.scheme)
         fold = Fold.NORM if usual.fold is Fold.MUL_SCALE else usual.fold
-        scheme = get_scheme(name, scheme.flavour, fold, **options.scheme)
-    return scheme, chain
+        scheme = get_scheme(name, scheme.format, fold, **options.scheme)
+    return scheme, algorithms
 
 
 def _plan(
@@ -228,7 +228,7 @@ def _plan(
     Raises:
         MsQuantError: there is no such plan, or no group is left.
     """
-    if options.fold and not any(chain.any("smooths") for _, chain in ways.values()):
+    if options.fold and not any(algorithms.any("smooths") for _, algorithms in ways.values()):
         raise MsQuantError(f"fold {options.fold}: no algorithm smooths, expected no --fold")
     if ways:
         _check_cache(next(iter(ways.values()))[0], options.kv_cache)
@@ -242,25 +242,25 @@ def _plan(
 
 
 def _chosen(name: str, options: Choices, must_serve: bool) -> Scheme:
-    """The scheme as the wanted flavour holds it; one that no runtime serves may be refused."""
-    if options.format and options.format not in FLAVOURS:
+    """The scheme as the wanted format holds it; one that no runtime serves may be refused."""
+    if options.format and options.format not in FORMATS:
         raise MsQuantError(
-            f"format {options.format!r} is unknown, expected one of {', '.join(FLAVOURS)}"
+            f"format {options.format!r} is unknown, expected one of {', '.join(FORMATS)}"
         )
     folds = {fold.value: fold for fold in Fold}
     if options.fold and options.fold not in folds:
         raise MsQuantError(f"fold {options.fold!r} is unknown, expected one of {', '.join(folds)}")
     scheme = get_scheme(name, options.format, folds.get(options.fold), **options.scheme)
-    if not scheme.flavour and SCHEMES[name].held:
+    if not scheme.format and SCHEMES[name].held:
         raise MsQuantError(f"scheme {name}: {why_not_held(name)}")
-    if not scheme.flavour:
+    if not scheme.format:
         raise MsQuantError(
             f"scheme {name}: is for networks and not for checkpoints of decoders, use "
             f'ms_quant.quantize(network, "{name}", ...)'
         )
     if must_serve and not scheme.served_by:
         reasons = "; ".join(scheme.not_served_by)
-        served = served_flavours(name, **options.scheme)
+        served = served_formats(name, **options.scheme)
         raise MsQuantError(
             f"format {options.format}: scheme {name} would be served by no runtime ({reasons}), "
             f"expected {' or '.join(served) or 'no --format'}"
@@ -277,14 +277,14 @@ def _check_cache(scheme: Scheme, name: str) -> None:
         )
     if name and name not in KV_CACHES:
         raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
-    if name and not FLAVOURS[scheme.flavour].holds_cache:
+    if name and not FORMATS[scheme.format].holds_cache:
         able = [
-            f"--format {flavour}"
-            for flavour in served_flavours(scheme.name, **scheme.chosen)
-            if FLAVOURS[flavour].holds_cache
+            f"--format {format}"
+            for format in served_formats(scheme.name, **scheme.chosen)
+            if FORMATS[format].holds_cache
         ] or ["another scheme"]
         raise MsQuantError(
-            f"kv cache {name}: a {scheme.flavour} checkpoint cannot hold it, expected "
+            f"kv cache {name}: a {scheme.format} checkpoint cannot hold it, expected "
             f"{' or '.join(able)}"
         )
 

@@ -19,20 +19,20 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
 from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
 from ms_quant.formats.float_model import NO_HEAD, model_notes, open_float
-from ms_quant.formats.registry import FLAVOURS
+from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.job.directory import JobDirectory, environment
 from ms_quant.job.output_directory import OutputDirectory, check_output_name
 from ms_quant.job.unlisted import is_read
 from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.pipeline.paths import check_places, check_space, job_bytes
+from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
 from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.exclude import float_notes
 from ms_quant.plan.plan import Choices, Plan
 from ms_quant.plan.tensor_parallel import rank_notes, refuse_ranks
-from ms_quant.quantize.rotated import RotatedCheckpoint
+from ms_quant.quantization.rotated import RotatedCheckpoint
 from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.schemes.table import FLOAT_CACHE, VALUES, as_value
 
@@ -64,7 +64,7 @@ class QuantizeOptions:
         recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
         tp: tensor-parallel ranks that will serve the output, which must be divisible so; None is
             not known yet.
-        formats: the checkpoint flavours to make, each in a directory of its name inside
+        formats: the checkpoint formats to make, each in a directory of its name inside
             ``output`` if there are several; () is one, the schemes' default.
     """
 
@@ -176,7 +176,7 @@ class Extension:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class CheckedJob:
     """A checked request: everything that can be refused has been.
 
     Attributes:
@@ -203,12 +203,12 @@ class Prepared:
     output_record: dict[str, Any]
     output_bytes: int
     unknown: Sequence[str] = ()
-    others: tuple[Prepared, ...] = ()
+    others: tuple[CheckedJob, ...] = ()
     companions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
-    def all(self) -> tuple[Prepared, ...]:
+    def all(self) -> tuple[CheckedJob, ...]:
         """This one and the others."""
         return self, *self.others
 
@@ -223,7 +223,7 @@ class Prepared:
         """The job as it is on the disk now, with the blocks of one of its formats."""
         options, record = self.options, self.record
         if self.others:
-            record = _joined([request.plan.flavour.name for request in self.all], self.all)
+            record = _joined([request.plan.format.name for request in self.all], self.all)
         return JobDirectory(
             options.job_directory,
             record,
@@ -234,14 +234,14 @@ class Prepared:
         )
 
 
-def _joined(names: Sequence[str], requests: Sequence[Prepared]) -> dict[str, Any]:
+def _joined(names: Sequence[str], requests: Sequence[CheckedJob]) -> dict[str, Any]:
     """The record of a job for several formats: what they share, and what each has of its own."""
     shared = {key: requests[0].record[key] for key in SHARED if key in requests[0].record}
     own = [{k: v for k, v in request.record.items() if k not in shared} for request in requests]
     return {**shared, "formats": dict(zip(names, own, strict=True))}
 
 
-def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
+def prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
     """Checks a request against the model, the data and the disk, before any work.
 
     Args:
@@ -256,14 +256,14 @@ def prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pre
     if options.recipe is not None:
         options = _with_recipe(options, options.recipe)
     if len(options.formats) > 1:
-        prepared = _prepare_several(options)
+        checked = _prepare_several(options)
     else:
-        prepared = _prepare(options, extension)
-    _check_disk(prepared)
+        checked = _prepare(options, extension)
+    _check_disk(checked)
     if options.recipe is not None:
-        said = recipe_notes(prepared.plan.config, options.recipe)
-        return replace(prepared, notes=(*said, *prepared.notes))
-    return prepared
+        said = recipe_notes(checked.plan.config, options.recipe)
+        return replace(checked, notes=(*said, *checked.notes))
+    return checked
 
 
 def _with_recipe(options: QuantizeOptions, recipe: Recipe) -> QuantizeOptions:
@@ -292,9 +292,9 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     return replace(options, calib=calib, **merged)
 
 
-def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Prepared:
+def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
     """Everything but what is on the disk by now."""
-    check_places(options.model, options.output, options.job_directory)
+    check_paths(options.model, options.output, options.job_directory)
     config, checkpoint = open_float(options.model)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
@@ -311,7 +311,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
     notes += [] if tokens is None else _data_notes(options, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
-    return Prepared(
+    return CheckedJob(
         options,
         plan,
         checkpoint,
@@ -326,7 +326,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Pr
     )
 
 
-def _prepare_several(options: QuantizeOptions) -> Prepared:
+def _prepare_several(options: QuantizeOptions) -> CheckedJob:
     """One request for several formats.
 
     Raises:
@@ -345,7 +345,7 @@ def _prepare_several(options: QuantizeOptions) -> Prepared:
 
 def _refuse_occupied(output: Path) -> None:
     """Refuses a directory for several formats with anything in it but directories of formats."""
-    known = {f"{name}{ending}" for name in FLAVOURS for ending in ("", ".partial")}
+    known = {f"{name}{ending}" for name in FORMATS for ending in ("", ".partial")}
     if output.is_dir():
         names = {path.name for path in output.iterdir()}
         others = sorted(names - known)
@@ -375,7 +375,7 @@ def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
 
 def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     """The plan and the tensors of the model that is quantized."""
-    options = plan.chain.options.get("quarot")
+    options = plan.algorithms.options.get("quarot")
     if options is None:
         return plan, checkpoint
     rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed, options.block_size)
@@ -421,13 +421,13 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
             )
 
 
-def _check_disk(prepared: Prepared) -> None:
-    outputs = [(request, request.output()) for request in prepared.all]
+def _check_disk(checked: CheckedJob) -> None:
+    outputs = [(request, request.output()) for request in checked.all]
     if all(output.finished for _, output in outputs):
         return
-    tokens = 0 if prepared.tokens is None else prepared.tokens.size
+    tokens = 0 if checked.tokens is None else checked.tokens.size
     left = [(output, r.output_bytes) for r, output in outputs if not output.finished]
-    check_space([request.plan for request in prepared.all], tokens, left, prepared.job())
+    check_space([request.plan for request in checked.all], tokens, left, checked.job())
 
 
 def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
@@ -484,8 +484,8 @@ def float_tensors(plan: Plan) -> list[str]:
     return [name for name in plan.config.parameter_shapes() if name not in weights]
 
 
-def needed_bytes(prepared: Prepared) -> int:
+def needed_bytes(checked: CheckedJob) -> int:
     """Disk space of a job from its beginning: output, blocks, two sets of hidden states."""
-    tokens = 0 if prepared.tokens is None else prepared.tokens.size
-    plans = [request.plan for request in prepared.all]
-    return sum(request.output_bytes for request in prepared.all) + job_bytes(plans, tokens)
+    tokens = 0 if checked.tokens is None else checked.tokens.size
+    plans = [request.plan for request in checked.all]
+    return sum(request.output_bytes for request in checked.all) + job_bytes(plans, tokens)

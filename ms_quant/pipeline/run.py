@@ -21,23 +21,23 @@ from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.pipeline.request import (
     SHARD_BYTES,
-    Prepared,
+    CheckedJob,
     QuantizeOptions,
     needed_bytes,
     prepare,
     require_mindspore,
 )
 from ms_quant.pipeline.writer import Tensor, output_bytes, summary, write_output
-from ms_quant.quantize import activation_record as activations
-from ms_quant.quantize.block import PLAIN, Progress, Steps, quantize_data_free
-from ms_quant.quantize.divided import as_divided
+from ms_quant.quantization import activation_record as activations
+from ms_quant.quantization.block import NO_HOOKS, BlockHooks, Progress, quantize_data_free
+from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
 from ms_quant.statistics.activation_range import float16_facts
 
 Reading = Callable[[float], None]
 
 __all__ = [
-    "Prepared",
+    "CheckedJob",
     "QuantizeOptions",
     "complete",
     "needed_bytes",
@@ -52,7 +52,7 @@ __all__ = [
 def quantize_checkpoint(
     options: QuantizeOptions,
     progress: Progress = lambda index, part: None,
-    prepared: Prepared | None = None,
+    checked: CheckedJob | None = None,
     reading: Reading = lambda part: None,
 ) -> dict[str, Any]:
     """Makes a quantized checkpoint, or goes on making it.
@@ -60,7 +60,7 @@ def quantize_checkpoint(
     Args:
         options: the request.
         progress: told how far each block is.
-        prepared: the checked request, where the caller has it already.
+        checked: the checked request, where the caller has it already.
         reading: told how much of the model's first pass is done, 0 to 1.
 
     Returns:
@@ -72,13 +72,13 @@ def quantize_checkpoint(
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
-    prepared = prepared or prepare(options)
-    finished_before = complete(prepared, progress, _write, reading=reading)
-    results = [_summary(request, finished_before) for request in prepared.all]
-    return {"formats": results} if prepared.others else results[0]
+    checked = checked or prepare(options)
+    finished_before = complete(checked, progress, _write, reading=reading)
+    results = [_summary(request, finished_before) for request in checked.all]
+    return {"formats": results} if checked.others else results[0]
 
 
-def _summary(request: Prepared, finished_before: bool) -> dict[str, Any]:
+def _summary(request: CheckedJob, finished_before: bool) -> dict[str, Any]:
     """What was made; for a runtime in float16 also how large its activations get."""
     plan, output = request.plan, request.options.output
     result = summary(plan, output, finished_before)
@@ -89,19 +89,19 @@ def _summary(request: Prepared, finished_before: bool) -> dict[str, Any]:
 
 
 def complete(
-    prepared: Prepared,
+    checked: CheckedJob,
     progress: Progress,
-    write: Callable[[Prepared, JobDirectory, OutputDirectory], None],
-    steps: Steps = PLAIN,
+    write: Callable[[CheckedJob, JobDirectory, OutputDirectory], None],
+    hooks: BlockHooks = NO_HOOKS,
     reading: Reading = lambda part: None,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
     Args:
-        prepared: the checked request.
+        checked: the checked request.
         progress: told how far each block is.
         write: writes and finishes the output of a request whose blocks are finished.
-        steps: what is done around the algorithm.
+        hooks: what is done around the algorithm.
         reading: told how much of the model's first pass is done, 0 to 1.
 
     Returns:
@@ -110,94 +110,94 @@ def complete(
     Raises:
         MsQuantError: the request cannot be served, or another process works on it.
     """
-    if all(request.output().finished for request in prepared.all):
-        if not prepared.options.keep_job:
-            _remove_leftover(prepared)
+    if all(request.output().finished for request in checked.all):
+        if not checked.options.keep_job:
+            _remove_leftover(checked)
         return True
-    job = prepared.job()
+    job = checked.job()
     with job.open():
         # Another process may have finished an output just now.
-        left = {k: r.output() for k, r in enumerate(prepared.all) if not r.output().finished}
+        left = {k: r.output() for k, r in enumerate(checked.all) if not r.output().finished}
         if left:
-            prove_source(prepared, job, reading)
+            prove_source(checked, job, reading)
         with ExitStack() as opened:
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(prepared, job, progress, steps)
+                run_blocks(checked, job, progress, hooks)
             for target, output in left.items():
-                write(prepared.all[target], prepared.job(target), output)
-        if not prepared.options.keep_job:
+                write(checked.all[target], checked.job(target), output)
+        if not checked.options.keep_job:
             job.remove()
     return not left
 
 
-def prove_source(prepared: Prepared, job: JobDirectory, reading: Reading) -> None:
+def prove_source(checked: CheckedJob, job: JobDirectory, reading: Reading) -> None:
     """Reads all of the float model once, in a job that is open; a second call does nothing.
 
     Raises:
         MsQuantError: a tensor holds NaN or infinity, or is not what the job has read before.
             Where no block was finished, no job is left behind.
     """
-    if prepared.checkpoint.digests:
+    if checked.checkpoint.digests:
         return
     try:
-        found = read_source(prepared.checkpoint, job.directory, reading)
+        found = read_source(checked.checkpoint, job.directory, reading)
     except (DiskError, ChangedSourceError):
         raise
     except MsQuantError:
         if not job.finished_blocks():
             job.remove()
         raise
-    for request in prepared.all:
+    for request in checked.all:
         request.checkpoint.expect(found.digests, found.trusted, found.stamps)
 
 
-def _remove_leftover(prepared: Prepared) -> None:
+def _remove_leftover(checked: CheckedJob) -> None:
     """Deletes the job directory that a kill at the very end left; any other is not ours."""
-    if prepared.options.job_directory.is_dir():
+    if checked.options.job_directory.is_dir():
         with suppress(MsQuantError):
-            job = prepared.job()
+            job = checked.job()
             with job.open():
                 job.remove()
 
 
 def run_blocks(
-    prepared: Prepared,
+    checked: CheckedJob,
     job: JobDirectory,
     progress: Progress,
-    steps: Steps = PLAIN,
+    hooks: BlockHooks = NO_HOOKS,
 ) -> None:
     """Finishes every block of a job."""
-    targets = [(prepared.plan, job)]
-    for target, request in enumerate(prepared.others, 1):
-        targets.append((request.plan, prepared.job(target)))
-    if prepared.tokens is None:
-        quantize_data_free(targets, prepared.tensors, progress)
-    elif job.finished_blocks() < prepared.plan.config.num_layers:
-        from ms_quant.quantize.calibration import calibrate
+    targets = [(checked.plan, job)]
+    for target, request in enumerate(checked.others, 1):
+        targets.append((request.plan, checked.job(target)))
+    if checked.tokens is None:
+        quantize_data_free(targets, checked.tensors, progress)
+    elif job.finished_blocks() < checked.plan.config.num_layers:
+        from ms_quant.quantization.calibration import calibrate
 
-        calibrate(targets, prepared.tensors, prepared.tokens, progress, steps)
+        calibrate(targets, checked.tensors, checked.tokens, progress, hooks)
 
 
-def _write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
-    plan, options = prepared.plan, prepared.options
+def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:
+    plan, options = checked.plan, checked.options
     facts: dict[str, Any] = {
         "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_layers)}
     }
-    if prepared.tokens is not None:
+    if checked.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
         facts[activation_range.KEY] = job.ranges()
-    get = _tensor_getter(prepared, job)
+    get = _tensor_getter(checked, job)
     size = options.shard_bytes or SHARD_BYTES
     write_output(plan, get, output, size, options.model, facts)
 
 
-def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
-    plan, flavour = prepared.plan, prepared.plan.flavour
-    checkpoint = as_divided(prepared.tensors, plan.config, job.ranges(), str(job.directory))
+def _tensor_getter(checked: CheckedJob, job: JobDirectory) -> Tensor:
+    plan, format = checked.plan, checked.plan.format
+    checkpoint = as_divided(checked.tensors, plan.config, job.ranges(), str(job.directory))
     names = set(checkpoint.names)
-    plans = {tensor.name: tensor for tensor in flavour.tensor_plans(plan)}
+    plans = {tensor.name: tensor for tensor in format.tensor_plans(plan)}
 
     def bias(path: str) -> np.ndarray | None:
         name = f"{path}.bias"
@@ -216,9 +216,9 @@ def _tensor_getter(prepared: Prepared, job: JobDirectory) -> Tensor:
         if tensor.part is not None and not tensor.source:
             path, suffix = tensor.part
             _, _, index, member = path.split(".", 3)
-            linear = job.linear(int(index), member, suffix in flavour.with_codes)
+            linear = job.linear(int(index), member, suffix in format.with_codes)
             linear = replace(linear, bias=bias(path), input_dtype=plan.dtype)
-            return flavour.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
+            return format.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
         name = tensor.source or name
         changed = job.changed_tensor(name)
         if changed is not None:

@@ -1,4 +1,4 @@
-"""Writing a finished checkpoint of any flavour, wherever its tensors come from."""
+"""Writing a finished checkpoint of any format, wherever its tensors come from."""
 
 from __future__ import annotations
 
@@ -33,42 +33,42 @@ def write_output(
         plan: what it holds.
         get: gives its tensors.
         output: where; open.
-        shard_bytes: largest data size of a file, of flavours that have several.
+        shard_bytes: largest data size of a file, of formats that have several.
         source: the directory whose tokenizer files are copied.
         facts: entries of the record.
     """
-    flavour, directory = plan.flavour, output.partial
-    tensors = flavour.tensor_plans(plan)
-    if isinstance(flavour.weights, str):
+    format, directory = plan.format, output.partial
+    tensors = format.tensor_plans(plan)
+    if isinstance(format.weights, str):
         shards = plan_shards(tensors, shard_bytes)
-        named = dict(zip(shard_names(flavour.weights, len(shards)), shards, strict=True))
+        named = dict(zip(shard_names(format.weights, len(shards)), shards, strict=True))
     else:
-        named = {flavour.weights(plan): tensors}
+        named = {format.weights(plan): tensors}
 
     def write_shard(path: Path) -> FileRecord:
-        return write_file(path, named[path.name], get, mode=flavour.mode)
+        return write_file(path, named[path.name], get, mode=format.mode)
 
     files = [output.write_once(name, write_shard) for name in named]
-    if isinstance(flavour.weights, str):
-        files.append(write_index(directory, named, output_bytes(plan), flavour.index))
-    description = flavour.description(plan)
-    entry = {flavour.entry: description} if flavour.entry else {}
+    if isinstance(format.weights, str):
+        files.append(write_index(directory, named, output_bytes(plan), format.index))
+    description = format.description(plan)
+    entry = {format.entry: description} if format.entry else {}
     config = {**model_config(plan.config, plan.dtype), **entry}
     files.append(write_json(directory / "config.json", config))
-    if not flavour.entry:
-        files.append(write_json(directory / flavour.document(plan), description, flavour.mode))
+    if not format.entry:
+        files.append(write_json(directory / format.document(plan), description, format.mode))
     output.finish(files, source, facts)
 
 
 def output_bytes(plan: Plan) -> int:
-    """Bytes of the tensors of a checkpoint of the plan's flavour."""
-    return sum(tensor.bytes for tensor in plan.flavour.tensor_plans(plan))
+    """Bytes of the tensors of a checkpoint of the plan's format."""
+    return sum(tensor.bytes for tensor in plan.format.tensor_plans(plan))
 
 
 def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
     return {
         "output": str(output),
-        "flavour": plan.flavour.name,
+        "format": plan.format.name,
         "scheme": plan.scheme_name,
         "algorithm": plan.algorithm,
         "kv_cache": plan.kv_cache or FLOAT_CACHE,

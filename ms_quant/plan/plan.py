@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import Chain
+from ms_quant.algorithms import AlgorithmPipeline
 from ms_quant.budget import SEARCH_TOKENS
 from ms_quant.errors import MsQuantError
-from ms_quant.formats.format import Flavour
-from ms_quant.formats.registry import FLAVOURS
+from ms_quant.formats.format import CheckpointFormat
+from ms_quant.formats.registry import FORMATS
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Phased
@@ -30,8 +30,8 @@ class Choices:
     algorithm: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
     float_undivided: leave linears float whose inputs groups do not divide, instead of refusing.
     kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
-    format: the checkpoint flavour; "" is the one that the scheme has by default.
-    fold: where smoothing vectors go, by a name of :class:`Fold`; "" is the flavour's first choice.
+    format: the checkpoint format; "" is the one that the scheme has by default.
+    fold: where smoothing vectors go, by a name of :class:`Fold`; "" is the format's first choice.
     """
 
     scheme: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Choices:
     fold: str = ""
 
 
-Way = tuple[Scheme, Chain]
+Way = tuple[Scheme, AlgorithmPipeline]
 """What the linears of a group become, and the algorithms that get them there."""
 
 
@@ -51,7 +51,7 @@ class Plan:
     """Attributes:
     config: the model.
     scheme: what its linears become; of several schemes that of the first quantized group.
-    chain: the algorithms, likewise.
+    algorithms: the algorithms, likewise.
     dtype: type of what stays float in the output.
     float_groups: full path prefixes of the groups that stay float, such as
         ``"model.layers.0.down"``.
@@ -64,7 +64,7 @@ class Plan:
 
     config: ModelConfig
     scheme: Scheme
-    chain: Chain
+    algorithms: AlgorithmPipeline
     dtype: np.dtype
     float_groups: frozenset[str] = frozenset()
     search_tokens: int = SEARCH_TOKENS
@@ -76,8 +76,8 @@ class Plan:
         """The plan of one group alone, by its full path prefix or that of one of its linears."""
         if not self.mixed:
             return self
-        scheme, chain = self.mixed.get(self._group_path(path), (self.scheme, self.chain))
-        return replace(self, scheme=scheme, chain=chain, mixed={})
+        scheme, algorithms = self.mixed.get(self._group_path(path), (self.scheme, self.algorithms))
+        return replace(self, scheme=scheme, algorithms=algorithms, mixed={})
 
     def of(self, index: int, group: LinearGroup) -> Plan:
         """The plan of one group of a block alone."""
@@ -99,7 +99,7 @@ class Plan:
         """A plan of one group for each scheme and chain that there is, the first group's first."""
         plans = [replace(self, mixed={})]
         for path in self.mixed:
-            if all(self.mixed[path] != (plan.scheme, plan.chain) for plan in plans):
+            if all(self.mixed[path] != (plan.scheme, plan.algorithms) for plan in plans):
                 plans.append(self.at(path))
         return plans
 
@@ -111,7 +111,7 @@ class Plan:
     @property
     def algorithm(self) -> str:
         """The names of the algorithms, joined; those of different ways side by side."""
-        return ", ".join(dict.fromkeys(way.chain.name for way in self.ways))
+        return ", ".join(dict.fromkeys(way.algorithms.name for way in self.ways))
 
     @property
     def served_by(self) -> list[str]:
@@ -129,7 +129,7 @@ class Plan:
 
     @property
     def fails(self) -> str:
-        """The first linear that the flavour's runtime fails on, with the reason; "" for none."""
+        """The first linear that the format's runtime fails on, with the reason; "" for none."""
         for index in range(self.config.num_layers):
             for group in self.groups(index):
                 if reason := why_not_run(self, index, group):
@@ -137,13 +137,13 @@ class Plan:
         return ""
 
     @property
-    def flavour(self) -> Flavour:
+    def format(self) -> CheckpointFormat:
         """What the output's files hold."""
-        return FLAVOURS[self.scheme.flavour]
+        return FORMATS[self.scheme.format]
 
     def any(self, attribute: str) -> bool:
         """Whether some algorithm of some group has a flag of :class:`Algorithm`."""
-        return any(way.chain.any(attribute) for way in self.ways)
+        return any(way.algorithms.any(attribute) for way in self.ways)
 
     @property
     def needs_calibration(self) -> bool:
@@ -159,7 +159,7 @@ class Plan:
         """What decides the numbers, besides the data and the model, as JSON."""
         mixed = {path: _way_record(*way, self.dtype) for path, way in sorted(self.mixed.items())}
         return {
-            **_way_record(self.scheme, self.chain, self.dtype),
+            **_way_record(self.scheme, self.algorithms, self.dtype),
             **({"mixed": mixed} if mixed else {}),
             **({"kv_cache": self.kv_cache} if self.kv_cache else {}),
             **self._place(),
@@ -167,10 +167,10 @@ class Plan:
         }
 
     def _place(self) -> dict[str, str]:
-        """The flavour, where it is not the scheme's default."""
+        """The format, where it is not the scheme's default."""
         scheme = self.scheme
-        usual = get_scheme(scheme.name, **scheme.chosen).flavour
-        return {} if scheme.flavour == usual else {"format": scheme.flavour}
+        usual = get_scheme(scheme.name, **scheme.chosen).format
+        return {} if scheme.format == usual else {"format": scheme.format}
 
     def groups(self, index: int) -> list[LinearGroup]:
         """The groups of a block that are quantized."""
@@ -203,14 +203,14 @@ class Plan:
         ]
 
 
-def _way_record(scheme: Scheme, chain: Chain, dtype: np.dtype) -> dict[str, Any]:
-    usual = get_scheme(scheme.name, scheme.flavour, **scheme.chosen)
+def _way_record(scheme: Scheme, algorithms: AlgorithmPipeline, dtype: np.dtype) -> dict[str, Any]:
+    usual = get_scheme(scheme.name, scheme.format, **scheme.chosen)
     scales = scheme.scale_dtype(dtype)
     return {
         "scheme": scheme.name,
-        "algorithm": chain.name,
+        "algorithm": algorithms.name,
         **({"scheme_options": scheme.chosen} if scheme.chosen else {}),
-        **({"algorithm_options": chain.chosen} if chain.chosen else {}),
+        **({"algorithm_options": algorithms.chosen} if algorithms.chosen else {}),
         **({"scale_dtype": scales.name} if scales != usual.scale_dtype(dtype) else {}),
         **({"fold": scheme.fold.value} if scheme.fold is not usual.fold else {}),
     }
@@ -239,9 +239,9 @@ def plan_of_ways(
         floats: the groups that stay float.
         kv_cache: how keys and values are cached.
     """
-    (scheme, chain), *_ = ways.values()
-    mixed = {path: way for path, way in ways.items() if way != (scheme, chain)}
-    return Plan(config, scheme, chain, dtype, floats, kv_cache=kv_cache, mixed=mixed)
+    (scheme, algorithms), *_ = ways.values()
+    mixed = {path: way for path, way in ways.items() if way != (scheme, algorithms)}
+    return Plan(config, scheme, algorithms, dtype, floats, kv_cache=kv_cache, mixed=mixed)
 
 
 def check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
@@ -255,15 +255,15 @@ def check_shapes(plan: Plan, index: int, group: LinearGroup) -> None:
     for member in group.members:
         name = f"{block_prefix(index)}{member}.weight"
         own.scheme.weight.check_columns(shapes[member][1], name)
-        own.flavour.check(own, group, shapes[member], name)
+        own.format.check(own, group, shapes[member], name)
 
 
 def why_not_run(plan: Plan, index: int, group: LinearGroup) -> str:
-    """Why the flavour's runtime fails on a group that files can hold; "" where it does not."""
+    """Why the format's runtime fails on a group that files can hold; "" where it does not."""
     shapes = plan.config.linear_shapes()
     own = plan.of(index, group)
     for member in group.members:
-        if reason := own.flavour.why_not_run(own, group, shapes[member]):
+        if reason := own.format.why_not_run(own, group, shapes[member]):
             return f"{block_prefix(index)}{member}: {reason}"
     return ""
 

@@ -15,7 +15,7 @@ MOST_RANKS = 64
 
 def tensor_names(plan: Plan) -> frozenset[str]:
     """Every tensor that a checkpoint of a plan holds."""
-    return frozenset(tensor.name for tensor in plan.flavour.tensor_plans(plan))
+    return frozenset(tensor.name for tensor in plan.format.tensor_plans(plan))
 
 
 def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
     except MsQuantError as error:
         yield str(error)
         return
-    if tp > 1 and not isinstance(plan.flavour.weights, str):
-        yield f"a checkpoint of {plan.flavour.name} is one file for all ranks, expected --tp 1"
+    if tp > 1 and not isinstance(plan.format.weights, str):
+        yield f"a checkpoint of {plan.format.name} is one file for all ranks, expected --tp 1"
         return
     yield from rank_problems(plan, tp, names)

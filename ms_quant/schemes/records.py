@@ -37,21 +37,21 @@ def _into_norms() -> dict[Fold, ActivationFormat | None]:
 
 @dataclass(frozen=True)
 class Held:
-    """How one checkpoint flavour holds a scheme, and who serves that.
+    """How one checkpoint format holds a scheme, and who serves that.
 
     Attributes:
-        flavour: name of the flavour.
+        format: name of the format.
         served_by: runtimes that serve it from such a checkpoint.
         kernels: the operators that they run.
-        not_served_by: runtimes that read the flavour and do not, with the reason.
+        not_served_by: runtimes that read the format and do not, with the reason.
         scale_type: of the weight's scales.
         folds: where a smoothing vector may go, the default first, and how inputs are quantized
             then; None is the scheme's way.
-        only: option to the value with which alone the flavour holds it.
+        only: option to the value with which alone the format holds it.
         float32_scales: whether runtimes take scales of the weight in float32 as well.
     """
 
-    flavour: str
+    format: str
     served_by: tuple[str, ...] = ()
     kernels: str = ""
     not_served_by: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Scheme:
         weight: how weights become codes.
         activation: how inputs are quantized.
         summary: one line for ``ms-quant schemes``.
-        held: the flavours that hold it, the default first; of a scheme that ``get_scheme`` gives,
+        held: the formats that hold it, the default first; of a scheme that ``get_scheme`` gives,
             the chosen one alone. None holds a scheme of networks.
         algorithm: the algorithm that the scheme cannot do without, or "".
         options: names of what may be chosen of the weight's format.
@@ -85,9 +85,9 @@ class Scheme:
     options: tuple[str, ...] = ()
 
     @property
-    def flavour(self) -> str:
-        """The flavour of a checkpoint; "" for a scheme of networks."""
-        return self.held[0].flavour if self.held else ""
+    def format(self) -> str:
+        """The format of a checkpoint; "" for a scheme of networks."""
+        return self.held[0].format if self.held else ""
 
     @property
     def fold(self) -> Fold:
@@ -117,7 +117,7 @@ class Scheme:
         return model_dtype if narrow else DTYPES["float32"]
 
     def narrowed(self, kind: ScaleType = ScaleType.MODEL) -> Scheme:
-        """The same with weight scales that the model's type holds, whatever the flavour stores."""
+        """The same with weight scales that the model's type holds, whatever the format stores."""
         row = self.held[0] if self.held else Held("", folds={Fold.MUL_SCALE: None})
         return replace(self, held=(replace(row, scale_type=kind),))
 

@@ -288,34 +288,34 @@ _ROWS = (
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
-def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, /, **chosen: Any) -> Scheme:
-    """The scheme of that name, as one flavour holds it.
+def get_scheme(name: str, format: str = "", fold: Fold | None = None, /, **chosen: Any) -> Scheme:
+    """The scheme of that name, as one format holds it.
 
     Args:
         name: a name from ``SCHEMES``.
-        flavour: a checkpoint flavour; "" is the first that a runtime serves, else the first.
-        fold: where a smoothing vector goes; None is the flavour's first choice.
+        format: a checkpoint format; "" is the first that a runtime serves, else the first.
+        fold: where a smoothing vector goes; None is the format's first choice.
         chosen: other options of its weights than the row's: ``group_size`` (0 is per-channel),
             ``symmetric``, ``rule`` or ``dual_block_size``.
 
     Raises:
-        MsQuantError: there is no such scheme, it has no such option or value, or the flavour
+        MsQuantError: there is no such scheme, it has no such option or value, or the format
             cannot hold it or the smoothing there.
     """
     if name not in SCHEMES:
         raise MsQuantError(f"scheme {name!r} is unknown, expected one of {', '.join(SCHEMES)}")
     scheme = _with_options(SCHEMES[name], chosen)
-    held = [row for row in scheme.held if not flavour or row.flavour == flavour]
+    held = [row for row in scheme.held if not format or row.format == format]
     fitting = [row for row in held if _holds(row, scheme)]
-    if flavour and not fitting:
-        raise MsQuantError(f"scheme {name}: {why_not_held(name, flavour)}")
+    if format and not fitting:
+        raise MsQuantError(f"scheme {name}: {why_not_held(name, format)}")
     if not fitting:
         return replace(scheme, held=())
     row = next((row for row in fitting if row.served_by), fitting[0])
     if fold is not None and fold not in row.folds:
         places = " or ".join(place.value for place in row.folds)
         raise MsQuantError(
-            f"fold {fold.value}: {row.flavour} checkpoints of scheme {name} cannot hold a "
+            f"fold {fold.value}: {row.format} checkpoints of scheme {name} cannot hold a "
             f"smoothing vector there, expected {places}"
         )
     fold = fold or next(iter(row.folds))
@@ -324,35 +324,35 @@ def get_scheme(name: str, flavour: str = "", fold: Fold | None = None, /, **chos
     return replace(scheme, held=(row,), activation=activation or scheme.activation)
 
 
-def held_by(flavour: str) -> list[str]:
-    """The schemes that a flavour holds."""
+def held_by(format: str) -> list[str]:
+    """The schemes that a format holds."""
     rows = SCHEMES.values()
-    return [row.name for row in rows if flavour in {held.flavour for held in row.held}]
+    return [row.name for row in rows if format in {held.format for held in row.held}]
 
 
-def why_not_held(name: str, flavour: str = "") -> str:
-    """Why checkpoints of a flavour, or of any, do not hold a scheme with its options."""
-    rows = [row for row in SCHEMES[name].held if row.flavour == flavour or not flavour]
+def why_not_held(name: str, format: str = "") -> str:
+    """Why checkpoints of a format, or of any, do not hold a scheme with its options."""
+    rows = [row for row in SCHEMES[name].held if row.format == format or not format]
     for row in rows:
         wanted = ", ".join(f"{option} {value}" for option, value in row.only.items())
-        return f"{row.flavour} checkpoints hold it only with {wanted}"
-    able = ", ".join(row.flavour for row in SCHEMES[name].held) or "none"
-    return f"no {flavour} checkpoint can hold it, expected one of {able}"
+        return f"{row.format} checkpoints hold it only with {wanted}"
+    able = ", ".join(row.format for row in SCHEMES[name].held) or "none"
+    return f"no {format} checkpoint can hold it, expected one of {able}"
 
 
-def served_flavours(name: str, /, **chosen: Any) -> list[str]:
-    """The flavours in which some runtime serves a scheme with these options."""
-    return [flavour for flavour, row in _fitting(name, chosen).items() if row.served_by]
+def served_formats(name: str, /, **chosen: Any) -> list[str]:
+    """The formats in which some runtime serves a scheme with these options."""
+    return [format for format, row in _fitting(name, chosen).items() if row.served_by]
 
 
-def holding_flavours(name: str, /, **chosen: Any) -> list[str]:
-    """The flavours that hold a scheme with these options."""
+def holding_formats(name: str, /, **chosen: Any) -> list[str]:
+    """The formats that hold a scheme with these options."""
     return list(_fitting(name, chosen))
 
 
 def _fitting(name: str, chosen: Mapping[str, Any]) -> dict[str, Held]:
     scheme = _with_options(SCHEMES[name], chosen)
-    return {row.flavour: row for row in scheme.held if _holds(row, scheme)}
+    return {row.format: row for row in scheme.held if _holds(row, scheme)}
 
 
 def _holds(held: Held, scheme: Scheme) -> bool:

@@ -27,7 +27,7 @@ def check(request: ServeRequest) -> Served:
     if structure is None:
         return served
     plan = structure.plan
-    description = request.checkpoint / structure.flavour.document(plan)
+    description = request.checkpoint / structure.format.document(plan)
     if request.tp != 1:
         served.problems.append(
             f"{request.checkpoint}: is one file for all, tp is {request.tp}, expected --tp 1: "

@@ -90,7 +90,7 @@ class ActivationStats:
         self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
 
     def _add_products(self, products: np.ndarray, rows: np.ndarray) -> None:
-        if not (kernels.has_product() and kernels.add_gram(products, rows)):
+        if not (kernels.has_product() and kernels.syrk(products, rows)):
             products += rows.T @ rows
 
     @property

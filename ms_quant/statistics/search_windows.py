@@ -63,7 +63,7 @@ class BlockErrors:
         squares = [(np.square(e).sum(dtype=np.float64), e.size) for e, _ in self.pairs(candidate)]
         return float(sum(square for square, _ in squares) / sum(size for _, size in squares))
 
-    def damage(self, candidate: Candidate) -> float:
+    def relative_mse(self, candidate: Candidate) -> float:
         """Squared error over squared output of a token, in the mean over tokens.
 
         Some tokens have a few activations that are larger than all others together. In a mean of

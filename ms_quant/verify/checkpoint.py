@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS, PLAIN, get_chain, is_known
+from ms_quant.algorithms import ALGORITHMS, PLAIN, get_algorithms, is_known
 from ms_quant.errors import MsQuantError, short
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.companions import config_problems
@@ -33,7 +33,7 @@ from ms_quant.models.families import LinearGroup
 from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
 from ms_quant.plan.plan import Plan, recorded_way
-from ms_quant.quantize.activation_record import recorded_activation, unsmoothed_problem
+from ms_quant.quantization.activation_record import recorded_activation, unsmoothed_problem
 from ms_quant.schemes.records import Fold
 from ms_quant.verify.foreign import ForeignProof
 from ms_quant.verify.provenance import UNKNOWN, not_proved
@@ -43,7 +43,7 @@ VERDICTS = ("right", "right as far as can be seen", "wrong")
 
 
 def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, Any]:
-    """Checks a quantized checkpoint of any flavour.
+    """Checks a quantized checkpoint of any format.
 
     Args:
         directory: the checkpoint.
@@ -79,9 +79,9 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
 def _verify(
     directory: Path, source: Path | None, result: dict[str, Any], problems: list[str]
 ) -> None:
-    flavour, _ = check_kind(directory)
+    format, _ = check_kind(directory)
     original = None if source is None else open_float(model_directory(source))
-    problems += _root_problems(directory, flavour.entry, result["notes"])
+    problems += _root_problems(directory, format.entry, result["notes"])
     if problems:
         return
     structure, found = read_structure(directory)
@@ -93,7 +93,7 @@ def _verify(
     result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
     problems += structure.defects
     result["notes"] += structure.notes
-    problems += config_problems(directory, plan.dtype, flavour.entry, strict=is_ours(directory))
+    problems += config_problems(directory, plan.dtype, format.entry, strict=is_ours(directory))
     if is_ours(directory):
         problems += record_problems(directory / RECORD, record, plan)
     if problems:
@@ -182,12 +182,12 @@ def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         return
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
     try:
-        chain = get_chain(str(algorithm), plan.scheme, settings)
+        algorithms = get_algorithms(str(algorithm), plan.scheme, settings)
     except MsQuantError as error:
         yield str(error)
         return
-    if plan.quantized() and chain.name != algorithm:
-        yield f"algorithm is {algorithm!r:.80}, expected {chain.name!r}"
+    if plan.quantized() and algorithms.name != algorithm:
+        yield f"algorithm is {algorithm!r:.80}, expected {algorithms.name!r}"
 
 
 def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterator[str]:

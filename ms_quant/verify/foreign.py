@@ -84,7 +84,7 @@ class ForeignProof:
 
     def _changed_floats(self) -> Iterator[str]:
         quantized = set(self.plan.quantized())
-        types = {t.source or t.name: t.dtype for t in self.plan.flavour.tensor_plans(self.plan)}
+        types = {t.source or t.name: t.dtype for t in self.plan.format.tensor_plans(self.plan)}
         source = set(self.source.names)
         for name in self.plan.config.parameter_shapes():
             path, _, suffix = name.rpartition(".")

@@ -32,11 +32,11 @@ SIGNS = (
 
 def provenance(structure: Structure) -> dict[str, Any]:
     """What is known of a checkpoint without our record, as JSON."""
-    directory, name = structure.checkpoint.directory, structure.flavour.name
+    directory, name = structure.checkpoint.directory, structure.format.name
     tools = [tool for format, sign, tool in SIGNS if format == name and any(directory.glob(sign))]
     found: dict[str, Any] = {"made_by": tools[0] if tools else UNKNOWN, "format": name}
-    entry = structure.flavour.entry
-    where = structure.flavour.find(directory)[0]
+    entry = structure.format.entry
+    where = structure.format.find(directory)[0]
     description = read_json(where, MAX_DESCRIPTION_BYTES)
     version = (description[entry] if entry else description).get("version")
     if isinstance(version, str):

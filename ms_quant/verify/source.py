@@ -25,8 +25,8 @@ from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan, recorded_way
-from ms_quant.quantize.divided import as_divided
-from ms_quant.quantize.rotated import RotatedCheckpoint
+from ms_quant.quantization.divided import as_divided
+from ms_quant.quantization.rotated import RotatedCheckpoint
 from ms_quant.schemes.records import Fold, Scheme
 from ms_quant.statistics import activation_range
 from ms_quant.verify.folding import Folding
@@ -127,11 +127,11 @@ class SourceProof:
         except MsQuantError as error:
             yield str(error)
             return
-        places, entry = (ours.directory, self.source.directory), plan.flavour.entry
+        places, entry = (ours.directory, self.source.directory), plan.format.entry
         yield from source_problems(*places, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded(), subject.model.stored_name)
         changed, quantized = self.folding.changed(), set(plan.quantized())
-        types = {t.source or t.name: t.dtype for t in plan.flavour.tensor_plans(plan)}
+        types = {t.source or t.name: t.dtype for t in plan.format.tensor_plans(plan)}
         for name in shapes:
             path, _, suffix = name.rpartition(".")
             if path in quantized and suffix == "weight":

@@ -46,7 +46,7 @@ class Compression:
         """What ``--dry-run`` prints."""
         return {
             "output": str(self.job.output),
-            "flavour": self.job.kind,
+            "format": self.job.kind,
             "compressed": [path for path in self.slim.plain if path not in self.left],
             "uncompressed": self.left,
             "output_bytes": self.job.most_bytes,

@@ -193,7 +193,7 @@ class Division:
         layout = self.layout
         return {
             "output": str(self.output),
-            "flavour": f"{CODED} TP{layout.tp}",
+            "format": f"{CODED} TP{layout.tp}",
             "target": layout.target.name,
             "compressed": [fused for _, _, fused in layout.linears() if fused in layout.compressed],
             "uncompressed": self.reasons,

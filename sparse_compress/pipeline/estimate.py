@@ -74,7 +74,7 @@ def estimate(request: Request) -> dict[str, Any]:
         ``float16_lost`` values by tensor; and which runtimes serve the result.
     """
     options, layout = request.options, request.layout
-    found = quantization_estimate(request.prepared, options.output)
+    found = quantization_estimate(request.checked, options.output)
     if request.goal:
         found["memory_bytes"] += rate_memory(request)
         found["estimated_seconds"] = round(
@@ -83,7 +83,7 @@ def estimate(request: Request) -> dict[str, Any]:
     served = not request.not_served_by
     return {
         "output": str(options.output),
-        "flavour": f"W8A8SC TP{layout.tp}",
+        "format": f"W8A8SC TP{layout.tp}",
         "target": layout.target.name,
         "tp": layout.tp,
         **asked(options),

@@ -138,16 +138,16 @@ def slim_summary(slim: SlimDirectory) -> dict[str, Any]:
     """What a directory of msModelSlim is, from its description and its headers.
 
     Returns:
-        JSON: ``output``, ``flavour``, ``target``; ``compressed_linears`` and ``uncompressed``
+        JSON: ``output``, ``format``, ``target``; ``compressed_linears`` and ``uncompressed``
         (path to reason); ``raw_bytes``, ``stored_bytes`` (tiles and index) and ``ratio`` of the
         compressed linears; ``tensor_bytes`` of all tensors; ``codec_note``. Of one that is not
-        compressed only ``output``, ``flavour``, ``quantized_linears`` and ``tensor_bytes``.
+        compressed only ``output``, ``format``, ``quantized_linears`` and ``tensor_bytes``.
     """
     codings = [*slim.coded.values()] or [*slim.plain.values()]
     infos = map(slim.info, slim.checkpoint.names)
     found = {
         "output": str(slim.directory),
-        "flavour": "+".join(sorted({c.coded if slim.coded else c.plain for c in codings})),
+        "format": "+".join(sorted({c.coded if slim.coded else c.plain for c in codings})),
         "tensor_bytes": sum(info.stop - info.start for info in infos),
     }
     if not slim.coded:
@@ -173,7 +173,7 @@ def summary(directory: Path) -> dict[str, Any]:
     """What a finished checkpoint is, from its record, its proofs and its headers.
 
     Returns:
-        JSON: ``output``, ``flavour``, ``target``, ``tp``, ``sparsity`` asked for, ``pruning``,
+        JSON: ``output``, ``format``, ``target``, ``tp``, ``sparsity`` asked for, ``pruning``,
         ``algorithm``; of rate-distortion rounding its goal, ``price``, ``predicted_ratio`` and,
         where they were measured, ``float_perplexity`` and ``perplexity``;
         ``compressed_linears`` (of one rank) and ``uncompressed`` (path to reason);
@@ -194,7 +194,7 @@ def summary(directory: Path) -> dict[str, Any]:
         raise MsQuantError(f"{directory / RECORD}: has no record, expected what was computed")
     return {
         "output": str(directory),
-        "flavour": model.flavour,
+        "format": model.format,
         "target": model.layout.target.name,
         "tp": model.layout.tp,
         **{key: record[key] for key in ("sparsity", "pruning", "algorithm") if key in record},

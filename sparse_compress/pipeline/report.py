@@ -194,7 +194,7 @@ def _facts(result: dict[str, Any]) -> str:
         for key in ("sparsity", "pruning", "algorithm")
         if result.get(key) is not None
     ]
-    return f"<p>{escape(', '.join([str(result['flavour']), *asked]))}.</p>"
+    return f"<p>{escape(', '.join([str(result['format']), *asked]))}.</p>"
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -14,10 +14,10 @@ from ms_quant.errors import MsQuantError
 from ms_quant.formats.float_model import open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.pipeline.paths import check_places
+from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.request import (
+    CheckedJob,
     Extension,
-    Prepared,
     QuantizeOptions,
     prepare,
     require_mindspore,
@@ -120,7 +120,7 @@ class Request:
 
     Attributes:
         options: what was asked.
-        prepared: the part that the driver serves.
+        checked: the part that the driver serves.
         layout: what the output will hold.
         uncompressed: fused path to the reason why it stays float16.
         lost: tensor name to what float16 loses of it.
@@ -129,7 +129,7 @@ class Request:
     """
 
     options: SparseOptions
-    prepared: Prepared
+    checked: CheckedJob
     layout: Layout
     uncompressed: dict[str, str]
     lost: dict[str, dict[str, int]]
@@ -155,7 +155,7 @@ def check(options: SparseOptions) -> Request:
     """
     options = replace(options, model=model_directory(options.model))
     plain = options.quantization(options.exclude)
-    check_places(options.model, options.output, plain.job_directory)
+    check_paths(options.model, options.output, plain.job_directory)
     goal = _goal(options)
     pruned = options.pruned
     config, checkpoint = open_float(options.model)
@@ -186,8 +186,8 @@ def check(options: SparseOptions) -> Request:
     )
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(target, config, limits))
-    prepared = prepare(options.quantization(exclude), extension)
-    return Request(options, prepared, layout, reasons, lost, goal)
+    checked = prepare(options.quantization(exclude), extension)
+    return Request(options, checked, layout, reasons, lost, goal)
 
 
 def _goal(options: SparseOptions) -> Goal | None:

@@ -11,9 +11,9 @@ from typing import Any
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
-from ms_quant.pipeline.run import Prepared, complete
-from ms_quant.quantize.block import Progress as BlockProgress
-from ms_quant.quantize.block import Steps
+from ms_quant.pipeline.run import CheckedJob, complete
+from ms_quant.quantization.block import BlockHooks
+from ms_quant.quantization.block import Progress as BlockProgress
 from sparse_compress.layouts.fp16 import survey
 from sparse_compress.pipeline.info import summary
 from sparse_compress.pipeline.request import Request, SparseOptions, check
@@ -51,12 +51,12 @@ def run(
         progress("quantize", (index + part) / blocks)
 
     if options.pruned:
-        steps = Steps(pruning_transform(*options.pruned))
+        hooks = BlockHooks(pruning_transform(*options.pruned))
         finished_before = complete(
-            request.prepared,
+            request.checked,
             block_progress,
             _writer(request, progress),
-            steps,
+            hooks,
             partial(progress, "read"),
         )
     else:
@@ -73,17 +73,17 @@ def _run_for_goal(request: Request, block_progress: BlockProgress, progress: Pro
     from sparse_compress.rate.search import Search, at_price, remove_measured
 
     assert request.goal is not None
-    prepared = request.prepared
-    finished = prepared.output().finished
+    checked = request.checked
+    finished = checked.output().finished
     if finished:
-        prepared = at_price(prepared, _recorded_price(request.options.output))
-        complete(prepared, block_progress, _writer(request, progress))
+        checked = at_price(checked, _recorded_price(request.options.output))
+        complete(checked, block_progress, _writer(request, progress))
     else:
-        found = Search(prepared, request.goal, progress).find()
+        found = Search(checked, request.goal, progress).find()
         request = replace(request, rate=found.facts)
-        complete(found.prepared, block_progress, _writer(request, progress), found.steps)
+        complete(found.checked, block_progress, _writer(request, progress), found.hooks)
     if not request.options.keep_job:
-        remove_measured(request.prepared)
+        remove_measured(request.checked)
     return finished
 
 
@@ -96,8 +96,8 @@ def _recorded_price(output: Path) -> float:
 
 def _writer(
     request: Request, progress: Progress
-) -> Callable[[Prepared, JobDirectory, OutputDirectory], None]:
-    def write(prepared: Prepared, job: JobDirectory, output: OutputDirectory) -> None:
+) -> Callable[[CheckedJob, JobDirectory, OutputDirectory], None]:
+    def write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:
         write_checkpoint(_without_too_long(request, job), job, output, progress)
 
     return write
@@ -105,7 +105,7 @@ def _writer(
 
 def _without_too_long(request: Request, job: JobDirectory) -> Request:
     """The request, less the linears that code so badly that the runtimes would refuse them."""
-    checkpoint, layout = request.prepared.checkpoint, request.layout
+    checkpoint, layout = request.checked.checkpoint, request.layout
     packer, reasons = Packer(layout, checkpoint, job, request.options.workers), {}
     for index, group, fused in layout.linears():
         if fused in layout.compressed:

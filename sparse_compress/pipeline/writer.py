@@ -12,7 +12,7 @@ from ms_quant.files.atomic import FileRecord, disk_errors, write_json
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
-from ms_quant.quantize.divided import as_divided
+from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
 from sparse_compress import layouts
 from sparse_compress.layouts import Layout
@@ -40,7 +40,7 @@ def write_checkpoint(
         MsQuantError: the disk does not take a file, or a linear does not fit the target.
     """
     options, layout = request.options, request.layout
-    source = as_divided(request.prepared.tensors, layout.config, job.ranges(), str(job.directory))
+    source = as_divided(request.checked.tensors, layout.config, job.ranges(), str(job.directory))
     packer = Packer(layout, source, job, options.workers)
 
     def proof(index: int, path: Path) -> FileRecord:

@@ -44,7 +44,7 @@ class SparseModel:
 
     Attributes:
         config: the model's shape.
-        flavour: such as ``"W8A8SC TP2"``.
+        format: such as ``"W8A8SC TP2"``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SparseModel:
         self.directory, self.layout, self.ranks = directory, layout, ranks
         self.workers = workers
         self.config = layout.config
-        self.flavour = f"W8A8SC TP{layout.tp}"
+        self.format = f"W8A8SC TP{layout.tp}"
         self._groups = {
             f"{block_prefix(index)}{member}": (index, group)
             for index, group, _ in layout.linears()

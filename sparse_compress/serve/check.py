@@ -45,7 +45,7 @@ def check_w8a8sc(request: ServeRequest) -> Served | None:
     except MsQuantError as error:
         served.problems.append(f"{error}; {remedy(wanted, request.tp)}")
         return served
-    served.flavour = f"W8A8SC TP{layout.tp}"
+    served.format = f"W8A8SC TP{layout.tp}"
     server_findings(served, request, layout.config)
     if wanted is vllm_mindspore.TARGET:
         _by_vllm_mindspore(request, layout, served)

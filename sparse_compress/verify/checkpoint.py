@@ -28,7 +28,7 @@ from ms_quant.job.unlisted import unlisted_problems
 from ms_quant.models.config import ModelConfig, block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
-from ms_quant.quantize.divided import as_divided
+from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
 from ms_quant.verify.requantize import Comparison, ScaleRule
 from sparse_compress.codec import CORES
@@ -151,7 +151,7 @@ def _require_checkpoint(directory: Path) -> None:
 
 
 def _other_kind(directory: Path) -> str:
-    """What a checkpoint of ms-quant's own flavours is called; empty for all else."""
+    """What a checkpoint of ms-quant's own formats is called; empty for all else."""
     try:
         return check_kind(directory)[0].title
     except MsQuantError:

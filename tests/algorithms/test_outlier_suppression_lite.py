@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.outlier_suppression_lite import ALPHAS, solve
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.linear import quantize_linear, static_activation
@@ -179,7 +179,7 @@ def test_clipping_is_kept_if_the_blocks_error_does_not_grow(clipped_loss, kept):
 @pytest.mark.parametrize("seed", range(6))
 def test_never_worse_than_minmax_by_its_own_measure(seed):
     problem = make_problem(seed=seed, outlier=[1.0, 1e-3, 300.0][seed % 3])
-    minmax = get_chain("minmax", problem.scheme).solve(problem)
+    minmax = get_algorithms("minmax", problem.scheme).solve(problem)
     found = problem.loss(apply(problem, solve(problem, Solution())))
     assert found <= problem.loss(apply(problem, minmax))
 

@@ -24,7 +24,7 @@ from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
-DECODER = [name for name, scheme in SCHEMES.items() if scheme.flavour]
+DECODER = [name for name, scheme in SCHEMES.items() if scheme.format]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in DECODER),
     ("W8A16", {"group_size": 64, "symmetric": False}),

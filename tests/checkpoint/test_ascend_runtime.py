@@ -186,7 +186,7 @@ def test_a_runtime_computes_what_was_quantized(
     assert len(list(output.glob("quant_model_weights-0000?-of-0000?.safetensors"))) > 1
     runtime, model = Runtime(output, load_tensors(output)), open_model(output)
     assert runtime.description["lm_head.weight"] == "FLOAT"
-    assert model.flavour == f"ascend {scheme}"
+    assert model.format == f"ascend {scheme}"
     for fused, shards in FUSED.items():
         prefix = (
             f"model.layers.0.{'self_attn' if 'q_proj' in shards or fused == 'o_proj' else 'mlp'}"
@@ -334,5 +334,5 @@ def test_inspect(
     request = QuantizeOptions(source, tmp_path / "out", scheme, choices=Choices(options))
     quantize_checkpoint(request)
     found = inspect_checkpoint(tmp_path / "out")
-    assert found["flavour"] == f"ascend {scheme}"
+    assert found["format"] == f"ascend {scheme}"
     assert {row["stored_as"] for row in found["linears"]} == {stored}

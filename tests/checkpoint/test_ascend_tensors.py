@@ -1,4 +1,4 @@
-"""The tensors of a linear in the ascend flavour: bytes by hand, and there and back, bit for bit."""
+"""The tensors of a linear in the ascend format: bytes by hand, and there and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RAW = {
     "vocab_size": 10,
 }
 K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"
-ROWS = [name for name, scheme in SCHEMES.items() if scheme.flavour == "ascend"]
+ROWS = [name for name, scheme in SCHEMES.items() if scheme.format == "ascend"]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ROWS),
     ("W8A16", {"symmetric": False}),
@@ -124,7 +124,7 @@ def random_linear(chosen: Plan, path: str, bias: bool, seed: int = 0) -> Quantiz
     shape = chosen.config.linear_shapes()[path.split(".", 3)[3]]
     weight = rng.standard_normal(shape, np.float32)
     weight[0] = 0
-    adds = {row.adds for row in chosen.chain.rows}
+    adds = {row.adds for row in chosen.algorithms.rows}
     branch = kronecker = None
     if "kronecker" in adds:
         factors = rotation.balanced_factors(shape[1], path)

@@ -16,7 +16,7 @@ import pytest
 
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.formats.compressed_tensors import format as flavour
+from ms_quant.formats.compressed_tensors import format as format
 from ms_quant.formats.compressed_tensors.config import quantization_config
 from ms_quant.formats.compressed_tensors.tensors import parts, read_linear
 from ms_quant.formats.format import group_of
@@ -87,7 +87,7 @@ def test_bytes_are_the_librarys(case: str, scheme: str, options: dict[str, Any])
     names = {"weight_scale", "input_scale", "input_zero_point"}
     assert parts(chosen, (ROWS, COLUMNS)).keys() - names == GOLDEN[case]["tensors"].keys()
     for suffix, expected in GOLDEN[case]["tensors"].items():
-        found = flavour.linear_tensor(chosen, group, made, suffix)
+        found = format.linear_tensor(chosen, group, made, suffix)
         assert (found.dtype.name, list(found.shape)) == (expected["dtype"], expected["shape"])
         assert found.tobytes().hex() == expected["bytes"], suffix
 

@@ -1,4 +1,4 @@
-"""The golden-stick flavour against tables written by hand from its contract."""
+"""The golden-stick format against tables written by hand from its contract."""
 
 from __future__ import annotations
 

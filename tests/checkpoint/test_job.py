@@ -25,7 +25,7 @@ from ms_quant.job.directory import (
 from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.quantize.block import Block
+from ms_quant.quantization.block import Block
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}

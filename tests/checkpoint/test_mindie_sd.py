@@ -1,4 +1,4 @@
-"""The mindie-sd flavour's tables, bytes and description against ones written by hand, there and
+"""The mindie-sd format's tables, bytes and description against ones written by hand, there and
 back bit for bit, and what it refuses."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
@@ -65,7 +65,7 @@ def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options
         return made
     fold = Fold.MUL_SCALE if algorithm == "smoothquant" else Fold.NORM
     found = get_scheme(scheme, "mindie-sd", fold, **options)
-    return replace(made, scheme=found, chain=get_chain(algorithm, found))
+    return replace(made, scheme=found, algorithms=get_algorithms(algorithm, found))
 
 
 def table(chosen: Plan, path: str) -> dict[str, str]:
@@ -389,7 +389,7 @@ def test_names_in_any_case(value: str, expected: str) -> None:
 
 
 def other(scheme: str, **options: Any) -> Plan:
-    """A plan of a scheme that the flavour does not hold."""
+    """A plan of a scheme that the format does not hold."""
     return replace(plan("W8A16"), scheme=get_scheme(scheme, **options))
 
 

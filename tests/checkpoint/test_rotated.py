@@ -18,8 +18,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files import reader
 from ms_quant.files.reader import Checkpoint
 from ms_quant.models.config import load_config
-from ms_quant.quantize import rotated
-from ms_quant.quantize.rotated import RotatedCheckpoint
+from ms_quant.quantization import rotated
+from ms_quant.quantization.rotated import RotatedCheckpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 

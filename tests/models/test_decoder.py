@@ -13,7 +13,7 @@ from ms_quant.cells.decoder import (  # noqa: E402
     DecoderBlock,
     causal_mask,
     rope_tensors,
-    swap_middle,
+    transpose_heads,
 )
 from ms_quant.kernels import matrix  # noqa: E402
 from ms_quant.models import attention as on_arrays  # noqa: E402
@@ -155,7 +155,7 @@ def test_padding_keys_change_nothing(block, hidden):
 
 def test_swap_middle_is_a_transpose():
     x = np.arange(2 * 3 * 5 * 4, dtype=np.float32).reshape(2, 3, 5, 4)
-    np.testing.assert_array_equal(swap_middle(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(transpose_heads(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3))
 
 
 def test_softmax_and_swap_gradients_match_mindspore(hidden):

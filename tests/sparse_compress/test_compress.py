@@ -379,7 +379,7 @@ def test_one_weight_is_in_memory_at_a_time(
 
 def test_the_plan(source: Any, tmp_path: Path) -> None:
     plan = check(source(), tmp_path / "out").plan()
-    assert plan["flavour"] == "W8A8SC" and len(plan["compressed"]) == 3
+    assert plan["format"] == "W8A8SC" and len(plan["compressed"]) == 3
     assert list(plan["uncompressed"]) == ["mixer.0.gate"]
     compress(tmp_path / "plain", tmp_path / "out")
     written = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
@@ -398,7 +398,7 @@ def test_the_commands(source: Any, tmp_path: Path) -> None:
     assert run(app, ["verify", out, "--source", plain]).exit_code == 0
     assert "mixer.0.in" in run(app, ["info", out], env={"COLUMNS": "200"}).stdout
     done = run(app, ["decompress", out, "-o", back, "--json"])
-    assert json.loads(done.stdout)["flavour"] == "W8A8S"
+    assert json.loads(done.stdout)["format"] == "W8A8S"
     assert run(app, ["verify", back, "--source", out, "--json"]).exit_code == 0
 
 
@@ -409,7 +409,7 @@ def test_info_and_its_page(source: Any, tmp_path: Path, kind: str) -> None:
     row = result["rows"][1]
     assert row["shape"] == [256, 576] and row["raw_bytes"] == 256 * 576 * (1 + (kind == "w16a16s"))
     assert (0.45 < row["sparsity"] < 0.6) if kind == "w8a8s" else (0.65 < row["sparsity"] < 0.8)
-    assert result["target"] == "msmodelslim" and result["flavour"] == f"{kind}c".upper()
+    assert result["target"] == "msmodelslim" and result["format"] == f"{kind}c".upper()
     assert WIDE in (tmp_path / "page.html").read_text()
 
 

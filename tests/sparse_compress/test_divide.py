@@ -73,7 +73,7 @@ def test_the_files_are_those_that_run_writes(
 ) -> None:
     source, output = plain(), tmp_path / "out"
     result = compress(check(source, output, 2, target, tp))
-    assert (result["flavour"], result["target"]) == (f"W8A8SC TP{tp}", target)
+    assert (result["format"], result["target"]) == (f"W8A8SC TP{tp}", target)
     ours, theirs = file_contents(output), file_contents(made_for(target, tp).output)
     own = {"ms_quant.json", "proof/block-00000.proof"}
     assert ours.keys() | own == theirs.keys()

@@ -34,7 +34,7 @@ def test_other_directories_are_left_to_other_readers(tmp_path: Path) -> None:
 def test_float_tensors_are_the_sources_in_float16(make: Callable[..., Any], tp: int) -> None:
     made = make(tp=tp)
     model, source = opened(made.output), load_file(made.source / "model.safetensors")
-    assert model.flavour == f"W8A8SC TP{tp}"
+    assert model.format == f"W8A8SC TP{tp}"
     assert (model.config.vocab_size, model.config.dtype) == (310, "float16")
     names = set(model.layout.float_names())
     assert {"lm_head.weight", "model.norm.weight", f"{LAYER}.input_layernorm.weight"} <= names

@@ -29,7 +29,7 @@ def row(layer: str = "model.layers.0.mlp.down_proj", **changes: Any) -> dict[str
 
 
 def result(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {"output": "OUT", "flavour": "W8A8SC TP2", "rows": list(rows), **changes}
+    return {"output": "OUT", "format": "W8A8SC TP2", "rows": list(rows), **changes}
 
 
 def counts(**at: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def test_round_trip(make_for: Make, target: str, tp: int) -> None:
     result = verify(made.output, made.source)
     assert result["problems"] == []
     assert result["checked"]["recomputed"] == 7
-    assert (made.summary["target"], made.summary["flavour"]) == (target, f"W8A8SC TP{tp}")
+    assert (made.summary["target"], made.summary["format"]) == (target, f"W8A8SC TP{tp}")
     found = info(made.output)
     assert len(found["rows"]) == (4 if TARGETS[target].fused else 7) * tp
     assert found["target"] == target

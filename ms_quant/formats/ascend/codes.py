@@ -1,4 +1,4 @@
-"""How the ascend flavour stores a weight's codes: one layout for each way to pack them."""
+"""How the ascend format stores a weight's codes: one layout for each way to pack them."""
 
 from __future__ import annotations
 

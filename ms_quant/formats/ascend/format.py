@@ -1,4 +1,4 @@
-"""The ascend flavour, as vllm-ascend reads it and msModelSlim writes it.
+"""The ascend format, as vllm-ascend reads it and msModelSlim writes it.
 
 docs/ascend_format.md states what its files hold.
 """
@@ -19,7 +19,7 @@ from ms_quant.formats.ascend.leeway import LEEWAY
 from ms_quant.formats.ascend.reading import read_linear
 from ms_quant.formats.ascend.tensors import FLOAT32, WITH_CODES, parts, slices_of
 from ms_quant.formats.flat_description import kinds
-from ms_quant.formats.format import Flavour, Tensors, is_there
+from ms_quant.formats.format import CheckpointFormat, Tensors, is_there
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
@@ -65,7 +65,7 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
     """
     activation = plan.scheme.activation
     if isinstance(activation, StaticInt8) and activation.per_channel:
-        raise MsQuantError(f"the ascend flavour cannot hold scheme {plan.scheme.name}")
+        raise MsQuantError(f"the ascend format cannot hold scheme {plan.scheme.name}")
     codes_of(plan.scheme, plan.dtype).check(*shape, name)
     if plan.scheme.algorithm == "flatquant":
         if shape[1] % TRANSFORM_MULTIPLE:
@@ -98,7 +98,7 @@ def linear_tensor(
     made = parts(plan, group, (rows, columns))
     homeless = ({"smooth", *ADDED} & linear.arrays().keys()) - made.keys()
     if homeless:
-        raise MsQuantError(f"the ascend flavour has no place for {min(homeless)} of a linear here")
+        raise MsQuantError(f"the ascend format has no place for {min(homeless)} of a linear here")
     return made[suffix].make(linear)
 
 
@@ -161,7 +161,7 @@ def scheme_options(
     return options
 
 
-FLAVOUR = Flavour(
+FORMAT = CheckpointFormat(
     name="ascend",
     shown=DESCRIPTION,
     find=is_there(DESCRIPTION),

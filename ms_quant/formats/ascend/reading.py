@@ -1,4 +1,4 @@
-"""A quantized linear from its tensors in the ascend flavour. What is read is checked.
+"""A quantized linear from its tensors in the ascend format. What is read is checked.
 
 A tensor that contradicts another, or that holds what no writer makes, is an error: ``verify``
 reads every linear this way.

@@ -1,4 +1,4 @@
-"""The tensors of a quantized linear in the ascend flavour: type, shape and value of each.
+"""The tensors of a quantized linear in the ascend format: type, shape and value of each.
 
 docs/ascend_format.md states them. They follow from the formats of the weight and the input and
 from what the algorithms add, not from a scheme's name.
@@ -131,9 +131,9 @@ def scale_bias(weight: np.ndarray, grid: Grid, slices: int) -> np.ndarray:
 def _added(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
     """What algorithms add beside the codes."""
     result: dict[str, Part] = {}
-    for name, row in zip(plan.chain.names, plan.chain.rows, strict=True):
+    for name, row in zip(plan.algorithms.names, plan.algorithms.rows, strict=True):
         if row.adds == "branch":
-            rank = min(plan.chain.options[name].rank, *shape)
+            rank = min(plan.algorithms.options[name].rank, *shape)
             result |= {
                 "svd_lowrank_l1": _float(plan, (rank, shape[1]), lambda x: x.branch.l1),
                 "svd_lowrank_l2": _float(plan, (shape[0], rank), lambda x: x.branch.l2),

@@ -65,7 +65,7 @@ def format_of(scheme: Scheme) -> str:
             return PLAIN
     if (weight, activation) in FLOATS:
         return FLOAT8
-    raise MsQuantError(f"the {NAME} flavour cannot hold scheme {scheme.name}")
+    raise MsQuantError(f"the {NAME} format cannot hold scheme {scheme.name}")
 
 
 def _is_plain_input(activation: ActivationFormat) -> bool:

@@ -1,4 +1,4 @@
-"""The compressed-tensors flavour, as vLLM reads it and LLM Compressor writes it.
+"""The compressed-tensors format, as vLLM reads it and LLM Compressor writes it.
 
 docs/compressed_tensors_format.md states what its files hold. Its description is the entry
 ``quantization_config`` of config.json.
@@ -25,7 +25,7 @@ from ms_quant.formats.compressed_tensors.config import (
     read_schemes,
 )
 from ms_quant.formats.compressed_tensors.tensors import WITH_CODES, parts, read_linear
-from ms_quant.formats.format import Flavour, Kinds, Leeway, Tensors
+from ms_quant.formats.format import CheckpointFormat, Kinds, Leeway, Tensors
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.grid import AffineFormat
@@ -82,7 +82,7 @@ def linear_tensor(
     """
     homeless = linear.arrays().keys() - STORED - {"weight"}
     if homeless:
-        raise MsQuantError(f"the {NAME} flavour has no place for {min(homeless)} of a linear")
+        raise MsQuantError(f"the {NAME} format has no place for {min(homeless)} of a linear")
     rows, columns = linear.weight.shape
     return parts(plan, (rows, columns))[suffix].make(linear)
 
@@ -152,7 +152,7 @@ LEEWAY = Leeway(
     # Reading it has compared what decides numbers.
     description=lambda found, made, where: ([], []),
 )
-FLAVOUR = Flavour(
+FORMAT = CheckpointFormat(
     leeway=LEEWAY,
     name=NAME,
     shown=f"{KEY} in config.json",

@@ -1,4 +1,4 @@
-"""The tensors of a quantized linear in the compressed-tensors flavour, written and read.
+"""The tensors of a quantized linear in the compressed-tensors format, written and read.
 
 docs/compressed_tensors_format.md states them. What is read is checked: a tensor that contradicts
 the plan or that holds what no writer makes is an error, as ``verify`` reads every linear this way.

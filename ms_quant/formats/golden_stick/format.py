@@ -1,4 +1,4 @@
-"""The golden-stick flavour: what its files hold, as docs/golden_stick_format.md states it."""
+"""The golden-stick format: what its files hold, as docs/golden_stick_format.md states it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.flat_description import kinds
-from ms_quant.formats.format import Flavour
+from ms_quant.formats.format import CheckpointFormat
 from ms_quant.formats.golden_stick.leeway import LEEWAY, check_extra, stated
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ms_quant.files.reader import Checkpoint
     from ms_quant.plan.plan import Plan
 
-__all__ = ["DESCRIPTION", "FLAVOUR", "SHARD_PREFIX", "model_config", "static_linear"]
+__all__ = ["DESCRIPTION", "FORMAT", "SHARD_PREFIX", "model_config", "static_linear"]
 
 DESCRIPTION = "quantization_description.json"
 SHARD_PREFIX = "quant-model"
@@ -140,7 +140,7 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     }
 
 
-FLAVOUR = Flavour(
+FORMAT = CheckpointFormat(
     name="golden-stick",
     shown=DESCRIPTION,
     find=lambda directory: sorted(directory.glob(f"*{DESCRIPTION}")),  # as the runtime looks
@@ -156,4 +156,4 @@ FLAVOUR = Flavour(
     with_codes=frozenset({"weight", "quant_bias"}),
     leeway=LEEWAY,
 )
-tensor_plans, description = FLAVOUR.tensor_plans, FLAVOUR.description
+tensor_plans, description = FORMAT.tensor_plans, FORMAT.description

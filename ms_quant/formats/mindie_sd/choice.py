@@ -1,4 +1,4 @@
-"""Which type of the mindie-sd flavour stores a scheme or a linear, and what none of them can."""
+"""Which type of the mindie-sd format stores a scheme or a linear, and what none of them can."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def type_of_scheme(scheme: Scheme, name: str) -> str:
 
 
 def network_scheme(scheme: Scheme) -> Scheme:
-    """The scheme as linears of a network have it, which only this flavour stores: scales that are
+    """The scheme as linears of a network have it, which only this format stores: scales that are
     stored are exact in the type that the network runs in, and inputs are rounded as by its
     operators."""
     if scheme.name not in TYPES or isinstance(scheme.activation, StaticInt8):

@@ -1,4 +1,4 @@
-"""The description of the mindie-sd flavour: which layer of a network has which type.
+"""The description of the mindie-sd format: which layer of a network has which type.
 
 The runtime's own rules, but that an entry which it would pass over in silence is refused.
 """
@@ -95,7 +95,7 @@ def read_description(path: Path) -> Description:
         path: the json file.
 
     Raises:
-        MsQuantError: it is no description of this flavour, an entry is no type that linears can
+        MsQuantError: it is no description of this format, an entry is no type that linears can
             have, or one quantizes attention.
     """
     return read_content(read_json(path, MAX_DESCRIPTION_BYTES), path)

@@ -1,4 +1,4 @@
-"""The mindie-sd flavour of a decoder's checkpoint, as MindIE-SD's ``quantize`` reads it.
+"""The mindie-sd format of a decoder's checkpoint, as MindIE-SD's ``quantize`` reads it.
 
 docs/mindie_sd_format.md states what its files hold. Both file names hold the type, and there is
 one file of weights without an index.
@@ -16,7 +16,7 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.ascend.leeway import stated
-from ms_quant.formats.format import Flavour, Kinds
+from ms_quant.formats.format import CheckpointFormat, Kinds
 from ms_quant.formats.format import Tensors as Table
 from ms_quant.formats.mindie_sd.choice import check_linear, type_of_scheme
 from ms_quant.formats.mindie_sd.choice import why_not_run as why_linear_not_run
@@ -93,7 +93,9 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
     type = type_of_scheme(plan.scheme, name)
     if type == "W8A8_TIMESTEP":
         raise MsQuantError(f"{name}: a decoder has no timesteps, expected another scheme")
-    added = [n for n, row in zip(plan.chain.names, plan.chain.rows, strict=True) if row.adds]
+    added = [
+        n for n, row in zip(plan.algorithms.names, plan.algorithms.rows, strict=True) if row.adds
+    ]
     if added:
         raise MsQuantError(
             f"{name}: algorithm {added[0]} adds tensors that MindIE-SD does not read, expected "
@@ -148,7 +150,7 @@ def linear_tensor(
     homeless = ({"smooth", "left_trans", "svd_lowrank_l1"} & linear.arrays().keys()) - held
     if homeless:
         raise MsQuantError(
-            f"the mindie-sd flavour has no place for {min(homeless)} of a linear here"
+            f"the mindie-sd format has no place for {min(homeless)} of a linear here"
         )
     return parts(layout)[suffix].make(linear)
 
@@ -224,7 +226,7 @@ def scheme_options(
     return {**whole, "fold": fold.value}
 
 
-FLAVOUR = Flavour(
+FORMAT = CheckpointFormat(
     name=NAME,
     shown="quant_model_description_TYPE.json",
     find=find,

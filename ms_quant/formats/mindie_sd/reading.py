@@ -1,4 +1,4 @@
-"""A quantized linear from its tensors in the mindie-sd flavour. What is read is checked.
+"""A quantized linear from its tensors in the mindie-sd format. What is read is checked.
 
 Files of other writers are read, too: scales in any float type, ``deq_scale`` in both of its types,
 E2M1 weights as E4M3. What is stated for static inputs is what counts, as in the runtime.

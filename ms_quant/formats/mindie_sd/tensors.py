@@ -1,4 +1,4 @@
-"""The tensors of a quantized linear in the mindie-sd flavour: type, shape and value of each.
+"""The tensors of a quantized linear in the mindie-sd format: type, shape and value of each.
 
 docs/mindie_sd_format.md states them.
 """

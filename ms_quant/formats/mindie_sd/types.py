@@ -1,4 +1,4 @@
-"""The quantization types of the mindie-sd flavour: their names, what each needs, the file names.
+"""The quantization types of the mindie-sd format: their names, what each needs, the file names.
 
 docs/mindie_sd_format.md states them, and why what is refused is refused.
 """

@@ -10,9 +10,10 @@ import numpy as np
 
 from ms_quant.algorithms.quarot import QuaRot, TensorRotation
 from ms_quant.errors import MsQuantError
-from ms_quant.files.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors, check_model
+from ms_quant.files.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.weights import check_model
 
 BLOCK_ELEMENTS = 1 << 16  # 512 KiB of float64: temporaries stay in the cache
 

@@ -19,7 +19,7 @@ PLAIN = "minmax"
 
 
 @dataclass(frozen=True)
-class Chain:
+class AlgorithmPipeline:
     """Algorithms in the order of their stages.
 
     Attributes:
@@ -75,7 +75,9 @@ class Chain:
         return {name: vars(made) for name, made in self.options.items() if made is not None}
 
 
-def get_chain(text: str, scheme: Scheme, settings: Mapping[str, Any] | None = None) -> Chain:
+def get_algorithms(
+    text: str, scheme: Scheme, settings: Mapping[str, Any] | None = None
+) -> AlgorithmPipeline:
     """The algorithms that a name stands for, if the scheme can hold their result.
 
     Args:
@@ -115,23 +117,28 @@ def get_chain(text: str, scheme: Scheme, settings: Mapping[str, Any] | None = No
             f"algorithm {text!r}: {looking[0]} looks at the input before {smoothing[0]} smooths "
             "it, expected one of them"
         )
-    return Chain(tuple(names), _options(names, dict(settings or {})))
+    return AlgorithmPipeline(tuple(names), _options(names, dict(settings or {})))
 
 
 def _options(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     """The options of each algorithm, with what was set in place of the defaults."""
-    chain, defaults = "+".join(names) or PLAIN, {name: ALGORITHMS[name].options for name in names}
+    algorithms, defaults = (
+        "+".join(names) or PLAIN,
+        {name: ALGORITHMS[name].options for name in names},
+    )
     taken = [f"{name}.{key}" for name in names for key in vars(defaults[name] or _NOTHING)]
     found: dict[str, Any] = {}
     for key, value in settings.items():
         meant = [full for full in taken if key in (full, full.partition(".")[2])]
         if not meant:
             expected = ", ".join(taken) or "none"
-            raise MsQuantError(f"algorithm {chain} takes no option {key!r}, expected {expected}")
+            raise MsQuantError(
+                f"algorithm {algorithms} takes no option {key!r}, expected {expected}"
+            )
         if len(meant) > 1 or meant[0] in found:
             raise MsQuantError(
-                f"algorithm {chain}: option {key!r} is one of several or given twice, expected "
-                f"{' or '.join(meant)} once"
+                f"algorithm {algorithms}: option {key!r} is one of several or given twice, "
+                f"expected {' or '.join(meant)} once"
             )
         found[meant[0]] = value
     return {

@@ -42,7 +42,7 @@ Rounding = Callable[[Problem, Solution], tuple[dict[str, QuantizedLinear], dict[
 
 
 @dataclass(frozen=True)
-class Steps:
+class BlockHooks:
     """What another command puts around the algorithm.
 
     Attributes:
@@ -54,7 +54,7 @@ class Steps:
     rounding: Rounding | None = None
 
 
-PLAIN = Steps()
+NO_HOOKS = BlockHooks()
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Seen:
     Attributes:
         stats: statistics of its input.
         loss: error of the block's output with candidates in place of the float linears.
-        damage: the same relative to the output of each token.
+        relative_mse: the same relative to the output of each token.
         floor: float32 (in,), the least a vector may be that the model's activations are divided
             by; less would bring them near the end of float16. None where that does not matter.
     """
 
     stats: ActivationStats | None
     loss: Loss
-    damage: Loss
+    relative_mse: Loss
     floor: np.ndarray | None = None
 
 
@@ -107,7 +107,7 @@ def quantize_block(
     index: int,
     array: Array,
     seen: Callable[[LinearGroup], Seen],
-    steps: Steps = PLAIN,
+    hooks: BlockHooks = NO_HOOKS,
     progress: Callable[[float], None] = lambda part: None,
     cached: Mapping[str, np.ndarray] | None = None,
 ) -> Block:
@@ -118,7 +118,7 @@ def quantize_block(
         index: of the block.
         array: its float parameters.
         seen: what calibration has seen of a group.
-        steps: what is done around the algorithms.
+        hooks: what is done around the algorithms.
         progress: told how much is done, 0 to 1.
         cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
@@ -129,7 +129,7 @@ def quantize_block(
     def smoothed() -> Iterator[Smoothed]:
         for done, group in enumerate(plan.groups(index)):
             looked = seen(group)
-            problem = _problem(plan, index, group, array, looked, steps)
+            problem = _problem(plan, index, group, array, looked, hooks)
             solution = _floored(plan.of(index, group), looked, problem)
             if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
                 solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
@@ -146,11 +146,11 @@ def quantize_block(
     for done, (group, problem, solution) in enumerate(pending):
         if several:
             problem = _with_scaled_rows(problem, divisors, block.floats)
-        if steps.rounding is None:
-            solution = plan.of(index, group).chain.rest(problem, solution)
+        if hooks.rounding is None:
+            solution = plan.of(index, group).algorithms.rest(problem, solution)
             linears, note = apply(problem, solution), dict(solution.note)
         else:
-            linears, note = steps.rounding(problem, solution)
+            linears, note = hooks.rounding(problem, solution)
             note = {**solution.note, **note}
         if group.name in folding:
             linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
@@ -165,7 +165,7 @@ def quantize_block(
 
 def _floored(plan: Plan, seen: Seen, problem: Problem) -> Solution:
     """The smoothing of a group, nowhere so small that what it divides leaves float16."""
-    solution = plan.chain.first(problem)
+    solution = plan.algorithms.first(problem)
     if solution.smooth is None or seen.floor is None or plan.scheme.fold is Fold.INPUT_SCALE:
         return solution
     return replace(solution, smooth=np.maximum(solution.smooth, seen.floor))
@@ -173,19 +173,19 @@ def _floored(plan: Plan, seen: Seen, problem: Problem) -> Solution:
 
 def folds(plan: Plan) -> bool:
     """Whether smoothing goes into what makes the input; of a plan of one group."""
-    return plan.chain.any("smooths") and plan.scheme.fold is Fold.NORM
+    return plan.algorithms.any("smooths") and plan.scheme.fold is Fold.NORM
 
 
 def _problem(
-    plan: Plan, index: int, group: LinearGroup, array: Array, seen: Seen, steps: Steps
+    plan: Plan, index: int, group: LinearGroup, array: Array, seen: Seen, hooks: BlockHooks
 ) -> Problem:
     prefix = block_prefix(index)
     weights, biases = {}, {}
     for member in group.members:
         weight, bias = array(f"{member}.weight"), array(f"{member}.bias")
         assert weight is not None
-        if steps.transform:
-            weight = steps.transform(prefix + member, weight, seen.stats)
+        if hooks.transform:
+            weight = hooks.transform(prefix + member, weight, seen.stats)
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
@@ -200,7 +200,7 @@ def _problem(
         stats=seen.stats,
         dtype=plan.dtype,
         loss=seen.loss,
-        damage=seen.damage,
+        relative_mse=seen.relative_mse,
         smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
         input_dtype=plan.dtype if _own_product(scheme) else DTYPES["float32"],
@@ -320,7 +320,7 @@ def _equal(plan: Plan, other: Plan) -> bool:
 def _numbers(plan: Plan) -> tuple[Any, ...]:
     scheme = plan.scheme
     kinds = scheme.weight, scheme.activation, scheme.scale_dtype(plan.dtype), scheme.fold
-    return *kinds, plan.chain, plan.dtype, plan.float_groups, plan.kv_cache
+    return *kinds, plan.algorithms, plan.dtype, plan.float_groups, plan.kv_cache
 
 
 def quantize_data_free(
@@ -340,7 +340,7 @@ def quantize_data_free(
         def make(
             plan: Plan, part: Callable[[float], None], index: int = index, array: Array = array
         ) -> Block:
-            return quantize_block(plan, index, array, _unseen, PLAIN, part)
+            return quantize_block(plan, index, array, _unseen, NO_HOOKS, part)
 
         finish_targets(targets, index, make, {}, done)
 

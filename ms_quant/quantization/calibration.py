@@ -24,17 +24,17 @@ from ms_quant.models.embedding import used_rows
 from ms_quant.models.families import LinearGroup
 from ms_quant.models.host_block import HostBlock, Linear
 from ms_quant.plan.plan import Plan
-from ms_quant.quantize.block import (
-    PLAIN,
+from ms_quant.quantization.block import (
+    NO_HOOKS,
     Block,
+    BlockHooks,
     Progress,
     Seen,
-    Steps,
     Target,
     finish_targets,
     quantize_block,
 )
-from ms_quant.quantize.divided import factors
+from ms_quant.quantization.divided import factors
 from ms_quant.statistics import activation_range as places
 from ms_quant.statistics.activation_range import BlockRanges, Divided
 from ms_quant.statistics.observers import ActivationStats, CacheRange
@@ -58,7 +58,7 @@ def calibrate(
     checkpoint: FloatTensors,
     tokens: np.ndarray,
     progress: Progress,
-    steps: Steps = PLAIN,
+    hooks: BlockHooks = NO_HOOKS,
 ) -> None:
     """Quantizes every unfinished block of a job.
 
@@ -67,7 +67,7 @@ def calibrate(
         checkpoint: the float model.
         tokens: int32 (sequences, tokens) calibration data.
         progress: told how far each block is.
-        steps: what is done around the algorithm.
+        hooks: what is done around the algorithm.
 
     Raises:
         MsQuantError: a weight or an activation is NaN or inf, or the disk is full.
@@ -82,7 +82,7 @@ def calibrate(
         block.load(checkpoint.read_float32, prefix)
         cache = CacheRange(prefix) if plan.kv_cache else None
         plans = [plan for plan, _ in targets]
-        observe = partial(_observe, plans, block, job, index, tokens.shape, progress, steps)
+        observe = partial(_observe, plans, block, job, index, tokens.shape, progress, hooks)
         observed, divided = observe(cache), Divided()
         if plan.dtype.name == "float16":
             divided = observed.ranges.divisions(plan.config)
@@ -94,7 +94,7 @@ def calibrate(
         seen = partial(_seen, plan, block, observed)
         half = partial(_second_half, progress, index)
         cached = None if cache is None else cache.absmax
-        make = partial(_make, index, block, seen, steps, cached, observed.ranges.facts(divided))
+        make = partial(_make, index, block, seen, hooks, cached, observed.ranges.facts(divided))
         norms = {f"{name}.l2_norm": stats.l2_norm for name, stats in observed.stats.items()}
         finish_targets(targets, index, make, norms, half)
 
@@ -127,13 +127,13 @@ def _make(
     index: int,
     block: HostBlock,
     seen: Callable[[LinearGroup], Seen],
-    steps: Steps,
+    hooks: BlockHooks,
     cached: Mapping[str, np.ndarray] | None,
     ranges: Mapping[str, Any],
     plan: Plan,
     progress: Callable[[float], None],
 ) -> Block:
-    made = quantize_block(plan, index, block.arrays.get, seen, steps, progress, cached)
+    made = quantize_block(plan, index, block.arrays.get, seen, hooks, progress, cached)
     made.ranges = dict(ranges)
     return made
 
@@ -146,7 +146,7 @@ def _seen(plan: Plan, block: HostBlock, observed: _Observed, group: LinearGroup)
     errors = BlockErrors(block, group, observed.searched)
     narrow = plan.dtype.name == "float16"
     floor = observed.ranges.floor(plan.config, group) if narrow else None
-    return Seen(observed.stats[group.name], errors.loss, errors.damage, floor)
+    return Seen(observed.stats[group.name], errors.loss, errors.relative_mse, floor)
 
 
 def _observe(
@@ -156,7 +156,7 @@ def _observe(
     index: int,
     shape: tuple[int, ...],
     progress: Progress,
-    steps: Steps,
+    hooks: BlockHooks,
     cache: CacheRange | None,
 ) -> _Observed:
     """The float forward of a block."""
@@ -174,20 +174,20 @@ def _observe(
         watched[path] = _shown(watched[path], partial(ranges.add, places.input_of(group)))
         if group.name not in wanted:
             continue
-        chains = [plan.of(index, group).chain for plan in plans]
+        chains = [plan.of(index, group).algorithms for plan in plans]
         stats[group.name] = ActivationStats(
             plan.config.linear_shapes()[path][1],
             sequences * length,
-            max(chain.kept_tokens for chain in chains),
+            max(algorithms.kept_tokens for algorithms in chains),
             f"{block_prefix(index)}{path}: calibration input",
-            steps.rounding is not None or any(chain.any("hessian") for chain in chains),
-            any(chain.any("histogram") for chain in chains),
+            hooks.rounding is not None or any(algorithms.any("hessian") for algorithms in chains),
+            any(algorithms.any("histogram") for algorithms in chains),
         )
         watched[path] = _shown(watched[path], stats[group.name].update)
     last = index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)
     following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
-    searches = steps.rounding is not None or any(plan.any("searches") for plan in plans)
+    searches = hooks.rounding is not None or any(plan.any("searches") for plan in plans)
     searched = SearchWindows(hidden_shape, plan.search_tokens if searches else 0)
     for start in range(0, sequences, batch):
         hidden = read_hidden(job.hidden_file(index), start, start + batch)
