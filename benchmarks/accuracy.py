@@ -29,14 +29,14 @@ import numpy as np
 
 from ms_quant import __version__
 from ms_quant.algorithms import ALGORITHMS, PLAIN
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.serving import FloatModel, JobModel
-from ms_quant.console import use_mindspore
-from ms_quant.data import eval_windows
-from ms_quant.pipeline import run_blocks
-from ms_quant.plan import Choices, Plan
-from ms_quant.request import QuantizeOptions, prepare
-from ms_quant.schemes import KV_CACHES, SCHEMES, STATIC_CACHE
+from ms_quant.cli.console import use_mindspore
+from ms_quant.data.calibration import eval_windows
+from ms_quant.files.atomic import write_json
+from ms_quant.formats.opening import FloatModel, JobModel
+from ms_quant.pipeline.request import QuantizeOptions, prepare
+from ms_quant.pipeline.run import run_blocks
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import KV_CACHES, SCHEMES, STATIC_CACHE
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 COMBINED = ("smoothquant+gptq", "osl+gptq", "awq+gptq", "quarot+gptq")
@@ -55,7 +55,7 @@ Row = dict[str, Any]
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scheme, algorithms and options of the scheme."""
     for name, scheme in SCHEMES.items():
-        if not scheme.flavour:  # for networks, not for checkpoints
+        if not scheme.format:  # for networks, not for checkpoints
             continue
         for options in ({}, *VARIANTS.get(name, ())):
             few = options or name in LIKE_W8A8
@@ -72,7 +72,7 @@ def measure(
     model: Path, scheme: str, algorithm: str, options: Row, calib: Path, tokens: np.ndarray
 ) -> Row:
     """Quantizes one model in one way and evaluates it."""
-    from ms_quant.evaluation import is_phased, perplexity
+    from ms_quant.evaluation.evaluation import is_phased, perplexity
 
     options = dict(options)
     cache = options.pop("kv_cache", None)
@@ -82,15 +82,15 @@ def measure(
         choices = Choices(options, kv_cache=held)
         output = Path(directory) / "out"
         request = QuantizeOptions(model, output, scheme, algorithm, choices, data)
-        prepared = prepare(request)
-        job, started = prepared.job(), time.monotonic()
+        checked = prepare(request)
+        job, started = checked.job(), time.monotonic()
         with job.open():
-            run_blocks(prepared, job, lambda index, part: None)
+            run_blocks(checked, job, lambda index, part: None)
             seconds = time.monotonic() - started
-            served = JobModel(prepared.plan, job, prepared.tensors)
+            served = JobModel(checked.plan, job, checked.tensors)
             found = {
                 "perplexity": perplexity(served, tokens, kv_cache=cache)["perplexity"],
-                "bytes": bytes_per_weight(prepared.plan),
+                "bytes": bytes_per_weight(checked.plan),
                 "seconds": round(seconds, 1),
             }
             if is_phased(served):
@@ -101,15 +101,15 @@ def measure(
 
 def bytes_per_weight(plan: Plan) -> float:
     """Bytes of the quantized linears' tensors over the number of their weights."""
-    shapes, tensors = plan.config.parameter_shapes(), plan.flavour.tensor_plans(plan)
+    shapes, tensors = plan.config.parameter_shapes(), plan.format.tensor_plans(plan)
     stored = sum(tensor.bytes for tensor in tensors if tensor.part is not None)
     return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in plan.quantized())
 
 
 def _calibrated(scheme: str, algorithm: str) -> bool:
-    chain = [*algorithm.split("+"), SCHEMES[scheme].algorithm]
+    algorithms = [*algorithm.split("+"), SCHEMES[scheme].algorithm]
     return SCHEMES[scheme].needs_calibration or any(
-        ALGORITHMS[name].calibrated for name in chain if name in ALGORITHMS
+        ALGORITHMS[name].calibrated for name in algorithms if name in ALGORITHMS
     )
 
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
     use_mindspore()
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "models" / "text" / "calibration.txt"
 CHILD = """
 import json, resource, sys, time
-from ms_quant.data import load_tokens
-from ms_quant.tokenizer import load_tokenizer
+from ms_quant.data.calibration import load_tokens
+from ms_quant.data.tokenizer import load_tokenizer
 path, model = sys.argv[1:]
 load_tokenizer(model).encode("a")
 base, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

@@ -20,9 +20,9 @@ from typing import Any
 
 from memory import write_random
 
-from ms_quant.pipeline import quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.request import QuantizeOptions
+from ms_quant.pipeline.request import QuantizeOptions
+from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.plan.plan import Choices
 
 BUNDLED = Path(__file__).parent.parent / "models" / "stdlib-qwen3-6m"
 HALF_BILLION: dict[str, Any] = {
@@ -49,10 +49,10 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from ms_quant.console import use_mindspore
+from ms_quant.cli.console import use_mindspore
 use_mindspore()
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.evaluation import Generator, perplexity
+from ms_quant.formats.opening import open_model
+from ms_quant.evaluation.evaluation import Generator, perplexity
 what, windows, length, prompt, new = sys.argv[2], *map(int, sys.argv[3:])
 model = open_model(Path(sys.argv[1]))
 tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (windows, length + 1))

@@ -31,10 +31,10 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.cells import QuantLinear
-from ms_quant.console import use_mindspore
-from ms_quant.models.direct import threads
+from ms_quant.cells.direct import threads
+from ms_quant.cli.console import use_mindspore
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 ROWS = (1, 8, 64, 512)
 SHAPES = ((2048, 2048), (4096, 11008), (11008, 4096))  # K, N

@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.models.config import parse_config
 
 VOCABULARY = 4096
@@ -35,8 +35,8 @@ def anonymous():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
 
-import ms_quant.calibration
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+import ms_quant.quantization.calibration
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 model, output, calib, scheme, algorithm = sys.argv[1:]
 data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, **data)

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ms_quant.checkpoint.writer import TensorPlan, write_file
-from ms_quant.data import load_tokens
+from ms_quant.data.calibration import load_tokens
+from ms_quant.data.tokenizer import load_tokenizer
+from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.models.config import parse_config
-from ms_quant.tokenizer import load_tokenizer
 
 MODELS = Path(__file__).parent.parent / "models"
 BUNDLED, TEXT = MODELS / "stdlib-qwen3-6m", MODELS / "text" / "calibration.txt"
@@ -58,9 +58,9 @@ SPREAD = 0.02  # of the weights
 PER_CHANNEL = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 PER_TOKEN = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
 PER_TENSOR = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
-FLOPS = "from ms_quant.estimate import flops; print(max(flops() for _ in range(9)))"
+FLOPS = "from ms_quant.pipeline.estimate import flops; print(max(flops() for _ in range(9)))"
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-COMMAND = "import sys; sys.argv[0] = 'ms-quant'; from ms_quant.cli import main; main()"
+COMMAND = "import sys; sys.argv[0] = 'ms-quant'; from ms_quant.cli.main import main; main()"
 
 
 @dataclass(frozen=True)

@@ -30,22 +30,22 @@ import numpy as np
 
 from ms_quant.algorithms.gptq import BLOCK
 from ms_quant.algorithms.problem import Problem, Solution
-from ms_quant.blocks import Rounding, Steps
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
-from ms_quant.console import use_mindspore
-from ms_quant.data import eval_windows
+from ms_quant.cli.console import use_mindspore
+from ms_quant.data.calibration import eval_windows
+from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
+from ms_quant.job.directory import JobDirectory
 from ms_quant.numerics.affine import per_channel_scale
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline import run_blocks
-from ms_quant.request import Prepared
+from ms_quant.pipeline.request import CheckedJob
+from ms_quant.pipeline.run import run_blocks
+from ms_quant.quantization.block import BlockHooks, Rounding
 from sparse_compress.codec import compress_matrix
-from sparse_compress.prune import pruning_transform
+from sparse_compress.pipeline.request import SparseOptions, check
 from sparse_compress.rate.goal import Goal
+from sparse_compress.rate.prune import pruning_transform
 from sparse_compress.rate.rounding import Rounded, curvature
 from sparse_compress.rate.search import Search
 from sparse_compress.rate.steps import make_subject
-from sparse_compress.request import SparseOptions, check
 
 PRUNED = (0.2, 0.35, 0.5, 0.6, 0.7)
 OUTLIERS = (0.0001, 0.01, 0.03, 0.07, 0.15)
@@ -97,38 +97,38 @@ def sparsegpt(sparsity: float, weight: np.ndarray, hessian: np.ndarray) -> Round
     return Rounded(codes, scale)
 
 
-def ways(prepared: Prepared) -> Iterable[tuple[str, float, Steps]]:
+def ways(checked: CheckedJob) -> Iterable[tuple[str, float, BlockHooks]]:
     for share in PRUNED:
-        yield "magnitude", share, Steps(pruning_transform(share, "magnitude"))
+        yield "magnitude", share, BlockHooks(pruning_transform(share, "magnitude"))
     for share in PRUNED:
-        yield "activation", share, Steps(pruning_transform(share, "activation"))
+        yield "activation", share, BlockHooks(pruning_transform(share, "activation"))
     for share in PRUNED:
-        yield "sparsegpt", share, Steps(rounding=per_group(partial(sparsegpt, share)))
+        yield "sparsegpt", share, BlockHooks(rounding=per_group(partial(sparsegpt, share)))
     for share in OUTLIERS:
-        yield "low-bit", share, Steps(rounding=per_group(partial(low_bit, share)))
+        yield "low-bit", share, BlockHooks(rounding=per_group(partial(low_bit, share)))
     for ratio in RATIOS:
-        found = Search(prepared, Goal(ratio), lambda step, part: None).find()
+        found = Search(checked, Goal(ratio), lambda step, part: None).find()
         yield "rate", ratio, found.steps
 
 
 def measure_way(
-    prepared: Prepared, way: str, setting: float, steps: Steps, tokens: np.ndarray
+    checked: CheckedJob, way: str, setting: float, steps: BlockHooks, tokens: np.ndarray
 ) -> Point:
-    directory = prepared.options.job_directory.with_name(f"{way}-{setting}")
-    job = JobDirectory(directory, {**prepared.record, "way": way, "setting": setting})
+    directory = checked.options.job_directory.with_name(f"{way}-{setting}")
+    job = JobDirectory(directory, {**checked.record, "way": way, "setting": setting})
     with job.open():
-        run_blocks(prepared, job, lambda index, part: None, steps)
-        raw, stored = sizes(prepared, job)
-        loss = mean_loss(JobModel(prepared.plan, job, prepared.tensors), tokens)
+        run_blocks(checked, job, lambda index, part: None, steps)
+        raw, stored = sizes(checked, job)
+        loss = mean_loss(JobModel(checked.plan, job, checked.tensors), tokens)
         job.remove()
     return {"way": way, "setting": setting, "ratio": stored / raw, "loss": loss}
 
 
-def sizes(prepared: Prepared, job: JobDirectory) -> tuple[int, int]:
+def sizes(checked: CheckedJob, job: JobDirectory) -> tuple[int, int]:
     """Weights and stored bytes of the linears, fused as the runtimes fuse them."""
     raw = stored = 0
-    for index in range(prepared.plan.config.num_layers):
-        for group in prepared.plan.groups(index):
+    for index in range(checked.plan.config.num_layers):
+        for group in checked.plan.groups(index):
             parts = [job.linear(index, member).weight for member in group.members]
             coded = compress_matrix(np.concatenate(parts))
             raw += sum(part.size for part in parts)
@@ -137,7 +137,7 @@ def sizes(prepared: Prepared, job: JobDirectory) -> tuple[int, int]:
 
 
 def mean_loss(model: ServedModel, tokens: np.ndarray) -> float:
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     return float(perplexity(model, tokens)["loss"])
 
@@ -219,13 +219,13 @@ def main() -> None:
         options = SparseOptions(
             arguments.model, Path(directory) / "out", arguments.calib, tp=1, target_ratio=RATIOS[0]
         )
-        prepared = check(options).prepared
+        checked = check(options).checked
         before = mean_loss(FloatModel(arguments.model), tokens)
         kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         points = kept.get("points", []) if kept.get("float_loss") == before else []
-        for way, setting, steps in ways(prepared):
+        for way, setting, steps in ways(checked):
             if not any((p["way"], p["setting"]) == (way, setting) for p in points):
-                points.append(measure_way(prepared, way, setting, steps, tokens))
+                points.append(measure_way(checked, way, setting, steps, tokens))
                 print(points[-1], flush=True)
                 arguments.json.write_text(json.dumps({"float_loss": before, "points": points}))
     print(f"\n{tokens[:, 1:].size} held-out tokens, float perplexity {math.exp(before):.4f}\n")

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.checkpoint.serving import JobModel
-from ms_quant.console import use_mindspore
-from ms_quant.data import eval_windows
+from ms_quant.cli.console import use_mindspore
+from ms_quant.data.calibration import eval_windows
+from ms_quant.formats.opening import JobModel
 from ms_quant.numerics import activation, storage
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline import run_blocks
-from ms_quant.plan import Choices
-from ms_quant.request import QuantizeOptions, prepare
+from ms_quant.pipeline.request import QuantizeOptions, prepare
+from ms_quant.pipeline.run import run_blocks
+from ms_quant.plan.plan import Choices
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 ALGORITHMS = ("minmax", "histogram", "smoothquant")
@@ -59,15 +59,15 @@ def measure(
     kinds: Sequence[type[JobModel]], model: Path, algorithm: str, calib: Path, tokens: np.ndarray
 ) -> list[float]:
     """Perplexity of one quantized model in some arithmetics."""
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     with tempfile.TemporaryDirectory() as directory:
         output, choices = Path(directory) / "out", Choices(format="ascend")
-        prepared = prepare(QuantizeOptions(model, output, "W8A8", algorithm, choices, calib))
-        job = prepared.job()
+        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, choices, calib))
+        job = checked.job()
         with job.open():
-            run_blocks(prepared, job, lambda index, part: None)
-            served = [kind(prepared.plan, job, prepared.tensors) for kind in kinds]
+            run_blocks(checked, job, lambda index, part: None)
+            served = [kind(checked.plan, job, checked.tensors) for kind in kinds]
             found = [perplexity(kind, tokens)["perplexity"] for kind in served]
             job.remove()
     return found

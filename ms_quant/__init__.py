@@ -15,11 +15,11 @@ _PUBLIC = {
     "quantize": "ms_quant.cells",
     "QuantLinear": "ms_quant.cells",
     "save_quantized": "ms_quant.cells",
-    "SCHEMES": "ms_quant.schemes",
+    "SCHEMES": "ms_quant.schemes.table",
     "ALGORITHMS": "ms_quant.algorithms",
     "MsQuantError": "ms_quant.errors",
-    "quantize_checkpoint": "ms_quant.pipeline",
-    "verify_checkpoint": "ms_quant.verify",
+    "quantize_checkpoint": "ms_quant.pipeline.run",
+    "verify_checkpoint": "ms_quant.verify.checkpoint",
 }
 
 __all__ = sorted(_PUBLIC)

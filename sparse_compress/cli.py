@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ms_quant import __version__
-from ms_quant.cli import ModelArgument, example
-from ms_quant.console import (
+from ms_quant.cli.console import (
     JsonOption,
     emit,
     exit_if_problems,
@@ -23,12 +22,13 @@ from ms_quant.console import (
     step_progress,
     use_mindspore,
 )
-from ms_quant.console import run as run_app
+from ms_quant.cli.console import run as run_app
+from ms_quant.cli.main import ModelArgument, example
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
+from sparse_compress.pipeline.request import SparseOptions, check
 from sparse_compress.rate.goal import parse_share
-from sparse_compress.request import SparseOptions, check
 
 app = typer.Typer(
     help="Make W8A8SC checkpoints for the Atlas 300I Duo, on any machine, and prove them.",
@@ -134,13 +134,13 @@ def run(
 
 
 def _run(options: SparseOptions, dry_run: bool, as_json: bool) -> None:
-    from sparse_compress.run import run as compress
+    from sparse_compress.pipeline.run import run as compress
 
     request = check(options)
-    for line in (*request.prepared.notes, *request.not_served_by):
+    for line in (*request.checked.notes, *request.not_served_by):
         note(f"note: {line}")
     if dry_run:
-        from sparse_compress.estimate import estimate
+        from sparse_compress.pipeline.estimate import estimate
 
         emit(estimate(request), as_json, show_fields)
         return
@@ -180,8 +180,8 @@ def compress(
 
     Started again after a kill, it goes on where it stopped.
     """
-    from sparse_compress.compress import check as check_directory
-    from sparse_compress.compress import compress as code
+    from sparse_compress.msmodelslim.compress import check as check_directory
+    from sparse_compress.msmodelslim.compress import compress as code
 
     with naming_leftovers(output):
         request = check_directory(directory, output, workers, target, tp)
@@ -207,8 +207,8 @@ def decompress(
 
     Started again after a kill, it goes on where it stopped.
     """
-    from sparse_compress.decompress import check as check_checkpoint
-    from sparse_compress.decompress import decompress as restore
+    from sparse_compress.msmodelslim.decompress import check as check_checkpoint
+    from sparse_compress.msmodelslim.decompress import decompress as restore
 
     with naming_leftovers(output):
         request = check_checkpoint(checkpoint, output, workers)
@@ -232,7 +232,7 @@ def verify(
 
     Pruned weights are made again, bit for bit; rounded ones are measured against the source.
     """
-    from sparse_compress.verify import verify as prove
+    from sparse_compress.verify.checkpoint import verify as prove
 
     _note_backend()
     with step_progress() as progress:
@@ -252,7 +252,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """A table of layers: shape, sparsity, size and ratio on each rank."""
-    from sparse_compress.info import info as describe
+    from sparse_compress.pipeline.info import info as describe
 
     emit(describe(checkpoint, plot, workers), as_json, _show_info)
 

@@ -262,7 +262,7 @@ def ms_quant_command(
     """Runs ``ms-quant`` with some arguments, and ``before`` in front of the command's import."""
 
     def command(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
-        script = f"{before}\nfrom ms_quant.cli import main\nmain()"
+        script = f"{before}\nfrom ms_quant.cli.main import main\nmain()"
         return subprocess.run(
             [sys.executable, "-c", script, *map(str, arguments)],
             env=package_environment,

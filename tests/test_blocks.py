@@ -14,17 +14,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.algorithms.problem import Problem, Solution, prepared
-from ms_quant.blocks import Block, Seen, Steps, quantize_block
+from ms_quant.algorithms.problem import Problem, Solution, checked
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.quantization.block import Block, BlockHooks, Seen, quantize_block
+from ms_quant.statistics.observers import ActivationStats
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 HIDDEN, INTER, DIM, HEADS = 16, 32, 4, 4
@@ -114,7 +114,7 @@ class Exact:
 def keep(problem: Problem, solution: Solution) -> tuple[dict[str, QuantizedLinear], dict]:
     linears = {
         name: QuantizedLinear(weight, Exact(), problem.biases.get(name), Float(), solution.smooth)
-        for name, weight in prepared(problem, solution).items()
+        for name, weight in checked(problem, solution).items()
     }
     return linears, {}
 
@@ -162,7 +162,7 @@ def folded(
     scheme: str = "W8A8_DYNAMIC",
     algorithm: str = "smoothquant",
     *,
-    steps: Steps = Steps(rounding=keep),  # noqa: B008 - it does not change
+    hooks: BlockHooks = BlockHooks(rounding=keep),  # noqa: B008 - it does not change
     dtype: np.dtype = BF16,
     exclude: tuple[str, ...] = (),
     options: Choices | None = None,
@@ -176,7 +176,7 @@ def folded(
     if options is None and "_PER_" in scheme:  # which hold their smoothing else
         options = Choices(fold="norm")
     plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, options=options)
-    block = quantize_block(plan, 0, before.get, seen_by(before, x), steps, cached=cached)
+    block = quantize_block(plan, 0, before.get, seen_by(before, x), hooks, cached=cached)
     return Case(plan, before, block, x)
 
 
@@ -240,7 +240,9 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl"])
 def test_a_vector_of_its_own_leaves_everything_else(algorithm):
     """Its reciprocal is stored, and tells the vector exactly."""
-    case = folded("W8A8_PER_CHANNEL", algorithm, steps=Steps(), options=Choices(fold="mul-scale"))
+    case = folded(
+        "W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), options=Choices(fold="mul-scale")
+    )
     assert not case.block.floats
     for path, made in case.block.linears.items():
         again = (1 / made.mul_scale.astype("f8")).astype("f4")
@@ -363,7 +365,7 @@ def test_gains_that_would_not_fit_the_stored_type_stay(gain, size):
 
 
 def test_a_scheme_that_holds_its_smoothing_folds_nothing():
-    case = folded("W8A8", "smoothquant", steps=Steps())
+    case = folded("W8A8", "smoothquant", hooks=BlockHooks())
     assert not case.block.floats
     for path, made in case.block.linears.items():
         assert made.smooth is None and not made.static.folds_bias
@@ -375,7 +377,7 @@ def test_a_scheme_that_holds_its_smoothing_folds_nothing():
 
 def test_heads_share_nothing_where_nothing_is_folded():
     """Equation 4 of SmoothQuant for every channel of o, which each have a scale of their own."""
-    case = folded("W8A8", "smoothquant", steps=Steps())
+    case = folded("W8A8", "smoothquant", hooks=BlockHooks())
     rows = np.abs(run(case.before, case.x)["o"]).max(axis=0)
     columns = np.abs(case.before["self_attn.o_proj.weight"]).max(axis=0)
     found = case.block.linears["self_attn.o_proj"].static.smooth
@@ -387,7 +389,7 @@ def test_heads_share_nothing_where_nothing_is_folded():
 )
 def test_what_is_rounded_is_what_was_folded(scheme, algorithm):
     exact = folded(scheme, algorithm)
-    rounded = folded(scheme, algorithm, steps=Steps())
+    rounded = folded(scheme, algorithm, hooks=BlockHooks())
     assert exact.block.floats.keys() == rounded.block.floats.keys()
     for name, values in exact.block.floats.items():
         np.testing.assert_array_equal(rounded.block.floats[name], values)
@@ -405,7 +407,7 @@ def test_static_ranges_are_those_of_the_folded_block(scheme):
     multiplies, it may be one of the next seven, for its reciprocal's sake."""
     case = folded(scheme)
     inputs = run(case.after, case.x)
-    rounded = folded(scheme, steps=Steps())
+    rounded = folded(scheme, hooks=BlockHooks())
     for group in case.plan.groups(0):
         static = rounded.block.linears[group.members[0]].static
         rows = inputs[group.name]
@@ -418,7 +420,7 @@ def test_columns_are_rounded_by_the_hessian_of_the_folded_block():
     """GPTQ makes the outputs of each linear better than rounding to nearest, at its new input."""
     errors = {}
     for algorithm in ("smoothquant", "smoothquant+gptq"):
-        case = folded("W4A4_DYNAMIC", algorithm, steps=Steps())
+        case = folded("W4A4_DYNAMIC", algorithm, hooks=BlockHooks())
         exact = folded("W4A4_DYNAMIC", "smoothquant")
         inputs = run(exact.after, exact.x)
         errors[algorithm] = [
@@ -441,7 +443,7 @@ def test_weights_are_transformed_before_anything_else():
         return weight / 2
 
     whole, half = (
-        folded(steps=replace(Steps(rounding=keep), transform=transform))
+        folded(hooks=replace(BlockHooks(rounding=keep), transform=transform))
         for transform in (None, halved)
     )
     for path, made in half.block.linears.items():
@@ -460,7 +462,7 @@ def test_without_an_algorithm_nothing_is_folded_and_notes_are_kept():
     assert set(block.linears) == set(config.linear_shapes())
     assert block.notes == {group.name: {} for group in plan.groups(0)}
     assert parts == sorted(parts) and parts[-1] == 1
-    assert folded(steps=Steps()).block.notes["qkv"] == {"alpha": 0.5}
+    assert folded(hooks=BlockHooks()).block.notes["qkv"] == {"alpha": 0.5}
 
 
 def no_loss(candidate) -> float:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_quant.data import eval_windows
+from ms_quant.data.calibration import eval_windows
 from ms_quant.models.config import load_config
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
-from sparse_compress.fractal import unsupported_reason
-from sparse_compress.partition import fused_shape
-from sparse_compress.request import SparseOptions
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from sparse_compress.codec.fractal import unsupported_reason
+from sparse_compress.layouts.partition import fused_shape
+from sparse_compress.pipeline.request import SparseOptions
+from sparse_compress.pipeline.run import run
+from sparse_compress.verify.checkpoint import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stdlib-qwen3-6m"
@@ -38,8 +38,8 @@ def tokens() -> np.ndarray:
 
 
 def perplexity(directory: Path, tokens: np.ndarray, **options: str) -> float:
-    from ms_quant.checkpoint.serving import open_model
-    from ms_quant.evaluation import perplexity as measure
+    from ms_quant.evaluation.evaluation import perplexity as measure
+    from ms_quant.formats.opening import open_model
 
     return measure(open_model(directory), tokens, **options)["perplexity"]
 
@@ -71,8 +71,8 @@ def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options:
 
 
 def test_the_model_learned_and_uses_its_context(tokens):
-    from ms_quant.checkpoint.serving import open_model
-    from ms_quant.evaluation import token_losses
+    from ms_quant.evaluation.evaluation import token_losses
+    from ms_quant.formats.opening import open_model
 
     card = json.loads((MODEL / "training.json").read_text())
     losses = token_losses(open_model(MODEL), eval_windows(TEXT / "heldout.txt", MODEL, 256))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes.table import SCHEMES
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def test_the_whole_story_in_json(
     options = ["--algorithm", "osl", "--calib", calib_text, "--samples", 2, "--seq-len", 8]
     arguments = ["quantize", model, "-o", output, *options, "--json"]
     planned = result(ms_quant_command(*arguments, "--dry-run"))
-    assert planned["flavour"] == "golden-stick"
+    assert planned["format"] == "golden-stick"
     assert planned["blocks"] == 2 and planned["calibration_tokens"] == 16
     assert {"estimated_seconds", "memory_bytes", "output_bytes", "served_by"} <= planned.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
@@ -85,7 +85,7 @@ def test_the_whole_story_in_json(
     proved = result(ms_quant_command("verify", output, "--source", model, "--json"))
     assert proved["problems"] == [] and len(proved["layers"]) == 14
     found = result(ms_quant_command("inspect", output, "--json"))
-    assert found["flavour"] == "golden-stick W8A8"
+    assert found["format"] == "golden-stick W8A8"
     assert {row["stored_as"] for row in found["linears"]} == {"I8"}
     run = ms_quant_command("eval", output, "--text", calib_text, "--seq-len", 8, "--json")
     measured = result(run)
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_sentence_and_the_job_goes_on(
 ) -> None:
     full = """
 import errno, os
-from ms_quant.checkpoint import atomic
+from ms_quant.files import atomic
 fsync, calls = os.fsync, 0
 def limited(descriptor):
     global calls
@@ -251,7 +251,7 @@ def test_a_defect_of_our_own_is_one_sentence(
     ms_quant_command: Run, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     defect = """
-from ms_quant import request
+from ms_quant.pipeline import request
 def fail(*arguments):
     raise KeyError("first line\\nsecond line")
 request.fingerprint = fail
@@ -282,7 +282,7 @@ def test_an_interrupt_is_one_sentence_and_status_130(
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 when = sys.argv.pop(1)
-import ms_quant.cli, ms_quant.console
+import ms_quant.cli.main, ms_quant.cli.console
 if when == "importing":
     class Finder:
         def find_spec(self, name, *rest):
@@ -290,14 +290,14 @@ if when == "importing":
                 os.kill(os.getpid(), signal.SIGINT)
     sys.meta_path.insert(0, Finder())
 else:
-    from ms_quant import pipeline
+    from ms_quant.pipeline import run as pipeline
     original = pipeline.run_blocks
     def run_blocks(prepared, job, progress, steps):
         def interrupted(index, part):
             os.kill(os.getpid(), signal.SIGINT)
         original(prepared, job, interrupted, steps)
     pipeline.run_blocks = run_blocks
-ms_quant.cli.main()
+ms_quant.cli.main.main()
 """
     model, data = tiny_model(), ["--samples", 2, "--seq-len", 8]
     command = ["quantize", model, "-o", tmp_path / "out", "--calib", calib_text, *data]
@@ -410,8 +410,8 @@ def test_without_mindspore(
     static = ["quantize", model, "-o", tmp_path / "static", "--algorithm", "osl+gptq", *data]
     assert result(run(*static, "--json"))["quantized_linears"] == 7
     assert result(run("verify", output, "--source", model, "--json"))["problems"] == []
-    assert result(run("inspect", output, "--json"))["flavour"] == "golden-stick W8A8_DYNAMIC"
-    assert result(run("inspect", model, "--json"))["flavour"] == "float"
+    assert result(run("inspect", output, "--json"))["format"] == "golden-stick W8A8_DYNAMIC"
+    assert result(run("inspect", model, "--json"))["format"] == "float"
     assert len(result(run("schemes", "--json"))["schemes"]) == len(SCHEMES)
     for arguments in (
         ["eval", output, "--text", calib_text],

@@ -1,4 +1,4 @@
-"""Checkpoints moved between flavours: the same bytes there and back, or a reason why not."""
+"""Checkpoints moved between formats: the same bytes there and back, or a reason why not."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import seal
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import write_json
+from ms_quant.formats.opening import open_model
+from ms_quant.job.output_directory import seal
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.request import make_choices
-from ms_quant.schemes import SCHEMES
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.schemes.table import SCHEMES
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -106,7 +106,7 @@ ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
 def test_there_and_back(make, tmp_path, file_contents, scheme, one, other, options):
     first = make(scheme, one, **options)
     result = convert_checkpoint(first, tmp_path / "two", other)
-    assert result["flavour"] == other and not result["finished_before"]
+    assert result["format"] == other and not result["finished_before"]
     assert verify_checkpoint(tmp_path / "two", tmp_path / "model")["problems"] == []
     assert_same_linears(first, tmp_path / "two")
     convert_checkpoint(tmp_path / "two", tmp_path / "three", one)
@@ -130,7 +130,7 @@ def test_scales_that_only_a_product_tells_are_proved(make, tmp_path, format, dty
 
 @pytest.mark.parametrize(("one", "other"), [("golden-stick", "ascend"), ("ascend", "mindie-sd")])
 def test_what_is_converted_is_what_would_have_been_made(make, tmp_path, file_contents, one, other):
-    """Where both flavours hold scales in one type, nothing tells how a checkpoint came to be."""
+    """Where both formats hold scales in one type, nothing tells how a checkpoint came to be."""
     first = make("W8A8_DYNAMIC", one)
     convert_checkpoint(first, tmp_path / "two", other)
     found = file_contents(tmp_path / "two")

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from ms_quant import data_files, data_json, data_windows
-from ms_quant.data import (
+from ms_quant.data import files as data_files
+from ms_quant.data import json_records as data_json
+from ms_quant.data import windows as data_windows
+from ms_quant.data.calibration import (
     eval_windows,
     few_tokens,
     load_stream,
@@ -21,8 +23,8 @@ from ms_quant.data import (
     load_tokens,
     reading_bytes,
 )
+from ms_quant.data.tokenizer import ModelTokenizer
 from ms_quant.errors import MsQuantError
-from ms_quant.tokenizer import ModelTokenizer
 
 WORDS = [f"w{i}" for i in range(20)] + ["user:", "assistant:"]
 EOS, BOS, SIZE = len(WORDS), len(WORDS) + 1, len(WORDS) + 2

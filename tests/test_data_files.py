@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ms_quant.data import load_stream, load_tokens
-from ms_quant.data_files import FORMATS, Kind, count_chars, find_kind
-from ms_quant.data_parquet import MAX_GROUP_BYTES
-from ms_quant.data_records import KINDS, RECORD_KEYS, parse_record
+from ms_quant.data.calibration import load_stream, load_tokens
+from ms_quant.data.files import FORMATS, Kind, count_chars, find_kind
+from ms_quant.data.parquet import MAX_GROUP_BYTES
+from ms_quant.data.records import KINDS, RECORD_KEYS, parse_record
 from ms_quant.errors import MsQuantError
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
@@ -95,7 +95,7 @@ def test_bad_bytes_are_found_where_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for read in (1, 2, 3, 5):
-        monkeypatch.setattr("ms_quant.data_files.READ_CHARS", read)
+        monkeypatch.setattr("ms_quant.data.files.READ_CHARS", read)
         with pytest.raises(MsQuantError, match="at byte 7 "):
             count_chars(put(tmp_path, "x", "量a量".encode() + b"\xff\xff"))
         with pytest.raises(MsQuantError, match="at byte 4 "):
@@ -170,7 +170,7 @@ def test_conversations_in_parquet(tmp_path: Path, model: Path) -> None:
 def test_large_parquet_is_drawn_from(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ms_quant.data_windows.WHOLE_CHARS", 100)
+    monkeypatch.setattr("ms_quant.data.windows.WHOLE_CHARS", 100)
     rows = [f"w{i // 64} w{i // 8 % 8} w{i % 8} w9 w9" for i in range(512)]
     windows = load_tokens(parquet(tmp_path, {"text": rows}), model, 8, 5, seed=0)
     first = windows[:, :3].astype(int) @ [64, 8, 1]
@@ -183,10 +183,10 @@ def test_refusals_of_parquet(tmp_path: Path, model: Path, monkeypatch: pytest.Mo
     with pytest.raises(MsQuantError, match="row 2: text is a JSON number"):
         parse_record({"text": 3}, "row 2")
     path = parquet(tmp_path, {"text": ["w1"]})
-    monkeypatch.setattr("ms_quant.data_parquet.MAX_GROUP_BYTES", 3)
+    monkeypatch.setattr("ms_quant.data.parquet.MAX_GROUP_BYTES", 3)
     with pytest.raises(MsQuantError, match=r"row group 0 has .* expected at most 3: write it with"):
         load_stream(path, model)
-    monkeypatch.setattr("ms_quant.data_parquet.MAX_GROUP_BYTES", MAX_GROUP_BYTES)
+    monkeypatch.setattr("ms_quant.data.parquet.MAX_GROUP_BYTES", MAX_GROUP_BYTES)
     raw = path.read_bytes()
     for content in (raw[:40], raw[:-8] + b"\xff\xff\xff\x7fPAR1", b"PAR1" + b"\x00" * 60):
         path.write_bytes(content)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from ms_quant import data_files, data_json
-from ms_quant.data_json import is_json, read_values
+from ms_quant.data import files as data_files
+from ms_quant.data import json_records as data_json
+from ms_quant.data.json_records import is_json, read_values
 from ms_quant.errors import MsQuantError
 
 KEYS = ("text", "messages")

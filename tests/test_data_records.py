@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.data_records import Conversation, parse_record
+from ms_quant.data.records import Conversation, parse_record
 from ms_quant.errors import MsQuantError
 
 ASKED = {"role": "user", "content": "q"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ms_quant import kernels
-from ms_quant.embedding import Table, cross_entropy, used_rows
+from ms_quant.models.embedding import Table, cross_entropy, used_rows
 
 
 def pieces(table: np.ndarray, size: int):
@@ -49,7 +49,7 @@ def test_a_table_in_memory(exact):
     table, x, ids = Table(rows), rng.standard_normal(24).astype("f4"), np.array([3, 0, 3, 49])
     np.testing.assert_array_equal(table.rows(ids), rows[ids])
     assert table.rows(ids).dtype == np.float32
-    np.testing.assert_allclose(table.times(x), rows.astype(float) @ x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(table.matmul(x), rows.astype(float) @ x, rtol=1e-4, atol=1e-5)
     narrow = exact and kernels.available()
     assert table._held.nbytes == rows.nbytes // (2 if narrow else 1)
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import ServedModel, open_model
-from ms_quant.data import eval_windows
+from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+from ms_quant.formats.opening import ServedModel, open_model
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -48,8 +48,8 @@ def whole_model(model: ServedModel) -> Callable[[np.ndarray], np.ndarray]:
     """Logits of a batch of ids, from one network with the int8 linears swapped in."""
     from mindspore import Tensor
 
+    from ms_quant.cells.decoder import CausalLM, forward
     from ms_quant.cells.quant_linear import QuantLinear
-    from ms_quant.models.decoder import CausalLM, forward
 
     network, swapped = CausalLM(model.config), set()
     for index, block in enumerate(network.model.layers):
@@ -81,17 +81,17 @@ def test_perplexity_is_that_of_the_whole_model(
     calib_text: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ms_quant import evaluation
+    from ms_quant.evaluation import evaluation
 
     directory = checkpoint(scheme, **model)
     opened = open_model(directory)
-    assert opened.flavour == ("float" if scheme == "float" else f"golden-stick {scheme}")
+    assert opened.format == ("float" if scheme == "float" else f"golden-stick {scheme}")
     tokens = eval_windows(calib_text, directory, 12)[:5]
     expected = losses(whole_model(opened)(tokens), tokens)
     for batch in (1, 5, 3):
         monkeypatch.setattr(evaluation, "BATCH_TOKENS", 12 * batch)
         seen: list[float] = []
-        found = evaluation.perplexity(opened, tokens, Steps(seen))
+        found = evaluation.perplexity(opened, tokens, BlockHooks(seen))
         assert found["tokens"] == 5 * 11
         # An int8 rounding may flip when a sum is taken in another order; a layer left float or
         # swapped changes the loss by far more, as the next test shows.
@@ -101,7 +101,7 @@ def test_perplexity_is_that_of_the_whole_model(
         assert seen[-1] == 2.0 and seen == sorted(seen)
 
 
-class Steps:
+class BlockHooks:
     """Notes how many blocks are done."""
 
     def __init__(self, seen: list[float]):
@@ -114,7 +114,7 @@ class Steps:
 def test_quantization_shows_and_fallback_layers_count(
     checkpoint: Callable[..., Path], calib_text: Path
 ) -> None:
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     quantized = checkpoint("W8A8", exclude=("*.mlp.*",))
     tokens = eval_windows(calib_text, quantized, 12)[:8]
@@ -128,14 +128,14 @@ def test_quantization_shows_and_fallback_layers_count(
 
 
 def test_windows_too_short_to_predict(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
 
     with pytest.raises(MsQuantError, match="seq_len is 1, expected at least 2"):
         perplexity(open_model(checkpoint()), np.zeros((3, 1), np.int32))
 
 
 def test_activations_that_overflow_are_refused(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation import Generator, perplexity
+    from ms_quant.evaluation.evaluation import Generator, perplexity
 
     def change(tensors: dict[str, np.ndarray]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"][:] = 1e38
@@ -152,7 +152,7 @@ def test_activations_that_overflow_are_refused(checkpoint: Callable[..., Path]) 
 def test_generation_with_the_cache_is_generation_without(
     model: dict, scheme: str, checkpoint: Callable[..., Path]
 ) -> None:
-    from ms_quant.evaluation import Generator
+    from ms_quant.evaluation.evaluation import Generator
 
     opened = open_model(checkpoint(scheme, eos_token_id=None, **model))
     prompt = np.array([40, 3, 77, 150], np.int32)
@@ -167,7 +167,7 @@ def test_generation_with_the_cache_is_generation_without(
 
 
 def test_generation_stops_at_an_end_token(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation import Generator
+    from ms_quant.evaluation.evaluation import Generator
 
     directory = checkpoint(eos_token_id=None)
     prompt = np.array([5, 6], np.int32)
@@ -180,7 +180,7 @@ def test_generation_stops_at_an_end_token(checkpoint: Callable[..., Path]) -> No
 
 
 def test_generation_stops_at_the_tokens_of_every_file(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation import Generator
+    from ms_quant.evaluation.evaluation import Generator
 
     directory = checkpoint(eos_token_id=319)
     prompt = np.array([5, 6], np.int32)
@@ -200,7 +200,7 @@ def test_generation_stops_at_the_tokens_of_every_file(checkpoint: Callable[..., 
 
 
 def test_a_model_without_head_predicts_nothing(tiny_model: Callable[..., Path]) -> None:
-    from ms_quant.evaluation import Generator, perplexity
+    from ms_quant.evaluation.evaluation import Generator, perplexity
 
     def change(tensors: dict[str, np.ndarray]) -> None:
         for name in list(tensors):
@@ -217,7 +217,7 @@ def test_a_model_without_head_predicts_nothing(tiny_model: Callable[..., Path]) 
 
 
 def test_generation_needs_a_prompt(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation import Generator
+    from ms_quant.evaluation.evaluation import Generator
 
     with pytest.raises(MsQuantError, match="the prompt has no tokens"):
         next(Generator(open_model(checkpoint())).generate(np.zeros(0, np.int32), 1))

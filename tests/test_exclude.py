@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare
+from ms_quant.pipeline.run import QuantizeOptions, prepare
 from ms_quant.recipe import load_recipe
 
 FLOATS = [
@@ -33,9 +33,9 @@ def test_what_is_float_anyway_is_a_note(
     model = tiny_model(tied=tied)
     exclude = (pattern, "model.layers.1.mlp.down_proj")
     options = QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC", exclude=exclude)
-    prepared = prepare(options)
-    assert prepared.notes == (f"exclude {pattern!r}: it stays float anyway",)
-    assert prepared.plan.float_linears() == ["model.layers.1.mlp.down_proj"]
+    checked = prepare(options)
+    assert checked.notes == (f"exclude {pattern!r}: it stays float anyway",)
+    assert checked.plan.float_linears() == ["model.layers.1.mlp.down_proj"]
 
 
 @pytest.mark.parametrize("pattern", FLOATS)

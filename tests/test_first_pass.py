@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant import pipeline
-from ms_quant.checkpoint import first_pass, reader
-from ms_quant.checkpoint.reader import Checkpoint, fingerprint
-from ms_quant.cli import app
-from ms_quant.console import naming_leftovers, run
+from ms_quant.cli.console import naming_leftovers, run
+from ms_quant.cli.main import app
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.files import first_pass, reader
+from ms_quant.files.reader import Checkpoint, fingerprint
+from ms_quant.pipeline import run as pipeline
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 
 LAST = "model.layers.2.mlp.down_proj.weight"
 LARGE = {"layers": 3, "hidden_size": 256, "intermediate_size": 512}  # more than the samples cover

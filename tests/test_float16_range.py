@@ -10,28 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.divided import DividedTensors
-from ms_quant.checkpoint.finish import seal
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.data import load_tokens
+from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity, token_losses
-from ms_quant.float16_forward import Float16Block, Float16OverflowError
+from ms_quant.evaluation.evaluation import perplexity, token_losses
+from ms_quant.evaluation.float16_forward import Float16Block, Float16OverflowError
+from ms_quant.files.atomic import write_json
+from ms_quant.files.reader import Checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.job.output_directory import seal
 from ms_quant.models.config import load_config
 from ms_quant.models.host_block import HostBlock
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.quantization.divided import DividedTensors
+from ms_quant.statistics.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 Tensors = dict[str, np.ndarray]
 BLOCK = "model.layers.1."
 
 
-def times(tensors: Tensors, name: str, index: Any, factor: float) -> None:
+def matmul(tensors: Tensors, name: str, index: Any, factor: float) -> None:
     """Multiplies a part of a tensor."""
     wide = tensors[name].astype(np.float32)
     wide[index] *= factor
@@ -40,25 +40,25 @@ def times(tensors: Tensors, name: str, index: Any, factor: float) -> None:
 
 def large_gate_up(tensors: Tensors) -> None:
     """Channel 5 of the gated product of block 1 is some 10^5; its contribution stays small."""
-    times(tensors, f"{BLOCK}mlp.gate_proj.weight", 5, 2**9)
-    times(tensors, f"{BLOCK}mlp.up_proj.weight", 5, 2**9)
-    times(tensors, f"{BLOCK}mlp.down_proj.weight", np.s_[:, 5], 2**-18)
+    matmul(tensors, f"{BLOCK}mlp.gate_proj.weight", 5, 2**9)
+    matmul(tensors, f"{BLOCK}mlp.up_proj.weight", 5, 2**9)
+    matmul(tensors, f"{BLOCK}mlp.down_proj.weight", np.s_[:, 5], 2**-18)
 
 
 def large_values(tensors: Tensors) -> None:
     """Channel 2 of the second value head of block 1 is some 10^5."""
-    times(tensors, f"{BLOCK}self_attn.v_proj.weight", 8, 2**16)
+    matmul(tensors, f"{BLOCK}self_attn.v_proj.weight", 8, 2**16)
     for head in (2, 3):  # that read it
-        times(tensors, f"{BLOCK}self_attn.o_proj.weight", np.s_[:, 6 * head + 2], 2**-16)
+        matmul(tensors, f"{BLOCK}self_attn.o_proj.weight", np.s_[:, 6 * head + 2], 2**-16)
 
 
 def large_residual(tensors: Tensors) -> None:
     """Channel 7 of block 1's output is some 10^5."""
-    times(tensors, f"{BLOCK}mlp.down_proj.weight", 7, 2**17)
+    matmul(tensors, f"{BLOCK}mlp.down_proj.weight", 7, 2**17)
 
 
 def large_keys(tensors: Tensors) -> None:
-    times(tensors, f"{BLOCK}self_attn.k_proj.weight", 4, 2**17)
+    matmul(tensors, f"{BLOCK}self_attn.k_proj.weight", 4, 2**17)
 
 
 @pytest.fixture
@@ -166,9 +166,9 @@ def test_smoothing_never_enlarges_beyond_float16(
     """SmoothQuant at strength 0 divides an input by 1 / max|w|: here up_proj's rows by 1e-4."""
 
     def large_weights(tensors: Tensors) -> None:
-        times(tensors, f"{BLOCK}mlp.gate_proj.weight", 5, 2**-14)
-        times(tensors, f"{BLOCK}mlp.up_proj.weight", 5, 2**6)
-        times(tensors, f"{BLOCK}mlp.down_proj.weight", np.s_[:, 5], 2**14)
+        matmul(tensors, f"{BLOCK}mlp.gate_proj.weight", 5, 2**-14)
+        matmul(tensors, f"{BLOCK}mlp.up_proj.weight", 5, 2**6)
+        matmul(tensors, f"{BLOCK}mlp.down_proj.weight", np.s_[:, 5], 2**14)
 
     model = tiny_model(change=large_weights)
     choices = Choices(algorithm={"alpha": 0.0})
@@ -188,7 +188,7 @@ def test_near_the_end_is_warned_of(
     louder = tiny_model(
         "louder",
         dtype="float32",
-        change=lambda t: times(t, f"{BLOCK}mlp.down_proj.weight", channel, found),
+        change=lambda t: matmul(t, f"{BLOCK}mlp.down_proj.weight", channel, found),
     )
     _, result = quantize(louder)
     (warning,) = result["float16_warnings"]

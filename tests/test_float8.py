@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.request import make_choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.formats.opening import QuantizedModel
+from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "layers": 1}
 K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"

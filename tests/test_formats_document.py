@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes.table import SCHEMES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 
@@ -17,7 +17,7 @@ def table() -> list[str]:
             if held.only:
                 wanted = ", ".join(f"{option} {value}" for option, value in held.only.items())
                 served.append(f"only with {wanted}")
-            cells = [scheme.name, held.flavour, "; ".join(served), held.kernels]
+            cells = [scheme.name, held.format, "; ".join(served), held.kernels]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

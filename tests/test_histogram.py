@@ -14,10 +14,10 @@ import pytest
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
-from ms_quant import histogram
 from ms_quant.errors import MsQuantError
-from ms_quant.histogram import Histogram
 from ms_quant.numerics import affine
+from ms_quant.statistics import histogram
+from ms_quant.statistics.histogram import Histogram
 
 HUGE = float(np.finfo(np.float32).max)
 ANY = st.floats(-HUGE, HUGE, width=32)

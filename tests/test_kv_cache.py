@@ -12,15 +12,15 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant.checkpoint.serving import JobModel, open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import Generator, token_losses
-from ms_quant.inspection import inspect_checkpoint
+from ms_quant.evaluation.evaluation import Generator, token_losses
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.models.config import load_config
 from ms_quant.models.families import CACHED, KEYS, VALUES
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -41,9 +41,9 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
             keep_job=True,
             **{"calib": calib_text, **CALIBRATED, **options},
         )
-        prepared = prepare(request)
-        quantize_checkpoint(request, prepared=prepared)
-        return prepared
+        checked = prepare(request)
+        quantize_checkpoint(request, checked=checked)
+        return checked
 
     return run
 
@@ -79,10 +79,10 @@ def first_keys_and_values(source: Path, tokens: np.ndarray, tensors: dict) -> li
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_scales_cover_what_is_cached_and_no_more(make, load_tensors, family):
-    prepared = make("W8A16", family)
-    written = load_tensors(prepared.options.output)
-    source = load_tensors(prepared.options.model)
-    cached = first_keys_and_values(prepared.options.model, prepared.tokens, source)
+    checked = make("W8A16", family)
+    written = load_tensors(checked.options.output)
+    source = load_tensors(checked.options.model)
+    cached = first_keys_and_values(checked.options.model, checked.tokens, source)
     for path, values in zip(CACHED, cached, strict=True):
         scale = written[f"model.layers.0.{path}.kv_cache_scale"]
         offset = written[f"model.layers.0.{path}.kv_cache_offset"]
@@ -104,11 +104,11 @@ def test_scales_cover_what_is_cached_and_no_more(make, load_tensors, family):
     ],
 )
 def test_what_was_written_is_what_was_made(make, scheme, options):
-    prepared = make(scheme, **options)
-    output = prepared.options.output
-    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
+    checked = make(scheme, **options)
+    output = checked.options.output
+    job = JobModel(checked.plan, checked.job(), checked.tensors)
     written = open_model(output)
-    assert verify_checkpoint(output, prepared.options.model)["problems"] == []
+    assert verify_checkpoint(output, checked.options.model)["problems"] == []
     description = json.loads((output / "quant_model_description.json").read_text())
     assert description["kv_cache_type"] == description["kv_quant_type"] == "C8"
     named = [key for key, value in description.items() if "." in key and value == "C8"]
@@ -128,10 +128,10 @@ def test_what_was_written_is_what_was_made(make, scheme, options):
 
 def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
     """It is decided beside the weights: the other tensors are those without it."""
-    prepared = make("W8A16")
-    plain = QuantizeOptions(prepared.options.model, tmp_path / "plain", "W8A16")
+    checked = make("W8A16")
+    plain = QuantizeOptions(checked.options.model, tmp_path / "plain", "W8A16")
     quantize_checkpoint(plain)
-    found, expected = load_tensors(prepared.options.output), load_tensors(plain.output)
+    found, expected = load_tensors(checked.options.output), load_tensors(plain.output)
     more = {name for name in found if "kv_cache" in name}
     assert set(found) - more == set(expected) and len(more) == 8
     for name, tensor in expected.items():

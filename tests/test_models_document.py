@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.checkpoint.companion_files import PATTERNS
+from ms_quant.files.companion_files import PATTERNS
 from ms_quant.models.config_keys import BIASES, NEUTRAL
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.spellings import READ_BY_NEW, READ_BY_OLD

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from ms_quant.checkpoint.serving import open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.request import read_recipe
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 from ms_quant.recipe import load_recipe
-from ms_quant.request import read_recipe
-from ms_quant.verify import verify_checkpoint
-from sparse_compress.compress import check, compress
-from sparse_compress.slim import SlimDirectory
+from ms_quant.verify.checkpoint import verify_checkpoint
+from sparse_compress.msmodelslim.compress import check, compress
+from sparse_compress.msmodelslim.directory import SlimDirectory
 
 INT8 = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 DYNAMIC = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
@@ -51,13 +51,13 @@ def plan(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
     return run
 
 
-def kinds(prepared: Any, layer: str = LAYER) -> dict[str, str]:
+def kinds(checked: Any, layer: str = LAYER) -> dict[str, str]:
     """Linear of a block to its scheme and algorithms; what stays float is left out."""
     found = {}
-    for path in prepared.plan.quantized():
+    for path in checked.plan.quantized():
         if path.startswith(layer):
-            way = prepared.plan.at(path)
-            found[path.rpartition(".")[2]] = "+".join((way.scheme.name, *way.chain.names))
+            way = checked.plan.at(path)
+            found[path.rpartition(".")[2]] = "+".join((way.scheme.name, *way.algorithms.names))
     return found
 
 
@@ -78,15 +78,15 @@ def test_patterns_of_smoothing_name_what_it_is_folded_into(plan):
 
 def test_fused_linears_stay_float_together_and_that_is_noted(plan):
     names = ["model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.v_proj", "lm_head"]
-    prepared = plan(older({"disable_names": [*names, "model.layers.9.mlp.down_proj"]}))
-    assert sorted(kinds(prepared)) == ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
-    assert sorted(kinds(prepared, "model.layers.1.")) == [
+    checked = plan(older({"disable_names": [*names, "model.layers.9.mlp.down_proj"]}))
+    assert sorted(kinds(checked)) == ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+    assert sorted(kinds(checked, "model.layers.1.")) == [
         "down_proj",
         "gate_proj",
         "o_proj",
         "up_proj",
     ]
-    idle, fused = prepared.notes
+    idle, fused = checked.notes
     assert idle == (
         "spec.calib_cfg: pattern 'model.layers.9.mlp.down_proj' matches nothing of this model; "
         "near it is 'model.layers.1.mlp.down_proj'"
@@ -96,14 +96,14 @@ def test_fused_linears_stay_float_together_and_that_is_noted(plan):
 
 def test_names_that_are_not_smoothed_leave_out_their_group(plan):
     anti = {"anti_method": "m4", "disable_anti_names": [f"{LAYER}self_attn.k_proj"]}
-    prepared = plan(older({"w_bit": 8}, anti_cfg=anti))
-    found = kinds(prepared)
+    checked = plan(older({"w_bit": 8}, anti_cfg=anti))
+    found = kinds(checked)
     assert {name for name, kind in found.items() if kind == "W8A8"} == {
         "q_proj",
         "k_proj",
         "v_proj",
     }
-    assert set(kinds(prepared, "model.layers.1.").values()) == {"W8A8+smoothquant"}
+    assert set(kinds(checked, "model.layers.1.").values()) == {"W8A8+smoothquant"}
     with pytest.raises(MsQuantError, match=r"^qwen3: spec\.anti_cfg\.anti_method m4 shifts inputs"):
         plan(older({"w_bit": 8}, anti_cfg=anti), "qwen3")
 
@@ -132,10 +132,10 @@ def test_what_a_model_refuses(plan, recipe, words):
 
 def test_a_rotation_in_blocks_is_verified(plan, tmp_path):
     saver = [{"type": "ascendv1_saver"}]
-    prepared = plan(newer({"type": "quarot", "block_size": 8}, linear(TENSOR), save=saver))
-    assert prepared.record["algorithm_options"]["quarot"] == {"seed": 0, "block_size": 8}
-    quantize_checkpoint(prepared.options, prepared=prepared)
-    proof = verify_checkpoint(tmp_path / "out", prepared.options.model)
+    checked = plan(newer({"type": "quarot", "block_size": 8}, linear(TENSOR), save=saver))
+    assert checked.record["algorithm_options"]["quarot"] == {"seed": 0, "block_size": 8}
+    quantize_checkpoint(checked.options, checked=checked)
+    proof = verify_checkpoint(tmp_path / "out", checked.options.model)
     assert proof["problems"] == [] and proof["made_again"] == 14
 
 
@@ -146,7 +146,7 @@ def test_sparse_weights_are_written_and_compressed(tiny_model, tmp_path, calib_t
     recipe = replace(load_recipe(sparse), calib=str(calib_text))
     options = QuantizeOptions(source, tmp_path / "out", recipe=recipe, dtype="float16", **WINDOWS)
     quantize_checkpoint(options)
-    assert open_model(tmp_path / "out").flavour == "ascend W8A8S"
+    assert open_model(tmp_path / "out").format == "ascend W8A8S"
     assert verify_checkpoint(tmp_path / "out", source)["problems"] == []
     assert len(SlimDirectory(tmp_path / "out").plain) == 7
     compress(check(tmp_path / "out", tmp_path / "coded"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import KEYS, VALUES
-from ms_quant.observers import ActivationStats, CacheRange, StepStats
+from ms_quant.statistics.observers import ActivationStats, CacheRange, StepStats
 
 
 def split(x: np.ndarray, cuts: list[int]) -> list[np.ndarray]:

@@ -19,19 +19,19 @@ pytest.importorskip("mindspore")
 
 from mindspore import Tensor
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, apply
+from ms_quant.cells.decoder import causal_mask, rope_tensors
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import get_cell, replaced
-from ms_quant.checkpoint.serving import FloatModel
-from ms_quant.data import eval_windows, load_tokens
-from ms_quant.evaluation import load_block
+from ms_quant.data.calibration import eval_windows, load_tokens
+from ms_quant.evaluation.evaluation import load_block
+from ms_quant.formats.opening import FloatModel
 from ms_quant.models.config import block_prefix
-from ms_quant.models.decoder import causal_mask, rope_tensors
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import VALUES, get_scheme
+from ms_quant.schemes.table import VALUES, get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def _solve(key: tuple, group: Group) -> list[float]:
 
     problem = Problem("group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss)
     return _errors(
-        apply(problem, get_chain(key[1], scheme, settings).solve(problem)), weights, heldout
+        apply(problem, get_algorithms(key[1], scheme, settings).solve(problem)), weights, heldout
     )
 
 

@@ -16,14 +16,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import QuantizedModel
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.inspection import inspect_checkpoint
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import QuantizedModel
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
-from ms_quant.remake_grid import some_rows
+from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.serve.check import serve_check
-from ms_quant.verify import VERDICTS, verify_checkpoint
+from ms_quant.verify.checkpoint import VERDICTS, verify_checkpoint
+from ms_quant.verify.requantize_grid import some_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "others"
 RIGHT, SEEN, WRONG = VERDICTS
@@ -75,7 +75,7 @@ def test_every_golden_checkpoint_is_named_here() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_is_read(name: str) -> None:
-    assert inspect_checkpoint(GOLDEN / name)["flavour"] == KINDS[name]
+    assert inspect_checkpoint(GOLDEN / name)["format"] == KINDS[name]
     blocks = name == "llm_compressor_fp8_block"  # whose o_proj and down_proj were ignored
     assert len(linears(GOLDEN / name)) == (5 if blocks else 7)
 
@@ -184,7 +184,7 @@ def test_it_is_converted_and_what_made_it_is_recorded(
     name: str, format: str, tmp_path: Path
 ) -> None:
     result = convert_checkpoint(GOLDEN / name, tmp_path / "out", format)
-    assert result["flavour"] == format
+    assert result["format"] == format
     record = json.loads((tmp_path / "out" / "ms_quant.json").read_text())["record"]
     tool = "LLM Compressor" if name in LLM_COMPRESSOR else "msModelSlim"
     provenance = record["provenance"]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.ascend_leeway import describe_difference
-from ms_quant.checkpoint.compressed_tensors_config import read_schemes
-from ms_quant.checkpoint.compressed_tensors_entry import (
+from ms_quant.errors import MsQuantError
+from ms_quant.formats.ascend.leeway import describe_difference
+from ms_quant.formats.compressed_tensors.config import read_schemes
+from ms_quant.formats.compressed_tensors.entry import (
     MAX_PATTERN,
     MAX_REPEATS,
     NEUTRAL,
     STATED,
 )
-from ms_quant.errors import MsQuantError
-from ms_quant.verify import VERDICTS
+from ms_quant.verify.checkpoint import VERDICTS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "others.md").read_text()
 GOLDEN = Path(__file__).parent / "golden" / "others"

@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.data import load_tokens
+from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.job.directory import JobDirectory
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -77,8 +77,8 @@ def linear_inputs(model: Path, tensors: Tensors, batches: list[np.ndarray]) -> T
     """What every linear of the float model reads, tokens concatenated."""
     from mindspore import Tensor, nn
 
+    from ms_quant.cells.decoder import CausalLM, forward
     from ms_quant.models.config import load_config
-    from ms_quant.models.decoder import CausalLM, forward
 
     seen: dict[str, list[np.ndarray]] = {}
 
@@ -135,7 +135,7 @@ def test_calibrated_tensors_are_those_of_the_oracle(
     load_tensors: Callable[[Path], Tensors],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ms_quant.calibration.BATCH_TOKENS", batch * 16)
+    monkeypatch.setattr("ms_quant.quantization.calibration.BATCH_TOKENS", batch * 16)
     model = tiny_model(**family)
     source = load_tensors(model)
     found = load_tensors(quantize(model, **options))

@@ -12,17 +12,17 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import RECORD, seal
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.serving import JobModel, open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.evaluation.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.files.atomic import write_json
+from ms_quant.files.reader import Checkpoint
+from ms_quant.formats.opening import JobModel, open_model
+from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import load_config
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.request import make_choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -50,9 +50,9 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
                 **CALIBRATED,
                 keep_job=True,
             )
-        prepared = prepare(request)
-        quantize_checkpoint(request, prepared=prepared)
-        return prepared
+        checked = prepare(request)
+        quantize_checkpoint(request, checked=checked)
+        return checked
 
     return run
 
@@ -107,17 +107,17 @@ def prepare_needs(request: QuantizeOptions) -> bool:
 )
 def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):
     """Fake-quantized and stored are the same bits: every linear, and so every prediction."""
-    prepared = make(scheme, algorithm, {"family": "qwen2"}, **options)
-    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
-    written = open_model(prepared.options.output)
+    checked = make(scheme, algorithm, {"family": "qwen2"}, **options)
+    job = JobModel(checked.plan, checked.job(), checked.tensors)
+    written = open_model(checked.options.output)
     x = np.random.default_rng(1).standard_normal((7, 128), np.float32)
-    for path in prepared.plan.quantized():
+    for path in checked.plan.quantized():
         ours, theirs = job.linear(path), written.linear(path)
         assert ours is not None and theirs is not None
         part = x[:, : ours.weight.shape[1]]
         for decode in (False, True):
             np.testing.assert_array_equal(theirs.forward(part, decode), ours.forward(part, decode))
-    found = verify_checkpoint(prepared.options.output, prepared.options.model)
+    found = verify_checkpoint(checked.options.output, checked.options.model)
     assert found["problems"] == []
     for decode in (False, True) if is_phased(written) else (False,):
         ours, theirs = (token_losses(m, TOKENS, decode=decode) for m in (job, written))
@@ -126,8 +126,8 @@ def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rotated_model_is_an_ordinary_one(make, tied):
-    prepared = make("W8A8_DYNAMIC", "quarot", {"tied": tied})
-    directory, source = prepared.options.output, prepared.options.model
+    checked = make("W8A8_DYNAMIC", "quarot", {"tied": tied})
+    directory, source = checked.options.output, checked.options.model
     assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in Checkpoint(directory).names
     assert load_config(directory).tied is False
@@ -144,14 +144,14 @@ def test_a_rotated_model_is_an_ordinary_one(make, tied):
 
 
 def test_another_seed_is_another_job(make):
-    prepared = make("W8A16", "quarot", None, seed=3)
-    assert prepared.record["algorithm_options"] == {"quarot": {"seed": 3, "block_size": 0}}
+    checked = make("W8A16", "quarot", None, seed=3)
+    assert checked.record["algorithm_options"] == {"quarot": {"seed": 3, "block_size": 0}}
 
 
 def test_both_phases_of_a_generation(make):
     """The first token is predicted with dynamic inputs, all later ones with static ones."""
-    prepared = make("W8A8_MIX", "minmax")
-    model = open_model(prepared.options.output)
+    checked = make("W8A8_MIX", "minmax")
+    model = open_model(checked.options.output)
     assert is_phased(model)
     generator = Generator(model)
     seen: list[tuple[int, bool]] = []
@@ -172,16 +172,16 @@ def test_both_phases_of_a_generation(make):
 
 def test_smoothing_does_not_change_what_a_float_model_computes(make):
     """With 8 bits on both sides folding into norms, values and gates leaves the losses alone."""
-    prepared = make("W8A8_DYNAMIC", "smoothquant", {"family": "qwen2"}, alpha=0.9)
-    job = prepared.job()
+    checked = make("W8A8_DYNAMIC", "smoothquant", {"family": "qwen2"}, alpha=0.9)
+    job = checked.job()
     changed = [
         name
         for name in ("input_layernorm.weight", "self_attn.v_proj.bias")
         if job.changed_tensor(f"model.layers.0.{name}") is not None
     ]
     assert len(changed) == 2
-    before = perplexity(open_model(prepared.options.model), TOKENS)["loss"]
-    after = perplexity(open_model(prepared.options.output), TOKENS)["loss"]
+    before = perplexity(open_model(checked.options.model), TOKENS)["loss"]
+    after = perplexity(open_model(checked.options.output), TOKENS)["loss"]
     assert abs(after - before) < 0.05
 
 

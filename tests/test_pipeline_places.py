@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant import request
-from ms_quant.checkpoint import atomic
-from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.files import atomic
+from ms_quant.job.directory import JobDirectory
+from ms_quant.pipeline import request
+from ms_quant.pipeline.run import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 
 
 @pytest.fixture
@@ -114,14 +114,14 @@ def test_an_unwritable_place_is_found_before_the_blocks(
         raise PermissionError(13, "Permission denied")
 
     wanted = replace(wanted, job=tmp_path / "job")
-    prepared = prepare(wanted)
+    checked = prepare(wanted)
     (tmp_path / "job").mkdir()
     make = Path.mkdir
     monkeypatch.setattr(
         Path, "mkdir", lambda path, **o: make(path, **o) if path.name == "job" else refuse(path)
     )
     with pytest.raises(MsQuantError, match=r"out\.partial: writing .* failed \(Permission denied"):
-        quantize_checkpoint(wanted, lambda *_: pytest.fail("worked"), prepared)
+        quantize_checkpoint(wanted, lambda *_: pytest.fail("worked"), checked)
 
 
 def test_space_that_a_resumed_job_has_taken_already_counts(
@@ -151,10 +151,10 @@ def test_the_disk_of_the_job_counts_too(
 ) -> None:
     wanted = replace(wanted, job=tmp_path / "other" / "job")
     seen: dict[Path, int] = {}
-    monkeypatch.setattr("ms_quant.places.free_spaces_check", seen.update)
-    prepared = prepare(wanted)
+    monkeypatch.setattr("ms_quant.pipeline.paths.free_spaces_check", seen.update)
+    checked = prepare(wanted)
     assert list(seen) == [tmp_path / "out.partial", tmp_path / "other" / "job"]
-    assert sum(seen.values()) == needed_bytes(prepared)
+    assert sum(seen.values()) == needed_bytes(checked)
 
 
 def test_a_second_run_of_the_same_job_is_refused(wanted: QuantizeOptions) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant import pipeline, request
-from ms_quant.checkpoint import atomic
-from ms_quant.checkpoint.atomic import Sink, disk_errors
-from ms_quant.checkpoint.job import HiddenStates, JobDirectory
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.files import atomic
+from ms_quant.files.atomic import Sink, disk_errors
+from ms_quant.job.directory import HiddenStates, JobDirectory
+from ms_quant.pipeline import request
+from ms_quant.pipeline import run as pipeline
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 

@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import digest, reader
-from ms_quant.checkpoint.floats import round_chunks
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.safetensors_file import SafetensorsFile
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+from ms_quant.files import digest, reader
+from ms_quant.files.floats import round_chunks
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.safetensors_file import SafetensorsFile
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 
 
 def test_a_weight_is_read_once_for_itself_and_once_for_its_bias(

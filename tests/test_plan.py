@@ -10,9 +10,9 @@ from ms_quant.algorithms import ALGORITHMS
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = parse_config(
@@ -152,8 +152,8 @@ def test_a_fold_of_nothing_is_refused():
 
 def test_flavours_of_a_scheme():
     usual, chosen = plan(), plan(options=Choices(format="ascend"))
-    assert usual.flavour.name == "golden-stick" and not {"format", "fold"} & usual.record().keys()
-    assert chosen.flavour.name == "ascend" and chosen.record()["format"] == "ascend"
+    assert usual.format.name == "golden-stick" and not {"format", "fold"} & usual.record().keys()
+    assert chosen.format.name == "ascend" and chosen.record()["format"] == "ascend"
     assert chosen.scheme.activation.folds_bias and not chosen.scheme.activation.per_channel
     folded = plan(algorithm="smoothquant", options=Choices(fold="norm"))
     assert folded.record()["fold"] == "norm" and not folded.scheme.activation.per_channel
@@ -165,7 +165,7 @@ def test_flavours_of_a_scheme():
 @pytest.mark.parametrize("alpha", [0.0, 0.5, "1.0"])
 def test_alpha_bounds_are_included(alpha):
     made = plan(algorithm="smoothquant", options=Choices(algorithm={"alpha": alpha}))
-    assert made.chain.chosen == {"smoothquant": {"alpha": float(alpha)}}
+    assert made.algorithms.chosen == {"smoothquant": {"alpha": float(alpha)}}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_scheme_of_networks_is_refused():
 
 
 def test_every_pair_is_either_planned_or_refused():
-    for scheme in (name for name, row in SCHEMES.items() if row.flavour):
+    for scheme in (name for name, row in SCHEMES.items() if row.format):
         for algorithm, row in ALGORITHMS.items():
             if row.suits(SCHEMES[scheme]):
                 with pytest.raises(MsQuantError, match=r"does not work with scheme"):
@@ -229,8 +229,8 @@ def test_options_that_two_algorithms_take_are_told_apart():
     with pytest.raises(MsQuantError, match=r"expected flatquant\.steps or ssz\.steps once$"):
         plan(scheme, "ssz", options=Choices(algorithm=chosen))
     made = plan(scheme, "ssz", options=Choices(algorithm={"ssz.steps": 5}))
-    assert made.chain.options["ssz"].steps == 5
-    assert made.chain.options["flatquant"].steps != 5
+    assert made.algorithms.options["ssz"].steps == 5
+    assert made.algorithms.options["flatquant"].steps != 5
     twice = Choices(algorithm={"alpha": 0.5, "smoothquant.alpha": 0.6})
     with pytest.raises(MsQuantError, match=r"given twice, expected smoothquant\.alpha once$"):
         plan(algorithm="smoothquant", options=twice)

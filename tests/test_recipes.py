@@ -13,21 +13,21 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from ms_quant import request
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import seal
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.serving import JobModel, open_model
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.estimate import estimate
-from ms_quant.evaluation import is_phased, token_losses
-from ms_quant.inspection import inspect_checkpoint
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.evaluation.evaluation import is_phased, token_losses
+from ms_quant.files.atomic import write_json
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import JobModel, open_model
+from ms_quant.job.directory import JobDirectory
+from ms_quant.job.output_directory import seal
+from ms_quant.pipeline import request
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.estimate import estimate
+from ms_quant.pipeline.request import read_recipe
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 from ms_quant.recipe import Recipe, load_recipe
-from ms_quant.request import read_recipe
-from ms_quant.verify import verify_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -83,46 +83,46 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
         wanted = QuantizeOptions(
             model[0], tmp_path / output, recipe=chosen, keep_job=True, **options
         )
-        prepared = prepare(wanted)
-        quantize_checkpoint(wanted, prepared=prepared)
-        return prepared
+        checked = prepare(wanted)
+        quantize_checkpoint(wanted, checked=checked)
+        return checked
 
     run.calibrated = {"calib": calib_text, **CALIBRATED}
     return run
 
 
-def assert_written_as_made(prepared: Any) -> None:
-    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
-    output = prepared.options.output
+def assert_written_as_made(checked: Any) -> None:
+    job = JobModel(checked.plan, checked.job(), checked.tensors)
+    output = checked.options.output
     written = open_model(output)
     np.testing.assert_array_equal(token_losses(written, TOKENS), token_losses(job, TOKENS))
-    proof = verify_checkpoint(output, prepared.options.model)
-    assert proof["problems"] == [] and proof["quantized"] == len(prepared.plan.quantized())
+    proof = verify_checkpoint(output, checked.options.model)
+    assert proof["problems"] == [] and proof["quantized"] == len(checked.plan.quantized())
 
 
 def test_the_pdmix_recipe(make):
-    prepared = make(PDMIX, formats=("ascend",), **make.calibrated)
-    description = prepared.options.output / "quant_model_description.json"
+    checked = make(PDMIX, formats=("ascend",), **make.calibrated)
+    description = checked.options.output / "quant_model_description.json"
     kinds = json.loads(description.read_text())
     assert kinds["model.layers.0.self_attn.q_proj.weight"] == "W8A8_MIX"
     assert kinds["model.layers.0.self_attn.o_proj.weight"] == "FLOAT"
     assert kinds["model.layers.1.self_attn.o_proj.weight"] == "W8A8_MIX"
     assert kinds["model.layers.1.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
     assert kinds["model_quant_type"] == "W8A8_MIX"  # after W8A8_DYNAMIC in the runtime's order
-    assert open_model(prepared.options.output).flavour == "ascend W8A8_DYNAMIC+W8A8_MIX"
-    assert prepared.plan.at("model.layers.0.self_attn.q_proj").chain.names == ("smoothquant",)
-    assert prepared.plan.at("model.layers.1.mlp.down_proj").chain.names == ()
-    assert_written_as_made(prepared)
+    assert open_model(checked.options.output).format == "ascend W8A8_DYNAMIC+W8A8_MIX"
+    assert checked.plan.at("model.layers.0.self_attn.q_proj").algorithms.names == ("smoothquant",)
+    assert checked.plan.at("model.layers.1.mlp.down_proj").algorithms.names == ()
+    assert_written_as_made(checked)
 
 
 def test_schemes_of_several_formats_find_one_that_holds_all(make):
-    prepared = make(NATIVE)
-    config = json.loads((prepared.options.output / "config.json").read_text())
+    checked = make(NATIVE)
+    config = json.loads((checked.options.output / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"]
     assert [len(group["targets"]) for group in groups.values()] == [4, 6, 3]
     assert config["quantization_config"]["ignore"][0] == "model.layers.1.self_attn.o_proj"
-    assert prepared.plan.scheme_name == "W8A8_DYNAMIC+W4A16+W8A16"
-    assert_written_as_made(prepared)
+    assert checked.plan.scheme_name == "W8A8_DYNAMIC+W4A16+W8A16"
+    assert_written_as_made(checked)
 
 
 def test_one_rule_is_the_same_as_its_options(make, file_contents):
@@ -184,12 +184,12 @@ def test_several_formats_are_what_each_alone_is(make, file_contents, scheme, alg
     if scheme == "W8A8":
         options |= make.calibrated
     together = make(None, formats=SEVERAL, **options)
-    for prepared in together.all:
-        (name,) = prepared.options.formats
+    for checked in together.all:
+        (name,) = checked.options.formats
         alone = make(None, f"alone-{name}", choices=Choices(format=name), **options)
-        found = file_contents(prepared.options.output)
+        found = file_contents(checked.options.output)
         assert found == file_contents(alone.options.output)
-        assert verify_checkpoint(prepared.options.output, prepared.options.model)["problems"] == []
+        assert verify_checkpoint(checked.options.output, checked.options.model)["problems"] == []
     assert sorted(p.name for p in together.options.output.parent.iterdir()) == sorted(SEVERAL)
 
 
@@ -265,8 +265,8 @@ MODELSLIM: list[tuple[str, list[dict[str, Any]], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "qconfigs", "flavour"), MODELSLIM)
-def test_recipes_of_modelslim_run(make, name, qconfigs, flavour):
+@pytest.mark.parametrize(("name", "qconfigs", "format"), MODELSLIM)
+def test_recipes_of_modelslim_run(make, name, qconfigs, format):
     process = [{"type": "linear_quant", "qconfig": qconfig} for qconfig in qconfigs]
     recipe = {
         "apiversion": "modelslim_v1",
@@ -278,9 +278,9 @@ def test_recipes_of_modelslim_run(make, name, qconfigs, flavour):
         },
     }
     windows = {"samples": 4, "seq_len": 16} if name in ("static", "dynamic, gptq") else {}
-    prepared = make(recipe, **windows)
-    assert flavour in open_model(prepared.options.output).flavour
-    assert_written_as_made(prepared)
+    checked = make(recipe, **windows)
+    assert format in open_model(checked.options.output).format
+    assert_written_as_made(checked)
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,9 @@ def test_recipes_that_name_a_format_which_no_runtime_serves_yet_run(make, proces
     saver = [{"type": "ascendv1_saver"}]
     recipe = {"apiversion": "modelslim_v1", "spec": {"process": process, "save": saver}}
     data = make.calibrated if scheme == "W16A16S" else {}
-    prepared = make(recipe, **data)
-    assert open_model(prepared.options.output).flavour == f"ascend {scheme}"
-    assert_written_as_made(prepared)
+    checked = make(recipe, **data)
+    assert open_model(checked.options.output).format == f"ascend {scheme}"
+    assert_written_as_made(checked)
 
 
 def test_the_example_of_the_document(make, tmp_path):
@@ -310,11 +310,11 @@ def test_the_example_of_the_document(make, tmp_path):
     example = text.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "recipe.yaml").write_text(example)
     recipe = replace(read_recipe(tmp_path / "recipe.yaml"), calib=None)
-    prepared = make(recipe, **make.calibrated)
-    assert prepared.plan.scheme_name == "W8A8_DYNAMIC+W8A16" and prepared.plan.kv_cache == "C8"
-    floats = prepared.plan.float_linears()
+    checked = make(recipe, **make.calibrated)
+    assert checked.plan.scheme_name == "W8A8_DYNAMIC+W8A16" and checked.plan.kv_cache == "C8"
+    floats = checked.plan.float_linears()
     assert floats == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
-    assert_written_as_made(prepared)
+    assert_written_as_made(checked)
 
 
 def smoothing(rules: list[dict[str, Any]], *groups: str, **more: Any) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def test_what_is_inspected(make, tmp_path):
 
 
 def test_options_are_those_of_schemes(make):
-    for key in ("name", "fold", "flavour"):
+    for key in ("name", "fold", "format"):
         with pytest.raises(MsQuantError, match=rf"takes no {key}, expected group_size or"):
             make({"apiversion": "ms_quant_v1", "rules": [rule("W8A16", options={key: "norm"})]})
 

@@ -13,7 +13,7 @@ from ms_quant.numerics.linear import (
     quantize_linear,
     static_activation,
 )
-from ms_quant.remake import Comparison, ScaleRule, compare, output_error
+from ms_quant.verify.requantize import Comparison, ScaleRule, compare, output_error
 
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 WEIGHT = np.random.default_rng(0).standard_normal((30, 64), np.float32)

@@ -9,7 +9,7 @@ from ms_quant.models.config import parse_config
 from ms_quant.models.families import GATED_DECODER_GROUPS
 from ms_quant.models.host_block import HostBlock, linear_function
 from ms_quant.numerics.linear import quantize_linear
-from ms_quant.searched import BlockErrors, SearchWindows
+from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
 
 SHAPE = {
     "model_type": "qwen3",
@@ -91,12 +91,12 @@ def test_a_token_with_huge_activations_counts_as_any_other(monkeypatch) -> None:
     output = rng.normal(size=(2, 16, 64))
     error = 0.1 * rng.normal(size=output.shape)
 
-    def damage(*pairs: tuple[np.ndarray, np.ndarray]) -> float:
+    def relative_mse(*pairs: tuple[np.ndarray, np.ndarray]) -> float:
         monkeypatch.setattr(BlockErrors, "pairs", lambda self, candidate: iter(pairs))
-        return BlockErrors.damage(object.__new__(BlockErrors), {})
+        return BlockErrors.relative_mse(object.__new__(BlockErrors), {})
 
-    before = damage((error, output))
+    before = relative_mse((error, output))
     assert before == pytest.approx(0.01, rel=0.1)
     output[0, 3], error[0, 3] = 1e4 * output[0, 3], 1e4 * error[0, 3]
-    assert damage((error[:1], output[:1]), (error[1:], output[1:])) == pytest.approx(before)
-    assert np.isfinite(damage((0 * error, 0 * output)))
+    assert relative_mse((error[:1], output[:1]), (error[1:], output[1:])) == pytest.approx(before)
+    assert np.isfinite(relative_mse((0 * error, 0 * output)))

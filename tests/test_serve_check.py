@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_quant.checkpoint.finish import RECORD
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import quantize_checkpoint
-from ms_quant.request import QuantizeOptions, make_choices
+from ms_quant.job.output_directory import RECORD
+from ms_quant.pipeline.request import QuantizeOptions, make_choices
+from ms_quant.pipeline.run import quantize_checkpoint
 from ms_quant.serve.check import serve_check
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

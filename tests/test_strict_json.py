@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.strict_json import parse_json, read_json
 from ms_quant.models.config import load_config
-from ms_quant.strict_json import parse_json, read_json
 
 PAIR = "\\ud83d\\ude00"  # an escaped emoji: two surrogates that belong together
 

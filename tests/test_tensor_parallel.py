@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from ms_quant.cli import app
-from ms_quant.console import run
+from ms_quant.cli.console import run
+from ms_quant.cli.main import app
 from ms_quant.errors import MsQuantError
-from ms_quant.estimate import estimate
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
+from ms_quant.pipeline.estimate import estimate
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.tensor_parallel import rank_counts, rank_notes, refuse_ranks
 from ms_quant.serve.check import serve_check
-from ms_quant.tensor_parallel import rank_counts, rank_notes, refuse_ranks
 
 DOWN = "model.layers.0.mlp.down_proj"
 

@@ -15,7 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.timestep import STRATEGIES, TimestepManager, TimestepPolicyConfig, kept_timesteps
+from ms_quant.timestep import (
+    STRATEGIES,
+    TimestepManager,
+    TimestepPolicyConfig,
+    kept_timesteps,
+)
 
 NO_INTS = [True, False, 1.0, "1", np.int64(1), [1]]
 
@@ -286,5 +291,6 @@ def test_refused_defaults(defaults, error, message):
 
 
 def test_mindspore_is_not_imported(package_environment):
-    code = "import sys, ms_quant.timestep, ms_quant.histogram; sys.exit('mindspore' in sys.modules)"
+    modules = "ms_quant.timestep, ms_quant.statistics.histogram"
+    code = f"import sys, {modules}; sys.exit('mindspore' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=package_environment, check=True, timeout=60)

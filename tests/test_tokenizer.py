@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from ms_quant import chat_template
+from ms_quant.data import chat_template
+from ms_quant.data.tokenizer import load_tokenizer
 from ms_quant.errors import MsQuantError
-from ms_quant.tokenizer import load_tokenizer
 
 WORDS = [f"w{i}" for i in range(20)] + ["user:", "assistant:"]
 EOS, BOS, SIZE = len(WORDS), len(WORDS) + 1, len(WORDS) + 2

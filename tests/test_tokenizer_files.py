@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
+from ms_quant.data.tokenizer import load_tokenizer
 from ms_quant.errors import MsQuantError
-from ms_quant.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = (ROOT / "models" / "text" / "calibration.txt").read_text()[:60_000]

@@ -13,14 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.activations import KEY
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import RECORD, seal
-from ms_quant.checkpoint.safetensors_file import SafetensorsFile
-from ms_quant.checkpoint.serving import QuantizedModel
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.verify import verify_checkpoint
+from ms_quant.files.atomic import write_json
+from ms_quant.files.safetensors_file import SafetensorsFile
+from ms_quant.formats.opening import QuantizedModel
+from ms_quant.job.output_directory import RECORD, seal
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.quantization.activation_record import KEY
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.finish import RECORD, seal
+from ms_quant.files.atomic import write_json
+from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.numerics.grid import AffineFormat
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.remake_grid import GridComparison
-from ms_quant.schemes import SCHEMES
-from ms_quant.verify import verify_checkpoint
-from ms_quant.verify_source import max_output_error
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.schemes.table import SCHEMES
+from ms_quant.verify.checkpoint import verify_checkpoint
+from ms_quant.verify.requantize_grid import GridComparison
+from ms_quant.verify.source import max_output_error
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.estimate import estimate
 from ms_quant.models.config import parse_config
-from ms_quant.request import QuantizeOptions, prepare, read_recipe
+from ms_quant.pipeline.estimate import estimate
+from ms_quant.pipeline.request import QuantizeOptions, prepare, read_recipe
 
 PRACTICE, DATA = "msmodelslim/lab_practice/", "msmodelslim/lab_calib/"
 SMALL = {
@@ -193,11 +193,11 @@ def attempt(path: Path, name: str, models: Models, calib: Path, scratch: Path) -
     def plan(model: Path) -> tuple[str, tuple[str, ...]]:
         options = QuantizeOptions(model, scratch / "out", recipe=ready, samples=None)
         try:
-            prepared = prepare(options)
-            estimate(prepared, options.output)
+            checked = prepare(options)
+            estimate(checked, options.output)
         except MsQuantError as error:
             return str(error).removeprefix(f"{model}").lstrip("/:. "), ()
-        return "", prepared.notes
+        return "", checked.notes
 
     own, notes = plan(models.of_recipe(name))
     dense, _ = plan(models.dense(*ANY_DENSE))

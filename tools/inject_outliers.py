@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.checkpoint.companion_files import companion_files
-from ms_quant.checkpoint.reader import Checkpoint, check_model
-from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.files.companion_files import companion_files
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.weights import check_model
 
 
 def column_factors(source: Path, channels: int, factor: float, seed: int) -> dict[str, np.ndarray]:

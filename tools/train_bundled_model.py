@@ -27,8 +27,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from trigram import InterpolatedTrigram
 
+from ms_quant.cells.decoder import CausalLM, causal_mask, rope_tensors
 from ms_quant.models.config import parse_config
-from ms_quant.models.decoder import CausalLM, causal_mask, rope_tensors
 
 VOCABULARY, WINDOW = 2048, 256
 END = "<|endoftext|>"

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, grid_of, prepared, seen_hessian
+from ms_quant.algorithms.problem import Problem, Solution, checked, grid_of, seen_hessian
 from ms_quant.numerics.affine import check_finite
 
 STEPS, CHOOSING_STEPS = 20, 15  # in the last five the zeros stay where they are
@@ -99,7 +99,7 @@ def _smallest(values: np.ndarray, share: float) -> np.ndarray:
 def solve(problem: Problem, solution: Solution, options: AdmmOptions) -> Solution:
     hessian, grids, codes = seen_hessian(problem, solution), {}, {}
     check_finite(hessian, f"{problem.name}: Hessian")
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         made = pruned(weight, hessian, options.sparsity)
         grids[name] = grid_of(problem, solution, name, made)
         exact = protected(made, hessian)

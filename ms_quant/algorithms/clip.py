@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ms_quant.algorithms.problem import Problem, Solution, prepared, seen_inputs
+from ms_quant.algorithms.problem import Problem, Solution, checked, seen_inputs
 from ms_quant.numerics.grid import AffineFormat, AffineGrid, Grid
 
 RATIOS = tuple(round(1.0 - 0.05 * i, 2) for i in range(10))  # 1, 0.95, ..., 0.55
@@ -62,7 +62,7 @@ def solve(
     format = problem.scheme.weight
     clips = {
         name: search_clip(weight, inputs, lambda w, ratio: format.fit(w, "weight", dtype, ratio))
-        for name, weight in prepared(problem, solution).items()
+        for name, weight in checked(problem, solution).items()
         if not name.endswith(skip)
     }
     return replace(solution, clip=clips)

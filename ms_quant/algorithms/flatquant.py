@@ -37,7 +37,7 @@ from pydantic import Field
 
 from ms_quant.algorithms.flat_group import Flat, Group
 from ms_quant.algorithms.flat_training import descend
-from ms_quant.algorithms.problem import Problem, Solution, prepared, seen_inputs
+from ms_quant.algorithms.problem import Problem, Solution, checked, seen_inputs
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import PerToken
@@ -124,7 +124,7 @@ def solve(problem: Problem, solution: Solution, options: FlatOptions) -> Solutio
     assert isinstance(activation, PerToken)
     flat = train(
         seen_inputs(problem, solution),
-        prepared(problem, solution),
+        checked(problem, solution),
         problem.name,
         act_bits=activation.bits,
         weight_bits=problem.scheme.weight.bits,

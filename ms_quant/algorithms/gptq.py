@@ -18,7 +18,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, grid_of, noted, prepared, seen_hessian
+from ms_quant.algorithms.problem import Problem, Solution, checked, grid_of, noted, seen_hessian
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.grid import Grid
@@ -186,7 +186,7 @@ def solve(problem: Problem, solution: Solution, options: GptqOptions) -> Solutio
     factor, damping = factor_with_retry(hessian, options.damping, problem.name)
     del hessian
     grids, codes = {}, {}
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         grid = grid_of(problem, solution, name, weight)
         chosen = name in solution.grids or name in solution.clip
         grouped = grid.group < weight.shape[1]

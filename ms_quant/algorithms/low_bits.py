@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, grid_of, prepared
+from ms_quant.algorithms.problem import Problem, Solution, checked, grid_of
 from ms_quant.numerics.grid import AffineGrid, stored_scale
 
 LARGEST, FARTHEST = 7, 127  # codes: of four bits, and of an outlier
@@ -68,7 +68,7 @@ def _nth_largest(size: np.ndarray, fraction: float) -> np.ndarray:
 
 def solve(problem: Problem, solution: Solution, options: LowBitsOptions) -> Solution:
     grids, codes = {}, {}
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         grid = grid_of(problem, replace(solution, clip={}), name, weight)
         assert isinstance(grid, AffineGrid)
         inside = largest_inlier(weight, options)

@@ -19,8 +19,8 @@ from ms_quant.numerics.activation import Activation, PerToken, Seen, StaticActiv
 from ms_quant.numerics.grid import Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Problem:
         dtype: type that scales in the model's type are stored in.
         loss: error of the network with the linears of a candidate in place of the float ones;
             a mean squared error over calibration tokens.
-        damage: squared error over squared output of each token, in the mean over tokens; a token
-            with huge activations counts as any other. None where no block is run.
+        relative_mse: squared error over squared output of each token, in the mean over tokens; a
+            token with huge activations counts as any other. None where no block is run.
         smoothing: whether there is a place for a smoothing vector of this input.
         shared: how many adjacent sets of ``head`` inputs must share their smoothing, as query
             heads that read one value head do; (1, 1) for none.
@@ -81,7 +81,7 @@ class Problem:
     stats: ActivationStats | None
     dtype: np.dtype
     loss: Loss
-    damage: Loss | None = None
+    relative_mse: Loss | None = None
     smoothing: bool = True
     shared: tuple[int, int] = (1, 1)
     input_dtype: np.dtype = DTYPES["float32"]
@@ -126,7 +126,7 @@ def smoothing(problem: Problem, solution: Solution) -> np.ndarray | None:
     return solution.smooth
 
 
-def prepared(problem: Problem, solution: Solution) -> dict[str, np.ndarray]:
+def checked(problem: Problem, solution: Solution) -> dict[str, np.ndarray]:
     """The weights as they are rounded: linear name to float32 (out, in)."""
     smooth = smoothing(problem, solution)
     weights = {}
@@ -148,7 +148,7 @@ def apply(problem: Problem, solution: Solution) -> dict[str, QuantizedLinear]:
     activation = input_quantization(problem, solution)
     inside = problem.scheme.activation.holds_smoothing
     linears = {}
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         grid = grid_of(problem, solution, name, weight)
         codes = solution.codes[name] if name in solution.codes else grid.round(weight)
         linears[name] = QuantizedLinear(

@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, grid_of, prepared
+from ms_quant.algorithms.problem import Problem, Solution, checked, grid_of
 from ms_quant.numerics.grid import AffineGrid
 from ms_quant.numerics.storage import nearest
 
@@ -65,7 +65,7 @@ def _errors(groups: np.ndarray, weight: np.ndarray, grid: AffineGrid) -> np.ndar
 
 def solve(problem: Problem, solution: Solution, options: SszOptions) -> Solution:
     grids = {}
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         grid = grid_of(problem, replace(solution, clip={}), name, weight)
         assert isinstance(grid, AffineGrid)
         grids[name] = improve(weight, grid, options.steps)

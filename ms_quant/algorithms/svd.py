@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, prepared
+from ms_quant.algorithms.problem import Problem, Solution, checked
 from ms_quant.numerics.linear import LowRank
 
 OVERSAMPLING, POWER_ITERATIONS, SEED = 8, 2, 0
@@ -55,6 +55,6 @@ def low_rank(weight: np.ndarray, rank: int, dtype: np.dtype) -> LowRank:
 def solve(problem: Problem, solution: Solution, options: SvdOptions) -> Solution:
     branch = {
         name: low_rank(weight, options.rank, problem.dtype)
-        for name, weight in prepared(problem, solution).items()
+        for name, weight in checked(problem, solution).items()
     }
     return replace(solution, branch=branch, clip={})  # factors of another weight's range

@@ -26,8 +26,8 @@ from ms_quant.algorithms.problem import Solution
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.timestep import Timestep
-from ms_quant.observers import KEPT_TOKENS
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.statistics.observers import KEPT_TOKENS
 
 
 class Stage(IntEnum):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn
 
-from ms_quant.algorithms import Chain
+from ms_quant.algorithms import AlgorithmPipeline
 from ms_quant.cells import timesteps
 from ms_quant.cells.float_forward import in_float32
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import replaced
 from ms_quant.errors import MsQuantError
-from ms_quant.observers import ActivationStats, StepStats
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 
@@ -24,7 +24,7 @@ def observe(
     network: nn.Cell,
     cells: Mapping[str, nn.Cell],
     scheme: Scheme,
-    chain: Chain,
+    algorithms: AlgorithmPipeline,
     calibration: Iterable | None,
     policy: TimestepPolicyConfig | None = None,
 ) -> dict[str, ActivationStats]:
@@ -40,18 +40,18 @@ def observe(
     Raises:
         MsQuantError: inputs are needed and missing, or they do not reach a linear.
     """
-    calibrated = chain.any("calibrated") or (scheme.needs_calibration and policy is None)
+    calibrated = algorithms.any("calibrated") or (scheme.needs_calibration and policy is None)
     if not calibrated and policy is None:
         return {}
     if calibrated and calibration is None:
         needs = scheme.needs_calibration and policy is None
-        what = f"scheme {scheme.name}" if needs else f"algorithm {chain.name}"
+        what = f"scheme {scheme.name}" if needs else f"algorithm {algorithms.name}"
         raise MsQuantError(f"{what}: needs calibration inputs, found None")
     with kept_timesteps(), in_float32(network):  # what gives the calls may call the network
         if policy is not None:
             TimestepManager.set_timestep_idx(None)  # of no step until the data says of which
         calls = [_call(batch) for batch in (() if calibration is None else calibration)]
-        stats = _stats(cells, chain, calls, policy)
+        stats = _stats(cells, algorithms, calls, policy)
         recorders = {path: Recorder(cell, _watch(stats[path])) for path, cell in cells.items()}
         with replaced(network, recorders):
             for call in calls:
@@ -67,15 +67,15 @@ def observe(
 
 def _stats(
     cells: Mapping[str, nn.Cell],
-    chain: Chain,
+    algorithms: AlgorithmPipeline,
     calls: Sequence[_Call],
     policy: TimestepPolicyConfig | None,
 ) -> dict[str, ActivationStats]:
     more: dict[str, Any] = {
         "total_tokens": sum(map(_tokens, calls)),
-        "keep_rows": chain.kept_tokens,
-        "with_hessian": chain.any("hessian"),
-        "with_histogram": chain.any("histogram"),
+        "keep_rows": algorithms.kept_tokens,
+        "with_hessian": algorithms.any("hessian"),
+        "with_histogram": algorithms.any("histogram"),
     }
     made: type[ActivationStats] = ActivationStats
     if policy is not None:

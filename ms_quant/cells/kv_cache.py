@@ -8,8 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from ms_quant.cells.direct import floats
 from ms_quant.models.cache import KeyValueCache
-from ms_quant.models.direct import floats
 from ms_quant.models.families import CACHED
 from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
 

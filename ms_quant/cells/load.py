@@ -14,7 +14,8 @@ from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import is_linear, linears, replace_cell
 from ms_quant.cells.whole import load_whole
-from ms_quant.checkpoint.mindie_sd_description import (
+from ms_quant.errors import MsQuantError
+from ms_quant.formats.mindie_sd.description import (
     Description,
     made_for,
     open_weights,
@@ -22,9 +23,8 @@ from ms_quant.checkpoint.mindie_sd_description import (
     read_description,
     with_rank,
 )
-from ms_quant.checkpoint.mindie_sd_reading import Tensors, read, with_bias_of
-from ms_quant.checkpoint.mindie_sd_types import FLOAT, TYPES
-from ms_quant.errors import MsQuantError
+from ms_quant.formats.mindie_sd.reading import Tensors, read, with_bias_of
+from ms_quant.formats.mindie_sd.types import FLOAT, TYPES
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig

@@ -10,8 +10,8 @@ import numpy as np
 from mindspore import Tensor, float32, ops
 
 from ms_quant import kernels
+from ms_quant.cells.direct import threads
 from ms_quant.kernels import WatchedArrays, WatchedLinear, layout_of
-from ms_quant.models.direct import threads
 from ms_quant.numerics.linear import QuantizedLinear
 
 

@@ -11,13 +11,13 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
 from ms_quant.cells.as_linear import activation_of, as_linear
+from ms_quant.cells.decoder import repeat_rows
+from ms_quant.cells.direct import calls_directly, floats
 from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.parameters import make_parameters, refuse_replacing, tensors_of
 from ms_quant.cells.timesteps import current_step, is_static
 from ms_quant.cells.tree import host_array
 from ms_quant.kernels import WatchedArrays, transforms
-from ms_quant.models.decoder import repeat_rows
-from ms_quant.models.direct import calls_directly, floats
 from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation
 from ms_quant.numerics.affine import LIMITS, QMAX, QMIN, SMALLEST_SCALE
 from ms_quant.numerics.float_grid import FloatGrid
@@ -25,7 +25,7 @@ from ms_quant.numerics.grid import AffineGrid
 from ms_quant.numerics.linear import Kronecker, QuantizedLinear, StaticActivation
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
 from ms_quant.timestep import TimestepPolicyConfig
 
 EXACT_K = 1024  # a float32 sum of this many products of int8 is exact: 1024 * 2**14 = 2**24

@@ -12,22 +12,24 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
-from ms_quant.algorithms import Chain
+from ms_quant.algorithms import AlgorithmPipeline
 from ms_quant.cells.as_linear import as_linear
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
 from ms_quant.cells.whole import save_whole
-from ms_quant.checkpoint.atomic import free_space_check, write_json
-from ms_quant.checkpoint.mindie_sd_choice import (
+from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import free_space_check, write_json
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.mindie_sd.choice import (
     check_linear,
     type_of_linear,
     type_of_scheme,
     why_not_run,
 )
-from ms_quant.checkpoint.mindie_sd_description import DTYPE
-from ms_quant.checkpoint.mindie_sd_held import RUN_DTYPES
-from ms_quant.checkpoint.mindie_sd_tensors import Layout, Part, entry, parts
-from ms_quant.checkpoint.mindie_sd_types import (
+from ms_quant.formats.mindie_sd.description import DTYPE
+from ms_quant.formats.mindie_sd.held import RUN_DTYPES
+from ms_quant.formats.mindie_sd.tensors import Layout, Part, entry, parts
+from ms_quant.formats.mindie_sd.types import (
     FLOAT,
     GLOBAL_TYPE,
     MODE,
@@ -36,12 +38,10 @@ from ms_quant.checkpoint.mindie_sd_types import (
     model_type,
     weights_name,
 )
-from ms_quant.checkpoint.writer import TensorPlan, write_file
-from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
 
 
 def save_quantized(
@@ -242,7 +242,9 @@ def _float(cell: nn.Cell, name: str) -> Iterator[_Tensor]:
             yield _Tensor(plan, FLOAT, partial(host_array, parameter))
 
 
-def check_format(format: str, scheme: Scheme, chain: Chain, cells: Mapping[str, nn.Cell]) -> None:
+def check_format(
+    format: str, scheme: Scheme, algorithms: AlgorithmPipeline, cells: Mapping[str, nn.Cell]
+) -> None:
     """Refuses what :func:`save_quantized` could not write afterwards.
 
     Args:
@@ -255,14 +257,14 @@ def check_format(format: str, scheme: Scheme, chain: Chain, cells: Mapping[str, 
     """
     if format != NAME:
         raise MsQuantError(f"for_format is {format!r}, expected {NAME!r} or None")
-    if chain.any("adds"):
+    if algorithms.any("adds"):
         raise MsQuantError(
-            f"algorithm {chain.name}: puts a transform or a branch beside the weight, MindIE-SD "
-            "reads none, expected another algorithm"
+            f"algorithm {algorithms.name}: puts a transform or a branch beside the weight, "
+            "MindIE-SD reads none, expected another algorithm"
         )
     for path, cell in cells.items():
         type, bias = type_of_scheme(scheme, path), getattr(cell, "bias", None) is not None
         shape = tuple(cell.weight.shape)
-        check_linear(type, shape, chain.any("smooths"), bias, path)
+        check_linear(type, shape, algorithms.any("smooths"), bias, path)
         if reason := why_not_run(type, shape, bias):
             raise MsQuantError(f"{path}: {reason}; expected {_WAYS_OUT}")

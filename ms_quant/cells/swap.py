@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
-from ms_quant.algorithms import PLAIN, get_chain
+from ms_quant.algorithms import PLAIN, get_algorithms
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells import timesteps
 from ms_quant.cells.calibrate import observe
@@ -21,17 +21,17 @@ from ms_quant.cells.load import load
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.save import check_format
 from ms_quant.cells.tree import is_linear, linears, replace_cell
-from ms_quant.checkpoint.floats import round_finite
-from ms_quant.checkpoint.mindie_sd_choice import network_scheme
-from ms_quant.checkpoint.mindie_sd_held import held_dtype
 from ms_quant.errors import MsQuantError
+from ms_quant.files.floats import round_finite
+from ms_quant.formats.mindie_sd.choice import network_scheme
+from ms_quant.formats.mindie_sd.held import held_dtype
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep
-from ms_quant.observers import ActivationStats, StepStats
-from ms_quant.schemes import VALUES, get_scheme
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import VALUES, get_scheme
+from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepPolicyConfig
 
 
@@ -213,8 +213,8 @@ def quantize(
     chosen_dtype = wanted_dtype(dtype)
     wanted = get_scheme(scheme, **{k: v for k, v in options.items() if k in VALUES})
     settings = {key: value for key, value in options.items() if key not in VALUES}
-    chain = get_chain(algorithm, wanted, settings)
-    if chain.any("rotates"):
+    algorithms = get_algorithms(algorithm, wanted, settings)
+    if algorithms.any("rotates"):
         raise MsQuantError(
             f"algorithm {algorithm!r}: quarot rotates a whole decoder checkpoint, expected it only "
             "with ms-quant quantize"
@@ -228,8 +228,10 @@ def quantize(
         weight, _ = weight_and_bias(path, cells[path])  # refuses before the long part
         wanted.weight.check_columns(weight.shape[1], f"{path}.weight")
     if for_format is not None:
-        check_format(for_format, wanted, chain, {name: cells[name] for name in chosen})
-    inputs = observe(network, {n: cells[n] for n in chosen}, wanted, chain, calibration, policy)
+        check_format(for_format, wanted, algorithms, {name: cells[name] for name in chosen})
+    inputs = observe(
+        network, {n: cells[n] for n in chosen}, wanted, algorithms, calibration, policy
+    )
     wanted = network_scheme(wanted)
     quantized = {}
     for path in chosen:
@@ -248,10 +250,10 @@ def quantize(
             input_dtype=runs_in,
             loss=_own_output_error(weight, bias, inputs.get(path), policy),
         )
-        solution = chain.first(problem)
+        solution = algorithms.first(problem)
         if solution.smooth is not None and not wanted.activation.holds_smoothing:
             solution = replace(solution, smooth=stable_smooth(solution.smooth, runs_in))
-        (linear,) = apply(problem, chain.rest(problem, solution)).values()
+        (linear,) = apply(problem, algorithms.rest(problem, solution)).values()
         quantized[path] = QuantLinear(linear, timestep_policy=policy, scheme=wanted)
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)

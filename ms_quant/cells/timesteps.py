@@ -8,7 +8,7 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.observers import StepStats
+from ms_quant.statistics.observers import StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 SHOWN = 4

@@ -13,18 +13,18 @@ from mindspore import Parameter, Tensor, nn
 
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import host_array, linears, replace_cell
-from ms_quant.checkpoint.atomic import free_space_check
-from ms_quant.checkpoint.mindie_sd_choice import network_scheme
-from ms_quant.checkpoint.safetensors_file import SafetensorsFile, open_file
-from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import free_space_check
+from ms_quant.files.safetensors_file import SafetensorsFile, open_file
+from ms_quant.files.strict_json import parse_json
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.mindie_sd.choice import network_scheme
 from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen, StaticActivation
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
-from ms_quant.schemes import get_scheme
-from ms_quant.spec import Scheme
-from ms_quant.strict_json import parse_json
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import get_scheme
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 FILE_NAME, KEY, VERSION = "quantized_network.safetensors", "ms_quant.network", 1

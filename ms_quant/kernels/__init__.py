@@ -2,7 +2,7 @@
 
 from ms_quant.kernels.block import attention, masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
-from ms_quant.kernels.matrix import add_gram, column_stats, has_product, product, table_times, times
+from ms_quant.kernels.matrix import column_stats, gemv, has_product, matmul, product, syrk
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -22,16 +22,17 @@ __all__ = [
     "PackedLinear",
     "WatchedArrays",
     "WatchedLinear",
-    "add_gram",
     "attention",
     "available",
     "best_isa",
     "column_stats",
+    "gemv",
     "has_isa",
     "has_product",
     "layout_of",
     "library_path",
     "masked_softmax",
+    "matmul",
     "note",
     "pack",
     "product",
@@ -41,8 +42,7 @@ __all__ = [
     "set_operator_threads",
     "swiglu",
     "sylvester",
-    "table_times",
+    "syrk",
     "threads_of",
-    "times",
     "transforms",
 ]

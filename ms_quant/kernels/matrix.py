@@ -55,7 +55,7 @@ def product(
     return None if status else y
 
 
-def times(
+def matmul(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, threads: int | None = None
 ) -> np.ndarray:
     """x @ weight.T + bias: of many rows by :func:`product`, if there is one, else by BLAS.
@@ -71,7 +71,7 @@ def times(
         return y if bias is None else np.add(y, bias, out=y)
 
 
-def table_times(
+def gemv(
     table: np.ndarray, x: np.ndarray, threads: int | None = None, isa: str | None = None
 ) -> np.ndarray:
     """table @ x of a table in bfloat16, which takes half the reading of one in float32.
@@ -91,7 +91,7 @@ def table_times(
     return y
 
 
-def add_gram(products: np.ndarray, x: np.ndarray, threads: int | None = None) -> bool:
+def syrk(products: np.ndarray, x: np.ndarray, threads: int | None = None) -> bool:
     """Adds x^T x to the lower triangle of a matrix on AMX; what is above it is anything then.
 
     Args:

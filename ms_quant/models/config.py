@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.strict_json import read_json
 from ms_quant.models.config_keys import check_keys
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.rope import check_rope, unknown_rope_keys
 from ms_quant.models.sliding_window import check_windows, without_windows
 from ms_quant.models.spellings import ROPE_KEYS, read_dtype, read_rope, rope_spellings
-from ms_quant.strict_json import read_json
 
 MAX_LAYERS = 4096  # what is done for every layer must end before its tensors are looked at
 

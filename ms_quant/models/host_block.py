@@ -21,7 +21,7 @@ NO_LINEARS: Mapping[str, Linear] = {}
 class HostBlock:
     """x + attention(norm(x)), then + mlp(norm(.)), in float32 NumPy and native kernels.
 
-    It computes what :class:`ms_quant.models.decoder.DecoderBlock` does, for windows of one length
+    It computes what :class:`ms_quant.cells.decoder.DecoderBlock` does, for windows of one length
     that all begin at position 0.
 
     Args:
@@ -52,7 +52,7 @@ class HostBlock:
     def linear(self, path: str, rows: np.ndarray) -> np.ndarray:
         """The float linear at a path: (rows, out) of (rows, in)."""
         weight, bias = self.arrays[f"{path}.weight"], self.arrays.get(f"{path}.bias")
-        return kernels.times(rows, weight, bias)
+        return kernels.matmul(rows, weight, bias)
 
     def attend(
         self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS, cache: Cache | None = None

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ms_quant.algorithms import get_chain
-from ms_quant.algorithms.chain import PLAIN
+from ms_quant.algorithms import get_algorithms
+from ms_quant.algorithms.pipeline import PLAIN
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.patterns import matches, unmatched
 from ms_quant.recipe.records import Recipe, Rule, Step
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 ADDED = {
     ("svd", "W4A4_MXFP4"): "W4A4_MXFP4_SVD",
@@ -114,7 +114,7 @@ def _treatment(path: str, rule: Rule, steps: list[Step]) -> Treatment:
     settings = {f"{s.algorithm}.{key}": value for s in steps for key, value in s.options.items()}
     settings |= rule.algorithm_options
     try:
-        get_chain("+".join(algorithms) or PLAIN, get_scheme(name, **rule.options), settings)
+        get_algorithms("+".join(algorithms) or PLAIN, get_scheme(name, **rule.options), settings)
     except MsQuantError as error:
         wheres = " and ".join([rule.where, *(step.where for step in steps)])
         raise MsQuantError(f"{wheres}: {path}: {error}") from None

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ms_quant.algorithms import ALGORITHMS, get_chain
-from ms_quant.algorithms.chain import PLAIN
+from ms_quant.algorithms import ALGORITHMS, get_algorithms
+from ms_quant.algorithms.pipeline import PLAIN
 from ms_quant.algorithms.table import Stage
 from ms_quant.errors import MsQuantError
 from ms_quant.models.families import FAMILIES
 from ms_quant.recipe.patterns import check_pattern
 from ms_quant.recipe.records import Recipe, Rule, Step
-from ms_quant.schemes import KV_CACHES, SCHEMES, get_scheme
+from ms_quant.schemes.table import KV_CACHES, SCHEMES, get_scheme
 
-FORMATS = tuple(dict.fromkeys(held.flavour for row in SCHEMES.values() for held in row.held))
+FORMATS = tuple(dict.fromkeys(held.format for row in SCHEMES.values() for held in row.held))
 CHOOSING = (Stage.INPUT, Stage.RANGE, Stage.ROUNDING)
 """Stages that belong to a rule; those of a step are the others."""
 
@@ -57,11 +57,11 @@ def _check_rule(rule: Rule) -> None:
     for name in rule.algorithms:
         _check_stage(name, [n for n, row in ALGORITHMS.items() if row.stage in CHOOSING])
     scheme = get_scheme(rule.scheme, **rule.options)
-    chain = get_chain("+".join(rule.algorithms) or PLAIN, scheme, rule.algorithm_options)
+    algorithms = get_algorithms("+".join(rule.algorithms) or PLAIN, scheme, rule.algorithm_options)
     for key, value in rule.algorithm_options.items():
         owner, _, option = key.rpartition(".")
         if owner:
-            _check_type(key, value, getattr(chain.options[owner], option))
+            _check_type(key, value, getattr(algorithms.options[owner], option))
         else:
             raise MsQuantError(f"option {key!r}: expected its full name, such as gptq.damping")
 
@@ -77,7 +77,7 @@ def _check_step(step: Step) -> None:
     suits = ALGORITHMS[step.algorithm].suits
     scheme = next(scheme for scheme in SCHEMES.values() if not suits(scheme))
     options = {f"{step.algorithm}.{key}": value for key, value in step.options.items()}
-    made = get_chain(step.algorithm, scheme, options).options[step.algorithm]
+    made = get_algorithms(step.algorithm, scheme, options).options[step.algorithm]
     for key, value in step.options.items():
         _check_type(key, value, getattr(made, key))
 

@@ -13,7 +13,7 @@ from ms_quant.recipe.checks import checked
 from ms_quant.recipe.patterns import REGEX, escape
 from ms_quant.recipe.reading import Section, listed, refuse
 from ms_quant.recipe.records import EVERYTHING, Recipe, Rule, Step
-from ms_quant.schemes import DYNAMIC_CACHE, STATIC_CACHE
+from ms_quant.schemes.table import DYNAMIC_CACHE, STATIC_CACHE
 
 DTYPES = {"none": "", "int8": "int8", "qint4x2": "int4", "int4": "int4"}
 """How MindSpore's types are written, which calls qint4x2 Int4."""

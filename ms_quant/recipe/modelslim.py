@@ -83,14 +83,14 @@ def _prior(spec: Section) -> Iterable[str]:
 
 def _check_order(parts: list[Part]) -> None:
     """Refuses what prepares linears that have been rounded, or rotates what was smoothed."""
-    rounded, prepared = "", ""
+    rounded, checked = "", ""
     for part in parts:
         for step in part.steps:
             if rounded:
                 raise MsQuantError(f"{step.where}: comes after {rounded}, expected it before")
-            if step.algorithm == "quarot" and prepared:
-                raise MsQuantError(f"{step.where}: comes after {prepared}, expected it before")
-            prepared = step.where
+            if step.algorithm == "quarot" and checked:
+                raise MsQuantError(f"{step.where}: comes after {checked}, expected it before")
+            checked = step.where
         rounded = part.rules[0].where if part.rules else rounded
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ms_quant.recipe.reading import Section, refuse
 from ms_quant.recipe.records import EVERYTHING, Rule
-from ms_quant.schemes import VALUES
+from ms_quant.schemes.table import VALUES
 
 FLOAT = ("float", "per_tensor", True)
 Kind = tuple[str, str, bool]

@@ -18,7 +18,7 @@ from ms_quant.recipe.modelslim_linear import (
 )
 from ms_quant.recipe.reading import Section, items, refuse
 from ms_quant.recipe.records import EVERYTHING, Rule, Step
-from ms_quant.schemes import STATIC_CACHE
+from ms_quant.schemes.table import STATIC_CACHE
 
 SUBGRAPHS = {
     "up-down": ("down",),

@@ -13,7 +13,7 @@ from ms_quant.recipe.modelslim_v0_calib import WeightConfig, read_config
 from ms_quant.recipe.patterns import escape
 from ms_quant.recipe.reading import Section, refuse
 from ms_quant.recipe.records import EVERYTHING, Recipe, Rule
-from ms_quant.schemes import STATIC_CACHE
+from ms_quant.schemes.table import STATIC_CACHE
 
 APIVERSION = "modelslim_v0"
 DATASET = "teacher_qualification.jsonl"  # by default

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms_quant.recipe.reading import Section, refuse
-from ms_quant.schemes import VALUES
+from ms_quant.schemes.table import VALUES
 
 SPARSE = ("fraction", "nonuniform", "co_sparse", "do_smooth", "use_sigma", "sigma_factor")
 KEYS = (

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ms_quant.errors import MsQuantError
-from ms_quant.strict_json import MAX_DEPTH, require_file
+from ms_quant.files.strict_json import MAX_DEPTH, require_file
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ms_quant.checkpoint.source_kind import model_directory
 from ms_quant.errors import MsQuantError
-from ms_quant.plugins import first_answer
+from ms_quant.formats.plugins import first_answer
+from ms_quant.formats.source_kind import model_directory
 from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
 from ms_quant.serve.records import DEVICES, Served, ServeRequest
 
@@ -36,7 +36,7 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
         device: one of ``DEVICES``, or "" for the one that such checkpoints are made for.
 
     Returns:
-        JSON: ``checkpoint``, ``flavour``, ``runtime``, ``tp``, ``device``; ``problems`` (one
+        JSON: ``checkpoint``, ``format``, ``runtime``, ``tp``, ``device``; ``problems`` (one
         sentence each; empty when it can) and ``notes``; ``loaded``: a row for each kind of layer
         and rank; ``command``, ``environment`` and ``line``, both as one types them, empty when
         there are problems.
@@ -50,7 +50,7 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
     right = not served.problems
     return {
         "checkpoint": str(checkpoint),
-        "flavour": served.flavour,
+        "format": served.format,
         "runtime": runtime,
         "tp": tp,
         "device": served.device,

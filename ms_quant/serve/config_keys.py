@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ms_quant.checkpoint.structure import is_ours
+from ms_quant.formats.structure import is_ours
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.spellings import READ_BY_NEW, READ_BY_OLD, spelling_problems
 from ms_quant.serve.records import Served, ServeRequest

@@ -6,13 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from ms_quant.checkpoint.companions import config_problems
-from ms_quant.checkpoint.finish import RECORD, check_files
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.structure import Structure, is_ours, read_structure
-from ms_quant.checkpoint.unlisted import unlisted_problems
-from ms_quant.checkpoint.writer import TensorPlan
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan
+from ms_quant.formats.companions import config_problems
+from ms_quant.formats.structure import Structure, is_ours, read_structure
+from ms_quant.job.output_directory import RECORD, check_files
+from ms_quant.job.unlisted import unlisted_problems
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
 from ms_quant.serve.config_keys import config_findings
@@ -30,12 +30,12 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structure | None, Served]:
+def open_flat(request: ServeRequest, formats: tuple[str, ...]) -> tuple[Structure | None, Served]:
     """A checkpoint's structure and what is wrong with it for any runtime.
 
     Args:
         request: what is asked.
-        flavours: those that the runtime reads.
+        formats: those that the runtime reads.
 
     Returns:
         The structure, None where it cannot be served at all, and the findings so far.
@@ -46,21 +46,21 @@ def open_flat(request: ServeRequest, flavours: tuple[str, ...]) -> tuple[Structu
     structure, problems = read_structure(request.checkpoint)
     if structure is None:
         return None, Served("", problems=problems)
-    flavour, plan = structure.flavour, structure.plan
+    format, plan = structure.format, structure.plan
     kinds = (
         "+".join(sorted({way.scheme.name for way in plan.ways})) if plan.quantized() else "FLOAT"
     )
-    served = Served(f"{flavour.name} {kinds}", problems=problems)
-    if flavour.name not in flavours:
+    served = Served(f"{format.name} {kinds}", problems=problems)
+    if format.name not in formats:
         served.problems.append(
-            f"{request.checkpoint}: is {flavour.title}, expected {' or '.join(flavours)} for "
+            f"{request.checkpoint}: is {format.title}, expected {' or '.join(formats)} for "
             f"{request.runtime} (ms-quant convert makes one where it can)"
         )
         return None, served
     served.problems += structure.defects
     served.notes += structure.notes
     ours = is_ours(request.checkpoint)
-    served.problems += config_problems(request.checkpoint, plan.dtype, flavour.entry, strict=ours)
+    served.problems += config_problems(request.checkpoint, plan.dtype, format.entry, strict=ours)
     served.problems += _index_problems(structure.checkpoint)
     if ours:
         served.problems += check_files(request.checkpoint)

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ms_quant.checkpoint.mindie_sd_held import run_dtype
-from ms_quant.checkpoint.mindie_sd_types import MODE
-from ms_quant.checkpoint.structure import Structure
-from ms_quant.plan import why_not_run
+from ms_quant.formats.mindie_sd.held import run_dtype
+from ms_quant.formats.mindie_sd.types import MODE
+from ms_quant.formats.structure import Structure
+from ms_quant.plan.plan import why_not_run
 from ms_quant.serve.flat import loaded_rows, open_flat
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -27,7 +27,7 @@ def check(request: ServeRequest) -> Served:
     if structure is None:
         return served
     plan = structure.plan
-    description = request.checkpoint / structure.flavour.document(plan)
+    description = request.checkpoint / structure.format.document(plan)
     if request.tp != 1:
         served.problems.append(
             f"{request.checkpoint}: is one file for all, tp is {request.tp}, expected --tp 1: "

@@ -51,7 +51,7 @@ class Served:
     """What a runtime will do with a checkpoint.
 
     Attributes:
-        flavour: what the checkpoint is.
+        format: what the checkpoint is.
         device: the device that was checked for; "" where there is none that matters.
         problems: why it would fail or load wrongly, one sentence each.
         notes: what to know about it, one sentence each.
@@ -60,7 +60,7 @@ class Served:
         environment: the variables that the command needs.
     """
 
-    flavour: str
+    format: str
     device: str = ""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ms_quant.checkpoint.structure import MAX_DESCRIPTION_BYTES, Structure
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats.structure import MAX_DESCRIPTION_BYTES, Structure
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
+from ms_quant.plan.tensor_parallel import rank_problems
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
-from ms_quant.strict_json import read_json
-from ms_quant.tensor_parallel import rank_problems
 
 NEWER_DEVICE = ("FP8", "MX")
 OLD = "up to 0.25"
@@ -44,7 +44,7 @@ def check(request: ServeRequest) -> Served:
         return served
     served.loaded = loaded_rows(structure, request.tp)
     served.notes += _reciprocal_notes(structure)
-    ours = structure.flavour.name == "ascend"
+    ours = structure.format.name == "ascend"
     served.command = command(request, *(("--quantization", "ascend") if ours else ()))
     return served
 
@@ -55,7 +55,7 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
         by = [runtime for runtime in scheme.served_by if runtime.startswith("vllm-ascend")]
         if not by:
             yield (
-                f"{request.checkpoint}: {name} in the {structure.flavour.name} format is not "
+                f"{request.checkpoint}: {name} in the {structure.format.name} format is not "
                 "served by vllm-ascend (ms-quant schemes lists what is)"
             )
             continue
@@ -87,8 +87,8 @@ def _reciprocal_notes(structure: Structure) -> Iterator[str]:
 
 def _unknown_names(structure: Structure) -> Iterator[str]:
     """Types by names that msModelSlim writes and the runtime has not registered."""
-    aliases = structure.flavour.leeway.aliases
-    for where in structure.flavour.find(structure.checkpoint.directory) if aliases else ():
+    aliases = structure.format.leeway.aliases
+    for where in structure.format.find(structure.checkpoint.directory) if aliases else ():
         described = read_json(where, MAX_DESCRIPTION_BYTES).values()
         values = [value for value in described if isinstance(value, str)]
         for name in sorted(aliases.keys() & set(values)):

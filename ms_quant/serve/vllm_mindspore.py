@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ms_quant.checkpoint.structure import Structure
+from ms_quant.formats.structure import Structure
 from ms_quant.models.config import block_prefix
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest

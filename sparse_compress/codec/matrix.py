@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ms_quant.errors import MsQuantError
-from sparse_compress import fractal
+from sparse_compress.codec import fractal
 from sparse_compress.codec.format import MAX_TILE, CodecError
 from sparse_compress.codec.index import RECORD
 from sparse_compress.codec.tiles import BytesLike, Sizes, as_bytes, decode_tiles, encode_tiles

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import has, is_known
-from ms_quant.checkpoint import golden_stick
-from ms_quant.checkpoint.writer import shard_names
 from ms_quant.errors import MsQuantError
+from ms_quant.files.writer import shard_names
+from ms_quant.formats.golden_stick import format as golden_stick
 from ms_quant.models.config import ModelConfig, block_prefix
 from ms_quant.models.families import LinearGroup
-from sparse_compress.fp16 import FLOAT16
-from sparse_compress.fractal import most_bytes, tile_count
-from sparse_compress.partition import VOCAB_MULTIPLE, fused_shape, vocab_rows
+from sparse_compress.codec.fractal import most_bytes, tile_count
+from sparse_compress.layouts.fp16 import FLOAT16
+from sparse_compress.layouts.partition import VOCAB_MULTIPLE, fused_shape, vocab_rows
 
 MAX_DESCRIPTION_BYTES = 256 << 20
 MAX_RANKS = 1024

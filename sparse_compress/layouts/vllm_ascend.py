@@ -16,7 +16,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
 from sparse_compress.layouts import typed
 from sparse_compress.layouts.base import MAX_RANKS, Layout, Length, Target, has_bias
-from sparse_compress.partition import VOCAB_MULTIPLE
+from sparse_compress.layouts.partition import VOCAB_MULTIPLE
 
 DESCRIPTION = "quant_model_description.json"
 VERSION = "1.0.0"

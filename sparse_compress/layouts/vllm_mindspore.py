@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.strict_json import read_json
 from ms_quant.models.config import ModelConfig
-from ms_quant.strict_json import read_json
 from sparse_compress.layouts.base import (
     MAX_DESCRIPTION_BYTES,
     MAX_RANKS,

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_compress.codec.format import LITERAL, LOW, count_bytes, rank_counts
+from sparse_compress.codec.fractal import COLUMNS
 from sparse_compress.codec.pricing import UNIT, code_units
-from sparse_compress.fractal import COLUMNS
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]

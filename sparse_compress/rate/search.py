@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ms_quant.blocks import Steps
-from ms_quant.checkpoint.atomic import write_json
-from ms_quant.checkpoint.job import JobDirectory
-from ms_quant.checkpoint.serving import FloatModel, JobModel, ServedModel
 from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import write_json
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
+from ms_quant.job.directory import JobDirectory
 from ms_quant.models.config import block_prefix
-from ms_quant.pipeline import prove_source, run_blocks
-from ms_quant.request import Prepared
-from ms_quant.strict_json import read_json
+from ms_quant.pipeline.request import CheckedJob
+from ms_quant.pipeline.run import prove_source, run_blocks
+from ms_quant.quantization.block import BlockHooks
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.share import (
     Curve,
@@ -51,14 +51,14 @@ Progress = Callable[[str, float], None]
 
 class Found(NamedTuple):
     """Attributes:
-    prepared: the request with a job of that price.
-    steps: how its blocks are rounded.
+    checked: the request with a job of that price.
+    hooks: how its blocks are rounded.
     facts: JSON for the record: ``price``, ``predicted_ratio`` and, where it was the goal,
         ``float_perplexity``, ``perplexity`` and ``heldout_windows``.
     """
 
-    prepared: Prepared
-    steps: Steps
+    checked: CheckedJob
+    hooks: BlockHooks
     facts: dict[str, Any]
 
 
@@ -66,15 +66,15 @@ class Search:
     """Finds the price for a goal.
 
     Args:
-        prepared: the checked request.
+        checked: the checked request.
         goal: what to reach.
         progress: told how far the steps ``"read"``, ``"measure"``, ``"quantize"`` and
             ``"evaluate"`` are.
     """
 
-    def __init__(self, prepared: Prepared, goal: Goal, progress: Progress):
-        self.prepared, self.goal, self.progress = prepared, goal, progress
-        self.measuring = measuring_job(prepared)
+    def __init__(self, checked: CheckedJob, goal: Goal, progress: Progress):
+        self.checked, self.goal, self.progress = checked, goal, progress
+        self.measuring = measuring_job(checked)
 
     def find(self) -> Found:
         """Measures, and tries prices where the goal asks for it.
@@ -83,23 +83,23 @@ class Search:
             MsQuantError: the goal cannot be reached.
         """
         with self.measuring.open():
-            prove_source(self.prepared, self.measuring, partial(self.progress, "read"))
+            prove_source(self.checked, self.measuring, partial(self.progress, "read"))
             blocks = self._progress("measure")
-            run_blocks(self.prepared, self.measuring, blocks, Steps(rounding=measure))
-            curves = read_curves(self.prepared, self.measuring)
+            run_blocks(self.checked, self.measuring, blocks, BlockHooks(rounding=measure))
+            curves = read_curves(self.checked, self.measuring)
             if self.goal.target_ratio is not None:
                 price = price_for_ratio(curves, self.goal.target_ratio, AIM)
                 return self._found(curves, price, {})
             return self._try_prices(curves)
 
     def _progress(self, step: str) -> Callable[[int, float], None]:
-        blocks = self.prepared.plan.config.num_layers
+        blocks = self.checked.plan.config.num_layers
         return lambda index, part: self.progress(step, (index + part) / blocks)
 
     def _found(self, curves: Mapping[str, Curve], price: float, facts: dict[str, Any]) -> Found:
-        steps = Steps(rounding=choosing(local_prices(curves, price)))
+        hooks = BlockHooks(rounding=choosing(local_prices(curves, price)))
         known = {"price": price, "predicted_ratio": predict(curves, price).ratio}
-        return Found(at_price(self.prepared, price), steps, {**known, **facts})
+        return Found(at_price(self.checked, price), hooks, {**known, **facts})
 
     def _try_prices(self, curves: Mapping[str, Curve]) -> Found:
         assert self.goal.max_ppl_increase is not None
@@ -107,24 +107,24 @@ class Search:
         path = self.measuring.directory / TRIES
         goals, tries = read_tries(path, self.goal)
         if "float" not in tries:
-            tries["float"] = self._loss(FloatModel(self.prepared.options.model))
+            tries["float"] = self._loss(FloatModel(self.checked.options.model))
             write_json(path, goals)
         points: list[tuple[float, float, float]] = []
-        damage = budget
+        relative_mse = budget
         for number in range(MOST_TRIES):
-            price = price_for_damage(curves, damage)
-            damage = predict(curves, price).damage
-            if any(abs(math.log(damage / tried)) < SAME for _, tried, _ in points):
+            price = price_for_damage(curves, relative_mse)
+            relative_mse = predict(curves, price).relative_mse
+            if any(abs(math.log(relative_mse / tried)) < SAME for _, tried, _ in points):
                 break
             found = self._found(curves, price, {})
             if number == len(tries["losses"]):
                 self._forget([price for price, _, _ in points])
                 tries["losses"].append(self._loss_of_job(found))
                 write_json(path, goals)
-            points.append((price, damage, tries["losses"][number] - tries["float"]))
+            points.append((price, relative_mse, tries["losses"][number] - tries["float"]))
             if CLOSE * budget <= points[-1][2] <= budget:
                 break
-            damage = next_damage([point[1:] for point in points], budget)
+            relative_mse = next_damage([point[1:] for point in points], budget)
         price, _, increase = self._best(points, budget)
         self._forget([other for other, _, _ in points if other != price])
         before = math.exp(tries["float"])
@@ -151,13 +151,13 @@ class Search:
         )
 
     def _loss_of_job(self, found: Found) -> float:
-        prepared, job = found.prepared, found.prepared.job()
+        checked, job = found.checked, found.checked.job()
         with job.open():
-            run_blocks(prepared, job, self._progress("quantize"), found.steps)
-            return self._loss(JobModel(prepared.plan, job, prepared.tensors))
+            run_blocks(checked, job, self._progress("quantize"), found.hooks)
+            return self._loss(JobModel(checked.plan, job, checked.tensors))
 
     def _loss(self, model: ServedModel) -> float:
-        from ms_quant.evaluation import perplexity
+        from ms_quant.evaluation.evaluation import perplexity
 
         assert self.goal.tokens is not None
         return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]
@@ -165,7 +165,7 @@ class Search:
     def _forget(self, prices: list[float]) -> None:
         """Removes the job of a price that was tried; there is one job directory for all."""
         for price in prices:
-            remove_job(at_price(self.prepared, price).job)
+            remove_job(at_price(self.checked, price).job)
 
 
 def next_damage(points: list[tuple[float, float]], budget: float) -> float:
@@ -205,29 +205,29 @@ def _power(a: tuple[float, float], b: tuple[float, float]) -> float:
     return max(0.0, math.log(b[1] / a[1]) / math.log(b[0] / a[0]))
 
 
-def at_price(prepared: Prepared, price: float) -> Prepared:
+def at_price(checked: CheckedJob, price: float) -> CheckedJob:
     """The request with a job of that price."""
-    return replace(prepared, record={**prepared.record, "price": price}, unknown=())
+    return replace(checked, record={**checked.record, "price": price}, unknown=())
 
 
 def measuring_directory(job: Path) -> Path:
     return job.with_name(job.name + ".measure")
 
 
-def measuring_job(prepared: Prepared) -> JobDirectory:
+def measuring_job(checked: CheckedJob) -> JobDirectory:
     """The job whose blocks hold curves and no linears."""
-    options = prepared.options
-    record = {key: value for key, value in prepared.record.items() if key != "rate"}
+    options = checked.options
+    record = {key: value for key, value in checked.record.items() if key != "rate"}
     record["phase"] = "measure"
     directory = measuring_directory(options.job_directory)
     return JobDirectory(directory, record, options.any_environment)
 
 
-def remove_measured(prepared: Prepared) -> None:
+def remove_measured(checked: CheckedJob) -> None:
     """Removes what measuring left, where it is of this request."""
-    directory = measuring_directory(prepared.options.job_directory)
+    directory = measuring_directory(checked.options.job_directory)
     begun = directory.glob(f".{TRIES}.*.tmp")
-    remove_job(lambda: measuring_job(prepared), directory / TRIES, *begun)
+    remove_job(lambda: measuring_job(checked), directory / TRIES, *begun)
 
 
 def remove_job(make: Callable[[], JobDirectory], *files: Path) -> None:
@@ -241,9 +241,9 @@ def remove_job(make: Callable[[], JobDirectory], *files: Path) -> None:
                 job.remove()
 
 
-def read_curves(prepared: Prepared, job: JobDirectory) -> dict[str, Curve]:
+def read_curves(checked: CheckedJob, job: JobDirectory) -> dict[str, Curve]:
     """The curves of a finished measurement, by fused path."""
-    plan, curves = prepared.plan, {}
+    plan, curves = checked.plan, {}
     for index in range(plan.config.num_layers):
         notes = job.notes(index)
         for group in plan.groups(index):

@@ -58,11 +58,11 @@ class Curve(NamedTuple):
 class Prediction(NamedTuple):
     """Attributes:
     ratio: stored bytes over weights of all linears.
-    damage: sum of sensitivity times relative error.
+    relative_mse: sum of sensitivity times relative error.
     """
 
     ratio: float
-    damage: float
+    relative_mse: float
 
 
 def local_prices(curves: Mapping[str, Curve], price: float) -> dict[str, float]:
@@ -83,13 +83,13 @@ def local_prices(curves: Mapping[str, Curve], price: float) -> dict[str, float]:
 def predict(curves: Mapping[str, Curve], price: float) -> Prediction:
     """What a price leads to, from the curves."""
     total = sum(curve.weights for curve in curves.values())
-    stored = damage = 0.0
+    stored = relative_mse = 0.0
     for name, local in local_prices(curves, price).items():
         curve, at = curves[name], np.log(local)
         stored += curve.weights * float(np.interp(at, np.log(PRICES), curve.ratios))
         error = np.exp(np.interp(at, np.log(PRICES), np.log(np.maximum(curve.errors, 1e-30))))
-        damage += curve.sensitivity * float(error)
-    return Prediction(stored / total, damage)
+        relative_mse += curve.sensitivity * float(error)
+    return Prediction(stored / total, relative_mse)
 
 
 def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0) -> float:
@@ -113,9 +113,9 @@ def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0)
     return _least_price(lambda price: predict(curves, price).ratio <= wanted)
 
 
-def price_for_damage(curves: Mapping[str, Curve], damage: float) -> float:
+def price_for_damage(curves: Mapping[str, Curve], relative_mse: float) -> float:
     """The price at which the damage is so much; the nearest where none is."""
-    return _least_price(lambda price: predict(curves, price).damage >= damage)
+    return _least_price(lambda price: predict(curves, price).relative_mse >= relative_mse)
 
 
 def _least_price(enough: Callable[[float], bool]) -> float:

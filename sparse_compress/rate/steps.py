@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution, apply, input_quantization
-from ms_quant.blocks import Rounding
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
+from ms_quant.quantization.block import Rounding
 from sparse_compress.codec import encoded_size
-from sparse_compress.fractal import TILE_ROWS, tile_count
+from sparse_compress.codec.fractal import TILE_ROWS, tile_count
 from sparse_compress.rate.dictionary import Floats
 from sparse_compress.rate.rounding import (
     Rounded,
@@ -108,9 +108,11 @@ def sensitivity(problem: Problem, solution: Solution, subject: Subject) -> float
     error = relative_error(subject.weight, subject.hessian, coarse)
     if not error > 0:
         return 1.0
-    assert problem.damage is not None
+    assert problem.relative_mse is not None
     before, after = apply(problem, solution), subject.split(problem, coarse)
-    return max((problem.damage(after) - problem.damage(before)) / error, LEAST_SENSITIVITY)
+    return max(
+        (problem.relative_mse(after) - problem.relative_mse(before)) / error, LEAST_SENSITIVITY
+    )
 
 
 def choosing(prices: Mapping[str, float]) -> Rounding:

@@ -6,19 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
-from ms_quant.checkpoint.finish import RECORD
-from ms_quant.checkpoint.unlisted import unlisted_problems
 from ms_quant.errors import MsQuantError
+from ms_quant.job.output_directory import RECORD
+from ms_quant.job.unlisted import unlisted_problems
 from ms_quant.models.config import load_config
 from ms_quant.serve import vllm_ascend as ascend_rules
 from ms_quant.serve import vllm_mindspore as mindspore_rules
 from ms_quant.serve.flat import server_findings
 from ms_quant.serve.records import Loaded, Served, ServeRequest, alike, kind_of, merged, weight_text
-from sparse_compress.guard import guard
 from sparse_compress.layouts import TARGETS, Layout, find_target, rank_name, vllm_mindspore
 from sparse_compress.layouts.mindie import NAME as MINDIE
 from sparse_compress.layouts.mindie import refusal
-from sparse_compress.partition import fused_shape
+from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.serve.rank import (
     Rank,
     open_rank,
@@ -26,6 +25,7 @@ from sparse_compress.serve.rank import (
     remedy,
     served_layout,
 )
+from sparse_compress.verify.check_collector import guard
 
 ON_310P = {"MS_INTERNAL_ENABLE_CUSTOM_KERNEL_LIST": "RmsNormQuant"}
 
@@ -45,7 +45,7 @@ def check_w8a8sc(request: ServeRequest) -> Served | None:
     except MsQuantError as error:
         served.problems.append(f"{error}; {remedy(wanted, request.tp)}")
         return served
-    served.flavour = f"W8A8SC TP{layout.tp}"
+    served.format = f"W8A8SC TP{layout.tp}"
     server_findings(served, request, layout.config)
     if wanted is vllm_mindspore.TARGET:
         _by_vllm_mindspore(request, layout, served)

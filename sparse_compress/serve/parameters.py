@@ -12,14 +12,14 @@ from functools import partial
 
 import numpy as np
 
-from ms_quant.checkpoint.golden_stick import FLOAT32
+from ms_quant.formats.golden_stick.format import FLOAT32
 from ms_quant.models.config import block_prefix
 from sparse_compress.codec import CORES
-from sparse_compress.coding import PARAMETERS
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout
-from sparse_compress.pack import deq_floats
-from sparse_compress.partition import fused_shape
-from sparse_compress.ranks import RankTensors, decode_weight
+from sparse_compress.layouts.coding import PARAMETERS
+from sparse_compress.layouts.partition import fused_shape
+from sparse_compress.ranks.pack import deq_floats
+from sparse_compress.ranks.tensors import RankTensors, decode_weight
 from sparse_compress.serve.rank import Rank
 
 Kind = tuple[str, tuple[int, ...]]

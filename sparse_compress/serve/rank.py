@@ -13,25 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.checkpoint.companions import config_problems
-from ms_quant.checkpoint.finish import RECORD, check_files
-from ms_quant.checkpoint.structure import check_kind
 from ms_quant.errors import MsQuantError
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats.companions import config_problems
+from ms_quant.formats.structure import check_kind
+from ms_quant.job.output_directory import RECORD, check_files
 from ms_quant.models.config import load_config
 from ms_quant.models.families import LinearGroup
-from ms_quant.strict_json import read_json
 from sparse_compress.codec import CORES
-from sparse_compress.fp16 import FLOAT16
-from sparse_compress.guard import guard
 from sparse_compress.layouts import MAX_DESCRIPTION_BYTES, Layout, Target, find_target, rank_name
-from sparse_compress.pack import deq_floats, plain_quant_bias
-from sparse_compress.ranks import (
+from sparse_compress.layouts.fp16 import FLOAT16
+from sparse_compress.ranks.pack import deq_floats, plain_quant_bias
+from sparse_compress.ranks.tensors import (
     RankTensors,
     check_input_scale,
     decode_weight,
     rank_places,
     structure_problems,
 )
+from sparse_compress.verify.check_collector import guard
 
 INFORMATIVE = ("info", "weight_scale", "weight_offset", "smooth_scale")
 """Suffixes of tensors that say something about a linear and that no runtime loads."""

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.admm import cut, protected, pruned
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 
@@ -146,9 +146,9 @@ def problem(dtype: np.dtype, scale: float = 1.0) -> Problem:
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 def test_a_group_of_linears(dtype: np.dtype) -> None:
     given = problem(dtype)
-    chain = get_chain("minmax", given.scheme, {"sparsity": 0.4})
-    assert chain.name == "admm"
-    made = apply(given, chain.solve(given))
+    algorithms = get_algorithms("minmax", given.scheme, {"sparsity": 0.4})
+    assert algorithms.name == "admm"
+    made = apply(given, algorithms.solve(given))
     hessian = given.seen.hessian
     for name, weight in given.weights.items():
         values = made[name].float_weight()
@@ -164,7 +164,7 @@ def test_a_group_of_linears(dtype: np.dtype) -> None:
 def test_a_weight_that_float16_cannot_hold_is_refused() -> None:
     given = problem(F16, 1e6)
     with pytest.raises(MsQuantError, match=r"^q in float16: \d+ of 960 values are NaN or inf"):
-        apply(given, get_chain("admm", given.scheme).solve(given))
+        apply(given, get_algorithms("admm", given.scheme).solve(given))
 
 
 @pytest.mark.parametrize(
@@ -177,4 +177,4 @@ def test_a_weight_that_float16_cannot_hold_is_refused() -> None:
 )
 def test_refused(text: str, scheme: str, settings: dict, message: str) -> None:
     with pytest.raises(MsQuantError, match=message):
-        get_chain(text, get_scheme(scheme), settings)
+        get_algorithms(text, get_scheme(scheme), settings)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.awq import AwqOptions, scale, solve, weight_share
 from ms_quant.algorithms.clip import search_clip
-from ms_quant.algorithms.problem import Problem, Solution, apply, prepared, seen_inputs
+from ms_quant.algorithms.problem import Problem, Solution, apply, checked, seen_inputs
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 K = 64
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -203,7 +203,7 @@ def test_ranges_are_searched_for_the_chosen_vector_but_not_those_of_q_and_k(grou
     assert set(found.clip) == {"v_proj"}
     format, dtype = problem.scheme.weight, problem.dtype
     expected = search_clip(
-        prepared(problem, plain)["v_proj"],
+        checked(problem, plain)["v_proj"],
         seen_inputs(problem, plain),
         lambda weight, ratio: format.fit(weight, "w", dtype, ratio),
     )
@@ -211,7 +211,7 @@ def test_ranges_are_searched_for_the_chosen_vector_but_not_those_of_q_and_k(grou
     assert expected.min() < 1
     linears = apply(problem, found)
     for name in ("q_proj", "k_proj"):
-        grid = format.fit(prepared(problem, plain)[name], "w", dtype)
+        grid = format.fit(checked(problem, plain)[name], "w", dtype)
         np.testing.assert_array_equal(linears[name].grid.scale, grid.scale)
 
 
@@ -247,6 +247,6 @@ def test_rounding_after_it_sees_the_scaled_weights():
     problem, _ = make_problem()
     errors = []
     for algorithm in ("minmax", "awq", "awq+gptq"):
-        solution = get_chain(algorithm, problem.scheme, {}).solve(problem)
+        solution = get_algorithms(algorithm, problem.scheme, {}).solve(problem)
         errors.append(problem.loss(apply(problem, solution)))
     assert errors[0] > errors[1] > errors[2]

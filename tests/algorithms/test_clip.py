@@ -9,8 +9,8 @@ from ms_quant.algorithms.clip import RATIOS, search_clip, solve
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 def slow_losses(row: np.ndarray, inputs: np.ndarray) -> list[float]:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.flex_smooth import GRID, FlexSmoothOptions, search
 from ms_quant.algorithms.problem import Problem
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 F32 = DTYPES["float32"]
 
@@ -59,8 +59,8 @@ def slow_error(asked: Problem, alpha: float, beta: float, bits: int) -> float:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_both_strengths_are_those_of_a_double_loop(scheme, bits, seed):
     asked = problem(scheme, seed=seed)
-    chain = get_chain("flexsmooth", asked.scheme)
-    note = chain.first(asked).note
+    algorithms = get_algorithms("flexsmooth", asked.scheme)
+    note = algorithms.first(asked).note
     errors = {a: slow_error(asked, a, 1 - a, bits) for a in GRID}
     alpha = min(errors, key=errors.get)
     assert note["alpha"] == alpha
@@ -88,15 +88,15 @@ def test_what_is_given_is_not_searched():
 
 def test_vectors_of_given_strengths():
     asked = problem("W8A8_DYNAMIC")
-    chain = get_chain("flexsmooth", asked.scheme, {"alpha": 0.25, "beta": 0.5})
+    algorithms = get_algorithms("flexsmooth", asked.scheme, {"alpha": 0.25, "beta": 0.5})
     columns = np.max([np.abs(w).max(axis=0) for w in asked.weights.values()], axis=0)
     expected = asked.seen.absmax.astype("f8") ** 0.25 / columns.astype("f8") ** 0.5
-    np.testing.assert_allclose(chain.first(asked).smooth, expected, rtol=2.0**-20)
+    np.testing.assert_allclose(algorithms.first(asked).smooth, expected, rtol=2.0**-20)
 
 
 def test_refusals():
     for value in (-0.1, 1.1, float("nan"), "much"):
         with pytest.raises(MsQuantError, match=r"^flexsmooth\.alpha"):
-            get_chain("flexsmooth", get_scheme("W8A8"), {"alpha": value})
+            get_algorithms("flexsmooth", get_scheme("W8A8"), {"alpha": value})
     with pytest.raises(MsQuantError, match="only weights would get harder"):
-        get_chain("flexsmooth", get_scheme("W8A16"))
+        get_algorithms("flexsmooth", get_scheme("W8A16"))

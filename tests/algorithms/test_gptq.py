@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.gptq import (
     BLOCK,
     GptqOptions,
@@ -22,7 +22,7 @@ from ms_quant.algorithms.problem import (
     Problem,
     Solution,
     apply,
-    prepared,
+    checked,
     seen_hessian,
     seen_inputs,
 )
@@ -31,8 +31,8 @@ from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, Float8Format,
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat, TwoLevelGrid, WeightFormat
 from ms_quant.numerics.linear import Kronecker
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 def oracle(weight: np.ndarray, hessian: np.ndarray, step: float) -> np.ndarray:
@@ -261,7 +261,7 @@ def problem_of(
 
 def chain_error(problem: Problem, x: np.ndarray, algorithm: str, **settings) -> float:
     """Mean squared error of the linears' outputs, weights quantized and inputs not."""
-    solution = get_chain(algorithm, problem.scheme, settings).solve(problem)
+    solution = get_algorithms(algorithm, problem.scheme, settings).solve(problem)
     return sum(
         float(np.square(x @ (linear.float_weight() - problem.weights[name]).T).mean())
         for name, linear in apply(problem, solution).items()
@@ -306,14 +306,14 @@ def test_takes_the_grids_that_others_have_chosen(scheme, more, before, act_order
     """Scales are those of the chain without GPTQ, and codes those of the paper's column step."""
     problem, x = problem_of(scheme, more)
     settings = {"act_order": act_order}
-    without = get_chain(before, problem.scheme).solve(problem)
-    found = get_chain(f"{before}+gptq", problem.scheme, settings).solve(problem)
+    without = get_algorithms(before, problem.scheme).solve(problem)
+    found = get_algorithms(f"{before}+gptq", problem.scheme, settings).solve(problem)
     plain, linears = apply(problem, without), apply(problem, found)
     error = dict.fromkeys(("plain", "gptq"), 0.0)
     hessian = damped(seen_hessian(problem, found))
     order = column_order(seen_hessian(problem, found), act_order)
     factor = inverse_factor(hessian[order][:, order])
-    for name, weight in prepared(problem, found).items():
+    for name, weight in checked(problem, found).items():
         for key, array in plain[name].grid.arrays().items():
             np.testing.assert_array_equal(linears[name].grid.arrays()[key], array)
         codes = round_weight(weight, plain[name].grid, factor, order, refit=False)
@@ -349,7 +349,7 @@ def test_the_hessian_is_that_of_the_transformed_inputs():
     assert found.flags.c_contiguous
     assert np.abs(found - exact).max() <= 1e-4 * np.diagonal(exact).max()
     # and the weights have taken the inverse, so that the product stays
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         product = x.astype("f8") @ problem.weights[name].T
         assert np.abs(inputs @ weight.T - product).max() <= 1e-4 * np.abs(product).max()
         linear = apply(problem, solution)[name]
@@ -438,7 +438,7 @@ def test_dead_channels_are_rounded_to_nearest(scheme, more, act_order):
     problem, _ = problem_of(scheme, more, dead=dead)
     options = GptqOptions(act_order=act_order, static_groups=True)
     solution = solve(problem, Solution(), options)
-    for name, weight in prepared(problem, solution).items():
+    for name, weight in checked(problem, solution).items():
         grid, codes = solution.grids[name], solution.codes[name]
         np.testing.assert_array_equal(codes[:, dead], grid.round(weight)[:, dead])
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.low_bits import LowBitsOptions, largest_inlier, solve
 from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import MsQuantError
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 FLOAT32 = np.dtype(np.float32)
 RNG = np.random.default_rng(0)
@@ -93,15 +93,15 @@ def test_a_row_of_zeros_has_a_scale() -> None:
 
 
 def test_only_its_own_scheme_takes_it() -> None:
-    assert get_chain("minmax", get_scheme("W8A8S")).names == ("low_bits",)
+    assert get_algorithms("minmax", get_scheme("W8A8S")).names == ("low_bits",)
     with pytest.raises(
         MsQuantError, match="'low_bits' does not work with scheme W8A8: its tensors"
     ):
-        get_chain("low_bits", get_scheme("W8A8"))
+        get_algorithms("low_bits", get_scheme("W8A8"))
     for other in ("clip", "ssz", "osl", "awq"):
         with pytest.raises(MsQuantError, match=f"'{other}' does not work .* leave out outliers"):
-            get_chain(other, get_scheme("W8A8S"))
+            get_algorithms(other, get_scheme("W8A8S"))
     for wrong in ("fraction=0.6", "fraction=-1", "sigma=-3"):
         name, value = wrong.split("=")
         with pytest.raises(MsQuantError, match=rf"^low_bits\.{name} is "):
-            get_chain("low_bits", get_scheme("W8A8S"), {f"low_bits.{name}": value})
+            get_algorithms("low_bits", get_scheme("W8A8S"), {f"low_bits.{name}": value})

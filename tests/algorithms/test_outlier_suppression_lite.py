@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.outlier_suppression_lite import ALPHAS, solve
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.linear import quantize_linear, static_activation
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 GRID = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
 BF16 = DTYPES["bfloat16"]
@@ -179,7 +179,7 @@ def test_clipping_is_kept_if_the_blocks_error_does_not_grow(clipped_loss, kept):
 @pytest.mark.parametrize("seed", range(6))
 def test_never_worse_than_minmax_by_its_own_measure(seed):
     problem = make_problem(seed=seed, outlier=[1.0, 1e-3, 300.0][seed % 3])
-    minmax = get_chain("minmax", problem.scheme).solve(problem)
+    minmax = get_algorithms("minmax", problem.scheme).solve(problem)
     found = problem.loss(apply(problem, solve(problem, Solution())))
     assert found <= problem.loss(apply(problem, minmax))
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.algorithms.smooth import smooth_scale, weight_absmax
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import ActivationStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import ActivationStats
 
 
 def slow_scale(act: float, weight: float, alpha: float) -> float:
@@ -82,7 +82,7 @@ def outlier_problem(dtype: str = "bfloat16") -> tuple[Problem, np.ndarray]:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
 def test_solution_is_the_formula_over_the_whole_group(alpha):
     problem, x = outlier_problem()
-    solution = get_chain("smoothquant", problem.scheme, {"alpha": alpha}).solve(problem)
+    solution = get_algorithms("smoothquant", problem.scheme, {"alpha": alpha}).solve(problem)
     for j in range(16):
         act = max(abs(float(row[j])) for row in x)
         weight = max(abs(float(row[j])) for w in problem.weights.values() for row in w)
@@ -96,7 +96,7 @@ def test_group_shares_one_stored_vector_and_outliers_cost_less(dtype):
     problem, x = outlier_problem(dtype)
     errors = {}
     for name in ("minmax", "smoothquant"):
-        linears = apply(problem, get_chain(name, problem.scheme).solve(problem))
+        linears = apply(problem, get_algorithms(name, problem.scheme).solve(problem))
         assert len({id(linear.activation) for linear in linears.values()}) == 1
         stored = linears["q"].activation.input_scale
         np.testing.assert_array_equal(stored.astype(DTYPES[dtype]).astype("f4"), stored)

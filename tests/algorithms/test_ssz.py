@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.algorithms.ssz import SszOptions, improve, solve
 from ms_quant.numerics.grid import AffineFormat, AffineGrid
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 F32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
 G, K = 32, 96
@@ -179,7 +179,7 @@ def problem_of(scheme: str, **more) -> Problem:
 )
 def test_solution_is_a_grid_for_each_linear(scheme, more):
     problem = problem_of(scheme, **more)
-    solution = get_chain("ssz", problem.scheme, {"steps": 5}).solve(problem)
+    solution = get_algorithms("ssz", problem.scheme, {"steps": 5}).solve(problem)
     linears = apply(problem, solution)
     for name, weight in problem.weights.items():
         grid = problem.scheme.weight.fit(weight, name, problem.scheme.scale_dtype(BF16))

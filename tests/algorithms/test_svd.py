@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
-from ms_quant.algorithms.problem import Problem, Solution, apply, prepared
+from ms_quant.algorithms import get_algorithms
+from ms_quant.algorithms.problem import Problem, Solution, apply, checked
 from ms_quant.algorithms.svd import SvdOptions, low_rank, solve
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 F32, BF16, F16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 K = 128
@@ -113,7 +113,7 @@ def test_what_storing_the_factors_loses_is_rounded_too():
     solution = solve(problem, Solution(), SvdOptions(8))
     branch = solution.branch["q"]
     assert (branch.weight != low_rank(weight, 8, F32).weight).mean() > 0.9
-    rest = prepared(problem, solution)["q"]
+    rest = checked(problem, solution)["q"]
     np.testing.assert_array_equal(rest, weight - branch.weight)
     linear = apply(problem, solution)["q"]
     rounding = linear.grid.values(linear.weight) - rest
@@ -142,5 +142,5 @@ def test_factors_on_ranges_do_not_outlive_the_weight_they_are_of():
 
 def test_the_scheme_always_has_it_and_no_other_one_does():
     scheme = get_scheme("W4A4_MXFP4_SVD")
-    assert get_chain("minmax", scheme).names == ("svd",)
-    assert get_chain("gptq", scheme, {"rank": 16}).chosen["svd"] == {"rank": 16}
+    assert get_algorithms("minmax", scheme).names == ("svd",)
+    assert get_algorithms("gptq", scheme, {"rank": 16}).chosen["svd"] == {"rank": 16}

@@ -25,7 +25,7 @@ from ms_quant.numerics.activation import PerToken, Seen
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore", "steps")

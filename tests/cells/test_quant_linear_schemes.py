@@ -20,11 +20,11 @@ from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen
 from ms_quant.numerics.grid import AffineGrid, Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import SCHEMES, get_scheme
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
-DECODER = [name for name, scheme in SCHEMES.items() if scheme.flavour]
+DECODER = [name for name, scheme in SCHEMES.items() if scheme.format]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in DECODER),
     ("W8A16", {"group_size": 64, "symmetric": False}),

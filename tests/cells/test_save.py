@@ -23,7 +23,7 @@ from ms_quant.numerics.activation import Float, PerToken, PerTokenFloat8, Static
 from ms_quant.numerics.float_grid import DualMxFormat, Float8Format
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes.table import SCHEMES
 
 TRAINED = "W4A4_FLATQUANT_DYNAMIC"  # takes long
 pytestmark = [

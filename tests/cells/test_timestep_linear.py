@@ -19,8 +19,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.observers import StepStats
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
+from ms_quant.statistics.observers import StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 STEPS = 5

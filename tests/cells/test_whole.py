@@ -23,10 +23,10 @@ from mindspore import Parameter, Tensor, nn
 import ms_quant
 from ms_quant.cells import QuantLinear
 from ms_quant.cells.whole import KEY
-from ms_quant.checkpoint.mindie_sd_types import TYPES
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.mindie_sd.types import TYPES
 from ms_quant.numerics.linear import int8_linear
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")

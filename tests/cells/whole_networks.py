@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, mint, nn
 
 import ms_quant
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes.table import SCHEMES
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 WIDTH, TOKENS = 128, 12

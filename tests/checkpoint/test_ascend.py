@@ -1,4 +1,4 @@
-"""The ascend flavour's tables against ones written by hand, and what it refuses."""
+"""The ascend format's tables against ones written by hand, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import ascend
-from ms_quant.checkpoint.ascend_codes import codes_of
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.ascend import format as ascend
+from ms_quant.formats.ascend.codes import codes_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
@@ -40,7 +40,7 @@ def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options
 
 def table(chosen: Plan, path: str) -> dict[str, str]:
     """Each tensor of a linear as ``"dtype [shape]"``."""
-    tensors = ascend.FLAVOUR.tensor_plans(chosen)
+    tensors = ascend.FORMAT.tensor_plans(chosen)
     return {
         t.name.removeprefix(f"{path}."): f"{t.dtype} {list(t.shape)}"
         for t in tensors
@@ -157,17 +157,17 @@ def test_description() -> None:
         suffixes = ["weight", "scale_bias", *levels]
         expected |= {f"{path}.{suffix}": "W4A8_DYNAMIC" for suffix in suffixes}
     expected |= {f"{attention}.{n}_proj.bias": "FLOAT" for n in "qkv"}
-    assert ascend.FLAVOUR.description(chosen) == expected
+    assert ascend.FORMAT.description(chosen) == expected
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("W8A8_MIX", 0), ("W8A8_MXFP8", 32)])
 def test_group_size_of_the_description(scheme: str, size: int) -> None:
-    found = ascend.FLAVOUR.description(plan(scheme))
+    found = ascend.FORMAT.description(plan(scheme))
     assert (found["group_size"], found["model_quant_type"]) == (size, scheme)
 
 
 def test_branches_are_float_in_the_description() -> None:
-    found = ascend.FLAVOUR.description(plan("W4A4_MXFP4_SVD"))
+    found = ascend.FORMAT.description(plan("W4A4_MXFP4_SVD"))
     assert found[f"{DOWN}.svd_lowrank_l1"] == found[f"{DOWN}.svd_lowrank_l2"] == "FLOAT"
     assert found[f"{DOWN}.weight"] == found[f"{DOWN}.weight_scale"] == "W4A4_MXFP4_SVD"
 
@@ -185,7 +185,7 @@ def test_float_weights_are_stored_as_they_are() -> None:
 
 
 def test_a_bias_of_float_weights_has_their_name() -> None:
-    found = ascend.FLAVOUR.description(plan("W16A16S"))
+    found = ascend.FORMAT.description(plan("W16A16S"))
     assert found[f"{K_PROJ}.weight"] == found[f"{K_PROJ}.bias"] == "W16A16S"
     assert found["model_quant_type"] == "W16A16S" and found["model.norm.weight"] == "FLOAT"
 
@@ -208,17 +208,17 @@ def test_a_shape_that_cannot_be_packed_is_refused(scheme: str, raw: dict, messag
 def test_an_input_scale_for_each_channel_is_refused() -> None:
     chosen = plan("W8A8_MIX")
     chosen = replace(chosen, scheme=SCHEMES["W8A8"])
-    with pytest.raises(MsQuantError, match="the ascend flavour cannot hold scheme W8A8"):
+    with pytest.raises(MsQuantError, match="the ascend format cannot hold scheme W8A8"):
         ascend.check(chosen, chosen.groups(0)[0], (32, 64), "x")
 
 
 def test_output_bytes_are_those_of_the_tensors(
     tiny_model: Callable[..., Path], tmp_path: Path, load_tensors: Callable
 ) -> None:
-    from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
+    from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 
     source = tiny_model(hidden_size=64, intermediate_size=64, head_dim=16, shards=1)
     made = quantize_checkpoint(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP"))
-    assert made["flavour"] == "ascend"
+    assert made["format"] == "ascend"
     tensors = load_tensors(tmp_path / "out")
     assert made["tensor_bytes"] == sum(array.nbytes for array in tensors.values())

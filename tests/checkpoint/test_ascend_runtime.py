@@ -19,12 +19,12 @@ from mindspore import Tensor
 
 from ms_quant import kernels
 from ms_quant.cells import QuantLinear
-from ms_quant.checkpoint.serving import open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.inspection import inspect_checkpoint
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
-from ms_quant.verify import verify_checkpoint
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -186,7 +186,7 @@ def test_a_runtime_computes_what_was_quantized(
     assert len(list(output.glob("quant_model_weights-0000?-of-0000?.safetensors"))) > 1
     runtime, model = Runtime(output, load_tensors(output)), open_model(output)
     assert runtime.description["lm_head.weight"] == "FLOAT"
-    assert model.flavour == f"ascend {scheme}"
+    assert model.format == f"ascend {scheme}"
     for fused, shards in FUSED.items():
         prefix = (
             f"model.layers.0.{'self_attn' if 'q_proj' in shards or fused == 'o_proj' else 'mlp'}"
@@ -334,5 +334,5 @@ def test_inspect(
     request = QuantizeOptions(source, tmp_path / "out", scheme, choices=Choices(options))
     quantize_checkpoint(request)
     found = inspect_checkpoint(tmp_path / "out")
-    assert found["flavour"] == f"ascend {scheme}"
+    assert found["format"] == f"ascend {scheme}"
     assert {row["stored_as"] for row in found["linears"]} == {stored}

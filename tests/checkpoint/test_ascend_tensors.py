@@ -1,4 +1,4 @@
-"""The tensors of a linear in the ascend flavour: bytes by hand, and there and back, bit for bit."""
+"""The tensors of a linear in the ascend format: bytes by hand, and there and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import ascend
-from ms_quant.checkpoint.ascend_tensors import narrowed, parts, widened
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.ascend import format as ascend
+from ms_quant.formats.ascend.tensors import narrowed, parts, widened
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import PerToken, Phased, PhasedActivation, Seen, StaticActivation
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
@@ -37,7 +37,7 @@ RAW = {
     "vocab_size": 10,
 }
 K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"
-ROWS = [name for name, scheme in SCHEMES.items() if scheme.flavour == "ascend"]
+ROWS = [name for name, scheme in SCHEMES.items() if scheme.format == "ascend"]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ROWS),
     ("W8A16", {"symmetric": False}),
@@ -124,7 +124,7 @@ def random_linear(chosen: Plan, path: str, bias: bool, seed: int = 0) -> Quantiz
     shape = chosen.config.linear_shapes()[path.split(".", 3)[3]]
     weight = rng.standard_normal(shape, np.float32)
     weight[0] = 0
-    adds = {row.adds for row in chosen.chain.rows}
+    adds = {row.adds for row in chosen.algorithms.rows}
     branch = kronecker = None
     if "kronecker" in adds:
         factors = rotation.balanced_factors(shape[1], path)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ms_quant.checkpoint import atomic
 from ms_quant.errors import MsQuantError
+from ms_quant.files import atomic
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint import companion_files as module
-from ms_quant.checkpoint.companion_files import code_notes, companion_files
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.inspection import inspect_checkpoint
-from ms_quant.pipeline import quantize_checkpoint
-from ms_quant.request import QuantizeOptions
-from ms_quant.verify import verify_checkpoint
+from ms_quant.files import companion_files as module
+from ms_quant.files.companion_files import code_notes, companion_files
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.request import QuantizeOptions
+from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 COPIED = (
     "tokenizer.json",

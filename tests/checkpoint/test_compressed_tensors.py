@@ -1,4 +1,4 @@
-"""The compressed-tensors flavour's tables and descriptions, by hand, and what it refuses."""
+"""The compressed-tensors format's tables and descriptions, by hand, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import compressed_tensors as flavour
-from ms_quant.checkpoint.compressed_tensors_config import (
+from ms_quant.errors import MsQuantError
+from ms_quant.formats.compressed_tensors import format as format
+from ms_quant.formats.compressed_tensors.config import (
     format_of,
     quantization_config,
     read_schemes,
 )
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.errors import MsQuantError
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import PerToken
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 FORMAT = "compressed-tensors"
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -57,7 +57,7 @@ def table(chosen: Plan, path: str = K_PROJ) -> dict[str, str]:
     """Each tensor of a linear as ``"dtype [shape]"``."""
     return {
         t.name.removeprefix(f"{path}."): f"{t.dtype} {list(t.shape)}"
-        for t in flavour.FLAVOUR.tensor_plans(chosen)
+        for t in format.FORMAT.tensor_plans(chosen)
         if t.name.startswith(f"{path}.")
     }
 
@@ -140,7 +140,7 @@ SPELLED: list[tuple[str, dict, str, dict, dict | None]] = [
 
 
 def described(chosen: Plan) -> dict[str, Any]:
-    return flavour.FLAVOUR.description(chosen)
+    return format.FORMAT.description(chosen)
 
 
 @pytest.mark.parametrize(("scheme", "options", "format", "weights", "inputs"), SPELLED)
@@ -283,8 +283,8 @@ HELD = {"W8A8_DYNAMIC", "W8A16", "W4A16", "W8A8FP8_DYNAMIC", "W8A8FP8_BLOCK"}
 @pytest.mark.parametrize("name", sorted(SCHEMES.keys() - HELD))
 def test_schemes_that_no_format_holds_are_refused(name: str) -> None:
     chosen = replace(plan("W8A16"), scheme=SCHEMES[name])
-    with pytest.raises(MsQuantError, match=f"compressed-tensors flavour cannot hold scheme {name}"):
-        flavour.check(chosen, group_of(chosen, K_PROJ), (32, 64), "x")
+    with pytest.raises(MsQuantError, match=f"compressed-tensors format cannot hold scheme {name}"):
+        format.check(chosen, group_of(chosen, K_PROJ), (32, 64), "x")
 
 
 @pytest.mark.parametrize(
@@ -304,10 +304,10 @@ def test_a_shape_that_does_not_fill_words_is_refused(
     chosen = replace(plan("W8A16"), scheme=get_scheme(scheme, FORMAT, **options))
     group = group_of(chosen, K_PROJ)
     if not message:
-        flavour.check(chosen, group, shape, "x")
+        format.check(chosen, group, shape, "x")
         return
     with pytest.raises(MsQuantError, match=message):
-        flavour.check(chosen, group, shape, "x")
+        format.check(chosen, group, shape, "x")
 
 
 def test_a_group_that_does_not_divide_is_refused_by_the_plan() -> None:
@@ -327,6 +327,6 @@ def test_what_has_no_tensor_is_refused(change: dict[str, Any], what: str) -> Non
     grid = AffineFormat().grid({"weight_scale": np.ones((32, 1), "f4")})
     linear = QuantizedLinear(np.zeros((32, 64), np.int8), grid)
     group = group_of(chosen, K_PROJ)
-    assert flavour.linear_tensor(chosen, group, linear, "weight").shape == (32, 64)
+    assert format.linear_tensor(chosen, group, linear, "weight").shape == (32, 64)
     with pytest.raises(MsQuantError, match=f"has no place for {what} of a linear"):
-        flavour.linear_tensor(chosen, group, replace(linear, **change), "weight")
+        format.linear_tensor(chosen, group, replace(linear, **change), "weight")

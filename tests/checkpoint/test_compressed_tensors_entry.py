@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ms_quant.checkpoint.compressed_tensors_config import quantization_config, read_schemes
 from ms_quant.errors import MsQuantError
-from ms_quant.schemes import get_scheme
+from ms_quant.formats.compressed_tensors.config import quantization_config, read_schemes
+from ms_quant.schemes.table import get_scheme
 
 FORMAT = "compressed-tensors"
 LINEARS = [

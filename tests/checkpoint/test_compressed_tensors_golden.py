@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import compressed_tensors as flavour
-from ms_quant.checkpoint.compressed_tensors_config import quantization_config
-from ms_quant.checkpoint.compressed_tensors_tensors import parts, read_linear
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.compressed_tensors import format as format
+from ms_quant.formats.compressed_tensors.config import quantization_config
+from ms_quant.formats.compressed_tensors.tensors import parts, read_linear
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import get_scheme
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.table import get_scheme
 
 FORMAT = "compressed-tensors"
 LIBRARY = Path(__file__).parents[1] / "golden" / "compressed_tensors" / "library.json"
@@ -87,7 +87,7 @@ def test_bytes_are_the_librarys(case: str, scheme: str, options: dict[str, Any])
     names = {"weight_scale", "input_scale", "input_zero_point"}
     assert parts(chosen, (ROWS, COLUMNS)).keys() - names == GOLDEN[case]["tensors"].keys()
     for suffix, expected in GOLDEN[case]["tensors"].items():
-        found = flavour.linear_tensor(chosen, group, made, suffix)
+        found = format.linear_tensor(chosen, group, made, suffix)
         assert (found.dtype.name, list(found.shape)) == (expected["dtype"], expected["shape"])
         assert found.tobytes().hex() == expected["bytes"], suffix
 

@@ -17,18 +17,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import compressed_tensors as flavour
-from ms_quant.checkpoint.companions import model_config
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.writer import write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import write_file
+from ms_quant.formats.companions import model_config
+from ms_quant.formats.compressed_tensors import format as format
+from ms_quant.formats.format import group_of
 from ms_quant.models.config import load_config
 from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
 
 FORMAT = "compressed-tensors"
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -58,12 +58,12 @@ def write(plan: Plan, source: Path, output: Path) -> dict[str, QuantizedLinear]:
     def get(name: str) -> np.ndarray:
         path, _, suffix = name.rpartition(".")
         if path in linears and suffix != "bias":
-            return flavour.linear_tensor(plan, group_of(plan, path), linears[path], suffix)
+            return format.linear_tensor(plan, group_of(plan, path), linears[path], suffix)
         return tensors.read_float32(name).astype(plan.dtype)
 
-    write_file(output / "model.safetensors", flavour.FLAVOUR.tensor_plans(plan), get)
+    write_file(output / "model.safetensors", format.FORMAT.tensor_plans(plan), get)
     config = model_config(plan.config, plan.dtype)
-    config["quantization_config"] = flavour.FLAVOUR.description(plan)
+    config["quantization_config"] = format.FORMAT.description(plan)
     (output / "config.json").write_text(json.dumps(config))
     return linears
 
@@ -266,7 +266,7 @@ def test_the_runtime_computes_what_was_quantized(
             name, bias = f"{path}.bias", None
             if name in checkpoint.names:
                 bias = checkpoint.read_float32(name)
-            read.append(flavour.read_linear(plan, group_of(plan, path), checkpoint, path, bias))
+            read.append(format.read_linear(plan, group_of(plan, path), checkpoint, path, bias))
         x = np.random.default_rng(0).standard_normal((4, read[0].weight.shape[1]), np.float32)
         expected = np.concatenate([linear.forward(x) for linear in read], axis=1)
         np.testing.assert_allclose(runtime.forward(layer, x), expected, rtol=1e-4, atol=1e-4)
@@ -286,7 +286,7 @@ def test_what_is_read_is_what_was_written(
     plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
     for path, linear in write(plan, source, tmp_path / "out").items():
         checkpoint = Checkpoint(tmp_path / "out")
-        found = flavour.read_linear(plan, group_of(plan, path), checkpoint, path, linear.bias)
+        found = format.read_linear(plan, group_of(plan, path), checkpoint, path, linear.bias)
         if isinstance(linear.activation, StaticActivation):
             linear = replace(linear, activation=replace(linear.activation, folds_bias=False))
         x = np.random.default_rng(1).standard_normal((3, linear.weight.shape[1]), np.float32)
@@ -374,5 +374,5 @@ def test_a_tensor_that_contradicts_is_refused(
     save_tensors(tmp_path / "out" / "model.safetensors", tensors)
     checkpoint, group = Checkpoint(tmp_path / "out"), group_of(plan, DOWN)
     with pytest.raises(MsQuantError, match=message) as error:
-        flavour.read_linear(plan, group, checkpoint, DOWN, None)
+        format.read_linear(plan, group, checkpoint, DOWN, None)
     assert f"{DOWN}.{suffix}" in str(error.value)

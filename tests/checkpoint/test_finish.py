@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.atomic import write_bytes, write_json
-from ms_quant.checkpoint.companion_files import companion_files
-from ms_quant.checkpoint.finish import (
+from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import write_bytes, write_json
+from ms_quant.files.companion_files import companion_files
+from ms_quant.job.output_directory import (
     RECORD,
     OutputDirectory,
     check_files,
     seal,
 )
-from ms_quant.checkpoint.unlisted import unlisted_problems
-from ms_quant.errors import MsQuantError
+from ms_quant.job.unlisted import unlisted_problems
 
 JOB = {"scheme": "W8A8", "environment": {"threads": 2}}
 

@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import digest, first_pass
-from ms_quant.checkpoint.digest import BLOCK_ELEMENTS, count_non_finite, tensor_digest
-from ms_quant.checkpoint.first_pass import STATE, read_source
-from ms_quant.checkpoint.reader import ChangedSourceError, Checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.files import digest, first_pass
+from ms_quant.files.digest import BLOCK_ELEMENTS, count_non_finite, tensor_digest
+from ms_quant.files.first_pass import STATE, read_source
+from ms_quant.files.reader import ChangedSourceError, Checkpoint
 
 LAST = "model.layers.1.mlp.up_proj.weight"
 Save = Callable[..., None]

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.float_model import model_notes, open_float
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
-from ms_quant.inspection import inspect_checkpoint
-from ms_quant.pipeline import quantize_checkpoint
-from ms_quant.request import QuantizeOptions
+from ms_quant.formats.float_model import model_notes, open_float
+from ms_quant.formats.inspection import inspect_checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.request import QuantizeOptions
+from ms_quant.pipeline.run import quantize_checkpoint
 from ms_quant.serve.check import serve_check
-from ms_quant.verify import verify_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""The golden-stick flavour against tables written by hand from its contract."""
+"""The golden-stick format against tables written by hand from its contract."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint import golden_stick
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.golden_stick import format as golden_stick
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.linear import quantize_linear, static_activation
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan import Plan
-from ms_quant.planning import make_plan
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Plan
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import QuantizedModel
-from ms_quant.convert import convert_checkpoint
-from ms_quant.verify import verify_checkpoint
+from ms_quant.formats.opening import QuantizedModel
+from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 Tensors = dict[str, np.ndarray]

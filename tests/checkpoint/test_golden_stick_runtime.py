@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import open_model
-from ms_quant.pipeline import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan import Choices
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.plan.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_quant.blocks import Block
-from ms_quant.checkpoint import job as job_module
-from ms_quant.checkpoint import lock
-from ms_quant.checkpoint.job import (
+from ms_quant.errors import MsQuantError
+from ms_quant.files import lock
+from ms_quant.job import directory as job_module
+from ms_quant.job.directory import (
     HiddenStates,
     JobDirectory,
     environment,
     find_difference,
     read_hidden,
 )
-from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import SCHEMES, get_scheme
+from ms_quant.quantization.block import Block
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
 
@@ -151,7 +151,7 @@ def test_a_second_process_is_refused_and_breaks_nothing(
 ) -> None:
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from ms_quant.checkpoint.job import JobDirectory\n"
+        "from ms_quant.job.directory import JobDirectory\n"
         "with JobDirectory(Path(sys.argv[1]), {}).open():\n"
         "    print('open', flush=True)\n    sys.stdin.read()\n"
     )

@@ -1,4 +1,4 @@
-"""The mindie-sd flavour's tables, bytes and description against ones written by hand, there and
+"""The mindie-sd format's tables, bytes and description against ones written by hand, there and
 back bit for bit, and what it refuses."""
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.algorithms import get_chain
-from ms_quant.checkpoint import mindie_sd
-from ms_quant.checkpoint.flavour import group_of
-from ms_quant.checkpoint.mindie_sd_reading import Tensors, read
-from ms_quant.checkpoint.mindie_sd_tensors import Layout, parts
-from ms_quant.checkpoint.mindie_sd_types import TYPES, check_type, description_name, weights_name
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.algorithms import get_algorithms
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.formats.format import group_of
+from ms_quant.formats.mindie_sd import format as mindie_sd
+from ms_quant.formats.mindie_sd.reading import Tensors, read
+from ms_quant.formats.mindie_sd.tensors import Layout, parts
+from ms_quant.formats.mindie_sd.types import TYPES, check_type, description_name, weights_name
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear, smooth_of, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.plan import Choices, Plan
-from ms_quant.planning import make_plan
-from ms_quant.schemes import SCHEMES, get_scheme
-from ms_quant.spec import Fold
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.schemes.records import Fold
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 F32, BF16, FP16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
@@ -65,7 +65,7 @@ def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options
         return made
     fold = Fold.MUL_SCALE if algorithm == "smoothquant" else Fold.NORM
     found = get_scheme(scheme, "mindie-sd", fold, **options)
-    return replace(made, scheme=found, chain=get_chain(algorithm, found))
+    return replace(made, scheme=found, algorithms=get_algorithms(algorithm, found))
 
 
 def table(chosen: Plan, path: str) -> dict[str, str]:
@@ -389,7 +389,7 @@ def test_names_in_any_case(value: str, expected: str) -> None:
 
 
 def other(scheme: str, **options: Any) -> Plan:
-    """A plan of a scheme that the flavour does not hold."""
+    """A plan of a scheme that the format does not hold."""
     return replace(plan("W8A16"), scheme=get_scheme(scheme, **options))
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.mindie_sd_choice import check_linear, why_not_run
-from ms_quant.checkpoint.mindie_sd_held import held_dtype
-from ms_quant.checkpoint.mindie_sd_types import REFUSED, STATIC_PAIRS, TYPES
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.mindie_sd.choice import check_linear, why_not_run
+from ms_quant.formats.mindie_sd.held import held_dtype
+from ms_quant.formats.mindie_sd.types import REFUSED, STATIC_PAIRS, TYPES
 from ms_quant.numerics.storage import DTYPES
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "mindie_sd_format.md").read_text()

@@ -27,10 +27,10 @@ import mindspore as ms
 from mindspore import Tensor, mint, nn
 
 import ms_quant
-from ms_quant.checkpoint.serving import open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.pipeline import quantize_checkpoint
-from ms_quant.request import QuantizeOptions, make_choices
+from ms_quant.formats.opening import open_model
+from ms_quant.pipeline.request import QuantizeOptions, make_choices
+from ms_quant.pipeline.run import quantize_checkpoint
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 BF16, FP16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)

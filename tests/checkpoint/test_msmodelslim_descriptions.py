@@ -16,11 +16,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import QuantizedModel
-from ms_quant.convert import convert_checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.opening import QuantizedModel
+from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.serve.check import serve_check
-from ms_quant.verify import VERDICTS, verify_checkpoint
+from ms_quant.verify.checkpoint import VERDICTS, verify_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "others"
 STATIC, W4A8 = "msmodelslim_w8a8_qwen2_bf16", "msmodelslim_w4a8_dynamic_qwen3_bf16"

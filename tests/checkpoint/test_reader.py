@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.reader import Checkpoint, check_model, fingerprint
-from ms_quant.checkpoint.writer import TensorPlan, write_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint, fingerprint
+from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.models.config import ModelConfig, parse_config
+from ms_quant.models.weights import check_model
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:

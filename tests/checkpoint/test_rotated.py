@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from ms_quant.algorithms.quarot import QuaRot
-from ms_quant.checkpoint import reader, rotated
-from ms_quant.checkpoint.reader import Checkpoint
-from ms_quant.checkpoint.rotated import RotatedCheckpoint
-from ms_quant.data import eval_windows
+from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
+from ms_quant.files import reader
+from ms_quant.files.reader import Checkpoint
 from ms_quant.models.config import load_config
+from ms_quant.quantization import rotated
+from ms_quant.quantization.rotated import RotatedCheckpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -169,8 +170,8 @@ def test_values_that_do_not_fit_are_refused(
 def test_mindspore_gives_the_same_losses(
     tiny_model: Callable[..., Path], write: Writer, model: dict[str, Any]
 ) -> None:
-    from ms_quant.checkpoint.serving import open_model
-    from ms_quant.evaluation import token_losses
+    from ms_quant.evaluation.evaluation import token_losses
+    from ms_quant.formats.opening import open_model
 
     directory = tiny_model(**model)
     tokens = np.random.default_rng(0).integers(0, 320, (4, 16)).astype(np.int32)
@@ -180,8 +181,8 @@ def test_mindspore_gives_the_same_losses(
 
 
 def test_the_perplexity_of_the_bundled_model_stays(write: Writer) -> None:
-    from ms_quant.checkpoint.serving import open_model
-    from ms_quant.evaluation import perplexity
+    from ms_quant.evaluation.evaluation import perplexity
+    from ms_quant.formats.opening import open_model
 
     tokens = eval_windows(ROOT / "models" / "text" / "heldout.txt", BUNDLED, 256)[:8]
     exact = perplexity(open_model(BUNDLED), tokens)["perplexity"]
@@ -205,11 +206,11 @@ def crests(directory: Path, tokens: np.ndarray) -> dict[str, float]:
     """max|x| / rms of the inputs of qkv and gate_up, in the mean over tokens."""
     from mindspore import Tensor
 
+    from ms_quant.cells.decoder import causal_mask, rope_tensors
     from ms_quant.cells.recorder import Recorder
     from ms_quant.cells.tree import get_cell, replaced
-    from ms_quant.checkpoint.serving import open_model
-    from ms_quant.evaluation import load_block
-    from ms_quant.models.decoder import causal_mask, rope_tensors
+    from ms_quant.evaluation.evaluation import load_block
+    from ms_quant.formats.opening import open_model
 
     model, found = open_model(directory), {}
     cos, sin = rope_tensors(model.config, 0, tokens.shape[1])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ms_quant.checkpoint.safetensors_file import MAX_HEADER_BYTES, open_file
 from ms_quant.errors import MsQuantError
+from ms_quant.files.safetensors_file import MAX_HEADER_BYTES, open_file
 
 
 def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.serving import JobModel, open_model, static_linear
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity, token_losses
-from ms_quant.pipeline import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.evaluation.evaluation import perplexity, token_losses
+from ms_quant.formats.opening import JobModel, open_model, static_linear
+from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 
 WEIGHT = np.array([[1, 2], [3, -4]], np.int8)
 ONES = np.ones(2, np.float32)
@@ -61,24 +61,24 @@ def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
     request = QuantizeOptions(
         source, tmp_path / "out", calib=calib_text, samples=4, seq_len=16, keep_job=True, **options
     )
-    prepared = prepare(request)
-    quantize_checkpoint(request, prepared=prepared)
+    checked = prepare(request)
+    quantize_checkpoint(request, checked=checked)
     tokens = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
     job, written = (
-        JobModel(prepared.plan, prepared.job(), prepared.tensors),
+        JobModel(checked.plan, checked.job(), checked.tensors),
         open_model(tmp_path / "out"),
     )
     ours, theirs = token_losses(job, tokens), token_losses(written, tokens)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert perplexity(job, tokens)["loss"] == pytest.approx(perplexity(written, tokens)["loss"])
     assert np.abs(ours - token_losses(open_model(source), tokens)).max() > 1e-3
-    assert job.flavour == "W8A8"
-    for path in prepared.plan.quantized():
+    assert job.format == "W8A8"
+    for path in checked.plan.quantized():
         mine, other = job.linear(path), written.linear(path)
         assert mine is not None and other is not None
         np.testing.assert_array_equal(mine.weight, other.weight)
         assert (mine.bias is None) == (other.bias is None)
-    for path in ("model.norm", *prepared.plan.float_linears()):
+    for path in ("model.norm", *checked.plan.float_linears()):
         assert job.linear(path) is None
 
 
@@ -98,12 +98,12 @@ def test_folded_linears_of_a_job_are_those_that_are_written(
     source = tiny_model(family="llama", biases=True, layers=1, dtype=dtype, **shape)
     chosen = {"algorithm": "smoothquant", "calib": calib_text, "samples": 2, "seq_len": 16}
     request = QuantizeOptions(source, tmp_path / "out", scheme, keep_job=True, **chosen)
-    prepared = prepare(request)
-    quantize_checkpoint(request, prepared=prepared)
-    job = JobModel(prepared.plan, prepared.job(), prepared.tensors)
+    checked = prepare(request)
+    quantize_checkpoint(request, checked=checked)
+    job = JobModel(checked.plan, checked.job(), checked.tensors)
     written = open_model(tmp_path / "out")
     x = np.random.default_rng(0).standard_normal((3, 64), np.float32)
-    for path in prepared.plan.quantized():
+    for path in checked.plan.quantized():
         mine, other = job.linear(path), written.linear(path)
         assert mine is not None and other is not None
         for decode in (False, True):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.hub_cache import refuse_cached_place
-from ms_quant.checkpoint.source_kind import KINDS, find_model, model_directory
 from ms_quant.errors import MsQuantError
+from ms_quant.files.hub_cache import refuse_cached_place
+from ms_quant.formats.source_kind import KINDS, find_model, model_directory
 
 PAGE = Path(__file__).parents[2] / "docs" / "sources.md"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4\n"
@@ -310,7 +310,7 @@ def test_nothing_is_written_into_a_cache(tmp_path: Path) -> None:
 def test_an_adapter_beside_a_whole_model_is_a_note(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from ms_quant.checkpoint.reader import Checkpoint
+    from ms_quant.files.reader import Checkpoint
 
     directory = tiny_model(shards=1)
     names = Checkpoint(directory).names

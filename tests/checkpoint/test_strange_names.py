@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.reader import Checkpoint, check_model
-from ms_quant.checkpoint.strange_names import QUANTIZED, WRAPPERS
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.strange_names import QUANTIZED, WRAPPERS
 from ms_quant.models.config import load_config
+from ms_quant.models.weights import check_model
 
 Tensors = dict[str, np.ndarray]
 ONE = np.ones(1, np.float32)

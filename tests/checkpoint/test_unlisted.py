@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.finish import RECORD
-from ms_quant.checkpoint.unlisted import is_read, unlisted_problems
+from ms_quant.job.output_directory import RECORD
+from ms_quant.job.unlisted import is_read, unlisted_problems
 
 READ = [
     "extra.safetensors",

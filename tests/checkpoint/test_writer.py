@@ -18,9 +18,10 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_quant.checkpoint import atomic
-from ms_quant.checkpoint.safetensors_file import DTYPES, open_file
-from ms_quant.checkpoint.writer import (
+from ms_quant.errors import MsQuantError
+from ms_quant.files import atomic
+from ms_quant.files.safetensors_file import DTYPES, open_file
+from ms_quant.files.writer import (
     FileRecord,
     TensorPlan,
     plan_shards,
@@ -28,7 +29,6 @@ from ms_quant.checkpoint.writer import (
     write_file,
     write_index,
 )
-from ms_quant.errors import MsQuantError
 
 
 def plans_of(arrays: dict[str, np.ndarray]) -> list[TensorPlan]:
@@ -206,7 +206,7 @@ def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
 def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, numpy as np\n"
-        "from ms_quant.checkpoint.writer import TensorPlan, write_file\n"
+        "from ms_quant.files.writer import TensorPlan, write_file\n"
         "plans = [TensorPlan(n, np.dtype('int8'), (1 << 16,)) for n in 'ab']\n"
         "def get(name):\n"
         "    if name == 'b':\n"

@@ -48,7 +48,7 @@ print(kernels.available(), kernels.note())
 ROOT = Path(__file__).parents[2]
 EVALUATED = f"""
 import sys
-from ms_quant.cli import main
+from ms_quant.cli.main import main
 sys.argv[1:] = ["eval", "{ROOT}/models/stdlib-qwen3-6m", "--text", "{ROOT}/README.md"]
 main()
 """

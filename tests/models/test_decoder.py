@@ -8,18 +8,18 @@ import pytest
 ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
-from ms_quant.kernels import matrix  # noqa: E402
-from ms_quant.models import attention as on_arrays  # noqa: E402
-from ms_quant.models import cache as cache_of_models  # noqa: E402
-from ms_quant.models import decoder, direct  # noqa: E402
-from ms_quant.models.cache import KeyValueCache  # noqa: E402
-from ms_quant.models.config import parse_config  # noqa: E402
-from ms_quant.models.decoder import (  # noqa: E402
+from ms_quant.cells import decoder, direct  # noqa: E402
+from ms_quant.cells.decoder import (  # noqa: E402
     DecoderBlock,
     causal_mask,
     rope_tensors,
-    swap_middle,
+    transpose_heads,
 )
+from ms_quant.kernels import matrix  # noqa: E402
+from ms_quant.models import attention as on_arrays  # noqa: E402
+from ms_quant.models import cache as cache_of_models  # noqa: E402
+from ms_quant.models.cache import KeyValueCache  # noqa: E402
+from ms_quant.models.config import parse_config  # noqa: E402
 
 CONFIG = parse_config(
     {
@@ -155,12 +155,12 @@ def test_padding_keys_change_nothing(block, hidden):
 
 def test_swap_middle_is_a_transpose():
     x = np.arange(2 * 3 * 5 * 4, dtype=np.float32).reshape(2, 3, 5, 4)
-    np.testing.assert_array_equal(swap_middle(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(transpose_heads(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3))
 
 
 def test_softmax_and_swap_gradients_match_mindspore(hidden):
     """The two Cells with gradients of their own, against those that MindSpore derives."""
-    from ms_quant.models.decoder import Softmax, SwapHeads
+    from ms_quant.cells.decoder import Softmax, SwapHeads
 
     x = ms.Tensor(hidden.reshape(2, LENGTH, 6, 4))
     weight = ms.Tensor(np.random.default_rng(2).normal(size=x.shape).astype(np.float32))

@@ -16,7 +16,7 @@ from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.host_block import HostBlock, linear_function
 from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import Kronecker, QuantizedLinear
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 SHAPE = {
     "hidden_size": 24,
@@ -63,7 +63,7 @@ def loaded(config: ModelConfig, length: int = LENGTH) -> HostBlock:
 @pytest.mark.parametrize("model", MODELS)
 def test_it_computes_what_mindspore_does(model, native, monkeypatch):
     ms = pytest.importorskip("mindspore")
-    from ms_quant.models import decoder, direct
+    from ms_quant.cells import decoder, direct
 
     for module in (decoder, direct):
         monkeypatch.setattr(module, "has_kernels", lambda: False)
@@ -85,7 +85,7 @@ def test_it_computes_what_mindspore_does(model, native, monkeypatch):
 def test_a_layer_without_positions(native, monkeypatch):
     """It computes what the Cells do, and does not see the order of earlier tokens."""
     ms = pytest.importorskip("mindspore")
-    from ms_quant.models import decoder, direct
+    from ms_quant.cells import decoder, direct
 
     for module in (decoder, direct):
         monkeypatch.setattr(module, "has_kernels", lambda: False)

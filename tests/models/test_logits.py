@@ -20,7 +20,7 @@ from ms_quant.models.families import FAMILIES
 
 pytest.importorskip("mindspore")
 
-from ms_quant.models.decoder import CausalLM, forward
+from ms_quant.cells.decoder import CausalLM, forward
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "logits"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_quant.checkpoint.companions import config_problems, model_config
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.companions import config_problems, model_config
 from ms_quant.models.config import load_config, parse_config, written_config
 from ms_quant.numerics.storage import DTYPES
 from sparse_compress.layouts import model_config as sparse_config

@@ -27,8 +27,8 @@ from ms_quant.numerics.linear import (
     static_activation,
 )
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes import SCHEMES, get_scheme
-from ms_quant.spec import Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 F32, BF16, F16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 ROUNDOFF = 2.0**-24

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_quant.algorithms import get_chain
+from ms_quant.algorithms import get_algorithms
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import PerToken, Seen, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays, int8_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
 from ms_quant.numerics.timestep_linear import timestep_tables
-from ms_quant.schemes import get_scheme
+from ms_quant.schemes.table import get_scheme
 
 SCHEME = get_scheme("W8A8_TIMESTEP")
 BF16, F32 = DTYPES["bfloat16"], DTYPES["float32"]
@@ -169,4 +169,4 @@ def test_the_step_means_nothing_to_other_linears():
 @pytest.mark.parametrize("algorithm", ["histogram", "percentile"])
 def test_one_range_for_all_steps_is_refused(algorithm):
     with pytest.raises(MsQuantError, match="its activations have a range for each timestep"):
-        get_chain(algorithm, SCHEME)
+        get_algorithms(algorithm, SCHEME)

@@ -11,7 +11,7 @@ import yaml
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe import Recipe, Rule, Step, load_recipe, to_native
 from ms_quant.recipe.modelslim_linear import PAIRS
-from ms_quant.schemes import SCHEMES
+from ms_quant.schemes.table import SCHEMES
 
 made = partial(Recipe, lenient=True, calib="mix_calib.jsonl")
 ROWS = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}

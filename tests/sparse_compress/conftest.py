@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_quant.checkpoint.atomic import sha256_file, write_json
-from ms_quant.checkpoint.finish import RECORD, seal
-from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.writer import TensorPlan, write_file
+from ms_quant.files.atomic import sha256_file, write_json
+from ms_quant.files.safetensors_file import open_file
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import read_json
-from sparse_compress.request import SparseOptions
-from sparse_compress.run import run
+from sparse_compress.pipeline.request import SparseOptions
+from sparse_compress.pipeline.run import run
 
 # Inside the UNZIP limits at TP2. At TP4 o_proj's 192 input channels on each rank are too few.
 DIMENSIONS = {

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import sparse_compress
 from ms_quant.errors import MsQuantError
-from sparse_compress import codec, fractal
-from sparse_compress.codec import CodecError
+from sparse_compress import codec
+from sparse_compress.codec import CodecError, fractal
 
 
 def gaussian(shape, zeros=0.5, sigma=9, seed=0):

@@ -15,18 +15,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from ms_quant.checkpoint.atomic import DiskError
 from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import DiskError
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix
-from sparse_compress.compress import check
-from sparse_compress.compress import compress as run_request
-from sparse_compress.decompress import check as check_coded
-from sparse_compress.decompress import decompress as run_decompression
-from sparse_compress.info import info
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.spool import write_tensors
-from sparse_compress.verify import verify
+from sparse_compress.msmodelslim.compress import check
+from sparse_compress.msmodelslim.compress import compress as run_request
+from sparse_compress.msmodelslim.decompress import check as check_coded
+from sparse_compress.msmodelslim.decompress import decompress as run_decompression
+from sparse_compress.pipeline.info import info
+from sparse_compress.ranks.reader import open_w8a8sc
+from sparse_compress.ranks.staging import write_tensors
+from sparse_compress.verify.checkpoint import verify
 
 Tensors = dict[str, np.ndarray]
 
@@ -255,9 +255,9 @@ for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
     watch(Path, name)
 
 if command == "compress":
-    from sparse_compress.compress import check, compress as work
+    from sparse_compress.msmodelslim.compress import check, compress as work
 else:
-    from sparse_compress.decompress import check, decompress as work
+    from sparse_compress.msmodelslim.decompress import check, decompress as work
 work(check(Path(source), Path(output)))
 """
 
@@ -317,7 +317,7 @@ def test_a_finished_part_is_not_made_again(
         coded.append(1)
         return compress_matrix(*arguments, **options)
 
-    monkeypatch.setattr("sparse_compress.compress.compress_matrix", count)
+    monkeypatch.setattr("sparse_compress.msmodelslim.compress.compress_matrix", count)
     compress(plain, tmp_path / "out")
     assert len(coded) == 1 and not (tmp_path / "out.partial").exists()
 
@@ -333,7 +333,7 @@ def test_what_is_begun_stays_when_the_disk_is_full(
             raise DiskError("no space left on device")
         return write_tensors(path, *arguments)
 
-    monkeypatch.setattr("sparse_compress.rewrite.write_tensors", full)
+    monkeypatch.setattr("sparse_compress.msmodelslim.rewrite.write_tensors", full)
     with pytest.raises(DiskError):
         compress(plain, tmp_path / "out")
     assert (tmp_path / "out.partial" / "tensors" / "tensor-00000.safetensors").is_file()
@@ -345,7 +345,7 @@ def test_what_is_begun_stays_when_the_disk_is_full(
 def test_files_of_a_versioned_directory_are_of_bounded_size(
     source: Any, slim_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_compress.rewrite.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("sparse_compress.msmodelslim.rewrite.SHARD_BYTES", 100_000)
     plain = source("w8a8s", "v1")
     compress(plain, tmp_path / "out")
     decompress(tmp_path / "out", tmp_path / "back")
@@ -363,7 +363,7 @@ def test_one_weight_is_in_memory_at_a_time(
 ) -> None:
     """What is large and not coded is read in pieces."""
     plain = source()
-    monkeypatch.setattr("sparse_compress.slim.CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("sparse_compress.msmodelslim.directory.CHUNK_ELEMENTS", 1000)
     pieces = []
 
     def rows(file: Any, name: str) -> Any:
@@ -371,7 +371,7 @@ def test_one_weight_is_in_memory_at_a_time(
         yield 0, file.read(name)[:20]
         yield 20, file.read(name)[20:]
 
-    monkeypatch.setattr("sparse_compress.slim.row_chunks", rows)
+    monkeypatch.setattr("sparse_compress.msmodelslim.directory.row_chunks", rows)
     compress(plain, tmp_path / "out")
     assert set(pieces) == {"embed.weight", "mixer.0.gate.weight"}
     assert verify(tmp_path / "out", plain)["problems"] == []
@@ -379,7 +379,7 @@ def test_one_weight_is_in_memory_at_a_time(
 
 def test_the_plan(source: Any, tmp_path: Path) -> None:
     plan = check(source(), tmp_path / "out").plan()
-    assert plan["flavour"] == "W8A8SC" and len(plan["compressed"]) == 3
+    assert plan["format"] == "W8A8SC" and len(plan["compressed"]) == 3
     assert list(plan["uncompressed"]) == ["mixer.0.gate"]
     compress(tmp_path / "plain", tmp_path / "out")
     written = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
@@ -398,7 +398,7 @@ def test_the_commands(source: Any, tmp_path: Path) -> None:
     assert run(app, ["verify", out, "--source", plain]).exit_code == 0
     assert "mixer.0.in" in run(app, ["info", out], env={"COLUMNS": "200"}).stdout
     done = run(app, ["decompress", out, "-o", back, "--json"])
-    assert json.loads(done.stdout)["flavour"] == "W8A8S"
+    assert json.loads(done.stdout)["format"] == "W8A8S"
     assert run(app, ["verify", back, "--source", out, "--json"]).exit_code == 0
 
 
@@ -409,7 +409,7 @@ def test_info_and_its_page(source: Any, tmp_path: Path, kind: str) -> None:
     row = result["rows"][1]
     assert row["shape"] == [256, 576] and row["raw_bytes"] == 256 * 576 * (1 + (kind == "w16a16s"))
     assert (0.45 < row["sparsity"] < 0.6) if kind == "w8a8s" else (0.65 < row["sparsity"] < 0.8)
-    assert result["target"] == "msmodelslim" and result["flavour"] == f"{kind}c".upper()
+    assert result["target"] == "msmodelslim" and result["format"] == f"{kind}c".upper()
     assert WIDE in (tmp_path / "page.html").read_text()
 
 

@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import check as check_coded
-from sparse_compress.decompress import decompress as run_decompression
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.verify import verify
+from sparse_compress.msmodelslim.compress import check, compress
+from sparse_compress.msmodelslim.decompress import check as check_coded
+from sparse_compress.msmodelslim.decompress import decompress as run_decompression
+from sparse_compress.ranks.reader import open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 WEIGHTS, CODED = "quant_model_weight_w8a8s.safetensors", "quant_model_weight_w8a8sc.safetensors"
 DESCRIPTION = "quant_model_description_w8a8s.json"
@@ -56,7 +56,7 @@ def test_every_target_gives_the_same_directory(
 ) -> None:
     decompress(make_for("msmodelslim", 1).output, tmp_path / "whole")
     result = decompress(make_for(target, tp).output, tmp_path / "merged")
-    assert result["flavour"] == "W8A8S"
+    assert result["format"] == "W8A8S"
     same(tmp_path / "merged" / WEIGHTS, tmp_path / "whole" / WEIGHTS)
     ours, theirs = (
         json.loads((tmp_path / name / DESCRIPTION).read_text()) for name in ("merged", "whole")
@@ -74,7 +74,7 @@ def test_compressed_again_it_is_what_run_wrote(make_for: Make, tmp_path: Path) -
     compress(check(tmp_path / "plain", tmp_path / "again"))
     same(tmp_path / "again" / CODED, made.output / CODED)
     model = open_w8a8sc(tmp_path / "again")
-    assert model is not None and model.flavour == "W8A8SC TP1"
+    assert model is not None and model.format == "W8A8SC TP1"
     assert model.linear(f"{LAYER}.mlp.down_proj") is not None
 
 

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
 from sparse_compress.cli import app
-from sparse_compress.compress import check, compress
-from sparse_compress.decompress import check as check_coded
-from sparse_compress.decompress import decompress as run_decompression
-from sparse_compress.info import info
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.verify import verify
+from sparse_compress.msmodelslim.compress import check, compress
+from sparse_compress.msmodelslim.decompress import check as check_coded
+from sparse_compress.msmodelslim.decompress import decompress as run_decompression
+from sparse_compress.pipeline.info import info
+from sparse_compress.ranks.reader import open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 WEIGHTS, DESCRIPTION = "quant_model_weight_w8a8s.safetensors", "quant_model_description_w8a8s.json"
 LAYER = "model.layers.0"
@@ -73,7 +73,7 @@ def test_the_files_are_those_that_run_writes(
 ) -> None:
     source, output = plain(), tmp_path / "out"
     result = compress(check(source, output, 2, target, tp))
-    assert (result["flavour"], result["target"]) == (f"W8A8SC TP{tp}", target)
+    assert (result["format"], result["target"]) == (f"W8A8SC TP{tp}", target)
     ours, theirs = file_contents(output), file_contents(made_for(target, tp).output)
     own = {"ms_quant.json", "proof/block-00000.proof"}
     assert ours.keys() | own == theirs.keys()

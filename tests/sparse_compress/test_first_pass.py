@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.request import SparseOptions
-from sparse_compress.run import run
+from sparse_compress.pipeline.request import SparseOptions
+from sparse_compress.pipeline.run import run
 
 LAST = "model.layers.1.mlp.down_proj.weight"
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.activation_range import LARGEST
 from ms_quant.errors import MsQuantError
+from ms_quant.statistics.activation_range import LARGEST
 from sparse_compress.rate import levels, share, steps
-from sparse_compress.verify import verify
+from sparse_compress.verify.checkpoint import verify
 
 BLOCK = "model.layers.0."
 
 
-def times(tensors: dict[str, np.ndarray], name: str, index: Any, factor: float) -> None:
+def matmul(tensors: dict[str, np.ndarray], name: str, index: Any, factor: float) -> None:
     name = f"{BLOCK}mlp.{name}_proj.weight"
     wide = tensors[name].astype(np.float32)
     wide[index] *= factor
@@ -25,13 +25,13 @@ def times(tensors: dict[str, np.ndarray], name: str, index: Any, factor: float) 
 
 
 def large_gate_up(tensors: dict[str, np.ndarray]) -> None:
-    times(tensors, "gate", 5, 2**9)
-    times(tensors, "up", 5, 2**9)
-    times(tensors, "down", np.s_[:, 5], 2**-18)
+    matmul(tensors, "gate", 5, 2**9)
+    matmul(tensors, "up", 5, 2**9)
+    matmul(tensors, "down", np.s_[:, 5], 2**-18)
 
 
 def large_residual(tensors: dict[str, np.ndarray]) -> None:
-    times(tensors, "down", 7, 2**17)
+    matmul(tensors, "down", 7, 2**17)
 
 
 @pytest.mark.parametrize(

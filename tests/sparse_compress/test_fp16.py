@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
-from sparse_compress.fp16 import Underflow, survey, to_float16, underflow
+from ms_quant.files.reader import Checkpoint
+from sparse_compress.layouts.fp16 import Underflow, survey, to_float16, underflow
 
 SMALLEST_SUBNORMAL = 2.0**-24
 SMALLEST_NORMAL = 2.0**-14

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ms_quant.errors import MsQuantError
-from sparse_compress import codec, fractal
+from sparse_compress import codec
+from sparse_compress.codec import fractal
 
 NATIVE = pytest.mark.skipif(codec.backend_note() is not None, reason=str(codec.backend_note()))
 

@@ -17,18 +17,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from ms_quant.checkpoint.safetensors_file import open_file
-from ms_quant.checkpoint.serving import ServedModel, open_model
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import Generator, perplexity
+from ms_quant.evaluation.evaluation import Generator, perplexity
+from ms_quant.files.safetensors_file import open_file
+from ms_quant.formats.opening import ServedModel, open_model
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix, matrix_info
-from sparse_compress.info import info
+from sparse_compress.pipeline.info import info
+from sparse_compress.pipeline.request import SparseOptions
+from sparse_compress.pipeline.run import run
+from sparse_compress.ranks.reader import open_w8a8sc
 from sparse_compress.rate import levels, search, share, steps
-from sparse_compress.reader import open_w8a8sc
-from sparse_compress.request import SparseOptions
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.verify.checkpoint import verify
 
 LAYER = "model.layers.0"
 GATE_UP = f"{LAYER}.mlp.gate_up_proj"
@@ -141,7 +141,7 @@ def test_a_ratio_is_reached_at_any_number_of_ranks(make: Make, tmp_path: Path) -
     two, again = replace(whole.options, output=tmp_path / "two", tp=2), Stop("never", 1.0)
     made = run(replace(two, keep_job=False), again)
     assert set(again.steps) == {"compress"}  # the kept job serves any number of ranks
-    assert made["flavour"] == "W8A8SC TP2" and made["price"] == whole.summary["price"]
+    assert made["format"] == "W8A8SC TP2" and made["price"] == whole.summary["price"]
     assert 0.97 * 0.45 <= made["ratio"] <= 0.45
     found = verify(two.output, whole.source)
     assert found["problems"] == [] and found["checked"]["measured"] == 5
@@ -186,7 +186,7 @@ def test_the_record_says_what_was_chosen(half: Any) -> None:
 
 def test_evaluation_opens_it(half: Any, heldout: Path) -> None:
     model = opened(half.output)
-    assert model.flavour == "W8A8SC TP1"
+    assert model.format == "W8A8SC TP1"
     tokens = np.load(heldout)["tokens"]
     before = perplexity(open_model(half.source), tokens)["perplexity"]
     after = perplexity(model, tokens)["perplexity"]

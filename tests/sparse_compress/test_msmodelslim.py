@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity
+from ms_quant.evaluation.evaluation import perplexity
 from ms_quant.numerics.linear import folded_bias
 from sparse_compress.cli import app
 from sparse_compress.codec import decompress_matrix
 from sparse_compress.layouts import find_target
-from sparse_compress.reader import SparseModel, open_w8a8sc
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.pipeline.run import run
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 WEIGHTS = "quant_model_weight_w8a8sc.safetensors"
 DESCRIPTION = "quant_model_description_w8a8sc.json"

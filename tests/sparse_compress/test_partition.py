@@ -10,7 +10,7 @@ import pytest
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.families import GATED_DECODER_GROUPS, LinearGroup
-from sparse_compress.partition import (
+from sparse_compress.layouts.partition import (
     check_tp,
     fused_rows,
     fused_shape,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ms_quant.errors import MsQuantError
-from ms_quant.observers import ActivationStats
-from sparse_compress.prune import check_pruning, prune, pruned_count, pruning_transform
+from ms_quant.statistics.observers import ActivationStats
+from sparse_compress.rate.prune import check_pruning, prune, pruned_count, pruning_transform
 
 MATRICES = hnp.arrays(
     np.float32,

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ms_quant.errors import MsQuantError
-from sparse_compress.info import info
 from sparse_compress.layouts.vllm_mindspore import DESCRIPTION
-from sparse_compress.prune import prune
-from sparse_compress.reader import SparseModel, open_w8a8sc
+from sparse_compress.pipeline.info import info
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
+from sparse_compress.rate.prune import prune
 
 LAYER = "model.layers.0"
 
@@ -34,7 +34,7 @@ def test_other_directories_are_left_to_other_readers(tmp_path: Path) -> None:
 def test_float_tensors_are_the_sources_in_float16(make: Callable[..., Any], tp: int) -> None:
     made = make(tp=tp)
     model, source = opened(made.output), load_file(made.source / "model.safetensors")
-    assert model.flavour == f"W8A8SC TP{tp}"
+    assert model.format == f"W8A8SC TP{tp}"
     assert (model.config.vocab_size, model.config.dtype) == (310, "float16")
     names = set(model.layout.float_names())
     assert {"lm_head.weight", "model.norm.weight", f"{LAYER}.input_layernorm.weight"} <= names
@@ -50,7 +50,7 @@ def test_pieces_are_the_whole(
 ) -> None:
     made = make(tp=2)
     model, source = opened(made.output), load_file(made.source / "model.safetensors")
-    monkeypatch.setattr("sparse_compress.reader.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("sparse_compress.ranks.reader.CHUNK_ELEMENTS", elements)
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
         pieces = list(model.chunks(name))
         starts = np.cumsum([0, *(len(rows) for _, rows in pieces)])

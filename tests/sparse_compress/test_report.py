@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from sparse_compress import report
 from sparse_compress.cli import app
-from sparse_compress.info import entropy_bytes, info
-from sparse_compress.reader import SparseModel, open_w8a8sc
+from sparse_compress.pipeline import report
+from sparse_compress.pipeline.info import entropy_bytes, info
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
 
 HOSTILE = '</script><img src=x onerror="alert(1)"><b>&amp;'
 
@@ -29,7 +29,7 @@ def row(layer: str = "model.layers.0.mlp.down_proj", **changes: Any) -> dict[str
 
 
 def result(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {"output": "OUT", "flavour": "W8A8SC TP2", "rows": list(rows), **changes}
+    return {"output": "OUT", "format": "W8A8SC TP2", "rows": list(rows), **changes}
 
 
 def counts(**at: int) -> np.ndarray:

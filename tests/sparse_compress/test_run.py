@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ms_quant.checkpoint import reader
-from ms_quant.checkpoint.reader import Checkpoint
 from ms_quant.errors import MsQuantError
+from ms_quant.files import reader
+from ms_quant.files.reader import Checkpoint
 from sparse_compress.codec import decompress_matrix, matrix_info
-from sparse_compress.estimate import estimate
-from sparse_compress.request import SparseOptions, check
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.pipeline.estimate import estimate
+from sparse_compress.pipeline.request import SparseOptions, check
+from sparse_compress.pipeline.run import run
+from sparse_compress.verify.checkpoint import verify
 
 LAYER = "model.layers.0"
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
@@ -53,7 +53,7 @@ def test_round_trip(make: Callable[..., Any], tp: int) -> None:
     result = verify(made.output, made.source)
     assert result["problems"] == []
     assert result["checked"]["recomputed"] == (6 if tp == 4 else 7)
-    assert made.summary["flavour"] == f"W8A8SC TP{tp}"
+    assert made.summary["format"] == f"W8A8SC TP{tp}"
     assert made.summary["ratio"] < 0.9
     reasons = made.summary["uncompressed"]
     assert list(reasons) == ([f"{ATTENTION}.o_proj"] if tp == 4 else [])
@@ -401,7 +401,7 @@ def test_the_plan_of_a_dry_run(make: Callable[..., Any], tmp_path: Path) -> None
     options = replace(make(tp=2).options, output=tmp_path / "out", tp=4)
     plan = estimate(check(options))
     assert list(tmp_path.glob("out*")) == []
-    assert (plan["tp"], plan["sparsity"], plan["flavour"]) == (4, 0.5, "W8A8SC TP4")
+    assert (plan["tp"], plan["sparsity"], plan["format"]) == (4, 0.5, "W8A8SC TP4")
     assert plan["compressed"] == [
         f"{ATTENTION}.qkv_proj",
         f"{MLP}.gate_up_proj",

@@ -17,9 +17,9 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import block_prefix
 from ms_quant.serve.records import ServeRequest
 from sparse_compress.layouts import TARGETS
+from sparse_compress.layouts.partition import place
 from sparse_compress.layouts.vllm_mindspore import DESCRIPTION, TARGET
-from sparse_compress.partition import place
-from sparse_compress.reader import open_w8a8sc
+from sparse_compress.ranks.reader import open_w8a8sc
 from sparse_compress.serve.check import check_w8a8sc
 from sparse_compress.serve.parameters import (
     flat_description,

@@ -14,17 +14,17 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation import perplexity
-from ms_quant.inspection import inspect_checkpoint
+from ms_quant.evaluation.evaluation import perplexity
+from ms_quant.formats.inspection import inspect_checkpoint
 from sparse_compress.cli import app
 from sparse_compress.codec import matrix_info
-from sparse_compress.estimate import estimate
-from sparse_compress.info import info
 from sparse_compress.layouts import TARGETS, Layout, Target
-from sparse_compress.reader import SparseModel, open_w8a8sc
-from sparse_compress.request import SparseOptions, check
-from sparse_compress.run import run
-from sparse_compress.verify import verify
+from sparse_compress.pipeline.estimate import estimate
+from sparse_compress.pipeline.info import info
+from sparse_compress.pipeline.request import SparseOptions, check
+from sparse_compress.pipeline.run import run
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
+from sparse_compress.verify.checkpoint import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layouts"
 LAYER = "model.layers.0"
@@ -110,7 +110,7 @@ def test_round_trip(make_for: Make, target: str, tp: int) -> None:
     result = verify(made.output, made.source)
     assert result["problems"] == []
     assert result["checked"]["recomputed"] == 7
-    assert (made.summary["target"], made.summary["flavour"]) == (target, f"W8A8SC TP{tp}")
+    assert (made.summary["target"], made.summary["format"]) == (target, f"W8A8SC TP{tp}")
     found = info(made.output)
     assert len(found["rows"]) == (4 if TARGETS[target].fused else 7) * tp
     assert found["target"] == target

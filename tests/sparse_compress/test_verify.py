@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from ms_quant.errors import MsQuantError
 from sparse_compress.codec import compress_matrix, decompress_matrix, matrix_info
-from sparse_compress.ranks import RankTensors
-from sparse_compress.verify import verify
+from sparse_compress.ranks.tensors import RankTensors
+from sparse_compress.verify.checkpoint import verify
 
 DESCRIPTION = "quant_model_description_w8a8sc.json"
 QKV = "model.layers.0.self_attn.qkv_proj"
@@ -250,7 +250,7 @@ def test_the_vocabulary_is_compared_in_pieces(
         return read(self, name)
 
     monkeypatch.setattr(RankTensors, "read", record)
-    monkeypatch.setattr("sparse_compress.reader.CHUNK_ELEMENTS", 320 * 7)
+    monkeypatch.setattr("sparse_compress.ranks.reader.CHUNK_ELEMENTS", 320 * 7)
     assert verify(made.output, made.source)["problems"] == []
     assert not whole & {"lm_head.weight", "model.embed_tokens.weight"}
     assert NORM in whole
@@ -447,7 +447,7 @@ def test_a_single_flipped_byte_is_found_in_every_file(
 def test_every_byte_of_the_record_counts(
     make: Callable[..., Any], damage: Callable[..., Any]
 ) -> None:
-    from ms_quant.checkpoint.finish import check_files
+    from ms_quant.job.output_directory import check_files
 
     copy, rng = damage(make(tp=2)), np.random.default_rng(1)
     path = copy.directory / "ms_quant.json"

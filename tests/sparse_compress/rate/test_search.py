@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_quant.checkpoint.job import JobDirectory
 from ms_quant.errors import MsQuantError
-from ms_quant.request import Prepared, QuantizeOptions
-from ms_quant.schemes import SCHEMES
+from ms_quant.job.directory import JobDirectory
+from ms_quant.pipeline.request import CheckedJob, QuantizeOptions
+from ms_quant.schemes.table import SCHEMES
 from sparse_compress.rate import search
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.search import (
@@ -40,22 +40,22 @@ CURVES = {"model.layers.0.mlp.down_proj": CURVE}
 Increase = Callable[[float], float]
 
 
-def noisy(damage: float) -> float:
+def noisy(relative_mse: float) -> float:
     """Like a small model's loss over few tokens: a tenth up or down, the same each time."""
-    factor = 1 + 0.1 * math.sin(1e5 * damage)
-    return 1.5 * damage * factor
+    factor = 1 + 0.1 * math.sin(1e5 * relative_mse)
+    return 1.5 * relative_mse * factor
 
 
 FUNCTIONS: dict[str, Increase] = {
-    "as predicted": lambda damage: damage,
-    "far below": lambda damage: damage / 40,
-    "far above": lambda damage: 40 * damage,
-    "with an intercept": lambda damage: 0.06 + damage,
-    "better than float": lambda damage: 3 * damage - 0.05,
-    "convex": lambda damage: 20 * damage**2,
-    "steep": lambda damage: 0.02 + 3000 * damage**4,
-    "concave": lambda damage: 0.35 * math.sqrt(damage),
-    "a step": lambda damage: 0.01 if damage < 0.07 else 3.0,
+    "as predicted": lambda relative_mse: relative_mse,
+    "far below": lambda relative_mse: relative_mse / 40,
+    "far above": lambda relative_mse: 40 * relative_mse,
+    "with an intercept": lambda relative_mse: 0.06 + relative_mse,
+    "better than float": lambda relative_mse: 3 * relative_mse - 0.05,
+    "convex": lambda relative_mse: 20 * relative_mse**2,
+    "steep": lambda relative_mse: 0.02 + 3000 * relative_mse**4,
+    "concave": lambda relative_mse: 0.35 * math.sqrt(relative_mse),
+    "a step": lambda relative_mse: 0.01 if relative_mse < 0.07 else 3.0,
     "noisy": noisy,
 }
 
@@ -64,8 +64,8 @@ def tries_of(increase: Increase, first: float, most: int) -> list[tuple[float, f
     """The tries that ``next_damage`` leads to."""
     points = [(first, increase(first))]
     while len(points) < most and not CLOSE * BUDGET <= points[-1][1] <= BUDGET:
-        damage = next_damage(points, BUDGET)
-        points.append((damage, increase(damage)))
+        relative_mse = next_damage(points, BUDGET)
+        points.append((relative_mse, increase(relative_mse)))
     return points
 
 
@@ -77,9 +77,11 @@ def test_the_budget_is_reached_within_few_tries(name: str, first: float) -> None
 
 
 def test_powers_of_the_damage_are_met_at_once() -> None:
-    assert len(tries_of(lambda damage: 3 * damage, BUDGET, MOST_TRIES)) == 2
-    assert len(tries_of(lambda damage: 20 * damage**2, BUDGET, MOST_TRIES)) == 3
-    assert len(tries_of(lambda damage: 0.35 * math.sqrt(damage), BUDGET, MOST_TRIES)) == 3
+    assert len(tries_of(lambda relative_mse: 3 * relative_mse, BUDGET, MOST_TRIES)) == 2
+    assert len(tries_of(lambda relative_mse: 20 * relative_mse**2, BUDGET, MOST_TRIES)) == 3
+    assert (
+        len(tries_of(lambda relative_mse: 0.35 * math.sqrt(relative_mse), BUDGET, MOST_TRIES)) == 3
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -87,22 +89,22 @@ def test_tries_go_on_only_where_there_is_something_to_learn(name: str) -> None:
     """Each is positive, not too far from the others, and between what was too good and too bad."""
     points = tries_of(FUNCTIONS[name], BUDGET, 20)
     for number in range(1, len(points)):
-        before, (damage, _) = points[:number], points[number]
+        before, (relative_mse, _) = points[:number], points[number]
         tried = [found for found, _ in before]
-        assert min(tried) / FARTHEST <= damage <= max(tried) * FARTHEST
+        assert min(tried) / FARTHEST <= relative_mse <= max(tried) * FARTHEST
         good = [found for found, increase in before if increase <= BUDGET]
         bad = [
             found
             for found, increase in before
             if increase > BUDGET and found > max(good, default=0)
         ]
-        assert max(good, default=0) < damage < min(bad, default=math.inf)
+        assert max(good, default=0) < relative_mse < min(bad, default=math.inf)
 
 
 def test_a_step_is_narrowed_down() -> None:
     points = tries_of(FUNCTIONS["a step"], BUDGET, 30)
-    good = max(damage for damage, increase in points if increase <= BUDGET)
-    bad = min(damage for damage, increase in points if increase > BUDGET)
+    good = max(relative_mse for relative_mse, increase in points if increase <= BUDGET)
+    bad = min(relative_mse for relative_mse, increase in points if increase > BUDGET)
     assert good < 0.07 <= bad < 1.02 * good
 
 
@@ -132,22 +134,22 @@ class World:
             config=SimpleNamespace(num_layers=1), scheme_of=lambda path: SCHEMES["W8A8"]
         )
         checkpoint: Any = None
-        self.prepared = Prepared(
+        self.checked = CheckedJob(
             self.options, plan, checkpoint, checkpoint, None, {"seed": 1}, {}, 0, ("price",)
         )
         self.job, self.measured = directory / "out.job", directory / "out.job.measure"
         self.tries = self.measured / "tries.json"
-        self.increase: Increase = lambda damage: damage
+        self.increase: Increase = lambda relative_mse: relative_mse
         self.evaluated: list[float | None] = []
         self.stop_at = -1
         patch.setattr(search, "FloatModel", lambda model: None)
         patch.setattr(search, "JobModel", lambda plan, job, model: job)
-        patch.setattr(search, "read_curves", lambda prepared, job: CURVES)
+        patch.setattr(search, "read_curves", lambda checked, job: CURVES)
         patch.setattr(search, "run_blocks", self.make_block)
-        patch.setattr(search, "prove_source", lambda prepared, job, reading: None)
+        patch.setattr(search, "prove_source", lambda checked, job, reading: None)
         patch.setattr(Search, "_loss", lambda _, model: self.loss(model))
 
-    def make_block(self, prepared: Prepared, job: JobDirectory, *_: object) -> None:
+    def make_block(self, checked: CheckedJob, job: JobDirectory, *_: object) -> None:
         job.block_file(0).write_text(str(job.record.get("price")))
 
     def loss(self, job: JobDirectory | None) -> float:
@@ -157,11 +159,11 @@ class World:
         self.evaluated.append(price)
         if price is None:
             return FLOAT_LOSS
-        return FLOAT_LOSS + self.increase(predict(CURVES, price).damage)
+        return FLOAT_LOSS + self.increase(predict(CURVES, price).relative_mse)
 
     def find(self, increase: float = 0.1, tokens: int = 0) -> search.Found:
         goal = Goal(None, increase, np.full((1, 4), tokens, np.int32))
-        return Search(self.prepared, goal, lambda step, part: None).find()
+        return Search(self.checked, goal, lambda step, part: None).find()
 
     def job_price(self) -> float:
         return json.loads((self.job / "job.json").read_text())["price"]
@@ -173,27 +175,27 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def test_what_is_found(world: World) -> None:
-    world.increase = lambda damage: 0.01 + 4 * damage
+    world.increase = lambda relative_mse: 0.01 + 4 * relative_mse
     found = world.find()
     price, facts = found.facts["price"], found.facts
-    increase = world.increase(predict(CURVES, price).damage)
+    increase = world.increase(predict(CURVES, price).relative_mse)
     assert CLOSE * BUDGET <= increase <= BUDGET
     assert facts["float_perplexity"] == pytest.approx(math.exp(FLOAT_LOSS))
     assert facts["perplexity"] == pytest.approx(math.exp(FLOAT_LOSS + increase))
     assert facts["perplexity"] <= 1.1 * facts["float_perplexity"]
     assert facts["predicted_ratio"] == predict(CURVES, price).ratio
-    assert found.prepared.record == {"seed": 1, "price": price}
+    assert found.checked.record == {"seed": 1, "price": price}
     assert world.job_price() == price == world.evaluated[-1]  # its blocks are not made again
     assert world.evaluated[0] is None and None not in world.evaluated[1:]
     assert len(world.evaluated) <= 4
 
 
 def test_the_best_of_the_tries_is_taken_and_the_others_are_forgotten(world: World) -> None:
-    world.increase = lambda damage: 0.01 if damage < 0.07 else 3.0
+    world.increase = lambda relative_mse: 0.01 if relative_mse < 0.07 else 3.0
     found = world.find()
-    damages = [predict(CURVES, price).damage for price in world.evaluated[1:] if price]
-    best = max(damage for damage in damages if damage < 0.07)
-    assert predict(CURVES, found.facts["price"]).damage == best
+    damages = [predict(CURVES, price).relative_mse for price in world.evaluated[1:] if price]
+    best = max(relative_mse for relative_mse in damages if relative_mse < 0.07)
+    assert predict(CURVES, found.facts["price"]).relative_mse == best
     assert len(damages) == len(set(damages)) <= MOST_TRIES
     was_last = world.evaluated[-1] == found.facts["price"]
     assert world.job.exists() is was_last
@@ -201,7 +203,7 @@ def test_the_best_of_the_tries_is_taken_and_the_others_are_forgotten(world: Worl
 
 
 def test_a_killed_search_goes_on_with_the_same_prices(world: World) -> None:
-    world.increase = lambda damage: 0.02 + 3000 * damage**4
+    world.increase = lambda relative_mse: 0.02 + 3000 * relative_mse**4
     whole = world.find()
     expected = world.evaluated
     assert len(expected) >= 4
@@ -222,14 +224,14 @@ def test_a_killed_search_goes_on_with_the_same_prices(world: World) -> None:
 
 
 def test_tries_of_another_goal_are_not_taken_for_this_one(world: World) -> None:
-    world.increase = lambda damage: 0.005 + damage
+    world.increase = lambda relative_mse: 0.005 + relative_mse
     first = world.find(0.1)
-    remove_job(first.prepared.job)
+    remove_job(first.checked.job)
     seen = len(world.evaluated)
     second = world.find(0.3)
     assert math.log(second.facts["perplexity"] / second.facts["float_perplexity"]) > 2 * BUDGET
     assert second.facts["price"] > first.facts["price"]
-    remove_job(second.prepared.job)
+    remove_job(second.checked.job)
     world.find(0.3, tokens=7)
     assert world.evaluated.count(None) == 3  # another text has another float loss
     assert len(world.evaluated) > seen
@@ -239,10 +241,10 @@ def test_tries_of_another_goal_are_not_taken_for_this_one(world: World) -> None:
 
 
 def test_a_budget_that_cannot_be_reached(world: World) -> None:
-    world.increase = lambda damage: 0.2 + damage
+    world.increase = lambda relative_mse: 0.2 + relative_mse
     with pytest.raises(MsQuantError) as error:
         world.find()
-    least = 100 * math.expm1(0.2 + predict(CURVES, 0.0).damage)
+    least = 100 * math.expm1(0.2 + predict(CURVES, 0.0).relative_mse)
     assert str(error.value) == (
         f"max ppl increase 10 % cannot be reached: the least that was found is {least:.3g} %, of "
         "which quantized activations are a part"
@@ -257,7 +259,7 @@ def test_a_budget_that_cannot_be_reached(world: World) -> None:
 
 
 def test_a_model_that_nothing_harms_ends_at_the_highest_price(world: World) -> None:
-    world.increase = lambda damage: 0.0
+    world.increase = lambda relative_mse: 0.0
     found = world.find()
     assert predict(CURVES, found.facts["price"]) == predict(CURVES, 1e9)
     assert len(world.evaluated) <= 4
@@ -279,20 +281,20 @@ def test_the_job_of_someone_else_is_refused(world: World) -> None:
 
 
 def test_measuring_has_a_directory_and_a_record_of_its_own(world: World) -> None:
-    job = measuring_job(world.prepared)
+    job = measuring_job(world.checked)
     assert job.directory == world.measured == measuring_directory(world.job)
     assert job.record == {"seed": 1, "phase": "measure"}
-    assert at_price(world.prepared, 0.25).job().record == {"seed": 1, "price": 0.25}
-    assert world.prepared.record == {"seed": 1}
+    assert at_price(world.checked, 0.25).job().record == {"seed": 1, "price": 0.25}
+    assert world.checked.record == {"seed": 1}
 
 
 def test_what_measuring_left_is_removed(world: World) -> None:
-    with measuring_job(world.prepared).open():
+    with measuring_job(world.checked).open():
         for name in ("block-00000.safetensors", "tries.json", ".tries.json.77.tmp"):
             (world.measured / name).write_text("{}")
-    remove_measured(world.prepared)
+    remove_measured(world.checked)
     assert not world.measured.exists()
-    remove_measured(world.prepared)  # nothing is there
+    remove_measured(world.checked)  # nothing is there
     assert not world.measured.exists()
 
 
@@ -314,30 +316,30 @@ def test_foreign_directories_are_left_alone(world: World, files: dict[str, str])
     for name, text in files.items():
         (world.measured / name).write_text(text)
     before = snapshot(world.measured)
-    remove_measured(world.prepared)
+    remove_measured(world.checked)
     assert snapshot(world.measured) == before
 
 
 def test_files_of_someone_else_in_it_stay(world: World) -> None:
-    with measuring_job(world.prepared).open():
+    with measuring_job(world.checked).open():
         (world.measured / "tries.json").write_text("{}")
         (world.measured / "thesis.txt").write_text("x")
-    remove_measured(world.prepared)
+    remove_measured(world.checked)
     assert snapshot(world.measured) == {"thesis.txt": b"x"}
 
 
 def test_a_job_in_use_is_left_alone(world: World) -> None:
-    job = measuring_job(world.prepared)
+    job = measuring_job(world.checked)
     with job.open():
-        remove_measured(world.prepared)
+        remove_measured(world.checked)
         assert (world.measured / "job.json").exists()
 
 
 def test_nothing_is_made_where_nothing_is(world: World) -> None:
-    remove_job(at_price(world.prepared, 0.5).job)
+    remove_job(at_price(world.checked, 0.5).job)
     assert not world.job.exists()
     world.job.write_text("a file")
-    remove_job(at_price(world.prepared, 0.5).job)
+    remove_job(at_price(world.checked, 0.5).job)
     assert world.job.read_text() == "a file"
 
 

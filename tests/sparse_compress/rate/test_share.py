@@ -58,8 +58,10 @@ WITHIN = (2e-3, 0.01, 0.03)
 def outcome(local: dict[str, float]) -> Prediction:
     """What prices of their own lead to, by the formulas of the curves."""
     stored = sum(IDEALS[name].weights * IDEALS[name].ratio(p) for name, p in local.items())
-    damage = sum(IDEALS[name].sensitivity * IDEALS[name].error(p) for name, p in local.items())
-    return Prediction(stored / TOTAL, damage)
+    relative_mse = sum(
+        IDEALS[name].sensitivity * IDEALS[name].error(p) for name, p in local.items()
+    )
+    return Prediction(stored / TOTAL, relative_mse)
 
 
 @pytest.mark.parametrize("price", WITHIN)
@@ -73,7 +75,7 @@ def test_no_other_division_is_as_small_and_less_damaging(price: float) -> None:
         other = outcome(dict(zip(IDEALS, prices, strict=True)))
         if other.ratio <= found.ratio:
             tried += 1
-            assert other.damage >= found.damage * (1 - 1e-9), prices
+            assert other.relative_mse >= found.relative_mse * (1 - 1e-9), prices
     assert tried > 1000
 
 
@@ -87,7 +89,7 @@ def test_the_same_relative_error_for_all_is_worse(price: float) -> None:
         low, high = (low, middle) if smaller else (middle, high)
     same = outcome(dict.fromkeys(IDEALS, high))
     assert same.ratio == pytest.approx(found.ratio, rel=1e-9)
-    assert same.damage > 1.2 * found.damage
+    assert same.relative_mse > 1.2 * found.relative_mse
 
 
 @pytest.mark.parametrize("price", WITHIN)
@@ -101,7 +103,7 @@ def test_a_bit_saved_costs_its_price(price: float) -> None:
     """The price is the slope: damage for a bit per weight of the whole model."""
     step = 1e-4
     before, after = predict(CURVES, price * (1 - step)), predict(CURVES, price * (1 + step))
-    slope = (after.damage - before.damage) / (8 * (before.ratio - after.ratio))
+    slope = (after.relative_mse - before.relative_mse) / (8 * (before.ratio - after.ratio))
     assert slope == pytest.approx(price, rel=1e-3)
 
 
@@ -116,7 +118,7 @@ def test_the_price_for_a_ratio_reaches_it(ratio: float) -> None:
 
 def test_a_ratio_that_asks_for_nothing_has_the_least_damage() -> None:
     price = price_for_ratio(CURVES, 0.99)
-    assert predict(CURVES, price).damage == predict(CURVES, 0.0).damage
+    assert predict(CURVES, price).relative_mse == predict(CURVES, 0.0).relative_mse
     assert set(local_prices(CURVES, price).values()) == {PRICES[0]}
 
 
@@ -145,15 +147,15 @@ def test_an_unreachable_ratio_is_refused_with_the_smallest_one() -> None:
 
 
 @pytest.mark.parametrize("damage", [0.005, 0.02, 0.1])
-def test_the_price_for_a_damage_leads_there(damage: float) -> None:
-    price = price_for_damage(CURVES, damage)
-    assert predict(CURVES, price).damage == pytest.approx(damage, rel=1e-5)
+def test_the_price_for_a_damage_leads_there(relative_mse: float) -> None:
+    price = price_for_damage(CURVES, relative_mse)
+    assert predict(CURVES, price).relative_mse == pytest.approx(relative_mse, rel=1e-5)
 
 
 def test_the_price_for_a_damage_that_no_price_leads_to_is_the_nearest() -> None:
-    least, most = predict(CURVES, 0.0).damage, predict(CURVES, 1e9).damage
-    assert predict(CURVES, price_for_damage(CURVES, least / 10)).damage == least
-    assert predict(CURVES, price_for_damage(CURVES, most * 10)).damage == most
+    least, most = predict(CURVES, 0.0).relative_mse, predict(CURVES, 1e9).relative_mse
+    assert predict(CURVES, price_for_damage(CURVES, least / 10)).relative_mse == least
+    assert predict(CURVES, price_for_damage(CURVES, most * 10)).relative_mse == most
 
 
 def test_one_linear_only() -> None:
@@ -162,7 +164,7 @@ def test_one_linear_only() -> None:
     (local,) = local_prices(one, price).values()
     assert IDEALS["delicate"].ratio(local) == pytest.approx(0.4, rel=1e-6)
     assert local == pytest.approx(price / 4.0)  # its sensitivity
-    assert predict(one, price).damage == pytest.approx(4.0 * IDEALS["delicate"].error(local))
+    assert predict(one, price).relative_mse == pytest.approx(4.0 * IDEALS["delicate"].error(local))
 
 
 def test_a_linear_twice_as_sensitive_pays_half_and_one_twice_as_large_double() -> None:
@@ -196,13 +198,13 @@ def test_a_higher_price_is_never_larger_nor_less_damaging(data: st.DataObject) -
         curves[name] = Curve(weights, sensitivity, tuple(errors), tuple(ratios))
     found = [predict(curves, 2.0**power) for power in range(-40, 20)]
     assert all(b.ratio <= a.ratio * (1 + 1e-12) for a, b in pairwise(found))
-    assert all(b.damage >= a.damage * (1 - 1e-12) for a, b in pairwise(found))
+    assert all(b.relative_mse >= a.relative_mse * (1 - 1e-12) for a, b in pairwise(found))
 
 
 def test_errors_of_zero_are_taken() -> None:
     nothing = Curve(100, 1.0, (0.0,) * len(PRICES), (0.1,) * len(PRICES))
     found = predict({"nothing": nothing}, 0.01)
-    assert found.ratio == pytest.approx(0.1) and 0 <= found.damage < 1e-20
+    assert found.ratio == pytest.approx(0.1) and 0 <= found.relative_mse < 1e-20
 
 
 def test_a_curve_survives_json() -> None:

@@ -1,0 +1,417 @@
+"""Decoder language models as MindSpore Cells, computed in float32.
+
+Parameter names are those of the Hugging Face checkpoint, so a tensor is found by its name.
+Float32 is the type in which MindSpore's CPU kernels are complete and fast; on Ascend the same
+Cells run in whatever type their parameters are cast to.
+
+MindSpore's CPU kernels broadcast, reduce and slice five to fifteen times slower than they
+multiply matrices, so sums over the last axis, products with a vector and the half-turn of the
+rotary embedding are written as products with small constant matrices here. Even so an operator
+takes some tens of microseconds to launch, so in PyNative on CPU norms, gates and attention call
+native kernels (:mod:`ms_quant.cells.direct`), if no hook and no gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from ms_quant import kernels
+from ms_quant.budget import SCORE_BYTES
+from ms_quant.cells.direct import (
+    Linear,
+    as_type,
+    calls_directly,
+    floats,
+    has_kernels,
+    threads,
+)
+from ms_quant.models import attention
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.rope import rope_table, still_table
+
+
+def repeat_rows(row: Tensor, count: int) -> Tensor:
+    """(count, n) from ``row`` of n values: an outer product with ones, which is exact."""
+    return ops.matmul(ops.ones((count, 1), row.dtype), row.reshape(1, -1))
+
+
+class RMSNorm(nn.Cell):
+    """y = x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = Parameter(np.ones(size, np.float32))
+        self.mean = Tensor(np.full((size, 1), 1.0 / size, np.float32))
+        self.size, self.eps = size, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(x)
+        y = kernels.rms_norm(floats(x), floats(self.weight), self.eps, threads())
+        return as_type(y, x.dtype)
+
+    def construct(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.size)
+        inverse = ops.rsqrt(ops.matmul(rows * rows, self.mean) + self.eps)
+        return (rows * ops.matmul(inverse, self.weight.reshape(1, -1))).reshape(x.shape)
+
+
+class Softmax(nn.Cell):
+    """Softmax over the last axis, with a gradient that is fast on CPU."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.softmax(x, -1)
+
+    def bprop(self, x: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
+        size = x.shape[-1]
+        product = (y * dy).reshape(-1, size)
+        total = ops.matmul(product, ops.ones((size, 1), x.dtype))
+        spread = ops.matmul(total, ops.ones((1, size), x.dtype)).reshape(x.shape)
+        return (y * (dy - spread),)
+
+
+@ops.constexpr
+def _swapped_rows(a: int, b: int, c: int) -> Tensor:
+    rows = np.arange(a * b * c, dtype=np.int32).reshape(a, b, c)
+    return Tensor(np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1))
+
+
+def transpose_heads(x: Tensor) -> Tensor:
+    """(A, B, C, D) to (A, C, B, D): a gather of rows, ten times faster than a transpose."""
+    a, b, c, d = x.shape
+    return ops.gather(x.reshape(-1, d), _swapped_rows(a, b, c), 0).reshape(a, c, b, d)
+
+
+class SwapHeads(nn.Cell):
+    """(B, S, heads, D) to (B, heads, S, D) and back, with a gradient that is fast on CPU."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return transpose_heads(x)
+
+    def bprop(self, x: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
+        return (transpose_heads(dy),)
+
+
+class Embedding(nn.Cell):
+    """Rows of a table, by token id."""
+
+    def __init__(self, rows: int, size: int):
+        super().__init__()
+        self.weight = Parameter(np.zeros((rows, size), np.float32))
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return ops.gather(self.weight, ids, 0)
+
+
+def _dense(in_features: int, out_features: int, bias: bool) -> Linear:
+    return Linear(in_features, out_features, has_bias=bias, weight_init="zeros", bias_init="zeros")
+
+
+def project(linear: nn.Cell, x: Tensor, decode: bool) -> Tensor:
+    """The output of a linear. Only one that tells the phases apart is told which it is."""
+    return linear(x, True) if decode and getattr(linear, "phased", False) else linear(x)
+
+
+def _half_turn(size: int) -> np.ndarray:
+    """The R with ``x @ R == concat(-x[size // 2:], x[:size // 2])``; exact, one term each."""
+    half = size // 2
+    turn = np.zeros((size, size), np.float32)
+    turn[half:, :half] = -np.eye(half, dtype=np.float32)
+    turn[:half, half:] = np.eye(half, dtype=np.float32)
+    return turn
+
+
+class SwiGLU(nn.Cell):
+    """gate * sigmoid(gate) * up."""
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(gate, up)
+        return as_type(kernels.swiglu(floats(gate), floats(up), threads()), gate.dtype)
+
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gate * ops.sigmoid(gate) * up
+
+
+class Residual(nn.Cell):
+    """x + y."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(x, y)
+        with np.errstate(all="ignore"):
+            return as_type(np.add(floats(x), floats(y)), x.dtype)
+
+    def construct(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Attention(nn.Cell):
+    """Causal self-attention with grouped key-value heads, rotary positions and optional q/k norm.
+
+    Inputs:
+        - **x** - (B, S, hidden).
+        - **cos**, **sin** - (S, head_dim).
+        - **mask** - additive, (B or 1, 1, S, T).
+        - **cache** - None, or a :class:`KeyValueCache` layer slot that holds earlier tokens.
+        - **decode** - whether a generation goes on token by token: some quantized linears then
+          quantize their input in another way.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        shapes = config.linear_shapes()
+
+        def linear(name: str, bias: bool) -> nn.Dense:
+            out_features, in_features = shapes[f"self_attn.{name}"]
+            return _dense(in_features, out_features, bias)
+
+        self.q_proj = linear("q_proj", config.qkv_bias)
+        self.k_proj = linear("k_proj", config.qkv_bias)
+        self.v_proj = linear("v_proj", config.qkv_bias)
+        self.o_proj = linear("o_proj", config.o_bias)
+        self.rotate_half = Tensor(_half_turn(config.head_dim))
+        self.softmax, self.swap_heads = Softmax(), SwapHeads()
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def __call__(self, *args, **kwargs):
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(*args, **kwargs)
+        return self._direct(*args, **kwargs)
+
+    def _direct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
+        """The same as ``construct`` in NumPy and native kernels."""
+        q, k, v = map(floats, self.by_head(x, decode))
+        angles, kept = (floats(cos), floats(sin)), None if cache is None else cache.extend
+        y = attention.attention(q, k, v, angles, floats(mask), kept, threads())
+        return project(self.o_proj, as_type(y, x.dtype), decode)
+
+    def construct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.by_head(x, decode)
+        q = self.rotate(self.swap_heads(q), cos, sin)
+        k = self.rotate(self.swap_heads(k), cos, sin)
+        v = self.swap_heads(v)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = self.attend(q, k, v, mask)
+        return project(self.o_proj, self.swap_heads(y).reshape(batch, length, -1), decode)
+
+    def by_head(self, x: Tensor, decode: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, S, heads, D), before their rotation."""
+        batch, length, _ = x.shape
+        q = project(self.q_proj, x, decode).reshape(batch, length, self.heads, self.head_dim)
+        k = project(self.k_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = project(self.v_proj, x, decode).reshape(batch, length, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """(B, heads, S, D) queries to values of that shape, in as few slices as memory allows."""
+        batch, heads, length, _ = q.shape
+        step = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
+        if step >= length:
+            return self.attend_slice(q, k, v, mask)
+        parts = []
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            parts.append(self.attend_slice(q[:, :, start:stop], k, v, mask[:, :, start:stop]))
+        return ops.concat(parts, 2)
+
+    def attend_slice(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        batch, _, length, _ = q.shape
+        total = k.shape[2]
+        # The query heads that share a key-value head are stacked along the token axis: one
+        # batched product for each key-value head, and keys are never repeated in memory.
+        share = self.heads // self.kv_heads
+        q = q.reshape(batch * self.kv_heads, share * length, self.head_dim)
+        k = k.reshape(batch * self.kv_heads, total, self.head_dim)
+        v = v.reshape(batch * self.kv_heads, total, self.head_dim)
+        scores = self.scores(q * (1.0 / math.sqrt(self.head_dim)), k)
+        heads = batch * self.heads // mask.shape[0]
+        mask = ops.bmm(
+            ops.ones((mask.shape[0], heads, 1), q.dtype), mask.reshape(-1, 1, length * total)
+        )
+        weights = self.softmax(scores.reshape(-1, total) + mask.reshape(-1, total))
+        weights = weights.reshape(batch * self.kv_heads, share * length, total)
+        return ops.bmm(weights, v).reshape(batch, self.heads, length, self.head_dim)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = ops.matmul(x.reshape(-1, self.head_dim), self.rotate_half).reshape(x.shape)
+        count = x.shape[0] * x.shape[1]
+        cos, sin = repeat_rows(cos, count), repeat_rows(sin, count)
+        return x * cos.reshape(x.shape) + turned * sin.reshape(x.shape)
+
+
+class MLP(nn.Cell):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, inter, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = _dense(hidden, inter, bias)
+        self.up_proj = _dense(hidden, inter, bias)
+        self.down_proj = _dense(inter, hidden, bias)
+        self.swiglu = SwiGLU()
+
+    def construct(self, x: Tensor, decode: bool = False) -> Tensor:
+        gate, up = project(self.gate_proj, x, decode), project(self.up_proj, x, decode)
+        return project(self.down_proj, self.swiglu(gate, up), decode)
+
+
+class DecoderBlock(nn.Cell):
+    """One decoder layer: x + attention(norm(x)), then + mlp(norm(.))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.add = Residual()
+
+    def construct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
+        return self.feed_forward(self.attend(x, cos, sin, mask, cache, decode), decode)
+
+    def attend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache=None,
+        decode: bool = False,
+    ) -> Tensor:
+        """The first half: x + attention(norm(x))."""
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, decode)
+        return self.add(x, y)
+
+    def feed_forward(self, x: Tensor, decode: bool = False) -> Tensor:
+        """The second half: x + mlp(norm(x))."""
+        return self.add(x, self.mlp(self.post_attention_layernorm(x), decode))
+
+
+class Decoder(nn.Cell):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.CellList([DecoderBlock(config) for _ in range(config.num_layers)])
+        self.rotated = tuple(config.rotates(index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        for layer, rotated in zip(self.layers, self.rotated, strict=True):
+            if rotated:
+                x = layer(x, cos, sin, mask)
+            else:
+                x = layer(x, ops.ones_like(cos), ops.zeros_like(sin), mask)
+        return self.norm(x)
+
+
+class CausalLM(nn.Cell):
+    """A decoder with its output head.
+
+    Args:
+        config: the model's shape.
+
+    Inputs:
+        - **ids** - int32 (B, S).
+        - **cos**, **sin** - float32 (S, head_dim), from :func:`rope_tensors`.
+        - **mask** - additive float32 (B or 1, 1, S, S), from :func:`causal_mask`.
+
+    Outputs:
+        Logits, float32 (B, S, vocab).
+
+    Supported Platforms:
+        ``CPU`` (tested), ``Ascend`` (written, never run on a device).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = _dense(config.hidden_size, config.vocab_size, False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        return self.lm_head(self.model(ids, cos, sin, mask))
+
+
+def rope_tensors(
+    config: ModelConfig, start: int, stop: int, rotated: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions ``start`` to ``stop - 1`` as tensors.
+
+    Args:
+        config: the model's shape.
+        start, stop: the positions.
+        rotated: False for a layer that has no rotary embedding.
+    """
+    table = rope_table(config.rope, config.head_dim, np.arange(start, stop), config.max_position)
+    cos, sin = table if rotated else still_table(table)
+    return Tensor.from_numpy(cos), Tensor.from_numpy(sin)
+
+
+def causal_mask(length: int, attention_mask: np.ndarray | None = None) -> Tensor:
+    """Additive causal mask, with padding keys masked too.
+
+    Args:
+        length: number of tokens S.
+        attention_mask: optional (B, S) array, 1 for a token and 0 for padding.
+
+    Returns:
+        float32 tensor of shape (1 or B, 1, S, S).
+    """
+    return Tensor.from_numpy(attention.causal_mask(length, attention_mask))
+
+
+def forward(model: CausalLM, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Tensor:
+    """Logits of a batch of token ids.
+
+    Args:
+        model: the model.
+        ids: integer array (B, S).
+        attention_mask: optional (B, S), 0 for padding.
+    """
+    length = ids.shape[1]
+    cos, sin = rope_tensors(model.config, 0, length)
+    return model(ms.Tensor(ids.astype(np.int32)), cos, sin, causal_mask(length, attention_mask))

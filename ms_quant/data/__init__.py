@@ -1,0 +1,1 @@
+"""Texts, records and tokens become windows of token ids."""

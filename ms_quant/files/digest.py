@@ -1,0 +1,73 @@
+"""A tensor of a file in pieces of bounded size, its hash, and whether its values are finite."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.files.safetensors_file import SafetensorsFile
+
+CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
+HASHED_ELEMENTS = 1 << 20  # at a time, by several threads at once
+BLOCK_ELEMENTS = 1 << 16  # of a check for NaN: what it makes stays in the cache
+EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
+"""The bits that are all set in NaN and infinity and in nothing else."""
+
+
+def row_chunks(
+    file: SafetensorsFile, name: str, rows: slice | None = None, elements: int = CHUNK_ELEMENTS
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Reads a tensor some rows at a time: (first row, rows). Nothing comes of an empty one."""
+    shape = file.info(name).shape
+    if not math.prod(shape):
+        return
+    if not shape:
+        yield 0, file.read(name)
+        return
+    first, last = (rows.start, rows.stop) if rows else (0, shape[0])
+    step = max(1, elements // math.prod(shape[1:]))
+    for start in range(first, last, step):
+        yield start, file.read_rows(name, start, min(start + step, last))
+
+
+def tensor_digest(file: SafetensorsFile, name: str) -> str:
+    """The sha256 of a float tensor's bytes.
+
+    Raises:
+        MsQuantError: it holds NaN or infinity, or the file changed or cannot be read.
+    """
+    digest, wrong, seen = hashlib.sha256(), 0, 0
+    for _, part in row_chunks(file, name, elements=HASHED_ELEMENTS):
+        digest.update(part.reshape(-1).view(np.uint8).data)
+        wrong, seen = wrong + count_non_finite(part), seen + part.size
+    if wrong:
+        raise MsQuantError(
+            f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of {seen}, "
+            "expected none"
+        )
+    return digest.hexdigest()
+
+
+def file_stamp(path: Path) -> list[int]:
+    """What changes with a file: also the time of its last change, which nobody can set."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def count_non_finite(array: np.ndarray) -> int:
+    """How many values of a float array are NaN or infinite."""
+    if array.dtype.name not in EXPONENTS:
+        return array.size - int(np.count_nonzero(np.isfinite(array.astype(np.float32))))
+    bits = array.reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
+    exponent = bits.dtype.type(EXPONENTS[array.dtype.name])
+    wrong = 0
+    for start in range(0, bits.size, BLOCK_ELEMENTS):
+        masked = bits[start : start + BLOCK_ELEMENTS] & exponent
+        if masked.max() == exponent:
+            wrong += int(np.count_nonzero(masked == exponent))
+    return wrong

@@ -1,0 +1,1 @@
+"""What each checkpoint format holds."""

@@ -1,0 +1,1 @@
+"""The ascend checkpoint format."""

@@ -1,0 +1,171 @@
+"""The compressed-tensors format, as vLLM reads it and LLM Compressor writes it.
+
+docs/compressed_tensors_format.md states what its files hold. Its description is the entry
+``quantization_config`` of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.files.strict_json import read_json
+from ms_quant.files.writer import TensorPlan
+from ms_quant.formats.compressed_tensors.config import (
+    CLASSIFIER,
+    KEY,
+    NAME,
+    PACKED,
+    format_of,
+    quantization_config,
+    read_schemes,
+)
+from ms_quant.formats.compressed_tensors.tensors import WITH_CODES, parts, read_linear
+from ms_quant.formats.format import CheckpointFormat, Kinds, Leeway, Tensors
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.grid import AffineFormat
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.pack import WORD_BITS
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.schemes.records import Scheme
+
+if TYPE_CHECKING:
+    from ms_quant.files.reader import Checkpoint
+    from ms_quant.plan.plan import Plan
+
+FLOAT_NAMES = frozenset(DTYPES)
+STORED = frozenset(
+    {"weight_scale", "weight_zero_point", "act_scale", "input_scale", "input_offset"}
+)
+
+
+def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
+    """Refuses a linear that cannot be stored.
+
+    Raises:
+        MsQuantError: no format holds the scheme, or the shape does not fill words; names the
+            weight.
+    """
+    weight = plan.scheme.weight
+    if format_of(plan.scheme) != PACKED:
+        return
+    assert isinstance(weight, AffineFormat)
+    multiple, (rows, columns) = WORD_BITS // weight.bits, shape
+    if columns % multiple:
+        raise MsQuantError(
+            f"{name}: {columns} inputs, expected a multiple of {multiple} to pack codes of "
+            f"{weight.bits} bits in words"
+        )
+    if rows % multiple and not weight.symmetric:
+        raise MsQuantError(
+            f"{name}: {rows} outputs, expected a multiple of {multiple} to pack zero points of "
+            f"{weight.bits} bits in words"
+        )
+
+
+def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Tensors:
+    return {key: (part.dtype, part.shape) for key, part in parts(plan, shape).items()}
+
+
+def linear_tensor(
+    plan: Plan, group: LinearGroup, linear: QuantizedLinear, suffix: str
+) -> np.ndarray:
+    """One tensor of a quantized linear, as stored.
+
+    Raises:
+        MsQuantError: the linear has what no tensor holds.
+    """
+    homeless = linear.arrays().keys() - STORED - {"weight"}
+    if homeless:
+        raise MsQuantError(f"the {NAME} format has no place for {min(homeless)} of a linear")
+    rows, columns = linear.weight.shape
+    return parts(plan, (rows, columns))[suffix].make(linear)
+
+
+def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
+    """``quantization_config``; linears of one scheme are one group, in model order."""
+    groups: list[tuple[Scheme, list[str]]] = []
+    for path in plan.quantized():
+        scheme = plan.scheme_of(path)
+        members = next((members for other, members in groups if other == scheme), None)
+        if members is None:
+            members = []
+            groups.append((scheme, members))
+        members.append(path)
+    floats = [*plan.float_linears(), *([CLASSIFIER] if plan.config.labels else [])]
+    return quantization_config(groups or [(plan.scheme, [])], floats)
+
+
+def find(directory: Path) -> list[Path]:
+    """config.json, if it says so."""
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else {}
+    found = config.get(KEY)
+    return [path] if isinstance(found, Mapping) and found.get("quant_method") == NAME else []
+
+
+def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> Kinds:
+    """What each linear is; those that runtimes fuse must agree, which they do not check."""
+    schemes = read_schemes(description, _linears(config))
+    found = {path: scheme.name if scheme else "FLOAT" for path, scheme in schemes.items()}
+    problems = []
+    for index in range(config.num_layers):
+        for group in config.family.groups:
+            first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
+            problems += [
+                f"{where}: {KEY}: {first} and {other} differ, expected one scheme for both: the "
+                "runtime fuses them"
+                for other in others
+                if schemes[other] != schemes[first]
+            ]
+    return found, problems
+
+
+def _linears(config: ModelConfig) -> list[str]:
+    members = config.linear_shapes()
+    return [f"{block_prefix(i)}{member}" for i in range(config.num_layers) for member in members]
+
+
+def scheme_options(
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
+) -> dict[str, Any]:
+    scheme = read_schemes(description, _linears(config))[path]
+    return {} if scheme is None else scheme.chosen
+
+
+def stored(scheme: Scheme, checkpoint: Checkpoint, path: str) -> Scheme:
+    """A scheme with scales of the type that the tensors of a linear have."""
+    name = f"{path}.weight_scale"
+    wide = name in checkpoint and checkpoint.info(name).dtype.name == "float32"
+    return scheme.widened() if wide else scheme
+
+
+LEEWAY = Leeway(
+    types={"input_scale": FLOAT_NAMES, "bias": FLOAT_NAMES},
+    extra=frozenset({"weight_zero_point", "input_zero_point"}),
+    stored=stored,
+    # Reading it has compared what decides numbers.
+    description=lambda found, made, where: ([], []),
+)
+FORMAT = CheckpointFormat(
+    leeway=LEEWAY,
+    name=NAME,
+    shown=f"{KEY} in config.json",
+    find=find,
+    document=lambda plan: "config.json",
+    weights="model",
+    entry=KEY,
+    linear_plan=linear_plan,
+    linear_tensor=linear_tensor,
+    read_linear=read_linear,
+    describe=describe,
+    kinds=kinds,
+    scheme_options=scheme_options,
+    check=check,
+    with_codes=WITH_CODES,
+)

@@ -1,0 +1,1 @@
+"""The golden-stick checkpoint format."""

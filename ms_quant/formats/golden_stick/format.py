@@ -1,0 +1,159 @@
+"""The golden-stick format: what its files hold, as docs/golden_stick_format.md states it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.files.writer import TensorPlan
+from ms_quant.formats.companions import model_config
+from ms_quant.formats.flat_description import kinds
+from ms_quant.formats.format import CheckpointFormat
+from ms_quant.formats.golden_stick.leeway import LEEWAY, check_extra, stated
+from ms_quant.models.families import LinearGroup
+from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
+from ms_quant.numerics.storage import weight_scale_dtype
+
+if TYPE_CHECKING:
+    from ms_quant.files.reader import Checkpoint
+    from ms_quant.plan.plan import Plan
+
+__all__ = ["DESCRIPTION", "FORMAT", "SHARD_PREFIX", "model_config", "static_linear"]
+
+DESCRIPTION = "quantization_description.json"
+SHARD_PREFIX = "quant-model"
+INT8, INT32, FLOAT32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
+
+
+def linear_plan(plan: Plan, shape: tuple[int, int]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Suffix to (dtype, shape) of a quantized linear's tensors, without its bias."""
+    out_features, in_features = shape
+    if plan.scheme.name == "W8A8":
+        return {
+            "weight": (INT8, shape),
+            "deq_scale": (FLOAT32, (out_features,)),
+            "quant_bias": (INT32, (out_features,)),
+            "input_scale": (plan.dtype, (in_features,)),
+            "input_offset": (INT8, (in_features,)),
+        }
+    if plan.scheme.name == "W8A8_DYNAMIC":
+        return {
+            "weight": (INT8, shape),
+            "weight_scale": (weight_scale_dtype(plan.dtype), (out_features,)),
+        }
+    raise MsQuantError(f"golden-stick cannot hold scheme {plan.scheme.name}")
+
+
+def linear_tensor(plan: Plan, linear: QuantizedLinear, suffix: str) -> np.ndarray:
+    """One tensor of a quantized linear, as stored."""
+    if suffix == "weight":
+        return linear.weight
+    if suffix == "weight_scale":
+        return linear.weight_scale.astype(weight_scale_dtype(plan.dtype))
+    if suffix == "deq_scale":
+        return linear.deq_scale
+    if suffix == "quant_bias":
+        return linear.quant_bias
+    if suffix == "input_scale":
+        return linear.static.input_scale.astype(plan.dtype)
+    return np.full(linear.weight.shape[1], linear.static.offset, np.int8)
+
+
+def read_linear(
+    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+) -> QuantizedLinear:
+    """The linear at a path. What it reads it checks: a wrong quant_bias is an error."""
+    weight = checkpoint.read(f"{path}.weight")
+    if plan.scheme.activation.dynamic:
+        linear = int8_linear(weight, checkpoint.read_float32(f"{path}.weight_scale"), bias)
+    else:
+        linear = _static(plan, checkpoint, path, weight, bias)
+    if plan.foreign:
+        check_extra(checkpoint, path, linear)
+    return linear
+
+
+def _static(
+    plan: Plan, checkpoint: Checkpoint, path: str, weight: np.ndarray, bias: np.ndarray | None
+) -> QuantizedLinear:
+    return static_linear(
+        path,
+        weight,
+        checkpoint.read_float32(f"{path}.deq_scale"),
+        checkpoint.read(f"{path}.quant_bias"),
+        checkpoint.read_float32(f"{path}.input_scale"),
+        checkpoint.read(f"{path}.input_offset"),
+        bias,
+        foreign=plan.foreign,
+    )
+
+
+def static_linear(
+    path: str,
+    weight: np.ndarray,
+    deq_scale: np.ndarray,
+    quant_bias: np.ndarray,
+    input_scale: np.ndarray,
+    input_offset: np.ndarray,
+    bias: np.ndarray | None,
+    *,
+    foreign: bool = False,
+) -> QuantizedLinear:
+    """A linear from the tensors of a static checkpoint, which must agree with each other.
+
+    The split of ``deq_scale`` into an activation and a weight scale is not stored and does not
+    matter: the activation scale is taken as 1. ``foreign``: others made it, and may have rounded
+    quant_bias, which is then taken as it is.
+
+    Raises:
+        MsQuantError: offsets differ within the tensor, or quant_bias is not what the weight and
+            the offset give.
+    """
+    if not input_offset.size:
+        raise MsQuantError(f"{path}.input_offset: is empty, expected one zero point an input")
+    if (input_offset != input_offset[0]).any():
+        raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
+    activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
+    linear = int8_linear(weight, deq_scale, bias, activation)
+    if foreign:
+        return stated(linear, quant_bias, path)
+    wrong = int(np.count_nonzero(linear.quant_bias != quant_bias))
+    if wrong:
+        raise MsQuantError(
+            f"{path}.quant_bias: {wrong} of {quant_bias.size} values differ from "
+            "-input_offset * sum of the weight's row"
+        )
+    return linear
+
+
+def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
+    """Tensor name to scheme. All tensors of a module carry one value, its bias included."""
+    quantized = set(plan.quantized())
+    return {
+        tensor.name: plan.scheme_of(path).name if path in quantized else "FLOAT"
+        for tensor in tensors
+        for path in [tensor.name.rpartition(".")[0]]
+    }
+
+
+FORMAT = CheckpointFormat(
+    name="golden-stick",
+    shown=DESCRIPTION,
+    find=lambda directory: sorted(directory.glob(f"*{DESCRIPTION}")),  # as the runtime looks
+    document=lambda plan: DESCRIPTION,
+    weights=SHARD_PREFIX,
+    linear_plan=lambda plan, group, shape: linear_plan(plan, shape),
+    linear_tensor=lambda plan, group, linear, suffix: linear_tensor(plan, linear, suffix),
+    read_linear=read_linear,
+    describe=describe,
+    kinds=partial(kinds, "golden-stick", ("bias",)),
+    scheme_options=lambda config, description, checkpoint, path: {},
+    check=lambda plan, group, shape, name: None,
+    with_codes=frozenset({"weight", "quant_bias"}),
+    leeway=LEEWAY,
+)
+tensor_plans, description = FORMAT.tensor_plans, FORMAT.description

@@ -1,0 +1,378 @@
+"""The job directory: what makes a long quantization survive being killed.
+
+    job.json                 what the job computes; resuming under another one is refused
+    block-00000.safetensors  the quantized linears of a finished block; further formats of the same
+                             job have block-00000.1.safetensors and so on
+    hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
+    source.json              the hash of every tensor of the source, as the first pass read it
+    ms_quant.lock            empty; locked by the process that works here
+
+Every file appears under its name only when it is whole and on disk. A block is finished when its
+file is there; the next block's input is written before it and this block's is deleted after it,
+so the input of the first unfinished block always exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import disk_errors, sync_directory, write_json
+from ms_quant.files.lock import locked
+from ms_quant.files.safetensors_file import SafetensorsFile, open_file
+from ms_quant.files.strict_json import read_json
+from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.models.config import block_prefix
+from ms_quant.numerics.linear import QuantizedLinear, from_arrays
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import SCHEMES
+
+LOCK = "ms_quant.lock"
+CHANGED = "changed."  # before the names of float tensors in a block's file
+CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
+_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy|source\.json)"
+_TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
+_OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
+_CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+)
+
+
+def environment(with_mindspore: bool = False) -> dict[str, Any]:
+    """What calibrated results depend on besides arguments: versions, CPU, kernels and threads.
+
+    Args:
+        with_mindspore: whether they depend on MindSpore, too.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        **({"mindspore": _mindspore_version()} if with_mindspore else {}),
+        "numpy": np.__version__,
+        "cpu": " ".join([platform.machine(), *_cpu_features()]),
+        "kernels": kernels.best_isa() if kernels.available() else "none",
+        "threads": threads,
+    }
+
+
+def _mindspore_version() -> str:
+    try:
+        return version("mindspore")  # importing it takes a second, and a dry run needs no more
+    except PackageNotFoundError:  # a build under another name
+        import mindspore
+
+        return mindspore.__version__
+
+
+def _cpu_features() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return []
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return [name for name in _CPU_FEATURES if name in line.split()]
+    return []
+
+
+def find_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two records differ: (dotted path, old value, new value)."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            found = find_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def explain_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], verb: str, any_environment: bool
+) -> tuple[str, str] | None:
+    """How two records differ.
+
+    Args:
+        old: the record on disk.
+        new: the record of the request.
+        verb: what was done with the old one, such as ``"begun"``.
+        any_environment: do not compare the ``environment`` entries.
+
+    Returns:
+        The dotted path of the first difference and a clause about it, or None.
+    """
+    if any_environment:
+        old, new = {**old, "environment": None}, {**new, "environment": None}
+    found = find_difference(old, new)
+    if not found:
+        return None
+    path, before, after = found
+    if path.startswith("source"):
+        file = _changed_file(old.get("source"), new.get("source"))
+        return path, f"the source model changed since it was {verb} ({file} differs)"
+    if path == "calibration.sha256":
+        return path, f"the calibration tokens changed since it was {verb}"
+    return path, f"it was {verb} with {path} = {before!r}, now {path} is {after!r}"
+
+
+def _changed_file(old: Any, new: Any) -> str:
+    """The first file of a model in which two of its fingerprints differ."""
+    before, after = ((part or {}).get("shards") or {} for part in (old, new))
+    for name in dict.fromkeys([*before, *after]):
+        if before.get(name) != after.get(name):
+            return name
+    return "config.json"
+
+
+class FinishedBlock(Protocol):
+    """Attributes:
+    linears: path to quantized linear.
+    floats: float32 tensors that folding has changed, by name.
+    notes: group to what was chosen.
+    cache: path to float32 scales of a linear's outputs in a cache of int8.
+    ranges: how large activations get.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    floats: dict[str, np.ndarray]
+    notes: dict[str, dict[str, Any]]
+    cache: dict[str, np.ndarray]
+    ranges: dict[str, Any]
+
+
+class JobDirectory:
+    """A job on disk, new or begun. Nothing is written before :meth:`open`.
+
+    Args:
+        directory: where it is or will be.
+        record: what the job computes, as JSON. Its ``environment`` entry may differ when
+            `any_environment` is set.
+        any_environment: go on under other versions, CPU or thread count.
+        unknown: entries that a job has and this record does not have yet; they are not compared.
+        scheme_of: what a linear, by its full path, becomes.
+        target: which of the formats that one job is for; each has block files of its own. Those
+            of the first, 0, are written last, and say that a block is finished.
+
+    Raises:
+        MsQuantError: the directory holds a job with another record, or is no job at all.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        record: Mapping[str, Any],
+        any_environment: bool = False,
+        unknown: Sequence[str] = (),
+        scheme_of: Callable[[str], Scheme] = lambda path: SCHEMES["W8A8"],
+        target: int = 0,
+    ):
+        self.directory, self.scheme_of, self.target = directory, scheme_of, target
+        self.record = json.loads(json.dumps(record))
+        self.any_environment, self.unknown = any_environment, unknown
+        self._opened: tuple[int, SafetensorsFile] | None = None
+        self._check()
+
+    def _check(self) -> None:
+        state = self.directory / "job.json"
+        if state.exists():
+            self._compare(read_json(state))
+        elif self.directory.exists() and not self._is_new():
+            raise MsQuantError(
+                f"{self.directory}: exists but holds no job, expected a new directory"
+            )
+
+    def _is_new(self) -> bool:
+        """Whether the directory holds nothing but what a killed beginning or end left."""
+        return self.directory.is_dir() and all(
+            path.is_file() and (_TEMPORARY.fullmatch(path.name) or _is_lock(path))
+            for path in self.directory.iterdir()
+        )
+
+    def _compare(self, old: Mapping[str, Any]) -> None:
+        unknown = {key: old.get(key, "to be found") for key in self.unknown}
+        new = {**self.record, **unknown}
+        found = explain_difference(old, new, "begun", self.any_environment)
+        if not found:
+            return
+        path, clause = found
+        hint = "finish it with its own arguments, or delete the directory to start again"
+        if path.startswith("environment"):
+            hint = "use --any-environment to go on; the bytes may differ from an undisturbed run"
+        elif path.startswith("source"):
+            hint = "delete the directory to start again"
+        raise MsQuantError(f"{self.directory}: {clause}; {hint}")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Makes the directory or goes on in it; until the end no other process can.
+
+        Raises:
+            MsQuantError: another process works on the job, or the directory cannot be written.
+        """
+        with disk_errors(self.directory, "the job directory"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._check()
+        with locked(self.directory / LOCK):
+            self._check()
+            with disk_errors(self.directory, "the job directory"):
+                for path in self._files(_TEMPORARY):
+                    path.unlink()
+            if not (self.directory / "job.json").exists():
+                write_json(self.directory / "job.json", self.record)
+            yield
+
+    def _files(self, names: re.Pattern[str]) -> list[Path]:
+        found = sorted(path for path in self.directory.iterdir() if names.fullmatch(path.name))
+        return [path for path in found if path.is_file()]
+
+    def block_file(self, index: int) -> Path:
+        target = f".{self.target}" if self.target else ""
+        return self.directory / f"block-{index:05d}{target}.safetensors"
+
+    def hidden_file(self, index: int) -> Path:
+        return self.directory / f"hidden-{index:05d}.npy"
+
+    def finished_blocks(self) -> int:
+        """How many blocks are finished; blocks finish in order."""
+        count = 0
+        while self.block_file(count).exists():
+            count += 1
+        return count
+
+    def hidden_bytes(self) -> int:
+        """The size of the hidden states there are."""
+        return sum(path.stat().st_size for path in self.directory.glob("hidden-*.npy"))
+
+    def finish_block(
+        self,
+        index: int,
+        block: FinishedBlock,
+        statistics: Mapping[str, np.ndarray],
+    ) -> None:
+        """Commits a block: its linears, what folding changed, statistics and what was chosen."""
+        tensors = dict(statistics)
+        tensors.update({f"{CHANGED}{name}": value for name, value in block.floats.items()})
+        tensors.update({f"{CACHE}{path}": scale for path, scale in block.cache.items()})
+        for path, linear in block.linears.items():
+            tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
+        plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
+        metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
+        metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
+        write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
+        self._opened = None
+        if self.target == 0:
+            self.hidden_file(index).unlink(missing_ok=True)
+
+    def _block(self, index: int) -> SafetensorsFile:
+        """The file of a finished block; that of the last one asked for stays open."""
+        if self._opened is None or self._opened[0] != index:
+            self._opened = index, open_file(self.block_file(index))
+        return self._opened[1]
+
+    def linear(self, index: int, path: str, with_weight: bool = True) -> QuantizedLinear:
+        """A linear of a finished block, without its bias.
+
+        Args:
+            index: the block.
+            path: the linear, relative to the block.
+            with_weight: read the weight; else zeros that take no memory stand for it.
+        """
+        file, start = self._block(index), f"{path}."
+        names = [name for name in file.tensors if name.startswith(start)]
+        arrays = {
+            name.removeprefix(start): file.read(name)
+            for name in names
+            if with_weight or name != f"{path}.weight"
+        }
+        if not with_weight:
+            info = file.info(f"{path}.weight")
+            arrays["weight"] = np.broadcast_to(info.dtype.type(0), info.shape)
+        scheme = self.scheme_of(f"{block_prefix(index)}{path}")
+        return from_arrays(scheme.weight, scheme.activation, arrays)
+
+    def changed_tensor(self, name: str) -> np.ndarray | None:
+        """A float32 tensor that folding has changed, by its full name; None for all others."""
+        parts = name.split(".", 3)
+        if len(parts) < 4 or parts[:2] != ["model", "layers"]:
+            return None
+        file, changed = self._block(int(parts[2])), f"{CHANGED}{parts[3]}"
+        return file.read(changed) if changed in file.tensors else None
+
+    def cache_scale(self, index: int, path: str) -> np.ndarray:
+        """Scales of the outputs of a linear, by its path in a block, in a cache of int8."""
+        return self._block(index).read(f"{CACHE}{path}")
+
+    def statistic(self, index: int, name: str) -> np.ndarray:
+        return self._block(index).read(name)
+
+    def notes(self, index: int) -> dict[str, Any]:
+        return json.loads(self._block(index).metadata["notes"])
+
+    def ranges(self) -> list[dict[str, Any]]:
+        """How large the activations of each finished block get; empty without calibration."""
+        blocks = range(self.finished_blocks())
+        return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
+
+    def remove(self) -> None:
+        """Deletes the job's own files, and the directory when nothing else is in it.
+
+        The record goes last, so a kill in between leaves a job.
+        """
+        for path in sorted(self._files(_OURS), key=lambda path: path.name == "job.json"):
+            path.unlink()
+        (self.directory / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # there are files of someone else
+            self.directory.rmdir()
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name == LOCK and path.stat().st_size == 0
+
+
+class HiddenStates:
+    """Hidden states on disk, written row by row and renamed when whole.
+
+    Args:
+        path: the final name.
+        shape: (sequences, tokens, hidden).
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]):
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with disk_errors(path, "hidden states"):
+            header = np.lib.format.header_data_from_array_1_0(np.empty((0,), np.float32))
+            self.file = self.temporary.open("wb")
+            np.lib.format.write_array_header_1_0(self.file, {**header, "shape": shape})
+
+    def append(self, rows: np.ndarray) -> None:
+        with disk_errors(self.path, "hidden states"):
+            self.file.write(np.ascontiguousarray(rows, np.float32).data)
+
+    def commit(self) -> None:
+        with disk_errors(self.path, "hidden states"):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.temporary.replace(self.path)
+            sync_directory(self.path.parent)
+
+
+def read_hidden(path: Path, start: int, stop: int) -> np.ndarray:
+    """Sequences ``start`` to ``stop - 1``, float32, copied out of the file."""
+    return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[start:stop])

@@ -1,0 +1,1 @@
+"""From a command to an output: request, plan, run, write, convert."""

@@ -1,0 +1,323 @@
+"""A finished checkpoint in another format, without loss, or a sentence why there is none.
+
+The codes, scales and float tensors are those that were; only names, packing and what follows from
+others change. Nothing is calibrated or rounded again, so that going there and back gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms import PLAIN, get_algorithms
+from ms_quant.errors import MsQuantError
+from ms_quant.files.companion_files import companion_files
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats import kv_cache
+from ms_quant.formats.format import group_of
+from ms_quant.formats.opening import QuantizedModel
+from ms_quant.formats.registry import FORMATS
+from ms_quant.formats.source_kind import model_directory
+from ms_quant.formats.structure import PROVENANCE, check_kind, is_ours
+from ms_quant.job.output_directory import (
+    MAX_RECORD_BYTES,
+    RECORD,
+    OutputDirectory,
+    check_files,
+)
+from ms_quant.job.unlisted import unlisted_problems
+from ms_quant.models.config import block_prefix
+from ms_quant.numerics.activation import Phased, StaticActivation
+from ms_quant.numerics.float8_blocks import Float8BlockGrid
+from ms_quant.numerics.float_grid import Float8Grid
+from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.pipeline.paths import check_paths
+from ms_quant.pipeline.request import SHARD_BYTES
+from ms_quant.pipeline.writer import summary, write_output
+from ms_quant.plan.plan import Plan, Way, check_runs, plan_of_ways, recorded_way
+from ms_quant.schemes.records import Fold
+from ms_quant.schemes.table import get_scheme
+from ms_quant.verify.checkpoint import record_problems
+from ms_quant.verify.provenance import provenance, without_algorithms
+
+PLANNED = (
+    "scheme",
+    "algorithm",
+    "scheme_options",
+    "algorithm_options",
+    "scale_dtype",
+    "mixed",
+    "kv_cache",
+    "format",
+    "fold",
+    "dtype",
+)
+"""What a plan's own record states."""
+
+
+def convert_checkpoint(
+    directory: Path,
+    output: Path,
+    format: str,
+    *,
+    shard_bytes: int | None = None,
+    progress: Callable[[float], None] = lambda part: None,
+) -> dict[str, Any]:
+    """Makes a checkpoint of another format with the same numbers.
+
+    Args:
+        directory: the checkpoint; one that others made is taken as far as it can be seen to be
+            right, and the record of the output says so.
+        output: directory to make.
+        format: name of the format.
+        shard_bytes: largest output file; None is as the checkpoint was made.
+        progress: told how much is written, 0 to 1.
+
+    Returns:
+        What was made, as JSON.
+
+    Raises:
+        MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
+            names the tensor. No output directory is left behind.
+    """
+    directory = model_directory(directory)
+    check_paths(directory, output, output.with_name(output.name + ".job"))
+    check_kind(directory)
+    model, content = _open(directory)
+    record = content["record"]
+    plan = _other_plan(model, record, format)
+    sizes = {"shard_bytes": shard_bytes} if shard_bytes is not None else {}
+    rest = {key: value for key, value in record.items() if key not in PLANNED}
+    planned = without_algorithms(plan.record()) if plan.foreign else plan.record()
+    made = OutputDirectory(
+        output,
+        {**planned, **rest, **sizes},
+        any_environment=True,
+        copied=companion_files(directory),
+    )
+    finished = made.finished
+    if not finished:
+        converted = _Converted(model, plan, progress)
+        converted.check()
+        facts = {key: content[key] for key in content if key not in ("record", "files", "sha256")}
+        size = made.record.get("shard_bytes")
+        if type(size) is not int or size <= 0:
+            raise MsQuantError(
+                f"{directory / RECORD}: shard_bytes is {size!r:.80}, expected a positive number"
+            )
+        with made.open_or_discard():
+            write_output(plan, converted, made, size, directory, facts)
+    return summary(plan, output, finished)
+
+
+def _open(directory: Path) -> tuple[QuantizedModel, dict[str, Any]]:
+    """A checkpoint that is not damaged, and its record; of one that others made what is known."""
+    if not is_ours(directory):
+        model = QuantizedModel(directory)
+        known = {PROVENANCE: provenance(model.structure), "shard_bytes": SHARD_BYTES}
+        return model, {"record": known}
+    content = _record(directory)
+    damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)
+    if damaged:
+        raise MsQuantError(damaged)
+    model = QuantizedModel(directory)
+    problem = next(record_problems(directory / RECORD, content, model.plan), None)
+    if problem:
+        raise MsQuantError(problem)
+    return model, content
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    path = directory / RECORD
+    content = read_json(path, MAX_RECORD_BYTES)
+    if not isinstance(content.get("record"), Mapping):
+        raise MsQuantError(
+            f"{path}: record is {content.get('record')!r:.80}, expected what was done"
+        )
+    return content
+
+
+def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -> Plan:
+    """The same schemes and algorithms as another format holds them."""
+    plan = model.plan
+    if format not in FORMATS:
+        raise MsQuantError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
+    if format == plan.format.name:
+        raise MsQuantError(f"the checkpoint is of format {format} already, expected another")
+    if plan.kv_cache and not FORMATS[format].holds_cache:
+        raise MsQuantError(f"format {format}: has no place for keys and values in int8")
+    ways: dict[str, Way] = {}
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            path = f"{block_prefix(index)}{group.name}"
+            ways[path] = _other_way(plan.at(path), recorded_way(record, path), path, format)
+    if not ways:
+        raise MsQuantError("every linear is float, there is nothing to convert")
+    other = plan_of_ways(plan.config, ways, plan.dtype, plan.float_groups, plan.kv_cache)
+    other = replace(other, foreign=plan.foreign)
+    shapes = plan.config.linear_shapes()
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            own = other.of(index, group)
+            for member in group.members:
+                name = f"{block_prefix(index)}{member}.weight"
+                own.format.check(own, group, shapes[member], name)
+            check_runs(other, index, group)
+    return other
+
+
+def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) -> Way:
+    options = recorded.get("algorithm_options") or {}
+    settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
+    algorithm = PLAIN if plan.foreign else str(recorded.get("algorithm"))
+    made = get_algorithms(algorithm, plan.scheme, settings)
+    scheme = get_scheme(plan.scheme.name, format, **plan.scheme.chosen)
+    smooths, fold = made.any("smooths"), plan.scheme.fold
+    if not smooths:
+        fold = Fold.NORM if scheme.fold is Fold.MUL_SCALE else scheme.fold
+    try:
+        scheme = get_scheme(plan.scheme.name, format, fold, **plan.scheme.chosen)
+    except MsQuantError as error:
+        raise MsQuantError(
+            f"{path}: its smoothing vector is in the {fold.value}; {error}, so quantize with "
+            "--fold norm to convert it"
+        ) from None
+    narrow = plan.scheme.scale_dtype(plan.dtype) == plan.dtype
+    if narrow:
+        return scheme.narrowed(), made
+    return scheme.widened() if scheme.held[0].float32_scales else scheme, made
+
+
+@dataclass
+class _Converted:
+    """The tensors of the output, from the checkpoint that there is.
+
+    Attributes:
+        model: that checkpoint.
+        plan: of the output.
+        progress: told how much is written.
+    """
+
+    model: QuantizedModel
+    plan: Plan
+    progress: Callable[[float], None]
+
+    def __post_init__(self) -> None:
+        tensors = self.plan.format.tensor_plans(self.plan)
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.total = sum(tensor.bytes for tensor in tensors) or 1
+        self.done = 0
+        self.cached: tuple[str, QuantizedLinear | None] = "", None
+
+    def check(self) -> None:
+        """Refuses, before anything is written, what the output would not tell again."""
+        for path in self.plan.quantized():
+            linear = self._linear(path)
+            self._check_bias(path, linear)
+            self._check_stated(path, linear)
+
+    def __call__(self, name: str) -> np.ndarray | Iterator[np.ndarray]:
+        tensor = self.tensors[name]
+        self.done += tensor.bytes
+        self.progress(self.done / self.total)
+        if name.rpartition(".")[2] in kv_cache.SUFFIXES:
+            return self.model.checkpoint.read(name)
+        if tensor.part is None or tensor.source:
+            stored = self.model.stored_name(tensor.source or name)
+            return self._floats(stored, tensor.dtype)
+        path, suffix = tensor.part
+        own, group = self.plan.at(path), group_of(self.plan, path)
+        return own.format.linear_tensor(own, group, self._linear(path), suffix)
+
+    def _floats(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for _, part in self.model.checkpoint.float_chunks(name):
+            yield part if part.dtype == dtype else part.astype(np.float32).astype(dtype)
+
+    def _check_bias(self, path: str, linear: QuantizedLinear) -> None:
+        dtype = self.plan.format.bias_dtype(self.plan, path)
+        if linear.bias is not None:
+            _check_exact(linear.bias, dtype, f"{path}.bias")
+
+    def _check_stated(self, path: str, linear: QuantizedLinear) -> None:
+        """Refuses to lose how others have rounded ``quant_bias``."""
+        if linear.stated is None:
+            return
+        activation = self.plan.scheme_of(path).activation
+        folds = isinstance(activation, Phased) or getattr(activation, "folds_bias", False)
+        rows, columns = linear.weight.shape
+        own, group = self.plan.at(path), group_of(self.plan, path)
+        held = "quant_bias" in own.format.linear_plan(own, group, (rows, columns))
+        if not held or (folds != linear.stated.folds_bias and linear.bias is not None):
+            raise MsQuantError(
+                f"{path}.quant_bias: is rounded otherwise than the other tensors give, format "
+                f"{self.plan.format.name} does not hold it"
+            )
+
+    def _linear(self, path: str) -> QuantizedLinear:
+        """The linear as the output's format splits its numbers."""
+        if self.cached[0] != path:
+            linear = self.model.linear(path)
+            assert linear is not None
+            self.cached = path, _split(linear, self.plan.at(path), path)
+        found = self.cached[1]
+        assert found is not None
+        return found
+
+
+def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
+    """The same linear with the scales of its weight and its input apart, in the stored types.
+
+    Raises:
+        MsQuantError: they cannot be told apart, or the type does not hold them.
+    """
+    grid, static = linear.grid, linear.activation
+    dtype = plan.scheme.scale_dtype(plan.dtype)
+    if not isinstance(static, StaticActivation):
+        _check_scales(linear, plan, path)
+        return linear
+    static = replace(static, multiplied_in=None)  # which goes with a format, not with numbers
+    linear, step = replace(linear, activation=static), static.input_scale[:1]
+    if (static.input_scale != step).any():
+        raise MsQuantError(
+            f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "
+            f"{plan.format.name} holds one"
+        )
+    rows, columns = linear.weight.shape
+    if "weight_scale" not in plan.format.linear_plan(plan, group_of(plan, path), (rows, columns)):
+        return linear  # the product is stored
+    assert isinstance(grid, AffineGrid)
+    scale = (linear.deq_scale / step).astype(dtype).astype(np.float32)
+    if (scale * step != linear.deq_scale).any():
+        raise MsQuantError(
+            f"{path}.deq_scale: is not input_scale times scales that {dtype.name} holds, as "
+            f"format {plan.format.name} stores them"
+        )
+    grid = grid.format.grid({"weight_scale": scale[:, None]})
+    return replace(linear, grid=grid, activation=replace(static, scale=np.float32(step[0])))
+
+
+def _check_scales(linear: QuantizedLinear, plan: Plan, path: str) -> None:
+    """Refuses scales of a weight that the output's type does not hold."""
+    if not isinstance(linear.grid, AffineGrid | Float8Grid | Float8BlockGrid | TwoLevelGrid):
+        return
+    rows, columns = linear.weight.shape
+    stored = plan.format.linear_plan(plan, group_of(plan, path), (rows, columns))
+    for dtype in {plan.scheme.scale_dtype(plan.dtype), stored["weight_scale"][0]}:
+        _check_exact(linear.grid.scale, dtype, f"{path}.weight_scale")
+
+
+def _check_exact(array: np.ndarray, dtype: np.dtype, name: str) -> None:
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype).astype(np.float32)
+    wrong = int(np.count_nonzero(stored != array))
+    if wrong:
+        raise MsQuantError(
+            f"{name}: {wrong} of {array.size} values are not exact in {dtype.name}, which the "
+            "other format stores"
+        )

@@ -1,0 +1,124 @@
+"""What a job will take, printed by --dry-run before anything is done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
+from ms_quant.data.calibration import reading_bytes
+from ms_quant.models.attention import QUERIES
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.pipeline.run import CheckedJob, needed_bytes
+from ms_quant.pipeline.writer import output_bytes
+from ms_quant.plan.plan import Plan
+from ms_quant.plan.tensor_parallel import rank_counts
+from ms_quant.schemes.table import FLOAT_CACHE
+
+# Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
+# how much of a matrix product's speed a whole block reaches.
+IMPORT_BYTES, MINDSPORE_BYTES = 64 << 20, 400 << 20
+CALIBRATED_COPIES, DATA_FREE_COPIES = 2.0, 1.4
+ACTIVATION_COPIES, SCORE_COPIES = 3, 3
+BLOCK_EFFICIENCY = 0.5
+FACTOR_COPIES = 4  # of a Hessian in float64, while it is factored
+SEARCHED_GROUPS = 2.5  # of four: candidates share what comes before them
+
+
+def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
+    """The plan of a job.
+
+    Time and memory are rough: from the sizes, and the speed of one matrix product measured now.
+
+    Args:
+        checked: the checked request.
+        output: where it would be written.
+    """
+    plan, config = checked.plan, checked.plan.config
+    shapes = config.linear_shapes()
+    weights = sum(out * into for out, into in shapes.values())
+    tokens = 0 if checked.tokens is None else checked.tokens.size
+    searches = max(way.algorithms.searches for way in plan.ways)
+    forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
+    seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
+    seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
+    if plan.any("hessian"):
+        seconds += config.num_layers * _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
+    memory = IMPORT_BYTES + DATA_FREE_COPIES * 4 * weights
+    if checked.tokens is not None:
+        memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * weights
+        memory += _activation_bytes(checked.tokens, config)
+        memory += MINDSPORE_BYTES if plan.any("trains") else 0
+        if plan.any("hessian"):
+            sizes = _inputs(plan)
+            memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
+        options = checked.options
+        assert options.calib is not None
+        memory = max(memory, IMPORT_BYTES + reading_bytes(options.calib, options.model))
+    return {
+        "output": str(output),
+        "format": plan.format.name,
+        "scheme": plan.scheme_name,
+        "algorithm": plan.algorithm,
+        "kv_cache": plan.kv_cache or FLOAT_CACHE,
+        "dtype": plan.dtype.name,
+        "blocks": config.num_layers,
+        "quantized_linears": len(plan.quantized()),
+        "float_linears": plan.float_linears(),
+        "linears_of_a_block": [
+            f"{name}: {out} x {into}, {_schemes(plan, name)}"
+            for name, (out, into) in shapes.items()
+        ],
+        "calibration_tokens": tokens,
+        "output_bytes": output_bytes(plan),
+        "disk_bytes": needed_bytes(replace(checked, others=())),
+        "memory_bytes": int(memory),
+        "estimated_seconds": round(seconds, 1),
+        "tensor_parallel": ", ".join(map(str, rank_counts(plan))),
+        "served_by": plan.served_by,
+        "not_served_by": plan.not_served_by,
+        "notes": list(checked.notes),
+    }
+
+
+def _inputs(plan: Plan) -> list[int]:
+    """The number of inputs of each group of a block."""
+    shapes = plan.config.linear_shapes()
+    return [shapes[group.members[0]][1] for group in plan.config.family.groups]
+
+
+def _hessian_flops(plan: Plan, tokens: int) -> float:
+    """Of a block: products of channels, their inverse's factor, and the column steps."""
+    steps = sum(2 * out * into**2 for out, into in plan.config.linear_shapes().values())
+    return steps + sum(2 * tokens * k**2 + 2 * k**3 for k in _inputs(plan))
+
+
+def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
+    """A batch in a block, its attention scores, and the embedding rows that occur."""
+    length = tokens.shape[1]
+    batch = max(1, BATCH_TOKENS // length)
+    states = batch * length * (config.hidden_size + config.intermediate_size)
+    scores = min(SCORE_BYTES, 4 * batch * config.num_heads * length * min(length, QUERIES))
+    rows = min(config.vocab_size, tokens.size) * config.hidden_size
+    return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
+
+
+def _schemes(plan: Plan, member: str) -> str:
+    """What a linear of a block becomes; in several blocks maybe several things."""
+    floats = set(plan.float_linears())
+    paths = [f"{block_prefix(index)}{member}" for index in range(plan.config.num_layers)]
+    found = ["FLOAT" if path in floats else plan.scheme_of(path).name for path in paths]
+    return " or ".join(dict.fromkeys(found))
+
+
+def flops() -> float:
+    """Float32 operations a second of one large matrix product."""
+    a = np.ones((1024, 1024), np.float32)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    return 2 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,491 @@
+"""What ``ms-quant quantize`` is asked, and every refusal that needs no work."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant import __version__
+from ms_quant.data.calibration import few_tokens, load_tokens
+from ms_quant.errors import MsQuantError
+from ms_quant.files.companion_files import companion_files
+from ms_quant.files.floats import check_fits
+from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
+from ms_quant.formats.float_model import NO_HEAD, model_notes, open_float
+from ms_quant.formats.registry import FORMATS
+from ms_quant.formats.source_kind import model_directory
+from ms_quant.job.directory import JobDirectory, environment
+from ms_quant.job.output_directory import OutputDirectory, check_output_name
+from ms_quant.job.unlisted import is_read
+from ms_quant.models.config import ModelConfig
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
+from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
+from ms_quant.pipeline.writer import output_bytes
+from ms_quant.plan.exclude import float_notes
+from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.tensor_parallel import rank_notes, refuse_ranks
+from ms_quant.quantization.rotated import RotatedCheckpoint
+from ms_quant.recipe import Recipe, load_recipe
+from ms_quant.schemes.table import FLOAT_CACHE, VALUES, as_value
+
+SHARD_BYTES = 4 << 30
+SAMPLES, SEQ_LEN, SEED = 64, 256, 0
+SHARED = ("source", "environment", "calibration", "exclude")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What a user asks of ``ms-quant quantize``. None is the default of what was not asked for.
+
+    Attributes:
+        model: directory of the float checkpoint.
+        output: directory to make.
+        scheme: name of the scheme.
+        algorithm: names of the algorithms, joined with ``+``.
+        choices: options of both.
+        calib: calibration file; needed by static schemes and most algorithms.
+        samples: how many windows of it to use; None is 64.
+        seq_len: tokens of a window; None is 256.
+        seed: seed of the choice of windows; None is 0.
+        exclude: glob patterns of linears that stay float, by whole fused groups.
+        dtype: type of what stays float; None keeps the checkpoint's (bfloat16 for float32).
+        shard_bytes: largest data size of an output file; None is 4 GiB.
+        job: job directory; None is OUTPUT.job.
+        keep_job: leave the job directory when all is done.
+        any_environment: resume under other versions, CPU or thread count.
+        recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
+        tp: tensor-parallel ranks that will serve the output, which must be divisible so; None is
+            not known yet.
+        formats: the checkpoint formats to make, each in a directory of its name inside
+            ``output`` if there are several; () is one, the schemes' default.
+    """
+
+    model: Path
+    output: Path
+    scheme: str = "W8A8"
+    algorithm: str = "minmax"
+    choices: Choices = field(default_factory=Choices)
+    calib: Path | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    exclude: Sequence[str] = ()
+    dtype: str | None = None
+    shard_bytes: int | None = None
+    job: Path | None = None
+    keep_job: bool = False
+    any_environment: bool = False
+    recipe: Recipe | None = None
+    formats: Sequence[str] = ()
+    tp: int | None = None
+
+    @property
+    def job_directory(self) -> Path:
+        check_output_name(self.output)
+        return self.job or self.output.with_name(self.output.name + ".job")
+
+
+def make_choices(
+    named: Mapping[str, Any],
+    settings: Sequence[str],
+    float_undivided: bool = False,
+    kv_cache: str = FLOAT_CACHE,
+    format: str = "",
+    fold: str = "",
+) -> Choices:
+    """Options of the scheme and the algorithms, each where it belongs.
+
+    Args:
+        named: option to value; None is not asked for.
+        settings: ``"NAME=VALUE"``.
+        float_undivided: see :class:`~ms_quant.plan.plan.Choices`.
+        kv_cache: ``"float"`` or one of ``KV_CACHES``.
+        format, fold: see :class:`~ms_quant.plan.plan.Choices`.
+
+    Raises:
+        MsQuantError: a setting is malformed or given twice.
+    """
+    found = {name: value for name, value in named.items() if value is not None}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name or name in found:
+            raise MsQuantError(f"--set {setting!r}: expected NAME=VALUE, each name once")
+        found[name] = value
+    scheme = {name: as_value(name, value) for name, value in found.items() if name in VALUES}
+    algorithm = {name: value for name, value in found.items() if name not in VALUES}
+    cache = "" if kv_cache == FLOAT_CACHE else kv_cache
+    return Choices(scheme, algorithm, float_undivided, cache, format, fold)
+
+
+CALIB_DIRECTORY = "lab_calib"  # where msModelSlim has its data sets, near its recipes
+CALIB_LEVELS = 3
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a file. A calibration file that it names may be beside it.
+
+    Or in ``lab_calib`` beside it, beside its directory, or beside that one's.
+    """
+    recipe = load_recipe(path)
+    if recipe.calib is None or Path(recipe.calib).exists():
+        return recipe
+    above = [path.absolute().parent, *path.absolute().parent.parents][:CALIB_LEVELS]
+    for directory in (path.parent, *(level / CALIB_DIRECTORY for level in above)):
+        if (directory / recipe.calib).exists():
+            return replace(recipe, calib=str(directory / recipe.calib))
+    return recipe
+
+
+def refuse_beside_recipe(path: Path, said: Mapping[str, Any]) -> None:
+    """Refuses options of a command that a recipe decides.
+
+    Raises:
+        MsQuantError: one of ``said`` has a value.
+    """
+    for name, value in said.items():
+        if value is not None:
+            raise MsQuantError(
+                f"--{name.replace('_', '-')}: {path} says what each linear becomes, expected one "
+                "of the two"
+            )
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What another command adds to a request.
+
+    Attributes:
+        numbers: entries of the job record: what it does to the numbers.
+        writing: entries of the output's record that only concern how it is written.
+        output_bytes: most bytes of the output's tensors.
+        unknown: entries of the job record that only work will tell.
+    """
+
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    writing: Mapping[str, Any] = field(default_factory=dict)
+    output_bytes: int = 0
+    unknown: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """A checked request: everything that can be refused has been.
+
+    Attributes:
+        options: what was asked.
+        plan: what to do to which linear.
+        checkpoint: the float model.
+        tensors: the same, or as it is rotated.
+        tokens: int32 (windows, tokens) calibration data, or None.
+        record: what changes numbers; a job with the same goes on.
+        output_record: that, and how the output is written.
+        output_bytes: most bytes of the output's tensors.
+        unknown: entries that the record does not have yet.
+        others: the requests for other formats that the same job serves.
+        companions: paths of files that go with the tensors.
+        notes: what to know before the work, one sentence each.
+    """
+
+    options: QuantizeOptions
+    plan: Plan
+    checkpoint: Checkpoint
+    tensors: FloatTensors
+    tokens: np.ndarray | None
+    record: dict[str, Any]
+    output_record: dict[str, Any]
+    output_bytes: int
+    unknown: Sequence[str] = ()
+    others: tuple[CheckedJob, ...] = ()
+    companions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[CheckedJob, ...]:
+        """This one and the others."""
+        return self, *self.others
+
+    def output(self) -> OutputDirectory:
+        """The output as it is on the disk now."""
+        options = self.options
+        return OutputDirectory(
+            options.output, self.output_record, options.any_environment, self.companions
+        )
+
+    def job(self, target: int = 0) -> JobDirectory:
+        """The job as it is on the disk now, with the blocks of one of its formats."""
+        options, record = self.options, self.record
+        if self.others:
+            record = _joined([request.plan.format.name for request in self.all], self.all)
+        return JobDirectory(
+            options.job_directory,
+            record,
+            options.any_environment,
+            self.unknown,
+            self.all[target].plan.scheme_of,
+            target,
+        )
+
+
+def _joined(names: Sequence[str], requests: Sequence[CheckedJob]) -> dict[str, Any]:
+    """The record of a job for several formats: what they share, and what each has of its own."""
+    shared = {key: requests[0].record[key] for key in SHARED if key in requests[0].record}
+    own = [{k: v for k, v in request.record.items() if k not in shared} for request in requests]
+    return {**shared, "formats": dict(zip(names, own, strict=True))}
+
+
+def prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
+    """Checks a request against the model, the data and the disk, before any work.
+
+    Args:
+        options: the request.
+        extension: what another command computes and writes instead; it has checked that the
+            values fit their types.
+
+    Raises:
+        MsQuantError: anything that would make the job fail later.
+    """
+    options = replace(options, model=model_directory(options.model))
+    if options.recipe is not None:
+        options = _with_recipe(options, options.recipe)
+    if len(options.formats) > 1:
+        checked = _prepare_several(options)
+    else:
+        checked = _prepare(options, extension)
+    _check_disk(checked)
+    if options.recipe is not None:
+        said = recipe_notes(checked.plan.config, options.recipe)
+        return replace(checked, notes=(*said, *checked.notes))
+    return checked
+
+
+def _with_recipe(options: QuantizeOptions, recipe: Recipe) -> QuantizeOptions:
+    """What the recipe says of the output, where nothing else was asked for."""
+    formats = options.formats or recipe.formats
+    sizes = options.shard_bytes
+    if recipe.shard_bytes is not None and sizes is None:
+        sizes = recipe.shard_bytes or sys.maxsize
+    return replace(options, formats=formats, shard_bytes=sizes)
+
+
+def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
+    """The calibration data that the recipe names, if the plan needs any and none was given."""
+    recipe = options.recipe
+    if recipe is None or not plan.needs_calibration:
+        return options
+    given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
+    found = {name: getattr(recipe, name) for name in given}
+    calib = options.calib or (None if recipe.calib is None else Path(recipe.calib))
+    if options.calib is None and calib is not None and not calib.exists():
+        raise MsQuantError(
+            f"{calib}: the calibration data of the recipe is neither here nor beside it nor in a "
+            f"{CALIB_DIRECTORY} near it, expected --calib FILE"
+        )
+    merged = {name: found[name] if given[name] is None else given[name] for name in given}
+    return replace(options, calib=calib, **merged)
+
+
+def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
+    """Everything but what is on the disk by now."""
+    check_paths(options.model, options.output, options.job_directory)
+    config, checkpoint = open_float(options.model)
+    plan = original = _plan(config, options)
+    options = _with_data(options, plan)
+    refuse_unused(options, plan)
+    if options.tp is not None:
+        refuse_ranks(plan, options.tp)
+    plan, tensors = _rotated(plan, checkpoint)
+    notes = float_notes(options.exclude, linear_paths(config), config)
+    if extension is None:
+        notes += rank_notes(plan) if options.tp is None else []
+        options = replace(options, shard_bytes=options.shard_bytes or SHARD_BYTES)
+        extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
+        check_fits(checkpoint, float_tensors(original), plan.dtype)
+    tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
+    notes += [] if tokens is None else _data_notes(options, tokens)
+    record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
+    return CheckedJob(
+        options,
+        plan,
+        checkpoint,
+        tensors,
+        tokens,
+        record,
+        {**record, **extension.writing},
+        extension.output_bytes,
+        extension.unknown,
+        companions=companion_files(options.model),
+        notes=(*model_notes(config, checkpoint), *notes),
+    )
+
+
+def _prepare_several(options: QuantizeOptions) -> CheckedJob:
+    """One request for several formats.
+
+    Raises:
+        MsQuantError: a format is asked for twice, or cannot be made.
+    """
+    names, job = list(options.formats), options.job_directory
+    if len(set(names)) < len(names):
+        raise MsQuantError(f"formats {', '.join(names)}: expected each once")
+    _refuse_occupied(options.output)
+    parts = [
+        replace(options, formats=(name,), output=options.output / name, job=job) for name in names
+    ]
+    first, *others = map(_prepare, parts)
+    return replace(first, others=tuple(others))
+
+
+def _refuse_occupied(output: Path) -> None:
+    """Refuses a directory for several formats with anything in it but directories of formats."""
+    known = {f"{name}{ending}" for name in FORMATS for ending in ("", ".partial")}
+    if output.is_dir():
+        names = {path.name for path in output.iterdir()}
+        others = sorted(names - known)
+        if names & known:  # what a hub or a person has added since
+            others = [name for name in others if is_read(name)]
+        if others:
+            raise MsQuantError(
+                f"{output}: holds {others[0]!r}, expected a new directory for several formats"
+            )
+
+
+def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
+    dtype, choices = output_dtype(config, options.dtype), options.choices
+    if options.formats:
+        choices = replace(choices, format=options.formats[0])
+    if options.recipe is not None:
+        return plan_of_recipe(config, options.recipe, dtype, choices)
+    return make_plan(
+        config,
+        options.scheme,
+        options.algorithm,
+        dtype=dtype,
+        exclude=options.exclude,
+        options=choices,
+    )
+
+
+def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
+    """The plan and the tensors of the model that is quantized."""
+    options = plan.algorithms.options.get("quarot")
+    if options is None:
+        return plan, checkpoint
+    rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed, options.block_size)
+    return replace(plan, config=rotated.config), rotated
+
+
+def _record(
+    options: QuantizeOptions, plan: Plan, checkpoint: Checkpoint, tokens: np.ndarray | None
+) -> dict[str, Any]:
+    """What decides the numbers of a job."""
+    record: dict[str, Any] = {
+        **plan.record(),
+        "exclude": list(options.exclude),
+        "source": fingerprint(checkpoint),
+        "environment": {"ms_quant": __version__},
+    }
+    if plan.config.no_head:
+        record["head"] = NO_HEAD
+    if tokens is not None:
+        record["calibration"] = {
+            "samples": len(tokens),
+            "seq_len": tokens.shape[1],
+            "seed": SEED if options.seed is None else options.seed,
+            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        }
+        record["environment"] |= environment(plan.any("trains"))
+    return record
+
+
+def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
+    """Refuses what was asked for and would change nothing.
+
+    Raises:
+        MsQuantError: names the option.
+    """
+    if plan.needs_calibration:
+        return
+    for name in ("calib", "samples", "seq_len", "seed"):
+        if getattr(options, name) is not None:
+            raise MsQuantError(
+                f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
+                f"expected no --{name.replace('_', '-')}"
+            )
+
+
+def _check_disk(checked: CheckedJob) -> None:
+    outputs = [(request, request.output()) for request in checked.all]
+    if all(output.finished for _, output in outputs):
+        return
+    tokens = 0 if checked.tokens is None else checked.tokens.size
+    left = [(output, r.output_bytes) for r, output in outputs if not output.finished]
+    check_space([request.plan for request in checked.all], tokens, left, checked.job())
+
+
+def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
+    """The type of what stays float: as asked, else the model's, else bfloat16 for float32."""
+    if name is None:
+        name = "bfloat16" if config.dtype == "float32" else config.dtype
+    if name not in ("bfloat16", "float16"):
+        raise MsQuantError(f"dtype {name!r} is not supported, expected 'bfloat16' or 'float16'")
+    return DTYPES[name]
+
+
+def require_mindspore(why: str) -> None:
+    """Raises one sentence with the command that installs MindSpore when it is missing."""
+    if find_spec("mindspore") is None:
+        raise MsQuantError(
+            f"{why}, which needs MindSpore: pip install 'ms-quant[mindspore]' "
+            "(or mindspore and 'numpy<2')"
+        )
+
+
+def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
+    what = f"kv cache {plan.kv_cache}"
+    if plan.any("calibrated"):
+        what = f"algorithm {plan.algorithm}"
+    for way in plan.ways:
+        if way.scheme.needs_calibration:
+            what = f"scheme {way.scheme.name}"
+    if plan.any("trains"):
+        require_mindspore(f"{what} trains on calibration data")
+    if options.calib is None:
+        raise MsQuantError(
+            f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
+            "or .npz)"
+        )
+    samples = SAMPLES if options.samples is None else options.samples
+    seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
+    seed = SEED if options.seed is None else options.seed
+    return load_tokens(options.calib, options.model, samples, seq_len, seed)
+
+
+def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
+    """Sentences about calibration data that are used, but less or poorer than asked for."""
+    notes, (count, length) = [], tokens.shape
+    if count < (options.samples or SAMPLES):
+        notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
+    if poor := few_tokens(tokens):
+        notes.append(f"{options.calib}: {poor}")
+    return notes
+
+
+def float_tensors(plan: Plan) -> list[str]:
+    """Names of the tensors that stay float."""
+    weights = {f"{path}.weight" for path in plan.quantized()}
+    return [name for name in plan.config.parameter_shapes() if name not in weights]
+
+
+def needed_bytes(checked: CheckedJob) -> int:
+    """Disk space of a job from its beginning: output, blocks, two sets of hidden states."""
+    tokens = 0 if checked.tokens is None else checked.tokens.size
+    plans = [request.plan for request in checked.all]
+    return sum(request.output_bytes for request in checked.all) + job_bytes(plans, tokens)

@@ -1,0 +1,100 @@
+"""Over how many ranks a quantized model can be divided."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+
+from ms_quant.errors import MsQuantError
+from ms_quant.models.config import block_prefix
+from ms_quant.models.ranks import check_tp
+from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES
+from ms_quant.plan.plan import Plan
+
+MOST_RANKS = 64
+
+
+def tensor_names(plan: Plan) -> frozenset[str]:
+    """Every tensor that a checkpoint of a plan holds."""
+    return frozenset(tensor.name for tensor in plan.format.tensor_plans(plan))
+
+
+def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
+    """Quantized linears whose inputs cannot be split over so many ranks, one line each.
+
+    Args:
+        plan: what the linears are.
+        tp: tensor-parallel ranks.
+        names: every tensor that there is.
+    """
+    shapes = plan.config.linear_shapes()
+    for path, member in _row_parallel(plan) if tp > 1 else ():
+        inputs, group_size = shapes[member][1], plan.scheme_of(path).weight.group_size
+        if f"{path}.left_trans" in names:
+            yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
+        elif f"{path}.scale_bias" in names and ROW_PARALLEL_SLICES % tp:
+            yield (
+                f"{path}.scale_bias: is stored in {ROW_PARALLEL_SLICES} slices, tp is {tp}, "
+                "expected a divisor"
+            )
+        elif group_size and inputs // tp % group_size:
+            yield (
+                f"{path}: {inputs} inputs on {tp} ranks, expected groups of {group_size} on each"
+            )
+
+
+def _row_parallel(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(path, path in its block) of the quantized linears whose inputs are split over ranks."""
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            if group.parallel == "row":
+                yield from ((f"{block_prefix(index)}{member}", member) for member in group.members)
+
+
+def refuse_ranks(plan: Plan, tp: int) -> None:
+    """Refuses a number of ranks that the model or what its linears become cannot be divided by.
+
+    Raises:
+        MsQuantError: names what cannot, and the numbers of ranks that work.
+    """
+    problems = list(_problems(plan, tp, tensor_names(plan)))
+    if problems:
+        more = f" (and {len(problems) - 1} more linears)" if len(problems) > 1 else ""
+        sizes = ", ".join(map(str, rank_counts(plan)))
+        others = ""
+        if "groups of" in problems[0]:
+            others = ", or another --group-size, or --exclude such linears"
+        raise MsQuantError(f"{problems[0]}{more}; of this plan --tp {sizes} would do{others}")
+
+
+def rank_counts(plan: Plan) -> list[int]:
+    """The numbers of ranks, up to 64, that a plan can be served on."""
+    names = tensor_names(plan)
+    counts = range(1, MOST_RANKS + 1)
+    return [tp for tp in counts if next(_problems(plan, tp, names), None) is None]
+
+
+def rank_notes(plan: Plan) -> list[str]:
+    """A note where the model could be divided over some number of ranks and its groups cannot."""
+    names = tensor_names(plan)
+    for tp in range(2, MOST_RANKS + 1):
+        try:
+            check_tp(plan.config, tp)
+        except MsQuantError:
+            continue
+        problem = next(rank_problems(plan, tp, names), None)
+        if problem:
+            sizes = ", ".join(map(str, rank_counts(plan)))
+            return [f"{problem}; tensor parallelism of {sizes} works with this plan (--tp checks)"]
+    return []
+
+
+def _problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
+    try:
+        check_tp(plan.config, tp)
+    except MsQuantError as error:
+        yield str(error)
+        return
+    if tp > 1 and not isinstance(plan.format.weights, str):
+        yield f"a checkpoint of {plan.format.name} is one file for all ranks, expected --tp 1"
+        return
+    yield from rank_problems(plan, tp, names)

@@ -1,0 +1,227 @@
+"""The block-by-block driver: one float forward of each block serves every statistic.
+
+In memory are one block's weights in float32, one batch of activations, the kept rows of each
+linear's input, and the inputs and outputs of the tokens that searches look at. Hidden states are
+on disk.
+
+Of a model that will run in float16 a block whose activations do not fit that is refused here, or
+made to fit by dividing what a linear makes and multiplying what reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ms_quant.budget import BATCH_TOKENS
+from ms_quant.files.reader import FloatTensors
+from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
+from ms_quant.models.config import block_prefix
+from ms_quant.models.embedding import used_rows
+from ms_quant.models.families import LinearGroup
+from ms_quant.models.host_block import HostBlock, Linear
+from ms_quant.plan.plan import Plan
+from ms_quant.quantization.block import (
+    NO_HOOKS,
+    Block,
+    BlockHooks,
+    Progress,
+    Seen,
+    Target,
+    finish_targets,
+    quantize_block,
+)
+from ms_quant.quantization.divided import factors
+from ms_quant.statistics import activation_range as places
+from ms_quant.statistics.activation_range import BlockRanges, Divided
+from ms_quant.statistics.observers import ActivationStats, CacheRange
+from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def embed(checkpoint: FloatTensors, tokens: np.ndarray, job: JobDirectory) -> None:
+    """Writes the first hidden states."""
+    rows = used_rows(checkpoint.float32_chunks(EMBEDDING), tokens)
+    width = checkpoint.info(EMBEDDING).shape[1]
+    hidden = HiddenStates(job.hidden_file(0), (*tokens.shape, width))
+    for sequence in tokens:
+        hidden.append(rows(sequence))
+    hidden.commit()
+
+
+def calibrate(
+    targets: Sequence[Target],
+    checkpoint: FloatTensors,
+    tokens: np.ndarray,
+    progress: Progress,
+    hooks: BlockHooks = NO_HOOKS,
+) -> None:
+    """Quantizes every unfinished block of a job.
+
+    Args:
+        targets: what to do, for each format, and where finished blocks and hidden states are.
+        checkpoint: the float model.
+        tokens: int32 (sequences, tokens) calibration data.
+        progress: told how far each block is.
+        hooks: what is done around the algorithm.
+
+    Raises:
+        MsQuantError: a weight or an activation is NaN or inf, or the disk is full.
+    """
+    plan, job = targets[0]
+    block = HostBlock(plan.config, tokens.shape[1])
+    first = job.finished_blocks()
+    if first == 0:
+        embed(checkpoint, tokens, job)
+    for index in range(first, plan.config.num_layers):
+        block.index, prefix = index, block_prefix(index)
+        block.load(checkpoint.read_float32, prefix)
+        cache = CacheRange(prefix) if plan.kv_cache else None
+        plans = [plan for plan, _ in targets]
+        observe = partial(_observe, plans, block, job, index, tokens.shape, progress, hooks)
+        observed, divided = observe(cache), Divided()
+        if plan.dtype.name == "float16":
+            divided = observed.ranges.divisions(plan.config)
+            if divided:
+                _divide(block, divided)
+                cache = CacheRange(prefix) if plan.kv_cache else None
+                observed = observe(cache)
+            observed.ranges.check_float16()
+        seen = partial(_seen, plan, block, observed)
+        half = partial(_second_half, progress, index)
+        cached = None if cache is None else cache.absmax
+        make = partial(_make, index, block, seen, hooks, cached, observed.ranges.facts(divided))
+        norms = {f"{name}.l2_norm": stats.l2_norm for name, stats in observed.stats.items()}
+        finish_targets(targets, index, make, norms, half)
+
+
+class _Observed(NamedTuple):
+    """What the float forward of a block has shown.
+
+    Attributes:
+        stats: of the input of each group.
+        searched: inputs and outputs of the windows that searches look at.
+        ranges: how large every place gets.
+    """
+
+    stats: dict[str, ActivationStats]
+    searched: SearchWindows
+    ranges: BlockRanges
+
+
+def _divide(block: HostBlock, divided: Divided) -> None:
+    """Changes a loaded block so that it computes the same with smaller activations."""
+    for name, array in block.arrays.items():
+        rows, columns = factors(block.config, divided, name)
+        if rows is not None:
+            array *= rows if array.ndim == 1 else rows[:, None]
+        if columns is not None:
+            array *= columns
+
+
+def _make(
+    index: int,
+    block: HostBlock,
+    seen: Callable[[LinearGroup], Seen],
+    hooks: BlockHooks,
+    cached: Mapping[str, np.ndarray] | None,
+    ranges: Mapping[str, Any],
+    plan: Plan,
+    progress: Callable[[float], None],
+) -> Block:
+    made = quantize_block(plan, index, block.arrays.get, seen, hooks, progress, cached)
+    made.ranges = dict(ranges)
+    return made
+
+
+def _second_half(progress: Progress, index: int, part: float) -> None:
+    progress(index, (1 + part) / 2)
+
+
+def _seen(plan: Plan, block: HostBlock, observed: _Observed, group: LinearGroup) -> Seen:
+    errors = BlockErrors(block, group, observed.searched)
+    narrow = plan.dtype.name == "float16"
+    floor = observed.ranges.floor(plan.config, group) if narrow else None
+    return Seen(observed.stats[group.name], errors.loss, errors.relative_mse, floor)
+
+
+def _observe(
+    plans: Sequence[Plan],
+    block: HostBlock,
+    job: JobDirectory,
+    index: int,
+    shape: tuple[int, ...],
+    progress: Progress,
+    hooks: BlockHooks,
+    cache: CacheRange | None,
+) -> _Observed:
+    """The float forward of a block."""
+    plan, (sequences, length) = plans[0], shape
+    batch = max(1, BATCH_TOKENS // length)
+    stats: dict[str, ActivationStats] = {}
+    ranges = BlockRanges(index)
+    watched = {
+        path: _watched(block, path, partial(ranges.add, places.output_of(path)))
+        for path in plan.config.linear_shapes()
+    }
+    wanted = {group.name for plan in plans for group in plan.groups(index)}
+    for group in plan.config.family.groups:
+        path = group.members[0]
+        watched[path] = _shown(watched[path], partial(ranges.add, places.input_of(group)))
+        if group.name not in wanted:
+            continue
+        chains = [plan.of(index, group).algorithms for plan in plans]
+        stats[group.name] = ActivationStats(
+            plan.config.linear_shapes()[path][1],
+            sequences * length,
+            max(algorithms.kept_tokens for algorithms in chains),
+            f"{block_prefix(index)}{path}: calibration input",
+            hooks.rounding is not None or any(algorithms.any("hessian") for algorithms in chains),
+            any(algorithms.any("histogram") for algorithms in chains),
+        )
+        watched[path] = _shown(watched[path], stats[group.name].update)
+    last = index + 1 == plan.config.num_layers
+    hidden_shape = (sequences, length, plan.config.hidden_size)
+    following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
+    searches = hooks.rounding is not None or any(plan.any("searches") for plan in plans)
+    searched = SearchWindows(hidden_shape, plan.search_tokens if searches else 0)
+    for start in range(0, sequences, batch):
+        hidden = read_hidden(job.hidden_file(index), start, start + batch)
+        if index == 0:
+            ranges.add(places.BEFORE, hidden)
+        middle = block.attend(hidden, watched, cache)
+        ranges.add(places.MIDDLE, middle)
+        output = block.feed_forward(middle, watched)
+        ranges.add(places.AFTER, output)
+        searched.add(start, hidden, middle, output)
+        if following:
+            following.append(output)
+        progress(index, min(1.0, (start + batch) / sequences) / 2)
+    if following:
+        following.commit()
+    return _Observed(stats, searched, ranges)
+
+
+def _watched(block: HostBlock, path: str, observe: Callable[[np.ndarray], None]) -> Linear:
+    """A float linear that shows its output."""
+
+    def linear(rows: np.ndarray) -> np.ndarray:
+        made = block.linear(path, rows)
+        observe(made)
+        return made
+
+    return linear
+
+
+def _shown(linear: Linear, observe: Callable[[np.ndarray], None]) -> Linear:
+    """A linear that shows its input first."""
+
+    def shown(rows: np.ndarray) -> np.ndarray:
+        observe(rows)
+        return linear(rows)
+
+    return shown

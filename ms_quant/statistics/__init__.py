@@ -1,0 +1,1 @@
+"""What calibration sees: running statistics, histograms, search windows."""

@@ -1,0 +1,206 @@
+"""Running statistics of activations: one pass, whatever the sizes of the batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.models.families import CACHED
+from ms_quant.numerics.affine import check_finite
+from ms_quant.statistics.histogram import Histogram
+
+KEPT_TOKENS = 512
+
+
+@dataclass
+class ActivationStats:
+    """Statistics of the inputs of one linear.
+
+    Args:
+        channels: size of the last axis, K.
+        total_tokens: how many tokens will be seen; decides which rows are kept.
+        keep_rows: at most this many evenly strided token rows are kept for searches.
+        name: what the errors call it.
+        with_hessian: sum up the products of channels, too.
+        with_histogram: count the values of all channels, too.
+
+    Attributes:
+        low, high: float32 (K,), smallest and largest value of each channel.
+        sum_squares, sum_abs: float64 (K,).
+        products: float32 (K, K), the sum of x x^T over the tokens, or None; what is above the
+            diagonal is anything.
+        histogram: of all values, or None.
+        tokens: tokens seen so far.
+    """
+
+    channels: int
+    total_tokens: int
+    keep_rows: int = KEPT_TOKENS
+    name: str = "activation"
+    with_hessian: bool = False
+    with_histogram: bool = False
+    low: np.ndarray = field(init=False)
+    high: np.ndarray = field(init=False)
+    sum_squares: np.ndarray = field(init=False)
+    sum_abs: np.ndarray = field(init=False)
+    products: np.ndarray | None = field(init=False, default=None)
+    histogram: Histogram | None = field(init=False, default=None)
+    tokens: int = 0
+    _rows: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        self.low = np.full(self.channels, np.inf, np.float32)
+        self.high = np.full(self.channels, -np.inf, np.float32)
+        self.sum_squares = np.zeros(self.channels, np.float64)
+        self.sum_abs = np.zeros(self.channels, np.float64)
+        if self.with_hessian:
+            self.products = np.zeros((self.channels, self.channels), np.float32)
+        if self.with_histogram:
+            self.histogram = Histogram(name=self.name)
+
+    def update(self, x: np.ndarray) -> None:
+        """Adds a batch of tokens, (..., K) float32.
+
+        Raises:
+            MsQuantError: a value is NaN or inf.
+        """
+        rows = x.reshape(-1, self.channels)
+        if not len(rows):
+            return
+        self._add_columns(rows)
+        if self.products is not None:
+            self._add_products(self.products, rows)
+        if self.histogram is not None:
+            self.histogram.update(rows)
+        stride = max(1, -(-self.total_tokens // self.keep_rows))
+        first = -self.tokens % stride
+        self._rows.append(rows[first::stride].copy())
+        self.tokens += len(rows)
+
+    def _add_columns(self, rows: np.ndarray) -> None:
+        sums = self.low, self.high, self.sum_squares, self.sum_abs
+        if kernels.available() and kernels.column_stats(rows, *sums):
+            return
+        check_finite(rows, self.name)
+        np.minimum(self.low, rows.min(axis=0), out=self.low)
+        np.maximum(self.high, rows.max(axis=0), out=self.high)
+        self.sum_squares += np.einsum("tk,tk->k", rows, rows, dtype=np.float64)
+        self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
+
+    def _add_products(self, products: np.ndarray, rows: np.ndarray) -> None:
+        if not (kernels.has_product() and kernels.syrk(products, rows)):
+            products += rows.T @ rows
+
+    @property
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """What static parameters are made for: ``low`` and ``high``."""
+        return self.low, self.high
+
+    @property
+    def absmax(self) -> np.ndarray:
+        """float32 (K,), largest magnitude of each channel."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    @property
+    def l2_norm(self) -> np.ndarray:
+        """float32 (K,), the L2 norm of each channel over all tokens seen."""
+        return np.sqrt(self.sum_squares).astype(np.float32)
+
+    @property
+    def mean_abs(self) -> np.ndarray:
+        """float32 (K,), the mean magnitude of each channel."""
+        return (self.sum_abs / max(1, self.tokens)).astype(np.float32)
+
+    @property
+    def hessian(self) -> np.ndarray:
+        """float32 (K, K), the mean of x x^T over the tokens: half the Hessian of a linear's
+        squared output error with respect to a row of its weight."""
+        assert self.products is not None
+        mean = np.tril(self.products) / np.float32(max(1, self.tokens))
+        return mean + np.tril(mean, -1).T
+
+    @property
+    def rows(self) -> np.ndarray:
+        """float32 (<= keep_rows, K), the kept tokens."""
+        return np.concatenate(self._rows) if self._rows else np.zeros((0, self.channels), "f4")
+
+
+@dataclass
+class StepStats(ActivationStats):
+    """The same over all timesteps of a diffusion model together, and the range of each.
+
+    Args:
+        steps: T.
+
+    Attributes:
+        step_low, step_high: float32 (T, K); inf and -inf where nothing was seen.
+    """
+
+    steps: int = 1
+    step_low: np.ndarray = field(init=False)
+    step_high: np.ndarray = field(init=False)
+    _row_steps: list[int] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.step_low = np.full((self.steps, self.channels), np.inf, np.float32)
+        self.step_high = np.full((self.steps, self.channels), -np.inf, np.float32)
+
+    def update_step(self, x: np.ndarray, step: int) -> None:
+        """Adds a batch of tokens of one step, (..., K) float32.
+
+        Raises:
+            MsQuantError: a value is NaN or inf.
+        """
+        rows = x.reshape(-1, self.channels)
+        if not len(rows):
+            return
+        self.update(rows)
+        self.step_low[step] = np.minimum(self.step_low[step], rows.min(axis=0))
+        self.step_high[step] = np.maximum(self.step_high[step], rows.max(axis=0))
+        self._row_steps += [step] * len(self._rows[-1])
+
+    @property
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """``step_low`` and ``step_high``."""
+        return self.step_low, self.step_high
+
+    @property
+    def seen_steps(self) -> set[int]:
+        """The steps that have a range."""
+        return set(np.flatnonzero((self.step_low <= self.step_high).all(axis=1)).tolist())
+
+    @property
+    def row_steps(self) -> np.ndarray:
+        """int64 (len(rows),), the step of each kept token."""
+        return np.array(self._row_steps, np.int64)
+
+
+class CacheRange:
+    """The ranges of keys and values that would be cached.
+
+    Args:
+        name: what errors call the attention.
+
+    Attributes:
+        absmax: float32 (kv heads * head_dim,), largest magnitude of each channel of keys and
+            values by the linears of ``CACHED``.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.absmax: dict[str, np.ndarray] = {}
+
+    def __call__(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Looks at (B, heads, S, D) keys and values, and gives them back.
+
+        Raises:
+            MsQuantError: a value is NaN or inf.
+        """
+        for path, x in zip(CACHED, (keys, values), strict=True):
+            check_finite(x, f"{self.name}{path}: calibration output")
+            absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
+            self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)
+        return keys, values

@@ -1,0 +1,102 @@
+"""What searches look at: some windows of tokens, and what candidates change in a block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import numpy as np
+
+from ms_quant.budget import BATCH_TOKENS
+from ms_quant.models.families import LinearGroup
+from ms_quant.models.host_block import HostBlock, Linear, linear_function
+from ms_quant.numerics.linear import QuantizedLinear
+
+SMALLEST = np.finfo(np.float64).tiny
+
+
+class SearchWindows:
+    """Float activations of the windows that searches look at: before, within and after a block.
+
+    Args:
+        shape: (windows, tokens, hidden) of all there is.
+        tokens: searches look at this many tokens at most, but at one window at least, unless it is
+            0; the windows are spread evenly over all.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], tokens: int):
+        count, self.length, hidden = shape
+        wanted = min(count, max(1, tokens // self.length)) if tokens else 0
+        self.chosen = np.arange(wanted) * count // wanted
+        self.states = np.empty((3, wanted, self.length, hidden), np.float32)
+
+    def add(self, start: int, *states: np.ndarray) -> None:
+        """Keeps what was chosen of a batch that begins with window ``start``."""
+        first, last = np.searchsorted(self.chosen, [start, start + len(states[0])])
+        for kept, state in zip(self.states, states, strict=True):
+            kept[first:last] = state[self.chosen[first:last] - start]
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Inputs, middles and outputs, of some windows at a time."""
+        step = max(1, BATCH_TOKENS // self.length)
+        for start in range(0, len(self.chosen), step):
+            yield self.states[:, start : start + step]
+
+
+Candidate = Mapping[str, QuantizedLinear]
+
+
+class BlockErrors:
+    """What candidates in place of a group's float linears change in the block's output.
+
+    Args:
+        block: the float block.
+        group: the group.
+        searched: the activations that are looked at.
+    """
+
+    def __init__(self, block: HostBlock, group: LinearGroup, searched: SearchWindows):
+        self.block, self.group, self.searched = block, group, searched
+
+    def loss(self, candidate: Candidate) -> float:
+        """Mean squared error of the block's output."""
+        squares = [(np.square(e).sum(dtype=np.float64), e.size) for e, _ in self.pairs(candidate)]
+        return float(sum(square for square, _ in squares) / sum(size for _, size in squares))
+
+    def relative_mse(self, candidate: Candidate) -> float:
+        """Squared error over squared output of a token, in the mean over tokens.
+
+        Some tokens have a few activations that are larger than all others together. In a mean of
+        squares over tokens they alone would count.
+        """
+        shares = [_power(e) / np.maximum(_power(y), SMALLEST) for e, y in self.pairs(candidate)]
+        return float(np.concatenate([share.reshape(-1) for share in shares]).mean())
+
+    def pairs(self, candidate: Candidate) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Error and float output, of some windows at a time."""
+        linears = {path: linear_function(linear) for path, linear in candidate.items()}
+        for states, inputs in zip(self.searched.batches(), self._inputs, strict=True):
+            yield self._output(states, inputs, linears) - states[2], states[2]
+
+    @cached_property
+    def _inputs(self) -> list[np.ndarray | None]:
+        """The group's inputs, if anything but a norm makes them: no candidate changes them."""
+        if self.group.feeds_from_norm:
+            return [None for _ in self.searched.batches()]
+        make, which = (self.block.gated, 1) if self.group.in_mlp else (self.block.heads, 0)
+        return [make(states[which]) for states in self.searched.batches()]
+
+    def _output(
+        self, states: np.ndarray, inputs: np.ndarray | None, linears: Mapping[str, Linear]
+    ) -> np.ndarray:
+        block, (hidden, middle, _) = self.block, states
+        if self.group.in_mlp:
+            inputs = block.gated(middle, linears) if inputs is None else inputs
+            return block.add_gated(middle, inputs, linears)
+        inputs = block.heads(hidden, linears) if inputs is None else inputs
+        return block.feed_forward(block.add_heads(hidden, inputs, linears))
+
+
+def _power(x: np.ndarray) -> np.ndarray:
+    """Squared length of each token, float64."""
+    return np.square(x, dtype=np.float64).sum(axis=-1)

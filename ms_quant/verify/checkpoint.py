@@ -1,0 +1,248 @@
+"""Proof that a checkpoint is what its runtime expects, and what its source says.
+
+Nothing is run. Structure, types and values are checked tensor by tensor; with the source, weights
+are made again and compared bit for bit, some rows in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms import ALGORITHMS, PLAIN, get_algorithms, is_known
+from ms_quant.errors import MsQuantError, short
+from ms_quant.files.strict_json import read_json
+from ms_quant.formats.companions import config_problems
+from ms_quant.formats.float_model import open_float
+from ms_quant.formats.opening import QuantizedModel
+from ms_quant.formats.source_kind import model_directory
+from ms_quant.formats.structure import (
+    PROVENANCE,
+    Structure,
+    check_kind,
+    is_ours,
+    read_structure,
+)
+from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
+from ms_quant.job.unlisted import unlisted_problems
+from ms_quant.models.config import block_prefix
+from ms_quant.models.families import LinearGroup
+from ms_quant.models.spellings import spelling_problems
+from ms_quant.numerics.activation import PhasedActivation, StaticActivation
+from ms_quant.plan.plan import Plan, recorded_way
+from ms_quant.quantization.activation_record import recorded_activation, unsmoothed_problem
+from ms_quant.schemes.records import Fold
+from ms_quant.verify.foreign import ForeignProof
+from ms_quant.verify.provenance import UNKNOWN, not_proved
+from ms_quant.verify.source import SourceProof, Subject
+
+VERDICTS = ("right", "right as far as can be seen", "wrong")
+
+
+def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, Any]:
+    """Checks a quantized checkpoint of any format.
+
+    Args:
+        directory: the checkpoint.
+        source: the float checkpoint that it was made from; with it weights are made again where
+            they can be, every float tensor, ``config.json`` and the tokenizer files are compared,
+            and the output error of the quantized linears is measured.
+
+    Returns:
+        ``verdict``: one of ``VERDICTS``; ``problems`` (one sentence each; empty when the checkpoint
+        is right), ``not_proved`` (what of a checkpoint that others made is taken on trust, one
+        clause each), ``notes`` (about files that nothing reads, and oddities that mean the same),
+        ``quantized`` and ``float`` counts, and with a source what :class:`SourceProof` or
+        :class:`ForeignProof` adds.
+
+    Raises:
+        MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
+    """
+    directory = model_directory(directory)
+    problems: list[str] = []
+    result: dict[str, Any] = {
+        "checkpoint": str(directory),
+        "verdict": "",
+        "problems": problems,
+        "not_proved": [],
+        "notes": [],
+        "layers": [],
+    }
+    _verify(directory, source, result, problems)
+    result["verdict"] = VERDICTS[2 if problems else 1 if result["not_proved"] else 0]
+    return result
+
+
+def _verify(
+    directory: Path, source: Path | None, result: dict[str, Any], problems: list[str]
+) -> None:
+    format, _ = check_kind(directory)
+    original = None if source is None else open_float(model_directory(source))
+    problems += _root_problems(directory, format.entry, result["notes"])
+    if problems:
+        return
+    structure, found = read_structure(directory)
+    problems += found
+    if structure is None:
+        return
+    plan = structure.plan
+    record = read_json(directory / RECORD, MAX_RECORD_BYTES) if is_ours(directory) else {}
+    result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
+    problems += structure.defects
+    result["notes"] += structure.notes
+    problems += config_problems(directory, plan.dtype, format.entry, strict=is_ours(directory))
+    if is_ours(directory):
+        problems += record_problems(directory / RECORD, record, plan)
+    if problems:
+        return
+    subject = Subject(QuantizedModel(directory), plan, record)
+    for index in range(plan.config.num_layers):
+        for group in plan.groups(index):
+            problems += _group_problems(subject, block_prefix(index), group)
+        try:
+            subject.model.cache_scales(index)
+        except MsQuantError as error:
+            problems.append(str(error))
+    problems += [p for p in _float_problems(structure) if p not in problems]
+    if plan.foreign:
+        result["not_proved"] += not_proved(directory, plan, original is not None)
+    if original is None or problems:
+        return
+    if not plan.foreign:
+        problems += SourceProof(subject, original.checkpoint, original.config, result).problems()
+        return
+    rotated = any("rotation" in note for note in [*structure.notes, *_recorded_notes(record)])
+    proof = ForeignProof(subject.model, original.checkpoint, result, rotated)
+    problems += proof.problems()
+    result["not_proved"] += proof.unproved
+
+
+def _recorded_notes(record: Mapping[str, Any]) -> list[str]:
+    """What a converted checkpoint's record says of the one that it was made from."""
+    inner = record.get("record")
+    found = inner.get(PROVENANCE) if isinstance(inner, Mapping) else None
+    notes = found.get("notes") if isinstance(found, Mapping) else None
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
+
+def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[str]:
+    yield from config_problems(directory, entry=entry, strict=is_ours(directory))
+    if not is_ours(directory):
+        path = directory / "config.json"
+        notes += spelling_problems(read_json(path), str(path))
+    if is_ours(directory):
+        yield from check_files(directory)
+        yield from unlisted_problems(directory, notes)
+
+
+def record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """What the record says was done, against what the other files say."""
+    record = value.get("record")
+    if not isinstance(record, Mapping):
+        yield f"{path}: record is {record!r:.80}, expected what was computed"
+        return
+    stated = plan.record()
+    for key in ("dtype", "kv_cache", "format"):
+        wanted = stated.get(key, record.get(key))
+        if record.get(key) != wanted:
+            yield f"{path}: {key} is {record.get(key)!r:.80}, expected {wanted!r}"
+    groups = [
+        (way, recorded_way(record, f"{block_prefix(index)}{group.name}"))
+        for index in range(plan.config.num_layers)
+        for group in plan.groups(index)
+        for way in [plan.of(index, group)]
+    ]
+    groups.insert(0, (plan.ways[0], record))  # what the first group is
+    found = (_way_problems(entry, way) for way, entry in groups)
+    yield from dict.fromkeys(f"{path}: {text}" for texts in found for text in texts)
+
+
+def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """What is wrong with the recorded scheme of a group, its algorithms and their options."""
+    stated = plan.record()
+    for key in ("scheme", "scheme_options", "scale_dtype", "fold"):
+        if plan.quantized() and key in stated and entry.get(key) != stated[key]:
+            yield f"{key} is {entry.get(key)!r:.80}, expected {stated[key]!r}"
+            return
+    algorithm, options = entry.get("algorithm"), entry.get("algorithm_options", {})
+    if plan.foreign:
+        if algorithm != UNKNOWN:
+            yield f"algorithm is {short(algorithm)}, expected {UNKNOWN!r}: others made the numbers"
+        return
+    if not is_known(algorithm):
+        known = ", ".join([PLAIN, *ALGORITHMS])
+        yield f"algorithm is {algorithm!r:.80}, expected one of {known}"
+        return
+    parts = options.values() if isinstance(options, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in parts):
+        yield f"algorithm_options is {options!r:.80}, expected options by algorithm"
+        return
+    settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
+    try:
+        algorithms = get_algorithms(str(algorithm), plan.scheme, settings)
+    except MsQuantError as error:
+        yield str(error)
+        return
+    if plan.quantized() and algorithms.name != algorithm:
+        yield f"algorithm is {algorithm!r:.80}, expected {algorithms.name!r}"
+
+
+def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterator[str]:
+    """What the linears of one group must have in common, and what the record says of it."""
+    first: tuple[str, StaticActivation] | None = None
+    for member in group.members:
+        path = prefix + member
+        try:
+            linear = subject.model.linear(path)
+        except MsQuantError as error:
+            yield str(error)
+            continue
+        if linear is None or not isinstance(linear.activation, StaticActivation | PhasedActivation):
+            continue
+        static = linear.static
+        if first is None:
+            first = (path, static)
+        elif static.offset != first[1].offset:
+            yield f"{path}.input_offset: differs from that of {first[0]}, the runtime fuses them"
+        elif not np.array_equal(static.input_scale, first[1].input_scale):
+            yield f"{path}.input_scale: differs from that of {first[0]}, the runtime fuses them"
+    if first is not None and not subject.plan.foreign:
+        yield from _activation_problems(subject, prefix + group.name, *first)
+
+
+def _activation_problems(
+    subject: Subject, name: str, path: str, found: StaticActivation
+) -> Iterator[str]:
+    """The parameters of a group's input against the record."""
+    try:
+        activation = recorded_activation(subject.record, name, path, found)
+    except MsQuantError as error:
+        yield str(error)
+        return
+    subject.activations[name] = activation
+    inside = subject.plan.at(name).scheme.fold is Fold.INPUT_SCALE
+    if not (inside and subject.has(name, "smooths")):
+        wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
+        if wrong:
+            yield wrong
+
+
+def _float_problems(structure: Structure) -> Iterator[str]:
+    """Reads every float tensor, which refuses NaN and inf; scales must be positive too."""
+    for name, tensor in structure.expected.items():
+        if tensor.dtype.kind in "iu" or name not in structure.checkpoint:
+            continue
+        if structure.checkpoint.info(name).dtype.kind in "iu":
+            continue  # bits of floats, which reading the linear has looked at
+        wrong = 0
+        try:
+            for _, part in structure.checkpoint.float32_chunks(name):
+                wrong += int(np.count_nonzero(part <= 0)) if name.endswith("_scale") else 0
+        except MsQuantError as error:
+            yield str(error)
+            continue
+        if wrong:
+            yield f"{name}: {wrong} scales are not positive, expected all to be"

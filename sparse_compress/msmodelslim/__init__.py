@@ -1,0 +1,1 @@
+"""msModelSlim's directories, compressed and decompressed."""

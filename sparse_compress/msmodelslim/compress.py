@@ -1,0 +1,176 @@
+"""A W8A8S or W16A16S directory of msModelSlim, compressed. Of the model only the types count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.errors import MsQuantError
+from ms_quant.files.atomic import sha256_file
+from ms_quant.files.reader import fingerprint
+from ms_quant.files.writer import TensorPlan
+from sparse_compress.codec import CORES, TooLongError, compress_matrix
+from sparse_compress.codec.fractal import tile_count
+from sparse_compress.codec.index import RECORD as INDEX_RECORD
+from sparse_compress.layouts.coding import CODED, PLAIN
+from sparse_compress.layouts.msmodelslim import TARGET
+from sparse_compress.msmodelslim import reshard as divide
+from sparse_compress.msmodelslim.directory import SlimDirectory
+from sparse_compress.msmodelslim.reshard import Division
+from sparse_compress.msmodelslim.rewrite import Progress, Rewrite
+from sparse_compress.pipeline.info import slim_summary, summary
+from sparse_compress.ranks.staging import Arrays
+
+INFO_BYTES = 40
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A checked request.
+
+    Attributes:
+        slim: the directory to compress.
+        left: path of a linear to the reason why it stays as it is, known from its shape.
+        job: what will be made.
+    """
+
+    slim: SlimDirectory
+    left: dict[str, str]
+    job: Rewrite
+
+    def plan(self) -> dict[str, Any]:
+        """What ``--dry-run`` prints."""
+        return {
+            "output": str(self.job.output),
+            "format": self.job.kind,
+            "compressed": [path for path in self.slim.plain if path not in self.left],
+            "uncompressed": self.left,
+            "output_bytes": self.job.most_bytes,
+            "disk_bytes": self.job.most_bytes + self.job.part_bytes,
+        }
+
+
+def check(
+    directory: Path,
+    output: Path,
+    workers: int = CORES,
+    target: str = TARGET.name,
+    tp: int = 1,
+) -> Compression | Division:
+    """Checks a request before any work.
+
+    Args:
+        directory: the directory to compress.
+        output: the directory to make.
+        workers: how many threads code a weight.
+        target: whom it is for.
+        tp: how many ranks to write.
+
+    Raises:
+        MsQuantError: the directory is malformed, is compressed, or holds nothing to compress; or
+            the output cannot be made, or the target cannot hold it.
+    """
+    if target != TARGET.name:
+        return divide.check(directory, output, target, tp, workers)
+    if tp != 1:
+        raise MsQuantError(f"target {target} is not split over ranks, tp is {tp}, expected 1")
+    slim = SlimDirectory(directory)
+    if slim.coded:
+        raise MsQuantError(f"{slim.path}: {next(iter(slim.coded))}.weight is compressed already")
+    if not slim.plain:
+        raise MsQuantError(f"{slim.path}: names no weight of type {' or '.join(PLAIN)}")
+    shapes = {path: slim.info(f"{path}.weight").shape for path in slim.plain}
+    reasons = {path: coding.reason(shapes[path]) for path, coding in slim.plain.items()}
+    left = {path: reason for path, reason in reasons.items() if reason}
+    if len(left) == len(reasons):
+        raise _nothing(slim, left)
+    paths = [path for path in slim.plain if path not in left]
+    weights = {f"{path}.weight" for path in paths}
+    kept = (name for name in slim.checkpoint.names if name not in weights)
+    infos = {name: slim.info(name) for name in kept}
+    job = Rewrite(
+        command="compress",
+        source=slim.directory,
+        output=Path(output),
+        kind=slim.kind(CODED),
+        versioned=slim.versioned,
+        sharded=False,
+        made_from={
+            "source": fingerprint(slim.checkpoint),
+            "description_sha256": sha256_file(slim.path),
+        },
+        parts=[partial(_part, slim, path, workers) for path in paths],
+        kept={
+            name: (TensorPlan(name, info.dtype, info.shape), partial(slim.rows, name))
+            for name, info in infos.items()
+        },
+        describe=partial(_describe, slim, paths),
+        part_bytes=sum(_most_bytes(slim, path) for path in paths),
+        companions=slim.companions(),
+        metadata=slim.metadata,
+    )
+    job.directory()  # refuses a place that is taken
+    return Compression(slim, left, job)
+
+
+def compress(
+    request: Compression | Division, progress: Progress = lambda step, part: None
+) -> dict[str, Any]:
+    """Compresses a directory, or goes on with it.
+
+    Args:
+        request: what :func:`check` made of the directory.
+        progress: told how far the step ``"compress"`` is.
+
+    Returns:
+        JSON: see :func:`sparse_compress.pipeline.info.slim_summary` and
+        :func:`sparse_compress.pipeline.info.summary`; and ``"finished_before"``, True when there
+        was nothing left to do.
+
+    Raises:
+        MsQuantError: the directory cannot be compressed; no output is left behind.
+    """
+    if isinstance(request, Division):
+        done = request.run(progress)
+        found = {**summary(request.output), "not_served_by": request.not_served_by}
+    else:
+        done = request.job.run(progress)
+        found = slim_summary(SlimDirectory(request.job.output))
+    return {**found, "finished_before": done}
+
+
+def _part(slim: SlimDirectory, path: str, workers: int) -> Arrays:
+    """A weight, compressed where that pays."""
+    name = f"{path}.weight"
+    weight = slim.checkpoint.read(name)
+    try:
+        mode = slim.plain[path].mode
+        coded = compress_matrix(weight.view(np.int8), mode, threads=workers)
+    except TooLongError:
+        return {name: weight}
+    return {name: coded.weight, f"{path}.index": coded.index, f"{path}.info": coded.info}
+
+
+def _describe(slim: SlimDirectory, paths: list[str], names: set[str]) -> dict[str, Any]:
+    compressed = {path for path in paths if f"{path}.index" in names}
+    if not compressed:
+        shapes = {path: slim.info(f"{path}.weight").shape for path in paths}
+        raise _nothing(slim, {path: slim.plain[path].left(shapes[path]) for path in paths})
+    return slim.compressed(compressed)
+
+
+def _nothing(slim: SlimDirectory, left: dict[str, str]) -> MsQuantError:
+    path, reason = next(iter(left.items()))
+    return MsQuantError(
+        f"{slim.directory}: none of {len(slim.plain)} weights can be compressed; {path}: {reason}"
+    )
+
+
+def _most_bytes(slim: SlimDirectory, path: str) -> int:
+    coding, (n, k) = slim.plain[path], slim.info(f"{path}.weight").shape
+    tiles = tile_count(n, k * coding.dtype.itemsize)
+    return coding.most_bytes((n, k)) + INDEX_RECORD * tiles + INFO_BYTES

@@ -1,0 +1,97 @@
+"""What ``sparse-compress run`` will do and take, printed by --dry-run before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ms_quant.pipeline.estimate import estimate as quantization_estimate
+from ms_quant.pipeline.estimate import flops
+from sparse_compress.pipeline.request import Request, SparseOptions, most_bytes
+from sparse_compress.rate.share import PRICES
+from sparse_compress.rate.steps import SAMPLE_ROWS
+
+KEPT = (
+    "algorithm",
+    "dtype",
+    "blocks",
+    "calibration_tokens",
+    "disk_bytes",
+    "memory_bytes",
+    "estimated_seconds",
+)
+
+# Measured with benchmarks/rate.py on 2 cores: the column step and three passes of descent, the
+# prices that a linear is measured at, and the factor of the Hessian.
+SECONDS_A_WEIGHT, SECONDS_A_PRICE, FACTOR_FLOPS = 0.7e-6, 0.2, 8
+MEASURED_ROWS = len(PRICES) * SAMPLE_ROWS
+
+
+def rate_memory(request: Request) -> int:
+    """Bytes that rate-distortion rounding takes above calibration: the Hessians of a block, and
+    the work on the largest linear."""
+    shapes = _group_shapes(request)
+    hessians = sum(4 * k * k for _, k in shapes)
+    return hessians + max(24 * k * k + 16 * n * k for n, k in shapes)
+
+
+def rate_seconds(request: Request) -> float:
+    """What measuring and rounding take, rough; of a loss of quality, with one price tried."""
+    speed, seconds = flops(), 0.0
+    for n, k in _group_shapes(request):
+        seconds += 2 * FACTOR_FLOPS * k**3 / speed
+        seconds += (n + MEASURED_ROWS) * k * SECONDS_A_WEIGHT + len(PRICES) * SECONDS_A_PRICE
+    return request.layout.config.num_layers * seconds
+
+
+def _group_shapes(request: Request) -> list[tuple[int, int]]:
+    """(out, in) of the groups of a block."""
+    config = request.layout.config
+    shapes = config.linear_shapes()
+    return [
+        (sum(shapes[member][0] for member in group.members), shapes[group.members[0]][1])
+        for group in config.family.groups
+    ]
+
+
+def asked(options: SparseOptions) -> dict[str, Any]:
+    """What decides the size: the pruning or the goal."""
+    if options.pruned:
+        return {"sparsity": options.pruned.share, "pruning": options.pruned.kind}
+    goals = {"target_ratio": options.target_ratio, "max_ppl_increase": options.max_ppl_increase}
+    return {name: value for name, value in goals.items() if value is not None}
+
+
+def estimate(request: Request) -> dict[str, Any]:
+    """The plan of a job.
+
+    Args:
+        request: the checked request.
+
+    Returns:
+        JSON: where and how; ``compressed`` and ``uncompressed`` fused linears, the latter with
+        the reason (some may join them, when their coded form turns out too long);
+        ``output_bytes`` at most; disk, memory and time as ``ms-quant quantize`` estimates them;
+        ``float16_lost`` values by tensor; and which runtimes serve the result.
+    """
+    options, layout = request.options, request.layout
+    found = quantization_estimate(request.checked, options.output)
+    if request.goal:
+        found["memory_bytes"] += rate_memory(request)
+        found["estimated_seconds"] = round(
+            2 * found["estimated_seconds"] + rate_seconds(request), 1
+        )
+    served = not request.not_served_by
+    return {
+        "output": str(options.output),
+        "format": f"W8A8SC TP{layout.tp}",
+        "target": layout.target.name,
+        "tp": layout.tp,
+        **asked(options),
+        **{key: found[key] for key in KEPT},
+        "output_bytes": most_bytes(layout),
+        "compressed": [fused for _, _, fused in layout.linears() if fused in layout.compressed],
+        "uncompressed": request.uncompressed,
+        "float16_lost": request.lost,
+        "served_by": [layout.target.runtime] if served else [],
+        "not_served_by": request.not_served_by,
+    }

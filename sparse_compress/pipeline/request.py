@@ -1,0 +1,282 @@
+"""What ``sparse-compress run`` is asked, and every refusal that needs no work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ms_quant.data.calibration import eval_windows
+from ms_quant.errors import MsQuantError
+from ms_quant.formats.float_model import open_float
+from ms_quant.formats.source_kind import model_directory
+from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.pipeline.paths import check_paths
+from ms_quant.pipeline.request import (
+    CheckedJob,
+    Extension,
+    QuantizeOptions,
+    prepare,
+    require_mindspore,
+)
+from ms_quant.plan.plan import Choices
+from sparse_compress.codec import CORES
+from sparse_compress.codec.fractal import unsupported_reason
+from sparse_compress.layouts import DEFAULT, Layout, Target, TensorSpec, get_target
+from sparse_compress.layouts.fp16 import survey
+from sparse_compress.layouts.partition import check_tp, fused_shape
+from sparse_compress.rate.goal import Goal, check_increase, check_ratio
+from sparse_compress.rate.prune import PRUNINGS, SPARSITY, Pruning, check_pruning
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """What a user asks of ``sparse-compress run``.
+
+    Attributes:
+        model: directory of the float checkpoint.
+        output: directory to make.
+        calib: calibration file.
+        tp: how many ranks to write.
+        sparsity: share of each linear's weights that is pruned, 0 to below 1; None is 0.5 where
+            no goal is given.
+        pruning: ``"activation"`` or ``"magnitude"``; None is the former.
+        target_ratio: in place of pruning, the size to reach by rate-distortion rounding.
+        max_ppl_increase: in place of that, by how much perplexity may grow; 0.005 is 0.5 %.
+        heldout: the text that perplexity is measured on.
+        algorithm: name of the quantization algorithm.
+        alpha: smoothing strength of ``smoothquant``; None is 0.5.
+        samples: how many windows of the calibration data to use.
+        seq_len: tokens of a window.
+        seed: seed of the choice of windows.
+        exclude: glob patterns of linears that stay float16, by whole fused groups.
+        job: job directory; None is OUTPUT.job.
+        keep_job: leave the job directory when all is done.
+        any_environment: resume under other versions, CPU or thread count.
+        target: name of the runtime that the output is for.
+        workers: how many threads code a linear.
+    """
+
+    model: Path
+    output: Path
+    calib: Path
+    tp: int = 2
+    sparsity: float | None = None
+    pruning: str | None = None
+    target_ratio: float | None = None
+    max_ppl_increase: float | None = None
+    heldout: Path | None = None
+    algorithm: str = "minmax"
+    alpha: float | None = None
+    samples: int = 64
+    seq_len: int = 256
+    seed: int = 0
+    exclude: Sequence[str] = ()
+    job: Path | None = None
+    keep_job: bool = False
+    any_environment: bool = False
+    target: str = DEFAULT
+    workers: int = CORES
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether weights are rounded for a goal; else they are pruned."""
+        return self.target_ratio is not None or self.max_ppl_increase is not None
+
+    @property
+    def pruned(self) -> Pruning | None:
+        """How weights are pruned, if they are."""
+        if self.has_goal:
+            return None
+        share = SPARSITY if self.sparsity is None else float(self.sparsity)
+        return Pruning(share, self.pruning or PRUNINGS[0])
+
+    def quantization(self, exclude: Sequence[str]) -> QuantizeOptions:
+        """The part of the request that the driver of ``ms-quant`` serves."""
+        return QuantizeOptions(
+            self.model,
+            self.output,
+            "W8A8",
+            self.algorithm,
+            choices=Choices(algorithm={} if self.alpha is None else {"alpha": self.alpha}),
+            calib=self.calib,
+            samples=self.samples,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            exclude=exclude,
+            dtype="float16",
+            job=self.job,
+            keep_job=self.keep_job,
+            any_environment=self.any_environment,
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: everything that can be refused has been.
+
+    Attributes:
+        options: what was asked.
+        checked: the part that the driver serves.
+        layout: what the output will hold.
+        uncompressed: fused path to the reason why it stays float16.
+        lost: tensor name to what float16 loses of it.
+        goal: of rate-distortion rounding; None for pruning.
+        rate: what the goal led to, once that is known.
+    """
+
+    options: SparseOptions
+    checked: CheckedJob
+    layout: Layout
+    uncompressed: dict[str, str]
+    lost: dict[str, dict[str, int]]
+    goal: Goal | None = None
+    rate: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def not_served_by(self) -> list[str]:
+        """Why the runtime cannot load what is made, in sentences."""
+        return self.layout.target.not_served_by(self.layout.config.model_type)
+
+
+def check(options: SparseOptions) -> Request:
+    """Checks a request against the model and the data, before any work.
+
+    Args:
+        options: the request.
+
+    Raises:
+        MsQuantError: anything that would make the job fail later; among it a value that float16
+            cannot hold, a number of ranks that does not divide the model, and a model that the
+            target cannot hold.
+    """
+    options = replace(options, model=model_directory(options.model))
+    plain = options.quantization(options.exclude)
+    check_paths(options.model, options.output, plain.job_directory)
+    goal = _goal(options)
+    pruned = options.pruned
+    config, checkpoint = open_float(options.model)
+    if not config.predicts:
+        raise MsQuantError(
+            f"{options.model}: has no head to predict tokens with, expected a model that "
+            "generates: runtimes load no other from W8A8SC"
+        )
+    target = get_target(options.target, config.model_type)
+    check_tp(config, options.tp)
+    target.check(config, options.tp, options.algorithm)
+    limits = outside_limits(target, config, options.tp)
+    reasons = _reasons(target, config, limits, options.exclude)
+    fused = {path for _, _, path in target.linears(config)}
+    if fused <= set(reasons):
+        name, reason = next(iter(reasons.items()))
+        raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
+    layout = Layout(config, options.tp, frozenset(fused - set(reasons)), target)
+    writing: dict[str, Any] = {"format": "W8A8SC", "target": target.name, "tp": options.tp}
+    numbers: dict[str, Any] = {"rate": goal.record()} if goal else {}
+    if pruned:
+        numbers = {"sparsity": pruned.share, "pruning": pruned.kind}
+    extension = Extension(
+        numbers=numbers,
+        writing=writing,
+        output_bytes=most_bytes(layout) + spool_bytes(layout),
+        unknown=["price"] if goal else [],
+    )
+    lost = survey(checkpoint, layout.float_names())
+    exclude = (*options.exclude, *_members(target, config, limits))
+    checked = prepare(options.quantization(exclude), extension)
+    return Request(options, checked, layout, reasons, lost, goal)
+
+
+def _goal(options: SparseOptions) -> Goal | None:
+    """The goal, or None where weights are pruned.
+
+    Raises:
+        MsQuantError: two ways are asked for at once, or one is out of its range.
+    """
+    ways = {
+        "target-ratio": options.target_ratio,
+        "max-ppl-increase": options.max_ppl_increase,
+        "sparsity": options.sparsity,
+        "pruning": options.pruning,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1 and given != ["sparsity", "pruning"]:
+        raise MsQuantError(f"--{given[0]} and --{given[1]} exclude each other, expected one")
+    if (options.heldout is None) != (options.max_ppl_increase is None):
+        raise MsQuantError(
+            "--max-ppl-increase and --heldout FILE belong together, expected both or neither"
+        )
+    if options.pruned:
+        check_pruning(*options.pruned)
+        return None
+    if options.target_ratio is not None:
+        check_ratio(options.target_ratio)
+        return Goal(float(options.target_ratio))
+    assert options.max_ppl_increase is not None and options.heldout is not None
+    check_increase(options.max_ppl_increase)
+    require_mindspore("--max-ppl-increase runs the model on --heldout")
+    tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples)
+    if tokens.shape[1] < 2:
+        raise MsQuantError(
+            f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"
+        )
+    return Goal(None, float(options.max_ppl_increase), tokens)
+
+
+def most_bytes(layout: Layout) -> int:
+    """Bytes of the tensors of all ranks, if no tile were smaller than its content."""
+    return layout.tp * _sizes(layout.tensors().values())
+
+
+def spool_bytes(layout: Layout) -> int:
+    """Bytes of the blocks that are kept beside the output until a rank's only file is whole."""
+    if not layout.target.one_file:
+        return 0
+    return layout.config.num_layers * _sizes(layout.block_tensors(0).values())
+
+
+def _sizes(specs: Iterable[TensorSpec]) -> int:
+    return sum(
+        (spec.most if spec.shape is None else math.prod(spec.shape)) * spec.dtype.itemsize
+        for spec in specs
+    )
+
+
+def outside_limits(target: Target, config: ModelConfig, tp: int) -> dict[str, str]:
+    """Path in a block to the reason why the hardware cannot take its slices."""
+    found = {}
+    for group in target.groups(config):
+        reason = unsupported_reason(*fused_shape(config, tp, group))
+        if reason:
+            found[group.fused] = reason
+    return found
+
+
+def _reasons(
+    target: Target, config: ModelConfig, limits: dict[str, str], exclude: Sequence[str]
+) -> dict[str, str]:
+    """Fused path to the reason why it stays float16."""
+    reasons = {}
+    together = {group.name: group.members for group in config.family.groups}
+    for index, group, fused in target.linears(config):
+        members = [f"{block_prefix(index)}{member}" for member in together[group.name]]
+        matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
+        if group.fused in limits:
+            reasons[fused] = limits[group.fused]
+        elif matched:
+            reasons[fused] = f"excluded by {matched[0]!r}"
+    return reasons
+
+
+def _members(target: Target, config: ModelConfig, limits: dict[str, str]) -> list[str]:
+    """One linear of each group that is wholly outside the limits; its whole group stays float."""
+    inside = {group.name for group in target.groups(config) if group.fused not in limits}
+    return [
+        f"{block_prefix(index)}{group.members[0]}"
+        for index in range(config.num_layers)
+        for group in config.family.groups
+        if group.name not in inside
+    ]

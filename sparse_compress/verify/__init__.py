@@ -1,0 +1,1 @@
+"""Proof that a compressed checkpoint is right."""
