@@ -1,7 +1,7 @@
 """The commands whose outputs ``record_outputs.py`` compares. A new one is a row.
 
 ``{out}`` is the command's own output. Other words in braces are a small model, a file of
-``files``, or the output of an earlier row, which then runs first.
+``GIVEN`` or ``FILES``, or the output of an earlier row, which then runs first.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from string import Formatter
 
 from small_models import BUNDLED, MODELS
 
-_QUANTIZE = "ms-quant quantize {model} -o {out} "
 _CALIB = " --calib {text} --samples 4 --seq-len 32"
-_CONVERT = "ms-quant convert {source} -o {out} --format "
-_SPARSE = "sparse-compress run {model} -o {out}" + _CALIB + " "
 
 
 def _quantize(options: str, model: str = "qwen3") -> str:
-    return _QUANTIZE.replace("{model}", f"{{{model}}}") + options
+    return f"ms-quant quantize {{{model}}} -o {{out}} {options}"
 
 
 def _calibrated(options: str, model: str = "qwen3") -> str:
@@ -27,11 +24,11 @@ def _calibrated(options: str, model: str = "qwen3") -> str:
 
 
 def _convert(source: str, format: str) -> str:
-    return _CONVERT.replace("{source}", f"{{{source}}}") + format
+    return f"ms-quant convert {{{source}}} -o {{out}} --format {format}"
 
 
 def _sparse(options: str, model: str = "wide") -> str:
-    return _SPARSE.replace("{model}", f"{{{model}}}") + options
+    return f"sparse-compress run {{{model}}} -o {{out}} {options}{_CALIB}"
 
 
 _SCHEMES = {
