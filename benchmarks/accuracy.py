@@ -35,7 +35,7 @@ from ms_quant.files.atomic import write_json
 from ms_quant.formats.opening import FloatModel, JobModel
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import run_blocks
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import KV_CACHES, SCHEMES, STATIC_CACHE
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
@@ -79,9 +79,9 @@ def measure(
     held = cache if cache == STATIC_CACHE else ""
     with tempfile.TemporaryDirectory() as directory:
         data = calib if held or _calibrated(scheme, algorithm) else None
-        choices = Choices(options, kv_cache=held)
+        choices = {"scheme_options": options, "kv_cache": held}
         output = Path(directory) / "out"
-        request = QuantizeOptions(model, output, scheme, algorithm, choices, data)
+        request = QuantizeOptions(model, output, scheme, algorithm, **choices, calib=data)
         checked = prepare(request)
         job, started = checked.job(), time.monotonic()
         with job.open():

@@ -28,7 +28,6 @@ from ms_quant.numerics import activation, storage
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import run_blocks
-from ms_quant.plan.plan import Choices
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 ALGORITHMS = ("minmax", "histogram", "smoothquant")
@@ -62,8 +61,8 @@ def measure(
     from ms_quant.evaluation.evaluation import perplexity
 
     with tempfile.TemporaryDirectory() as directory:
-        output, choices = Path(directory) / "out", Choices(format="ascend")
-        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, choices, calib))
+        output, choices = Path(directory) / "out", {"formats": ("ascend",)}
+        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, **choices, calib=calib))
         job = checked.job()
         with job.open():
             run_blocks(checked, job, lambda index, part: None)

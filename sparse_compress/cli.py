@@ -24,6 +24,7 @@ from ms_quant.cli.console import (
 )
 from ms_quant.cli.console import run as run_app
 from ms_quant.cli.main import ModelArgument, example
+from ms_quant.models.names import short_name
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
@@ -281,7 +282,7 @@ def _show_info(result: dict[str, Any]) -> None:
     table = Table(Column("layer", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.pop("rows"):
         table.add_row(
-            row["layer"].removeprefix("model.layers."),
+            short_name(row["layer"]),
             str(row["rank"]),
             "x".join(map(str, row["shape"])),
             f"{100 * row['sparsity']:.1f} %",

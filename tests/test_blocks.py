@@ -22,7 +22,7 @@ from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.quantization.block import Block, BlockHooks, Seen, quantize_block
 from ms_quant.statistics.observers import ActivationStats
 
@@ -165,7 +165,7 @@ def folded(
     hooks: BlockHooks = BlockHooks(rounding=keep),  # noqa: B008 - it does not change
     dtype: np.dtype = BF16,
     exclude: tuple[str, ...] = (),
-    options: Choices | None = None,
+    options: dict[str, Any] | None = None,
     change: Callable[[Tensors], None] = lambda tensors: None,
     cached: dict[str, np.ndarray] | None = None,
     **more: Any,
@@ -174,8 +174,8 @@ def folded(
     before, x = random_block(config), tokens()
     change(before)
     if options is None and "_PER_" in scheme:  # which hold their smoothing else
-        options = Choices(fold="norm")
-    plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, options=options)
+        options = {"fold": "norm"}
+    plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, **options)
     block = quantize_block(plan, 0, before.get, seen_by(before, x), hooks, cached=cached)
     return Case(plan, before, block, x)
 
@@ -211,8 +211,8 @@ ALGORITHMS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("scheme", "algorithm", "more"), ALGORITHMS, ids=str)
 def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
-    choices = Choices(scheme=more, fold="norm")
-    case = folded(scheme, algorithm, options=choices, num_key_value_heads=kv_heads)
+    choices = {"scheme_options": more, "fold": "norm"}
+    case = folded(scheme, algorithm, **choices, num_key_value_heads=kv_heads)
     assert_same_function(case)
     changed = {name for name in case.before if (case.after[name] != case.before[name]).any()}
     assert changed, "nothing was smoothed"
@@ -227,7 +227,7 @@ def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("alpha", [0.3, 0.8])
 def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
-    case = folded(dtype=dtype, options=Choices(algorithm={"alpha": alpha}))
+    case = folded(dtype=dtype, algorithm_options={"alpha": alpha})
     assert_same_function(case)
     for name, path in zip(NORMS, ("self_attn.q_proj", "mlp.gate_proj"), strict=True):
         gain = case.block.floats[name]
@@ -240,9 +240,7 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl"])
 def test_a_vector_of_its_own_leaves_everything_else(algorithm):
     """Its reciprocal is stored, and tells the vector exactly."""
-    case = folded(
-        "W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), options=Choices(fold="mul-scale")
-    )
+    case = folded("W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), fold="mul-scale")
     assert not case.block.floats
     for path, made in case.block.linears.items():
         again = (1 / made.mul_scale.astype("f8")).astype("f4")
@@ -355,7 +353,7 @@ def test_gains_that_would_not_fit_the_stored_type_stay(gain, size):
         for name in ("q", "k", "v"):
             tensors[f"self_attn.{name}_proj.weight"][:, 0] = size
 
-    case = folded(dtype=F16, change=change, options=Choices(algorithm={"alpha": 0.0}))
+    case = folded(dtype=F16, change=change, algorithm_options={"alpha": 0.0})
     assert_same_function(case)
     assert case.after[NORMS[0]][0] == np.float32(gain)
     np.testing.assert_array_equal(

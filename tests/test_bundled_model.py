@@ -12,7 +12,6 @@ import pytest
 from ms_quant.data.calibration import eval_windows
 from ms_quant.models.config import load_config
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from sparse_compress.codec.fractal import unsupported_reason
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.pipeline.request import SparseOptions
@@ -63,10 +62,8 @@ def twin(tmp_path_factory) -> Path:
 def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options: int) -> Path:
     data_free = algorithm == "minmax" and scheme in ("W8A8_DYNAMIC", "W8A16")
     calib = None if data_free else TEXT / "calibration.txt"
-    choices = Choices(algorithm=options)
-    quantize_checkpoint(
-        QuantizeOptions(model, output, scheme, algorithm, choices=choices, calib=calib)
-    )
+    choices = {"algorithm_options": options}
+    quantize_checkpoint(QuantizeOptions(model, output, scheme, algorithm, **choices, calib=calib))
     return output
 
 
@@ -125,7 +122,7 @@ def test_what_a_cache_in_int8_costs(tmp_path, tokens):
         MODEL,
         tmp_path / "made",
         "W8A16",
-        choices=Choices(kv_cache="C8"),
+        kv_cache="C8",
         calib=TEXT / "calibration.txt",
     )
     quantize_checkpoint(request)

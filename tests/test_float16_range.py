@@ -21,7 +21,6 @@ from ms_quant.job.output_directory import seal
 from ms_quant.models.config import load_config
 from ms_quant.models.host_block import HostBlock
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.quantization.divided import DividedTensors
 from ms_quant.statistics.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
 from ms_quant.verify.checkpoint import verify_checkpoint
@@ -171,8 +170,8 @@ def test_smoothing_never_enlarges_beyond_float16(
         matmul(tensors, f"{BLOCK}mlp.down_proj.weight", np.s_[:, 5], 2**14)
 
     model = tiny_model(change=large_weights)
-    choices = Choices(algorithm={"alpha": 0.0})
-    output, _ = quantize(model, algorithm="smoothquant", formats=("ascend",), choices=choices)
+    choices = {"algorithm_options": {"alpha": 0.0}}
+    output, _ = quantize(model, algorithm="smoothquant", formats=("ascend",), **choices)
     perplexity(open_model(output), load_tokens(calib_text, model, 4, 16, 0), float16=True)
 
 

@@ -19,25 +19,24 @@ from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.models.config import load_config
 from ms_quant.models.families import CACHED, KEYS, VALUES
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CALIBRATED = {"samples": 4, "seq_len": 16}
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
-C8 = Choices(kv_cache="C8")
+C8 = {"kv_cache": "C8"}
 
 
 @pytest.fixture
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
-    def run(scheme: str, family: str = "qwen3", choices: Choices = C8, **options: Any) -> Any:
+    def run(scheme: str, family: str = "qwen3", choices: Any = C8, **options: Any) -> Any:
         source = tiny_model(family=family, layers=2, **SHAPE)
         request = QuantizeOptions(
             source,
             tmp_path / "out",
             scheme,
-            choices=choices,
+            **choices,
             keep_job=True,
             **{"calib": calib_text, **CALIBRATED, **options},
         )
@@ -142,12 +141,12 @@ def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
     ("choices", "scheme", "message"),
     [
         (
-            Choices(kv_cache="C8", format="golden-stick"),
+            {"kv_cache": "C8", "formats": ("golden-stick",)},
             "W8A8",
             "kv cache C8: a golden-stick checkpoint cannot hold it, expected --format ascend",
         ),
-        (Choices(kv_cache="C8_DYNAMIC"), "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
-        (Choices(kv_cache="C4"), "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
+        ({"kv_cache": "C8_DYNAMIC"}, "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
+        ({"kv_cache": "C4"}, "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
     ],
 )
 def test_refusals(make, tmp_path, choices, scheme, message):

@@ -27,7 +27,7 @@ from ms_quant.cells.tree import get_cell, replaced
 from ms_quant.data.calibration import eval_windows, load_tokens
 from ms_quant.evaluation.evaluation import load_block
 from ms_quant.formats.opening import FloatModel
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.table import VALUES, get_scheme

@@ -19,9 +19,8 @@ from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import load_config
-from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.request import split_options
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
@@ -35,9 +34,9 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
     def run(scheme: str, algorithm: str, model: dict | None = None, **options: Any) -> Any:
         source = tiny_model(**{"family": "qwen3", "layers": 2, **SHAPE, **(model or {})})
         places = {name: options.pop(name, "") for name in ("format", "fold")}
-        choices = make_choices(options, [], **places)
+        choices = {**split_options(options), **places}
         request = QuantizeOptions(
-            source, tmp_path / "out", scheme, algorithm, choices, keep_job=True
+            source, tmp_path / "out", scheme, algorithm, **choices, keep_job=True
         )
         if prepare_needs(request):
             request = QuantizeOptions(
@@ -45,7 +44,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
                 tmp_path / "out",
                 scheme,
                 algorithm,
-                choices,
+                **choices,
                 calib_text,
                 **CALIBRATED,
                 keep_job=True,
@@ -195,13 +194,14 @@ def test_smoothing_does_not_change_what_a_float_model_computes(make):
 )
 def test_malformed_settings_are_refused(named, settings, message):
     with pytest.raises(MsQuantError, match=message):
-        make_choices(named, settings)
+        split_options(named, settings)
 
 
 def test_settings_go_where_they_belong():
-    found = make_choices(
+    found = split_options(
         {"alpha": 0.4, "group_size": None}, ["group_size=64", "symmetric=False", "gptq.damping=0.1"]
     )
-    assert found == Choices(
-        {"group_size": 64, "symmetric": False}, {"alpha": 0.4, "gptq.damping": "0.1"}
-    )
+    assert found == {
+        "scheme_options": {"group_size": 64, "symmetric": False},
+        "algorithm_options": {"alpha": 0.4, "gptq.damping": "0.1"},
+    }

@@ -11,7 +11,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import SCHEMES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -130,7 +130,7 @@ def test_refused(options, message):
         ("W8A8_DYNAMIC", {"fold": "mul-scale"}, r"^fold mul-scale: golden-stick checkpoints of"),
         (
             "W8A16",
-            {"format": "ascend", "scheme": {"group_size": 64}},
+            {"format": "ascend", "scheme_options": {"group_size": 64}},
             r"^scheme W8A16: ascend checkpoints hold it only with group_size 0$",
         ),
         (
@@ -142,29 +142,29 @@ def test_refused(options, message):
 )
 def test_places_that_nothing_serves(scheme, choices, message):
     with pytest.raises(MsQuantError, match=message):
-        plan(scheme, options=Choices(**choices))
+        plan(scheme, **choices)
 
 
 def test_a_fold_of_nothing_is_refused():
     with pytest.raises(MsQuantError, match=r"^fold norm: no algorithm smooths, expected no"):
-        plan(options=Choices(fold="norm"))
+        plan(fold="norm")
 
 
 def test_flavours_of_a_scheme():
-    usual, chosen = plan(), plan(options=Choices(format="ascend"))
+    usual, chosen = plan(), plan(format="ascend")
     assert usual.format.name == "golden-stick" and not {"format", "fold"} & usual.record().keys()
     assert chosen.format.name == "ascend" and chosen.record()["format"] == "ascend"
     assert chosen.scheme.activation.folds_bias and not chosen.scheme.activation.per_channel
-    folded = plan(algorithm="smoothquant", options=Choices(fold="norm"))
+    folded = plan(algorithm="smoothquant", fold="norm")
     assert folded.record()["fold"] == "norm" and not folded.scheme.activation.per_channel
-    dynamic = plan("W8A8_DYNAMIC", options=Choices(format="ascend"))
+    dynamic = plan("W8A8_DYNAMIC", format="ascend")
     assert dynamic.scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float16"]
     assert plan("W8A8_DYNAMIC").scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float32"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, "1.0"])
 def test_alpha_bounds_are_included(alpha):
-    made = plan(algorithm="smoothquant", options=Choices(algorithm={"alpha": alpha}))
+    made = plan(algorithm="smoothquant", algorithm_options={"alpha": alpha})
     assert made.algorithms.chosen == {"smoothquant": {"alpha": float(alpha)}}
 
 
@@ -182,7 +182,7 @@ def test_alpha_bounds_are_included(alpha):
 )
 def test_options_are_refused_by_name(algorithm, settings, message):
     with pytest.raises(MsQuantError, match=message):
-        plan(algorithm=algorithm, options=Choices(algorithm=settings))
+        plan(algorithm=algorithm, algorithm_options=settings)
 
 
 def test_algorithms_are_done_in_the_order_of_their_stages():
@@ -191,16 +191,16 @@ def test_algorithms_are_done_in_the_order_of_their_stages():
 
 
 def test_groups_that_do_not_divide_the_inputs():
-    undivided = Choices({"group_size": 128}, float_undivided=True)
+    undivided = {"scheme_options": {"group_size": 128}, "float_undivided": True}
     message = (
         r"^model\.layers\.0\.self_attn\.q_proj\.weight: groups of 128 do not divide K = 64; "
         r"expected another group size, or --float-undivided"
     )
     with pytest.raises(MsQuantError, match=message):
-        plan("W4A16", options=Choices({"group_size": 128}))
+        plan("W4A16", scheme_options={"group_size": 128})
     made = plan("W4A16", options=undivided)
     assert {path.rpartition(".")[2] for path in made.quantized()} == {"down_proj"}
-    assert plan("W4A16", options=Choices({"group_size": 64})).float_linears() == []
+    assert plan("W4A16", scheme_options={"group_size": 64}).float_linears() == []
 
 
 def test_a_scheme_of_networks_is_refused():
@@ -220,18 +220,18 @@ def test_every_pair_is_either_planned_or_refused():
                     plan(scheme, algorithm)
             else:
                 chosen = {"group_size": 64} if scheme == "W4A16" else {}
-                options = Choices(chosen, float_undivided=scheme == "W8A8FP8_BLOCK")
-                assert algorithm in plan(scheme, algorithm, options=options).algorithm
+                options = {"scheme_options": chosen, "float_undivided": scheme == "W8A8FP8_BLOCK"}
+                assert algorithm in plan(scheme, algorithm, **options).algorithm
 
 
 def test_options_that_two_algorithms_take_are_told_apart():
     scheme, chosen = "W4A4_FLATQUANT_DYNAMIC", {"steps": 5}
     with pytest.raises(MsQuantError, match=r"expected flatquant\.steps or ssz\.steps once$"):
-        plan(scheme, "ssz", options=Choices(algorithm=chosen))
-    made = plan(scheme, "ssz", options=Choices(algorithm={"ssz.steps": 5}))
+        plan(scheme, "ssz", algorithm_options=chosen)
+    made = plan(scheme, "ssz", algorithm_options={"ssz.steps": 5})
     assert made.algorithms.options["ssz"].steps == 5
     assert made.algorithms.options["flatquant"].steps != 5
-    twice = Choices(algorithm={"alpha": 0.5, "smoothquant.alpha": 0.6})
+    twice = {"algorithm_options": {"alpha": 0.5, "smoothquant.alpha": 0.6}}
     with pytest.raises(MsQuantError, match=r"given twice, expected smoothquant\.alpha once$"):
         plan(algorithm="smoothquant", options=twice)
 
@@ -239,7 +239,7 @@ def test_options_that_two_algorithms_take_are_told_apart():
 @pytest.mark.parametrize("settings", [{"steps": -1}, {"learning_rate": "nan"}, {"batch_rows": 0}])
 def test_flatquant_options_are_refused_before_work(settings):
     with pytest.raises(MsQuantError, match=r"^flatquant\."):
-        plan("W4A4_FLATQUANT_DYNAMIC", options=Choices(algorithm=settings))
+        plan("W4A4_FLATQUANT_DYNAMIC", algorithm_options=settings)
 
 
 def test_a_transform_that_no_factors_have_is_refused_by_name():
@@ -257,10 +257,10 @@ def test_a_plan_that_its_runtime_fails_on_says_so():
     assert reason.startswith("model.layers.0.self_attn.q_proj: MindIE-SD fails on a W4A4_MXFP4_DU")
     for scheme in ("W4A4_MXFP4_DUALSCALE", "W8A8_MXFP8"):
         with pytest.raises(MsQuantError, match=r"q_proj: MindIE-SD fails .*--float-undivided"):
-            plan(scheme, options=Choices(format="mindie-sd"))
+            plan(scheme, format="mindie-sd")
     raw = {**CONFIG.raw, "model_type": "llama", "attention_bias": True, "mlp_bias": True}
     config = parse_config(raw, "dir/config.json")
-    options = Choices(format="mindie-sd")
+    options = {"format": "mindie-sd"}
     for scheme in ("W4A4_MXFP4_DUALSCALE", "W8A8_MXFP8"):
-        made = make_plan(config, scheme, "minmax", dtype=BF16, options=options)
+        made = make_plan(config, scheme, "minmax", dtype=BF16, **options)
         assert made.served_by == ["MindIE-SD quantize()"] and made.not_served_by == []

@@ -19,7 +19,8 @@ import numpy as np
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import load_config
+from ms_quant.models.names import block_prefix
 from ms_quant.models.weights import check_model
 
 

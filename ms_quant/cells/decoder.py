@@ -166,11 +166,11 @@ class Attention(nn.Cell):
         super().__init__()
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        shapes = config.linear_shapes()
+        linears = config.block(0).linears
 
         def linear(name: str, bias: bool) -> nn.Dense:
-            out_features, in_features = shapes[f"self_attn.{name}"]
-            return _dense(in_features, out_features, bias)
+            spec = linears[f"self_attn.{name}"]
+            return _dense(spec.in_features, spec.out_features, bias)
 
         self.q_proj = linear("q_proj", config.qkv_bias)
         self.k_proj = linear("k_proj", config.qkv_bias)

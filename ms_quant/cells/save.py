@@ -136,7 +136,7 @@ def save_quantized(
     target.mkdir(parents=True, exist_ok=True)
     metadata = {DTYPE: wanted.name} if wanted.name in RUN_DTYPES else {}
     weights = target / weights_name(model, rank)
-    write_file(weights, plans, lambda name: makers[name](), metadata, MODE)
+    write_file(weights, plans, lambda plan: makers[plan.name](), metadata, MODE)
     path = target / description_name(model, rank)
     write_json(path, {GLOBAL_TYPE: model, **entries}, MODE)
     if not metadata:

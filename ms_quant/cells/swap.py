@@ -23,7 +23,7 @@ from ms_quant.cells.save import check_format
 from ms_quant.cells.tree import is_linear, linears, replace_cell
 from ms_quant.errors import MsQuantError
 from ms_quant.files.floats import round_finite
-from ms_quant.formats.mindie_sd.choice import network_scheme
+from ms_quant.formats.mindie_sd.choice import network_scale_type, network_scheme
 from ms_quant.formats.mindie_sd.held import held_dtype
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
@@ -248,6 +248,7 @@ def quantize(
             stats=inputs.get(path),
             dtype=runs_in,
             input_dtype=runs_in,
+            scale_type=network_scale_type(wanted),
             loss=_own_output_error(weight, bias, inputs.get(path), policy),
         )
         solution = algorithms.first(problem)

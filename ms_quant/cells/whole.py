@@ -59,7 +59,7 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {KEY: json.dumps({"version": VERSION, "linears": schemes}, sort_keys=True)}
     path = directory / FILE_NAME
-    write_file(path, plans, lambda name: host_array(tensors[name]), metadata)
+    write_file(path, plans, lambda plan: host_array(tensors[plan.name]), metadata)
     return str(path)
 
 

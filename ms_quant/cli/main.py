@@ -28,14 +28,14 @@ from ms_quant.cli.console import (
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline.request import (
     QuantizeOptions,
-    make_choices,
     prepare,
     read_recipe,
     refuse_beside_recipe,
     require_mindspore,
+    split_options,
 )
 from ms_quant.pipeline.run import quantize_checkpoint
-from ms_quant.schemes.records import Held
+from ms_quant.schemes.storage import FormatSupport
 from ms_quant.schemes.table import FLOAT_CACHE
 
 app = typer.Typer(
@@ -154,7 +154,10 @@ def quantize(
         output=output,
         scheme=scheme or "W8A8",
         algorithm=algorithm or "minmax",
-        choices=make_choices(named, setting or [], float_undivided, kv_cache, fold=fold),
+        **split_options(named, setting or []),
+        float_undivided=float_undivided,
+        kv_cache="" if kv_cache == FLOAT_CACHE else kv_cache,
+        fold=fold,
         recipe=None if recipe is None else read_recipe(recipe),
         formats=tuple(format or ()),
         calib=calib,
@@ -375,6 +378,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 def schemes(as_json: JsonOption = False) -> None:
     """The schemes and algorithms there are, and which runtime serves them."""
     from ms_quant.algorithms import ALGORITHMS, PLAIN
+    from ms_quant.schemes.support import support_of
     from ms_quant.schemes.table import KV_CACHES, SCHEMES
 
     result = {
@@ -382,7 +386,7 @@ def schemes(as_json: JsonOption = False) -> None:
             {
                 "name": scheme.name,
                 "summary": scheme.summary,
-                "formats": [_format_row(row) for row in scheme.held],
+                "formats": [_format_row(row) for row in support_of(scheme.name)],
                 "options": list(scheme.options),
                 "algorithms": [
                     PLAIN,
@@ -399,14 +403,14 @@ def schemes(as_json: JsonOption = False) -> None:
     emit(result, as_json, _show_schemes)
 
 
-def _format_row(held: Held) -> dict[str, Any]:
+def _format_row(support: FormatSupport) -> dict[str, Any]:
     return {
-        "format": held.format,
-        "folds": [fold.value for fold in held.folds],
-        "served_by": list(held.served_by),
-        "only": dict(held.only),
-        "not_served_by": list(held.not_served_by),
-        "kernels": held.kernels,
+        "format": support.format,
+        "folds": [target.value for target in support.targets],
+        "served_by": list(support.served_by),
+        "only": dict(support.only),
+        "not_served_by": list(support.not_served_by),
+        "kernels": support.kernels,
     }
 
 

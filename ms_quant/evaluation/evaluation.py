@@ -29,8 +29,8 @@ from ms_quant.files.atomic import free_space_check
 from ms_quant.formats.opening import ServedModel
 from ms_quant.job.directory import HiddenStates, read_hidden
 from ms_quant.models.cache import KeyValueCache
-from ms_quant.models.config import block_prefix
 from ms_quant.models.embedding import Table, cross_entropy, used_rows
+from ms_quant.models.names import block_name, block_prefix
 from ms_quant.numerics.affine import check_finite
 from ms_quant.schemes.table import DYNAMIC_CACHE, FLOAT_CACHE, KV_CACHES, STATIC_CACHE
 
@@ -49,12 +49,12 @@ def load_block(model: ServedModel, index: int) -> DecoderBlock:
     block.set_train(False)
     prefix = block_prefix(index)
     swapped = set()
-    for path in model.config.linear_shapes():
+    for path in model.config.block(index).linears:
         linear = model.linear(prefix + path)
         if linear is not None:
             replace_cell(block, path, QuantLinear(linear))
             swapped.add(path)
-    for name in model.config.block_shapes():
+    for name in model.config.block(index).tensors:
         if name.rpartition(".")[0] not in swapped:
             parameter = dict(block.parameters_and_names())[name]
             parameter.set_data(Tensor.from_numpy(model.tensor(prefix + name)))
@@ -254,7 +254,7 @@ def finite(hidden: Tensor, index: int) -> np.ndarray:
         MsQuantError: a value is NaN or infinite; names the block.
     """
     values = hidden.asnumpy()
-    check_finite(values, f"model.layers.{index}: output")
+    check_finite(values, f"{block_name(index)}: output")
     return values
 
 

@@ -16,8 +16,8 @@ from ms_quant import kernels
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import ServedModel
 from ms_quant.models.attention import Cache
-from ms_quant.models.config import block_prefix
 from ms_quant.models.host_block import NO_LINEARS, HostBlock, Linear, linear_function
+from ms_quant.models.names import block_prefix
 from ms_quant.statistics.activation_range import AFTER, BEFORE, LARGEST, MIDDLE, Extreme
 
 FLOAT16 = np.dtype(np.float16)
@@ -45,11 +45,11 @@ class Float16Block(HostBlock):
         self.index = index
         prefix = block_prefix(index)
         self.linears: dict[str, Linear] = {}
-        for path in model.config.linear_shapes():
+        for path in model.config.block(index).linears:
             linear = model.linear(prefix + path)
             if linear is not None:
                 self.linears[path] = linear_function(linear)
-        for name in model.config.block_shapes():
+        for name in model.config.block(index).tensors:
             if name.rpartition(".")[0] not in self.linears:
                 self.arrays[name] = to_float16(model.tensor(prefix + name))
 

@@ -33,7 +33,7 @@ from ms_quant.files.lock import locked
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix, in_block
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import SCHEMES
@@ -273,7 +273,7 @@ class JobDirectory:
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
-        write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
+        write_file(self.block_file(index), plans, lambda plan: tensors[plan.name], metadata)
         self._opened = None
         if self.target == 0:
             self.hidden_file(index).unlink(missing_ok=True)
@@ -307,10 +307,10 @@ class JobDirectory:
 
     def changed_tensor(self, name: str) -> np.ndarray | None:
         """A float32 tensor that folding has changed, by its full name; None for all others."""
-        parts = name.split(".", 3)
-        if len(parts) < 4 or parts[:2] != ["model", "layers"]:
+        found = in_block(name)
+        if found is None:
             return None
-        file, changed = self._block(int(parts[2])), f"{CHANGED}{parts[3]}"
+        file, changed = self._block(found[0]), f"{CHANGED}{found[1]}"
         return file.read(changed) if changed in file.tensors else None
 
     def cache_scale(self, index: int, path: str) -> np.ndarray:

@@ -46,7 +46,7 @@ class HostBlock:
 
     def load(self, read: Callable[[str], np.ndarray], prefix: str = "") -> None:
         """Takes what ``read`` gives for each parameter's name after a prefix, one at a time."""
-        for name in self.config.block_shapes():
+        for name in self.config.block(self.index).tensors:
             self.arrays[name] = read(prefix + name)
 
     def linear(self, path: str, rows: np.ndarray) -> np.ndarray:

@@ -9,9 +9,12 @@ from pathlib import Path
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import free_spaces_check
 from ms_quant.files.hub_cache import refuse_cached_place
+from ms_quant.formats.registry import FORMATS
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.families import LinearGroup
+from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
 IN_PROGRESS = "output in progress"
@@ -83,19 +86,19 @@ def job_bytes(plans: Sequence[Plan], tokens: int, first: int = 0) -> int:
 
 
 def _block_bytes(plan: Plan, index: int) -> int:
-    shapes = plan.config.linear_shapes()
+    block = plan.config.block(index)
     norms = 2 * 4 * plan.config.hidden_size  # those that folding changed
     linears = [
-        _linear_bytes(plan.of(index, group), group, *shapes[member])
+        _linear_bytes(plan.layer(index, group), group, block.linears[member])
         for group in plan.groups(index)
         for member in group.members
     ]
     return BLOCK_OVERHEAD + norms + sum(linears)
 
 
-def _linear_bytes(plan: Plan, group: LinearGroup, out: int, into: int) -> int:
+def _linear_bytes(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> int:
     """At most: codes that are not packed, an input scale, a bias, and the rest in float32."""
-    stored = plan.format.linear_plan(plan, group, (out, into))
+    stored, (out, into) = FORMATS[layer.storage.format].linear_plan(layer, group, spec), spec.shape
     rest = sum(math.prod(s) * d.itemsize for name, (d, s) in stored.items() if name != "weight")
     return out * into + 4 * (out + 2 * into) + 2 * rest
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import DiskError
 from ms_quant.files.first_pass import read_source
-from ms_quant.files.floats import round_chunks, round_finite
 from ms_quant.files.reader import ChangedSourceError
 from ms_quant.files.strict_json import read_json
-from ms_quant.formats import kv_cache
-from ms_quant.formats.format import group_of
+from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.pipeline.request import (
@@ -27,10 +22,9 @@ from ms_quant.pipeline.request import (
     prepare,
     require_mindspore,
 )
-from ms_quant.pipeline.writer import Tensor, output_bytes, summary, write_output
+from ms_quant.pipeline.writer import output_bytes, summary, write_output
 from ms_quant.quantization import activation_record as activations
 from ms_quant.quantization.block import NO_HOOKS, BlockHooks, Progress, quantize_data_free
-from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
 from ms_quant.statistics.activation_range import float16_facts
 
@@ -188,41 +182,6 @@ def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> N
     if checked.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
         facts[activation_range.KEY] = job.ranges()
-    get = _tensor_getter(checked, job)
+    numbers = JobNumbers(plan, job, checked.tensors)
     size = options.shard_bytes or SHARD_BYTES
-    write_output(plan, get, output, size, options.model, facts)
-
-
-def _tensor_getter(checked: CheckedJob, job: JobDirectory) -> Tensor:
-    plan, format = checked.plan, checked.plan.format
-    checkpoint = as_divided(checked.tensors, plan.config, job.ranges(), str(job.directory))
-    names = set(checkpoint.names)
-    plans = {tensor.name: tensor for tensor in format.tensor_plans(plan)}
-
-    def bias(path: str) -> np.ndarray | None:
-        name = f"{path}.bias"
-        if name not in names:
-            return None
-        changed = job.changed_tensor(name)
-        return checkpoint.read_float32(name) if changed is None else changed
-
-    def get(name: str) -> np.ndarray | Iterator[np.ndarray]:
-        path, _, suffix = name.rpartition(".")
-        if suffix in kv_cache.SUFFIXES:
-            _, _, index, member = path.split(".", 3)
-            scale = job.cache_scale(int(index), member)
-            return scale if suffix == kv_cache.SCALE else np.zeros_like(scale)
-        tensor = plans[name]
-        if tensor.part is not None and not tensor.source:
-            path, suffix = tensor.part
-            _, _, index, member = path.split(".", 3)
-            linear = job.linear(int(index), member, suffix in format.with_codes)
-            linear = replace(linear, bias=bias(path), input_dtype=plan.dtype)
-            return format.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
-        name = tensor.source or name
-        changed = job.changed_tensor(name)
-        if changed is not None:
-            return round_finite(changed, tensor.dtype, name)
-        return round_chunks(checkpoint, name, tensor.dtype)
-
-    return get
+    write_output(plan, numbers, output, size, options.model, facts)

@@ -17,14 +17,16 @@ import numpy as np
 from ms_quant.algorithms.problem import Loss, Problem, Solution, apply
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
-from ms_quant.schemes.records import Fold, Scheme
+from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.statistics.observers import ActivationStats
 
 Progress = Callable[[int, float], None]
@@ -123,15 +125,17 @@ def quantize_block(
         cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
     block, count = Block(), len(plan.groups(index))
-    folding = {group.name for group in plan.groups(index) if folds(plan.of(index, group))}
+    folding = {group.name for group in plan.groups(index) if plan.layer(index, group).folds}
     several = bool(folding)  # then weights wait for the smoothing of what they feed
 
     def smoothed() -> Iterator[Smoothed]:
         for done, group in enumerate(plan.groups(index)):
             looked = seen(group)
             problem = _problem(plan, index, group, array, looked, hooks)
-            solution = _floored(plan.of(index, group), looked, problem)
-            if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
+            layer = plan.layer(index, group)
+            solution = _floored(layer, looked, problem)
+            own = layer.storage.target is SmoothingTarget.MUL_SCALE
+            if own and solution.smooth is not None:
                 solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
             if group.name in folding and solution.smooth is not None:
                 smooth = _fold(plan, group, array, block.floats, solution.smooth)
@@ -147,7 +151,7 @@ def quantize_block(
         if several:
             problem = _with_scaled_rows(problem, divisors, block.floats)
         if hooks.rounding is None:
-            solution = plan.of(index, group).algorithms.rest(problem, solution)
+            solution = plan.layer(index, group).algorithms.rest(problem, solution)
             linears, note = apply(problem, solution), dict(solution.note)
         else:
             linears, note = hooks.rounding(problem, solution)
@@ -163,17 +167,13 @@ def quantize_block(
     return block
 
 
-def _floored(plan: Plan, seen: Seen, problem: Problem) -> Solution:
+def _floored(layer: LayerPlan, seen: Seen, problem: Problem) -> Solution:
     """The smoothing of a group, nowhere so small that what it divides leaves float16."""
-    solution = plan.algorithms.first(problem)
-    if solution.smooth is None or seen.floor is None or plan.scheme.fold is Fold.INPUT_SCALE:
+    solution = layer.algorithms.first(problem)
+    inside = layer.storage.target is SmoothingTarget.INPUT_SCALE
+    if solution.smooth is None or seen.floor is None or inside:
         return solution
     return replace(solution, smooth=np.maximum(solution.smooth, seen.floor))
-
-
-def folds(plan: Plan) -> bool:
-    """Whether smoothing goes into what makes the input; of a plan of one group."""
-    return plan.algorithms.any("smooths") and plan.scheme.fold is Fold.NORM
 
 
 def _problem(
@@ -189,12 +189,12 @@ def _problem(
         weights[member] = weight
         if bias is not None:
             biases[member] = bias
-    scheme = plan.of(index, group).scheme
-    inside = scheme.fold is not Fold.NORM
+    layer = plan.layer(index, group)
+    inside = layer.storage.target is not SmoothingTarget.NORM
     feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",
-        scheme=scheme,
+        scheme=layer.scheme,
         weights=weights,
         biases=biases,
         stats=seen.stats,
@@ -203,13 +203,15 @@ def _problem(
         relative_mse=seen.relative_mse,
         smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
-        input_dtype=plan.dtype if _own_product(scheme) else DTYPES["float32"],
+        input_dtype=plan.dtype if _own_product(layer) else DTYPES["float32"],
+        scale_type=layer.storage.scale_type,
     )
 
 
-def _own_product(scheme: Scheme) -> bool:
+def _own_product(layer: LayerPlan) -> bool:
     """Whether linears multiply their inputs by a vector, or scale long blocks of them."""
-    return scheme.fold is Fold.MUL_SCALE or isinstance(scheme.activation, DualMxTokens)
+    own = layer.storage.target is SmoothingTarget.MUL_SCALE
+    return own or isinstance(layer.scheme.activation, DualMxTokens)
 
 
 def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[int, int]:
@@ -299,7 +301,7 @@ def finish_targets(
     """
     done: list[tuple[Plan, Block]] = []
     for count, (plan, job) in enumerate(reversed(targets)):
-        block = next((block for other, block in done if _equal(plan, other)), None)
+        block = next((block for other, block in done if plan.same_numbers(other)), None)
         if block is None:
             block = make(plan, partial(_share, progress, count, len(targets)))
             done.append((plan, block))
@@ -308,19 +310,6 @@ def finish_targets(
 
 def _share(progress: Callable[[float], None], done: int, of: int, part: float) -> None:
     progress((done + part) / of)
-
-
-def _equal(plan: Plan, other: Plan) -> bool:
-    """Whether two formats get the same numbers."""
-    return [_numbers(way) for way in plan.ways] == [_numbers(way) for way in other.ways] and list(
-        plan.mixed
-    ) == list(other.mixed)
-
-
-def _numbers(plan: Plan) -> tuple[Any, ...]:
-    scheme = plan.scheme
-    kinds = scheme.weight, scheme.activation, scheme.scale_dtype(plan.dtype), scheme.fold
-    return *kinds, plan.algorithms, plan.dtype, plan.float_groups, plan.kv_cache
 
 
 def quantize_data_free(

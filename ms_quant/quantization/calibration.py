@@ -19,10 +19,10 @@ import numpy as np
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
-from ms_quant.models.config import block_prefix
 from ms_quant.models.embedding import used_rows
 from ms_quant.models.families import LinearGroup
 from ms_quant.models.host_block import HostBlock, Linear
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.block import (
     NO_HOOKS,
@@ -161,22 +161,24 @@ def _observe(
 ) -> _Observed:
     """The float forward of a block."""
     plan, (sequences, length) = plans[0], shape
+    spec = plan.config.block(index)
     batch = max(1, BATCH_TOKENS // length)
     stats: dict[str, ActivationStats] = {}
     ranges = BlockRanges(index)
     watched = {
         path: _watched(block, path, partial(ranges.add, places.output_of(path)))
-        for path in plan.config.linear_shapes()
+        for path in spec.linears
     }
     wanted = {group.name for plan in plans for group in plan.groups(index)}
-    for group in plan.config.family.groups:
+    for group in spec.groups:
         path = group.members[0]
         watched[path] = _shown(watched[path], partial(ranges.add, places.input_of(group)))
         if group.name not in wanted:
             continue
-        chains = [plan.of(index, group).algorithms for plan in plans]
+        layers = [plan.layers[GroupId(index, group.name)] for plan in plans]
+        chains = [layer.algorithms for layer in layers if layer is not None]
         stats[group.name] = ActivationStats(
-            plan.config.linear_shapes()[path][1],
+            spec.in_features(group),
             sequences * length,
             max(algorithms.kept_tokens for algorithms in chains),
             f"{block_prefix(index)}{path}: calibration input",

@@ -20,7 +20,7 @@ from ms_quant.files.atomic import write_json
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import prove_source, run_blocks
 from ms_quant.quantization.block import BlockHooks

@@ -22,7 +22,7 @@ from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -47,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options: Any) -> Plan:
     config = parse_config({**RAW, **(raw or {})})
-    return make_plan(config, scheme, "minmax", dtype=dtype, options=Choices(scheme=options))
+    return make_plan(config, scheme, "minmax", dtype=dtype, scheme_options=options)
 
 
 CODES = np.array([[1, -1, 7, -8], [0, 2, -3, 4]], np.int8)

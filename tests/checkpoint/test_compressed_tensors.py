@@ -23,7 +23,7 @@ from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
 FORMAT = "compressed-tensors"
@@ -47,10 +47,8 @@ LINEARS = [
 
 
 def plan(scheme: str, dtype: np.dtype = BF16, exclude: tuple = (), **options: Any) -> Plan:
-    choices = Choices(scheme=options, format=FORMAT)
-    return make_plan(
-        parse_config(RAW), scheme, "minmax", dtype=dtype, exclude=exclude, options=choices
-    )
+    choices = {"scheme_options": options, "format": FORMAT}
+    return make_plan(parse_config(RAW), scheme, "minmax", dtype=dtype, exclude=exclude, **choices)
 
 
 def table(chosen: Plan, path: str = K_PROJ) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import get_scheme
 
 FORMAT = "compressed-tensors"
@@ -59,7 +59,7 @@ def plan(scheme: str, options: dict[str, Any]) -> Plan:
         "W8A16",
         "minmax",
         dtype=DTYPES["bfloat16"],
-        options=Choices(format=FORMAT),
+        format=FORMAT,
     )
     return replace(made, scheme=get_scheme(scheme, FORMAT, **options))
 

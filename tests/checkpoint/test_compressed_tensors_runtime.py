@@ -28,7 +28,7 @@ from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 
 FORMAT = "compressed-tensors"
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -251,7 +251,7 @@ def test_the_runtime_computes_what_was_quantized(
     load_tensors: Callable[[Path], dict[str, np.ndarray]],
 ) -> None:
     source = tiny_model(family="qwen2", layers=1, dtype=dtype, **SHAPES)
-    choices = Choices(scheme=options, format=FORMAT)
+    choices = {"scheme_options": options, "formats": (FORMAT,)}
     plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
     output = tmp_path / "out"
     write(plan, source, output)
@@ -282,7 +282,7 @@ def test_what_is_read_is_what_was_written(
     tmp_path: Path,
 ) -> None:
     source = tiny_model(family="qwen2", layers=1, dtype=dtype, **SHAPES)
-    choices = Choices(scheme=options, format=FORMAT)
+    choices = {"scheme_options": options, "formats": (FORMAT,)}
     plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
     for path, linear in write(plan, source, tmp_path / "out").items():
         checkpoint = Checkpoint(tmp_path / "out")
@@ -362,10 +362,8 @@ def test_a_tensor_that_contradicts_is_refused(
     save_tensors: Callable,
 ) -> None:
     source, (scheme, options) = tiny_model(layers=1, **SHAPES), made
-    choices = Choices(scheme=options, format=FORMAT)
-    plan = make_plan(
-        load_config(source), scheme, "minmax", dtype=DTYPES["bfloat16"], options=choices
-    )
+    choices = {"scheme_options": options, "format": FORMAT}
+    plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES["bfloat16"], **choices)
     write(plan, source, tmp_path / "out")
     tensors = load_tensors(tmp_path / "out")
     changed = change(tensors.pop(f"{DOWN}.{suffix}"))

@@ -27,7 +27,7 @@ from ms_quant.numerics.linear import QuantizedLinear, smooth_of, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Fold
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
@@ -53,13 +53,16 @@ def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options
     config = parse_config({**RAW, **(raw or {})})
     algorithm = "smoothquant" if options.pop("smooths", False) else "minmax"
     bare = TYPES[scheme].needs_bias
-    choices = Choices(WHOLE.get("W8A16" if bare else scheme, options), format="mindie-sd")
+    choices = {
+        "scheme_options": WHOLE.get("W8A16" if bare else scheme, options),
+        "format": "mindie-sd",
+    }
     made = make_plan(
         config,
         "W8A16" if bare else scheme,
         "minmax" if bare else algorithm,
         dtype=dtype,
-        options=choices,
+        **choices,
     )
     if not bare:
         return made

@@ -36,7 +36,7 @@ def plans_of(arrays: dict[str, np.ndarray]) -> list[TensorPlan]:
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> FileRecord:
-    return write_file(path, plans_of(arrays), arrays.__getitem__)
+    return write_file(path, plans_of(arrays), lambda plan: arrays[plan.name])
 
 
 SMALL = {
@@ -71,7 +71,7 @@ def test_metadata_is_sorted(tmp_path: Path) -> None:
     files = []
     for metadata in ({"b": "1", "a": "2"}, {"a": "2", "b": "1"}):
         path = tmp_path / "x.safetensors"
-        write_file(path, plans_of(SMALL), SMALL.__getitem__, metadata)
+        write_file(path, plans_of(SMALL), lambda plan: SMALL[plan.name], metadata)
         files.append(path.read_bytes())
     assert files[0] == files[1]
     assert open_file(tmp_path / "x.safetensors").metadata == {"a": "2", "b": "1"}
