@@ -38,7 +38,7 @@ def tokens() -> np.ndarray:
 
 
 def perplexity(directory: Path, tokens: np.ndarray, **options: str) -> float:
-    from ms_quant.evaluation.evaluation import perplexity as measure
+    from ms_quant.evaluation.perplexity import perplexity as measure
     from ms_quant.formats.opening import open_model
 
     return measure(open_model(directory), tokens, **options)["perplexity"]
@@ -71,7 +71,7 @@ def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options:
 
 
 def test_the_model_learned_and_uses_its_context(tokens):
-    from ms_quant.evaluation.evaluation import token_losses
+    from ms_quant.evaluation.perplexity import token_losses
     from ms_quant.formats.opening import open_model
 
     card = json.loads((MODEL / "training.json").read_text())

@@ -25,7 +25,6 @@ from ms_quant.pipeline.request import (
     QuantizeOptions,
     needed_bytes,
     prepare,
-    require_mindspore,
 )
 from ms_quant.pipeline.writer import Tensor, output_bytes, summary, write_output
 from ms_quant.quantization import activation_record as activations
@@ -45,7 +44,6 @@ __all__ = [
     "prepare",
     "prove_source",
     "quantize_checkpoint",
-    "require_mindspore",
 ]
 
 
