@@ -139,7 +139,7 @@ def least_seconds() -> str:
         command, env={**os.environ, **THREADS}, check=True, stdout=subprocess.PIPE
     )
     speed, config = float(done.stdout), parse_config(CONFIG)
-    weights = config.num_layers * sum(out * into for out, into in config.linear_shapes().values())
+    weights = config.num_layers * config.block(0).size
     seconds = 2 * weights * SAMPLES * LENGTH / speed
     return (
         f"One thread of BLAS does {speed / 1e9:.0f} GFLOPS here: the linears of "

@@ -20,7 +20,6 @@ from ms_quant.pipeline.request import (
     QuantizeOptions,
     needed_bytes,
     prepare,
-    require_mindspore,
 )
 from ms_quant.pipeline.writer import output_bytes, summary, write_output
 from ms_quant.quantization import activation_record as activations
@@ -39,7 +38,6 @@ __all__ = [
     "prepare",
     "prove_source",
     "quantize_checkpoint",
-    "require_mindspore",
 ]
 
 

@@ -19,9 +19,10 @@ import numpy as np
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
+from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.embedding import used_rows
 from ms_quant.models.families import LinearGroup
-from ms_quant.models.host_block import HostBlock, Linear
+from ms_quant.models.linear_forward import Linear
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.block import (
@@ -73,30 +74,42 @@ def calibrate(
         MsQuantError: a weight or an activation is NaN or inf, or the disk is full.
     """
     plan, job = targets[0]
-    block = HostBlock(plan.config, tokens.shape[1])
     first = job.finished_blocks()
     if first == 0:
         embed(checkpoint, tokens, job)
+    at = Positions(plan.config, tokens.shape[1])
     for index in range(first, plan.config.num_layers):
-        block.index, prefix = index, block_prefix(index)
-        block.load(checkpoint.read_float32, prefix)
-        cache = CacheRange(prefix) if plan.kv_cache else None
-        plans = [plan for plan, _ in targets]
-        observe = partial(_observe, plans, block, job, index, tokens.shape, progress, hooks)
-        observed, divided = observe(cache), Divided()
-        if plan.dtype.name == "float16":
-            divided = observed.ranges.divisions(plan.config)
-            if divided:
-                _divide(block, divided)
-                cache = CacheRange(prefix) if plan.kv_cache else None
-                observed = observe(cache)
-            observed.ranges.check_float16()
-        seen = partial(_seen, plan, block, observed)
-        half = partial(_second_half, progress, index)
-        cached = None if cache is None else cache.absmax
-        make = partial(_make, index, block, seen, hooks, cached, observed.ranges.facts(divided))
-        norms = {f"{name}.l2_norm": stats.l2_norm for name, stats in observed.stats.items()}
-        finish_targets(targets, index, make, norms, half)
+        _calibrate_block(targets, checkpoint, index, at, tokens.shape, progress, hooks)
+
+
+def _calibrate_block(
+    targets: Sequence[Target],
+    checkpoint: FloatTensors,
+    index: int,
+    at: Positions,
+    shape: tuple[int, ...],
+    progress: Progress,
+    hooks: BlockHooks,
+) -> None:
+    (plan, job), prefix = targets[0], block_prefix(index)
+    block = BlockForward.load(plan.config, index, checkpoint.read_float32)
+    cache = CacheRange(prefix) if plan.kv_cache else None
+    plans = [plan for plan, _ in targets]
+    observe = partial(_observe, plans, block, at, job, shape, progress, hooks)
+    observed, divided = observe(cache), Divided()
+    if plan.dtype.name == "float16":
+        divided = observed.ranges.divisions(plan.config)
+        if divided:
+            _divide(block, divided)
+            cache = CacheRange(prefix) if plan.kv_cache else None
+            observed = observe(cache)
+        observed.ranges.check_float16()
+    seen = partial(_seen, plan, block, at, observed)
+    half = partial(_second_half, progress, index)
+    cached = None if cache is None else cache.absmax
+    make = partial(_make, block, seen, hooks, cached, observed.ranges.facts(divided))
+    norms = {f"{name}.l2_norm": stats.l2_norm for name, stats in observed.stats.items()}
+    finish_targets(targets, index, make, norms, half)
 
 
 class _Observed(NamedTuple):
@@ -113,7 +126,7 @@ class _Observed(NamedTuple):
     ranges: BlockRanges
 
 
-def _divide(block: HostBlock, divided: Divided) -> None:
+def _divide(block: BlockForward, divided: Divided) -> None:
     """Changes a loaded block so that it computes the same with smaller activations."""
     for name, array in block.arrays.items():
         rows, columns = factors(block.config, divided, name)
@@ -124,8 +137,7 @@ def _divide(block: HostBlock, divided: Divided) -> None:
 
 
 def _make(
-    index: int,
-    block: HostBlock,
+    block: BlockForward,
     seen: Callable[[LinearGroup], Seen],
     hooks: BlockHooks,
     cached: Mapping[str, np.ndarray] | None,
@@ -133,7 +145,7 @@ def _make(
     plan: Plan,
     progress: Callable[[float], None],
 ) -> Block:
-    made = quantize_block(plan, index, block.arrays.get, seen, hooks, progress, cached)
+    made = quantize_block(plan, block.index, block.arrays.get, seen, hooks, progress, cached)
     made.ranges = dict(ranges)
     return made
 
@@ -142,8 +154,10 @@ def _second_half(progress: Progress, index: int, part: float) -> None:
     progress(index, (1 + part) / 2)
 
 
-def _seen(plan: Plan, block: HostBlock, observed: _Observed, group: LinearGroup) -> Seen:
-    errors = BlockErrors(block, group, observed.searched)
+def _seen(
+    plan: Plan, block: BlockForward, at: Positions, observed: _Observed, group: LinearGroup
+) -> Seen:
+    errors = BlockErrors(block, at, group, observed.searched)
     narrow = plan.dtype.name == "float16"
     floor = observed.ranges.floor(plan.config, group) if narrow else None
     return Seen(observed.stats[group.name], errors.loss, errors.relative_mse, floor)
@@ -151,23 +165,23 @@ def _seen(plan: Plan, block: HostBlock, observed: _Observed, group: LinearGroup)
 
 def _observe(
     plans: Sequence[Plan],
-    block: HostBlock,
+    block: BlockForward,
+    at: Positions,
     job: JobDirectory,
-    index: int,
     shape: tuple[int, ...],
     progress: Progress,
     hooks: BlockHooks,
     cache: CacheRange | None,
 ) -> _Observed:
     """The float forward of a block."""
-    plan, (sequences, length) = plans[0], shape
+    plan, index, (sequences, length) = plans[0], block.index, shape
     spec = plan.config.block(index)
     batch = max(1, BATCH_TOKENS // length)
     stats: dict[str, ActivationStats] = {}
     ranges = BlockRanges(index)
     watched = {
-        path: _watched(block, path, partial(ranges.add, places.output_of(path)))
-        for path in spec.linears
+        path: _watched(linear, partial(ranges.add, places.output_of(path)))
+        for path, linear in block.linears.items()
     }
     wanted = {group.name for plan in plans for group in plan.groups(index)}
     for group in spec.groups:
@@ -186,7 +200,7 @@ def _observe(
             any(algorithms.any("histogram") for algorithms in chains),
         )
         watched[path] = _shown(watched[path], stats[group.name].update)
-    last = index + 1 == plan.config.num_layers
+    shown, last = block.with_linears(watched), index + 1 == plan.config.num_layers
     hidden_shape = (sequences, length, plan.config.hidden_size)
     following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
     searches = hooks.rounding is not None or any(plan.any("searches") for plan in plans)
@@ -195,9 +209,9 @@ def _observe(
         hidden = read_hidden(job.hidden_file(index), start, start + batch)
         if index == 0:
             ranges.add(places.BEFORE, hidden)
-        middle = block.attend(hidden, watched, cache)
+        middle = shown.attend(hidden, at, cache)
         ranges.add(places.MIDDLE, middle)
-        output = block.feed_forward(middle, watched)
+        output = shown.feed_forward(middle)
         ranges.add(places.AFTER, output)
         searched.add(start, hidden, middle, output)
         if following:
@@ -208,15 +222,15 @@ def _observe(
     return _Observed(stats, searched, ranges)
 
 
-def _watched(block: HostBlock, path: str, observe: Callable[[np.ndarray], None]) -> Linear:
-    """A float linear that shows its output."""
+def _watched(linear: Linear, observe: Callable[[np.ndarray], None]) -> Linear:
+    """A linear that shows its output."""
 
-    def linear(rows: np.ndarray) -> np.ndarray:
-        made = block.linear(path, rows)
+    def watched(rows: np.ndarray) -> np.ndarray:
+        made = linear(rows)
         observe(made)
         return made
 
-    return linear
+    return watched
 
 
 def _shown(linear: Linear, observe: Callable[[np.ndarray], None]) -> Linear:

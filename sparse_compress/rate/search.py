@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.atomic import write_json
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
@@ -157,8 +158,6 @@ class Search:
             return self._loss(JobModel(checked.plan, job, checked.tensors))
 
     def _loss(self, model: ServedModel) -> float:
-        from ms_quant.evaluation.evaluation import perplexity
-
         assert self.goal.tokens is not None
         return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]
 

@@ -15,10 +15,9 @@ from ms_quant.cells.decoder import (  # noqa: E402
     rope_tensors,
     transpose_heads,
 )
+from ms_quant.cells.kv_cache import KeyValueCache  # noqa: E402
 from ms_quant.kernels import matrix  # noqa: E402
 from ms_quant.models import attention as on_arrays  # noqa: E402
-from ms_quant.models import cache as cache_of_models  # noqa: E402
-from ms_quant.models.cache import KeyValueCache  # noqa: E402
 from ms_quant.models.config import parse_config  # noqa: E402
 
 CONFIG = parse_config(
@@ -77,9 +76,7 @@ def test_jit_gives_the_same(block, hidden):
     np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("room", [1, 64])
-def test_a_cache_gives_the_same_token_by_token(block, hidden, room, monkeypatch):
-    monkeypatch.setattr(cache_of_models, "FIRST_TOKENS", room)
+def test_a_cache_gives_the_same_token_by_token(block, hidden):
     cache, outputs = KeyValueCache(), []
     for position in range(LENGTH):
         cos, sin = rope_tensors(CONFIG, position, position + 1)
