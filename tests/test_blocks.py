@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from ms_quant.algorithms.problem import Problem, Solution, checked
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig, parse_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear

@@ -91,7 +91,7 @@ def test_calibration_and_heldout_share_no_file():
 def test_the_model_meets_the_unzip_limits_on_both_ranks():
     config = load_config(MODEL)
     for group in config.block(0).groups:
-        n, k = fused_shape(config, 2, group)
+        n, k = fused_shape(group, 2)
         assert unsupported_reason(n, k) is None
         assert n % 128 == 0 and k % 64 == 0 and k > 256
     assert (MODEL / "model.safetensors").stat().st_size <= 16 << 20

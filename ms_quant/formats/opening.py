@@ -28,7 +28,6 @@ from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import read_structure
 from ms_quant.job.directory import JobDirectory
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import CACHED
 from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
@@ -167,7 +166,8 @@ class JobModel(FloatModel):
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.kv_cache:
             return None
-        return {path: self.numbers.cache_scale(f"{block_prefix(index)}{path}") for path in CACHED}
+        prefix, cached = block_prefix(index), self.config.block(index).cached
+        return {path: self.numbers.cache_scale(prefix + path) for path in cached}
 
 
 class QuantizedModel:
@@ -214,8 +214,8 @@ class QuantizedModel:
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.plan.kv_cache:
             return None
-        prefix = block_prefix(index)
-        return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in CACHED}
+        prefix, cached = block_prefix(index), self.config.block(index).cached
+        return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in cached}
 
 
 def open_model(directory: Path | str) -> ServedModel:

@@ -157,8 +157,9 @@ def _choices(config: ModelConfig, recipe: Recipe) -> dict[GroupId, LayerChoice]:
     paths = {path: group for group, members in groups.items() for path in members}
     producers = linear_producers(config)
     _refuse_idle(recipe, list(paths), list(producers.values()), float_paths(config))
-    linears = {path: group.name for path, group in paths.items()}
-    chosen = assign(recipe, linears, producers)
+    linears = {path: _kind(config, group) for path, group in paths.items()}
+    mates = {path: groups[group] for path, group in paths.items()}
+    chosen = assign(recipe, linears, producers, mates)
     wanted: dict[GroupId, LayerChoice] = {}
     for group, members in groups.items():
         found = {path: chosen.get(path) for path in members}
@@ -184,6 +185,10 @@ def _groups(config: ModelConfig) -> dict[GroupId, list[str]]:
     }
 
 
+def _kind(config: ModelConfig, group: GroupId) -> str:
+    return config.block(group.block).group(group.name).kind
+
+
 def linear_paths(config: ModelConfig) -> list[str]:
     """Full paths of the decoder linears, in model order."""
     return [path for members in _groups(config).values() for path in members]
@@ -198,10 +203,11 @@ def _title(choice: LayerChoice | None) -> str:
 def linear_producers(config: ModelConfig) -> dict[str, str]:
     """Full path of every linear to that of what makes its input, in model order."""
     return {
-        f"{block_prefix(index)}{member}": f"{block_prefix(index)}{group.feed}"
-        for index in range(config.num_layers)
-        for group in config.block(index).groups
+        f"{block_prefix(block.index)}{member}": f"{block_prefix(block.index)}{edge.producer}"
+        for block in config.blocks
+        for group in block.groups
         for member in group.members
+        if (edge := block.producer_of(group))
     }
 
 

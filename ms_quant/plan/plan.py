@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import SEARCH_TOKENS
+from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import GroupId, LinearId, block_prefix, in_block
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.schemes.support import store
@@ -132,10 +132,12 @@ class Plan:
         groups = self.config.block(index).groups
         return [g for g in groups if self.layers[GroupId(index, g.name)] is not None]
 
-    def feed(self, index: int, group: LinearGroup) -> str | None:
+    def producer(self, index: int, group: LinearGroup) -> Edge | None:
         """Where the smoothing of a group's input may be folded: a norm, or a quantized linear."""
-        quantized = {member for other in self.groups(index) for member in other.members}
-        return group.feed if group.feeds_from_norm or group.feed in quantized else None
+        edge = self.config.block(index).producer_of(group)
+        if edge is None or edge.norm:
+            return edge
+        return edge if self.layer_of(f"{block_prefix(index)}{edge.producer}") else None
 
     def quantized(self) -> list[str]:
         """Full paths of the quantized linears, in model order."""

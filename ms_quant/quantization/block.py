@@ -17,8 +17,7 @@ import numpy as np
 from ms_quant.algorithms.problem import Loss, Problem, Solution, apply
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import BlockSpec, Edge, LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
 from ms_quant.numerics.activation import DualMxTokens
@@ -124,7 +123,7 @@ def quantize_block(
         progress: told how much is done, 0 to 1.
         cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
-    block, count = Block(), len(plan.groups(index))
+    block, count, spec = Block(), len(plan.groups(index)), plan.config.block(index)
     folding = {group.name for group in plan.groups(index) if plan.layer(index, group).folds}
     several = bool(folding)  # then weights wait for the smoothing of what they feed
 
@@ -138,7 +137,9 @@ def quantize_block(
             if own and solution.smooth is not None:
                 solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
             if group.name in folding and solution.smooth is not None:
-                smooth = _fold(plan, group, array, block.floats, solution.smooth)
+                edge = spec.producer_of(group)
+                assert edge is not None, group.name
+                smooth = _fold(plan, edge, array, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)
             yield Smoothed(group, problem, solution)
             if several:
@@ -146,7 +147,7 @@ def quantize_block(
 
     # Without folding one group's weights after the other are in memory.
     pending = list(smoothed()) if several else smoothed()
-    divisors = _divisors(pending, folding) if isinstance(pending, list) else {}
+    divisors = _divisors(spec, pending, folding) if isinstance(pending, list) else {}
     for done, (group, problem, solution) in enumerate(pending):
         if several:
             problem = _with_scaled_rows(problem, divisors, block.floats)
@@ -191,7 +192,7 @@ def _problem(
             biases[member] = bias
     layer = plan.layer(index, group)
     inside = layer.storage.target is not SmoothingTarget.NORM
-    feed = None if inside else plan.feed(index, group)
+    edge = None if inside else plan.producer(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",
         scheme=layer.scheme,
@@ -201,8 +202,9 @@ def _problem(
         dtype=plan.dtype,
         loss=seen.loss,
         relative_mse=seen.relative_mse,
-        smoothing=inside or feed is not None,
-        shared=_shared(plan.config, group, feed),
+        smoothing=inside or edge is not None,
+        shared=(edge.repeats, edge.size) if edge else (1, 1),
+        scores=frozenset(path for path, linear in group.linears.items() if linear.scores),
         input_dtype=plan.dtype if _own_product(layer) else DTYPES["float32"],
         scale_type=layer.storage.scale_type,
     )
@@ -214,16 +216,9 @@ def _own_product(layer: LayerPlan) -> bool:
     return own or isinstance(layer.scheme.activation, DualMxTokens)
 
 
-def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[int, int]:
-    """Which inputs must share their smoothing: query heads that read the same value head."""
-    if feed is None or feed != group.feed or not group.by_head:
-        return 1, 1
-    return config.num_heads // config.num_kv_heads, config.head_dim
-
-
 def _fold(
     plan: Plan,
-    group: LinearGroup,
+    edge: Edge,
     array: Array,
     floats: dict[str, np.ndarray],
     smooth: np.ndarray,
@@ -236,9 +231,9 @@ def _fold(
     Returns:
         float32 (in,), what the weights' columns are multiplied by.
     """
-    if not group.feeds_from_norm:
+    if not edge.norm:
         return smooth
-    name = f"{group.feed}.weight"
+    name = f"{edge.producer}.weight"
     gain = array(name)
     assert gain is not None
     with np.errstate(over="ignore"):
@@ -250,17 +245,15 @@ def _fold(
     return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
 
 
-def _divisors(consumers: Iterable[Smoothed], folding: Container[str]) -> dict[str, np.ndarray]:
+def _divisors(
+    spec: BlockSpec, consumers: Iterable[Smoothed], folding: Container[str]
+) -> dict[str, np.ndarray]:
     """Path of a linear to float32 (out,), the smoothing of what it feeds."""
     divisors = {}
-    for group, problem, solution in consumers:
-        if group.name not in folding or group.feeds_from_norm or solution.smooth is None:
-            continue
-        heads, size = problem.shared
-        rows = solution.smooth
-        if heads > 1:  # one value head's rows for the query heads that share them
-            rows = rows.reshape(-1, heads, size)[:, 0].reshape(-1)
-        divisors[group.feed] = rows
+    for group, _, solution in consumers:
+        edge = spec.producer_of(group)
+        if group.name in folding and edge and not edge.norm and solution.smooth is not None:
+            divisors[edge.producer] = edge.rows(solution.smooth)
     return divisors
 
 

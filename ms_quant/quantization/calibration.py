@@ -20,8 +20,8 @@ from ms_quant.budget import BATCH_TOKENS
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import BlockForward, Positions
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.embedding import used_rows
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.linear_forward import Linear
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
@@ -92,8 +92,9 @@ def _calibrate_block(
     hooks: BlockHooks,
 ) -> None:
     (plan, job), prefix = targets[0], block_prefix(index)
+    cached = plan.config.block(index).cached
     block = BlockForward.load(plan.config, index, checkpoint.read_float32)
-    cache = CacheRange(prefix) if plan.kv_cache else None
+    cache = CacheRange(prefix, cached) if plan.kv_cache else None
     plans = [plan for plan, _ in targets]
     observe = partial(_observe, plans, block, at, job, shape, progress, hooks)
     observed, divided = observe(cache), Divided()
@@ -101,13 +102,13 @@ def _calibrate_block(
         divided = observed.ranges.divisions(plan.config)
         if divided:
             _divide(block, divided)
-            cache = CacheRange(prefix) if plan.kv_cache else None
+            cache = CacheRange(prefix, cached) if plan.kv_cache else None
             observed = observe(cache)
         observed.ranges.check_float16()
     seen = partial(_seen, plan, block, at, observed)
     half = partial(_second_half, progress, index)
-    cached = None if cache is None else cache.absmax
-    make = partial(_make, block, seen, hooks, cached, observed.ranges.facts(divided))
+    largest = None if cache is None else cache.absmax
+    make = partial(_make, block, seen, hooks, largest, observed.ranges.facts(divided))
     norms = {f"{name}.l2_norm": stats.l2_norm for name, stats in observed.stats.items()}
     finish_targets(targets, index, make, norms, half)
 
@@ -129,7 +130,7 @@ class _Observed(NamedTuple):
 def _divide(block: BlockForward, divided: Divided) -> None:
     """Changes a loaded block so that it computes the same with smaller activations."""
     for name, array in block.arrays.items():
-        rows, columns = factors(block.config, divided, name)
+        rows, columns = factors(block.spec, divided, name)
         if rows is not None:
             array *= rows if array.ndim == 1 else rows[:, None]
         if columns is not None:
@@ -159,7 +160,7 @@ def _seen(
 ) -> Seen:
     errors = BlockErrors(block, at, group, observed.searched)
     narrow = plan.dtype.name == "float16"
-    floor = observed.ranges.floor(plan.config, group) if narrow else None
+    floor = observed.ranges.floor(block.spec, group) if narrow else None
     return Seen(observed.stats[group.name], errors.loss, errors.relative_mse, floor)
 
 
@@ -192,7 +193,7 @@ def _observe(
         layers = [plan.layers[GroupId(index, group.name)] for plan in plans]
         chains = [layer.algorithms for layer in layers if layer is not None]
         stats[group.name] = ActivationStats(
-            spec.in_features(group),
+            group.in_features,
             sequences * length,
             max(algorithms.kept_tokens for algorithms in chains),
             f"{block_prefix(index)}{path}: calibration input",
@@ -200,20 +201,21 @@ def _observe(
             any(algorithms.any("histogram") for algorithms in chains),
         )
         watched[path] = _shown(watched[path], stats[group.name].update)
-    shown, last = block.with_linears(watched), index + 1 == plan.config.num_layers
+    states, last = list[np.ndarray](), index + 1 == plan.config.num_layers
+    ranged = spec.hidden if index == 0 else spec.hidden[1:]  # the first is the last block's output
+    taps = {place: [states.append] for place in spec.hidden}
+    for place in ranged:
+        taps[place].append(partial(ranges.add, place))
+    shown = block.with_linears(watched).with_taps(taps)
     hidden_shape = (sequences, length, plan.config.hidden_size)
     following = None if last else HiddenStates(job.hidden_file(index + 1), hidden_shape)
     searches = hooks.rounding is not None or any(plan.any("searches") for plan in plans)
-    searched = SearchWindows(hidden_shape, plan.search_tokens if searches else 0)
+    searched = SearchWindows(hidden_shape, len(spec.hidden), plan.search_tokens if searches else 0)
     for start in range(0, sequences, batch):
         hidden = read_hidden(job.hidden_file(index), start, start + batch)
-        if index == 0:
-            ranges.add(places.BEFORE, hidden)
-        middle = shown.attend(hidden, at, cache)
-        ranges.add(places.MIDDLE, middle)
-        output = shown.feed_forward(middle)
-        ranges.add(places.AFTER, output)
-        searched.add(start, hidden, middle, output)
+        states.clear()
+        output = shown.run(hidden, at, cache)
+        searched.add(start, *states)
         if following:
             following.append(output)
         progress(index, min(1.0, (start + batch) / sequences) / 2)

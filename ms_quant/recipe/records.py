@@ -19,9 +19,10 @@ class Step:
         options: its options by their own names, such as ``{"alpha": 0.9}``.
         include: patterns of the linears it works on.
         exclude: patterns of those that it leaves; they win.
-        groups: names of the family's linear groups that it works on, in this order; () is all.
+        groups: kinds of the family's linear groups that it works on, in this order; () is all.
         by_producer: its patterns name what makes a linear's input (a norm, ``v_proj`` before
             ``o_proj``, ``up_proj`` before ``down_proj``) in place of the linear.
+        together: a linear that it leaves takes along those that read the same input.
         where: path of what says so, for errors.
     """
 
@@ -31,6 +32,7 @@ class Step:
     exclude: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     by_producer: bool = False
+    together: bool = False
     where: str = field(default="", compare=False)
 
 

@@ -28,7 +28,7 @@ from ms_quant.formats.structure import (
 )
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation

@@ -14,8 +14,8 @@ from typing import Any
 from ms_quant.files.reader import FloatTensors
 from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import QuantizedModel
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.verify.folding import Folding
@@ -67,7 +67,8 @@ class ForeignProof:
             f"{block_prefix(index)}{group.name}"
             for index in range(self.plan.config.num_layers)
             for group in self.plan.groups(index)
-            if f"{block_prefix(index)}{group.feed}.weight" in changed
+            if (edge := self.plan.config.block(index).producer_of(group))
+            and f"{block_prefix(index)}{edge.producer}.weight" in changed
         }
         self.folding = Folding(self.plan, ours, self.source, norms, self.model.stored_name)
         for index in range(self.plan.config.num_layers):

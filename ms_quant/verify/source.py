@@ -20,8 +20,8 @@ from ms_quant.formats.checks import format_of
 from ms_quant.formats.companions import source_problems
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.job.output_directory import RECORD
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat

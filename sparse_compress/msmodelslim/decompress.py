@@ -12,7 +12,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.reader import fingerprint, shard_print
 from ms_quant.files.writer import TensorPlan
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import folded_bias
 from sparse_compress.codec import CORES

@@ -16,8 +16,8 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.reader import check_tensor, fingerprint
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.pipeline.paths import check_output_path
@@ -256,8 +256,8 @@ def check(directory: Path, output: Path, target: str, tp: int, workers: int = CO
     for index, group, fused in runtime.linears(config):
         if not _agree(model, index, group):
             reasons[fused] = f"is float in {model.slim.path.name}"
-        elif group.fused in limits:
-            raise _no_float(fused, limits[group.fused])
+        elif fused in limits:
+            raise _no_float(fused, limits[fused])
         else:
             compressed.add(fused)
     if not compressed:

@@ -49,7 +49,7 @@ def _group_shapes(request: Request) -> list[tuple[int, int]]:
     return [
         (
             sum(block.linears[member].out_features for member in group.members),
-            block.in_features(group),
+            group.in_features,
         )
         for block in request.layout.config.blocks
         for group in block.groups

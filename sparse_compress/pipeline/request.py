@@ -228,12 +228,12 @@ def _reasons(
 ) -> dict[str, str]:
     """Fused path to the reason why it stays float16."""
     reasons = {}
-    together = {group.name: group.members for group in config.block(0).groups}
     for index, group, fused in target.linears(config):
-        members = [f"{block_prefix(index)}{member}" for member in together[group.name]]
+        together = config.block(index).group(group.name).members
+        members = [f"{block_prefix(index)}{member}" for member in together]
         matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
-        if group.fused in limits:
-            reasons[fused] = limits[group.fused]
+        if fused in limits:
+            reasons[fused] = limits[fused]
         elif matched:
             reasons[fused] = f"excluded by {matched[0]!r}"
     return reasons
@@ -241,10 +241,12 @@ def _reasons(
 
 def _members(target: Target, config: ModelConfig, limits: dict[str, str]) -> list[str]:
     """One linear of each group that is wholly outside the limits; its whole group stays float."""
-    inside = {group.name for group in target.groups(config) if group.fused not in limits}
+    inside = {
+        (index, group.name) for index, group, fused in target.linears(config) if fused not in limits
+    }
     return [
-        f"{block_prefix(index)}{group.members[0]}"
-        for index in range(config.num_layers)
-        for group in config.block(0).groups
-        if group.name not in inside
+        f"{block_prefix(block.index)}{group.members[0]}"
+        for block in config.blocks
+        for group in block.groups
+        if (block.index, group.name) not in inside
     ]

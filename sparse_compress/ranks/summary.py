@@ -39,7 +39,7 @@ def sparse_linears(model: SparseModel) -> Iterator[Coded]:
     """The compressed linears of a checkpoint of ranks."""
     for _, group, fused in model.layout.linears():
         if fused in model.layout.compressed:
-            n, k = fused_shape(model.config, model.layout.tp, group)
+            n, k = fused_shape(group, model.layout.tp)
             for rank, tensors in enumerate(model.ranks):
                 length = tensors.info(f"{fused}.weight").shape[0]
                 sizes = linear_sizes(

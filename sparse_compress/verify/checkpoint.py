@@ -25,8 +25,8 @@ from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import check_kind
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig, load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
 from ms_quant.quantization.divided import as_divided
@@ -212,7 +212,7 @@ def _group_problems(
     fused = f"{block_prefix(index)}{group.fused}"
     linears = subject.model.group(index, group)
     layout = subject.model.layout
-    tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
+    tiles = tile_count(*fused_shape(group, layout.tp)) * layout.tp
     count(subject.checked, linears=len(linears), tiles=tiles)
     proof.norm(group)
     pruning = recorded_pruning(subject.record)

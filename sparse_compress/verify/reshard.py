@@ -10,8 +10,8 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.companions import config_problems, source_problems
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from sparse_compress.codec.fractal import tile_count
 from sparse_compress.layouts import get_target
@@ -64,7 +64,7 @@ def _group_problems(
 ) -> Iterator[str]:
     layout = model.layout
     linears = model.group(index, group)
-    tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
+    tiles = tile_count(*fused_shape(group, layout.tp)) * layout.tp
     count(checked, linears=len(linears), tiles=tiles)
     if source is None:
         return
