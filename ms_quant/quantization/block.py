@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ms_quant.algorithms.problem import Problem, Solution, apply
+from ms_quant.algorithms.problem import Loss, Problem, Solution, apply
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
