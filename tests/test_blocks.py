@@ -52,7 +52,7 @@ def random_block(config: ModelConfig, seed: int = 0) -> Tensors:
     """Numbers of bfloat16 with some channels far larger than others."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in config.block_shapes().items():
+    for name, shape in config.block(0).tensors.items():
         values = rng.standard_normal(shape)
         if name in NORMS:
             values = np.exp(rng.standard_normal(shape))
@@ -391,7 +391,7 @@ def test_what_is_rounded_is_what_was_folded(scheme, algorithm):
     assert exact.block.floats.keys() == rounded.block.floats.keys()
     for name, values in exact.block.floats.items():
         np.testing.assert_array_equal(rounded.block.floats[name], values)
-    dtype = exact.plan.scheme.scale_dtype(BF16)
+    dtype = exact.plan.distinct[0].storage.scale_dtype
     for path, made in rounded.block.linears.items():
         weight = exact.block.linears[path].weight
         grid = AffineFormat(8).fit(weight, path, dtype)
@@ -457,7 +457,7 @@ def test_without_an_algorithm_nothing_is_folded_and_notes_are_kept():
         plan, 0, before.get, lambda group: Seen(None, no_loss, no_loss), progress=parts.append
     )
     assert not block.floats
-    assert set(block.linears) == set(config.linear_shapes())
+    assert set(block.linears) == set(config.block(0).linears)
     assert block.notes == {group.name: {} for group in plan.groups(0)}
     assert parts == sorted(parts) and parts[-1] == 1
     assert folded(hooks=BlockHooks()).block.notes["qkv"] == {"alpha": 0.5}

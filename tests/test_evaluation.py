@@ -53,7 +53,7 @@ def whole_model(model: ServedModel) -> Callable[[np.ndarray], np.ndarray]:
 
     network, swapped = CausalLM(model.config), set()
     for index, block in enumerate(network.model.layers):
-        for path in model.config.linear_shapes():
+        for path in model.config.block(index).linears:
             linear = model.linear(f"model.layers.{index}.{path}")
             if linear is not None:
                 part, name = path.split(".")

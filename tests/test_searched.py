@@ -56,7 +56,7 @@ def test_errors_are_those_of_the_whole_block(group):
     config = parse_config(SHAPE)
     block, searched = HostBlock(config, 7), SearchWindows((5, 7, 24), 21)
     rng = np.random.default_rng(0)
-    block.load(lambda name: rng.normal(1, 0.1, config.block_shapes()[name]).astype("f4"))
+    block.load(lambda name: rng.normal(1, 0.1, config.block(0).tensors[name]).astype("f4"))
     for start in range(0, 5, 2):
         hidden = rng.normal(size=(min(2, 5 - start), 7, 24)).astype("f4")
         middle = block.attend(hidden)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plans import usual
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files import lock
@@ -26,7 +27,7 @@ from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.quantization.block import Block
-from ms_quant.schemes.table import SCHEMES, get_scheme
+from ms_quant.schemes.table import SCHEMES
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
 
@@ -287,11 +288,11 @@ def test_what_is_not_known_yet_is_not_compared_but_must_be_there(tmp_path: Path)
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
-    scheme, rng = get_scheme(name), np.random.default_rng(0)
+    (scheme, scales), rng = usual(name), np.random.default_rng(0)
     weight = rng.standard_normal((6, 128), np.float32)
     x = rng.standard_normal((5, 128), np.float32)
     seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
-    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(DTYPES["bfloat16"]))
+    grid = scheme.weight.fit(weight, "w", scales.dtype(DTYPES["bfloat16"]))
     linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
     job = JobDirectory(tmp_path / "job", RECORD, scheme_of=lambda path: scheme)
     with job.open():

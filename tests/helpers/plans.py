@@ -14,8 +14,8 @@ from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.storage import SmoothingTarget
-from ms_quant.schemes.support import store
+from ms_quant.schemes.storage import ScaleType, SmoothingTarget
+from ms_quant.schemes.support import store, support_of
 from ms_quant.schemes.table import get_scheme
 
 
@@ -52,3 +52,9 @@ def held(
 ) -> Scheme:
     """A scheme as a format holds it."""
     return store(get_scheme(name, **options), dtype, format, target)[0]
+
+
+def usual(name: str, **options: Any) -> tuple[Scheme, ScaleType]:
+    """A scheme, and the type of its scales in its default format."""
+    rows = support_of(name)  # there is none for networks
+    return get_scheme(name, **options), rows[0].scale_type if rows else ScaleType.FLOAT32

@@ -54,7 +54,7 @@ def random(shape: tuple[int, ...], seed: int, spread: float = 0.3) -> np.ndarray
 
 
 def loaded(config: ModelConfig, length: int = LENGTH) -> HostBlock:
-    made, shapes = HostBlock(config, length), config.block_shapes()
+    made, shapes = HostBlock(config, length), config.block(0).tensors
     seeds = {name: seed for seed, name in enumerate(shapes)}
     made.load(lambda name: random(shapes[name], seeds[name]) + name.endswith("norm.weight"))
     return made
@@ -112,10 +112,12 @@ def test_linears_in_place_of_its_own(model, native):
     def watched(path: str):
         return lambda rows: seen.append((path, rows.shape)) or block.linear(path, rows)
 
-    linears = {path: watched(path) for path in config.linear_shapes()}
+    linears = {path: watched(path) for path in config.block(0).linears}
     y = block.feed_forward(block.attend(x, linears), linears)
     np.testing.assert_array_equal(y, block.feed_forward(block.attend(x)))
-    expected = [(path, (2 * LENGTH, size)) for path, (_, size) in config.linear_shapes().items()]
+    expected = [
+        (path, (2 * LENGTH, linear.in_features)) for path, linear in config.block(0).linears.items()
+    ]
     assert sorted(seen) == sorted(expected)
     silent = {"mlp.down_proj": lambda rows: np.zeros((len(rows), 24), np.float32)}
     np.testing.assert_array_equal(block.feed_forward(x, silent), x)
