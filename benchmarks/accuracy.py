@@ -33,10 +33,12 @@ from ms_quant.cli.console import use_mindspore
 from ms_quant.data.calibration import eval_windows
 from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.atomic import write_json
+from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import FloatModel, JobModel
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import run_blocks
 from ms_quant.plan.plan import Plan
+from ms_quant.schemes.support import support_of
 from ms_quant.schemes.table import KV_CACHES, SCHEMES, STATIC_CACHE
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
@@ -56,7 +58,7 @@ Row = dict[str, Any]
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scheme, algorithms and options of the scheme."""
     for name, scheme in SCHEMES.items():
-        if not scheme.format:  # for networks, not for checkpoints
+        if not support_of(name):  # for networks, not for checkpoints
             continue
         for options in ({}, *VARIANTS.get(name, ())):
             few = options or name in LIKE_W8A8
@@ -100,7 +102,7 @@ def measure(
 
 def bytes_per_weight(plan: Plan) -> float:
     """Bytes of the quantized linears' tensors over the number of their weights."""
-    shapes, tensors = plan.config.parameter_shapes(), plan.format.tensor_plans(plan)
+    shapes, tensors = plan.config.parameter_shapes(), format_of(plan).tensor_plans(plan)
     stored = sum(tensor.bytes for tensor in tensors if tensor.part is not None)
     return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in plan.quantized())
 

@@ -38,7 +38,7 @@ from ms_quant.numerics.affine import per_channel_scale
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import run_blocks
-from ms_quant.quantization.block import BlockHooks, Rounding
+from ms_quant.quantization.hooks import BlockHooks, Rounding
 from sparse_compress.codec import compress_matrix
 from sparse_compress.pipeline.request import SparseOptions, check
 from sparse_compress.rate.goal import Goal

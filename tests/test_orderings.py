@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plans import usual
 from watched_block import block_with_inputs
 
 from ms_quant.algorithms import get_algorithms
@@ -25,7 +26,7 @@ from ms_quant.models.block_forward import Positions
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes.table import VALUES, get_scheme
+from ms_quant.schemes.table import VALUES
 from ms_quant.statistics.observers import ActivationStats
 
 pytestmark = pytest.mark.slow
@@ -84,13 +85,15 @@ def error(groups: list[Group]) -> Callable[..., float]:
 def _solve(key: tuple, group: Group) -> list[float]:
     weights, stats, heldout = group
     options = dict(key[2:])
-    scheme = get_scheme(key[0], **{k: v for k, v in options.items() if k in VALUES})
+    scheme, scales = usual(key[0], **{k: v for k, v in options.items() if k in VALUES})
     settings = {name: value for name, value in options.items() if name not in VALUES}
 
     def loss(linears: Mapping[str, QuantizedLinear]) -> float:
         return sum(e**2 for e in _errors(linears, weights, stats.rows[::4]))
 
-    problem = Problem("group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss)
+    problem = Problem(
+        "group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss, scale_type=scales
+    )
     return _errors(
         apply(problem, get_algorithms(key[1], scheme, settings).solve(problem)), weights, heldout
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,20 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, algorithm: str, model: dict | None = None, **options: Any) -> Any:
         source = tiny_model(**{"family": "qwen3", "layers": 2, **SHAPE, **(model or {})})
-        places = {name: options.pop(name, "") for name in ("format", "fold")}
-        choices = {**split_options(options), **places}
+        format, fold = options.pop("format", ""), options.pop("fold", "")
+        formats = (format,) if format else ()
         request = QuantizeOptions(
-            source, tmp_path / "out", scheme, algorithm, **choices, keep_job=True
+            source,
+            tmp_path / "out",
+            scheme,
+            algorithm,
+            **split_options(options),
+            fold=fold,
+            formats=formats,
+            keep_job=True,
         )
         if prepare_needs(request):
-            request = QuantizeOptions(
-                source,
-                tmp_path / "out",
-                scheme,
-                algorithm,
-                **choices,
-                calib_text,
-                **CALIBRATED,
-                keep_job=True,
-            )
+            request = replace(request, calib=calib_text, **CALIBRATED)
         checked = prepare(request)
         quantize_checkpoint(request, checked=checked)
         return checked

@@ -109,8 +109,10 @@ def test_the_pdmix_recipe(make):
     assert kinds["model.layers.1.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
     assert kinds["model_quant_type"] == "W8A8_MIX"  # after W8A8_DYNAMIC in the runtime's order
     assert open_model(checked.options.output).format == "ascend W8A8_DYNAMIC+W8A8_MIX"
-    assert checked.plan.at("model.layers.0.self_attn.q_proj").algorithms.names == ("smoothquant",)
-    assert checked.plan.at("model.layers.1.mlp.down_proj").algorithms.names == ()
+    assert checked.plan.layer_of("model.layers.0.self_attn.q_proj").algorithms.names == (
+        "smoothquant",
+    )
+    assert checked.plan.layer_of("model.layers.1.mlp.down_proj").algorithms.names == ()
     assert_written_as_made(checked)
 
 

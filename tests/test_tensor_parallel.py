@@ -39,10 +39,8 @@ def plan(scheme: str, heads: int, kv: int, inter: int, layers: int = 2, **option
         }
     )
     exclude = options.pop("exclude", ())
-    chosen = {"format": options.pop("format", ""), "scheme_options": options}
-    return make_plan(
-        config, scheme, "minmax", dtype=DTYPES["bfloat16"], exclude=exclude, options=chosen
-    )
+    dtype = DTYPES["bfloat16"]
+    return make_plan(config, scheme, "minmax", dtype=dtype, exclude=exclude, scheme_options=options)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,6 @@ def test_a_recipe_is_checked_too(
 
 
 def test_one_file_for_all_ranks(model: Path, tmp_path: Path) -> None:
-    choices = {"formats": ("mindie-sd",)}
-    options = QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC", **choices, tp=2)
+    options = QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC", formats=("mindie-sd",), tp=2)
     with pytest.raises(MsQuantError, match="mindie-sd is one file for all ranks, expected --tp 1"):
         prepare(options)

@@ -49,11 +49,11 @@ def inject(source: Path, target: Path, channels: int = 4, factor: float = 32, se
     factors = column_factors(source, channels, factor, seed)
     target.mkdir(parents=True)
 
-    def get(name: str) -> np.ndarray:
-        stored = checkpoint.read(name)
-        if name not in factors:
+    def get(plan: TensorPlan) -> np.ndarray:
+        stored = checkpoint.read(plan.name)
+        if plan.name not in factors:
             return stored
-        return (stored.astype(np.float32) * factors[name]).astype(stored.dtype)
+        return (stored.astype(np.float32) * factors[plan.name]).astype(stored.dtype)
 
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     plans = [TensorPlan(name, info.dtype, info.shape) for name, info in infos.items()]

@@ -29,6 +29,7 @@ class SearchWindows:
 
     def __init__(self, shape: tuple[int, int, int], states: int, tokens: int):
         count, self.length, hidden = shape
+        self.shape, self.tokens = shape, tokens
         wanted = min(count, max(1, tokens // self.length)) if tokens else 0
         self.chosen = np.arange(wanted) * count // wanted
         self.states = np.empty((states, wanted, self.length, hidden), np.float32)
@@ -38,6 +39,11 @@ class SearchWindows:
         first, last = np.searchsorted(self.chosen, [start, start + len(states[0])])
         for kept, state in zip(self.states, states, strict=True):
             kept[first:last] = state[self.chosen[first:last] - start]
+
+    def merge(self, other: SearchWindows, first: int) -> None:
+        """Takes the states of the windows from ``first`` on from another part of the data."""
+        begin = int(np.searchsorted(self.chosen, first))
+        self.states[:, begin:] = other.states[:, begin:]
 
     def batches(self) -> Iterator[np.ndarray]:
         """The states of some windows at a time."""

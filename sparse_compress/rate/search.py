@@ -24,7 +24,7 @@ from ms_quant.job.directory import JobDirectory
 from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import prove_source, run_blocks
-from ms_quant.quantization.block import BlockHooks
+from ms_quant.quantization.hooks import BlockHooks
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.share import (
     Curve,

@@ -107,7 +107,9 @@ def test_tensors_by_dense_matrices() -> None:
         "model.norm.weight": ones,
     }
     for index in range(2):
-        old = {name: tensors[f"model.layers.{index}.{name}"] for name in config.block_shapes()}
+        old = {
+            name: tensors[f"model.layers.{index}.{name}"] for name in config.block(index).tensors
+        }
         first = np.diag(old["input_layernorm.weight"]) @ R
         second = np.diag(old["post_attention_layernorm.weight"]) @ R
         new = {

@@ -445,7 +445,7 @@ def test_decoders_are_evaluated_as_they_run(
     (path,) = out.glob("quant_model_description_*.json")
     runtime, model = Runtime(path, load_tensors, dtype), open_model(out)
     count = 0
-    for member in model.config.linear_shapes():
+    for member in model.config.block(0).linears:
         name = f"model.layers.0.{member}"
         linear = model.linear(name)
         if linear is None:
