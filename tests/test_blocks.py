@@ -177,7 +177,7 @@ def seen_by(
         rows = inputs[name].astype(np.float32)
         stats[name] = ActivationStats(rows.shape[1], len(rows), with_hessian=True)
         stats[name].update(rows)
-    windows, ranges = SearchWindows((1, len(x), x.shape[1]), 0), BlockRanges(0)
+    windows, ranges = SearchWindows((1, len(x), x.shape[1]), 3, 0), BlockRanges(0)
     for group in config.block(0).groups:  # nothing comes near the end of float16
         ranges.absmax[input_of(group)] = np.zeros(config.block(0).in_features(group), "f4")
     for path, spec in config.block(0).linears.items():

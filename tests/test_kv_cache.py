@@ -17,9 +17,10 @@ from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.models.config import load_config
-from ms_quant.models.families import CACHED
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 from ms_quant.verify.checkpoint import verify_checkpoint
+
+CACHED = ("self_attn.k_proj", "self_attn.v_proj")
 
 pytestmark = pytest.mark.slow
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

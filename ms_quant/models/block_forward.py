@@ -160,8 +160,14 @@ class BlockForward:
         """
         x = self.between(self.spec.hidden[first], x)
         for which in range(first, len(self.spec.branches)):
-            x = self.add(which, x, self.inner(which, x, at, cache))
+            x = self.branch(which, x, at, cache)
         return x
+
+    def branch(
+        self, which: int, x: np.ndarray, at: Positions, cache: Cache | None = None
+    ) -> np.ndarray:
+        """The residual stream after one branch; arguments as of :meth:`run`."""
+        return self.add(which, x, self.inner(which, x, at, cache))
 
     def inner(self, which: int, x: np.ndarray, at: Positions, cache: Cache | None = None) -> Any:
         """What the last linears of a branch read; arguments as of :meth:`run`."""
