@@ -165,7 +165,9 @@ def folded(
     hooks: BlockHooks = BlockHooks(rounding=keep),  # noqa: B008 - it does not change
     dtype: np.dtype = BF16,
     exclude: tuple[str, ...] = (),
-    options: dict[str, Any] | None = None,
+    fold: str = "",
+    scheme_options: dict[str, Any] | None = None,
+    algorithm_options: dict[str, Any] | None = None,
     change: Callable[[Tensors], None] = lambda tensors: None,
     cached: dict[str, np.ndarray] | None = None,
     **more: Any,
@@ -173,9 +175,18 @@ def folded(
     config = config_of(**more)
     before, x = random_block(config), tokens()
     change(before)
-    if options is None and "_PER_" in scheme:  # which hold their smoothing else
-        options = {"fold": "norm"}
-    plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, **options)
+    if not fold and "_PER_" in scheme:  # which hold their smoothing else
+        fold = "norm"
+    plan = make_plan(
+        config,
+        scheme,
+        algorithm,
+        dtype=dtype,
+        exclude=exclude,
+        scheme_options=scheme_options,
+        algorithm_options=algorithm_options,
+        fold=fold,
+    )
     block = quantize_block(plan, 0, before.get, seen_by(before, x), hooks, cached=cached)
     return Case(plan, before, block, x)
 
@@ -211,8 +222,7 @@ ALGORITHMS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("scheme", "algorithm", "more"), ALGORITHMS, ids=str)
 def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
-    choices = {"scheme_options": more, "fold": "norm"}
-    case = folded(scheme, algorithm, **choices, num_key_value_heads=kv_heads)
+    case = folded(scheme, algorithm, scheme_options=more, fold="norm", num_key_value_heads=kv_heads)
     assert_same_function(case)
     changed = {name for name in case.before if (case.after[name] != case.before[name]).any()}
     assert changed, "nothing was smoothed"
