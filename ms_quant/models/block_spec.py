@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -108,12 +108,14 @@ class LinearGroup:
         kind: what recipes call it, in whatever module it is: ``"gate_up"``.
         linears: path in the block to linear.
         fused: path of the single linear that serving runtimes fuse them into.
+        routed: whether it sees only the tokens that a router sends to it.
     """
 
     name: str
     kind: str
     linears: Mapping[str, LinearSpec] = field(hash=False)
     fused: str
+    routed: bool = False
 
     @cached_property
     def members(self) -> tuple[str, ...]:
@@ -142,7 +144,7 @@ class LinearGroup:
 
     def only(self, member: str) -> LinearGroup:
         """One linear of it, as a runtime has it that fuses nothing."""
-        return LinearGroup(self.name, self.kind, {member: self.linears[member]}, member)
+        return replace(self, linears={member: self.linears[member]}, fused=member)
 
 
 @dataclass(frozen=True)

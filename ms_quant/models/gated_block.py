@@ -118,6 +118,7 @@ class GatedMlp(Branch):
         label: what stands before the names of its groups.
         unit: what the config calls the inner channels.
         norm: path of the norm before it.
+        routed: whether it sees only the tokens that a router sends to it.
     """
 
     title = "mlp"
@@ -131,6 +132,7 @@ class GatedMlp(Branch):
         label: str = "",
         unit: str = "intermediate_size",
         norm: str = "post_attention_layernorm",
+        routed: bool = False,
     ):
         self.path, self.norm = path, norm
         gate, up, down = (f"{path}.{name}_proj" for name in ("gate", "up", "down"))
@@ -145,8 +147,8 @@ class GatedMlp(Branch):
         }
         both, last = f"{label}gate_up", f"{label}down"
         self.groups = (
-            LinearGroup(both, "gate_up", {gate: inner, up: inner}, f"{path}.gate_up_proj"),
-            LinearGroup(last, "down", {down: outer}, down),
+            LinearGroup(both, "gate_up", {gate: inner, up: inner}, f"{path}.gate_up_proj", routed),
+            LinearGroup(last, "down", {down: outer}, down, routed),
         )
         self.edges = Edge(norm, (both,), norm=True), Edge(up, (last,))
         self.last = (down,)

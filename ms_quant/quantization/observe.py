@@ -133,7 +133,7 @@ def _stats(
     (windows, length, _), members = shape, block.spec.group(name)
     return ActivationStats(
         members.in_features,
-        windows * length,
+        None if members.routed else windows * length,
         group.rows,
         f"{block_prefix(block.index)}{members.members[0]}: calibration input",
         group.hessian,
