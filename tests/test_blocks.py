@@ -192,7 +192,9 @@ def folded(
     hooks: BlockHooks = BlockHooks(rounding=keep),  # noqa: B008 - it does not change
     dtype: np.dtype = BF16,
     exclude: tuple[str, ...] = (),
-    options: dict[str, Any] | None = None,
+    fold: str = "",
+    scheme_options: dict[str, Any] | None = None,
+    algorithm_options: dict[str, Any] | None = None,
     change: Callable[[Tensors], None] = lambda tensors: None,
     cached: dict[str, np.ndarray] | None = None,
     **more: Any,
@@ -200,9 +202,18 @@ def folded(
     config = config_of(**more)
     before, x = random_block(config), tokens()
     change(before)
-    if options is None and "_PER_" in scheme:  # which hold their smoothing else
-        options = {"fold": "norm"}
-    plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, **(options or {}))
+    if not fold and "_PER_" in scheme:  # which hold their smoothing else
+        fold = "norm"
+    plan = make_plan(
+        config,
+        scheme,
+        algorithm,
+        dtype=dtype,
+        exclude=exclude,
+        scheme_options=scheme_options,
+        algorithm_options=algorithm_options,
+        fold=fold,
+    )
     block = quantize(plan, *seen_by(config, before, x, cached), hooks)
     return Case(plan, before, block, x)
 
@@ -238,8 +249,7 @@ ALGORITHMS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("scheme", "algorithm", "more"), ALGORITHMS, ids=str)
 def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
-    choices = {"scheme_options": more, "fold": "norm"}
-    case = folded(scheme, algorithm, options=choices, num_key_value_heads=kv_heads)
+    case = folded(scheme, algorithm, scheme_options=more, fold="norm", num_key_value_heads=kv_heads)
     assert_same_function(case)
     changed = {name for name in case.before if (case.after[name] != case.before[name]).any()}
     assert changed, "nothing was smoothed"
@@ -267,7 +277,7 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl"])
 def test_a_vector_of_its_own_leaves_everything_else(algorithm):
     """Its reciprocal is stored, and tells the vector exactly."""
-    case = folded("W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), options={"fold": "mul-scale"})
+    case = folded("W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), fold="mul-scale")
     assert not case.block.floats
     for path, made in case.block.linears.items():
         again = (1 / made.mul_scale.astype("f8")).astype("f4")
@@ -380,7 +390,7 @@ def test_gains_that_would_not_fit_the_stored_type_stay(gain, size):
         for name in ("q", "k", "v"):
             tensors[f"self_attn.{name}_proj.weight"][:, 0] = size
 
-    case = folded(dtype=F16, change=change, options={"algorithm_options": {"alpha": 0.0}})
+    case = folded(dtype=F16, change=change, algorithm_options={"alpha": 0.0})
     assert_same_function(case)
     assert case.after[NORMS[0]][0] == np.float32(gain)
     np.testing.assert_array_equal(
