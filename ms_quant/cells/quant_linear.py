@@ -11,8 +11,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
 from ms_quant.cells.as_linear import activation_of, as_linear
-from ms_quant.cells.decoder import repeat_rows
 from ms_quant.cells.direct import calls_directly, floats
+from ms_quant.cells.layers import repeat_rows
 from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.parameters import make_parameters, refuse_replacing, tensors_of
 from ms_quant.cells.timesteps import current_step, is_static
