@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "quantize": "ms_quant.cells",
+    "calibrate": "ms_quant.cells",
+    "summary": "ms_quant.cells",
+    "load_quantized": "ms_quant.cells",
     "QuantLinear": "ms_quant.cells",
     "save_quantized": "ms_quant.cells",
     "SCHEMES": "ms_quant.schemes.table",

@@ -2,124 +2,268 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from mindspore import Tensor, nn
 
-from ms_quant.algorithms import AlgorithmPipeline
+from ms_quant.algorithms import ALGORITHMS, PLAIN, AlgorithmPipeline
 from ms_quant.cells import timesteps
+from ms_quant.cells.blocks import BlockCalls, enclosing, listed_blocks, stated_blocks
+from ms_quant.cells.calls import CallStore, Progress, collect, silent
 from ms_quant.cells.float_forward import in_float32
-from ms_quant.cells.recorder import Recorder
-from ms_quant.cells.tree import replaced
+from ms_quant.cells.observations import GroupObservation, Observations
+from ms_quant.cells.recorder import float32
+from ms_quant.cells.same_input import Groups, SharedInputs, stated_groups
+from ms_quant.cells.sites import Show, Site, sites
+from ms_quant.cells.tree import is_linear, replaced
 from ms_quant.errors import MsQuantError
-from ms_quant.schemes.records import Scheme
 from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
 
-def observe(
-    network: nn.Cell,
-    cells: Mapping[str, nn.Cell],
-    scheme: Scheme,
-    algorithms: AlgorithmPipeline,
-    calibration: Iterable | None,
-    policy: TimestepPolicyConfig | None = None,
-) -> dict[str, ActivationStats]:
-    """Statistics of the inputs of linears, by path; empty where nothing needs them.
+@dataclass(frozen=True)
+class Wanted:
+    """What is kept of a linear's input.
 
-    Args:
-        network: what is called with the calibration inputs.
-        cells: the linears by path.
-        scheme, chain: what the statistics are for.
-        calibration: as for :func:`ms_quant.cells.swap.quantize`.
-        policy: which timesteps are static, for a scheme of timesteps, else None.
-
-    Raises:
-        MsQuantError: inputs are needed and missing, or they do not reach a linear.
+    Attributes:
+        algorithms: that will look at it.
+        by_step: the policy, where ranges of each timestep are kept, too.
+        together: what linears of one group must have in common.
+        needed: whether a linear that no input reaches is refused.
     """
-    calibrated = algorithms.any("calibrated") or (scheme.needs_calibration and policy is None)
-    if not calibrated and policy is None:
-        return {}
-    if calibrated and calibration is None:
-        needs = scheme.needs_calibration and policy is None
-        what = f"scheme {scheme.name}" if needs else f"algorithm {algorithms.name}"
-        raise MsQuantError(f"{what}: needs calibration inputs, found None")
-    with kept_timesteps(), in_float32(network):  # what gives the calls may call the network
-        if policy is not None:
-            TimestepManager.set_timestep_idx(None)  # of no step until the data says of which
-        calls = [_call(batch) for batch in (() if calibration is None else calibration)]
-        stats = _stats(cells, algorithms, calls, policy)
-        recorders = {path: Recorder(cell, _watch(stats[path])) for path, cell in cells.items()}
-        with replaced(network, recorders):
-            for call in calls:
-                TimestepManager.set_timestep_idx(call.step)
-                network(*call.arguments, **call.named)
-    for path, seen in stats.items():
-        if calibrated and not seen.tokens:
-            raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
-        if policy is not None and isinstance(seen, StepStats):
-            timesteps.refuse_unseen(path, seen.seen_steps, seen.steps, policy)
-    return stats
 
-
-def _stats(
-    cells: Mapping[str, nn.Cell],
-    algorithms: AlgorithmPipeline,
-    calls: Sequence[_Call],
-    policy: TimestepPolicyConfig | None,
-) -> dict[str, ActivationStats]:
-    more: dict[str, Any] = {
-        "total_tokens": sum(map(_tokens, calls)),
-        "keep_rows": algorithms.kept_tokens,
-        "with_hessian": algorithms.any("hessian"),
-        "with_histogram": algorithms.any("histogram"),
-    }
-    made: type[ActivationStats] = ActivationStats
-    if policy is not None:
-        made, more["steps"] = StepStats, timesteps.count_steps([c.step for c in calls], policy)
-    return {
-        path: made(cell.weight.shape[1], name=f"{path} input", **more)
-        for path, cell in cells.items()
-    }
-
-
-def _watch(stats: ActivationStats) -> Callable[[np.ndarray], None]:
-    return timesteps.recorder(stats) if isinstance(stats, StepStats) else stats.update
+    algorithms: AlgorithmPipeline
+    by_step: TimestepPolicyConfig | None = None
+    together: Hashable = None
+    needed: bool = True
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What one item of the calibration data stands for.
+class Structure:
+    """What is known of a network before it is called.
 
     Attributes:
-        arguments, named: what the network is called with.
-        step: the timestep that was set when the item was given, or None.
+        groups: which linears read one input; None to find them.
+        blocks: patterns of blocks; None for those of lists.
     """
 
-    arguments: tuple
-    named: dict[str, Any]
-    step: int | None
+    groups: Groups | None = None
+    blocks: Sequence[str] | None = None
 
 
-def _call(batch: Any) -> _Call:
-    step = TimestepManager.get_timestep_idx()
+def calibrate(
+    network: nn.Cell,
+    data: Iterable,
+    *,
+    algorithm: str = PLAIN,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    groups: Groups | None = None,
+    blocks: Sequence[str] | None = None,
+    timestep_policy: TimestepPolicyConfig | None = None,
+    progress: Progress | None = None,
+) -> Observations:
+    """Looks at the inputs of a network's linears and replaces nothing.
 
-    def tensor(value: Any) -> Any:
-        return Tensor(value) if isinstance(value, np.ndarray) else value
+    Args:
+        network (Cell): as for :func:`ms_quant.quantize`; not a linear itself.
+        data (Iterable): what to call the network with, as `calibration` there.
+        algorithm (str): names of the algorithms that the result is for, joined with ``+``. It holds
+            what they need: products of channels for ``gptq``, calls of blocks for ``osl``.
+            Default: ``"minmax"``.
+        include, exclude (Sequence[str]): as for :func:`ms_quant.quantize`.
+        groups, blocks: as for :func:`ms_quant.quantize`.
+        timestep_policy (TimestepPolicyConfig, optional): keeps ranges of each timestep, for
+            W8A8_TIMESTEP. Default: ``None``.
+        progress (Callable, optional): as for :func:`ms_quant.quantize`. Default: ``None``.
 
-    if isinstance(batch, Mapping):
-        return _Call((), {key: tensor(value) for key, value in batch.items()}, step)
-    arguments = batch if isinstance(batch, tuple | list) else (batch,)
-    return _Call(tuple(map(tensor, arguments)), {}, step)
+    Returns:
+        Observations, which ``ms_quant.quantize(network, ..., calibration=observations)`` takes in
+        place of data. Printed, it is a table: which linears read one input, how many tokens, the
+        smallest and largest value, and how much larger the largest channel is than the median one.
+
+    Raises:
+        MsQuantError: `network` holds no linear, a pattern matches nothing, an algorithm is unknown,
+            an input is NaN or inf, or inputs are of no timestep where one is needed.
+
+    Supported Platforms:
+        ``CPU`` (tested), ``Ascend`` (written, never run on a device)
+
+    Examples:
+        >>> import numpy as np
+        >>> import ms_quant
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
+        >>> data = (Tensor(np.full((4, 8), i, np.float32)) for i in range(3))
+        >>> observations = ms_quant.calibrate(net, data)
+        >>> print(observations["0"].stats.tokens, observations["0"].stats.high.max())
+        12 2.0
+        >>> net = ms_quant.quantize(net, "W8A8", calibration=observations)
+    """
+    if is_linear(network):
+        raise MsQuantError(f"{network.cls_name}: is a linear itself, expected a network of them")
+    names = () if algorithm == PLAIN else tuple(algorithm.split("+"))
+    for name in names:
+        if name not in ALGORITHMS:
+            known = ", ".join([PLAIN, *ALGORITHMS])
+            raise MsQuantError(f"algorithm {name!r} is unknown, expected one of {known}")
+    wanted = Wanted(AlgorithmPipeline(names), timestep_policy, needed=False)
+    chosen = sites(network, include, exclude)
+    structure = Structure(groups, blocks)
+    return observe(
+        network, chosen, dict.fromkeys(chosen, wanted), data, structure, progress or silent
+    )
 
 
-def _tokens(call: _Call) -> int:
-    """A guess of the tokens in a call; only decides how densely rows are kept."""
-    first = next((value for value in (*call.arguments, *call.named.values())), None)
-    if not isinstance(first, Tensor):
-        return 1
-    channels = first.shape[-1] if first.ndim and first.is_floating_point() else 1  # or token ids
-    return max(1, first.size // max(1, channels))
+def observe(
+    network: nn.Cell,
+    chosen: Mapping[str, Site],
+    wanted: Mapping[str, Wanted],
+    data: Iterable,
+    structure: Structure,
+    progress: Progress,
+) -> Observations:
+    """Calls a network with calibration data.
+
+    Args:
+        network: what is called.
+        chosen: the linears that are watched, by path.
+        wanted: what for, by path.
+        data: as for :func:`ms_quant.cells.swap.quantize`.
+        structure: groups and blocks.
+        progress: told of every call.
+
+    Raises:
+        MsQuantError: inputs do not reach a linear that needs them, or are of no timestep.
+    """
+    run = _Run(network, chosen, wanted, structure, progress)
+    by_step = [want.by_step for want in wanted.values() if want.by_step is not None]
+    with kept_timesteps(), in_float32(network):  # what gives the calls may call the network
+        if by_step:
+            TimestepManager.set_timestep_idx(None)  # of no step until the data says of which
+        run.calls = collect(data, progress)
+        if by_step:
+            run.steps = timesteps.count_steps(run.calls.steps, by_step[0])
+        observed = run.once()
+        while observed is None:
+            observed = run.once()
+    for group in observed.groups:
+        _refuse_unreached(group, wanted[group.paths[0]])
+    return observed
+
+
+def _refuse_unreached(group: GroupObservation, wanted: Wanted) -> None:
+    stats, path = group.stats, group.paths[0]
+    if wanted.needed and not stats.tokens:
+        raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
+    if isinstance(stats, StepStats) and wanted.by_step is not None:
+        timesteps.refuse_unseen(path, stats.seen_steps, stats.steps, wanted.by_step)
+
+
+@dataclass
+class _Run:
+    """All calls of a network, made once or, where linears must be told apart, again."""
+
+    network: nn.Cell
+    sites: Mapping[str, Site]
+    wanted: Mapping[str, Wanted]
+    structure: Structure
+    progress: Progress
+    calls: CallStore = field(default_factory=CallStore)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        structure, listed = self.structure, listed_blocks(self.network)
+        self.blocks = listed
+        if structure.blocks is not None:
+            self.blocks = stated_blocks(self.network, structure.blocks)
+        around: dict[str, Hashable] = {
+            path: enclosing([path], [*listed, *self.blocks]) for path in self.wanted
+        }
+        if structure.groups is not None:
+            keys = stated_groups(structure.groups, self.sites)
+            self._check_widths(keys)
+            around = {p: (p in keys, keys.get(p, p)) for p in self.wanted}
+        self.apart: dict[str, Hashable] = {
+            p: (want.together, around[p]) for p, want in self.wanted.items()
+        }
+
+    def _check_widths(self, keys: Mapping[str, Hashable]) -> None:
+        first: dict[Hashable, str] = {}
+        for path, key in keys.items():
+            other = first.setdefault(key, path)
+            if self.sites[path].taps != self.sites[other].taps:
+                raise MsQuantError(
+                    f"groups: {other} reads {self.sites[other].taps['input']} channels and {path} "
+                    f"{self.sites[path].taps['input']}, expected linears that read one input"
+                )
+
+    def once(self) -> Observations | None:
+        """Makes all calls; None where linears of a group turned out to read other inputs."""
+        shared = SharedInputs(self.apart, find=self.structure.groups is None)
+        stats = {path: self._stats(path) for path in self.wanted}
+        searched = any(want.algorithms.any("searches") for want in self.wanted.values())
+        kept = BlockCalls(self.network, self.blocks if searched else (), self.calls)
+        cells = {p: self.sites[p].watch(_shower(p, shared, stats)) for p in self.wanted}
+        try:
+            with replaced(self.network, cells):
+                for index, call in enumerate(self.calls):
+                    TimestepManager.set_timestep_idx(call.step)
+                    kept.begin_call(index)
+                    shared.begin_call()
+                    self.network(*call.arguments, **call.named)
+                    if not shared.end_call():
+                        self.apart = shared.apart
+                        return None
+                    for path, leader in shared.leader.items():
+                        stats[path] = stats[leader]
+                    self.progress("calibrate", index + 1, len(self.calls))
+        finally:
+            kept.remove()
+        found = [
+            GroupObservation(paths, stats[paths[0]], self._block(paths, shared.groups, kept.kept))
+            for paths in shared.groups
+        ]
+        blocks = {group.block for group in found}
+        windows = {path: calls for path, calls in kept.kept.items() if path in blocks}
+        return Observations(tuple(found), len(self.calls), searched, windows)
+
+    def _block(
+        self,
+        paths: Sequence[str],
+        groups: Iterable[Collection[str]],
+        kept: Mapping[str, CallStore],
+    ) -> str:
+        """The block whose output counts for a group; one of a list only if some of its linears
+        share an input, as those of attention do."""
+        block = enclosing(paths, [path for path, calls in kept.items() if len(calls)])
+        if block and self.structure.blocks is None:
+            inside = [g for g in groups if enclosing(g, [block])]
+            if all(len(group) == 1 for group in inside):
+                return ""
+        return block
+
+    def _stats(self, path: str) -> ActivationStats:
+        want, (channels,) = self.wanted[path], self.sites[path].taps.values()
+        more: dict[str, Any] = {
+            "total_tokens": self.calls.tokens,
+            "keep_rows": want.algorithms.kept_tokens,
+            "with_hessian": want.algorithms.any("hessian"),
+            "with_histogram": want.algorithms.any("histogram"),
+            "name": f"{path} input",
+        }
+        if want.by_step is not None:
+            return StepStats(channels, steps=self.steps, **more)
+        return ActivationStats(channels, **more)
+
+
+def _shower(path: str, shared: SharedInputs, stats: Mapping[str, ActivationStats]) -> Show:
+    def show(tap: str, x: Tensor) -> None:
+        if shared.note(path, x):
+            seen = stats[path]
+            update = timesteps.recorder(seen) if isinstance(seen, StepStats) else seen.update
+            update(float32(x))
+
+    return show
