@@ -21,7 +21,6 @@ from ms_quant.recipe.patterns import matches, unmatched
 from ms_quant.statistics.search_windows import SMALLEST
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
-
 WEIGHT = ".weight"
 """Candidates are named by their weight, a path with this ending."""
 

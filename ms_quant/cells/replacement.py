@@ -12,11 +12,11 @@ from mindspore import nn
 
 from ms_quant.cells import timesteps
 from ms_quant.cells.blocks import BlockErrors
-from ms_quant.cells.calibrate import Structure, Wanted, observe
 from ms_quant.cells.calls import Progress
 from ms_quant.cells.choice import LinearPlan
 from ms_quant.cells.float_forward import in_float32, run_dtype
 from ms_quant.cells.observations import GroupObservation, Observations
+from ms_quant.cells.observe import Structure, Wanted, observe
 from ms_quant.cells.quant_linear import Made, QuantLinear
 from ms_quant.cells.save import check_format
 from ms_quant.cells.sites import Site, weight_and_bias

@@ -9,11 +9,11 @@ from typing import Any
 from mindspore import nn
 
 from ms_quant.algorithms import PLAIN
-from ms_quant.cells.calibrate import Structure
 from ms_quant.cells.calls import Progress, silent
 from ms_quant.cells.choice import Common, Predicate, is_file, plans_of
 from ms_quant.cells.load import load_quantized, wanted_dtype
 from ms_quant.cells.observations import Observations
+from ms_quant.cells.observe import Structure
 from ms_quant.cells.replacement import Replacement
 from ms_quant.cells.same_input import Groups
 from ms_quant.cells.sites import sites
@@ -193,12 +193,17 @@ def _refuse_given(scheme: object, given: Mapping[str, Any], options: Mapping[str
 
 def _quantized_alone(linear: nn.Cell, scheme: Any, given: Mapping[str, Any]) -> nn.Cell:
     """What a linear that is no part of a network becomes."""
-    for names, expected in (
-        (("include", "exclude"), "include and exclude only with a network of several"),
-        (("groups", "blocks", "for_format"), "groups, blocks and for_format only with a network"),
-    ):
-        if any(given[name] != DEFAULTS[name] for name in names):
-            raise MsQuantError(f"{linear.cls_name}: is a linear itself, expected {expected}")
+    if any(given[name] != DEFAULTS[name] for name in ("include", "exclude")):
+        raise MsQuantError(
+            f"{linear.cls_name}: is a linear itself, expected include and exclude only with a "
+            "network of several"
+        )
+    for name in ("groups", "blocks", "for_format"):
+        if given[name] is not None:
+            raise MsQuantError(
+                f"{name}: given with {linear.cls_name}, which is a linear itself, expected a "
+                "network of them"
+            )
     if not isinstance(scheme, str) or isinstance(given["calibration"], Observations):
         raise MsQuantError(
             f"{linear.cls_name}: is a linear itself, expected the name of a scheme and calibration "

@@ -320,7 +320,7 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path, save_tensors: Callable) 
         ms_quant.save_quantized(small(), tmp_path, format="network")
     network = ms_quant.quantize(small(), "W8A8_DYNAMIC")
     with pytest.raises(
-        MsQuantError, match="rank: given with format .network., expected it for MindIE-SD"
+        MsQuantError, match="rank: given with format 'network', expected it for MindIE-SD"
     ):
         ms_quant.save_quantized(network, tmp_path, format="network", rank=0)
     network[2] = QuantLinear(int8_linear(np.ones((4, 6), np.int8), np.ones(4, np.float32)))

@@ -11,7 +11,7 @@ from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tables import table
 from ms_quant.cells.tree import is_linear
 
-FLOAT = "FLOAT"
+FLOAT, UNKNOWN = "FLOAT", "-"
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class LinearSummary:
         path: of the Cell; "" for the network itself.
         kind: class of the Cell that is there.
         shape: (out, in) of the weight.
-        scheme: name of its scheme; ``"FLOAT"`` where it stayed float, "" where it is not known.
-        algorithm: what found its numbers; "" where it is not known, as of loaded linears.
+        scheme: name of its scheme; ``"FLOAT"`` where it stayed float, "-" where it is not known.
+        algorithm: what found its numbers; "-" where there is none or it is not known, as of loaded linears.
         error: squared error over squared output on the calibration tokens; of the weight where
             there were none; None where it is not known.
-        error_of: ``"output"`` or ``"weight"``, what the error is that of; "" where there is none.
+        error_of: ``"output"`` or ``"weight"``, what the error is that of; "-" where there is none.
     """
 
     path: str
     kind: str
     shape: tuple[int, int]
     scheme: str = FLOAT
-    algorithm: str = ""
+    algorithm: str = UNKNOWN
     error: float | None = None
-    error_of: str = ""
+    error_of: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Summary:
                 row.path or ".",
                 row.kind,
                 f"{row.shape[0]} x {row.shape[1]}",
-                row.scheme or "-",
-                row.algorithm or "-",
+                row.scheme,
+                row.algorithm,
                 "-" if row.error is None else f"{row.error:.2e}",
-                row.error_of or "-",
+                row.error_of,
             )
             for row in self.linears
         ]
@@ -91,9 +91,9 @@ def summary(network: nn.Cell) -> Summary:
         >>> net = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
         >>> net = ms_quant.quantize(net, "W8A8_DYNAMIC", exclude=["2"])
         >>> for row in ms_quant.summary(net):
-        ...     print(row.path, row.kind, row.shape, row.scheme, row.algorithm)
-        0 QuantLinear (16, 8) W8A8_DYNAMIC minmax
-        2 Dense (4, 16) FLOAT
+        ...     print(row.path, row.kind, row.shape, row.scheme, row.error_of)
+        0 QuantLinear (16, 8) W8A8_DYNAMIC weight
+        2 Dense (4, 16) FLOAT -
     """
     rows = [_row(path, cell) for path, cell in network.cells_and_names() if _is_row(cell)]
     return Summary(tuple(rows))
@@ -107,7 +107,7 @@ def _row(path: str, cell: nn.Cell) -> LinearSummary:
     if not isinstance(cell, QuantLinear):
         rows, columns = cell.weight.shape
         return LinearSummary(path, cell.cls_name, (int(rows), int(columns)))
-    scheme = "" if cell.scheme is None else cell.scheme.name
+    scheme = UNKNOWN if cell.scheme is None else cell.scheme.name
     shape, made = (cell.out_channels, cell.in_channels), cell.made
     if made is None:
         return LinearSummary(path, cell.cls_name, shape, scheme)
