@@ -51,7 +51,12 @@ def test_a_user_s_type_checker_sees_the_types(tmp_path):
     program.write_text(USER)
     found = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={tmp_path / 'cache'}"]
-        + ["--ignore-missing-imports", "--no-error-summary", "--follow-imports=silent", str(program)],
+        + [
+            "--ignore-missing-imports",
+            "--no-error-summary",
+            "--follow-imports=silent",
+            str(program),
+        ],
         env={**os.environ, "MYPYPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,

@@ -39,7 +39,8 @@ def listed_blocks(network: nn.Cell) -> list[str]:
 
 
 def stated_blocks(network: nn.Cell, patterns: Sequence[str]) -> list[str]:
-    """Paths of the Cells that patterns match.
+    """Paths of the Cells that patterns match, without those inside others: ``layers.*`` matches
+    all that is inside ``layers.0``, too.
 
     Raises:
         MsQuantError: a pattern matches no Cell that holds a linear.
@@ -50,7 +51,11 @@ def stated_blocks(network: nn.Cell, patterns: Sequence[str]) -> list[str]:
         raise MsQuantError(
             f"blocks: {pattern!r} matches no Cell that holds linears, expected one of: {shown}, ..."
         )
-    return [path for path in paths if matches(path, patterns)]
+    found: list[str] = []
+    for path in paths:
+        if matches(path, patterns) and not enclosing([path], found):
+            found.append(path)
+    return found
 
 
 def enclosing(paths: Iterable[str], blocks: Iterable[str]) -> str:
@@ -131,8 +136,9 @@ class BlockErrors:
             name.removesuffix(WEIGHT).removeprefix(f"{self.path}."): self._cell(linear)
             for name, linear in candidate.items()
         }
+        kept = self._exact
         with replaced(self._block, cells):
-            for call, outputs in self._exact:
+            for call, outputs in kept:
                 for found, exact in zip(self._outputs(call), outputs, strict=True):
                     yield found - exact, exact
 

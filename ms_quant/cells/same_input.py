@@ -35,9 +35,7 @@ def stated_groups(groups: Groups, sites: Mapping[str, Site]) -> dict[str, Hashab
         for path in _members(group, list(sites), f"groups[{index}]"):
             parent = path.rpartition(".")[0] if isinstance(group, str) else ""
             if path in found:
-                raise MsQuantError(
-                    f"groups[{index}]: {path} is in another group, too, expected one"
-                )
+                raise MsQuantError(f"groups[{index}]: {path} is in two groups, expected one")
             found[path] = (index, parent)
     return found
 
