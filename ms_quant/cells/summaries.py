@@ -23,7 +23,8 @@ class LinearSummary:
         kind: class of the Cell that is there.
         shape: (out, in) of the weight.
         scheme: name of its scheme; ``"FLOAT"`` where it stayed float, "-" where it is not known.
-        algorithm: what found its numbers; "-" where there is none or it is not known, as of loaded linears.
+        algorithm: what found its numbers; "-" where there is none or it is not known, as of linears
+            that were loaded.
         error: squared error over squared output on the calibration tokens; of the weight where
             there were none; None where it is not known.
         error_of: ``"output"`` or ``"weight"``, what the error is that of; "-" where there is none.

@@ -83,10 +83,11 @@ def quantize(
             ``(path, cell)`` that gives the same value for those of a group and ``None`` for one
             that is alone. Default: ``None``: linears of one block that are given the same tensor in
             every calibration call.
-        blocks (Sequence[str], optional): patterns of the outermost Cells whose output tells searches such as
-            ``"osl"`` how good a candidate is; ``()`` for none: then it is the output of the group's
-            own linears. Default: ``None``: elements of a ``CellList`` or ``SequentialCell`` in
-            which linears share an input, as those of attention do.
+        blocks (Sequence[str], optional): patterns of the Cells whose output tells searches such as
+            ``"osl"`` how good a candidate is, of those inside each other the outermost; ``()`` for
+            none: then it is the output of the group's own linears. Default: ``None``: elements of a
+            ``CellList`` or ``SequentialCell`` in which linears share an input, as those of
+            attention do.
         timestep_policy (TimestepPolicyConfig, optional): which timesteps of a diffusion model are
             static and which are dynamic, for W8A8_TIMESTEP. `calibration` sets
             ``TimestepManager.set_timestep_idx(t)`` before it gives inputs of step t; dynamic steps
