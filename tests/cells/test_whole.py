@@ -403,7 +403,8 @@ def test_a_refusal_after_calibration_names_the_file_that_holds_it(tmp_path: Path
 
 def test_the_documents_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[2] / "docs" / "networks.md"
-    code = page.read_text().split("```python\n")[1].split("```")[0]
+    parts = page.read_text().split("```python\n")[1:]
+    code = "".join(part.partition("```")[0] for part in parts)
     monkeypatch.chdir(tmp_path)
     made: list[nn.Cell] = []
 
@@ -413,5 +414,5 @@ def test_the_documents_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     found: dict[str, Any] = {"build": build, "batches": [data()]}
     exec(code, found)
-    np.testing.assert_array_equal(made[0](data()).asnumpy(), made[1](data()).asnumpy())
-    assert found["network"] is made[1] and found["path"] in code.replace("# ", "")
+    np.testing.assert_array_equal(made[-2](data()).asnumpy(), made[-1](data()).asnumpy())
+    assert found["network"] is made[-1] and found["path"] in code.replace("# ", "")
