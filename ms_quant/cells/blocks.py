@@ -11,7 +11,7 @@ from mindspore import Tensor, nn
 
 from ms_quant.budget import SEARCH_TOKENS
 from ms_quant.cells import timesteps
-from ms_quant.cells.calls import Call, CallStore
+from ms_quant.cells.calls import IN_MEMORY, Call, CallStore
 from ms_quant.cells.recorder import float32
 from ms_quant.cells.tree import get_cell, is_linear, linears, replaced
 from ms_quant.errors import MsQuantError
@@ -79,7 +79,8 @@ class BlockCalls:
         wanted = min(count, max(1, SEARCH_TOKENS * count // max(1, calls.tokens)))
         self._chosen = frozenset((np.arange(wanted) * count // max(1, wanted)).tolist())
         self._active = False
-        self.kept = {path: CallStore() for path in blocks}
+        paths = list(blocks)
+        self.kept = {path: CallStore(IN_MEMORY // len(paths)) for path in paths}
         self._hooks = [
             get_cell(network, path).register_forward_pre_hook(self._keeper(store), with_kwargs=True)
             for path, store in self.kept.items()

@@ -21,7 +21,6 @@ from ms_quant.numerics.storage import DTYPES
 from ms_quant.timestep import TimestepManager
 
 IN_MEMORY = 64 << 20
-"""Bytes of tensors that are kept in memory before all go to a file."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done (``"collect"``, ``"calibrate"``, ``"quantize"``), how many calls or
@@ -57,10 +56,14 @@ class Call:
 
 class CallStore:
     """Calls in their order. Tensors and arrays are in a file; other arguments are kept as they
-    are."""
+    are.
 
-    def __init__(self) -> None:
-        self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
+    Args:
+        in_memory: bytes that are kept in memory before all go to a file.
+    """
+
+    def __init__(self, in_memory: int = IN_MEMORY) -> None:
+        self._file = SpooledTemporaryFile(max_size=max(1, in_memory))  # noqa: SIM115
         self._end = 0
         self._calls: list[Call] = []
         self.tokens = 0
@@ -140,9 +143,11 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def collect(calibration: Iterable, progress: Progress = silent) -> CallStore:
+def collect(
+    calibration: Iterable, progress: Progress = silent, in_memory: int = IN_MEMORY
+) -> CallStore:
     """The calls that calibration data stands for, each with the timestep that was set for it."""
-    calls, kept = CallStore(), type(calibration) in (list, tuple)
+    calls, kept = CallStore(in_memory), type(calibration) in (list, tuple)
     for batch in calibration:
         calls.append(_call(batch), in_file=not kept)
         progress("collect", len(calls), 0)

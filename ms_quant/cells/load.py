@@ -78,7 +78,7 @@ def load_quantized(
         exported/quantized_network.safetensors
         >>> again = ms_quant.load_quantized(build(), path)
     """
-    return _load(network, Path(path), timestep_policy, wanted_dtype(dtype))
+    return load(network, Path(path), timestep_policy, wanted_dtype(dtype))
 
 
 def wanted_dtype(dtype: Any) -> np.dtype | None:
@@ -95,12 +95,13 @@ def wanted_dtype(dtype: Any) -> np.dtype | None:
     return DTYPES[name]
 
 
-def _load(
+def load(
     network: nn.Cell,
     path: Path,
     timestep_policy: TimestepPolicyConfig | None,
     dtype: np.dtype | None,
 ) -> nn.Cell:
+    """What :func:`load_quantized` does."""
     if is_linear(network):
         raise MsQuantError(
             f"{network.cls_name}: is a linear itself, expected a network of them as {path} names "
@@ -158,7 +159,7 @@ def _warn_of_others(network: nn.Cell, path: Path) -> None:
             f"{path}: gives the quantized linears alone; {len(left)} other parameters such as "
             f"{left[0]!r} stay as the network has them. Load those, too, or write all with "
             'save_quantized(..., format="network").',
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

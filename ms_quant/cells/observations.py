@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ms_quant.cells.tables import joined, table
 from ms_quant.statistics.observers import ActivationStats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupObservation:
     """What the linears of one group read.
 
@@ -36,7 +37,7 @@ class GroupObservation:
         return float(absmax.max(initial=0)) / middle if middle > 0 else float("inf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observations:
     """What calibration has seen of a network's linears, made by :func:`ms_quant.calibrate`.
 
@@ -59,7 +60,7 @@ class Observations:
     def __contains__(self, path: object) -> bool:
         return path in self._of_path
 
-    @property
+    @cached_property
     def _of_path(self) -> dict[str, GroupObservation]:
         return {path: group for group in self.groups for path in group.paths}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,34 +179,37 @@ class _Run:
         self.blocks = listed
         if structure.blocks is not None:
             self.blocks = stated_blocks(self.network, structure.blocks)
+        self.site_of = {tap: path for path in self.wanted for tap in self.sites[path].taps}
         around: dict[str, Hashable] = {
-            path: enclosing([path], [*listed, *self.blocks]) for path in self.wanted
+            tap: enclosing([tap], [*listed, *self.blocks]) for tap in self.site_of
         }
         if structure.groups is not None:
             keys = stated_groups(structure.groups, self.sites)
             self._check_widths(keys)
-            around = {p: (p in keys, keys.get(p, p)) for p in self.wanted}
+            around = {tap: (tap in keys, keys.get(tap, tap)) for tap in self.site_of}
         self.apart: dict[str, Hashable] = {
-            p: (want.together, around[p]) for p, want in self.wanted.items()
+            tap: (self.wanted[path].together, around[tap]) for tap, path in self.site_of.items()
         }
 
     def _check_widths(self, keys: Mapping[str, Hashable]) -> None:
         first: dict[Hashable, str] = {}
         for path, key in keys.items():
             other = first.setdefault(key, path)
-            if self.sites[path].taps != self.sites[other].taps:
+            found, expected = self.sites[path].taps[path], self.sites[other].taps[other]
+            if found != expected:
                 raise MsQuantError(
-                    f"groups: {other} reads {self.sites[other].taps['input']} channels and {path} "
-                    f"{self.sites[path].taps['input']}, expected linears that read one input"
+                    f"groups: {other} reads {expected} channels and {path} {found}, expected "
+                    "linears that read one input"
                 )
 
     def once(self) -> Observations | None:
         """Makes all calls; None where linears of a group turned out to read other inputs."""
         shared = SharedInputs(self.apart, find=self.structure.groups is None)
-        stats = {path: self._stats(path) for path in self.wanted}
+        stats = {tap: self._stats(tap) for tap in self.site_of}
         searched = any(want.algorithms.any("searches") for want in self.wanted.values())
         kept = BlockCalls(self.network, self.blocks if searched else (), self.calls)
-        cells = {p: self.sites[p].watch(_shower(p, shared, stats)) for p in self.wanted}
+        show = _shower(shared, stats)
+        cells = {path: self.sites[path].watch(show) for path in self.wanted}
         try:
             with replaced(self.network, cells):
                 for index, call in enumerate(self.calls):
@@ -217,52 +220,47 @@ class _Run:
                     if not shared.end_call():
                         self.apart = shared.apart
                         return None
-                    for path, leader in shared.leader.items():
-                        stats[path] = stats[leader]
+                    for tap, leader in shared.leader.items():
+                        stats[tap] = stats[leader]
                     self.progress("calibrate", index + 1, len(self.calls))
         finally:
             kept.remove()
-        found = [
-            GroupObservation(paths, stats[paths[0]], self._block(paths, shared.groups, kept.kept))
-            for paths in shared.groups
-        ]
-        blocks = {group.block for group in found}
-        windows = {path: calls for path, calls in kept.kept.items() if path in blocks}
-        return Observations(tuple(found), len(self.calls), searched, windows)
+        blocks = self._block_of(shared.groups, kept.kept)
+        found = tuple(GroupObservation(g, stats[g[0]], blocks[g]) for g in shared.groups)
+        windows = {path: calls for path, calls in kept.kept.items() if path in blocks.values()}
+        return Observations(found, len(self.calls), searched, windows)
 
-    def _block(
-        self,
-        paths: Sequence[str],
-        groups: Iterable[Collection[str]],
-        kept: Mapping[str, CallStore],
-    ) -> str:
-        """The block whose output counts for a group; one of a list only if some of its linears
+    def _block_of(
+        self, groups: Sequence[tuple[str, ...]], kept: Mapping[str, CallStore]
+    ) -> dict[tuple[str, ...], str]:
+        """The block whose output counts for each group; one of a list only if some of its linears
         share an input, as those of attention do."""
-        block = enclosing(paths, [path for path, calls in kept.items() if len(calls)])
-        if block and self.structure.blocks is None:
-            inside = [g for g in groups if enclosing(g, [block])]
-            if all(len(group) == 1 for group in inside):
-                return ""
-        return block
+        blocks = [path for path, calls in kept.items() if len(calls)]
+        found = {group: enclosing(group, blocks) for group in groups}
+        if self.structure.blocks is not None:
+            return found
+        shares = {block for g in groups if len(g) > 1 for block in blocks if enclosing(g, [block])}
+        return {group: block if block in shares else "" for group, block in found.items()}
 
-    def _stats(self, path: str) -> ActivationStats:
-        want, (channels,) = self.wanted[path], self.sites[path].taps.values()
+    def _stats(self, tap: str) -> ActivationStats:
+        path = self.site_of[tap]
+        want, channels = self.wanted[path], self.sites[path].taps[tap]
         more: dict[str, Any] = {
             "total_tokens": self.calls.tokens,
             "keep_rows": want.algorithms.kept_tokens,
             "with_hessian": want.algorithms.any("hessian"),
             "with_histogram": want.algorithms.any("histogram"),
-            "name": f"{path} input",
+            "name": f"{tap} input",
         }
         if want.by_step is not None:
             return StepStats(channels, steps=self.steps, **more)
         return ActivationStats(channels, **more)
 
 
-def _shower(path: str, shared: SharedInputs, stats: Mapping[str, ActivationStats]) -> Show:
+def _shower(shared: SharedInputs, stats: Mapping[str, ActivationStats]) -> Show:
     def show(tap: str, x: Tensor) -> None:
-        if shared.note(path, x):
-            seen = stats[path]
+        if shared.note(tap, x):
+            seen = stats[tap]
             update = timesteps.recorder(seen) if isinstance(seen, StepStats) else seen.update
             update(float32(x))
 

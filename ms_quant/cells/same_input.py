@@ -64,11 +64,11 @@ class _Tensors:
     """The tensors of one call: each gets a number, and one that is seen again the same."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[weakref.ref, int, bytes]] = {}
+        self._known: dict[Hashable, tuple[weakref.ref, int, bytes]] = {}
         self._count = 0
 
     def number(self, x: Tensor) -> int:
-        place, sample = (int(x.data_ptr()), x.nbytes), _sample(x)
+        place, sample = (x.data_ptr(), x.nbytes, x.shape[-1:], str(x.dtype)), _sample(x)
         known = self._known.get(place)
         # A dead tensor's memory is used again, and a living one's may be written to.
         if known is not None and known[0]() is not None and known[2] == sample:

@@ -14,7 +14,6 @@ from ms_quant.cells.tree import linears
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.affine import check_finite
 
-INPUT = "input"
 Show = Callable[[str, Tensor], None]
 """Called with the name of a tap and the tensor that comes there."""
 
@@ -23,13 +22,14 @@ Show = Callable[[str, Tensor], None]
 class Site:
     """A place in a network that can be replaced: today a linear.
 
-    What is observed there are its taps. A linear has one, its input; an attention would have
-    ``q``, ``k`` and ``v``. Sites whose taps see the same tensor are one group.
+    What is observed there are its taps. A linear has one, its input, which is called by the
+    linear's own path; an attention would have ``PATH.q``, ``PATH.k`` and ``PATH.v``. Taps that see
+    the same tensor are one group.
 
     Attributes:
         path: of the Cell.
         cell: the float Cell that is there.
-        taps: name of each tap to its channels.
+        taps: name of each tap, unlike any other of the network, to its channels.
         watch: gives the Cell that stands in this one's place while the network is observed: it
             shows each tap's tensor and computes the same.
     """
@@ -44,9 +44,9 @@ def linear_site(path: str, cell: nn.Cell) -> Site:
     """The site of a linear."""
 
     def watch(show: Show) -> nn.Cell:
-        return Recorder(cell, lambda x: show(INPUT, x))
+        return Recorder(cell, lambda x: show(path, x))
 
-    return Site(path, cell, {INPUT: int(cell.weight.shape[1])}, watch)
+    return Site(path, cell, {path: int(cell.weight.shape[1])}, watch)
 
 
 def sites(

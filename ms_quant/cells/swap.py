@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from mindspore import nn
@@ -11,7 +12,7 @@ from mindspore import nn
 from ms_quant.algorithms import PLAIN
 from ms_quant.cells.calls import Progress, silent
 from ms_quant.cells.choice import Common, Predicate, is_file, plans_of
-from ms_quant.cells.load import load_quantized, wanted_dtype
+from ms_quant.cells.load import load, wanted_dtype
 from ms_quant.cells.observations import Observations
 from ms_quant.cells.observe import Structure
 from ms_quant.cells.replacement import Replacement
@@ -167,7 +168,7 @@ def quantize(
     if is_file(scheme):
         _refuse_given(scheme, given, options)
         assert isinstance(scheme, str | PathLike)
-        return load_quantized(network, scheme, timestep_policy=timestep_policy, dtype=dtype)
+        return load(network, Path(scheme), timestep_policy, wanted_dtype(dtype))
     if is_linear(network):
         for_linear = {**given, "timestep_policy": timestep_policy, "dtype": dtype, **options}
         return _quantized_alone(network, scheme, for_linear)

@@ -13,25 +13,23 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 import ms_quant
-from ms_quant.cells import calls as calls_module
 from ms_quant.cells.calls import Call, CallStore, collect
 from ms_quant.cells.tree import host_array
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
 
-@pytest.fixture(params=[0, 1 << 20], ids=["file", "memory"])
-def place(request, monkeypatch) -> None:
-    monkeypatch.setattr(calls_module, "IN_MEMORY", request.param)
+PLACES = pytest.mark.parametrize("in_memory", [0, 1 << 20], ids=["file", "memory"])
 
 
+@PLACES
 @pytest.mark.parametrize(
     "dtype", [ms.float32, ms.bfloat16, ms.float16, ms.int32, ms.int64, ms.bool_, ms.uint8]
 )
 @pytest.mark.parametrize("shape", [(3, 5), (), (0, 4)])
-def test_tensors_come_back_as_they_were(place, dtype, shape):
+def test_tensors_come_back_as_they_were(in_memory, dtype, shape):
     tensor = Tensor(np.random.default_rng(0).normal(size=shape).astype("f4") * 9).astype(dtype)
-    calls = CallStore()
+    calls = CallStore(in_memory)
     calls.append(Call((1, tensor), {}, 3))
     (again,) = calls
     assert again.step == 3 and again.arguments[0] == 1
@@ -40,10 +38,11 @@ def test_tensors_come_back_as_they_were(place, dtype, shape):
     assert host_array(found).tobytes() == host_array(tensor).tobytes()
 
 
-def test_arguments_of_other_kinds(place):
+@PLACES
+def test_arguments_of_other_kinds(in_memory):
     parameter, thing, array = Parameter(Tensor(np.ones(2, "f4"))), object(), np.arange(3)
     named = {"pair": (array, [Tensor(np.full(2, 7, "f4"))]), "it": thing, "none": None}
-    calls = CallStore()
+    calls = CallStore(in_memory)
     for _ in range(2):
         calls.append(Call((parameter,), named, None))
     for call in [*calls, *calls]:  # as often as wanted
@@ -66,8 +65,7 @@ def test_what_a_generator_overwrites_is_kept():
     assert [int(call.arguments[0].asnumpy()[0, 0]) for call in collect(items())] == [0, 1, 2]
 
 
-def test_calibration_data_larger_than_memory_is_not_held(monkeypatch):
-    monkeypatch.setattr(calls_module, "IN_MEMORY", 1 << 20)
+def test_calibration_data_larger_than_memory_is_not_held():
     size, count = 1 << 18, 40  # of float32: 40 MB
 
     def items():
@@ -75,7 +73,7 @@ def test_calibration_data_larger_than_memory_is_not_held(monkeypatch):
             yield np.full((size // 8, 8), seed, "f4")
 
     tracemalloc.start()
-    calls = collect(items())
+    calls = collect(items(), in_memory=1 << 20)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert calls.tokens == count * size // 8

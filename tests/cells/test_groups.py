@@ -14,7 +14,7 @@ import ms_quant
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells import decoder
-from ms_quant.cells.tree import get_cell
+from ms_quant.cells.tree import get_cell, host_array
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.models.families import GATED_DECODER_GROUPS
@@ -122,6 +122,19 @@ class Two(nn.Cell):
 )
 def test_one_tensor_is_one_memory_with_the_values_that_it_had(change, together):
     assert found(fill(Two(change)), data(3, 8)) == ([("a", "b")] if together else [("a",), ("b",)])
+
+
+def test_one_memory_in_rows_of_another_length_is_no_shared_input():
+    class Rows(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Dense(8, 4), nn.Dense(4, 4)
+
+        def construct(self, x):
+            x = x * 2.0
+            return self.a(x).sum() + self.b(x.reshape(-1, 4)).sum()
+
+    assert found(fill(Rows()), data(3, 8)) == [("a",), ("b",)]
 
 
 def test_memory_that_is_used_again_is_no_shared_input():
@@ -350,3 +363,30 @@ def test_blocks_of_a_loop_over_timesteps_are_called_in_their_step():
     )
     assert ms_quant.TimestepManager.get_timestep_idx() is None
     assert all(row.error < 1e-3 for row in ms_quant.summary(network))
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "gptq", "clip+gptq", "ssz", "histogram"])
+def test_groups_change_nothing_where_linears_are_solved_one_by_one(algorithm):
+    calls = [data(2, 5, 6, seed=seed) for seed in range(2)]
+    found = ms_quant.quantize(fill(Net(1)), calibration=calls, algorithm=algorithm)
+    alone = ms_quant.quantize(fill(Net(1)), calibration=calls, algorithm=algorithm, groups=())
+    for (name, a), (_, b) in zip(
+        found.parameters_and_names(), alone.parameters_and_names(), strict=True
+    ):
+        np.testing.assert_array_equal(a.asnumpy(), b.asnumpy(), err_msg=name)
+
+
+def test_a_bfloat16_network_is_searched_in_float32():
+    """As one of float32 with the same values that is made to run in bfloat16."""
+    narrow, wide = fill(Net(1)), fill(Net(1))
+    for parameter, same in zip(narrow.get_parameters(), wide.get_parameters(), strict=True):
+        parameter.set_dtype(ms.bfloat16)
+        same.set_data(parameter.astype(ms.float32))
+    calls = [data(2, 5, 6, seed=seed).astype(ms.bfloat16) for seed in range(2)]
+    made = ms_quant.quantize(narrow, "W8A8", calibration=calls, algorithm="osl")
+    calls = [x.astype(ms.float32) for x in calls]
+    expected = ms_quant.quantize(wide, "W8A8", calibration=calls, algorithm="osl", dtype="bfloat16")
+    for (name, a), (_, b) in zip(
+        made.parameters_and_names(), expected.parameters_and_names(), strict=True
+    ):
+        np.testing.assert_array_equal(host_array(a), host_array(b), err_msg=name)
