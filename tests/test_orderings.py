@@ -59,7 +59,7 @@ def _observe(model: FloatModel, tokens: np.ndarray) -> list[Group]:
         recorders = {
             group.members[0]: Recorder(
                 get_cell(block, group.members[0]),
-                lambda x, name=group.name, inputs=inputs: inputs.update({name: x.copy()}),
+                lambda x, name=group.name, inputs=inputs: inputs.update({name: x.asnumpy().copy()}),
             )
             for group in model.config.family.groups
         }

@@ -219,7 +219,8 @@ def crests(directory: Path, tokens: np.ndarray) -> dict[str, float]:
         block = load_block(model, index)
         for path in ("self_attn.q_proj", "mlp.gate_proj"):
 
-            def note(x: np.ndarray, name: str = f"{index}.{path}") -> None:
+            def note(seen: Tensor, name: str = f"{index}.{path}") -> None:
+                x = seen.asnumpy()
                 found[name] = float(np.mean(np.abs(x).max(-1) / np.sqrt(np.square(x).mean(-1))))
 
             with replaced(block, {path: Recorder(get_cell(block, path), note)}):
