@@ -70,13 +70,7 @@ class Common:
         """
         scheme = get_scheme(name, **{k: v for k, v in self.options.items() if k in VALUES})
         settings = {key: value for key, value in self.options.items() if key not in VALUES}
-        algorithms = get_algorithms(self.algorithm, scheme, settings)
-        if algorithms.any("rotates"):
-            raise MsQuantError(
-                f"algorithm {self.algorithm!r}: quarot rotates a whole decoder checkpoint, "
-                "expected it only with ms-quant quantize"
-            )
-        return LinearPlan(scheme, algorithms)
+        return LinearPlan(scheme, get_algorithms(self.algorithm, scheme, settings))
 
 
 def is_file(wish: Wish) -> bool:
@@ -142,11 +136,10 @@ def _by_recipe(recipe: Recipe, chosen: Iterable[str], paths: list[str]) -> dict[
                 f"{name}: is for checkpoints, expected a recipe of rules and steps for a network"
             )
     for step in recipe.steps:
-        if step.groups or step.by_producer or step.algorithm == "quarot":
-            what = "quarot" if step.algorithm == "quarot" else "groups or producers"
+        if step.groups or step.by_producer:
             raise MsQuantError(
-                f"{step.where}: {what} of a decoder checkpoint, expected patterns of the network's "
-                "own linears"
+                f"{step.where}: groups or producers of a decoder checkpoint, expected patterns of "
+                "the network's own linears"
             )
     if not recipe.lenient:
         for where, pattern in idle_patterns(recipe, paths):

@@ -60,6 +60,7 @@ class Replacement:
         for path, plan in plans.items():
             if plan not in self.kinds:
                 self.kinds.append(plan)
+                _refuse_rotations(plan)
             weight, _ = weight_and_bias(sites[path])
             plan.scheme.weight.check_columns(weight.shape[1], f"{path}.weight")
 
@@ -168,6 +169,14 @@ class Replacement:
         self, observed: Observations, block: str, policy: TimestepPolicyConfig | None
     ) -> BlockErrors:
         return BlockErrors(self.network, block, observed.windows[block], policy)
+
+
+def _refuse_rotations(plan: LinearPlan) -> None:
+    if plan.algorithms.any("rotates"):
+        raise MsQuantError(
+            f"algorithm {plan.algorithms.name!r}: quarot rotates a whole decoder checkpoint, "
+            "expected it only with ms-quant quantize"
+        )
 
 
 def _policy(

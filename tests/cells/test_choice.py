@@ -99,7 +99,11 @@ def test_a_recipe_gives_schemes_algorithms_and_options(tmp_path, kind):
             {},
             "steps[0]: groups",
         ),
-        ({"steps": (Step("quarot", where="steps[0]"),)}, {}, "steps[0]: quarot of a decoder check"),
+        (
+            {"steps": (Step("quarot", where="steps[0]"),)},
+            {},
+            "algorithm 'quarot': quarot rotates a whole decoder checkpoint",
+        ),
         ({}, {"algorithm": "ssz"}, "algorithm: given with a recipe, which says all"),
         ({}, {"group_size": 32}, "group_size: given with a recipe, which says all"),
     ],
