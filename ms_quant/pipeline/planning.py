@@ -16,6 +16,7 @@ from ms_quant.formats.registry import FORMATS
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.exclude import float_paths, matches, no_match
+from ms_quant.plan.folding import check_edges
 from ms_quant.plan.layer import LayerPlan, layer_plan
 from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, is_reached
@@ -294,7 +295,9 @@ def _plan(config: ModelConfig, layers: Mapping[GroupId, LayerPlan | None], asked
     left = {group: None if group in undivided else layer for group, layer in layers.items()}
     if not any(left.values()):
         raise MsQuantError("every linear stays float, nothing is left to quantize")
-    return replace(plan, layers=left)
+    plan = replace(plan, layers=left)
+    check_edges(plan)
+    return plan
 
 
 def _check_cache(layer: LayerPlan, name: str) -> None:
