@@ -12,12 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from sealed import seal_again
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import write_json
 from ms_quant.files.safetensors_file import SafetensorsFile
 from ms_quant.formats.opening import QuantizedModel
-from ms_quant.job.output_directory import RECORD, seal
+from ms_quant.job.output_directory import RECORD
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 from ms_quant.quantization.activation_record import KEY
 from ms_quant.verify.checkpoint import verify_checkpoint
@@ -69,16 +70,6 @@ def edit(
         seal_again(checkpoint)
 
     return run
-
-
-def seal_again(directory: Path) -> None:
-    """Makes the record agree with the files as they are now."""
-    value = json.loads((directory / RECORD).read_text())
-    value.pop("sha256", None)
-    for name in value["files"]:
-        data = (directory / name).read_bytes()
-        value["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_json(directory / RECORD, seal(value))
 
 
 def edit_record(directory: Path, change: Callable[[dict], object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sealed import seal_again
 
 from ms_quant.files.atomic import write_json
 from ms_quant.job.output_directory import RECORD, seal
@@ -67,15 +67,6 @@ def edit(load_tensors: Callable, save_tensors: Callable) -> Callable:
         seal_again(directory)
 
     return run
-
-
-def seal_again(directory: Path) -> None:
-    value = json.loads((directory / RECORD).read_text())
-    value.pop("sha256", None)
-    for name in value["files"]:
-        data = (directory / name).read_bytes()
-        value["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_json(directory / RECORD, seal(value))
 
 
 def edit_json(path: Path, **changes: Any) -> None:
