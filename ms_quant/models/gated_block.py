@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.models.attention import Cache, attend
+from ms_quant.models.attention import TAPS, Cache, attention
 from ms_quant.models.block_spec import (
     BlockSpec,
     Branch,
@@ -38,7 +38,7 @@ class Attention(Branch):
     """
 
     title = "attention"
-    taps = "q", "k", "v", "attention output"
+    taps = *TAPS, "attention output"
 
     def __init__(
         self,
@@ -92,13 +92,7 @@ class Attention(Branch):
         if self.qk_norm:
             q, k = ops.norm(f"{self.path}.q_norm", q), ops.norm(f"{self.path}.k_norm", k)
         angles = at.angles(self.rotary)
-        queries, keys = kernels.rope(q, *angles), kernels.rope(k, *angles)
-        values = np.ascontiguousarray(v.transpose(0, 2, 1, 3))
-        for tap, heads in zip(self.taps, (queries, keys, values), strict=False):
-            ops.show(tap, heads)
-        if cache is not None:
-            keys, values = cache(keys, values)
-        y = attend(queries, keys, values, at.mask).reshape(batch, length, -1)
+        y = attention(q, k, v, angles, at.mask, cache, show=ops.show)
         ops.show(self.taps[-1], y)
         return ops.between(f"{self.path}.o_proj input", y)
 
