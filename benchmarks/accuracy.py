@@ -31,6 +31,7 @@ from ms_quant import __version__
 from ms_quant.algorithms import ALGORITHMS, PLAIN
 from ms_quant.cli.console import use_mindspore
 from ms_quant.data.calibration import eval_windows
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.atomic import write_json
 from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import FloatModel, JobModel
@@ -74,8 +75,6 @@ def measure(
     model: Path, scheme: str, algorithm: str, options: Row, calib: Path, tokens: np.ndarray
 ) -> Row:
     """Quantizes one model in one way and evaluates it."""
-    from ms_quant.evaluation.evaluation import is_phased, perplexity
-
     options = dict(options)
     cache = options.pop("kv_cache", None)
     held = cache if cache == STATIC_CACHE else ""
@@ -95,7 +94,7 @@ def measure(
                 "bytes": bytes_per_weight(checked.plan),
                 "seconds": round(seconds, 1),
             }
-            if is_phased(served):
+            if served.phased:
                 found["decode"] = perplexity(served, tokens, decode=True)["perplexity"]
             job.remove()
     return found
@@ -166,8 +165,6 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
     use_mindspore()
-    from ms_quant.evaluation.evaluation import perplexity
-
     tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory() as directory:

@@ -48,10 +48,9 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from ms_quant.cli.console import use_mindspore
-use_mindspore()
 from ms_quant.formats.opening import open_model
-from ms_quant.evaluation.evaluation import Generator, perplexity
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import perplexity
 what, windows, length, prompt, new = sys.argv[2], *map(int, sys.argv[3:])
 model = open_model(Path(sys.argv[1]))
 tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (windows, length + 1))

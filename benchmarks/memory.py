@@ -35,7 +35,7 @@ def anonymous():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
 
-import ms_quant.quantization.calibration
+import ms_quant.quantization.work
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 model, output, calib, scheme, algorithm = sys.argv[1:]
 data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}

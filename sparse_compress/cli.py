@@ -20,7 +20,6 @@ from ms_quant.cli.console import (
     note,
     show_fields,
     step_progress,
-    use_mindspore,
 )
 from ms_quant.cli.console import run as run_app
 from ms_quant.cli.main import ModelArgument, example
@@ -145,8 +144,6 @@ def _run(options: SparseOptions, dry_run: bool, as_json: bool) -> None:
 
         emit(estimate(request), as_json, show_fields)
         return
-    if options.heldout is not None:
-        use_mindspore()
     _note_backend()
     with step_progress() as progress:
         result = compress(options, progress, request)

@@ -6,7 +6,7 @@ NumPy in float64 must give the same from the tensors that folding has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.algorithms.problem import Problem, Solution, checked
+from ms_quant.algorithms.problem import Loss, Problem, Solution, checked
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Float
@@ -23,8 +23,12 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
 from ms_quant.plan.plan import Plan
-from ms_quant.quantization.block import Block, BlockHooks, Seen, quantize_block
+from ms_quant.quantization.block import QuantizedBlock, quantize
+from ms_quant.quantization.hooks import BlockHooks
+from ms_quant.statistics.activation_range import BlockRanges, input_of, output_of
+from ms_quant.statistics.observations import Observations
 from ms_quant.statistics.observers import ActivationStats
+from ms_quant.statistics.search_windows import SearchWindows
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 HIDDEN, INTER, DIM, HEADS = 16, 32, 4, 4
@@ -125,7 +129,7 @@ class Case:
 
     plan: Plan
     before: Tensors
-    block: Block
+    block: QuantizedBlock
     x: np.ndarray
 
     @property
@@ -139,23 +143,46 @@ class Case:
         return tensors
 
 
-def seen_by(before: Tensors, x: np.ndarray) -> Callable[[LinearGroup], Seen]:
-    inputs = run(before, x)
+@dataclass
+class SeenWeights:
+    """The parameters of a block, and errors of the groups' own outputs."""
 
-    def seen(group: LinearGroup) -> Seen:
-        rows = inputs[group.name].astype(np.float32)
-        stats = ActivationStats(rows.shape[1], len(rows), with_hessian=True)
-        stats.update(rows)
+    before: Tensors
+    inputs: dict[str, np.ndarray]
+    index: int = 0
+
+    def get(self, name: str) -> np.ndarray | None:
+        return self.before.get(name)
+
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+        rows = self.inputs[group.name].astype(np.float32)
 
         def loss(candidate) -> float:
             return sum(
-                float(np.square(made.forward(rows) - linear(rows, before, path)).sum())
+                float(np.square(made.forward(rows) - linear(rows, self.before, path)).sum())
                 for path, made in candidate.items()
             )
 
-        return Seen(stats, loss, loss)
+        return loss, loss
 
-    return seen
+    def drop(self, members: Sequence[str]) -> None:
+        """The tests look at them again."""
+
+
+def seen_by(
+    config: ModelConfig, before: Tensors, x: np.ndarray, cached: dict[str, np.ndarray] | None
+) -> tuple[SeenWeights, Observations]:
+    inputs, stats = run(before, x), {}
+    for name in ("qkv", "o", "gate_up", "down"):
+        rows = inputs[name].astype(np.float32)
+        stats[name] = ActivationStats(rows.shape[1], len(rows), with_hessian=True)
+        stats[name].update(rows)
+    windows, ranges = SearchWindows((1, len(x), x.shape[1]), 0), BlockRanges(0)
+    for group in config.block(0).groups:  # nothing comes near the end of float16
+        ranges.absmax[input_of(group)] = np.zeros(config.block(0).in_features(group), "f4")
+    for path, spec in config.block(0).linears.items():
+        ranges.absmax[output_of(path)] = np.zeros(spec.out_features, "f4")
+    return SeenWeights(before, inputs), Observations(stats, windows, ranges, cached)
 
 
 def folded(
@@ -187,7 +214,7 @@ def folded(
         algorithm_options=algorithm_options,
         fold=fold,
     )
-    block = quantize_block(plan, 0, before.get, seen_by(before, x), hooks, cached=cached)
+    block = quantize(plan, *seen_by(config, before, x, cached), hooks)
     return Case(plan, before, block, x)
 
 
@@ -463,15 +490,9 @@ def test_without_an_algorithm_nothing_is_folded_and_notes_are_kept():
     config, parts = config_of(), []
     before = random_block(config)
     plan = make_plan(config, "W8A8_DYNAMIC", "minmax", dtype=BF16)
-    block = quantize_block(
-        plan, 0, before.get, lambda group: Seen(None, no_loss, no_loss), progress=parts.append
-    )
+    block = quantize(plan, SeenWeights(before, {}), None, progress=parts.append)
     assert not block.floats
     assert set(block.linears) == set(config.block(0).linears)
     assert block.notes == {group.name: {} for group in plan.groups(0)}
     assert parts == sorted(parts) and parts[-1] == 1
     assert folded(hooks=BlockHooks()).block.notes["qkv"] == {"alpha": 0.5}
-
-
-def no_loss(candidate) -> float:
-    raise AssertionError("nothing was to be searched")

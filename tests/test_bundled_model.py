@@ -37,7 +37,7 @@ def tokens() -> np.ndarray:
 
 
 def perplexity(directory: Path, tokens: np.ndarray, **options: str) -> float:
-    from ms_quant.evaluation.evaluation import perplexity as measure
+    from ms_quant.evaluation.perplexity import perplexity as measure
     from ms_quant.formats.opening import open_model
 
     return measure(open_model(directory), tokens, **options)["perplexity"]
@@ -68,7 +68,7 @@ def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options:
 
 
 def test_the_model_learned_and_uses_its_context(tokens):
-    from ms_quant.evaluation.evaluation import token_losses
+    from ms_quant.evaluation.perplexity import token_losses
     from ms_quant.formats.opening import open_model
 
     card = json.loads((MODEL / "training.json").read_text())
@@ -90,7 +90,7 @@ def test_calibration_and_heldout_share_no_file():
 
 def test_the_model_meets_the_unzip_limits_on_both_ranks():
     config = load_config(MODEL)
-    for group in config.family.groups:
+    for group in config.block(0).groups:
         n, k = fused_shape(config, 2, group)
         assert unsupported_reason(n, k) is None
         assert n % 128 == 0 and k % 64 == 0 and k > 256

@@ -134,7 +134,7 @@ def test_calibrated_tensors_are_those_of_the_oracle(
     load_tensors: Callable[[Path], Tensors],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ms_quant.quantization.calibration.BATCH_TOKENS", batch * 16)
+    monkeypatch.setattr("ms_quant.quantization.work.BATCH_TOKENS", batch * 16)
     model = tiny_model(**family)
     source = load_tensors(model)
     found = load_tensors(quantize(model, **options))

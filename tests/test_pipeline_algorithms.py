@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("mindspore")
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.opening import JobModel, open_model
@@ -117,7 +118,7 @@ def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):
             np.testing.assert_array_equal(theirs.forward(part, decode), ours.forward(part, decode))
     found = verify_checkpoint(checked.options.output, checked.options.model)
     assert found["problems"] == []
-    for decode in (False, True) if is_phased(written) else (False,):
+    for decode in (False, True) if written.phased else (False,):
         ours, theirs = (token_losses(m, TOKENS, decode=decode) for m in (job, written))
         np.testing.assert_array_equal(theirs, ours)
 
@@ -150,7 +151,7 @@ def test_both_phases_of_a_generation(make):
     """The first token is predicted with dynamic inputs, all later ones with static ones."""
     checked = make("W8A8_MIX", "minmax")
     model = open_model(checked.options.output)
-    assert is_phased(model)
+    assert model.phased
     generator = Generator(model)
     seen: list[tuple[int, bool]] = []
     for block in generator.blocks:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("mindspore")
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import is_phased, token_losses
+from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
@@ -359,8 +359,8 @@ def test_each_group_has_a_fold_of_its_own(make, tmp_path, recipe, format, fold, 
 def test_both_phases_of_a_mixture_are_evaluated(make):
     recipe = smoothing([rule("W8A8_DYNAMIC", "*attn*"), rule("W8A8_MIX", "*.mlp.*")])
     made = make(recipe, **make.calibrated)
-    assert is_phased(open_model(made.options.output))
-    assert not is_phased(open_model(made.options.model))
+    assert open_model(made.options.output).phased
+    assert not open_model(made.options.model).phased
 
 
 def test_formats_that_leave_other_groups_float(make):

@@ -31,7 +31,7 @@ def column_factors(source: Path, channels: int, factor: float, seed: int) -> dic
         raise SystemExit(f"factor is {factor}, expected a power of two")
     factors = {}
     for index in range(config.num_layers):
-        for group in config.family.groups:
+        for group in config.block(0).groups:
             if not group.feeds_from_norm:
                 continue
             scale = np.ones(config.hidden_size, np.float32)

@@ -31,7 +31,6 @@ from ms_quant.pipeline.request import (
     prepare,
     read_recipe,
     refuse_beside_recipe,
-    require_mindspore,
     split_options,
 )
 from ms_quant.pipeline.run import quantize_checkpoint
@@ -289,10 +288,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized checkpoint."""
-    require_mindspore("eval runs the model")
-    use_mindspore()
     from ms_quant.data.calibration import eval_windows
-    from ms_quant.evaluation.evaluation import is_phased, perplexity
+    from ms_quant.evaluation.perplexity import perplexity
     from ms_quant.formats.inspection import cache_name
     from ms_quant.formats.opening import open_model
 
@@ -301,7 +298,7 @@ def evaluate(
     tokens = eval_windows(text, checkpoint, seq_len, windows)
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
-    if is_phased(model):
+    if model.phased:
         with block_progress("evaluating decode", model.config.num_layers) as progress:
             decoded = perplexity(model, tokens, progress, decode=True, kv_cache=kv_cache)
         measured["perplexity_decode"] = decoded["perplexity"]
@@ -347,12 +344,10 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Greedy text with a key-value cache."""
-    require_mindspore("generate runs the model")
     if any("\ud800" <= char <= "\udfff" for char in prompt):
         raise MsQuantError(f"prompt: {prompt!r:.80} is not UTF-8 text")
-    use_mindspore()
     from ms_quant.data.tokenizer import load_tokenizer
-    from ms_quant.evaluation.evaluation import Generator
+    from ms_quant.evaluation.generation import Generator
     from ms_quant.formats.opening import open_model
 
     tokenizer = load_tokenizer(checkpoint)

@@ -3,13 +3,13 @@
     job.json                 what the job computes; resuming under another one is refused
     block-00000.safetensors  the quantized linears of a finished block; further formats of the same
                              job have block-00000.1.safetensors and so on
-    hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
+    hidden-00001.npy         float32 (windows, tokens, hidden), the input of a block
     source.json              the hash of every tensor of the source, as the first pass read it
     ms_quant.lock            empty; locked by the process that works here
 
 Every file appears under its name only when it is whole and on disk. A block is finished when its
-file is there; the next block's input is written before it and this block's is deleted after it,
-so the input of the first unfinished block always exists.
+file is there; blocks finish in any order. Of the hidden states those stay that some unfinished
+block begins with.
 """
 
 from __future__ import annotations
@@ -239,19 +239,23 @@ class JobDirectory:
         found = sorted(path for path in self.directory.iterdir() if names.fullmatch(path.name))
         return [path for path in found if path.is_file()]
 
+    @property
+    def _suffix(self) -> str:
+        return f".{self.target}" if self.target else ""
+
     def block_file(self, index: int) -> Path:
-        target = f".{self.target}" if self.target else ""
-        return self.directory / f"block-{index:05d}{target}.safetensors"
+        return self.directory / f"block-{index:05d}{self._suffix}.safetensors"
 
     def hidden_file(self, index: int) -> Path:
         return self.directory / f"hidden-{index:05d}.npy"
 
-    def finished_blocks(self) -> int:
-        """How many blocks are finished; blocks finish in order."""
-        count = 0
-        while self.block_file(count).exists():
-            count += 1
-        return count
+    def finished(self) -> set[int]:
+        """The blocks that are finished, in whatever order."""
+        if not self.directory.is_dir():
+            return set()
+        name = re.compile(rf"block-(\d{{5,}}){re.escape(self._suffix)}\.safetensors")
+        found = (name.fullmatch(path.name) for path in self.directory.iterdir())
+        return {int(match[1]) for match in found if match}
 
     def hidden_bytes(self) -> int:
         """The size of the hidden states there are."""
@@ -274,8 +278,6 @@ class JobDirectory:
         metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
         write_file(self.block_file(index), plans, lambda plan: tensors[plan.name], metadata)
         self._opened = None
-        if self.target == 0:
-            self.hidden_file(index).unlink(missing_ok=True)
 
     def _block(self, index: int) -> SafetensorsFile:
         """The file of a finished block; that of the last one asked for stays open."""
@@ -325,7 +327,7 @@ class JobDirectory:
 
     def ranges(self) -> list[dict[str, Any]]:
         """How large the activations of each finished block get; empty without calibration."""
-        blocks = range(self.finished_blocks())
+        blocks = sorted(self.finished())
         return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
 
     def remove(self) -> None:

@@ -64,8 +64,8 @@ PLANNED = (
 
 
 def convert_checkpoint(
-    directory: Path,
-    output: Path,
+    directory: Path | str,
+    output: Path | str,
     format: str,
     *,
     shard_bytes: int | None = None,
@@ -88,7 +88,7 @@ def convert_checkpoint(
         MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
             names the tensor. No output directory is left behind.
     """
-    directory = model_directory(directory)
+    directory, output = model_directory(directory), Path(output)
     check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ms_quant.errors import MsQuantError
@@ -71,16 +71,16 @@ def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
     )
 
 
-def job_bytes(plans: Sequence[Plan], tokens: int, first: int = 0) -> int:
-    """Disk space of a job: the blocks from ``first`` on and two sets of hidden states.
+def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ()) -> int:
+    """Disk space of a job: the blocks that are left and two sets of hidden states.
 
     Args:
         plans: what to do, for each format.
         tokens: how many calibration tokens there are.
-        first: the first unfinished block.
+        finished: the blocks that are there.
     """
     config = plans[0].config
-    blocks = range(first, config.num_layers)
+    blocks = [index for index in range(config.num_layers) if index not in finished]
     hidden = 2 * tokens * config.hidden_size * 4 if blocks else 0
     return hidden + sum(_block_bytes(plan, index) for plan in plans for index in blocks)
 
@@ -121,8 +121,7 @@ def check_space(
     Raises:
         MsQuantError: too little is free, or a directory cannot be made.
     """
-    first = job.finished_blocks()
-    working = job_bytes(plans, tokens, first) - job.hidden_bytes()
+    working = job_bytes(plans, tokens, job.finished()) - job.hidden_bytes()
     needed = {
         output.partial: max(0, output_bytes - output.bytes_present())
         for output, output_bytes in outputs

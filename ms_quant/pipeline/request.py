@@ -450,7 +450,7 @@ def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
     return DTYPES[name]
 
 
-def require_mindspore(why: str) -> None:
+def _require_mindspore(why: str) -> None:
     """Raises one sentence with the command that installs MindSpore when it is missing."""
     if find_spec("mindspore") is None:
         raise MsQuantError(
@@ -467,7 +467,7 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         if layer.scheme.needs_calibration:
             what = f"scheme {layer.scheme.name}"
     if plan.any("trains"):
-        require_mindspore(f"{what} trains on calibration data")
+        _require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
             f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "

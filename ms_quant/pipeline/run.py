@@ -20,15 +20,17 @@ from ms_quant.pipeline.request import (
     QuantizeOptions,
     needed_bytes,
     prepare,
-    require_mindspore,
 )
 from ms_quant.pipeline.writer import output_bytes, summary, write_output
 from ms_quant.quantization import activation_record as activations
-from ms_quant.quantization.block import NO_HOOKS, BlockHooks, Progress, quantize_data_free
+from ms_quant.quantization.executor import Executor, InOrder
+from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
+from ms_quant.quantization.work import BlockWork, Progress
 from ms_quant.statistics import activation_range
 from ms_quant.statistics.activation_range import float16_facts
 
 Reading = Callable[[float], None]
+IN_ORDER = InOrder()
 
 __all__ = [
     "CheckedJob",
@@ -39,7 +41,6 @@ __all__ = [
     "prepare",
     "prove_source",
     "quantize_checkpoint",
-    "require_mindspore",
 ]
 
 
@@ -48,6 +49,7 @@ def quantize_checkpoint(
     progress: Progress = lambda index, part: None,
     checked: CheckedJob | None = None,
     reading: Reading = lambda part: None,
+    executor: Executor = IN_ORDER,
 ) -> dict[str, Any]:
     """Makes a quantized checkpoint, or goes on making it.
 
@@ -56,6 +58,7 @@ def quantize_checkpoint(
         progress: told how far each block is.
         checked: the checked request, where the caller has it already.
         reading: told how much of the model's first pass is done, 0 to 1.
+        executor: what maps the work over the blocks.
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
@@ -67,7 +70,7 @@ def quantize_checkpoint(
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     checked = checked or prepare(options)
-    finished_before = complete(checked, progress, _write, reading=reading)
+    finished_before = complete(checked, progress, _write, reading=reading, executor=executor)
     results = [_summary(request, finished_before) for request in checked.all]
     return {"formats": results} if checked.others else results[0]
 
@@ -88,6 +91,7 @@ def complete(
     write: Callable[[CheckedJob, JobDirectory, OutputDirectory], None],
     hooks: BlockHooks = NO_HOOKS,
     reading: Reading = lambda part: None,
+    executor: Executor = IN_ORDER,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -97,6 +101,7 @@ def complete(
         write: writes and finishes the output of a request whose blocks are finished.
         hooks: what is done around the algorithm.
         reading: told how much of the model's first pass is done, 0 to 1.
+        executor: what maps the work over the blocks.
 
     Returns:
         True when every output was finished before.
@@ -118,7 +123,7 @@ def complete(
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(checked, job, progress, hooks)
+                run_blocks(checked, job, progress, hooks, executor)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
         if not checked.options.keep_job:
@@ -140,7 +145,7 @@ def prove_source(checked: CheckedJob, job: JobDirectory, reading: Reading) -> No
     except (DiskError, ChangedSourceError):
         raise
     except MsQuantError:
-        if not job.finished_blocks():
+        if not job.finished():
             job.remove()
         raise
     for request in checked.all:
@@ -161,17 +166,14 @@ def run_blocks(
     job: JobDirectory,
     progress: Progress,
     hooks: BlockHooks = NO_HOOKS,
+    executor: Executor = IN_ORDER,
 ) -> None:
     """Finishes every block of a job."""
     targets = [(checked.plan, job)]
     for target, request in enumerate(checked.others, 1):
         targets.append((request.plan, checked.job(target)))
-    if checked.tokens is None:
-        quantize_data_free(targets, checked.tensors, progress)
-    elif job.finished_blocks() < checked.plan.config.num_layers:
-        from ms_quant.quantization.calibration import calibrate
-
-        calibrate(targets, checked.tensors, checked.tokens, progress, hooks)
+    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks)
+    executor.run(work)
 
 
 def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:

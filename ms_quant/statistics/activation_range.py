@@ -81,6 +81,11 @@ class BlockRanges:
         else:
             self.absmax[place] = found
 
+    def merge(self, other: BlockRanges) -> None:
+        """Adds what another part of the data has shown."""
+        for place, absmax in other.absmax.items():
+            self.add(place, absmax[None])
+
     def extremes(self) -> list[Extreme]:
         """The largest value of each place."""
         tops = {place: int(absmax.argmax()) for place, absmax in self.absmax.items()}

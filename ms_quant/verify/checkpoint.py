@@ -43,7 +43,7 @@ from ms_quant.verify.source import SourceProof, Subject
 VERDICTS = ("right", "right as far as can be seen", "wrong")
 
 
-def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, Any]:
+def verify_checkpoint(directory: Path | str, source: Path | str | None = None) -> dict[str, Any]:
     """Checks a quantized checkpoint of any format.
 
     Args:
@@ -62,7 +62,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
-    directory = model_directory(directory)
+    directory, source = model_directory(directory), None if source is None else Path(source)
     problems: list[str] = []
     result: dict[str, Any] = {
         "checkpoint": str(directory),

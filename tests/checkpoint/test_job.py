@@ -26,7 +26,7 @@ from ms_quant.job.directory import (
 from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.quantization.block import Block
+from ms_quant.quantization.block import QuantizedBlock
 from ms_quant.schemes.table import SCHEMES
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
@@ -140,7 +140,7 @@ def test_files_of_someone_else_outlive_the_job(tmp_path: Path) -> None:
     (job.directory / ".git").mkdir()
     for path in mine:
         path.write_text("mine")
-    job.finish_block(0, Block({"a": static_linear()}), {})
+    job.finish_block(0, QuantizedBlock({"a": static_linear()}), {})
     (job.directory / ".block-00001.safetensors.9.tmp").write_text("half")
     with JobDirectory(job.directory, RECORD).open():
         job.remove()
@@ -191,17 +191,15 @@ def test_temporaries_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "ms_quant.lock"]
 
 
-def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
+def test_blocks_finish_and_come_back(tmp_path: Path) -> None:
     job = begin(tmp_path / "job")
-    assert job.finished_blocks() == 0
+    assert job.finished() == set()
     linear = static_linear()
     statistics = {"qkv.l2_norm": np.arange(4, dtype=np.float32)}
-    job.hidden_file(0).write_bytes(b"input")
     gain = np.float32([1, 2])
-    block = Block({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
+    block = QuantizedBlock({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
     job.finish_block(0, block, statistics)
-    assert job.finished_blocks() == 1
-    assert not job.hidden_file(0).exists()  # nothing needs it any more
+    assert job.finished() == {0}
     again = begin(tmp_path / "job")
     found = again.linear(0, "a.b")
     assert isinstance(found.activation, StaticActivation)
@@ -222,15 +220,18 @@ def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
     assert again.notes(0) == {"qkv": {"alpha": 0.5}}
 
 
-def test_a_block_after_a_gap_does_not_count(tmp_path: Path) -> None:
+def test_blocks_finish_in_any_order(tmp_path: Path) -> None:
     job = begin(tmp_path / "job")
-    job.finish_block(1, Block({"a": static_linear()}), {})
-    assert job.finished_blocks() == 0
+    for index, finished in ((3, {3}), (1, {1, 3}), (0, {0, 1, 3})):
+        job.finish_block(index, QuantizedBlock({"a": static_linear()}), {})
+        assert job.finished() == finished
+    (tmp_path / "job" / "block-00002.1.safetensors").write_bytes(b"")  # of another format
+    assert job.finished() == {0, 1, 3}
 
 
 def test_remove_deletes_the_record_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = begin(tmp_path / "job")
-    job.finish_block(0, Block({"a": static_linear()}), {})
+    job.finish_block(0, QuantizedBlock({"a": static_linear()}), {})
     unlink, order = Path.unlink, []
 
     def recorded(path: Path, missing_ok: bool = False) -> None:
@@ -296,7 +297,7 @@ def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
     linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
     job = JobDirectory(tmp_path / "job", RECORD, scheme_of=lambda path: scheme)
     with job.open():
-        job.finish_block(0, Block({"a": linear}), {})
+        job.finish_block(0, QuantizedBlock({"a": linear}), {})
     for decode in (False, True):
         found, expected = job.linear(0, "a").forward(x, decode), linear.forward(x, decode)
         np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import perplexity, token_losses
+from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.formats.opening import JobModel, open_model, static_linear
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
@@ -27,12 +28,9 @@ from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.float_grid import FloatFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.rotation import balanced_factors
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.layer import LayerPlan
-    from ms_quant.plan.plan import Plan
 
 DESCRIPTION, VERSION = "quant_model_description.json", "1.0.0"
 TRANSFORM_MULTIPLE = 8
