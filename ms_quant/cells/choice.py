@@ -148,10 +148,10 @@ def _by_recipe(recipe: Recipe, chosen: Iterable[str], paths: list[str]) -> dict[
                 f"{where}: pattern {pattern!r} matches no linear, expected one of: {shown}, ..."
             )
     found = assign(recipe, dict.fromkeys(chosen, ""))
-    return {path: _planned(choice) for path, choice in found.items()}
+    return {path: _linear_plan(choice) for path, choice in found.items()}
 
 
-def _planned(choice: LayerChoice) -> LinearPlan:
+def _linear_plan(choice: LayerChoice) -> LinearPlan:
     scheme = get_scheme(choice.scheme, **choice.options)
     algorithm = "+".join(choice.algorithms) or PLAIN
     return LinearPlan(scheme, get_algorithms(algorithm, scheme, choice.algorithm_options))

@@ -9,7 +9,6 @@ pytest.importorskip("mindspore")
 
 import mindspore as ms
 from mindspore import Tensor, nn
-from ms_quant.models.host_block import HostBlock
 
 import ms_quant
 from ms_quant.algorithms import get_algorithms
@@ -17,8 +16,8 @@ from ms_quant.algorithms.problem import Problem, apply
 from ms_quant.cells import decoder
 from ms_quant.cells.tree import get_cell, host_array
 from ms_quant.errors import MsQuantError
+from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import parse_config
-from ms_quant.models.families import GATED_DECODER_GROUPS
 from ms_quant.numerics.linear import stable_smooth
 from ms_quant.schemes.table import get_scheme
 from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
@@ -249,13 +248,13 @@ LENGTH = 19
 class Decoder(nn.Cell):
     """One block as checkpoints have it, called as a network."""
 
-    def __init__(self, block: HostBlock):
+    def __init__(self, block: BlockForward):
         super().__init__()
         self.layers = nn.CellList([decoder.DecoderBlock(block.config)])
         for name, parameter in self.layers[0].parameters_and_names():
             parameter.set_data(Tensor(block.arrays[name]))
-        cos, sin = block.angles
-        self.around = Tensor(cos), Tensor(sin), Tensor(block.mask[None, None])
+        at = Positions(block.config, LENGTH)
+        self.around = *map(Tensor, at.angles()), Tensor(at.mask)
 
     def construct(self, x):
         for layer in self.layers:
@@ -263,32 +262,34 @@ class Decoder(nn.Cell):
         return x
 
 
+CONFIG = parse_config(SHAPE)
+
+
 @pytest.fixture(scope="module")
-def host() -> HostBlock:
-    config = parse_config(SHAPE)
-    block, rng = HostBlock(config, LENGTH), np.random.default_rng(0)
+def host() -> BlockForward:
+    rng, shapes = np.random.default_rng(0), CONFIG.parameter_shapes()
 
     def random(name: str) -> np.ndarray:
-        shape = config.block_shapes()[name]
+        shape = shapes[name]
         spread = np.exp(rng.standard_normal(shape[-1]))  # channels of other sizes
         return (0.3 * rng.standard_normal(shape) * spread).astype("f4") + name.endswith(
             "norm.weight"
         )
 
-    block.load(random)
-    return block
+    return BlockForward.load(CONFIG, 0, random)
 
 
 @pytest.mark.parametrize("algorithm", ["osl", "awq"])
-@pytest.mark.parametrize("group", GATED_DECODER_GROUPS, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", CONFIG.block(0).groups, ids=lambda group: group.name)
 def test_a_search_finds_what_it_finds_for_a_checkpoint(host, group, algorithm):
     """The same block as Cells and as the driver of checkpoints has it."""
     hidden = data(3, LENGTH, 24, seed=7).asnumpy()
     searched = SearchWindows(hidden.shape, hidden.size)
-    middle = host.attend(hidden)
+    at = Positions(CONFIG, LENGTH)
+    middle = host.attend(hidden, at)
     searched.add(0, hidden, middle, host.feed_forward(middle))
     scheme = get_scheme("W8A8_DYNAMIC")
-    errors = BlockErrors(host, group, searched)
+    errors = BlockErrors(host, at, group, searched)
     network = Decoder(host)
     calls = [Tensor(hidden[i : i + 1]) for i in range(3)]
     observed = ms_quant.calibrate(network, calls, algorithm=algorithm)

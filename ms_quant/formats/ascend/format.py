@@ -130,8 +130,10 @@ def _is_float(scheme: Scheme, suffix: str) -> bool:
 
 
 def _model_type(plan: Plan) -> str:
-    """The scheme that stands for the model: the last of those there are in the runtime's order."""
-    return max((layer.scheme.name for layer in plan.distinct), key=MODEL_TYPES.index)
+    """The scheme that stands for the model: the last of those there are in the runtime's order; one
+    that it does not know only where there is no other."""
+    names = [layer.scheme.name for layer in plan.distinct]
+    return next((name for name in reversed(MODEL_TYPES) if name in names), names[0])
 
 
 def _group_size(plan: Plan) -> int:
