@@ -27,15 +27,16 @@ from ms_quant.formats.opening import open_model
 from ms_quant.formats.registry import FORMATS
 from ms_quant.models import families
 from ms_quant.models.block_forward import BlockForward, Positions
-from ms_quant.models.config import load_config, parse_config
+from ms_quant.models.config import ModelConfig, load_config, parse_config
 from ms_quant.models.ranks import check_tp
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan, plan_of_recipe
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import quantize_checkpoint
 from ms_quant.quantization.block import quantize
-from ms_quant.quantization.hooks import BlockHooks
+from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.observe import observe, wanted
 from ms_quant.quantization.weights import LoadedWeights
 from ms_quant.recipe import Recipe, Rule, Step
@@ -140,14 +141,22 @@ def keep(problem: Problem, solution: Solution) -> tuple[dict[str, QuantizedLinea
     }, {}
 
 
+def second_block(
+    change: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+) -> tuple[ModelConfig, BlockForward, Positions, np.ndarray]:
+    config = parse_config(toy_family.CONFIG)
+    tensors = toy_family.tensors_of(config)
+    change(tensors)
+    hidden = np.random.default_rng(1).normal(size=(6, 24, 64)).astype(np.float32)
+    block = BlockForward.load(config, 1, tensors.__getitem__)
+    return config, block, Positions(config, 24), hidden
+
+
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl", "awq"])
 @pytest.mark.parametrize("exclude", [(), (f"{EXPERT}*",), ("*.mlp.shared_experts.*",)], ids=str)
 def test_all_that_reads_one_norm_is_smoothed_together(algorithm, exclude):
     """The block computes what it did, whatever of it stays float."""
-    config = parse_config(toy_family.CONFIG)
-    tensors = toy_family.tensors_of(config)
-    block, at = BlockForward.load(config, 1, tensors.__getitem__), Positions(config, 24)
-    hidden = np.random.default_rng(1).normal(size=(6, 24, 64)).astype(np.float32)
+    config, block, at, hidden = second_block()
     scheme, options = ("W4A16", {"group_size": 32}) if algorithm == "awq" else ("W8A8_DYNAMIC", {})
     plan = make_plan(
         config,
@@ -238,3 +247,31 @@ def test_readers_of_one_norm_cannot_be_smoothed_in_two_ways(model):
     other = Step("flexsmooth", include=("*.shared_experts.*",))
     with pytest.raises(MsQuantError, match="read one input, which the smoothing"):
         planned(model, one, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_expert_that_no_token_reaches_is_refused(dtype):
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[ROUTER][1] = tensors[ROUTER][0]  # the first of the best
+
+    config, block, at, hidden = second_block(change)
+    plan = make_plan(config, "W8A8_DYNAMIC", "smoothquant", dtype=DTYPES[dtype])
+    seen = observe(block, at, [hidden], hidden.shape, wanted([plan], 1, NO_HOOKS))
+    assert not seen.ranges.divisions(config)
+    with pytest.raises(MsQuantError, match="gate_proj: no token of the calibration data reaches"):
+        quantize(plan, LoadedWeights(block, at), seen)
+
+
+def test_taps_are_shown():
+    config, block, at, hidden = second_block()
+    shown: dict[str, list[np.ndarray]] = {tap: [] for tap in config.block(1).taps}
+    watched = block.with_taps({tap: [found.append] for tap, found in shown.items()})
+    np.testing.assert_array_equal(watched(hidden, at), block(hidden, at))
+    shapes = {tap: [x.shape for x in found] for tap, found in shown.items()}
+    assert shapes == {
+        "q": [(6, 4, 24, 16)],
+        "k": [(6, 2, 24, 16)],
+        "v": [(6, 2, 24, 16)],
+        "attention output": [(6, 24, 64)],
+        "router scores": [(6 * 24, 2)],
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models.block_spec import Edge, LinearGroup
-from ms_quant.models.names import block_prefix
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.storage import SmoothingTarget
 
@@ -16,12 +16,17 @@ def folded_edges(plan: Plan, index: int) -> dict[str, Edge]:
     those of a group that itself asks for no smoothing.
     """
     found: dict[str, Edge] = {}
-    groups = plan.groups(index)
-    for group in groups:
-        edge = plan.producer(index, group) if plan.layer(index, group).folds else None
-        if edge is not None:
-            found |= {other.name: edge for other in groups if other.name in edge.consumers}
+    for edge in plan.config.block(index).edges:
+        names = quantized_readers(plan, index, edge)
+        groups = (plan.config.block(index).group(name) for name in names)
+        if plan.holds_smoothing(index, edge) and any(plan.layer(index, g).folds for g in groups):
+            found |= dict.fromkeys(names, edge)
     return found
+
+
+def quantized_readers(plan: Plan, index: int, edge: Edge) -> list[str]:
+    """Names of the groups that read an edge and are quantized."""
+    return [n for n in edge.consumers if plan.layers[GroupId(index, n)] is not None]
 
 
 def float_readers(plan: Plan, index: int, edge: Edge) -> list[str]:
@@ -39,13 +44,13 @@ def check_edges(plan: Plan) -> None:
     for block in plan.config.blocks:
         if all(len(edge.consumers) == 1 for edge in block.edges):
             continue
-        for name, edge in folded_edges(plan, block.index).items():
-            first = next(g for g in plan.groups(block.index) if _folds(plan, block.index, edge, g))
-            _check_pair(plan, block.index, first, block.group(name))
-
-
-def _folds(plan: Plan, index: int, edge: Edge, group: LinearGroup) -> bool:
-    return group.name in edge.consumers and plan.layer(index, group).folds
+        first: dict[str, LinearGroup] = {}
+        folded = folded_edges(plan, block.index)
+        for name, edge in folded.items():
+            if plan.layer(block.index, block.group(name)).folds:
+                first.setdefault(edge.producer, block.group(name))
+        for name, edge in folded.items():
+            _check_pair(plan, block.index, first[edge.producer], block.group(name))
 
 
 def _check_pair(plan: Plan, index: int, one: LinearGroup, other: LinearGroup) -> None:
@@ -56,7 +61,7 @@ def _check_pair(plan: Plan, index: int, one: LinearGroup, other: LinearGroup) ->
     if (smooths and not (same and into_producer)) or second.scheme.activation.holds_smoothing:
         prefix = block_prefix(index)
         raise MsQuantError(
-            f"{prefix}{one.name} and {prefix}{other.name} read one input, which the smoothing of "
+            f"{prefix}{one.members[0]} and {prefix}{other.members[0]} read one input, which the smoothing of "
             f"{first.algorithms.name} divides for both, expected the same for both, not "
             f"{second.algorithms.name} into {second.storage.target.value}"
         )

@@ -136,9 +136,12 @@ class Plan:
     def producer(self, index: int, group: LinearGroup) -> Edge | None:
         """Where the smoothing of a group's input may be folded: a norm, or a quantized linear."""
         edge = self.config.block(index).producer_of(group)
-        if edge is None or edge.norm:
-            return edge
-        return edge if self.layer_of(f"{block_prefix(index)}{edge.producer}") else None
+        return edge if edge is not None and self.holds_smoothing(index, edge) else None
+
+    def holds_smoothing(self, index: int, edge: Edge) -> bool:
+        """Whether what makes an input can be divided by a smoothing vector."""
+        group = self.config.block(index).group_of(edge.producer)
+        return edge.norm or bool(group and self.layers[GroupId(index, group.name)])
 
     def quantized(self) -> list[str]:
         """Full paths of the quantized linears, in model order."""

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ms_quant.algorithms.problem import Loss, Problem, Solution
+from ms_quant.errors import MsQuantError
 from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan.folding import float_readers, folded_edges
+from ms_quant.plan.folding import float_readers, folded_edges, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.hooks import BlockHooks
@@ -108,7 +109,8 @@ class BlockSmoothing:
 
     def _joint(self, edge: Edge) -> Solution:
         """The solution of all groups that read what a producer makes, folded into it."""
-        groups = [g for g in self.plan.groups(self.index) if g.name in edge.consumers]
+        spec = self.plan.config.block(self.index)
+        groups = [spec.group(name) for name in quantized_readers(self.plan, self.index, edge)]
         self._problems |= {group.name: self._problem(group) for group in groups}
         first = next(g for g in groups if self.plan.layer(self.index, g).folds)
         problem = self._problems[first.name]
@@ -158,6 +160,11 @@ class BlockSmoothing:
     def _problem(self, group: LinearGroup) -> Problem:
         layer = self.plan.layer(self.index, group)
         stats = None if self.observations is None else self.observations.stats[group.name]
+        if stats is not None and not stats.tokens:
+            raise MsQuantError(
+                f"{self.prefix}{group.members[0]}: no token of the calibration data reaches it, "
+                "expected some: take more data, or leave it float"
+            )
         weights, biases = {}, {}
         for member in group.members:
             weight, bias = self.weights.get(f"{member}.weight"), self.weights.get(f"{member}.bias")

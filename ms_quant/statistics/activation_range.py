@@ -137,11 +137,16 @@ class BlockRanges:
 
     def rows(self, block: BlockSpec, edge: Edge) -> np.ndarray:
         """float32 (rows of the producer,): what dividing each row of it by something divides."""
-        made = self.absmax[output_of(edge.producer)]
+        size = block.linears[edge.producer].out_features
+        made = self._of(output_of(edge.producer), size)
         if edge.averaged:
             return made
-        read = [self.absmax[input_of(block.group(name))] for name in edge.consumers]
+        read = [self._of(input_of(block.group(name)), size) for name in edge.consumers]
         return np.maximum.reduce([made, *read])
+
+    def _of(self, place: str, size: int) -> np.ndarray:
+        """The largest magnitudes of a place; 0 where no token came, as at an expert."""
+        return self.absmax.get(place, np.zeros(size, np.float32))
 
     def floor(self, block: BlockSpec, group: LinearGroup) -> np.ndarray:
         """float32 (in,): a smoothing vector that divides a group's input, and is below it
@@ -149,7 +154,7 @@ class BlockRanges:
         edge = block.producer_of(group)
         if edge is not None and not edge.norm:
             return edge.columns(self.rows(block, edge)) / np.float32(MARGIN)
-        return self.absmax[input_of(group)] / np.float32(MARGIN)
+        return self._of(input_of(group), group.in_features) / np.float32(MARGIN)
 
 
 def input_of(group: LinearGroup) -> str:

@@ -55,9 +55,11 @@ class Folding:
 
     def scaled_rows(self, index: int) -> set[str]:
         """Linears of a block, by path in it, whose rows and bias others' smoothing divided."""
-        edges = (self.plan.producer(index, group) for group in self.plan.groups(index))
-        found = (edge for edge in edges if edge is not None and not edge.norm)
-        return {edge.producer for edge in found if self._is_active(index, edge)}
+        return {
+            edge.producer
+            for edge in self.plan.config.block(index).linear_edges
+            if self.plan.holds_smoothing(index, edge) and self._is_active(index, edge)
+        }
 
     def changed(self) -> set[str]:
         """Full names of the float tensors that folding may have changed."""

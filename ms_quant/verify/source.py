@@ -7,7 +7,7 @@ the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,15 +141,18 @@ class SourceProof:
             elif not same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
                 yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
         for index in range(plan.config.num_layers):
+            scaled = self.folding.scaled_rows(index)
             for group in plan.groups(index):
-                yield from self._group_problems(index, group)
+                yield from self._group_problems(index, group, scaled)
 
-    def _group_problems(self, index: int, group: LinearGroup) -> Iterator[str]:
+    def _group_problems(
+        self, index: int, group: LinearGroup, scaled: Container[str]
+    ) -> Iterator[str]:
         paths = [f"{block_prefix(index)}{member}" for member in group.members]
         if self.folding.is_unknown(index, group):
             self.result["unknown"] += paths
             return
-        smooth, scaled = self.folding.smooth(index, group), self.folding.scaled_rows(index)
+        smooth = self.folding.smooth(index, group)
         for path, member in zip(paths, group.members, strict=True):
             linear = self.subject.model.linear(path)
             assert linear is not None
