@@ -61,7 +61,7 @@ def _check_pair(plan: Plan, index: int, one: LinearGroup, other: LinearGroup) ->
     if (smooths and not (same and into_producer)) or second.scheme.activation.holds_smoothing:
         prefix = block_prefix(index)
         raise MsQuantError(
-            f"{prefix}{one.members[0]} and {prefix}{other.members[0]} read one input, which the smoothing of "
-            f"{first.algorithms.name} divides for both, expected the same for both, not "
-            f"{second.algorithms.name} into {second.storage.target.value}"
+            f"{prefix}{one.members[0]} and {prefix}{other.members[0]} read one input, which the "
+            f"smoothing of {first.algorithms.name} divides for both, expected the same of both, "
+            f"not {second.algorithms.name} into {second.storage.target.value}"
         )
