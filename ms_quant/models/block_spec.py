@@ -375,11 +375,6 @@ class BlockSpec:
             if name.rpartition(".")[0] not in self._group_of
         }
 
-    def folds(self, name: str) -> bool:
-        """Whether folding may change a tensor of no group: the producer or reader of an edge."""
-        path = name.rpartition(".")[0]
-        return path in self._edge_of or any(edge.producer == path for edge in self.edges)
-
     @property
     def size(self) -> int:
         """How many weights the linears have."""

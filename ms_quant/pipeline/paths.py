@@ -13,6 +13,7 @@ from ms_quant.formats.registry import FORMATS
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
+from ms_quant.plan.folding import float_readers, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
@@ -86,7 +87,10 @@ def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ())
 
 def _block_bytes(plan: Plan, index: int) -> int:
     block = plan.config.block(index)
-    folded = [math.prod(shape) for name, shape in block.loose_tensors.items() if block.folds(name)]
+    folded = [block.norms[edge.producer].size for edge in block.edges if edge.norm]
+    for edge in block.edges:
+        if quantized_readers(plan, index, edge):
+            folded += [block.linears[path].size for path in float_readers(plan, index, edge)]
     linears = [
         _linear_bytes(plan.layer(index, group), group, block.linears[member])
         for group in plan.groups(index)

@@ -61,7 +61,7 @@ def assign(
     for path, group in linears.items():
         rule = _rule(recipe, path)
         if rule is not None:
-            made_by = path if producers is None else producers[path]
+            made_by = path if producers is None else producers.get(path, "")
             together = (path,) if mates is None else mates[path]
             steps = [s for s in recipe.steps if _reaches(s, path, group, made_by, together)]
             found[path] = _choice(path, rule, steps)
