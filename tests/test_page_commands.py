@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,7 @@ def test_commands_for_models_of_the_reader_run(
 
     A search for a perplexity is only planned: it quantizes the model up to eight times.
     """
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     shape = {"hidden_size": 320, "intermediate_size": 320, "head_dim": 80}
     tiny_model("Qwen3-8B", layers=1, **shape)
     text = calib_text.read_text()
@@ -58,3 +61,20 @@ def test_commands_for_models_of_the_reader_run(
         planned = " --dry-run" if "--max-ppl-increase" in command else ""
         printed, status = TOOL.run(command + small + planned, tmp_path)
         assert not status, f"{command}: {printed}"
+
+
+def test_the_first_recipe_is_the_file_that_its_commands_name() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    recipe = (ROOT / "examples" / "recipe.yaml").read_text().split("\n", 1)[1]  # but its comment
+    assert f"```yaml\n{recipe}```" in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_programs_are_public(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        if "import " in block:
+            ast.parse(block)
+        for package, name in re.findall(
+            r"^.*\b(ms_quant|sparse_compress)\.([a-z_]+)\(", block, re.M
+        ):
+            assert name in importlib.import_module(package).__all__, name
