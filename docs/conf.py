@@ -16,6 +16,7 @@ from typing import Any
 
 from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
+from sphinx.util.inspect import signature, stringify_signature
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands_reference import commands_of
@@ -79,17 +80,22 @@ project = "ms-quant"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
+highlight_language = "text"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = "ms-quant"
 html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # a Cell has what every Cell of MindSpore has
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_custom_sections = ["Inputs", "Outputs", "Supported Platforms"]
 
 
 def setup(app: Sphinx) -> None:
@@ -110,10 +116,15 @@ def names_of(package: str) -> str:
 def directive(package: str, name: str, value: Any) -> str:
     path = f"{package}.{name}"
     if inspect.isclass(value):
-        return f".. autoclass:: {path}\n   :members:\n"
+        made = stringify_signature(
+            signature(value.__init__, bound_method=True), unqualified_typehints=True
+        )
+        shown = "" if issubclass(value, Exception | tuple) else made.removesuffix(" -> None")
+        return f".. autoclass:: {path}{shown}\n   :members:\n"
     if inspect.isroutine(value):
         return f".. autofunction:: {path}\n"
-    return f".. py:data:: {path}\n\n   {type(value).__name__}\n"
+    names = ", ".join(f"``{key}``" for key in value) if isinstance(value, dict) else ""
+    return f".. py:data:: {path}\n   :type: {type(value).__name__}\n\n   {names}\n"
 
 
 def file_of(name: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(console|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMPT = "$ "
+STEP = re.compile(r"((?:[^\n]*\\\n)*[^\n]*)\n?(.*)", re.DOTALL)
 TOOLS = ("ms-quant", "sparse-compress")
 
 
@@ -28,7 +29,7 @@ def console_steps(text: str) -> list[tuple[str, str]]:
     for kind, body in BLOCK.findall(text):
         if kind == "console":
             for step in ("\n" + body).split(f"\n{PROMPT}")[1:]:
-                command, _, shown = step.partition("\n")
+                command, shown = STEP.fullmatch(step).groups()  # type: ignore[union-attr]
                 steps.append((command, shown.rstrip("\n")))
     return steps
 
