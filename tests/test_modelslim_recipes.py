@@ -16,7 +16,7 @@ from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 from ms_quant.recipe import load_recipe
 from ms_quant.verify.checkpoint import verify_checkpoint
 from sparse_compress.msmodelslim.compress import check, compress
-from sparse_compress.msmodelslim.directory import SlimDirectory
+from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 
 INT8 = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 DYNAMIC = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
@@ -148,9 +148,9 @@ def test_sparse_weights_are_written_and_compressed(tiny_model, tmp_path, calib_t
     quantize_checkpoint(options)
     assert open_model(tmp_path / "out").format == "ascend W8A8S"
     assert verify_checkpoint(tmp_path / "out", source)["problems"] == []
-    assert len(SlimDirectory(tmp_path / "out").plain) == 7
+    assert len(ModelSlimDirectory(tmp_path / "out").plain) == 7
     compress(check(tmp_path / "out", tmp_path / "coded"))
-    assert len(SlimDirectory(tmp_path / "coded").coded) >= 4
+    assert len(ModelSlimDirectory(tmp_path / "coded").coded) >= 4
 
 
 @pytest.mark.parametrize("up", [0, 1, 2])

@@ -29,13 +29,13 @@ def check_paths(model: Path, output: Path, job: Path) -> None:
     Raises:
         MsQuantError: names the two.
     """
-    check_output_place(model, output)
+    check_output_path(model, output)
     refuse_cached_place(job, "job")
     for place, what in ((model, "model"), (output, "output"), (_partial(output), IN_PROGRESS)):
         _check_apart(job, "job", place, what)
 
 
-def check_output_place(model: Path, output: Path) -> None:
+def check_output_path(model: Path, output: Path) -> None:
     """Refuses an output that is or overlaps what it is made from.
 
     Args:

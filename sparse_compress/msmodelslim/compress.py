@@ -19,11 +19,12 @@ from sparse_compress.codec.index import RECORD as INDEX_RECORD
 from sparse_compress.layouts.coding import CODED, PLAIN
 from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.msmodelslim import reshard as divide
-from sparse_compress.msmodelslim.directory import SlimDirectory
+from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.reshard import Division
 from sparse_compress.msmodelslim.rewrite import Progress, Rewrite
-from sparse_compress.pipeline.info import slim_summary, summary
+from sparse_compress.msmodelslim.summary import msmodelslim_summary
 from sparse_compress.ranks.staging import Arrays
+from sparse_compress.ranks.summary import summary
 
 INFO_BYTES = 40
 
@@ -38,7 +39,7 @@ class Compression:
         job: what will be made.
     """
 
-    slim: SlimDirectory
+    slim: ModelSlimDirectory
     left: dict[str, str]
     job: Rewrite
 
@@ -78,7 +79,7 @@ def check(
         return divide.check(directory, output, target, tp, workers)
     if tp != 1:
         raise MsQuantError(f"target {target} is not split over ranks, tp is {tp}, expected 1")
-    slim = SlimDirectory(directory)
+    slim = ModelSlimDirectory(directory)
     if slim.coded:
         raise MsQuantError(f"{slim.path}: {next(iter(slim.coded))}.weight is compressed already")
     if not slim.plain:
@@ -127,8 +128,8 @@ def compress(
         progress: told how far the step ``"compress"`` is.
 
     Returns:
-        JSON: see :func:`sparse_compress.pipeline.info.slim_summary` and
-        :func:`sparse_compress.pipeline.info.summary`; and ``"finished_before"``, True when there
+        JSON: see :func:`sparse_compress.msmodelslim.summary.msmodelslim_summary` and
+        :func:`sparse_compress.ranks.summary.summary`; and ``"finished_before"``, True when there
         was nothing left to do.
 
     Raises:
@@ -139,11 +140,11 @@ def compress(
         found = {**summary(request.output), "not_served_by": request.not_served_by}
     else:
         done = request.job.run(progress)
-        found = slim_summary(SlimDirectory(request.job.output))
+        found = msmodelslim_summary(ModelSlimDirectory(request.job.output))
     return {**found, "finished_before": done}
 
 
-def _part(slim: SlimDirectory, path: str, workers: int) -> Arrays:
+def _part(slim: ModelSlimDirectory, path: str, workers: int) -> Arrays:
     """A weight, compressed where that pays."""
     name = f"{path}.weight"
     weight = slim.checkpoint.read(name)
@@ -155,7 +156,7 @@ def _part(slim: SlimDirectory, path: str, workers: int) -> Arrays:
     return {name: coded.weight, f"{path}.index": coded.index, f"{path}.info": coded.info}
 
 
-def _describe(slim: SlimDirectory, paths: list[str], names: set[str]) -> dict[str, Any]:
+def _describe(slim: ModelSlimDirectory, paths: list[str], names: set[str]) -> dict[str, Any]:
     compressed = {path for path in paths if f"{path}.index" in names}
     if not compressed:
         shapes = {path: slim.info(f"{path}.weight").shape for path in paths}
@@ -163,14 +164,14 @@ def _describe(slim: SlimDirectory, paths: list[str], names: set[str]) -> dict[st
     return slim.compressed(compressed)
 
 
-def _nothing(slim: SlimDirectory, left: dict[str, str]) -> MsQuantError:
+def _nothing(slim: ModelSlimDirectory, left: dict[str, str]) -> MsQuantError:
     path, reason = next(iter(left.items()))
     return MsQuantError(
         f"{slim.directory}: none of {len(slim.plain)} weights can be compressed; {path}: {reason}"
     )
 
 
-def _most_bytes(slim: SlimDirectory, path: str) -> int:
+def _most_bytes(slim: ModelSlimDirectory, path: str) -> int:
     coding, (n, k) = slim.plain[path], slim.info(f"{path}.weight").shape
     tiles = tile_count(n, k * coding.dtype.itemsize)
     return coding.most_bytes((n, k)) + INDEX_RECORD * tiles + INFO_BYTES

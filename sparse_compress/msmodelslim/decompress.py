@@ -21,13 +21,14 @@ from sparse_compress.layouts.coding import PARAMETERS, PLAIN
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
-from sparse_compress.msmodelslim.directory import SlimDirectory
+from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.files import companions
 from sparse_compress.msmodelslim.rewrite import Progress, Rewrite
-from sparse_compress.pipeline.info import open_sparse, slim_summary
+from sparse_compress.msmodelslim.summary import msmodelslim_summary
 from sparse_compress.ranks.pack import deq_bits
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.staging import Arrays, Tensors
+from sparse_compress.ranks.summary import open_sparse
 
 
 def check(directory: Path, output: Path, workers: int = CORES) -> Rewrite:
@@ -56,14 +57,17 @@ def decompress(request: Rewrite, progress: Progress = lambda step, part: None) -
         progress: told how far the step ``"decompress"`` is.
 
     Returns:
-        JSON: see :func:`sparse_compress.pipeline.info.slim_summary`; and ``"finished_before"``,
-        True when there was nothing left to do.
+        JSON: see :func:`~sparse_compress.msmodelslim.summary.msmodelslim_summary`; and
+        ``"finished_before"``, True when there was nothing left to do.
 
     Raises:
         MsQuantError: a tile cannot be decoded; no output is left behind.
     """
     finished_before = request.run(progress)
-    return {**slim_summary(SlimDirectory(request.output)), "finished_before": finished_before}
+    return {
+        **msmodelslim_summary(ModelSlimDirectory(request.output)),
+        "finished_before": finished_before,
+    }
 
 
 def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:
@@ -71,7 +75,7 @@ def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:
     target = find_target(directory)
     if target not in (None, TARGET):
         return None
-    slim = SlimDirectory(directory)
+    slim = ModelSlimDirectory(directory)
     if not slim.coded:
         raise MsQuantError(f"{slim.path}: names no compressed weight, expected some")
     weights = {f"{path}.weight": path for path in slim.coded}

@@ -28,7 +28,7 @@ from sparse_compress.msmodelslim.files import companions, find_description
 WEIGHTS_PREFIX = "quant_model_weight"
 
 
-class SlimDirectory:
+class ModelSlimDirectory:
     """A directory of msModelSlim, compressed or not. Its headers are all checked.
 
     Args:

@@ -17,7 +17,7 @@ COMPANIONS = (".jinja", ".json", ".model", ".py", ".txt", ".yaml")
 OPTIONAL = "optional"
 
 
-def is_slim(directory: Path) -> bool:
+def is_msmodelslim(directory: Path) -> bool:
     """Whether a directory is msModelSlim's and not one that ``run`` made."""
     target, path = find_target(directory), directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None

@@ -19,18 +19,18 @@ from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.config import block_prefix, load_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
-from ms_quant.pipeline.paths import check_output_place
+from ms_quant.pipeline.paths import check_output_path
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import HEAD, Layout, get_target
 from sparse_compress.layouts.coding import PARAMETERS
 from sparse_compress.layouts.fp16 import FLOAT16, SMALLEST_NORMAL, survey
+from sparse_compress.layouts.limits import most_bytes, outside_limits, staging_bytes
 from sparse_compress.layouts.partition import check_tp
 from sparse_compress.layouts.typed import CODED, PARAMETER
-from sparse_compress.msmodelslim.directory import SlimDirectory
-from sparse_compress.msmodelslim.rewrite import COMMAND
-from sparse_compress.pipeline.request import most_bytes, outside_limits, spool_bytes
-from sparse_compress.pipeline.writer import Progress, Writer, finish
+from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.ranks.pack import Packer, deq_floats, unfold_bias
+from sparse_compress.ranks.summary import COMMAND
+from sparse_compress.ranks.writer import Progress, Writer, finish
 
 
 class SlimModel:
@@ -48,7 +48,7 @@ class SlimModel:
     """
 
     def __init__(self, directory: Path):
-        self.slim, self.config = SlimDirectory(directory), load_config(directory)
+        self.slim, self.config = ModelSlimDirectory(directory), load_config(directory)
         shapes, known = self.config.linear_shapes(), set[str]()
         for index in range(self.config.num_layers):
             for member, shape in shapes.items():
@@ -186,7 +186,7 @@ class Division:
 
     @property
     def disk_bytes(self) -> int:
-        return most_bytes(self.layout) + spool_bytes(self.layout)
+        return most_bytes(self.layout) + staging_bytes(self.layout)
 
     def plan(self) -> dict[str, Any]:
         """What ``--dry-run`` prints."""
@@ -206,7 +206,7 @@ class Division:
     def directory(self) -> OutputDirectory:
         """The output as it is on the disk now, if it is another place than the source."""
         slim, layout = self.model.slim, self.layout
-        check_output_place(slim.directory, self.output)
+        check_output_path(slim.directory, self.output)
         record = {
             COMMAND: "compress",
             "format": CODED,

@@ -19,12 +19,12 @@ from ms_quant import __version__
 from ms_quant.files.atomic import FileRecord, disk_errors, free_space_check, write_json
 from ms_quant.files.writer import plan_shards, shard_names, write_index
 from ms_quant.job.output_directory import OutputDirectory
-from ms_quant.pipeline.paths import check_output_place
+from ms_quant.pipeline.paths import check_output_path
 from sparse_compress.msmodelslim.files import file_names
 from sparse_compress.ranks.staging import Arrays, Tensors, remove, stored, whole, write_tensors
+from sparse_compress.ranks.summary import COMMAND
 
 Progress = Callable[[str, float], None]
-COMMAND = "command"
 PARTS = "tensors"
 SHARD_BYTES = 4 << 30
 SHARD_PREFIX = "quant_model_weights"
@@ -71,7 +71,7 @@ class Rewrite:
 
     def directory(self) -> OutputDirectory:
         """The output as it is on the disk now, if it is another place than the source."""
-        check_output_place(self.source, self.output)
+        check_output_path(self.source, self.output)
         own = {COMMAND: self.command, "format": self.kind, "ms_quant": __version__}
         record = {**own, **self.made_from}
         return OutputDirectory(self.output, record, copied=self.companions)

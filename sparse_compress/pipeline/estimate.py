@@ -6,7 +6,8 @@ from typing import Any
 
 from ms_quant.pipeline.estimate import estimate as quantization_estimate
 from ms_quant.pipeline.estimate import flops
-from sparse_compress.pipeline.request import Request, SparseOptions, most_bytes
+from sparse_compress.layouts.limits import most_bytes
+from sparse_compress.pipeline.request import Request, SparseOptions
 from sparse_compress.rate.share import PRICES
 from sparse_compress.rate.steps import SAMPLE_ROWS
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,10 +23,10 @@ from ms_quant.pipeline.request import (
 )
 from ms_quant.plan.plan import Choices
 from sparse_compress.codec import CORES
-from sparse_compress.codec.fractal import unsupported_reason
-from sparse_compress.layouts import DEFAULT, Layout, Target, TensorSpec, get_target
+from sparse_compress.layouts import DEFAULT, Layout, Target, get_target
 from sparse_compress.layouts.fp16 import survey
-from sparse_compress.layouts.partition import check_tp, fused_shape
+from sparse_compress.layouts.limits import most_bytes, outside_limits, staging_bytes
+from sparse_compress.layouts.partition import check_tp
 from sparse_compress.rate.goal import Goal, check_increase, check_ratio
 from sparse_compress.rate.prune import PRUNINGS, SPARSITY, Pruning, check_pruning
 
@@ -181,7 +180,7 @@ def check(options: SparseOptions) -> Request:
     extension = Extension(
         numbers=numbers,
         writing=writing,
-        output_bytes=most_bytes(layout) + spool_bytes(layout),
+        output_bytes=most_bytes(layout) + staging_bytes(layout),
         unknown=["price"] if goal else [],
     )
     lost = survey(checkpoint, layout.float_names())
@@ -224,35 +223,6 @@ def _goal(options: SparseOptions) -> Goal | None:
             f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"
         )
     return Goal(None, float(options.max_ppl_increase), tokens)
-
-
-def most_bytes(layout: Layout) -> int:
-    """Bytes of the tensors of all ranks, if no tile were smaller than its content."""
-    return layout.tp * _sizes(layout.tensors().values())
-
-
-def spool_bytes(layout: Layout) -> int:
-    """Bytes of the blocks that are kept beside the output until a rank's only file is whole."""
-    if not layout.target.one_file:
-        return 0
-    return layout.config.num_layers * _sizes(layout.block_tensors(0).values())
-
-
-def _sizes(specs: Iterable[TensorSpec]) -> int:
-    return sum(
-        (spec.most if spec.shape is None else math.prod(spec.shape)) * spec.dtype.itemsize
-        for spec in specs
-    )
-
-
-def outside_limits(target: Target, config: ModelConfig, tp: int) -> dict[str, str]:
-    """Path in a block to the reason why the hardware cannot take its slices."""
-    found = {}
-    for group in target.groups(config):
-        reason = unsupported_reason(*fused_shape(config, tp, group))
-        if reason:
-            found[group.fused] = reason
-    return found
 
 
 def _reasons(

@@ -15,10 +15,10 @@ from ms_quant.pipeline.run import CheckedJob, complete
 from ms_quant.quantization.block import BlockHooks
 from ms_quant.quantization.block import Progress as BlockProgress
 from sparse_compress.layouts.fp16 import survey
-from sparse_compress.pipeline.info import summary
 from sparse_compress.pipeline.request import Request, SparseOptions, check
 from sparse_compress.pipeline.writer import Progress, write_checkpoint
 from sparse_compress.ranks.pack import Packer
+from sparse_compress.ranks.summary import summary
 from sparse_compress.rate.prune import pruning_transform
 
 
@@ -37,7 +37,7 @@ def run(
             caller has it already.
 
     Returns:
-        What was made, as JSON: see :func:`sparse_compress.pipeline.info.summary`;
+        What was made, as JSON: see :func:`sparse_compress.ranks.summary.summary`;
         ``"not_served_by"``, sentences about runtimes that cannot load it; and
         ``"finished_before"``, True when there was nothing left to do.
 

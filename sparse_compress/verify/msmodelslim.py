@@ -14,8 +14,9 @@ from ms_quant.formats.companions import copy_problems
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.job.unlisted import is_read
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
-from sparse_compress.msmodelslim.directory import SlimDirectory
-from sparse_compress.msmodelslim.rewrite import COMMAND, Progress
+from sparse_compress.msmodelslim.directory import ModelSlimDirectory
+from sparse_compress.msmodelslim.rewrite import Progress
+from sparse_compress.ranks.summary import COMMAND
 from sparse_compress.verify.check_collector import guard
 from sparse_compress.verify.floats import Counts, count
 
@@ -34,13 +35,13 @@ def rewriting(directory: Path) -> dict[str, Any] | None:
 
 def slim_problems(
     directory: Path,
-    source: SlimDirectory | None,
+    source: ModelSlimDirectory | None,
     progress: Progress,
     checked: Counts,
     workers: int,
 ) -> list[str]:
     """What is wrong with a directory's tensors, one line each; counts what was looked at."""
-    slim = SlimDirectory(directory)
+    slim = ModelSlimDirectory(directory)
     problems = [] if source is None else guard(_structure_problems, slim, source)
     if problems:
         return problems
@@ -54,7 +55,7 @@ def slim_problems(
     return problems
 
 
-def _structure_problems(slim: SlimDirectory, source: SlimDirectory) -> Iterator[str]:
+def _structure_problems(slim: ModelSlimDirectory, source: ModelSlimDirectory) -> Iterator[str]:
     """Where description, names, types and shapes are not those of the source, restored."""
     found, expected = slim.restored(), source.restored()
     for key in sorted({*found, *expected}):
@@ -72,13 +73,17 @@ def _structure_problems(slim: SlimDirectory, source: SlimDirectory) -> Iterator[
             )
 
 
-def _text(slim: SlimDirectory, name: str) -> str:
+def _text(slim: ModelSlimDirectory, name: str) -> str:
     plan = slim.restored_plans().get(name)
     return "not there" if plan is None else f"{plan.dtype} {list(plan.shape)}"
 
 
 def _tensor_problems(
-    slim: SlimDirectory, source: SlimDirectory | None, name: str, checked: Counts, workers: int
+    slim: ModelSlimDirectory,
+    source: ModelSlimDirectory | None,
+    name: str,
+    checked: Counts,
+    workers: int,
 ) -> Iterator[str]:
     path, _, suffix = name.rpartition(".")
     coded = path in slim.coded and suffix == "weight"
@@ -104,13 +109,13 @@ def _tensor_problems(
         yield f"{name}: {wrong} values differ from those of {source.directory}"
 
 
-def _weight(slim: SlimDirectory, path: str, workers: int) -> np.ndarray:
+def _weight(slim: ModelSlimDirectory, path: str, workers: int) -> np.ndarray:
     if path in slim.coded:
         return slim.decode(path, workers)
     return slim.checkpoint.read(f"{path}.weight")
 
 
-def _pieces(slim: SlimDirectory, name: str) -> Iterator[np.ndarray]:
+def _pieces(slim: ModelSlimDirectory, name: str) -> Iterator[np.ndarray]:
     rows = slim.rows(name)
     return iter([rows]) if isinstance(rows, np.ndarray) else rows
 

@@ -146,7 +146,7 @@ def test_an_unreachable_ratio_is_refused_with_the_smallest_one() -> None:
     assert reached == pytest.approx(least, rel=1e-6)
 
 
-@pytest.mark.parametrize("damage", [0.005, 0.02, 0.1])
+@pytest.mark.parametrize("relative_mse", [0.005, 0.02, 0.1])
 def test_the_price_for_a_damage_leads_there(relative_mse: float) -> None:
     price = price_for_damage(CURVES, relative_mse)
     assert predict(CURVES, price).relative_mse == pytest.approx(relative_mse, rel=1e-5)

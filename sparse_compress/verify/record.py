@@ -13,8 +13,8 @@ from ms_quant.pipeline.planning import make_plan
 from sparse_compress.codec.fractal import TILE_ROWS
 from sparse_compress.layouts import MAX_RANKS, Layout, get_target
 from sparse_compress.layouts.fp16 import FLOAT16
+from sparse_compress.layouts.limits import outside_limits
 from sparse_compress.layouts.partition import check_tp, fused_shape
-from sparse_compress.pipeline.request import outside_limits
 from sparse_compress.rate.prune import Pruning, check_pruning
 
 MAX_PATTERNS = 1000  # each is compared with every linear

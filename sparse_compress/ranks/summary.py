@@ -1,0 +1,107 @@
+"""What a W8A8SC checkpoint of ranks holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ms_quant.errors import MsQuantError
+from ms_quant.files.strict_json import read_json
+from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
+from ms_quant.statistics.activation_range import float16_facts
+from sparse_compress.codec import CORES, backend_note
+from sparse_compress.layouts import Layout
+from sparse_compress.layouts.partition import fused_shape
+from sparse_compress.ranks.proof import Proof
+from sparse_compress.ranks.reader import SparseModel, open_w8a8sc
+from sparse_compress.ranks.sizes import Coded, linear_sizes, totals
+
+COMMAND = "command"
+"""Key of a record that ``run`` did not write."""
+COUNTS = ("size", "pruned", "source_zeros", "rounded", "zeros", "input_scale_raised")
+
+
+def open_sparse(directory: Path, workers: int = CORES) -> SparseModel:
+    """Opens a W8A8SC checkpoint.
+
+    Raises:
+        MsQuantError: the directory is none, or its structure is wrong.
+    """
+    model = open_w8a8sc(directory, workers)
+    if not isinstance(model, SparseModel):
+        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint")
+    return model
+
+
+def sparse_linears(model: SparseModel) -> Iterator[Coded]:
+    """The compressed linears of a checkpoint of ranks."""
+    for _, group, fused in model.layout.linears():
+        if fused in model.layout.compressed:
+            n, k = fused_shape(model.config, model.layout.tp, group)
+            for rank, tensors in enumerate(model.ranks):
+                length = tensors.info(f"{fused}.weight").shape[0]
+                sizes = linear_sizes(
+                    fused, rank, [n, k], n * k, length, tensors.read(f"{fused}.index")
+                )
+                yield sizes, partial(model.decode, rank, fused, group)
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """What a finished checkpoint is, from its record, its proofs and its headers.
+
+    Returns:
+        JSON: ``output``, ``format``, ``target``, ``tp``, ``sparsity`` asked for, ``pruning``,
+        ``algorithm``; of rate-distortion rounding its goal, ``price``, ``predicted_ratio`` and,
+        where they were measured, ``float_perplexity`` and ``perplexity``;
+        ``compressed_linears`` (of one rank) and ``uncompressed`` (path to reason);
+        ``raw_bytes``, ``stored_bytes`` (tiles and index) and ``ratio`` of the compressed linears
+        of all ranks; ``tensor_bytes`` of all tensors of all ranks; ``weights``: counts over the
+        compressed linears (``size``, ``pruned``, ``source_zeros`` that were 0 before pruning and
+        were not chosen by it, ``rounded`` to 0, ``zeros`` in all, ``input_scale_raised`` values to
+        the smallest normal float16), None where ``compress`` made it; ``float16_lost`` (tensor to
+        counts); ``float16_range`` and ``float16_warnings`` of activations; ``codec_note``.
+
+    Raises:
+        MsQuantError: the directory is no such checkpoint, or its structure is wrong.
+    """
+    model = open_sparse(directory)
+    value = read_json(directory / RECORD, MAX_RECORD_BYTES)
+    record = value.get("record")
+    if not isinstance(record, dict):
+        raise MsQuantError(f"{directory / RECORD}: has no record, expected what was computed")
+    return {
+        "output": str(directory),
+        "format": model.format,
+        "target": model.layout.target.name,
+        "tp": model.layout.tp,
+        **{key: record[key] for key in ("sparsity", "pruning", "algorithm") if key in record},
+        **_rate(record.get("rate"), value.get("rate")),
+        "compressed_linears": len(model.layout.compressed),
+        "uncompressed": value.get("uncompressed", {}),
+        **totals([sizes for sizes, _ in sparse_linears(model)]),
+        "tensor_bytes": sum(rank.bytes for rank in model.ranks),
+        "weights": None if COMMAND in record else _weight_counts(directory, model.layout),
+        "float16_lost": value.get("float16_lost", {}),
+        **float16_facts(value, str(directory / RECORD)),
+        "codec_note": backend_note(),
+    }
+
+
+def _rate(goal: Any, found: Any) -> dict[str, Any]:
+    """The goal of rate-distortion rounding and what it led to, numbers only."""
+    both = {
+        **(goal if isinstance(goal, dict) else {}),
+        **(found if isinstance(found, dict) else {}),
+    }
+    return {key: value for key, value in both.items() if isinstance(value, int | float)}
+
+
+def _weight_counts(directory: Path, layout: Layout) -> dict[str, int]:
+    total = dict.fromkeys(COUNTS, 0)
+    for index in range(layout.config.num_layers):
+        for counts in Proof(directory, layout, index).counts().values():
+            for key in COUNTS:
+                total[key] += counts.get(key, 0)
+    return total
