@@ -6,10 +6,9 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
@@ -18,8 +17,7 @@ APPS = {"ms-quant": "ms_quant.cli.main", "sparse-compress": "sparse_compress.cli
 KINDS = {str: "TEXT", Path: "PATH", int: "N", float: "X"}
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """An argument or option as the reference shows it."""
 
     spelled: str
