@@ -136,7 +136,7 @@ def relink(text: str, place: Path) -> str:
 
     def page(match: re.Match[str]) -> str:
         path = (ROOT / place / match[0]).resolve()
-        if "://" in match[0] or not path.is_relative_to(ROOT):
+        if not (path.is_relative_to(ROOT) and path.exists()):
             return match[0]
         inside = path.relative_to(ROOT).as_posix()
         return PAGES.get(inside, os.path.relpath(inside, "docs"))

@@ -29,7 +29,7 @@ def console_steps(text: str) -> list[tuple[str, str]]:
     for kind, body in BLOCK.findall(text):
         if kind == "console":
             for step in ("\n" + body).split(f"\n{PROMPT}")[1:]:
-                command, shown = STEP.fullmatch(step).groups()  # type: ignore[union-attr]
+                command, shown = STEP.match(step).groups()
                 steps.append((command, shown.rstrip("\n")))
     return steps
 
