@@ -31,11 +31,14 @@ from ms_quant import __version__
 from ms_quant.algorithms import ALGORITHMS, PLAIN
 from ms_quant.cli.console import use_mindspore
 from ms_quant.data.calibration import eval_windows
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.atomic import write_json
+from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import FloatModel, JobModel
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import run_blocks
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.support import support_of
 from ms_quant.schemes.table import KV_CACHES, SCHEMES, STATIC_CACHE
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
@@ -55,7 +58,7 @@ Row = dict[str, Any]
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Scheme, algorithms and options of the scheme."""
     for name, scheme in SCHEMES.items():
-        if not scheme.format:  # for networks, not for checkpoints
+        if not support_of(name):  # for networks, not for checkpoints
             continue
         for options in ({}, *VARIANTS.get(name, ())):
             few = options or name in LIKE_W8A8
@@ -72,16 +75,14 @@ def measure(
     model: Path, scheme: str, algorithm: str, options: Row, calib: Path, tokens: np.ndarray
 ) -> Row:
     """Quantizes one model in one way and evaluates it."""
-    from ms_quant.evaluation.evaluation import is_phased, perplexity
-
     options = dict(options)
     cache = options.pop("kv_cache", None)
     held = cache if cache == STATIC_CACHE else ""
     with tempfile.TemporaryDirectory() as directory:
         data = calib if held or _calibrated(scheme, algorithm) else None
-        choices = Choices(options, kv_cache=held)
+        choices = {"scheme_options": options, "kv_cache": held}
         output = Path(directory) / "out"
-        request = QuantizeOptions(model, output, scheme, algorithm, choices, data)
+        request = QuantizeOptions(model, output, scheme, algorithm, **choices, calib=data)
         checked = prepare(request)
         job, started = checked.job(), time.monotonic()
         with job.open():
@@ -93,7 +94,7 @@ def measure(
                 "bytes": bytes_per_weight(checked.plan),
                 "seconds": round(seconds, 1),
             }
-            if is_phased(served):
+            if served.phased:
                 found["decode"] = perplexity(served, tokens, decode=True)["perplexity"]
             job.remove()
     return found
@@ -101,7 +102,7 @@ def measure(
 
 def bytes_per_weight(plan: Plan) -> float:
     """Bytes of the quantized linears' tensors over the number of their weights."""
-    shapes, tensors = plan.config.parameter_shapes(), plan.format.tensor_plans(plan)
+    shapes, tensors = plan.config.parameter_shapes(), format_of(plan).tensor_plans(plan)
     stored = sum(tensor.bytes for tensor in tensors if tensor.part is not None)
     return stored / sum(math.prod(shapes[f"{path}.weight"]) for path in plan.quantized())
 
@@ -164,8 +165,6 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
     use_mindspore()
-    from ms_quant.evaluation.evaluation import perplexity
-
     tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory() as directory:

@@ -22,7 +22,6 @@ from memory import write_random
 
 from ms_quant.pipeline.request import QuantizeOptions
 from ms_quant.pipeline.run import quantize_checkpoint
-from ms_quant.plan.plan import Choices
 
 BUNDLED = Path(__file__).parent.parent / "models" / "stdlib-qwen3-6m"
 HALF_BILLION: dict[str, Any] = {
@@ -49,10 +48,9 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from ms_quant.cli.console import use_mindspore
-use_mindspore()
 from ms_quant.formats.opening import open_model
-from ms_quant.evaluation.evaluation import Generator, perplexity
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import perplexity
 what, windows, length, prompt, new = sys.argv[2], *map(int, sys.argv[3:])
 model = open_model(Path(sys.argv[1]))
 tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (windows, length + 1))
@@ -90,9 +88,7 @@ def rows(model: Path, name: str, work: Path, repeats: int) -> None:
         checkpoint = model
         if scheme != "float":
             checkpoint = work / f"{name}-{scheme}"
-            quantize_checkpoint(
-                QuantizeOptions(model, checkpoint, scheme, choices=Choices(options))
-            )
+            quantize_checkpoint(QuantizeOptions(model, checkpoint, scheme, scheme_options=options))
         cells = []
         for what in ("prefill", "decode"):
             speed, peak = measure(checkpoint, what, repeats)

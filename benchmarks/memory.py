@@ -35,12 +35,12 @@ def anonymous():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
 
-import ms_quant.quantization.calibration
+import ms_quant.quantization.work
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 model, output, calib, scheme, algorithm = sys.argv[1:]
 data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, **data)
-prepared = prepare(options)
+checked = prepare(options)
 base = peak = anonymous()
 done = threading.Event()
 
@@ -52,7 +52,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 started = time.monotonic()
-quantize_checkpoint(options, prepared=prepared)
+quantize_checkpoint(options, checked=checked)
 done.set()
 thread.join()
 print(json.dumps({"peak": peak - base, "imports": base, "seconds": time.monotonic() - started}))
@@ -84,11 +84,11 @@ def write_random(directory: Path, raw: dict[str, Any]) -> None:
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     shapes = parse_config(raw).parameter_shapes()
 
-    def get(name: str) -> np.ndarray:
-        if len(shapes[name]) == 1:
-            return np.ones(shapes[name], bfloat16)
-        values = rng.standard_normal(shapes[name], np.float32)
-        return (values / np.float32(shapes[name][1] ** 0.5)).astype(bfloat16)
+    def get(plan: TensorPlan) -> np.ndarray:
+        if len(plan.shape) == 1:
+            return np.ones(plan.shape, bfloat16)
+        values = rng.standard_normal(plan.shape, np.float32)
+        return (values / np.float32(plan.shape[1] ** 0.5)).astype(bfloat16)
 
     plans = [TensorPlan(name, bfloat16, shape) for name, shape in shapes.items()]
     write_file(directory / "model.safetensors", plans, get)

@@ -139,7 +139,7 @@ def least_seconds() -> str:
         command, env={**os.environ, **THREADS}, check=True, stdout=subprocess.PIPE
     )
     speed, config = float(done.stdout), parse_config(CONFIG)
-    weights = config.num_layers * sum(out * into for out, into in config.linear_shapes().values())
+    weights = sum(block.size for block in config.blocks)
     seconds = 2 * weights * SAMPLES * LENGTH / speed
     return (
         f"One thread of BLAS does {speed / 1e9:.0f} GFLOPS here: the linears of "
@@ -157,11 +157,10 @@ def make_inputs(work: Path) -> None:
     shapes, rng = parse_config(CONFIG).parameter_shapes(), np.random.default_rng(0)
     float32 = np.dtype(np.float32)
 
-    def get(name: str) -> np.ndarray:
-        shape = shapes[name]
-        if len(shape) == 1:
-            return np.ones(shape, float32)
-        return rng.standard_normal(shape, float32) * np.float32(SPREAD)
+    def get(plan: TensorPlan) -> np.ndarray:
+        if len(plan.shape) == 1:
+            return np.ones(plan.shape, float32)
+        return rng.standard_normal(plan.shape, float32) * np.float32(SPREAD)
 
     plans = [TensorPlan(name, float32, shape) for name, shape in shapes.items()]
     write_file(model / "model.safetensors", plans, get)

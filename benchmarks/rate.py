@@ -22,6 +22,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,15 @@ import numpy as np
 
 from ms_quant.algorithms.gptq import BLOCK
 from ms_quant.algorithms.problem import Problem, Solution
-from ms_quant.cli.console import use_mindspore
 from ms_quant.data.calibration import eval_windows
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
 from ms_quant.job.directory import JobDirectory
 from ms_quant.numerics.affine import per_channel_scale
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import run_blocks
-from ms_quant.quantization.block import BlockHooks, Rounding
+from ms_quant.quantization.hooks import BlockHooks, Rounding
 from sparse_compress.codec import compress_matrix
 from sparse_compress.pipeline.request import SparseOptions, check
 from sparse_compress.rate.goal import Goal
@@ -115,7 +116,8 @@ def measure_way(
     checked: CheckedJob, way: str, setting: float, steps: BlockHooks, tokens: np.ndarray
 ) -> Point:
     directory = checked.options.job_directory.with_name(f"{way}-{setting}")
-    job = JobDirectory(directory, {**checked.record, "way": way, "setting": setting})
+    record = {**checked.record, "way": way, "setting": setting}
+    job = replace(checked, options=replace(checked.options, job=directory), record=record).job()
     with job.open():
         run_blocks(checked, job, lambda index, part: None, steps)
         raw, stored = sizes(checked, job)
@@ -137,8 +139,6 @@ def sizes(checked: CheckedJob, job: JobDirectory) -> tuple[int, int]:
 
 
 def mean_loss(model: ServedModel, tokens: np.ndarray) -> float:
-    from ms_quant.evaluation.evaluation import perplexity
-
     return float(perplexity(model, tokens)["loss"])
 
 
@@ -213,7 +213,6 @@ def main() -> None:
         "--json", type=Path, default=Path("rate.json"), help="points; those it has are kept"
     )
     arguments = parser.parse_args()
-    use_mindspore()
     tokens = eval_windows(arguments.heldout, arguments.model, 256, arguments.windows)
     with tempfile.TemporaryDirectory() as directory:
         options = SparseOptions(

@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.cli.console import use_mindspore
 from ms_quant.data.calibration import eval_windows
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.formats.opening import JobModel
 from ms_quant.numerics import activation, storage
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import run_blocks
-from ms_quant.plan.plan import Choices
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 ALGORITHMS = ("minmax", "histogram", "smoothquant")
@@ -59,11 +58,9 @@ def measure(
     kinds: Sequence[type[JobModel]], model: Path, algorithm: str, calib: Path, tokens: np.ndarray
 ) -> list[float]:
     """Perplexity of one quantized model in some arithmetics."""
-    from ms_quant.evaluation.evaluation import perplexity
-
     with tempfile.TemporaryDirectory() as directory:
-        output, choices = Path(directory) / "out", Choices(format="ascend")
-        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, choices, calib))
+        output, choices = Path(directory) / "out", {"formats": ("ascend",)}
+        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, **choices, calib=calib))
         job = checked.job()
         with job.open():
             run_blocks(checked, job, lambda index, part: None)
@@ -80,7 +77,6 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=64)
     arguments = parser.parse_args()
-    use_mindspore()
     tokens = eval_windows(arguments.heldout, arguments.model, 256)[: arguments.windows]
     kernel = kernels.best_isa() if kernels.available() else "NumPy"
     print(f"{tokens[:, 1:].size} held-out tokens, {kernel}\n")

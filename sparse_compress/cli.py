@@ -20,10 +20,10 @@ from ms_quant.cli.console import (
     note,
     show_fields,
     step_progress,
-    use_mindspore,
 )
 from ms_quant.cli.console import run as run_app
 from ms_quant.cli.main import ModelArgument, example
+from ms_quant.models.names import short_name
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
@@ -144,8 +144,6 @@ def _run(options: SparseOptions, dry_run: bool, as_json: bool) -> None:
 
         emit(estimate(request), as_json, show_fields)
         return
-    if options.heldout is not None:
-        use_mindspore()
     _note_backend()
     with step_progress() as progress:
         result = compress(options, progress, request)
@@ -281,7 +279,7 @@ def _show_info(result: dict[str, Any]) -> None:
     table = Table(Column("layer", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.pop("rows"):
         table.add_row(
-            row["layer"].removeprefix("model.layers."),
+            short_name(row["layer"]),
             str(row["rank"]),
             "x".join(map(str, row["shape"])),
             f"{100 * row['sparsity']:.1f} %",

@@ -6,7 +6,7 @@ NumPy in float64 must give the same from the tensors that folding has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.algorithms.problem import Problem, Solution, checked
+from ms_quant.algorithms.problem import Loss, Problem, Solution, checked
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Float
@@ -22,9 +22,13 @@ from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.quantization.block import Block, BlockHooks, Seen, quantize_block
+from ms_quant.plan.plan import Plan
+from ms_quant.quantization.block import QuantizedBlock, quantize
+from ms_quant.quantization.hooks import BlockHooks
+from ms_quant.statistics.activation_range import BlockRanges, input_of, output_of
+from ms_quant.statistics.observations import Observations
 from ms_quant.statistics.observers import ActivationStats
+from ms_quant.statistics.search_windows import SearchWindows
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
 HIDDEN, INTER, DIM, HEADS = 16, 32, 4, 4
@@ -52,7 +56,7 @@ def random_block(config: ModelConfig, seed: int = 0) -> Tensors:
     """Numbers of bfloat16 with some channels far larger than others."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in config.block_shapes().items():
+    for name, shape in config.block(0).tensors.items():
         values = rng.standard_normal(shape)
         if name in NORMS:
             values = np.exp(rng.standard_normal(shape))
@@ -125,7 +129,7 @@ class Case:
 
     plan: Plan
     before: Tensors
-    block: Block
+    block: QuantizedBlock
     x: np.ndarray
 
     @property
@@ -139,23 +143,46 @@ class Case:
         return tensors
 
 
-def seen_by(before: Tensors, x: np.ndarray) -> Callable[[LinearGroup], Seen]:
-    inputs = run(before, x)
+@dataclass
+class SeenWeights:
+    """The parameters of a block, and errors of the groups' own outputs."""
 
-    def seen(group: LinearGroup) -> Seen:
-        rows = inputs[group.name].astype(np.float32)
-        stats = ActivationStats(rows.shape[1], len(rows), with_hessian=True)
-        stats.update(rows)
+    before: Tensors
+    inputs: dict[str, np.ndarray]
+    index: int = 0
+
+    def get(self, name: str) -> np.ndarray | None:
+        return self.before.get(name)
+
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+        rows = self.inputs[group.name].astype(np.float32)
 
         def loss(candidate) -> float:
             return sum(
-                float(np.square(made.forward(rows) - linear(rows, before, path)).sum())
+                float(np.square(made.forward(rows) - linear(rows, self.before, path)).sum())
                 for path, made in candidate.items()
             )
 
-        return Seen(stats, loss, loss)
+        return loss, loss
 
-    return seen
+    def drop(self, members: Sequence[str]) -> None:
+        """The tests look at them again."""
+
+
+def seen_by(
+    config: ModelConfig, before: Tensors, x: np.ndarray, cached: dict[str, np.ndarray] | None
+) -> tuple[SeenWeights, Observations]:
+    inputs, stats = run(before, x), {}
+    for name in ("qkv", "o", "gate_up", "down"):
+        rows = inputs[name].astype(np.float32)
+        stats[name] = ActivationStats(rows.shape[1], len(rows), with_hessian=True)
+        stats[name].update(rows)
+    windows, ranges = SearchWindows((1, len(x), x.shape[1]), 0), BlockRanges(0)
+    for group in config.block(0).groups:  # nothing comes near the end of float16
+        ranges.absmax[input_of(group)] = np.zeros(config.block(0).in_features(group), "f4")
+    for path, spec in config.block(0).linears.items():
+        ranges.absmax[output_of(path)] = np.zeros(spec.out_features, "f4")
+    return SeenWeights(before, inputs), Observations(stats, windows, ranges, cached)
 
 
 def folded(
@@ -165,7 +192,9 @@ def folded(
     hooks: BlockHooks = BlockHooks(rounding=keep),  # noqa: B008 - it does not change
     dtype: np.dtype = BF16,
     exclude: tuple[str, ...] = (),
-    options: Choices | None = None,
+    fold: str = "",
+    scheme_options: dict[str, Any] | None = None,
+    algorithm_options: dict[str, Any] | None = None,
     change: Callable[[Tensors], None] = lambda tensors: None,
     cached: dict[str, np.ndarray] | None = None,
     **more: Any,
@@ -173,10 +202,19 @@ def folded(
     config = config_of(**more)
     before, x = random_block(config), tokens()
     change(before)
-    if options is None and "_PER_" in scheme:  # which hold their smoothing else
-        options = Choices(fold="norm")
-    plan = make_plan(config, scheme, algorithm, dtype=dtype, exclude=exclude, options=options)
-    block = quantize_block(plan, 0, before.get, seen_by(before, x), hooks, cached=cached)
+    if not fold and "_PER_" in scheme:  # which hold their smoothing else
+        fold = "norm"
+    plan = make_plan(
+        config,
+        scheme,
+        algorithm,
+        dtype=dtype,
+        exclude=exclude,
+        scheme_options=scheme_options,
+        algorithm_options=algorithm_options,
+        fold=fold,
+    )
+    block = quantize(plan, *seen_by(config, before, x, cached), hooks)
     return Case(plan, before, block, x)
 
 
@@ -211,8 +249,7 @@ ALGORITHMS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("scheme", "algorithm", "more"), ALGORITHMS, ids=str)
 def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
-    choices = Choices(scheme=more, fold="norm")
-    case = folded(scheme, algorithm, options=choices, num_key_value_heads=kv_heads)
+    case = folded(scheme, algorithm, scheme_options=more, fold="norm", num_key_value_heads=kv_heads)
     assert_same_function(case)
     changed = {name for name in case.before if (case.after[name] != case.before[name]).any()}
     assert changed, "nothing was smoothed"
@@ -227,7 +264,7 @@ def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("alpha", [0.3, 0.8])
 def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
-    case = folded(dtype=dtype, options=Choices(algorithm={"alpha": alpha}))
+    case = folded(dtype=dtype, algorithm_options={"alpha": alpha})
     assert_same_function(case)
     for name, path in zip(NORMS, ("self_attn.q_proj", "mlp.gate_proj"), strict=True):
         gain = case.block.floats[name]
@@ -240,9 +277,7 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl"])
 def test_a_vector_of_its_own_leaves_everything_else(algorithm):
     """Its reciprocal is stored, and tells the vector exactly."""
-    case = folded(
-        "W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), options=Choices(fold="mul-scale")
-    )
+    case = folded("W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), fold="mul-scale")
     assert not case.block.floats
     for path, made in case.block.linears.items():
         again = (1 / made.mul_scale.astype("f8")).astype("f4")
@@ -355,7 +390,7 @@ def test_gains_that_would_not_fit_the_stored_type_stay(gain, size):
         for name in ("q", "k", "v"):
             tensors[f"self_attn.{name}_proj.weight"][:, 0] = size
 
-    case = folded(dtype=F16, change=change, options=Choices(algorithm={"alpha": 0.0}))
+    case = folded(dtype=F16, change=change, algorithm_options={"alpha": 0.0})
     assert_same_function(case)
     assert case.after[NORMS[0]][0] == np.float32(gain)
     np.testing.assert_array_equal(
@@ -393,7 +428,7 @@ def test_what_is_rounded_is_what_was_folded(scheme, algorithm):
     assert exact.block.floats.keys() == rounded.block.floats.keys()
     for name, values in exact.block.floats.items():
         np.testing.assert_array_equal(rounded.block.floats[name], values)
-    dtype = exact.plan.scheme.scale_dtype(BF16)
+    dtype = exact.plan.distinct[0].storage.scale_dtype
     for path, made in rounded.block.linears.items():
         weight = exact.block.linears[path].weight
         grid = AffineFormat(8).fit(weight, path, dtype)
@@ -455,15 +490,9 @@ def test_without_an_algorithm_nothing_is_folded_and_notes_are_kept():
     config, parts = config_of(), []
     before = random_block(config)
     plan = make_plan(config, "W8A8_DYNAMIC", "minmax", dtype=BF16)
-    block = quantize_block(
-        plan, 0, before.get, lambda group: Seen(None, no_loss, no_loss), progress=parts.append
-    )
+    block = quantize(plan, SeenWeights(before, {}), None, progress=parts.append)
     assert not block.floats
-    assert set(block.linears) == set(config.linear_shapes())
+    assert set(block.linears) == set(config.block(0).linears)
     assert block.notes == {group.name: {} for group in plan.groups(0)}
     assert parts == sorted(parts) and parts[-1] == 1
     assert folded(hooks=BlockHooks()).block.notes["qkv"] == {"alpha": 0.5}
-
-
-def no_loss(candidate) -> float:
-    raise AssertionError("nothing was to be searched")

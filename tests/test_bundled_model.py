@@ -12,7 +12,6 @@ import pytest
 from ms_quant.data.calibration import eval_windows
 from ms_quant.models.config import load_config
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from sparse_compress.codec.fractal import unsupported_reason
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.pipeline.request import SparseOptions
@@ -38,7 +37,7 @@ def tokens() -> np.ndarray:
 
 
 def perplexity(directory: Path, tokens: np.ndarray, **options: str) -> float:
-    from ms_quant.evaluation.evaluation import perplexity as measure
+    from ms_quant.evaluation.perplexity import perplexity as measure
     from ms_quant.formats.opening import open_model
 
     return measure(open_model(directory), tokens, **options)["perplexity"]
@@ -63,15 +62,13 @@ def twin(tmp_path_factory) -> Path:
 def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options: int) -> Path:
     data_free = algorithm == "minmax" and scheme in ("W8A8_DYNAMIC", "W8A16")
     calib = None if data_free else TEXT / "calibration.txt"
-    choices = Choices(algorithm=options)
-    quantize_checkpoint(
-        QuantizeOptions(model, output, scheme, algorithm, choices=choices, calib=calib)
-    )
+    choices = {"algorithm_options": options}
+    quantize_checkpoint(QuantizeOptions(model, output, scheme, algorithm, **choices, calib=calib))
     return output
 
 
 def test_the_model_learned_and_uses_its_context(tokens):
-    from ms_quant.evaluation.evaluation import token_losses
+    from ms_quant.evaluation.perplexity import token_losses
     from ms_quant.formats.opening import open_model
 
     card = json.loads((MODEL / "training.json").read_text())
@@ -93,7 +90,7 @@ def test_calibration_and_heldout_share_no_file():
 
 def test_the_model_meets_the_unzip_limits_on_both_ranks():
     config = load_config(MODEL)
-    for group in config.family.groups:
+    for group in config.block(0).groups:
         n, k = fused_shape(config, 2, group)
         assert unsupported_reason(n, k) is None
         assert n % 128 == 0 and k % 64 == 0 and k > 256
@@ -125,7 +122,7 @@ def test_what_a_cache_in_int8_costs(tmp_path, tokens):
         MODEL,
         tmp_path / "made",
         "W8A16",
-        choices=Choices(kv_cache="C8"),
+        kv_cache="C8",
         calib=TEXT / "calibration.txt",
     )
     quantize_checkpoint(request)

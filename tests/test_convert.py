@@ -20,7 +20,7 @@ from ms_quant.job.output_directory import seal
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.convert import convert_checkpoint
-from ms_quant.pipeline.request import make_choices
+from ms_quant.pipeline.request import split_options
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 from ms_quant.schemes.table import SCHEMES
 from ms_quant.verify.checkpoint import verify_checkpoint
@@ -34,9 +34,9 @@ CALIBRATED = {"samples": 2, "seq_len": 16}
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, format: str, model: dict | None = None, **options: Any) -> Path:
         source = tiny_model(**{"family": "qwen2", "layers": 2, **SHAPE, **(model or {})})
-        settings = {"fold": options.pop("fold", ""), "kv_cache": options.pop("kv_cache", "float")}
+        settings = {"fold": options.pop("fold", ""), "kv_cache": options.pop("kv_cache", "")}
         dtype, algorithm = options.pop("dtype", None), options.pop("algorithm", "minmax")
-        choices = make_choices(options, [], format=format, **settings)
+        choices = {**split_options(options), "formats": (format,), **settings}
         static = SCHEMES[scheme].needs_calibration or algorithm != "minmax"
         data = {"calib": calib_text, **CALIBRATED} if static or "C8" in settings.values() else {}
         request = QuantizeOptions(
@@ -44,7 +44,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
             tmp_path / "one",
             scheme,
             algorithm,
-            choices,
+            **choices,
             dtype=dtype,
             shard_bytes=60_000,
             exclude=("*.1.self_attn.o_proj",),
@@ -138,7 +138,7 @@ def test_what_is_converted_is_what_would_have_been_made(make, tmp_path, file_con
         tmp_path / "model",
         tmp_path / "made",
         "W8A8_DYNAMIC",
-        choices=make_choices({}, [], format=other),
+        formats=(other,),
         shard_bytes=60_000,
         exclude=("*.1.self_attn.o_proj",),
     )

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow_decoder import SlowDecoder
 
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.formats.opening import ServedModel, open_model
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-
-pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
 MODELS = [
     {"family": "qwen3"},
@@ -44,32 +45,13 @@ def checkpoint(
     return make
 
 
-def whole_model(model: ServedModel) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits of a batch of ids, from one network with the int8 linears swapped in."""
-    from mindspore import Tensor
-
-    from ms_quant.cells.decoder import CausalLM, forward
-    from ms_quant.cells.quant_linear import QuantLinear
-
-    network, swapped = CausalLM(model.config), set()
-    for index, block in enumerate(network.model.layers):
-        for path in model.config.linear_shapes():
-            linear = model.linear(f"model.layers.{index}.{path}")
-            if linear is not None:
-                part, name = path.split(".")
-                setattr(getattr(block, part), name, QuantLinear(linear))
-                swapped.add(f"model.layers.{index}.{path}")
-    for name, parameter in network.parameters_and_names():
-        if name.rpartition(".")[0] not in swapped:
-            parameter.set_data(Tensor(model.tensor(name)))
-    return lambda ids: forward(network, ids).asnumpy()
-
-
-def losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each token but the first, in float64."""
-    wide = logits[:, :-1].astype(np.float64)
-    log_total = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1)
-    return log_total - np.take_along_axis(wide, ids[:, 1:, None], -1)[..., 0]
+def whole_model(model: ServedModel) -> SlowDecoder:
+    """The model by its definition, quantized linears by theirs."""
+    shapes = model.config.parameter_shapes()
+    paths = [name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")]
+    linears = {path: linear.forward for path in paths if (linear := model.linear(path))}
+    tensors = {n: model.tensor(n) for n in shapes if n.rpartition(".")[0] not in linears}
+    return SlowDecoder(model.config, tensors, linears)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -79,19 +61,15 @@ def test_perplexity_is_that_of_the_whole_model(
     scheme: str,
     checkpoint: Callable[..., Path],
     calib_text: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ms_quant.evaluation import evaluation
-
     directory = checkpoint(scheme, **model)
     opened = open_model(directory)
     assert opened.format == ("float" if scheme == "float" else f"golden-stick {scheme}")
     tokens = eval_windows(calib_text, directory, 12)[:5]
-    expected = losses(whole_model(opened)(tokens), tokens)
+    expected = whole_model(opened).losses(tokens)
     for batch in (1, 5, 3):
-        monkeypatch.setattr(evaluation, "BATCH_TOKENS", 12 * batch)
         seen: list[float] = []
-        found = evaluation.perplexity(opened, tokens, BlockHooks(seen))
+        found = perplexity(opened, tokens, BlockHooks(seen), batch_tokens=12 * batch)
         assert found["tokens"] == 5 * 11
         # An int8 rounding may flip when a sum is taken in another order; a layer left float or
         # swapped changes the loss by far more, as the next test shows.
@@ -114,8 +92,6 @@ class BlockHooks:
 def test_quantization_shows_and_fallback_layers_count(
     checkpoint: Callable[..., Path], calib_text: Path
 ) -> None:
-    from ms_quant.evaluation.evaluation import perplexity
-
     quantized = checkpoint("W8A8", exclude=("*.mlp.*",))
     tokens = eval_windows(calib_text, quantized, 12)[:8]
     opened = open_model(quantized)
@@ -128,15 +104,11 @@ def test_quantization_shows_and_fallback_layers_count(
 
 
 def test_windows_too_short_to_predict(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation.evaluation import perplexity
-
     with pytest.raises(MsQuantError, match="seq_len is 1, expected at least 2"):
         perplexity(open_model(checkpoint()), np.zeros((3, 1), np.int32))
 
 
 def test_activations_that_overflow_are_refused(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation.evaluation import Generator, perplexity
-
     def change(tensors: dict[str, np.ndarray]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"][:] = 1e38
 
@@ -152,23 +124,18 @@ def test_activations_that_overflow_are_refused(checkpoint: Callable[..., Path]) 
 def test_generation_with_the_cache_is_generation_without(
     model: dict, scheme: str, checkpoint: Callable[..., Path]
 ) -> None:
-    from ms_quant.evaluation.evaluation import Generator
-
     opened = open_model(checkpoint(scheme, eos_token_id=None, **model))
     prompt = np.array([40, 3, 77, 150], np.int32)
     new = list(Generator(opened).generate(prompt, 8))
     assert len(new) == 8
-    logits = whole_model(opened)
+    slow = whole_model(opened)
     tolerance = 1e-3 if scheme == "float" else 0.1  # see above; logits have a deviation near 4
     for length in range(8):
-        ids = np.array([[*prompt, *new[:length]]], np.int32)
-        last = logits(ids)[0, -1]
+        last = slow.logits(np.array([*prompt, *new[:length]]))[-1]
         assert last[new[length]] >= last.max() - tolerance, length
 
 
 def test_generation_stops_at_an_end_token(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation.evaluation import Generator
-
     directory = checkpoint(eos_token_id=None)
     prompt = np.array([5, 6], np.int32)
     free = list(Generator(open_model(directory)).generate(prompt, 10))
@@ -180,8 +147,6 @@ def test_generation_stops_at_an_end_token(checkpoint: Callable[..., Path]) -> No
 
 
 def test_generation_stops_at_the_tokens_of_every_file(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation.evaluation import Generator
-
     directory = checkpoint(eos_token_id=319)
     prompt = np.array([5, 6], np.int32)
     free = list(Generator(open_model(directory)).generate(prompt, 10))
@@ -200,8 +165,6 @@ def test_generation_stops_at_the_tokens_of_every_file(checkpoint: Callable[..., 
 
 
 def test_a_model_without_head_predicts_nothing(tiny_model: Callable[..., Path]) -> None:
-    from ms_quant.evaluation.evaluation import Generator, perplexity
-
     def change(tensors: dict[str, np.ndarray]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
@@ -217,7 +180,5 @@ def test_a_model_without_head_predicts_nothing(tiny_model: Callable[..., Path]) 
 
 
 def test_generation_needs_a_prompt(checkpoint: Callable[..., Path]) -> None:
-    from ms_quant.evaluation.evaluation import Generator
-
     with pytest.raises(MsQuantError, match="the prompt has no tokens"):
         next(Generator(open_model(checkpoint())).generate(np.zeros(0, np.int32), 1))

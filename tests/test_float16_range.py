@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow_decoder import SlowDecoder
 
 from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import perplexity, token_losses
 from ms_quant.evaluation.float16_forward import Float16Block, Float16OverflowError
+from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.opening import open_model
 from ms_quant.job.output_directory import seal
+from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import load_config
-from ms_quant.models.host_block import HostBlock
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.quantization.divided import DividedTensors
 from ms_quant.statistics.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
 from ms_quant.verify.checkpoint import verify_checkpoint
 
-pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 Tensors = dict[str, np.ndarray]
 BLOCK = "model.layers.1."
 
@@ -143,9 +142,8 @@ def test_the_divided_model_computes_the_same_bits(tiny_model: Callable[..., Path
     x = rng.standard_normal((2, 5, 16), np.float32)
     outputs = []
     for tensors in (source, ours):
-        block = HostBlock(config, 5)
-        block.load(tensors.read_float32, BLOCK)
-        outputs.append(block.feed_forward(block.attend(x)))
+        block = BlockForward.load(config, 1, tensors.read_float32)
+        outputs.append(block(x, Positions(config, 5)))
     assert np.array_equal(outputs[0].view(np.uint32), outputs[1].view(np.uint32))
     for name in source.names:
         whole = ours.read_float32(name)
@@ -171,8 +169,8 @@ def test_smoothing_never_enlarges_beyond_float16(
         matmul(tensors, f"{BLOCK}mlp.down_proj.weight", np.s_[:, 5], 2**14)
 
     model = tiny_model(change=large_weights)
-    choices = Choices(algorithm={"alpha": 0.0})
-    output, _ = quantize(model, algorithm="smoothquant", formats=("ascend",), choices=choices)
+    choices = {"algorithm_options": {"alpha": 0.0}}
+    output, _ = quantize(model, algorithm="smoothquant", formats=("ascend",), **choices)
     perplexity(open_model(output), load_tokens(calib_text, model, 4, 16, 0), float16=True)
 
 
@@ -229,36 +227,13 @@ def test_float16_forward_is_float16_between_operators(
     model = open_model(tiny_model(tied=tied, biases=True))
     rng = np.random.default_rng(0)
     x = (20 * rng.standard_normal((1, 6, 16))).astype(np.float16).astype(np.float32)
-    ours = Float16Block(model, 1, 6)(x)
+    ours = Float16Block.of(model, 1)(x, Positions(model.config, 6))
 
     def half(y: np.ndarray) -> np.ndarray:
         return y.astype(np.float16).astype(np.float64)
 
-    def weight(name: str) -> np.ndarray:
-        return half(model.tensor(BLOCK + name))
-
-    def norm(name: str, y: np.ndarray) -> np.ndarray:
-        return half(y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * weight(f"{name}.weight"))
-
-    def linear(path: str, y: np.ndarray, bias: bool) -> np.ndarray:
-        return half(y @ weight(f"{path}.weight").T + (weight(f"{path}.bias") if bias else 0))
-
-    y = norm("input_layernorm", x.astype(np.float64)[0])
-    heads = [linear(f"self_attn.{n}_proj", y, True).reshape(6, -1, 6) for n in "qkv"]
-    q, k, v = norm("self_attn.q_norm", heads[0]), norm("self_attn.k_norm", heads[1]), heads[2]
-    angle = np.arange(6)[:, None] / 10000 ** (np.arange(0, 6, 2) / 6)
-    cos, sin = (np.tile(f(angle), 2)[:, None] for f in (np.cos, np.sin))
-    q, k = (u * cos + np.concatenate([-u[..., 3:], u[..., :3]], -1) * sin for u in (q, k))
-    scores = np.einsum("shd,thd->hst", q, np.repeat(k, 2, axis=1)) / np.sqrt(6)
-    scores[:, np.triu(np.ones((6, 6), bool), 1)] = -np.inf
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    scores /= scores.sum(-1, keepdims=True)
-    mixed = half(np.einsum("hst,thd->shd", scores, np.repeat(v, 2, axis=1)).reshape(6, -1))
-    middle = half(x[0] + linear("self_attn.o_proj", mixed, True))
-    y = norm("post_attention_layernorm", middle)
-    gate, up = (linear(f"mlp.{n}_proj", y, False) for n in ("gate", "up"))
-    made = half(gate / (1 + np.exp(-gate)) * up)
-    expected = half(middle + linear("mlp.down_proj", made, False))
+    tensors = {name: half(model.tensor(name)) for name in model.config.parameter_shapes()}
+    expected = SlowDecoder(model.config, tensors, rounded=half).block(1, x[0].astype(np.float64))
     # A sum on the other side of a tie moves a value by one step of float16, and what follows.
     assert np.abs(ours[0] - expected).max() <= 4 * np.spacing(np.float16(np.abs(expected).max()))
     assert np.array_equal(ours, ours.astype(np.float16).astype(np.float32))

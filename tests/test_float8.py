@@ -11,7 +11,6 @@ import pytest
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import QuantizedModel
-from ms_quant.pipeline.request import make_choices
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -23,11 +22,18 @@ K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"
 def make(tiny_model: Any, tmp_path: Path, calib_text: Path) -> Any:
     def run(algorithm: str = "minmax", dtype: str = "bfloat16", **model: Any) -> Path:
         source = tiny_model(**{"family": "qwen2", **SHAPE, **model})
-        choices = make_choices({}, [], format="compressed-tensors")
         data = {} if algorithm == "minmax" else {"calib": calib_text, "samples": 2, "seq_len": 16}
         out = tmp_path / "out"
         quantize_checkpoint(
-            QuantizeOptions(source, out, "W8A8FP8_BLOCK", algorithm, choices, dtype=dtype, **data)
+            QuantizeOptions(
+                source,
+                out,
+                "W8A8FP8_BLOCK",
+                algorithm,
+                formats=("compressed-tensors",),
+                dtype=dtype,
+                **data,
+            )
         )
         return out
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.schemes.table import SCHEMES
+from ms_quant.schemes.support import SUPPORT
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 
 
 def table() -> list[str]:
     lines = ["| scheme | format | served by | kernels |", "|---|---|---|---|"]
-    for scheme in SCHEMES.values():
-        for held in scheme.held:
+    for scheme, rows in SUPPORT.items():
+        for held in rows:
             served = [*held.served_by, *held.not_served_by]
             if held.only:
                 wanted = ", ".join(f"{option} {value}" for option, value in held.only.items())
                 served.append(f"only with {wanted}")
-            cells = [scheme.name, held.format, "; ".join(served), held.kernels]
+            cells = [scheme, held.format, "; ".join(served), held.kernels]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

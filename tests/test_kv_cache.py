@@ -9,35 +9,34 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mindspore")
+from slow_decoder import SlowDecoder
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import Generator, token_losses
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.models.config import load_config
-from ms_quant.models.families import CACHED, KEYS, VALUES
+from ms_quant.models.families import CACHED
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.verify.checkpoint import verify_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
+pytestmark = pytest.mark.slow
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CALIBRATED = {"samples": 4, "seq_len": 16}
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
-C8 = Choices(kv_cache="C8")
+C8 = {"kv_cache": "C8"}
 
 
 @pytest.fixture
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
-    def run(scheme: str, family: str = "qwen3", choices: Choices = C8, **options: Any) -> Any:
+    def run(scheme: str, family: str = "qwen3", choices: Any = C8, **options: Any) -> Any:
         source = tiny_model(family=family, layers=2, **SHAPE)
         request = QuantizeOptions(
             source,
             tmp_path / "out",
             scheme,
-            choices=choices,
+            **choices,
             keep_job=True,
             **{"calib": calib_text, **CALIBRATED, **options},
         )
@@ -50,31 +49,12 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
 
 def first_keys_and_values(source: Path, tokens: np.ndarray, tensors: dict) -> list[np.ndarray]:
     """What the first block caches, (tokens, kv heads * head_dim), float64, by definition."""
-    config = load_config(source)
-
-    def tensor(name: str) -> np.ndarray:
-        return tensors[name].astype(np.float64)
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        power = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(power + config.rms_norm_eps) * tensor(name)
-
-    def linear(x: np.ndarray, path: str) -> np.ndarray:
-        bias = tensor(f"{path}.bias") if f"{path}.bias" in tensors else 0
-        y = x @ tensor(f"{path}.weight").T + bias
-        return y.reshape(*y.shape[:-1], -1, config.head_dim)  # (windows, tokens, heads, size)
-
-    prefix, half = "model.layers.0.", config.head_dim // 2
-    x = norm(tensor("model.embed_tokens.weight")[tokens], f"{prefix}input_layernorm.weight")
-    keys, values = linear(x, prefix + KEYS), linear(x, prefix + VALUES)
-    if config.qk_norm:
-        keys = norm(keys, f"{prefix}self_attn.k_norm.weight")
-    theta = config.raw["rope_theta"]
-    angles = np.arange(tokens.shape[1])[:, None, None] * theta ** (-np.arange(half) / half)
-    low, high, cos, sin = keys[..., :half], keys[..., half:], np.cos(angles), np.sin(angles)
-    keys = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    width = config.num_kv_heads * config.head_dim
-    return [keys.reshape(-1, width), values.reshape(-1, width)]
+    model = SlowDecoder(load_config(source), tensors)
+    found = [model.queries_keys_values(0, model.embed(ids))[1:] for ids in tokens]
+    return [
+        np.concatenate([x.transpose(1, 0, 2).reshape(x.shape[1], -1) for x in cached])
+        for cached in zip(*found, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -142,12 +122,12 @@ def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
     ("choices", "scheme", "message"),
     [
         (
-            Choices(kv_cache="C8", format="golden-stick"),
+            {"kv_cache": "C8", "formats": ("golden-stick",)},
             "W8A8",
             "kv cache C8: a golden-stick checkpoint cannot hold it, expected --format ascend",
         ),
-        (Choices(kv_cache="C8_DYNAMIC"), "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
-        (Choices(kv_cache="C4"), "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
+        ({"kv_cache": "C8_DYNAMIC"}, "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
+        ({"kv_cache": "C4"}, "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
     ],
 )
 def test_refusals(make, tmp_path, choices, scheme, message):

@@ -56,8 +56,9 @@ def kinds(checked: Any, layer: str = LAYER) -> dict[str, str]:
     found = {}
     for path in checked.plan.quantized():
         if path.startswith(layer):
-            way = checked.plan.at(path)
-            found[path.rpartition(".")[2]] = "+".join((way.scheme.name, *way.algorithms.names))
+            layer_plan = checked.plan.quantized_layer(path)
+            names = layer_plan.scheme.name, *layer_plan.algorithms.names
+            found[path.rpartition(".")[2]] = "+".join(names)
     return found
 
 

@@ -14,26 +14,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mindspore")
-
-from mindspore import Tensor
+from plans import usual
+from watched_block import block_with_inputs
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, apply
-from ms_quant.cells.decoder import causal_mask, rope_tensors
-from ms_quant.cells.recorder import Recorder
-from ms_quant.cells.tree import get_cell, replaced
 from ms_quant.data.calibration import eval_windows, load_tokens
-from ms_quant.evaluation.evaluation import load_block
+from ms_quant.evaluation.float32_forward import load_block
 from ms_quant.formats.opening import FloatModel
-from ms_quant.models.config import block_prefix
+from ms_quant.models.block_forward import Positions
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes.table import VALUES, get_scheme
+from ms_quant.schemes.table import VALUES
 from ms_quant.statistics.observers import ActivationStats
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 MODEL, TEXT = ROOT / "models" / "stdlib-qwen3-6m", ROOT / "models" / "text"
 WINDOWS, LENGTH, BLOCKS = 8, 256, 2
@@ -52,21 +48,12 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> list[Group]:
 
 
 def _observe(model: FloatModel, tokens: np.ndarray) -> list[Group]:
-    found, hidden = [], Tensor(model.tensor("model.embed_tokens.weight")[tokens])
-    angles, mask = rope_tensors(model.config, 0, LENGTH), causal_mask(LENGTH)
+    found, hidden = [], model.tensor("model.embed_tokens.weight")[tokens]
+    positions = Positions(model.config, LENGTH)
     for index in range(BLOCKS):
-        block, inputs = load_block(model, index), {}
-        recorders = {
-            group.members[0]: Recorder(
-                get_cell(block, group.members[0]),
-                lambda x, name=group.name, inputs=inputs: inputs.update({name: x.copy()}),
-            )
-            for group in model.config.family.groups
-        }
-        with replaced(block, recorders):
-            hidden = block(hidden, *angles, mask)
-        for group in model.config.family.groups:
-            x = inputs[group.name].reshape(len(tokens), LENGTH, -1)
+        hidden, inputs = block_with_inputs(load_block(model, index), hidden, positions)
+        for group in model.config.block(0).groups:
+            x = inputs[group.members[0]].reshape(len(tokens), LENGTH, -1)
             stats = ActivationStats(x.shape[2], WINDOWS * LENGTH, with_hessian=True)
             stats.update(x[:WINDOWS])
             weights = {
@@ -98,13 +85,15 @@ def error(groups: list[Group]) -> Callable[..., float]:
 def _solve(key: tuple, group: Group) -> list[float]:
     weights, stats, heldout = group
     options = dict(key[2:])
-    scheme = get_scheme(key[0], **{k: v for k, v in options.items() if k in VALUES})
+    scheme, scales = usual(key[0], **{k: v for k, v in options.items() if k in VALUES})
     settings = {name: value for name, value in options.items() if name not in VALUES}
 
     def loss(linears: Mapping[str, QuantizedLinear]) -> float:
         return sum(e**2 for e in _errors(linears, weights, stats.rows[::4]))
 
-    problem = Problem("group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss)
+    problem = Problem(
+        "group", scheme, weights, {}, stats, DTYPES["bfloat16"], loss, scale_type=scales
+    )
     return _errors(
         apply(problem, get_algorithms(key[1], scheme, settings).solve(problem)), weights, heldout
     )

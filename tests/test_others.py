@@ -113,7 +113,7 @@ def test_rows_are_taken_apart_without_the_bias_that_others_rounded(name: str) ->
     """As the comparison with a source takes them."""
     x, biases = np.random.default_rng(1).standard_normal((5, 32), np.float32), 0
     for path, linear in linears(GOLDEN / name).items():
-        format = QuantizedModel(GOLDEN / name).plan.scheme_of(path).weight
+        format = QuantizedModel(GOLDEN / name).plan.quantized_layer(path).scheme.weight
         part = some_rows(linear, format, slice(3, 9)).forward(x, decode=True)
         bias = 0 if linear.bias is None else linear.bias[3:9]
         biases += linear.bias is not None

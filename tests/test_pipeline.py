@@ -15,7 +15,6 @@ from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.job.directory import JobDirectory
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -43,7 +42,7 @@ def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
     return run
 
 
-STRENGTH = Choices(algorithm={"alpha": 0.7})
+STRENGTH = {"algorithm_options": {"alpha": 0.7}}
 
 
 def rounded_up(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -117,7 +116,7 @@ def smoothing(x: np.ndarray, weights: list[np.ndarray], alpha: float) -> np.ndar
         ({}, {"family": "llama", "dtype": "float16", "biases": True}, 3),  # a short last batch
         ({}, {"family": "qwen2", "dtype": "float32", "tied": True}, 1),
         (
-            {"algorithm": "smoothquant", "choices": STRENGTH},
+            {"algorithm": "smoothquant", **STRENGTH},
             {"family": "qwen2", "shards": 3},
             4,
         ),
@@ -135,7 +134,7 @@ def test_calibrated_tensors_are_those_of_the_oracle(
     load_tensors: Callable[[Path], Tensors],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ms_quant.quantization.calibration.BATCH_TOKENS", batch * 16)
+    monkeypatch.setattr("ms_quant.quantization.work.BATCH_TOKENS", batch * 16)
     model = tiny_model(**family)
     source = load_tensors(model)
     found = load_tensors(quantize(model, **options))
@@ -155,7 +154,7 @@ def test_calibrated_tensors_are_those_of_the_oracle(
             x = inputs[paths[0]]
             smooth = np.ones(x.shape[1], np.float32)
             if options.get("algorithm") == "smoothquant":
-                smooth = smoothing(x, list(weights.values()), options["choices"].algorithm["alpha"])
+                smooth = smoothing(x, list(weights.values()), options["algorithm_options"]["alpha"])
             expected.update(by_hand(x, weights, smooth, dtype))
     assert sorted(found) == sorted(expected)
     for name, array in expected.items():

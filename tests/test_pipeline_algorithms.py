@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import pytest
 pytest.importorskip("mindspore")
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import Generator, is_phased, perplexity, token_losses
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import load_config
-from ms_quant.pipeline.request import make_choices
+from ms_quant.models.linear_forward import QuantizedForward
+from ms_quant.pipeline.request import split_options
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
@@ -34,22 +36,20 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, algorithm: str, model: dict | None = None, **options: Any) -> Any:
         source = tiny_model(**{"family": "qwen3", "layers": 2, **SHAPE, **(model or {})})
-        places = {name: options.pop(name, "") for name in ("format", "fold")}
-        choices = make_choices(options, [], **places)
+        format, fold = options.pop("format", ""), options.pop("fold", "")
+        formats = (format,) if format else ()
         request = QuantizeOptions(
-            source, tmp_path / "out", scheme, algorithm, choices, keep_job=True
+            source,
+            tmp_path / "out",
+            scheme,
+            algorithm,
+            **split_options(options),
+            fold=fold,
+            formats=formats,
+            keep_job=True,
         )
         if prepare_needs(request):
-            request = QuantizeOptions(
-                source,
-                tmp_path / "out",
-                scheme,
-                algorithm,
-                choices,
-                calib_text,
-                **CALIBRATED,
-                keep_job=True,
-            )
+            request = replace(request, calib=calib_text, **CALIBRATED)
         checked = prepare(request)
         quantize_checkpoint(request, checked=checked)
         return checked
@@ -119,7 +119,7 @@ def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):
             np.testing.assert_array_equal(theirs.forward(part, decode), ours.forward(part, decode))
     found = verify_checkpoint(checked.options.output, checked.options.model)
     assert found["problems"] == []
-    for decode in (False, True) if is_phased(written) else (False,):
+    for decode in (False, True) if written.phased else (False,):
         ours, theirs = (token_losses(m, TOKENS, decode=decode) for m in (job, written))
         np.testing.assert_array_equal(theirs, ours)
 
@@ -148,24 +148,22 @@ def test_another_seed_is_another_job(make):
     assert checked.record["algorithm_options"] == {"quarot": {"seed": 3, "block_size": 0}}
 
 
-def test_both_phases_of_a_generation(make):
+def test_both_phases_of_a_generation(make, monkeypatch):
     """The first token is predicted with dynamic inputs, all later ones with static ones."""
     checked = make("W8A8_MIX", "minmax")
-    model = open_model(checked.options.output)
-    assert is_phased(model)
-    generator = Generator(model)
-    seen: list[tuple[int, bool]] = []
-    for block in generator.blocks:
-        call = block.feed_forward
+    model, seen = open_model(checked.options.output), []
+    assert model.phased
+    call = QuantizedForward.__call__
 
-        def spy(x: Any, decode: bool = False, call: Any = call) -> Any:
-            seen.append((x.shape[1], decode))
-            return call(x, decode)
+    def spy(self: Any, rows: np.ndarray, decode: bool = False) -> np.ndarray:
+        seen.append((len(rows), decode))
+        return call(self, rows, decode)
 
-        block.feed_forward = spy
-    list(generator.generate(np.array([5, 6, 7]), 3))
-    assert seen[:2] == [(3, False)] * 2
-    assert set(seen[2:]) == {(1, True)}
+    monkeypatch.setattr(QuantizedForward, "__call__", spy)
+    list(Generator(model).generate(np.array([5, 6, 7]), 3))
+    linears = len(checked.plan.quantized())
+    assert seen[:linears] == [(3, False)] * linears
+    assert set(seen[linears:]) == {(1, True)}
     losses = [perplexity(model, TOKENS, decode=decode)["loss"] for decode in (False, True)]
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1
 
@@ -195,13 +193,14 @@ def test_smoothing_does_not_change_what_a_float_model_computes(make):
 )
 def test_malformed_settings_are_refused(named, settings, message):
     with pytest.raises(MsQuantError, match=message):
-        make_choices(named, settings)
+        split_options(named, settings)
 
 
 def test_settings_go_where_they_belong():
-    found = make_choices(
+    found = split_options(
         {"alpha": 0.4, "group_size": None}, ["group_size=64", "symmetric=False", "gptq.damping=0.1"]
     )
-    assert found == Choices(
-        {"group_size": 64, "symmetric": False}, {"alpha": 0.4, "gptq.damping": "0.1"}
-    )
+    assert found == {
+        "scheme_options": {"group_size": 64, "symmetric": False},
+        "algorithm_options": {"alpha": 0.4, "gptq.damping": "0.1"},
+    }

@@ -19,7 +19,6 @@ from ms_quant.files import atomic
 from ms_quant.job.directory import JobDirectory
 from ms_quant.pipeline import request
 from ms_quant.pipeline.run import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 
 
 @pytest.fixture
@@ -235,11 +234,11 @@ UNUSED = [
     ({"seq_len": 256}, "with minmax uses no calibration data, expected no --seq-len"),
     ({"seed": 0}, "with minmax uses no calibration data, expected no --seed"),
     (
-        {"choices": Choices(algorithm={"alpha": 0.9})},
+        {"algorithm_options": {"alpha": 0.9}},
         "minmax takes no option 'alpha'",
     ),
     (
-        {"scheme": "W8A8", "algorithm": "osl", "choices": Choices(algorithm={"alpha": 0.5})},
+        {"scheme": "W8A8", "algorithm": "osl", "algorithm_options": {"alpha": 0.5}},
         "algorithm osl takes no option 'alpha'",
     ),
 ]

@@ -22,7 +22,6 @@ from ms_quant.job.directory import HiddenStates, JobDirectory
 from ms_quant.pipeline import request
 from ms_quant.pipeline import run as pipeline
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -173,7 +172,7 @@ def test_a_damaged_model_is_refused_before_any_work(
         ({"algorithm": "magic"}, "algorithm 'magic' is unknown, expected one of minmax"),
         ({"algorithm": "osl", "scheme": "W8A16"}, "'osl' does not work with scheme"),
         (
-            {"algorithm": "smoothquant", "choices": Choices(algorithm={"alpha": 1.5})},
+            {"algorithm": "smoothquant", "algorithm_options": {"alpha": 1.5}},
             r"smoothquant\.alpha is 1\.5: Input should be",
         ),
         ({"dtype": "float64"}, "dtype 'float64' is not supported"),

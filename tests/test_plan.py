@@ -8,10 +8,12 @@ import pytest
 
 from ms_quant.algorithms import ALGORITHMS
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.support import SUPPORT
 from ms_quant.schemes.table import SCHEMES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -77,7 +79,8 @@ def test_everything_is_quantized_in_model_order():
 )
 def test_exclude_takes_whole_groups(exclude, float_groups, floats):
     found = plan(exclude=exclude)
-    assert found.float_groups == frozenset(float_groups)
+    left = [str(group) for group, layer in found.layers.items() if layer is None]
+    assert sorted(left) == sorted(float_groups)
     expected = [f"model.layers.{i}.{member}" for i, members in floats for member in members]
     assert found.float_linears() == expected
     assert sorted(found.quantized() + expected) == sorted(paths(0, 1))
@@ -130,42 +133,45 @@ def test_refused(options, message):
         ("W8A8_DYNAMIC", {"fold": "mul-scale"}, r"^fold mul-scale: golden-stick checkpoints of"),
         (
             "W8A16",
-            {"format": "ascend", "scheme": {"group_size": 64}},
+            {"format": "ascend", "scheme_options": {"group_size": 64}},
             r"^scheme W8A16: ascend checkpoints hold it only with group_size 0$",
         ),
         (
             "W4A4_MXFP4_DUALSCALE",
-            {"scheme": {"dual_block_size": 32}},
+            {"scheme_options": {"dual_block_size": 32}},
             r"^scheme W4A4_MXFP4_DUALSCALE: mindie-sd checkpoints hold it only with dual_bl",
         ),
     ],
 )
 def test_places_that_nothing_serves(scheme, choices, message):
     with pytest.raises(MsQuantError, match=message):
-        plan(scheme, options=Choices(**choices))
+        plan(scheme, **choices)
 
 
 def test_a_fold_of_nothing_is_refused():
     with pytest.raises(MsQuantError, match=r"^fold norm: no algorithm smooths, expected no"):
-        plan(options=Choices(fold="norm"))
+        plan(fold="norm")
 
 
-def test_flavours_of_a_scheme():
-    usual, chosen = plan(), plan(options=Choices(format="ascend"))
-    assert usual.format.name == "golden-stick" and not {"format", "fold"} & usual.record().keys()
-    assert chosen.format.name == "ascend" and chosen.record()["format"] == "ascend"
-    assert chosen.scheme.activation.folds_bias and not chosen.scheme.activation.per_channel
-    folded = plan(algorithm="smoothquant", options=Choices(fold="norm"))
-    assert folded.record()["fold"] == "norm" and not folded.scheme.activation.per_channel
-    dynamic = plan("W8A8_DYNAMIC", options=Choices(format="ascend"))
-    assert dynamic.scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float16"]
-    assert plan("W8A8_DYNAMIC").scheme.scale_dtype(DTYPES["float16"]) == DTYPES["float32"]
+def test_formats_of_a_scheme():
+    usual, chosen = plan(), plan(format="ascend")
+    assert usual.format == "golden-stick" and not {"format", "fold"} & usual.record().keys()
+    assert chosen.format == "ascend" and chosen.record()["format"] == "ascend"
+    activation = chosen.distinct[0].scheme.activation
+    assert activation.folds_bias and not activation.per_channel
+    folded = plan(algorithm="smoothquant", fold="norm")
+    assert folded.record()["fold"] == "norm"
+    assert not folded.distinct[0].scheme.activation.per_channel
+    half = DTYPES["float16"]
+    for format, scales in (("ascend", "float16"), ("", "float32")):
+        (layer,) = make_plan(CONFIG, "W8A8_DYNAMIC", "minmax", dtype=half, format=format).distinct
+        assert layer.storage.scale_dtype == DTYPES[scales]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, "1.0"])
 def test_alpha_bounds_are_included(alpha):
-    made = plan(algorithm="smoothquant", options=Choices(algorithm={"alpha": alpha}))
-    assert made.algorithms.chosen == {"smoothquant": {"alpha": float(alpha)}}
+    made = plan(algorithm="smoothquant", algorithm_options={"alpha": alpha})
+    assert made.distinct[0].algorithms.chosen == {"smoothquant": {"alpha": float(alpha)}}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_alpha_bounds_are_included(alpha):
 )
 def test_options_are_refused_by_name(algorithm, settings, message):
     with pytest.raises(MsQuantError, match=message):
-        plan(algorithm=algorithm, options=Choices(algorithm=settings))
+        plan(algorithm=algorithm, algorithm_options=settings)
 
 
 def test_algorithms_are_done_in_the_order_of_their_stages():
@@ -191,16 +197,16 @@ def test_algorithms_are_done_in_the_order_of_their_stages():
 
 
 def test_groups_that_do_not_divide_the_inputs():
-    undivided = Choices({"group_size": 128}, float_undivided=True)
+    undivided = {"scheme_options": {"group_size": 128}, "float_undivided": True}
     message = (
         r"^model\.layers\.0\.self_attn\.q_proj\.weight: groups of 128 do not divide K = 64; "
         r"expected another group size, or --float-undivided"
     )
     with pytest.raises(MsQuantError, match=message):
-        plan("W4A16", options=Choices({"group_size": 128}))
-    made = plan("W4A16", options=undivided)
+        plan("W4A16", scheme_options={"group_size": 128})
+    made = plan("W4A16", **undivided)
     assert {path.rpartition(".")[2] for path in made.quantized()} == {"down_proj"}
-    assert plan("W4A16", options=Choices({"group_size": 64})).float_linears() == []
+    assert plan("W4A16", scheme_options={"group_size": 64}).float_linears() == []
 
 
 def test_a_scheme_of_networks_is_refused():
@@ -213,33 +219,33 @@ def test_a_scheme_of_networks_is_refused():
 
 
 def test_every_pair_is_either_planned_or_refused():
-    for scheme in (name for name, row in SCHEMES.items() if row.format):
+    for scheme in SUPPORT:
         for algorithm, row in ALGORITHMS.items():
             if row.suits(SCHEMES[scheme]):
                 with pytest.raises(MsQuantError, match=r"does not work with scheme"):
                     plan(scheme, algorithm)
             else:
                 chosen = {"group_size": 64} if scheme == "W4A16" else {}
-                options = Choices(chosen, float_undivided=scheme == "W8A8FP8_BLOCK")
-                assert algorithm in plan(scheme, algorithm, options=options).algorithm
+                options = {"scheme_options": chosen, "float_undivided": scheme == "W8A8FP8_BLOCK"}
+                assert algorithm in plan(scheme, algorithm, **options).algorithm
 
 
 def test_options_that_two_algorithms_take_are_told_apart():
     scheme, chosen = "W4A4_FLATQUANT_DYNAMIC", {"steps": 5}
     with pytest.raises(MsQuantError, match=r"expected flatquant\.steps or ssz\.steps once$"):
-        plan(scheme, "ssz", options=Choices(algorithm=chosen))
-    made = plan(scheme, "ssz", options=Choices(algorithm={"ssz.steps": 5}))
-    assert made.algorithms.options["ssz"].steps == 5
-    assert made.algorithms.options["flatquant"].steps != 5
-    twice = Choices(algorithm={"alpha": 0.5, "smoothquant.alpha": 0.6})
+        plan(scheme, "ssz", algorithm_options=chosen)
+    made = plan(scheme, "ssz", algorithm_options={"ssz.steps": 5})
+    options = made.distinct[0].algorithms.options
+    assert options["ssz"].steps == 5 and options["flatquant"].steps != 5
+    twice = {"algorithm_options": {"alpha": 0.5, "smoothquant.alpha": 0.6}}
     with pytest.raises(MsQuantError, match=r"given twice, expected smoothquant\.alpha once$"):
-        plan(algorithm="smoothquant", options=twice)
+        plan(algorithm="smoothquant", **twice)
 
 
 @pytest.mark.parametrize("settings", [{"steps": -1}, {"learning_rate": "nan"}, {"batch_rows": 0}])
 def test_flatquant_options_are_refused_before_work(settings):
     with pytest.raises(MsQuantError, match=r"^flatquant\."):
-        plan("W4A4_FLATQUANT_DYNAMIC", options=Choices(algorithm=settings))
+        plan("W4A4_FLATQUANT_DYNAMIC", algorithm_options=settings)
 
 
 def test_a_transform_that_no_factors_have_is_refused_by_name():
@@ -252,15 +258,14 @@ def test_a_transform_that_no_factors_have_is_refused_by_name():
 def test_a_plan_that_its_runtime_fails_on_says_so():
     """Only a format that is asked for by name must be served."""
     made = plan("W4A4_MXFP4_DUALSCALE")
-    assert made.served_by == []
-    (reason,) = made.not_served_by
+    assert served_by(made) == []
+    (reason,) = not_served_by(made)
     assert reason.startswith("model.layers.0.self_attn.q_proj: MindIE-SD fails on a W4A4_MXFP4_DU")
     for scheme in ("W4A4_MXFP4_DUALSCALE", "W8A8_MXFP8"):
         with pytest.raises(MsQuantError, match=r"q_proj: MindIE-SD fails .*--float-undivided"):
-            plan(scheme, options=Choices(format="mindie-sd"))
+            plan(scheme, format="mindie-sd")
     raw = {**CONFIG.raw, "model_type": "llama", "attention_bias": True, "mlp_bias": True}
     config = parse_config(raw, "dir/config.json")
-    options = Choices(format="mindie-sd")
     for scheme in ("W4A4_MXFP4_DUALSCALE", "W8A8_MXFP8"):
-        made = make_plan(config, scheme, "minmax", dtype=BF16, options=options)
-        assert made.served_by == ["MindIE-SD quantize()"] and made.not_served_by == []
+        made = make_plan(config, scheme, "minmax", dtype=BF16, format="mindie-sd")
+        assert served_by(made) == ["MindIE-SD quantize()"] and not_served_by(made) == []

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("mindspore")
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import is_phased, token_losses
+from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
@@ -25,7 +25,6 @@ from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.pipeline.estimate import estimate
 from ms_quant.pipeline.request import read_recipe
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -110,8 +109,10 @@ def test_the_pdmix_recipe(make):
     assert kinds["model.layers.1.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
     assert kinds["model_quant_type"] == "W8A8_MIX"  # after W8A8_DYNAMIC in the runtime's order
     assert open_model(checked.options.output).format == "ascend W8A8_DYNAMIC+W8A8_MIX"
-    assert checked.plan.at("model.layers.0.self_attn.q_proj").algorithms.names == ("smoothquant",)
-    assert checked.plan.at("model.layers.1.mlp.down_proj").algorithms.names == ()
+    assert checked.plan.layer_of("model.layers.0.self_attn.q_proj").algorithms.names == (
+        "smoothquant",
+    )
+    assert checked.plan.layer_of("model.layers.1.mlp.down_proj").algorithms.names == ()
     assert_written_as_made(checked)
 
 
@@ -186,7 +187,7 @@ def test_several_formats_are_what_each_alone_is(make, file_contents, scheme, alg
     together = make(None, formats=SEVERAL, **options)
     for checked in together.all:
         (name,) = checked.options.formats
-        alone = make(None, f"alone-{name}", choices=Choices(format=name), **options)
+        alone = make(None, f"alone-{name}", formats=(name,), **options)
         found = file_contents(checked.options.output)
         assert found == file_contents(alone.options.output)
         assert verify_checkpoint(checked.options.output, checked.options.model)["problems"] == []
@@ -346,7 +347,7 @@ def smoothing(rules: list[dict[str, Any]], *groups: str, **more: Any) -> dict[st
     ],
 )
 def test_each_group_has_a_fold_of_its_own(make, tmp_path, recipe, format, fold, file_contents):
-    made = make(recipe, formats=(format,), choices=Choices(fold=fold), **make.calibrated)
+    made = make(recipe, formats=(format,), fold=fold, **make.calibrated)
     assert_written_as_made(made)
     if format == "compressed-tensors":
         convert_checkpoint(made.options.output, tmp_path / "two", "golden-stick")
@@ -358,17 +359,17 @@ def test_each_group_has_a_fold_of_its_own(make, tmp_path, recipe, format, fold, 
 def test_both_phases_of_a_mixture_are_evaluated(make):
     recipe = smoothing([rule("W8A8_DYNAMIC", "*attn*"), rule("W8A8_MIX", "*.mlp.*")])
     made = make(recipe, **make.calibrated)
-    assert is_phased(open_model(made.options.output))
-    assert not is_phased(open_model(made.options.model))
+    assert open_model(made.options.output).phased
+    assert not open_model(made.options.model).phased
 
 
 def test_formats_that_leave_other_groups_float(make):
     """Rows of 28 inputs fill no words of eight, which one format needs."""
     options = {"scheme": "W4A16", "algorithm": "gptq", **make.calibrated}
-    choices = Choices({"group_size": 0}, float_undivided=True)
+    choices = {"scheme_options": {"group_size": 0}, "float_undivided": True}
     formats = ("compressed-tensors", "mindie-sd")
     model = {"intermediate_size": 28}
-    made = make(None, model=model, formats=formats, choices=choices, **options)
+    made = make(None, model=model, formats=formats, **choices, **options)
     floats = [len(part.plan.float_linears()) for part in made.all]
     assert floats == [2, 0]
     for part in made.all:
@@ -402,10 +403,10 @@ def test_a_place_that_is_a_checkpoint_takes_no_formats(make):
 
 
 def test_what_is_inspected(make, tmp_path):
-    made = make(None, scheme="W4A16", choices=Choices({"group_size": 32}))
+    made = make(None, scheme="W4A16", scheme_options={"group_size": 32})
     found = {row["stored_as"] for row in inspect_checkpoint(made.options.output)["linears"]}
     assert found == {"I32, 8 inputs each"}
-    options = {"algorithm": "smoothquant", "choices": Choices(format="mindie-sd")}
+    options = {"algorithm": "smoothquant", "formats": ("mindie-sd",)}
     made = make(None, "other", scheme="W8A8_DYNAMIC", **options, **make.calibrated)
     found = {row["stored_as"] for row in inspect_checkpoint(made.options.output)["linears"]}
     assert found == {"I8"}

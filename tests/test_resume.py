@@ -53,9 +53,9 @@ from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
 
 data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
-prepared = prepare(options)
+checked = prepare(options)
 say("ready")
-result = quantize_checkpoint(options, prepared=prepared)
+result = quantize_checkpoint(options, checked=checked)
 say("finished before" if result["finished_before"] else "finished")
 """
 

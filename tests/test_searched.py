@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import parse_config
 from ms_quant.models.families import GATED_DECODER_GROUPS
-from ms_quant.models.host_block import HostBlock, linear_function
+from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import quantize_linear
 from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
 
@@ -54,14 +55,14 @@ def test_errors_are_those_of_the_whole_block(group):
     kept from batches of calibration, differs from one made of a search's batch.
     """
     config = parse_config(SHAPE)
-    block, searched = HostBlock(config, 7), SearchWindows((5, 7, 24), 21)
-    rng = np.random.default_rng(0)
-    block.load(lambda name: rng.normal(1, 0.1, config.block_shapes()[name]).astype("f4"))
+    at, searched = Positions(config, 7), SearchWindows((5, 7, 24), 21)
+    rng, shapes = np.random.default_rng(0), config.parameter_shapes()
+    block = BlockForward.load(config, 0, lambda name: rng.normal(1, 0.1, shapes[name]).astype("f4"))
     for start in range(0, 5, 2):
         hidden = rng.normal(size=(min(2, 5 - start), 7, 24)).astype("f4")
-        middle = block.attend(hidden)
+        middle = block.attend(hidden, at)
         searched.add(start, hidden, middle, block.feed_forward(middle))
-    errors = BlockErrors(block, group, searched)
+    errors = BlockErrors(block, at, group, searched)
     for clip in (1.0, 0.5):
         candidate = {
             path: quantize_linear(
@@ -69,15 +70,16 @@ def test_errors_are_those_of_the_whole_block(group):
             )
             for path in group.members
         }
-        linears = {path: linear_function(linear) for path, linear in candidate.items()}
+        linears = {path: QuantizedForward(linear) for path, linear in candidate.items()}
+        other = block.with_linears(linears)
         found = list(errors.pairs(candidate))
         assert sum(len(error) for error, _ in found) == 3
         for (error, exact), states in zip(found, searched.batches(), strict=True):
-            attended = block.attend(states[0], linears)
+            attended = other.attend(states[0], at)
             if group.in_mlp:
                 np.testing.assert_allclose(states[1], attended, rtol=1e-5, atol=1e-5)
                 attended = states[1]
-            whole = block.feed_forward(attended, linears)
+            whole = other.feed_forward(attended)
             np.testing.assert_array_equal(exact, states[2])
             np.testing.assert_array_equal(error, whole - exact)
             assert error.any()

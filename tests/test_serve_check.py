@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ms_quant.errors import MsQuantError
 from ms_quant.job.output_directory import RECORD
-from ms_quant.pipeline.request import QuantizeOptions, make_choices
+from ms_quant.pipeline.request import QuantizeOptions
 from ms_quant.pipeline.run import quantize_checkpoint
 from ms_quant.serve.check import serve_check
 
@@ -48,7 +48,6 @@ def make(
             scheme=scheme,
             algorithm=algorithm,
             formats=(format,) if format else (),
-            choices=make_choices({}, [], False, "float"),
             **(calibration if scheme == "W8A8" or algorithm != "minmax" else {}),
         )
         quantize_checkpoint(options)

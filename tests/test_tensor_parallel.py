@@ -12,13 +12,13 @@ import pytest
 from ms_quant.cli.console import run
 from ms_quant.cli.main import app
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.tensor_parallel import rank_counts, rank_notes, refuse_ranks
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.estimate import estimate
 from ms_quant.pipeline.planning import make_plan
 from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.plan.tensor_parallel import rank_counts, rank_notes, refuse_ranks
+from ms_quant.plan.plan import Plan
 from ms_quant.serve.check import serve_check
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -39,10 +39,8 @@ def plan(scheme: str, heads: int, kv: int, inter: int, layers: int = 2, **option
         }
     )
     exclude = options.pop("exclude", ())
-    chosen = Choices(format=options.pop("format", ""), scheme=options)
-    return make_plan(
-        config, scheme, "minmax", dtype=DTYPES["bfloat16"], exclude=exclude, options=chosen
-    )
+    dtype = DTYPES["bfloat16"]
+    return make_plan(config, scheme, "minmax", dtype=dtype, exclude=exclude, scheme_options=options)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,6 @@ def test_a_recipe_is_checked_too(
 
 
 def test_one_file_for_all_ranks(model: Path, tmp_path: Path) -> None:
-    choices = Choices(format="mindie-sd")
-    options = QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC", choices=choices, tp=2)
+    options = QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC", formats=("mindie-sd",), tp=2)
     with pytest.raises(MsQuantError, match="mindie-sd is one file for all ranks, expected --tp 1"):
         prepare(options)

@@ -15,7 +15,6 @@ from ms_quant.files.atomic import write_json
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.schemes.table import SCHEMES
 from ms_quant.verify.checkpoint import verify_checkpoint
 from ms_quant.verify.requantize_grid import GridComparison
@@ -47,7 +46,7 @@ def make(source: Path, tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
             source,
             tmp_path / "out",
             scheme,
-            **{"choices": Choices(options or {}), **changes},
+            **{"scheme_options": options or {}, **changes},
         )
         quantize_checkpoint(request)
         return tmp_path / "out"
@@ -166,7 +165,7 @@ def test_values_of_a_static_linear(
     ],
 )
 def test_values_of_a_cache(change: Callable, message: str, make: Callable, edit: Callable) -> None:
-    directory = make("W8A16", choices=Choices(kv_cache="C8"), **STATIC)
+    directory = make("W8A16", kv_cache="C8", **STATIC)
     edit(directory, change)
     assert any(message in found for found in verify_checkpoint(directory)["problems"])
 
@@ -180,7 +179,7 @@ def test_values_of_a_cache(change: Callable, message: str, make: Callable, edit:
     ],
 )
 def test_the_description_of_a_cache(changes: dict, message: str, make: Callable) -> None:
-    directory = make("W8A16", choices=Choices(kv_cache="C8"), **STATIC)
+    directory = make("W8A16", kv_cache="C8", **STATIC)
     edit_json(directory / DESCRIPTION, **changes)
     assert any(message in found for found in verify_checkpoint(directory)["problems"])
 
@@ -190,7 +189,7 @@ def test_fused_linears_share_their_input(make: Callable, edit: Callable) -> None
         for suffix in ("input_scale", "deq_scale"):
             tensors[f"{K}.{suffix}"] *= np.float32(2)
 
-    directory = make("W8A8", choices=Choices(format="ascend"), **STATIC)
+    directory = make("W8A8", formats=("ascend",), **STATIC)
     edit(directory, lambda tensors: (change(tensors), tensors[f"{K}.bias"].__imul__(np.float32(2))))
     assert "k_proj.input_scale: differs from that of" in problem(directory)
 
@@ -311,8 +310,8 @@ def test_smoothing_that_was_folded(
     scheme: str, format: str, make: Callable, source: Path, load_tensors: Callable
 ) -> None:
     """Of seven linears three can be made again, two (v and up) measured, two are fed by those."""
-    choices = Choices(format=format)
-    directory = make(scheme, algorithm="smoothquant", choices=choices, **STATIC)
+    choices = {"formats": (format,)}
+    directory = make(scheme, algorithm="smoothquant", **choices, **STATIC)
     assert not np.array_equal(load_tensors(directory)[NORM], load_tensors(source)[NORM])
     result = verify_checkpoint(directory, source)
     assert result["problems"] == []
@@ -406,7 +405,8 @@ def test_a_channel_that_needs_no_smoothing_in_a_float32_model(
         tmp_path / "out",
         "W8A8_DYNAMIC",
         "smoothquant",
-        choices=Choices(algorithm={"alpha": 0.0}, format="ascend"),
+        algorithm_options={"alpha": 0.0},
+        formats=("ascend",),
         calib=calib_text,
         **STATIC,
     )

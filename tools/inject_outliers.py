@@ -19,7 +19,8 @@ import numpy as np
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import load_config
+from ms_quant.models.names import block_prefix
 from ms_quant.models.weights import check_model
 
 
@@ -30,7 +31,7 @@ def column_factors(source: Path, channels: int, factor: float, seed: int) -> dic
         raise SystemExit(f"factor is {factor}, expected a power of two")
     factors = {}
     for index in range(config.num_layers):
-        for group in config.family.groups:
+        for group in config.block(0).groups:
             if not group.feeds_from_norm:
                 continue
             scale = np.ones(config.hidden_size, np.float32)
@@ -48,11 +49,11 @@ def inject(source: Path, target: Path, channels: int = 4, factor: float = 32, se
     factors = column_factors(source, channels, factor, seed)
     target.mkdir(parents=True)
 
-    def get(name: str) -> np.ndarray:
-        stored = checkpoint.read(name)
-        if name not in factors:
+    def get(plan: TensorPlan) -> np.ndarray:
+        stored = checkpoint.read(plan.name)
+        if plan.name not in factors:
             return stored
-        return (stored.astype(np.float32) * factors[name]).astype(stored.dtype)
+        return (stored.astype(np.float32) * factors[plan.name]).astype(stored.dtype)
 
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     plans = [TensorPlan(name, info.dtype, info.shape) for name, info in infos.items()]

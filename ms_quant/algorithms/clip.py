@@ -58,7 +58,7 @@ def solve(
     problem: Problem, solution: Solution, options: None = None, skip: tuple[str, ...] = ()
 ) -> Solution:
     """Clips every linear of a group but those whose names end with one of ``skip``."""
-    inputs, dtype = seen_inputs(problem, solution), problem.scheme.scale_dtype(problem.dtype)
+    inputs, dtype = seen_inputs(problem, solution), problem.scale_dtype
     format = problem.scheme.weight
     clips = {
         name: search_clip(weight, inputs, lambda w, ratio: format.fit(w, "weight", dtype, ratio))

@@ -20,6 +20,7 @@ from ms_quant.numerics.grid import Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.storage import ScaleType
 from ms_quant.statistics.observers import ActivationStats
 
 
@@ -72,6 +73,7 @@ class Problem:
             heads that read one value head do; (1, 1) for none.
         input_dtype: the type of inputs that the linears multiply by a vector of their own, or scale
             by long blocks, where they run; what is folded elsewhere is not rounded so.
+        scale_type: of the weights' scales.
     """
 
     name: str
@@ -85,6 +87,12 @@ class Problem:
     smoothing: bool = True
     shared: tuple[int, int] = (1, 1)
     input_dtype: np.dtype = DTYPES["float32"]
+    scale_type: ScaleType = ScaleType.FLOAT32
+
+    @property
+    def scale_dtype(self) -> np.dtype:
+        """The type of the weights' scales."""
+        return self.scale_type.dtype(self.dtype)
 
     @property
     def seen(self) -> ActivationStats:
@@ -168,8 +176,9 @@ def grid_of(problem: Problem, solution: Solution, name: str, weight: np.ndarray)
     """The grid of one linear's weight, as it will be rounded."""
     if name in solution.grids:
         return solution.grids[name]
-    dtype = problem.scheme.scale_dtype(problem.dtype)
-    return problem.scheme.weight.fit(weight, name, dtype, solution.clip.get(name, 1.0))
+    return problem.scheme.weight.fit(
+        weight, name, problem.scale_dtype, solution.clip.get(name, 1.0)
+    )
 
 
 def seen_inputs(problem: Problem, solution: Solution) -> np.ndarray:

@@ -33,8 +33,10 @@ from pydantic import Field
 
 from ms_quant.errors import MsQuantError
 from ms_quant.kernels import sylvester
-from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.models.families import VALUES, Family
+from ms_quant.models.block_spec import BlockSpec
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.families import VALUES
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.rotation import apply_hadamard, base_order, random_signs
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -172,19 +174,20 @@ def rotations(config: ModelConfig) -> dict[str, TensorRotation]:
     }
     for index in range(config.num_layers):
         prefix = block_prefix(index)
-        for name in config.block_shapes():
-            found[prefix + name] = _of_block(config.family, prefix, name)
+        block = config.block(index)
+        for name in block.tensors:
+            found[prefix + name] = _of_block(block, prefix, name)
     return found
 
 
-def _of_block(family: Family, prefix: str, name: str) -> TensorRotation:
+def _of_block(block: BlockSpec, prefix: str, name: str) -> TensorRotation:
     path, _, kind = name.rpartition(".")
     is_weight = kind == "weight"
-    norms = {group.name: group.feed for group in family.groups if group.feeds_from_norm}
+    norms = {group.name: group.feed for group in block.groups if group.feeds_from_norm}
     make = partial(TensorRotation, prefix + name)
     if path in norms.values():
         return make(folded=True)
-    group = next((group for group in family.groups if path in group.members), None)
+    group = next((group for group in block.groups if path in group.members), None)
     if group is None:  # a norm of q or k
         return make()
     if group.parallel == "row":

@@ -1,4 +1,8 @@
-"""Keys and values cached in int8."""
+"""The key-value caches of :mod:`ms_quant.models.cache` for Cells.
+
+A Cell that launches MindSpore's operators calls ``append`` with tensors, one that calls native
+kernels ``extend`` with arrays; one generation does one of the two.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,41 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from ms_quant.cells.direct import floats
-from ms_quant.models.cache import KeyValueCache
+from ms_quant.models import cache
 from ms_quant.models.families import CACHED
 from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
 
 
-class Int8KeyValueCache(KeyValueCache):
+class KeyValueCache(cache.KeyValueCache):
+    """Keys and values of one attention layer, for the tokens seen so far.
+
+    Supported Platforms:
+        ``CPU`` (tested), ``Ascend`` (written, never run on a device)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return super().length if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, heads, S, D) keys and values, and gives all of them, (B, heads, T, D)."""
+        if self.keys is not None:
+            keys = ops.concat((self.keys, keys), 2)
+            values = ops.concat((self.values, values), 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Int8KeyValueCache(cache.Int8KeyValueCache):
     """C8: codes of all tokens, with one scale for each channel or one for each token.
 
-    What is not in int8 is only what :meth:`append` gives. Codes and values are bit-equal to those
-    of :mod:`ms_quant.numerics.kv_cache`.
+    What is not in int8 is only what is given. Codes and values are bit-equal to those of
+    :mod:`ms_quant.numerics.kv_cache`.
 
     Args:
         scales (dict, optional): float32 (kv heads * head_dim,) arrays, static scales of the keys
@@ -30,19 +58,20 @@ class Int8KeyValueCache(KeyValueCache):
     """
 
     def __init__(self, scales: Mapping[str, np.ndarray] | None = None):
-        super().__init__()
-        self.scales: list[Tensor | None] = [None, None]
+        super().__init__(scales)
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.static = scales is not None
+        self.scales: list[Tensor | None] = [None, None]
         if scales is not None:
             self.scales = [Tensor.from_numpy(scales[path]) for path in CACHED]
 
-    def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        whole = self.append(Tensor.from_numpy(keys), Tensor.from_numpy(values))
-        return floats(whole[0]), floats(whole[1])
+    @property
+    def length(self) -> int:
+        return super().length if self.keys is None else self.keys.shape[2]
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, heads, S, D) keys and values, and gives what the codes of all stand for."""
-        self.length += keys.shape[2]
         self.keys, whole_keys = self._append(0, self.keys, keys)
         self.values, whole_values = self._append(1, self.values, values)
         return whole_keys, whole_values

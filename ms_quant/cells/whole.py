@@ -59,7 +59,7 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {KEY: json.dumps({"version": VERSION, "linears": schemes}, sort_keys=True)}
     path = directory / FILE_NAME
-    write_file(path, plans, lambda name: host_array(tensors[name]), metadata)
+    write_file(path, plans, lambda plan: host_array(tensors[plan.name]), metadata)
     return str(path)
 
 
@@ -151,7 +151,7 @@ def load_whole(
 def _schemes(file: SafetensorsFile) -> dict[str, tuple[Scheme, np.dtype]]:
     where = f"{file.path}: {KEY} in the header"
     if KEY not in file.metadata:
-        raise MsQuantError(f"{where}: missing, expected a file of save_quantized(..., whole=True)")
+        raise MsQuantError(f"{where}: missing, expected a file of save_quantized(format='network')")
     try:
         stated = parse_json(file.metadata[KEY].encode())
     except ValueError as error:

@@ -28,14 +28,13 @@ from ms_quant.cli.console import (
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline.request import (
     QuantizeOptions,
-    make_choices,
     prepare,
     read_recipe,
     refuse_beside_recipe,
-    require_mindspore,
+    split_options,
 )
 from ms_quant.pipeline.run import quantize_checkpoint
-from ms_quant.schemes.records import Held
+from ms_quant.schemes.storage import FormatSupport
 from ms_quant.schemes.table import FLOAT_CACHE
 
 app = typer.Typer(
@@ -154,7 +153,10 @@ def quantize(
         output=output,
         scheme=scheme or "W8A8",
         algorithm=algorithm or "minmax",
-        choices=make_choices(named, setting or [], float_undivided, kv_cache, fold=fold),
+        **split_options(named, setting or []),
+        float_undivided=float_undivided,
+        kv_cache="" if kv_cache == FLOAT_CACHE else kv_cache,
+        fold=fold,
         recipe=None if recipe is None else read_recipe(recipe),
         formats=tuple(format or ()),
         calib=calib,
@@ -286,10 +288,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a float or quantized checkpoint."""
-    require_mindspore("eval runs the model")
-    use_mindspore()
     from ms_quant.data.calibration import eval_windows
-    from ms_quant.evaluation.evaluation import is_phased, perplexity
+    from ms_quant.evaluation.perplexity import perplexity
     from ms_quant.formats.inspection import cache_name
     from ms_quant.formats.opening import open_model
 
@@ -298,7 +298,7 @@ def evaluate(
     tokens = eval_windows(text, checkpoint, seq_len, windows)
     with block_progress("evaluating", model.config.num_layers) as progress:
         measured = perplexity(model, tokens, progress, kv_cache=kv_cache)
-    if is_phased(model):
+    if model.phased:
         with block_progress("evaluating decode", model.config.num_layers) as progress:
             decoded = perplexity(model, tokens, progress, decode=True, kv_cache=kv_cache)
         measured["perplexity_decode"] = decoded["perplexity"]
@@ -344,12 +344,10 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Greedy text with a key-value cache."""
-    require_mindspore("generate runs the model")
     if any("\ud800" <= char <= "\udfff" for char in prompt):
         raise MsQuantError(f"prompt: {prompt!r:.80} is not UTF-8 text")
-    use_mindspore()
     from ms_quant.data.tokenizer import load_tokenizer
-    from ms_quant.evaluation.evaluation import Generator
+    from ms_quant.evaluation.generation import Generator
     from ms_quant.formats.opening import open_model
 
     tokenizer = load_tokenizer(checkpoint)
@@ -375,6 +373,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 def schemes(as_json: JsonOption = False) -> None:
     """The schemes and algorithms there are, and which runtime serves them."""
     from ms_quant.algorithms import ALGORITHMS, PLAIN
+    from ms_quant.schemes.support import support_of
     from ms_quant.schemes.table import KV_CACHES, SCHEMES
 
     result = {
@@ -382,7 +381,7 @@ def schemes(as_json: JsonOption = False) -> None:
             {
                 "name": scheme.name,
                 "summary": scheme.summary,
-                "formats": [_format_row(row) for row in scheme.held],
+                "formats": [_format_row(row) for row in support_of(scheme.name)],
                 "options": list(scheme.options),
                 "algorithms": [
                     PLAIN,
@@ -399,14 +398,14 @@ def schemes(as_json: JsonOption = False) -> None:
     emit(result, as_json, _show_schemes)
 
 
-def _format_row(held: Held) -> dict[str, Any]:
+def _format_row(support: FormatSupport) -> dict[str, Any]:
     return {
-        "format": held.format,
-        "folds": [fold.value for fold in held.folds],
-        "served_by": list(held.served_by),
-        "only": dict(held.only),
-        "not_served_by": list(held.not_served_by),
-        "kernels": held.kernels,
+        "format": support.format,
+        "folds": [target.value for target in support.targets],
+        "served_by": list(support.served_by),
+        "only": dict(support.only),
+        "not_served_by": list(support.not_served_by),
+        "kernels": support.kernels,
     }
 
 

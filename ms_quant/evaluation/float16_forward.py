@@ -8,7 +8,8 @@ such a runtime would go on with infinity, then NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -16,8 +17,7 @@ from ms_quant import kernels
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import ServedModel
 from ms_quant.models.attention import Cache
-from ms_quant.models.config import block_prefix
-from ms_quant.models.host_block import NO_LINEARS, HostBlock, Linear, linear_function
+from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.statistics.activation_range import AFTER, BEFORE, LARGEST, MIDDLE, Extreme
 
 FLOAT16 = np.dtype(np.float16)
@@ -33,46 +33,39 @@ class Float16OverflowError(MsQuantError):
     """An activation does not fit float16."""
 
 
-class Float16Block(HostBlock):
+class Float16Block(BlockForward):
     """One decoder layer of a checkpoint.
 
     Raises:
         Float16OverflowError: an activation is too large; names block, place, channel and value.
     """
 
-    def __init__(self, model: ServedModel, index: int, length: int):
-        super().__init__(model.config, length)
-        self.index = index
-        prefix = block_prefix(index)
-        self.linears: dict[str, Linear] = {}
-        for path in model.config.linear_shapes():
-            linear = model.linear(prefix + path)
-            if linear is not None:
-                self.linears[path] = linear_function(linear)
-        for name in model.config.block_shapes():
-            if name.rpartition(".")[0] not in self.linears:
-                self.arrays[name] = to_float16(model.tensor(prefix + name))
+    @classmethod
+    def of(cls, model: ServedModel, index: int) -> Float16Block:
+        """A block of a checkpoint with its parameters in float16."""
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The layer's output, float32 (B, S, hidden) of the same."""
+        def read(name: str) -> np.ndarray:
+            return to_float16(model.tensor(name))
+
+        return cls.load(model.config, index, read, model.linear)
+
+    def __call__(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
         x = self._fits(BEFORE, x)
         with np.errstate(invalid="ignore", over="ignore"):
-            middle = self._fits(MIDDLE, self.attend(x, self.linears))
-            return self._fits(AFTER, self.feed_forward(middle, self.linears))
+            middle = self._fits(MIDDLE, self.attend(x, at, cache))
+            return self._fits(AFTER, self.feed_forward(middle))
 
-    def heads(
-        self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS, cache: Cache | None = None
-    ) -> np.ndarray:
-        return self._fits("self_attn.o_proj input", super().heads(x, linears, cache))
+    def heads(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
+        return self._fits("self_attn.o_proj input", super().heads(x, at, cache))
 
-    def gated(self, x: np.ndarray, linears: Mapping[str, Linear] = NO_LINEARS) -> np.ndarray:
-        return self._fits("mlp.down_proj input", super().gated(x, linears))
+    def gated(self, x: np.ndarray) -> np.ndarray:
+        return self._fits("mlp.down_proj input", super().gated(x))
 
     def _norm(self, path: str, x: np.ndarray) -> np.ndarray:
         return self._fits(f"{path} output", super()._norm(path, x))
 
-    def _project(self, path: str, x: np.ndarray, linears: Mapping[str, Linear]) -> np.ndarray:
-        return self._fits(f"{path} output", super()._project(path, x, linears))
+    def _project(self, path: str, x: np.ndarray) -> np.ndarray:
+        return self._fits(f"{path} output", super()._project(path, x))
 
     def _fits(self, place: str, x: np.ndarray) -> np.ndarray:
         rounded = to_float16(x)
@@ -95,11 +88,13 @@ class Float16Forward:
             raise MsQuantError(
                 "--float16 computes keys and values in float16, expected a checkpoint without C8"
             )
-        self.model, self.length = model, length
+        self.model, self.positions = model, Positions(model.config, length)
         self.gain = to_float16(model.tensor("model.norm.weight"))
 
-    def block(self, index: int) -> Float16Block:
-        return Float16Block(self.model, index, self.length)
+    def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The output of a block, float32 (B, S, hidden) of the same."""
+        return partial(Float16Block.of(self.model, index), at=self.positions)
 
     def norm(self, x: np.ndarray) -> np.ndarray:
+        """The last norm, float32 (B, S, hidden) of the same."""
         return to_float16(kernels.rms_norm(x, self.gain, self.model.config.rms_norm_eps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ms_quant.files.safetensors_file import CODES, LENGTH_BYTES, MAX_HEADER_BYTE
 
 INDEX_NAME = "model.safetensors.index.json"
 ALIGNMENT = 8
+Array = np.ndarray | Iterable[np.ndarray]
+"""A tensor, whole or in pieces along its rows."""
 
 __all__ = [
     "FileRecord",
@@ -38,6 +40,7 @@ class TensorPlan:
         shape: as stored.
         part: of a quantized linear, its path and what of it this is; else None.
         source: the model's own float tensor that this is, where that has another name; or "".
+        make: its value, whole or in pieces along the rows, from what holds the model's numbers.
     """
 
     name: str
@@ -45,6 +48,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     part: tuple[str, str] | None = None
     source: str = ""
+    make: Callable[[Any], Array] | None = field(default=None, compare=False, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -95,7 +99,7 @@ def shard_names(prefix: str, count: int) -> list[str]:
 def write_file(
     path: Path | str,
     plans: Sequence[TensorPlan],
-    get: Callable[[str], np.ndarray | Iterable[np.ndarray]],
+    get: Callable[[TensorPlan], Array],
     metadata: Mapping[str, str] | None = None,
     mode: int = ANY_MODE,
 ) -> FileRecord:
@@ -108,9 +112,9 @@ def write_file(
     Args:
         path (Path | str): the final name.
         plans (Sequence[TensorPlan]): the tensors.
-        get (Callable[[str], numpy.ndarray | Iterable[numpy.ndarray]]): gives the array of a name,
-            or its rows in pieces. It is called once for each tensor, in the order of the file;
-            only one array or piece is held at a time.
+        get (Callable[[TensorPlan], numpy.ndarray | Iterable[numpy.ndarray]]): gives the array of a
+            plan, or its rows in pieces. It is called once for each tensor, in the order of the
+            file; only one array or piece is held at a time.
         metadata (Mapping[str, str], optional): the ``__metadata__`` of the header.
         mode (int): the widest permissions that the file gets.
 
@@ -128,7 +132,7 @@ def write_file(
     with atomic_file(path, mode) as sink:
         sink.write(header, "the header")
         for plan in layout:
-            for piece in _checked_pieces(get(plan.name), plan, path):
+            for piece in _checked_pieces(get(plan), plan, path):
                 sink.write(piece, f"tensor {plan.name!r}")
     return sink.record()
 
@@ -194,9 +198,7 @@ def _header(layout: Sequence[TensorPlan], metadata: Mapping[str, str] | None, pa
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _checked_pieces(
-    tensor: np.ndarray | Iterable[np.ndarray], plan: TensorPlan, path: Path
-) -> Iterator[memoryview]:
+def _checked_pieces(tensor: Array, plan: TensorPlan, path: Path) -> Iterator[memoryview]:
     """The bytes of a tensor, whole or in pieces of some rows, in C order."""
     if isinstance(tensor, np.ndarray):
         _check_array(tensor.dtype, tensor.shape, plan, path)

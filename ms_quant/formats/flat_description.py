@@ -10,8 +10,9 @@ from typing import Any
 from ms_quant.errors import MsQuantError, short
 from ms_quant.formats import kv_cache
 from ms_quant.formats.format import Kinds, Leeway
-from ms_quant.models.config import ModelConfig, block_prefix
-from ms_quant.schemes.table import held_by
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import block_prefix
+from ms_quant.schemes.support import held_by
 
 
 def kinds(
@@ -65,7 +66,7 @@ def _module_problems(
 
 def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path) -> Iterator[str]:
     for index in range(config.num_layers):
-        for group in config.family.groups:
+        for group in config.block(index).groups:
             names = [f"{block_prefix(index)}{member}" for member in group.members]
             for name in names:
                 if name not in modules:

@@ -6,27 +6,44 @@ checkpoints asks the record, so nothing there knows a format or a scheme by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ms_quant.files.atomic import ANY_MODE
-from ms_quant.files.writer import INDEX_NAME, TensorPlan
+from ms_quant.files.reader import Checkpoint
+from ms_quant.files.writer import INDEX_NAME, Array, TensorPlan
 from ms_quant.formats import kv_cache
+from ms_quant.models.block_spec import BlockSpec, LinearSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
+from ms_quant.schemes.storage import Storage
 
 Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Suffix to type and shape of a quantized linear's tensors, without its bias."""
+
+
+class Numbers(Protocol):
+    """What holds the numbers of a quantized model: a finished job, or another checkpoint."""
+
+    def linear(self, path: str, with_codes: bool = True) -> QuantizedLinear:
+        """A quantized linear with its bias, by its full path; else zeros that take no memory stand
+        for its codes."""
+
+    def floats(self, name: str, dtype: np.dtype) -> Array:
+        """A float tensor of the model in another type, whole or in pieces along its rows."""
+
+    def cache_scale(self, path: str) -> np.ndarray:
+        """float32 (channels,) of the outputs of a linear in a cache of int8."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Leeway:
         types: suffix of a quantized linear's tensor to further types, by name, that it may have.
         extra: suffixes of tensors that no runtime needs; what they say is compared with the rest.
         aliases: other names of schemes.
-        stored: the scheme of a linear, by its path, as the checkpoint's tensors hold it.
+        stored: how the checkpoint's tensors hold a linear of a scheme, by its path.
         description: compares a description, as stored and as we would write it, and says what is
             wrong and what is to be noted; the last argument is its file. What it raises cannot be
             read. None: they must be equal.
@@ -61,11 +78,16 @@ class Leeway:
     types: Mapping[str, frozenset[str]] = field(default_factory=dict)
     extra: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    stored: Callable[[Scheme, Checkpoint, str], Scheme] = lambda scheme, checkpoint, path: scheme
+    stored: Callable[[Scheme, Storage, Checkpoint, str], Storage] = (
+        lambda scheme, storage, checkpoint, path: storage
+    )
     description: (
         Callable[[Mapping[str, Any], Mapping[str, Any], Path], tuple[list[str], list[str]]] | None
     ) = None
 
+
+Options = Callable[[str, LinearSpec], dict[str, Any]]
+"""Options of a linear's scheme, by its path."""
 
 Kinds = tuple[dict[str, str], list[str]]
 """Path of every linear of the decoder to its scheme or ``FLOAT``, and what is wrong."""
@@ -78,15 +100,15 @@ class CheckpointFormat:
     shown: what messages call its description.
     find: the files of a directory that describe a checkpoint of this format; one, if it is one.
     document: the file name of the description.
-    linear_plan: the tensors of a quantized linear of a group and shape (out, in).
+    linear_plan: the tensors of a quantized linear of a group.
     linear_tensor: one of them by its suffix; where it is not one of ``with_codes`` the linear's
         codes are zeros that take no memory.
     read_linear: the linear at a path, with this bias; what the tensors contradict is refused.
     describe: the description of a checkpoint with these tensors.
     kinds: what a description says that each linear is; the last argument is its file.
-    scheme_options: options of a linear's scheme, by its path, and under ``"fold"`` where its
-        smoothing is, as far as the description and its tensors tell.
-    check: refuses a linear of a group, shape and name that cannot be stored.
+    scheme_options: what tells the options of a linear's scheme and, under ``"fold"``, where its
+        smoothing is, as far as the description and its tensors say.
+    check: refuses a linear of a group and name that cannot be stored.
     with_codes: suffixes that need the linear's codes.
     weights: names of the weight files, how many there are: a prefix of shards with an index, or
         for one file its whole name by the plan.
@@ -94,7 +116,7 @@ class CheckpointFormat:
     entry: of config.json, where that holds the description; else "".
     bias_name: full name of the bias that a quantized linear, by its path, has in the model.
     bias_dtype: type of the bias of a quantized linear, by its path.
-    why_not_run: why the runtime fails on a linear of a group and shape that files can hold, or "".
+    why_not_run: why the runtime fails on a linear of a group that files can hold, or "".
     mode: the widest permissions of the description and the weights that the runtime reads.
     holds_cache: whether it has tensors for keys and values cached in int8.
     leeway: how checkpoints by others may differ.
@@ -104,20 +126,22 @@ class CheckpointFormat:
     shown: str
     find: Callable[[Path], list[Path]]
     document: Callable[[Plan], str]
-    linear_plan: Callable[[Plan, LinearGroup, tuple[int, int]], Tensors]
-    linear_tensor: Callable[[Plan, LinearGroup, QuantizedLinear, str], np.ndarray]
-    read_linear: Callable[[Plan, LinearGroup, Checkpoint, str, np.ndarray | None], QuantizedLinear]
+    linear_plan: Callable[[LayerPlan, LinearGroup, LinearSpec], Tensors]
+    linear_tensor: Callable[[LayerPlan, LinearGroup, QuantizedLinear, str], np.ndarray]
+    read_linear: Callable[
+        [LayerPlan, LinearGroup, LinearSpec, Checkpoint, str, np.ndarray | None], QuantizedLinear
+    ]
     describe: Callable[[Plan, Sequence[TensorPlan]], dict[str, Any]]
     kinds: Callable[[ModelConfig, Mapping[str, Any], Path], Kinds]
-    scheme_options: Callable[[ModelConfig, Mapping[str, Any], Checkpoint, str], dict[str, Any]]
-    check: Callable[[Plan, LinearGroup, tuple[int, int], str], None]
+    scheme_options: Callable[[ModelConfig, Mapping[str, Any], Checkpoint], Options]
+    check: Callable[[LayerPlan, LinearGroup, LinearSpec, str], None]
     with_codes: frozenset[str]
     weights: str | Callable[[Plan], str]
     index: str = INDEX_NAME
     entry: str = ""
-    bias_name: Callable[[Plan, str], str] = lambda plan, path: f"{path}.bias"
-    bias_dtype: Callable[[Plan, str], np.dtype] = lambda plan, path: plan.dtype
-    why_not_run: Callable[[Plan, LinearGroup, tuple[int, int]], str] = lambda *linear: ""
+    bias_name: Callable[[LayerPlan, str], str] = lambda layer, path: f"{path}.bias"
+    bias_dtype: Callable[[LayerPlan, str], np.dtype] = lambda layer, path: layer.dtype
+    why_not_run: Callable[[LayerPlan, LinearGroup, LinearSpec], str] = lambda *linear: ""
     mode: int = ANY_MODE
     holds_cache: bool = False
     leeway: Leeway = field(default_factory=Leeway)
@@ -129,42 +153,52 @@ class CheckpointFormat:
 
     def tensor_plans(self, plan: Plan) -> list[TensorPlan]:
         """Every tensor of the checkpoint, in model order."""
-        quantized, shapes = set(plan.quantized()), plan.config.parameter_shapes()
-        plans = []
-        for name, shape in shapes.items():
-            path, _, suffix = name.rpartition(".")
-            if path in quantized and suffix == "weight":
-                own, group = plan.at(path), group_of(plan, path)
-                parts = self.linear_plan(own, group, (shape[0], shape[1]))
-                for key, part in parts.items():
-                    plans.append(TensorPlan(f"{path}.{key}", *part, part=(path, key)))
-            elif path in quantized:
-                plans.append(self._bias(plan, path, shape))
-            else:
-                plans.append(TensorPlan(name, plan.dtype, shape))
-            if plan.kv_cache and suffix == "weight" and kv_cache.is_cached(path):
-                plans += kv_cache.tensor_plans(path, shape[0])
-        return plans
+        before, after = plan.config.outer_shapes()
+        plans = [self._float(plan, *tensor) for tensor in before.items()]
+        for block in plan.config.blocks:
+            plans += self._block(plan, block)
+        return plans + [self._float(plan, *tensor) for tensor in after.items()]
 
-    def _bias(self, plan: Plan, path: str, shape: tuple[int, ...]) -> TensorPlan:
+    def _block(self, plan: Plan, block: BlockSpec) -> Iterator[TensorPlan]:
+        prefix = block_prefix(block.index)
+        for name, shape in block.tensors.items():
+            member, _, suffix = name.rpartition(".")
+            group, path = block.group_of(member), prefix + member
+            layer = plan.layers[GroupId(block.index, group.name)] if group else None
+            if group is None or layer is None:
+                yield self._float(plan, prefix + name, shape)
+            elif suffix == "weight":
+                parts = self.linear_plan(layer, group, block.linears[member])
+                for key, part in parts.items():
+                    make = partial(self._part, layer, group, path, key)
+                    yield TensorPlan(f"{path}.{key}", *part, part=(path, key), make=make)
+            else:
+                yield self._bias(layer, path, shape)
+            if plan.kv_cache and suffix == "weight" and kv_cache.is_cached(path):
+                yield from kv_cache.tensor_plans(path, shape[0])
+
+    def _part(
+        self, layer: LayerPlan, group: LinearGroup, path: str, key: str, numbers: Numbers
+    ) -> np.ndarray:
+        linear = numbers.linear(path, key in self.with_codes)
+        return self.linear_tensor(layer, group, linear, key)
+
+    def _float(self, plan: Plan, name: str, shape: tuple[int, ...]) -> TensorPlan:
+        return TensorPlan(name, plan.dtype, shape, make=_floats(name, plan.dtype))
+
+    def _bias(self, layer: LayerPlan, path: str, shape: tuple[int, ...]) -> TensorPlan:
         """The bias that the model itself has."""
-        name, dtype = self.bias_name(plan, path), self.bias_dtype(plan, path)
-        return TensorPlan(name, dtype, shape, (path, "bias"), f"{path}.bias")
+        source, dtype = f"{path}.bias", self.bias_dtype(layer, path)
+        make = _floats(source, dtype)
+        return TensorPlan(self.bias_name(layer, path), dtype, shape, (path, "bias"), source, make)
 
     def description(self, plan: Plan) -> dict[str, Any]:
         """The description itself."""
         return self.describe(plan, self.tensor_plans(plan))
 
 
-def group_of(plan: Plan, path: str) -> LinearGroup:
-    """The group of a linear by its full path."""
-    member = path.split(".", 3)[3]
-    return next(group for group in plan.config.family.groups if member in group.members)
-
-
-def in_channels(plan: Plan, path: str) -> int:
-    """The number of inputs of a linear by its full path."""
-    return plan.config.linear_shapes()[path.split(".", 3)[3]][1]
+def _floats(name: str, dtype: np.dtype) -> Callable[[Numbers], Array]:
+    return lambda numbers: numbers.floats(name, dtype)
 
 
 def is_there(name: str) -> Callable[[Path], list[Path]]:

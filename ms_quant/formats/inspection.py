@@ -10,7 +10,7 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.formats.opening import FloatModel, QuantizedModel, ServedModel, open_model
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.schemes.table import FLOAT_CACHE, STATIC_CACHE
 
 
@@ -39,7 +39,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     weights = _weight_names(model)
     linears = []
     for index in range(model.config.num_layers):
-        for path, shape in model.config.linear_shapes().items():
+        for path, linear in model.config.block(index).linears.items():
+            shape = linear.shape
             name = f"{block_prefix(index)}{path}"
             found = stored.get(weights.get(name, f"{name}.weight"))
             linears.append(

@@ -11,7 +11,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.models.families import CACHED
-from ms_quant.numerics.storage import DTYPES
+from ms_quant.models.names import in_block
 
 SCALE, OFFSET = "kv_cache_scale", "kv_cache_offset"
 SUFFIXES = (SCALE, OFFSET)
@@ -19,12 +19,18 @@ SUFFIXES = (SCALE, OFFSET)
 
 def is_cached(path: str) -> bool:
     """Whether the outputs of a linear, by its full path, are cached."""
-    return path.split(".", 3)[-1] in CACHED
+    found = in_block(path)
+    return found is not None and found[1] in CACHED
 
 
 def tensor_plans(path: str, channels: int) -> list[TensorPlan]:
     """Of one linear whose outputs are cached."""
-    return [TensorPlan(f"{path}.{suffix}", DTYPES["float32"], (channels,)) for suffix in SUFFIXES]
+    zeros = np.zeros(channels, np.float32)
+    makes = (lambda numbers: numbers.cache_scale(path), lambda numbers: zeros)
+    return [
+        TensorPlan(f"{path}.{suffix}", zeros.dtype, (channels,), make=make)
+        for suffix, make in zip(SUFFIXES, makes, strict=True)
+    ]
 
 
 def read_scale(checkpoint: Checkpoint, path: str) -> np.ndarray:

@@ -15,19 +15,21 @@ from typing import Protocol
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.files.floats import round_finite
+from ms_quant.files.floats import round_chunks, round_finite
 from ms_quant.files.reader import FloatTensors
+from ms_quant.files.writer import Array
 from ms_quant.formats import kv_cache
+from ms_quant.formats.checks import format_of
 from ms_quant.formats.float_model import open_float
-from ms_quant.formats.format import group_of
 from ms_quant.formats.golden_stick.format import static_linear
 from ms_quant.formats.plugins import first_answer
 from ms_quant.formats.registry import is_quantized
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import read_structure
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import CACHED
+from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.divided import as_divided
@@ -88,6 +90,42 @@ class FloatModel:
         return None
 
 
+class JobNumbers:
+    """The numbers of a finished job and of the float model that it was made from.
+
+    Args:
+        plan: what was done.
+        job: the finished job.
+        checkpoint: the float model, as the job has read it.
+    """
+
+    def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
+        self.plan, self.job = plan, job
+        self.checkpoint = as_divided(checkpoint, plan.config, job.ranges(), str(job.directory))
+        self._names = set(self.checkpoint.names)
+
+    def linear(self, path: str, with_codes: bool = True) -> QuantizedLinear:
+        linear, name = parse_linear(path), f"{path}.bias"
+        bias = self.read(name) if name in self._names else None
+        found = self.job.linear(linear.block, linear.inner, with_codes)
+        return replace(found, bias=bias, input_dtype=self.plan.dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        """A float tensor in float32."""
+        changed = self.job.changed_tensor(name)
+        return self.checkpoint.read_float32(name) if changed is None else changed
+
+    def floats(self, name: str, dtype: np.dtype) -> Array:
+        changed = self.job.changed_tensor(name)
+        if changed is not None:
+            return round_finite(changed, dtype, name)
+        return round_chunks(self.checkpoint, name, dtype)
+
+    def cache_scale(self, path: str) -> np.ndarray:
+        linear = parse_linear(path)
+        return self.job.cache_scale(linear.block, linear.inner)
+
+
 class JobModel(FloatModel):
     """The blocks of a finished job in the float model that they were made from.
 
@@ -101,17 +139,17 @@ class JobModel(FloatModel):
 
     def __init__(self, plan: Plan, job: JobDirectory, checkpoint: FloatTensors):
         self.config = plan.config
-        self.checkpoint = as_divided(checkpoint, plan.config, job.ranges(), str(job.directory))
+        self.numbers = JobNumbers(plan, job, checkpoint)
+        self.checkpoint = self.numbers.checkpoint
         self.format, self.phased = plan.scheme_name, plan.phased
-        self.job, self.kv_cache, self.dtype = job, plan.kv_cache, plan.dtype
+        self.kv_cache = plan.kv_cache
         self._quantized = frozenset(plan.quantized())
         self._types = {}
-        for tensor in plan.format.tensor_plans(plan):
+        for tensor in format_of(plan).tensor_plans(plan):
             self._types[tensor.source or tensor.name] = tensor.dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        found = self.job.changed_tensor(name)
-        return self._rounded(name, super().tensor(name) if found is None else found)
+        return self._rounded(name, self.numbers.read(name))
 
     def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         for start, part in super().chunks(name):
@@ -123,16 +161,13 @@ class JobModel(FloatModel):
     def linear(self, path: str) -> QuantizedLinear | None:
         if path not in self._quantized:
             return None
-        _, _, index, member = path.split(".", 3)
-        bias = f"{path}.bias"
-        found = self.tensor(bias) if bias in self.checkpoint.names else None
-        linear = self.job.linear(int(index), member)
-        return replace(linear, bias=found, input_dtype=self.dtype)
+        linear, name = self.numbers.linear(path), f"{path}.bias"
+        return linear if linear.bias is None else replace(linear, bias=self.tensor(name))
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.kv_cache:
             return None
-        return {path: self.job.cache_scale(index, path) for path in CACHED}
+        return {path: self.numbers.cache_scale(f"{block_prefix(index)}{path}") for path in CACHED}
 
 
 class QuantizedModel:
@@ -147,7 +182,7 @@ class QuantizedModel:
         self.checkpoint = structure.checkpoint
         self._quantized = frozenset(self.plan.quantized())
         self._floats = frozenset(self.config.parameter_shapes())
-        kinds = [self.plan.kv_cache, *(way.scheme.name for way in self.plan.ways)]
+        kinds = [self.plan.kv_cache, *(layer.scheme.name for layer in self.plan.distinct)]
         found = "+".join(sorted(filter(None, kinds))) if self._quantized else "FLOAT"
         self.format = f"{self.row.name} {found}"
 
@@ -155,7 +190,7 @@ class QuantizedModel:
         """The name in the files of a float tensor of the model."""
         path, _, suffix = name.rpartition(".")
         if suffix == "bias" and path in self._quantized:
-            return self.row.bias_name(self.plan, path)
+            return self.row.bias_name(self.plan.quantized_layer(path), path)
         return name
 
     def tensor(self, name: str) -> np.ndarray:
@@ -169,8 +204,12 @@ class QuantizedModel:
             return None
         name = f"{path}.bias"
         bias = self.tensor(name) if name in self._floats else None
-        plan, group = self.plan.at(path), group_of(self.plan, path)
-        return self.row.read_linear(plan, group, self.checkpoint, path, bias)
+        found = parse_linear(path)
+        block = self.config.block(found.block)
+        group = block.group_of(found.inner)
+        assert group is not None
+        layer, spec = self.plan.layer(found.block, group), block.linears[found.inner]
+        return self.row.read_linear(layer, group, spec, self.checkpoint, path, bias)
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.plan.kv_cache:

@@ -8,21 +8,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ms_quant.algorithms import PLAIN, get_algorithms
 from ms_quant.errors import MsQuantError, short
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
+from ms_quant.formats.checks import check_shapes
 from ms_quant.formats.float_model import with_outputs
 from ms_quant.formats.format import CheckpointFormat, Leeway
 from ms_quant.formats.registry import FORMATS
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
-from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.config import ModelConfig, load_config
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan.plan import Plan, Way, check_shapes, plan_of_ways, recorded_way
-from ms_quant.schemes.records import Fold
-from ms_quant.schemes.table import SCHEMES, STATIC_CACHE, get_scheme, held_by
+from ms_quant.plan.layer import LayerPlan, recorded_layer
+from ms_quant.plan.plan import Plan, all_groups
+from ms_quant.schemes.storage import SmoothingTarget
+from ms_quant.schemes.support import store
+from ms_quant.schemes.table import SCHEMES, STATIC_CACHE, get_scheme
 
 MAX_DESCRIPTION_BYTES = 256 << 20
 PROVENANCE = "provenance"
@@ -161,51 +167,65 @@ def _plan_of(
     Raises:
         MsQuantError: an option of the scheme has no such value, or a linear no such shape.
     """
-    record = _record(checkpoint.directory)
-    foreign = is_foreign(checkpoint.directory)
-    ways: dict[str, Way] = {}
-    floats = set()
-    for index in range(config.num_layers):
-        for group in config.family.groups:
-            path = f"{block_prefix(index)}{group.name}"
-            first = f"{block_prefix(index)}{group.members[0]}"
-            if kinds[first] == "FLOAT":
-                floats.add(path)
-                continue
-            told = format.scheme_options(config, description, checkpoint, first)
-            fold = recorded_way(record, path).get("fold")
-            options = {"fold": fold, **_options(record, path), **told}
-            scheme, algorithms = _way(format, kinds[first], options)
-            scales = recorded_way(record, path).get("scale_dtype")
-            if scales == config.dtype:
-                scheme = scheme.narrowed()
-            elif scales == "float32":
-                scheme = scheme.widened()
-            if not is_ours(checkpoint.directory):
-                scheme = format.leeway.stored(scheme, checkpoint, first)
-            ways[path] = scheme, algorithms
-    if not ways:
-        ways = {"": _way(format, held_by(format.name)[0], {})}
+    record, dtype = _record(checkpoint.directory), DTYPES[config.dtype]
+    ours, foreign = is_ours(checkpoint.directory), is_foreign(checkpoint.directory)
+    options_of = format.scheme_options(config, description, checkpoint)
+    layers: dict[GroupId, LayerPlan | None] = {}
+    made: dict[str, LayerPlan] = {}
+    for found, group in all_groups(config):
+        member = group.members[0]
+        first = f"{block_prefix(found.block)}{member}"
+        if kinds[first] == "FLOAT":
+            layers[found] = None
+            continue
+        said = recorded_layer(record, str(found))
+        told = options_of(first, config.block(found.block).linears[member])
+        options = {"fold": said.get("fold"), **_options(said), **told}
+        key = f"{kinds[first]} {sorted(options.items())!r} {said.get('scale_dtype')}"
+        if key not in made:
+            made[key] = _layer(format, kinds[first], options, dtype, said.get("scale_dtype"))
+        layer = made[key]
+        if not ours:
+            storage = format.leeway.stored(layer.scheme, layer.storage, checkpoint, first)
+            key = f"{key} {storage.scale_type}"
+            layer = made.setdefault(key, replace(layer, storage=storage))
+        if foreign and not layer.foreign:
+            key = f"{key} foreign"
+            layer = made.setdefault(
+                key, replace(layer, storage=replace(layer.storage, foreign=True))
+            )
+        layers[found] = layer
     cache = (description.get("kv_cache_type") or "") if format.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
         raise MsQuantError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
-    plan = plan_of_ways(config, ways, DTYPES[config.dtype], frozenset(floats), cache)
-    plan = replace(plan, foreign=foreign)
+    plan = Plan(config, format.name, layers, dtype, kv_cache=cache, foreign=foreign)
     for index in range(config.num_layers):
         for group in plan.groups(index):
             check_shapes(plan, index, group)
     return plan
 
 
-def _way(format: CheckpointFormat, name: str, options: Mapping[str, Any]) -> Way:
+def _layer(
+    format: CheckpointFormat,
+    name: str,
+    options: Mapping[str, Any],
+    dtype: np.dtype,
+    scales: str | None,
+) -> LayerPlan:
     """What a group is, as far as one can tell: algorithms leave no trace but what they add."""
     chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
-    scheme = get_scheme(name, format.name, _fold(options.get("fold")), **chosen)
+    target = _fold(options.get("fold"))
+    scheme, storage = store(get_scheme(name, **chosen), dtype, format.name, target)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
-    return scheme, get_algorithms(PLAIN, scheme, settings if scheme.algorithm else {})
+    algorithms = get_algorithms(PLAIN, scheme, settings if scheme.algorithm else {})
+    if scales == dtype.name:
+        storage = storage.narrowed()
+    elif scales == "float32":
+        storage = storage.widened()
+    return LayerPlan(scheme, storage, algorithms)
 
 
-def _fold(value: Any) -> Fold | None:
+def _fold(value: Any) -> SmoothingTarget | None:
     """Where smoothing went, of a record.
 
     Raises:
@@ -213,10 +233,10 @@ def _fold(value: Any) -> Fold | None:
     """
     if value is None:
         return None
-    if value not in [fold.value for fold in Fold]:
-        known = ", ".join(fold.value for fold in Fold)
+    if value not in [target.value for target in SmoothingTarget]:
+        known = ", ".join(target.value for target in SmoothingTarget)
         raise MsQuantError(f"fold is {value!r:.80}, expected one of {known}")
-    return Fold(value)
+    return SmoothingTarget(value)
 
 
 def is_ours(directory: Path) -> bool:
@@ -236,9 +256,9 @@ def _record(directory: Path) -> Mapping[str, Any]:
     return record if isinstance(record, Mapping) else {}
 
 
-def _options(record: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _options(record: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded options of a group's scheme; what files tell themselves goes first."""
-    options = recorded_way(record, path).get("scheme_options")
+    options = record.get("scheme_options")
     return dict(options) if isinstance(options, Mapping) else {}
 
 

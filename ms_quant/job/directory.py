@@ -3,13 +3,13 @@
     job.json                 what the job computes; resuming under another one is refused
     block-00000.safetensors  the quantized linears of a finished block; further formats of the same
                              job have block-00000.1.safetensors and so on
-    hidden-00001.npy         float32 (sequences, tokens, hidden), the input of the next block
+    hidden-00001.npy         float32 (windows, tokens, hidden), the input of a block
     source.json              the hash of every tensor of the source, as the first pass read it
     ms_quant.lock            empty; locked by the process that works here
 
 Every file appears under its name only when it is whole and on disk. A block is finished when its
-file is there; the next block's input is written before it and this block's is deleted after it,
-so the input of the first unfinished block always exists.
+file is there; blocks finish in any order. Of the hidden states those stay that some unfinished
+block begins with.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from ms_quant.files.lock import locked
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix, in_block
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import SCHEMES
 
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
@@ -164,7 +163,7 @@ class JobDirectory:
             `any_environment` is set.
         any_environment: go on under other versions, CPU or thread count.
         unknown: entries that a job has and this record does not have yet; they are not compared.
-        scheme_of: what a linear, by its full path, becomes.
+        scheme_of: what a linear, by its full path, becomes; None of a job whose blocks hold none.
         target: which of the formats that one job is for; each has block files of its own. Those
             of the first, 0, are written last, and say that a block is finished.
 
@@ -178,7 +177,7 @@ class JobDirectory:
         record: Mapping[str, Any],
         any_environment: bool = False,
         unknown: Sequence[str] = (),
-        scheme_of: Callable[[str], Scheme] = lambda path: SCHEMES["W8A8"],
+        scheme_of: Callable[[str], Scheme] | None = None,
         target: int = 0,
     ):
         self.directory, self.scheme_of, self.target = directory, scheme_of, target
@@ -240,19 +239,23 @@ class JobDirectory:
         found = sorted(path for path in self.directory.iterdir() if names.fullmatch(path.name))
         return [path for path in found if path.is_file()]
 
+    @property
+    def _suffix(self) -> str:
+        return f".{self.target}" if self.target else ""
+
     def block_file(self, index: int) -> Path:
-        target = f".{self.target}" if self.target else ""
-        return self.directory / f"block-{index:05d}{target}.safetensors"
+        return self.directory / f"block-{index:05d}{self._suffix}.safetensors"
 
     def hidden_file(self, index: int) -> Path:
         return self.directory / f"hidden-{index:05d}.npy"
 
-    def finished_blocks(self) -> int:
-        """How many blocks are finished; blocks finish in order."""
-        count = 0
-        while self.block_file(count).exists():
-            count += 1
-        return count
+    def finished(self) -> set[int]:
+        """The blocks that are finished, in whatever order."""
+        if not self.directory.is_dir():
+            return set()
+        name = re.compile(rf"block-(\d{{5,}}){re.escape(self._suffix)}\.safetensors")
+        found = (name.fullmatch(path.name) for path in self.directory.iterdir())
+        return {int(match[1]) for match in found if match}
 
     def hidden_bytes(self) -> int:
         """The size of the hidden states there are."""
@@ -273,10 +276,8 @@ class JobDirectory:
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
-        write_file(self.block_file(index), plans, tensors.__getitem__, metadata)
+        write_file(self.block_file(index), plans, lambda plan: tensors[plan.name], metadata)
         self._opened = None
-        if self.target == 0:
-            self.hidden_file(index).unlink(missing_ok=True)
 
     def _block(self, index: int) -> SafetensorsFile:
         """The file of a finished block; that of the last one asked for stays open."""
@@ -292,6 +293,7 @@ class JobDirectory:
             path: the linear, relative to the block.
             with_weight: read the weight; else zeros that take no memory stand for it.
         """
+        assert self.scheme_of is not None, "a job without linears"
         file, start = self._block(index), f"{path}."
         names = [name for name in file.tensors if name.startswith(start)]
         arrays = {
@@ -307,10 +309,10 @@ class JobDirectory:
 
     def changed_tensor(self, name: str) -> np.ndarray | None:
         """A float32 tensor that folding has changed, by its full name; None for all others."""
-        parts = name.split(".", 3)
-        if len(parts) < 4 or parts[:2] != ["model", "layers"]:
+        found = in_block(name)
+        if found is None:
             return None
-        file, changed = self._block(int(parts[2])), f"{CHANGED}{parts[3]}"
+        file, changed = self._block(found[0]), f"{CHANGED}{found[1]}"
         return file.read(changed) if changed in file.tensors else None
 
     def cache_scale(self, index: int, path: str) -> np.ndarray:
@@ -325,7 +327,7 @@ class JobDirectory:
 
     def ranges(self) -> list[dict[str, Any]]:
         """How large the activations of each finished block get; empty without calibration."""
-        blocks = range(self.finished_blocks())
+        blocks = sorted(self.finished())
         return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
 
     def remove(self) -> None:

@@ -19,17 +19,20 @@ Cache = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Takes the keys and values of new tokens, (B, kv heads, S, D), and gives those of all."""
 
 
-def causal_mask(length: int, attention_mask: np.ndarray | None = None) -> np.ndarray:
+def causal_mask(
+    length: int, attention_mask: np.ndarray | None = None, start: int = 0
+) -> np.ndarray:
     """Additive causal mask, with padding keys masked too.
 
     Args:
         length: number of tokens S.
         attention_mask: optional (B, S) array, 1 for a token and 0 for padding.
+        start: the first token that asks.
 
     Returns:
-        float32 (1 or B, 1, S, S).
+        float32 (1 or B, 1, S - start, S).
     """
-    visible = np.tril(np.ones((1, 1, length, length), bool))
+    visible = np.tri(length - start, length, start, dtype=bool)[None, None]
     if attention_mask is not None:
         visible = visible & (np.asarray(attention_mask)[:, None, None, :] != 0)
     return np.where(visible, 0.0, MASKED).astype(np.float32)

@@ -2,46 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
-from mindspore import Tensor, ops
+
+from ms_quant.models.families import CACHED
+from ms_quant.numerics import affine, groupwise
 
 FIRST_TOKENS = 64  # that arrays have room for; they grow by half
 
 
-class KeyValueCache:
-    """Keys and values of one attention layer, for the tokens seen so far.
+class _Room:
+    """An array (B, heads, T, D) that grows along its tokens."""
 
-    Cells that launch MindSpore's operators call :meth:`append`, those that call native kernels
-    :meth:`extend`; one generation does one of the two.
+    def __init__(self, first_tokens: int) -> None:
+        self.length, self._first_tokens = 0, first_tokens
+        self._held: np.ndarray | None = None
+
+    def append(self, new: np.ndarray) -> np.ndarray:
+        """Adds (B, heads, S, D), and gives a view of all."""
+        start, self.length = self.length, self.length + new.shape[2]
+        if self._held is None or self._held.shape[2] < self.length:
+            tokens = max(self._first_tokens, self.length * 3 // 2)
+            grown = np.empty((*new.shape[:2], tokens, new.shape[3]), new.dtype)
+            if self._held is not None:
+                grown[:, :, :start] = self._held[:, :, :start]
+            self._held = grown
+        self._held[:, :, start : self.length] = new
+        return self._held[:, :, : self.length]
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer in float32, for the tokens seen so far.
+
+    Args:
+        first_tokens: how many there is room for at first.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self._room = [np.empty((1, 1, 0, 1), np.float32)] * 2
+    def __init__(self, first_tokens: int = FIRST_TOKENS) -> None:
+        self._keys, self._values = _Room(first_tokens), _Room(first_tokens)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, heads, S, D) keys and values, and gives all of them, (B, heads, T, D)."""
-        self.length += keys.shape[2]
-        if self.keys is not None:
-            keys = ops.concat((self.keys, keys), 2)
-            values = ops.concat((self.values, values), 2)
-        self.keys, self.values = keys, values
-        return keys, values
+    @property
+    def length(self) -> int:
+        """How many tokens there are."""
+        return self._keys.length
 
     def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same for float32 arrays; what is given are views."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        for which, new in enumerate((keys, values)):
-            if self._room[which].shape[2] < self.length:
-                self._room[which] = self._grown(self._room[which][:, :, :start], new)
-            self._room[which][:, :, start : self.length] = new
-        held = [room[:, :, : self.length] for room in self._room]
-        return held[0], held[1]
+        """Adds float32 (B, heads, S, D) keys and values, and gives all of them, (B, heads, T, D);
+        what is given are views."""
+        return self._keys.append(keys), self._values.append(values)
 
-    def _grown(self, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        batch, heads, _, size = new.shape
-        room = np.empty((batch, heads, max(FIRST_TOKENS, self.length * 3 // 2), size), np.float32)
-        room[:, :, : old.shape[2]] = old
-        return room
+
+class Int8KeyValueCache(KeyValueCache):
+    """C8: codes of all tokens, with one scale for each channel or one for each token.
+
+    What is not in int8 is only what :meth:`extend` gives. Codes and values are bit-equal to those
+    of :mod:`ms_quant.numerics.kv_cache`.
+
+    Args:
+        scales: float32 (kv heads * head_dim,) arrays, static scales of the keys and the values by
+            the linears of ``CACHED``; None for one scale for each token's keys and one for its
+            values, of what they are.
+        first_tokens: how many there is room for at first.
+    """
+
+    def __init__(
+        self, scales: Mapping[str, np.ndarray] | None = None, first_tokens: int = FIRST_TOKENS
+    ) -> None:
+        super().__init__(first_tokens)
+        self._static = None if scales is None else [scales[path] for path in CACHED]
+        self._scales = _Room(first_tokens), _Room(first_tokens)
+
+    def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As of :class:`KeyValueCache`, but what is given are what the codes of all stand for.
+
+        Raises:
+            MsQuantError: a key or a value is NaN or infinite.
+        """
+        return self._extend(0, self._keys, keys), self._extend(1, self._values, values)
+
+    def _extend(self, which: int, codes: _Room, x: np.ndarray) -> np.ndarray:
+        x = groupwise.finite(x, f"cached {('keys', 'values')[which]}")
+        if self._static is not None:
+            scale = every = self._static[which].reshape(1, x.shape[1], 1, x.shape[3])
+        else:
+            scale = affine.symmetric_scale(np.abs(x).max(axis=(1, 3), keepdims=True))
+            every = self._scales[which].append(scale)
+        held = codes.append(affine.quantize(x, scale)).astype(np.float32)
+        return np.multiply(held, every, out=held)

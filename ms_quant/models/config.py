@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.strict_json import read_json
+from ms_quant.models.block_spec import BlockSpec, LinearSpec
 from ms_quant.models.config_keys import check_keys
 from ms_quant.models.families import FAMILIES, Family
+from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import check_rope, unknown_rope_keys
 from ms_quant.models.sliding_window import check_windows, without_windows
 from ms_quant.models.spellings import ROPE_KEYS, read_dtype, read_rope, rope_spellings
@@ -65,21 +68,24 @@ class ModelConfig:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a float checkpoint of this model holds, name to shape."""
+        shapes, after = self.outer_shapes()
+        for block in self.blocks:
+            for name, shape in block.tensors.items():
+                shapes[f"{block_prefix(block.index)}{name}"] = shape
+        return shapes | after
+
+    def outer_shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """The tensors before and after the blocks, name to shape."""
         hidden = self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden)
-        }
-        for index in range(self.num_layers):
-            for name, shape in self.block_shapes().items():
-                shapes[f"{block_prefix(index)}{name}"] = shape
-        shapes["model.norm.weight"] = (hidden,)
+        before = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden,)}
         if self.has_head:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         if self.labels:
             shapes["score.weight"] = (self.labels, hidden)
         if self.label_bias:
             shapes["score.bias"] = (self.labels,)
-        return shapes
+        return dict(before), shapes
 
     def rotates(self, index: int) -> bool:
         """Whether the attention of a layer has a rotary embedding."""
@@ -95,42 +101,45 @@ class ModelConfig:
         """Whether it gives out logits of the next token."""
         return not self.labels and (self.tied or not self.no_head)
 
-    def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of one block, names relative to the block."""
-        hidden = self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-        biases = {"self_attn.o_proj": self.o_bias}
-        for path in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            biases[path] = self.qkv_bias
-        for path in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-            biases[path] = self.mlp_bias
-        for path, (out_features, in_features) in self.linear_shapes().items():
-            shapes[f"{path}.weight"] = (out_features, in_features)
-            if biases[path]:
-                shapes[f"{path}.bias"] = (out_features,)
-        if self.qk_norm:
-            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
-            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
-        shapes["post_attention_layernorm.weight"] = (hidden,)
-        return shapes
+    def block(self, index: int) -> BlockSpec:
+        """What a block is made of."""
+        if index not in self._blocks:
+            self._blocks[index] = gated_block(self, index)
+        return self._blocks[index]
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear of a block, names relative to the block."""
-        hidden, inter = self.hidden_size, self.intermediate_size
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (q_size, hidden),
-            "self_attn.k_proj": (kv_size, hidden),
-            "self_attn.v_proj": (kv_size, hidden),
-            "self_attn.o_proj": (hidden, q_size),
-            "mlp.gate_proj": (inter, hidden),
-            "mlp.up_proj": (inter, hidden),
-            "mlp.down_proj": (hidden, inter),
-        }
+    @property
+    def blocks(self) -> Iterator[BlockSpec]:
+        """All blocks, in order."""
+        return (self.block(index) for index in range(self.num_layers))
+
+    @cached_property
+    def _blocks(self) -> dict[int, BlockSpec]:
+        return {}
 
 
-def block_prefix(index: int) -> str:
-    return f"model.layers.{index}."
+def gated_block(config: ModelConfig, index: int) -> BlockSpec:
+    """Attention, then a gated MLP, each behind an RMS norm."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": LinearSpec(q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": LinearSpec(kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": LinearSpec(kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": LinearSpec(hidden, q_size, config.o_bias),
+        "mlp.gate_proj": LinearSpec(inter, hidden, config.mlp_bias),
+        "mlp.up_proj": LinearSpec(inter, hidden, config.mlp_bias),
+        "mlp.down_proj": LinearSpec(hidden, inter, config.mlp_bias),
+    }
+    tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for path, linear in linears.items():
+        tensors[f"{path}.weight"] = linear.shape
+        if linear.bias:
+            tensors[f"{path}.bias"] = (linear.out_features,)
+    if config.qk_norm:
+        tensors["self_attn.q_norm.weight"] = (config.head_dim,)
+        tensors["self_attn.k_norm.weight"] = (config.head_dim,)
+    tensors["post_attention_layernorm.weight"] = (hidden,)
+    return BlockSpec(index, linears, config.family.groups, tensors)
 
 
 def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:

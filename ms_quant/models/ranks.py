@@ -69,7 +69,7 @@ def place(config: ModelConfig, tp: int, rank: int, group: LinearGroup, member: s
     count = max(1, units // tp)
     first = rank * count if units >= tp else rank * units // tp
     share = slice(first * width, (first + count) * width)
-    out_features, in_features = config.linear_shapes()[member]
+    out_features, in_features = config.block(0).linears[member].shape
     if group.parallel == "column":
         return Place(share, slice(0, in_features))
     return Place(slice(0, out_features), share)

@@ -203,7 +203,13 @@ class QuantizedLinear:
             return linear
         return with_tensors(linear, stated.deq_scale[step], stated.quant_bias[step])
 
-    def forward(self, x: np.ndarray, decode: bool = False, step: int | None = None) -> np.ndarray:
+    def forward(
+        self,
+        x: np.ndarray,
+        decode: bool = False,
+        step: int | None = None,
+        values: np.ndarray | None = None,
+    ) -> np.ndarray:
         """What the linear computes, and the definition for every other path.
 
         Args:
@@ -211,6 +217,7 @@ class QuantizedLinear:
             decode: which phase it is, where the activation differs between phases.
             step: the timestep, where it is static and the activation has parameters of each; None
                 where it is dynamic.
+            values: float32 (out, in), what the codes stand for, if that is known already.
 
         Returns:
             float32 (..., out). With integer weights per channel and
@@ -231,13 +238,15 @@ class QuantizedLinear:
         activation = self.activation
         if isinstance(activation, PhasedActivation):
             activation = activation.static if decode else activation.prefill
-        y = self._product(seen, activation)
+        y = self._product(seen, activation, values)
         if self.branch is not None:
             y = y + (self.smoothed(x) @ self.branch.l1.T) @ self.branch.l2.T
         folded = isinstance(activation, StaticActivation) and activation.folds_bias and self.integer
         return y if self.bias is None or folded else y + self.bias
 
-    def _product(self, x: np.ndarray, activation: Activation) -> np.ndarray:
+    def _product(
+        self, x: np.ndarray, activation: Activation, values: np.ndarray | None
+    ) -> np.ndarray:
         if self.integer and isinstance(activation, StaticActivation):
             bias = folded_bias(self, "linear") if activation.folds_bias else self.quant_bias
             total = affine.integer_matmul(activation.codes(x), self.weight) + bias
@@ -246,7 +255,8 @@ class QuantizedLinear:
             codes, x_scale = activation.codes(x)
             total = affine.integer_matmul(codes, self.weight)
             return total.astype(np.float32) * x_scale * self.weight_scale
-        return self.fake(activation, x) @ self.grid.values(self.weight).T
+        values = self.grid.values(self.weight) if values is None else values
+        return self.fake(activation, x) @ values.T
 
     def fake(self, activation: Activation, x: np.ndarray) -> np.ndarray:
         """What the weight sees of an input that is transformed already."""

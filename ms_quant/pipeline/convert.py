@@ -19,7 +19,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats import kv_cache
-from ms_quant.formats.format import group_of
+from ms_quant.formats.checks import check_runs, check_shapes, format_of
+from ms_quant.formats.format import Tensors
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
@@ -31,7 +32,7 @@ from ms_quant.job.output_directory import (
     check_files,
 )
 from ms_quant.job.unlisted import unlisted_problems
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import GroupId, parse_linear
 from ms_quant.numerics.activation import Phased, StaticActivation
 from ms_quant.numerics.float8_blocks import Float8BlockGrid
 from ms_quant.numerics.float_grid import Float8Grid
@@ -40,8 +41,9 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.request import SHARD_BYTES
 from ms_quant.pipeline.writer import summary, write_output
-from ms_quant.plan.plan import Plan, Way, check_runs, plan_of_ways, recorded_way
-from ms_quant.schemes.records import Fold
+from ms_quant.plan.layer import LayerPlan, layer_plan, recorded_layer
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.support import store
 from ms_quant.schemes.table import get_scheme
 from ms_quant.verify.checkpoint import record_problems
 from ms_quant.verify.provenance import provenance, without_algorithms
@@ -62,8 +64,8 @@ PLANNED = (
 
 
 def convert_checkpoint(
-    directory: Path,
-    output: Path,
+    directory: Path | str,
+    output: Path | str,
     format: str,
     *,
     shard_bytes: int | None = None,
@@ -86,7 +88,7 @@ def convert_checkpoint(
         MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
             names the tensor. No output directory is left behind.
     """
-    directory = model_directory(directory)
+    directory, output = model_directory(directory), Path(output)
     check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)
@@ -103,7 +105,7 @@ def convert_checkpoint(
     )
     finished = made.finished
     if not finished:
-        converted = _Converted(model, plan, progress)
+        converted = _Converted(model, plan)
         converted.check()
         facts = {key: content[key] for key in content if key not in ("record", "files", "sha256")}
         size = made.record.get("shard_bytes")
@@ -112,7 +114,7 @@ def convert_checkpoint(
                 f"{directory / RECORD}: shard_bytes is {size!r:.80}, expected a positive number"
             )
         with made.open_or_discard():
-            write_output(plan, converted, made, size, directory, facts)
+            write_output(plan, converted, made, size, directory, facts, progress)
     return summary(plan, output, finished)
 
 
@@ -148,50 +150,58 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
     plan = model.plan
     if format not in FORMATS:
         raise MsQuantError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
-    if format == plan.format.name:
+    if format == plan.format:
         raise MsQuantError(f"the checkpoint is of format {format} already, expected another")
     if plan.kv_cache and not FORMATS[format].holds_cache:
         raise MsQuantError(f"format {format}: has no place for keys and values in int8")
-    ways: dict[str, Way] = {}
-    for index in range(plan.config.num_layers):
-        for group in plan.groups(index):
-            path = f"{block_prefix(index)}{group.name}"
-            ways[path] = _other_way(plan.at(path), recorded_way(record, path), path, format)
-    if not ways:
+    layers: dict[GroupId, LayerPlan | None] = {}
+    made: dict[str, LayerPlan] = {}
+    for group, layer in plan.layers.items():
+        if layer is None:
+            layers[group] = None
+            continue
+        said = recorded_layer(record, str(group))
+        key = f"{id(layer)} {said.get('algorithm')} {said.get('algorithm_options')!r}"
+        if key not in made:
+            made[key] = _other_layer(layer, said, str(group), format)
+        layers[group] = made[key]
+    if not any(layers.values()):
         raise MsQuantError("every linear is float, there is nothing to convert")
-    other = plan_of_ways(plan.config, ways, plan.dtype, plan.float_groups, plan.kv_cache)
-    other = replace(other, foreign=plan.foreign)
-    shapes = plan.config.linear_shapes()
+    other = replace(plan, format=format, layers=layers)
     for index in range(plan.config.num_layers):
-        for group in plan.groups(index):
-            own = other.of(index, group)
-            for member in group.members:
-                name = f"{block_prefix(index)}{member}.weight"
-                own.format.check(own, group, shapes[member], name)
-            check_runs(other, index, group)
+        for linears in plan.groups(index):
+            check_shapes(other, index, linears)
+            check_runs(other, index, linears)
     return other
 
 
-def _other_way(plan: Plan, recorded: Mapping[str, Any], path: str, format: str) -> Way:
+def _other_layer(
+    layer: LayerPlan, recorded: Mapping[str, Any], group: str, format: str
+) -> LayerPlan:
     options = recorded.get("algorithm_options") or {}
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
-    algorithm = PLAIN if plan.foreign else str(recorded.get("algorithm"))
-    made = get_algorithms(algorithm, plan.scheme, settings)
-    scheme = get_scheme(plan.scheme.name, format, **plan.scheme.chosen)
-    smooths, fold = made.any("smooths"), plan.scheme.fold
-    if not smooths:
-        fold = Fold.NORM if scheme.fold is Fold.MUL_SCALE else scheme.fold
+    algorithm = PLAIN if layer.foreign else str(recorded.get("algorithm"))
+    algorithms = get_algorithms(algorithm, layer.scheme, settings)
+    name, chosen, dtype = layer.scheme.name, layer.scheme.chosen, layer.dtype
+    target = layer.storage.target if algorithms.any("smooths") else None
     try:
-        scheme = get_scheme(plan.scheme.name, format, fold, **plan.scheme.chosen)
+        other = layer_plan(
+            name, algorithm, dtype, options=chosen, settings=settings, format=format, target=target
+        )
     except MsQuantError as error:
+        if target is None:
+            raise
+        store(get_scheme(name, **chosen), dtype, format)  # which may be what is refused
         raise MsQuantError(
-            f"{path}: its smoothing vector is in the {fold.value}; {error}, so quantize with "
+            f"{group}: its smoothing vector is in the {target.value}; {error}, so quantize with "
             "--fold norm to convert it"
         ) from None
-    narrow = plan.scheme.scale_dtype(plan.dtype) == plan.dtype
-    if narrow:
-        return scheme.narrowed(), made
-    return scheme.widened() if scheme.held[0].float32_scales else scheme, made
+    storage = replace(other.storage, foreign=layer.foreign)
+    if layer.storage.scale_dtype == dtype:
+        storage = storage.narrowed()
+    elif storage.support.float32_scales:
+        storage = storage.widened()
+    return LayerPlan(other.scheme, storage, algorithms)
 
 
 @dataclass
@@ -201,46 +211,40 @@ class _Converted:
     Attributes:
         model: that checkpoint.
         plan: of the output.
-        progress: told how much is written.
     """
 
     model: QuantizedModel
     plan: Plan
-    progress: Callable[[float], None]
 
     def __post_init__(self) -> None:
-        tensors = self.plan.format.tensor_plans(self.plan)
-        self.tensors = {tensor.name: tensor for tensor in tensors}
-        self.total = sum(tensor.bytes for tensor in tensors) or 1
-        self.done = 0
         self.cached: tuple[str, QuantizedLinear | None] = "", None
 
     def check(self) -> None:
         """Refuses, before anything is written, what the output would not tell again."""
         for path in self.plan.quantized():
-            linear = self._linear(path)
+            linear = self.linear(path)
             self._check_bias(path, linear)
             self._check_stated(path, linear)
 
-    def __call__(self, name: str) -> np.ndarray | Iterator[np.ndarray]:
-        tensor = self.tensors[name]
-        self.done += tensor.bytes
-        self.progress(self.done / self.total)
-        if name.rpartition(".")[2] in kv_cache.SUFFIXES:
-            return self.model.checkpoint.read(name)
-        if tensor.part is None or tensor.source:
-            stored = self.model.stored_name(tensor.source or name)
-            return self._floats(stored, tensor.dtype)
-        path, suffix = tensor.part
-        own, group = self.plan.at(path), group_of(self.plan, path)
-        return own.format.linear_tensor(own, group, self._linear(path), suffix)
+    def cache_scale(self, path: str) -> np.ndarray:
+        return kv_cache.read_scale(self.model.checkpoint, path)
 
-    def _floats(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-        for _, part in self.model.checkpoint.float_chunks(name):
+    def floats(self, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for _, part in self.model.checkpoint.float_chunks(self.model.stored_name(name)):
             yield part if part.dtype == dtype else part.astype(np.float32).astype(dtype)
 
+    def linear(self, path: str, with_codes: bool = True) -> QuantizedLinear:
+        """The linear as the output's format splits its numbers."""
+        if self.cached[0] != path:
+            linear = self.model.linear(path)
+            assert linear is not None
+            self.cached = path, _split(linear, self.plan, path)
+        found = self.cached[1]
+        assert found is not None
+        return found
+
     def _check_bias(self, path: str, linear: QuantizedLinear) -> None:
-        dtype = self.plan.format.bias_dtype(self.plan, path)
+        dtype = format_of(self.plan).bias_dtype(self.plan.quantized_layer(path), path)
         if linear.bias is not None:
             _check_exact(linear.bias, dtype, f"{path}.bias")
 
@@ -248,26 +252,25 @@ class _Converted:
         """Refuses to lose how others have rounded ``quant_bias``."""
         if linear.stated is None:
             return
-        activation = self.plan.scheme_of(path).activation
+        layer = self.plan.quantized_layer(path)
+        activation = layer.scheme.activation
         folds = isinstance(activation, Phased) or getattr(activation, "folds_bias", False)
-        rows, columns = linear.weight.shape
-        own, group = self.plan.at(path), group_of(self.plan, path)
-        held = "quant_bias" in own.format.linear_plan(own, group, (rows, columns))
+        held = "quant_bias" in _stored(self.plan, path)
         if not held or (folds != linear.stated.folds_bias and linear.bias is not None):
             raise MsQuantError(
                 f"{path}.quant_bias: is rounded otherwise than the other tensors give, format "
-                f"{self.plan.format.name} does not hold it"
+                f"{self.plan.format} does not hold it"
             )
 
-    def _linear(self, path: str) -> QuantizedLinear:
-        """The linear as the output's format splits its numbers."""
-        if self.cached[0] != path:
-            linear = self.model.linear(path)
-            assert linear is not None
-            self.cached = path, _split(linear, self.plan.at(path), path)
-        found = self.cached[1]
-        assert found is not None
-        return found
+
+def _stored(plan: Plan, path: str) -> Tensors:
+    """The tensors of a quantized linear in the output."""
+    found = parse_linear(path)
+    block = plan.config.block(found.block)
+    group = block.group_of(found.inner)
+    assert group is not None
+    layer, spec = plan.layer(found.block, group), block.linears[found.inner]
+    return format_of(plan).linear_plan(layer, group, spec)
 
 
 def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
@@ -277,7 +280,7 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
         MsQuantError: they cannot be told apart, or the type does not hold them.
     """
     grid, static = linear.grid, linear.activation
-    dtype = plan.scheme.scale_dtype(plan.dtype)
+    dtype = plan.quantized_layer(path).storage.scale_dtype
     if not isinstance(static, StaticActivation):
         _check_scales(linear, plan, path)
         return linear
@@ -286,17 +289,16 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
     if (static.input_scale != step).any():
         raise MsQuantError(
             f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "
-            f"{plan.format.name} holds one"
+            f"{plan.format} holds one"
         )
-    rows, columns = linear.weight.shape
-    if "weight_scale" not in plan.format.linear_plan(plan, group_of(plan, path), (rows, columns)):
+    if "weight_scale" not in _stored(plan, path):
         return linear  # the product is stored
     assert isinstance(grid, AffineGrid)
     scale = (linear.deq_scale / step).astype(dtype).astype(np.float32)
     if (scale * step != linear.deq_scale).any():
         raise MsQuantError(
             f"{path}.deq_scale: is not input_scale times scales that {dtype.name} holds, as "
-            f"format {plan.format.name} stores them"
+            f"format {plan.format} stores them"
         )
     grid = grid.format.grid({"weight_scale": scale[:, None]})
     return replace(linear, grid=grid, activation=replace(static, scale=np.float32(step[0])))
@@ -306,9 +308,8 @@ def _check_scales(linear: QuantizedLinear, plan: Plan, path: str) -> None:
     """Refuses scales of a weight that the output's type does not hold."""
     if not isinstance(linear.grid, AffineGrid | Float8Grid | Float8BlockGrid | TwoLevelGrid):
         return
-    rows, columns = linear.weight.shape
-    stored = plan.format.linear_plan(plan, group_of(plan, path), (rows, columns))
-    for dtype in {plan.scheme.scale_dtype(plan.dtype), stored["weight_scale"][0]}:
+    own = plan.quantized_layer(path).storage.scale_dtype
+    for dtype in {own, _stored(plan, path)["weight_scale"][0]}:
         _check_exact(linear.grid.scale, dtype, f"{path}.weight_scale")
 
 

@@ -11,12 +11,15 @@ import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
 from ms_quant.data.calibration import reading_bytes
+from ms_quant.formats.checks import not_served_by, served_by
+from ms_quant.formats.tensor_parallel import rank_counts
 from ms_quant.models.attention import QUERIES
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.block_spec import BlockSpec
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.run import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
-from ms_quant.plan.tensor_parallel import rank_counts
 from ms_quant.schemes.table import FLOAT_CACHE
 
 # Measured with benchmarks/memory.py: what the process holds beside weights and activations, and
@@ -39,29 +42,30 @@ def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
         output: where it would be written.
     """
     plan, config = checked.plan, checked.plan.config
-    shapes = config.linear_shapes()
-    weights = sum(out * into for out, into in shapes.values())
+    weights = sum(block.size for block in config.blocks)
+    largest = max(block.size for block in config.blocks)
     tokens = 0 if checked.tokens is None else checked.tokens.size
-    searches = max(way.algorithms.searches for way in plan.ways)
+    searches = max(layer.algorithms.searches for layer in plan.distinct)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
-    seconds = config.num_layers * 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
-    seconds += config.num_layers * weights / 100e6  # rounding the weights themselves
+    seconds = 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
+    seconds += weights / 100e6  # rounding the weights themselves
     if plan.any("hessian"):
-        seconds += config.num_layers * _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
-    memory = IMPORT_BYTES + DATA_FREE_COPIES * 4 * weights
+        seconds += _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
+    memory = IMPORT_BYTES + DATA_FREE_COPIES * 4 * largest
     if checked.tokens is not None:
-        memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * weights
+        memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * largest
         memory += _activation_bytes(checked.tokens, config)
         memory += MINDSPORE_BYTES if plan.any("trains") else 0
         if plan.any("hessian"):
-            sizes = _inputs(plan)
-            memory += 4 * sum(k**2 for k in sizes) + FACTOR_COPIES * 8 * max(sizes) ** 2
+            sizes = [_inputs(block) for block in config.blocks]
+            memory += max(4 * sum(k**2 for k in of_block) for of_block in sizes)
+            memory += FACTOR_COPIES * 8 * max(map(max, sizes)) ** 2
         options = checked.options
         assert options.calib is not None
         memory = max(memory, IMPORT_BYTES + reading_bytes(options.calib, options.model))
     return {
         "output": str(output),
-        "format": plan.format.name,
+        "format": plan.format,
         "scheme": plan.scheme_name,
         "algorithm": plan.algorithm,
         "kv_cache": plan.kv_cache or FLOAT_CACHE,
@@ -69,32 +73,31 @@ def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
         "blocks": config.num_layers,
         "quantized_linears": len(plan.quantized()),
         "float_linears": plan.float_linears(),
-        "linears_of_a_block": [
-            f"{name}: {out} x {into}, {_schemes(plan, name)}"
-            for name, (out, into) in shapes.items()
-        ],
+        "linears_of_a_block": _linears(plan),
         "calibration_tokens": tokens,
         "output_bytes": output_bytes(plan),
         "disk_bytes": needed_bytes(replace(checked, others=())),
         "memory_bytes": int(memory),
         "estimated_seconds": round(seconds, 1),
         "tensor_parallel": ", ".join(map(str, rank_counts(plan))),
-        "served_by": plan.served_by,
-        "not_served_by": plan.not_served_by,
+        "served_by": served_by(plan),
+        "not_served_by": not_served_by(plan),
         "notes": list(checked.notes),
     }
 
 
-def _inputs(plan: Plan) -> list[int]:
+def _inputs(block: BlockSpec) -> list[int]:
     """The number of inputs of each group of a block."""
-    shapes = plan.config.linear_shapes()
-    return [shapes[group.members[0]][1] for group in plan.config.family.groups]
+    return [block.in_features(group) for group in block.groups]
 
 
 def _hessian_flops(plan: Plan, tokens: int) -> float:
-    """Of a block: products of channels, their inverse's factor, and the column steps."""
-    steps = sum(2 * out * into**2 for out, into in plan.config.linear_shapes().values())
-    return steps + sum(2 * tokens * k**2 + 2 * k**3 for k in _inputs(plan))
+    """Products of channels, their inverse's factor, and the column steps."""
+    steps = inverses = 0
+    for block in plan.config.blocks:
+        steps += sum(2 * spec.size * spec.in_features for spec in block.linears.values())
+        inverses += sum(2 * tokens * k**2 + 2 * k**3 for k in _inputs(block))
+    return steps + inverses
 
 
 def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
@@ -107,12 +110,18 @@ def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
     return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
 
 
-def _schemes(plan: Plan, member: str) -> str:
-    """What a linear of a block becomes; in several blocks maybe several things."""
-    floats = set(plan.float_linears())
-    paths = [f"{block_prefix(index)}{member}" for index in range(plan.config.num_layers)]
-    found = ["FLOAT" if path in floats else plan.scheme_of(path).name for path in paths]
-    return " or ".join(dict.fromkeys(found))
+def _linears(plan: Plan) -> list[str]:
+    """What the linears of a block become; in several blocks maybe several things."""
+    found: dict[tuple[str, int, int], dict[str, None]] = {}
+    for block in plan.config.blocks:
+        for member, spec in block.linears.items():
+            layer = plan.layer_of(f"{block_prefix(block.index)}{member}")
+            names = found.setdefault((member, *spec.shape), {})
+            names[layer.scheme.name if layer else "FLOAT"] = None
+    return [
+        f"{member}: {out} x {into}, {' or '.join(names)}"
+        for (member, out, into), names in found.items()
+    ]
 
 
 def flops() -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import free_spaces_check
 from ms_quant.files.hub_cache import refuse_cached_place
+from ms_quant.formats.registry import FORMATS
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.families import LinearGroup
+from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
 IN_PROGRESS = "output in progress"
@@ -68,34 +71,34 @@ def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
     )
 
 
-def job_bytes(plans: Sequence[Plan], tokens: int, first: int = 0) -> int:
-    """Disk space of a job: the blocks from ``first`` on and two sets of hidden states.
+def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ()) -> int:
+    """Disk space of a job: the blocks that are left and two sets of hidden states.
 
     Args:
         plans: what to do, for each format.
         tokens: how many calibration tokens there are.
-        first: the first unfinished block.
+        finished: the blocks that are there.
     """
     config = plans[0].config
-    blocks = range(first, config.num_layers)
+    blocks = [index for index in range(config.num_layers) if index not in finished]
     hidden = 2 * tokens * config.hidden_size * 4 if blocks else 0
     return hidden + sum(_block_bytes(plan, index) for plan in plans for index in blocks)
 
 
 def _block_bytes(plan: Plan, index: int) -> int:
-    shapes = plan.config.linear_shapes()
+    block = plan.config.block(index)
     norms = 2 * 4 * plan.config.hidden_size  # those that folding changed
     linears = [
-        _linear_bytes(plan.of(index, group), group, *shapes[member])
+        _linear_bytes(plan.layer(index, group), group, block.linears[member])
         for group in plan.groups(index)
         for member in group.members
     ]
     return BLOCK_OVERHEAD + norms + sum(linears)
 
 
-def _linear_bytes(plan: Plan, group: LinearGroup, out: int, into: int) -> int:
+def _linear_bytes(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> int:
     """At most: codes that are not packed, an input scale, a bias, and the rest in float32."""
-    stored = plan.format.linear_plan(plan, group, (out, into))
+    stored, (out, into) = FORMATS[layer.storage.format].linear_plan(layer, group, spec), spec.shape
     rest = sum(math.prod(s) * d.itemsize for name, (d, s) in stored.items() if name != "weight")
     return out * into + 4 * (out + 2 * into) + 2 * rest
 
@@ -118,8 +121,7 @@ def check_space(
     Raises:
         MsQuantError: too little is free, or a directory cannot be made.
     """
-    first = job.finished_blocks()
-    working = job_bytes(plans, tokens, first) - job.hidden_bytes()
+    working = job_bytes(plans, tokens, job.finished()) - job.hidden_bytes()
     needed = {
         output.partial: max(0, output_bytes - output.bytes_present())
         for output, output_bytes in outputs

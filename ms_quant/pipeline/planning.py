@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms import ALGORITHMS, PLAIN, get_algorithms
+from ms_quant.algorithms import ALGORITHMS, PLAIN
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.checks import check_runs, check_shapes
 from ms_quant.formats.registry import FORMATS
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.exclude import float_paths, matches, no_match
-from ms_quant.plan.plan import Choices, Plan, Way, check_runs, check_shapes, plan_of_ways
-from ms_quant.recipe import Recipe, Treatment, assign, idle_patterns, is_reached
+from ms_quant.plan.layer import LayerPlan, layer_plan
+from ms_quant.plan.plan import Plan, all_groups
+from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, is_reached
 from ms_quant.recipe.notes import notes
 from ms_quant.recipe.records import EVERYTHING
-from ms_quant.schemes.records import Fold, Scheme
-from ms_quant.schemes.table import (
-    DYNAMIC_CACHE,
-    KV_CACHES,
-    SCHEMES,
-    STATIC_CACHE,
-    get_scheme,
-    holding_formats,
-    served_formats,
-    why_not_held,
-)
+from ms_quant.schemes.storage import SmoothingTarget
+from ms_quant.schemes.support import holding_formats, served_formats
+from ms_quant.schemes.table import DYNAMIC_CACHE, KV_CACHES, SCHEMES, STATIC_CACHE
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked of the whole checkpoint.
+
+    Attributes:
+        dtype: of what stays float.
+        format: the checkpoint format; "" is the one that the scheme has by default.
+        target: where smoothing vectors go; None is the format's first choice.
+        kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
+        float_undivided: leave linears float whose inputs groups do not divide, instead of
+            refusing.
+        must_serve: whether some runtime has to serve the output.
+    """
+
+    dtype: np.dtype
+    format: str
+    target: SmoothingTarget | None
+    kv_cache: str
+    float_undivided: bool
+    must_serve: bool
 
 
 def make_plan(
@@ -37,7 +55,12 @@ def make_plan(
     *,
     dtype: np.dtype,
     exclude: Sequence[str] = (),
-    options: Choices | None = None,
+    scheme_options: Mapping[str, Any] | None = None,
+    algorithm_options: Mapping[str, Any] | None = None,
+    format: str = "",
+    fold: str = "",
+    kv_cache: str = "",
+    float_undivided: bool = False,
 ) -> Plan:
     """Checks the choices against each other and the model.
 
@@ -48,26 +71,29 @@ def make_plan(
         dtype: bfloat16 or float16.
         exclude: glob patterns of linears that stay float. Serving runtimes fuse q/k/v and
             gate/up, so the whole group of a matched linear stays float.
-        options: what else was chosen.
+        scheme_options: options of the scheme's weights, such as ``group_size``.
+        algorithm_options: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
+        format: the checkpoint format; "" is the one that the scheme has by default.
+        fold: where smoothing vectors go, by a name of :class:`SmoothingTarget`; "" is the format's
+            first choice.
+        kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
+        float_undivided: leave linears float whose inputs groups do not divide, instead of refusing.
 
     Raises:
         MsQuantError: an unknown name, a combination that no checkpoint can hold, a pattern that
             matches nothing, a size that groups do not divide, or nothing left to quantize.
     """
-    options = options or Choices()
-    must_serve = bool(options.format)
-    if options.kv_cache in KV_CACHES and not options.format and scheme in SCHEMES:
-        for format in served_formats(scheme, **options.scheme):
-            if FORMATS[format].holds_cache:
-                options = replace(options, format=format)
-                break
-    way = _way(scheme, algorithm, options, must_serve)
-    unseen, ways = set(exclude), {}
+    options, must_serve = scheme_options or {}, bool(format)
+    if kv_cache in KV_CACHES and not format and scheme in SCHEMES:
+        served = served_formats(scheme, **options)
+        format = next((name for name in served if FORMATS[name].holds_cache), "")
+    asked = _Asked(dtype, format, _target(fold), kv_cache, float_undivided, must_serve)
+    layer = _layer(LayerChoice(scheme, options, (algorithm,), algorithm_options or {}), asked)
+    unseen, layers = set(exclude), {}
     for group, members in _groups(config).items():
         matched = {p for p in exclude if any(fnmatchcase(member, p) for member in members)}
         unseen -= matched
-        if not matched:
-            ways[group] = way
+        layers[group] = None if matched else layer
     floats = float_paths(config) if unseen else []
     wrong = sorted(pattern for pattern in unseen if not matches(pattern, floats))
     if wrong and wrong[0].startswith("re:"):
@@ -77,17 +103,25 @@ def make_plan(
         )
     if wrong:
         raise MsQuantError(f"exclude {no_match(wrong[0], linear_paths(config))}")
-    return _plan(config, ways, dtype, options, must_serve)
+    return _plan(config, layers, asked)
 
 
-def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options: Choices) -> Plan:
+def plan_of_recipe(
+    config: ModelConfig,
+    recipe: Recipe,
+    dtype: np.dtype,
+    *,
+    format: str = "",
+    fold: str = "",
+    float_undivided: bool = False,
+) -> Plan:
     """The plan of a recipe.
 
     Args:
         config: the model.
         recipe: a checked one.
         dtype: bfloat16 or float16.
-        options: ``format``, ``fold`` and ``float_undivided``; the rest is the recipe's.
+        format, fold, float_undivided: as of :func:`make_plan`; the rest is the recipe's.
 
     Raises:
         MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
@@ -95,41 +129,46 @@ def plan_of_recipe(config: ModelConfig, recipe: Recipe, dtype: np.dtype, options
     """
     if config.model_type in recipe.not_for:
         raise MsQuantError(f"{config.model_type}: {recipe.not_for[config.model_type]}")
-    wanted = _treatments(config, recipe)
-    format = options.format or _common_format(wanted.values(), recipe.kv_cache)
-    must_serve = options.format not in ("", *recipe.formats)  # a recipe may be for a compressor
-    asked = replace(options, format=format, kv_cache=recipe.kv_cache)
-    made: list[tuple[Treatment, Way]] = []  # a treatment holds mappings, it cannot be a key
-    ways = {}
-    for group, treatment in wanted.items():
-        way = next((way for known, way in made if known == treatment), None)
-        if way is None:
-            text = "+".join(treatment.algorithms) or PLAIN
-            own = replace(asked, scheme=treatment.options, algorithm=treatment.algorithm_options)
-            way = _way(treatment.scheme, text, own, must_serve)
-            made.append((treatment, way))
-        ways[group] = way
-    return _plan(config, ways, dtype, asked, must_serve)
+    wanted = _choices(config, recipe)
+    must_serve = format not in ("", *recipe.formats)  # a recipe may be for a compressor
+    format = format or _common_format(wanted.values(), recipe.kv_cache)
+    asked = _Asked(dtype, format, _target(fold), recipe.kv_cache, float_undivided, must_serve)
+    made: list[tuple[LayerChoice, LayerPlan]] = []  # a choice holds mappings, it cannot be a key
+    layers: dict[GroupId, LayerPlan | None] = dict.fromkeys(_groups(config))
+    for group, choice in wanted.items():
+        layer = next((layer for known, layer in made if known == choice), None)
+        if layer is None:
+            layer = _layer(choice, asked)
+            made.append((choice, layer))
+        layers[group] = layer
+    return _plan(config, layers, asked)
 
 
-def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
-    """What becomes of each group that a recipe reaches, by full path prefix."""
+def _target(fold: str) -> SmoothingTarget | None:
+    known = [target.value for target in SmoothingTarget]
+    if fold and fold not in known:
+        raise MsQuantError(f"fold {fold!r} is unknown, expected one of {', '.join(known)}")
+    return SmoothingTarget(fold) if fold else None
+
+
+def _choices(config: ModelConfig, recipe: Recipe) -> dict[GroupId, LayerChoice]:
+    """What a recipe asks of each group that it reaches."""
     groups = _groups(config)
     paths = {path: group for group, members in groups.items() for path in members}
     producers = linear_producers(config)
     _refuse_idle(recipe, list(paths), list(producers.values()), float_paths(config))
-    linears = {path: group.rpartition(".")[2] for path, group in paths.items()}
-    treated = assign(recipe, linears, producers)
-    wanted: dict[str, Treatment] = {}
+    linears = {path: group.name for path, group in paths.items()}
+    chosen = assign(recipe, linears, producers)
+    wanted: dict[GroupId, LayerChoice] = {}
     for group, members in groups.items():
-        found = {path: treated.get(path) for path in members}
+        found = {path: chosen.get(path) for path in members}
         if recipe.lenient and None in found.values():
             continue
         first = found[members[0]]
-        for path, treatment in found.items():
-            if treatment != first:
+        for path, choice in found.items():
+            if choice != first:
                 raise MsQuantError(
-                    f"{members[0]} would be {_title(first)} and {path} {_title(treatment)}, "
+                    f"{members[0]} would be {_title(first)} and {path} {_title(choice)}, "
                     "expected one for both: runtimes fuse them"
                 )
         if first is not None:
@@ -137,12 +176,11 @@ def _treatments(config: ModelConfig, recipe: Recipe) -> dict[str, Treatment]:
     return wanted
 
 
-def _groups(config: ModelConfig) -> dict[str, list[str]]:
-    """Full path prefix of every group to the full paths of its linears, in model order."""
+def _groups(config: ModelConfig) -> dict[GroupId, list[str]]:
+    """Every group to the full paths of its linears, in model order."""
     return {
-        f"{block_prefix(index)}{group.name}": [f"{block_prefix(index)}{m}" for m in group.members]
-        for index in range(config.num_layers)
-        for group in config.family.groups
+        found: [f"{block_prefix(found.block)}{member}" for member in group.members]
+        for found, group in all_groups(config)
     }
 
 
@@ -151,10 +189,10 @@ def linear_paths(config: ModelConfig) -> list[str]:
     return [path for members in _groups(config).values() for path in members]
 
 
-def _title(treatment: Treatment | None) -> str:
-    if treatment is None:
+def _title(choice: LayerChoice | None) -> str:
+    if choice is None:
         return "float"
-    return f"{treatment.scheme} with {'+'.join(treatment.algorithms) or PLAIN}"
+    return f"{choice.scheme} with {'+'.join(choice.algorithms) or PLAIN}"
 
 
 def linear_producers(config: ModelConfig) -> dict[str, str]:
@@ -162,14 +200,15 @@ def linear_producers(config: ModelConfig) -> dict[str, str]:
     return {
         f"{block_prefix(index)}{member}": f"{block_prefix(index)}{group.feed}"
         for index in range(config.num_layers)
-        for group in config.family.groups
+        for group in config.block(index).groups
         for member in group.members
     }
 
 
 def recipe_notes(config: ModelConfig, recipe: Recipe) -> list[str]:
     """What a recipe says that changes nothing for a model, or less than it says."""
-    return notes(recipe, _groups(config), linear_producers(config), float_paths(config))
+    groups = {str(group): members for group, members in _groups(config).items()}
+    return notes(recipe, groups, linear_producers(config), float_paths(config))
 
 
 def _refuse_idle(
@@ -189,7 +228,7 @@ def _refuse_idle(
         raise MsQuantError(f"{where}: {no_match(pattern, paths)}")
 
 
-def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
+def _common_format(wanted: Iterable[LayerChoice], kv_cache: str) -> str:
     """The first format in which a runtime serves every scheme, else the first that holds all."""
     able = [name for name, row in FORMATS.items() if row.holds_cache or not kv_cache]
     names = list(dict.fromkeys((t.scheme, tuple(t.options.items())) for t in wanted))
@@ -206,70 +245,55 @@ def _common_format(wanted: Iterable[Treatment], kv_cache: str) -> str:
     raise MsQuantError(f"no format holds all of {listed}, expected schemes that one does")
 
 
-def _way(name: str, algorithm: str, options: Choices, must_serve: bool) -> Way:
-    scheme = _chosen(name, options, must_serve)
-    algorithms = get_algorithms(algorithm, scheme, options.algorithm)
-    if not algorithms.any("smooths"):  # there is nothing to hold
-        usual = get_scheme(name, scheme.format, **options.scheme)
-        fold = Fold.NORM if usual.fold is Fold.MUL_SCALE else usual.fold
-        scheme = get_scheme(name, scheme.format, fold, **options.scheme)
-    return scheme, algorithms
+def _layer(choice: LayerChoice, asked: _Asked) -> LayerPlan:
+    """The layer plan of a choice; one that no runtime serves may be refused."""
+    if asked.format and asked.format not in FORMATS:
+        raise MsQuantError(
+            f"format {asked.format!r} is unknown, expected one of {', '.join(FORMATS)}"
+        )
+    layer = layer_plan(
+        choice.scheme,
+        "+".join(choice.algorithms) or PLAIN,
+        asked.dtype,
+        options=choice.options,
+        settings=choice.algorithm_options,
+        format=asked.format,
+        target=asked.target,
+    )
+    support = layer.storage.support
+    if asked.must_serve and not support.served_by:
+        reasons = "; ".join(support.not_served_by)
+        served = served_formats(choice.scheme, **choice.options)
+        raise MsQuantError(
+            f"format {asked.format}: scheme {choice.scheme} would be served by no runtime "
+            f"({reasons}), expected {' or '.join(served) or 'no --format'}"
+        )
+    return layer
 
 
-def _plan(
-    config: ModelConfig,
-    ways: Mapping[str, Way],
-    dtype: np.dtype,
-    options: Choices,
-    must_serve: bool,
-) -> Plan:
-    """The plan of some groups; the others stay float.
+def _plan(config: ModelConfig, layers: Mapping[GroupId, LayerPlan | None], asked: _Asked) -> Plan:
+    """The plan of some layers.
 
     Raises:
         MsQuantError: there is no such plan, or no group is left.
     """
-    if options.fold and not any(algorithms.any("smooths") for _, algorithms in ways.values()):
-        raise MsQuantError(f"fold {options.fold}: no algorithm smooths, expected no --fold")
-    if ways:
-        _check_cache(next(iter(ways.values()))[0], options.kv_cache)
-        floats = frozenset(_groups(config)) - ways.keys()
-        plan = plan_of_ways(config, ways, dtype, floats, options.kv_cache)
-        undivided = frozenset(_undivided(plan, options.float_undivided, must_serve))
-        left = {path: way for path, way in ways.items() if path not in undivided}
-        if left:
-            return plan_of_ways(config, left, dtype, floats | undivided, options.kv_cache)
-    raise MsQuantError("every linear stays float, nothing is left to quantize")
+    first = next((layer for layer in layers.values() if layer is not None), None)
+    if first is None:
+        raise MsQuantError("every linear stays float, nothing is left to quantize")
+    plan = Plan(config, first.storage.format, layers, asked.dtype, kv_cache=asked.kv_cache)
+    if asked.target and not plan.any("smooths"):
+        raise MsQuantError(f"fold {asked.target.value}: no algorithm smooths, expected no --fold")
+    _check_cache(first, asked.kv_cache)
+    undivided = set(_undivided(plan, asked))
+    left = {group: None if group in undivided else layer for group, layer in layers.items()}
+    if not any(left.values()):
+        raise MsQuantError("every linear stays float, nothing is left to quantize")
+    return replace(plan, layers=left)
 
 
-def _chosen(name: str, options: Choices, must_serve: bool) -> Scheme:
-    """The scheme as the wanted format holds it; one that no runtime serves may be refused."""
-    if options.format and options.format not in FORMATS:
-        raise MsQuantError(
-            f"format {options.format!r} is unknown, expected one of {', '.join(FORMATS)}"
-        )
-    folds = {fold.value: fold for fold in Fold}
-    if options.fold and options.fold not in folds:
-        raise MsQuantError(f"fold {options.fold!r} is unknown, expected one of {', '.join(folds)}")
-    scheme = get_scheme(name, options.format, folds.get(options.fold), **options.scheme)
-    if not scheme.format and SCHEMES[name].held:
-        raise MsQuantError(f"scheme {name}: {why_not_held(name)}")
-    if not scheme.format:
-        raise MsQuantError(
-            f"scheme {name}: is for networks and not for checkpoints of decoders, use "
-            f'ms_quant.quantize(network, "{name}", ...)'
-        )
-    if must_serve and not scheme.served_by:
-        reasons = "; ".join(scheme.not_served_by)
-        served = served_formats(name, **options.scheme)
-        raise MsQuantError(
-            f"format {options.format}: scheme {name} would be served by no runtime ({reasons}), "
-            f"expected {' or '.join(served) or 'no --format'}"
-        )
-    return scheme
-
-
-def _check_cache(scheme: Scheme, name: str) -> None:
+def _check_cache(layer: LayerPlan, name: str) -> None:
     """Refuses a kind of cache that no checkpoint of a scheme holds."""
+    scheme, format = layer.scheme, layer.storage.format
     if name == DYNAMIC_CACHE:
         raise MsQuantError(
             f"kv cache {name} scales tokens at run time and needs nothing in a checkpoint; "
@@ -277,36 +301,37 @@ def _check_cache(scheme: Scheme, name: str) -> None:
         )
     if name and name not in KV_CACHES:
         raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
-    if name and not FORMATS[scheme.format].holds_cache:
+    if name and not FORMATS[format].holds_cache:
         able = [
-            f"--format {format}"
-            for format in served_formats(scheme.name, **scheme.chosen)
-            if FORMATS[format].holds_cache
+            f"--format {other}"
+            for other in served_formats(scheme.name, **scheme.chosen)
+            if FORMATS[other].holds_cache
         ] or ["another scheme"]
         raise MsQuantError(
-            f"kv cache {name}: a {scheme.format} checkpoint cannot hold it, expected "
-            f"{' or '.join(able)}"
+            f"kv cache {name}: a {format} checkpoint cannot hold it, expected {' or '.join(able)}"
         )
 
 
-def _undivided(plan: Plan, stay_float: bool, must_serve: bool) -> Iterator[str]:
+def _undivided(plan: Plan, asked: _Asked) -> Iterator[GroupId]:
     """The groups with a shape that the scheme's groups do not divide or no file can hold, or which
     the runtime that must serve them fails on.
 
     Raises:
         MsQuantError: there is one and it may not stay float.
     """
-    for index in range(plan.config.num_layers):
-        for group in plan.groups(index):
-            try:
-                check_shapes(plan, index, group)
-                if must_serve:
-                    check_runs(plan, index, group)
-            except MsQuantError as error:
-                if not stay_float:
-                    sized = "group_size" in plan.of(index, group).scheme.options
-                    size = "another group size, or " if sized and "divide" in str(error) else ""
-                    raise MsQuantError(
-                        f"{error}; expected {size}--float-undivided to leave such linears float"
-                    ) from None
-                yield f"{block_prefix(index)}{group.name}"
+    for found, group in all_groups(plan.config):
+        layer = plan.layers[found]
+        if layer is None:
+            continue
+        try:
+            check_shapes(plan, found.block, group)
+            if asked.must_serve:
+                check_runs(plan, found.block, group)
+        except MsQuantError as error:
+            if not asked.float_undivided:
+                sized = "group_size" in layer.scheme.options
+                size = "another group size, or " if sized and "divide" in str(error) else ""
+                raise MsQuantError(
+                    f"{error}; expected {size}--float-undivided to leave such linears float"
+                ) from None
+            yield found

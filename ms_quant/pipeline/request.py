@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
 from ms_quant.formats.float_model import NO_HEAD, model_notes, open_float
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
+from ms_quant.formats.tensor_parallel import rank_notes, refuse_ranks
 from ms_quant.job.directory import JobDirectory, environment
 from ms_quant.job.output_directory import OutputDirectory, check_output_name
 from ms_quant.job.unlisted import is_read
@@ -30,11 +31,11 @@ from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
 from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.exclude import float_notes
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.plan.tensor_parallel import rank_notes, refuse_ranks
+from ms_quant.plan.plan import Plan
 from ms_quant.quantization.rotated import RotatedCheckpoint
 from ms_quant.recipe import Recipe, load_recipe
-from ms_quant.schemes.table import FLOAT_CACHE, VALUES, as_value
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.table import VALUES, as_value
 
 SHARD_BYTES = 4 << 30
 SAMPLES, SEQ_LEN, SEED = 64, 256, 0
@@ -50,7 +51,13 @@ class QuantizeOptions:
         output: directory to make.
         scheme: name of the scheme.
         algorithm: names of the algorithms, joined with ``+``.
-        choices: options of both.
+        scheme_options: options of the scheme's weights, such as ``group_size``.
+        algorithm_options: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
+        float_undivided: leave linears float whose inputs groups do not divide, instead of
+            refusing.
+        kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
+        fold: where smoothing vectors go, by a name of ``SmoothingTarget``; "" is the format's first
+            choice.
         calib: calibration file; needed by static schemes and most algorithms.
         samples: how many windows of it to use; None is 64.
         seq_len: tokens of a window; None is 256.
@@ -72,7 +79,11 @@ class QuantizeOptions:
     output: Path
     scheme: str = "W8A8"
     algorithm: str = "minmax"
-    choices: Choices = field(default_factory=Choices)
+    scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    algorithm_options: Mapping[str, Any] = field(default_factory=dict)
+    float_undivided: bool = False
+    kv_cache: str = ""
+    fold: str = ""
     calib: Path | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -93,22 +104,12 @@ class QuantizeOptions:
         return self.job or self.output.with_name(self.output.name + ".job")
 
 
-def make_choices(
-    named: Mapping[str, Any],
-    settings: Sequence[str],
-    float_undivided: bool = False,
-    kv_cache: str = FLOAT_CACHE,
-    format: str = "",
-    fold: str = "",
-) -> Choices:
-    """Options of the scheme and the algorithms, each where it belongs.
+def split_options(named: Mapping[str, Any], settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of the scheme and the algorithms, each where :class:`QuantizeOptions` has it.
 
     Args:
         named: option to value; None is not asked for.
         settings: ``"NAME=VALUE"``.
-        float_undivided: see :class:`~ms_quant.plan.plan.Choices`.
-        kv_cache: ``"float"`` or one of ``KV_CACHES``.
-        format, fold: see :class:`~ms_quant.plan.plan.Choices`.
 
     Raises:
         MsQuantError: a setting is malformed or given twice.
@@ -119,10 +120,10 @@ def make_choices(
         if not equals or not name or name in found:
             raise MsQuantError(f"--set {setting!r}: expected NAME=VALUE, each name once")
         found[name] = value
-    scheme = {name: as_value(name, value) for name, value in found.items() if name in VALUES}
-    algorithm = {name: value for name, value in found.items() if name not in VALUES}
-    cache = "" if kv_cache == FLOAT_CACHE else kv_cache
-    return Choices(scheme, algorithm, float_undivided, cache, format, fold)
+    return {
+        "scheme_options": {n: as_value(n, value) for n, value in found.items() if n in VALUES},
+        "algorithm_options": {n: value for n, value in found.items() if n not in VALUES},
+    }
 
 
 CALIB_DIRECTORY = "lab_calib"  # where msModelSlim has its data sets, near its recipes
@@ -223,15 +224,19 @@ class CheckedJob:
         """The job as it is on the disk now, with the blocks of one of its formats."""
         options, record = self.options, self.record
         if self.others:
-            record = _joined([request.plan.format.name for request in self.all], self.all)
+            record = _joined([request.plan.format for request in self.all], self.all)
         return JobDirectory(
             options.job_directory,
             record,
             options.any_environment,
             self.unknown,
-            self.all[target].plan.scheme_of,
+            self._scheme_of(target),
             target,
         )
+
+    def _scheme_of(self, target: int) -> Callable[[str], Scheme]:
+        plan = self.all[target].plan
+        return lambda path: plan.quantized_layer(path).scheme
 
 
 def _joined(names: Sequence[str], requests: Sequence[CheckedJob]) -> dict[str, Any]:
@@ -358,24 +363,30 @@ def _refuse_occupied(output: Path) -> None:
 
 
 def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
-    dtype, choices = output_dtype(config, options.dtype), options.choices
-    if options.formats:
-        choices = replace(choices, format=options.formats[0])
+    dtype, format = output_dtype(config, options.dtype), next(iter(options.formats), "")
+    shared: dict[str, Any] = {
+        "format": format,
+        "fold": options.fold,
+        "float_undivided": options.float_undivided,
+    }
     if options.recipe is not None:
-        return plan_of_recipe(config, options.recipe, dtype, choices)
+        return plan_of_recipe(config, options.recipe, dtype, **shared)
     return make_plan(
         config,
         options.scheme,
         options.algorithm,
         dtype=dtype,
         exclude=options.exclude,
-        options=choices,
+        scheme_options=options.scheme_options,
+        algorithm_options=options.algorithm_options,
+        kv_cache=options.kv_cache,
+        **shared,
     )
 
 
 def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     """The plan and the tensors of the model that is quantized."""
-    options = plan.algorithms.options.get("quarot")
+    options = plan.distinct[0].algorithms.options.get("quarot")
     if options is None:
         return plan, checkpoint
     rotated = RotatedCheckpoint(checkpoint, plan.config, options.seed, options.block_size)
@@ -439,7 +450,7 @@ def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
     return DTYPES[name]
 
 
-def require_mindspore(why: str) -> None:
+def _require_mindspore(why: str) -> None:
     """Raises one sentence with the command that installs MindSpore when it is missing."""
     if find_spec("mindspore") is None:
         raise MsQuantError(
@@ -452,11 +463,11 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
     what = f"kv cache {plan.kv_cache}"
     if plan.any("calibrated"):
         what = f"algorithm {plan.algorithm}"
-    for way in plan.ways:
-        if way.scheme.needs_calibration:
-            what = f"scheme {way.scheme.name}"
+    for layer in plan.distinct:
+        if layer.scheme.needs_calibration:
+            what = f"scheme {layer.scheme.name}"
     if plan.any("trains"):
-        require_mindspore(f"{what} trains on calibration data")
+        _require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
         raise MsQuantError(
             f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "

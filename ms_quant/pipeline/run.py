@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import DiskError
 from ms_quant.files.first_pass import read_source
-from ms_quant.files.floats import round_chunks, round_finite
 from ms_quant.files.reader import ChangedSourceError
 from ms_quant.files.strict_json import read_json
-from ms_quant.formats import kv_cache
-from ms_quant.formats.format import group_of
+from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.pipeline.request import (
@@ -25,16 +20,17 @@ from ms_quant.pipeline.request import (
     QuantizeOptions,
     needed_bytes,
     prepare,
-    require_mindspore,
 )
-from ms_quant.pipeline.writer import Tensor, output_bytes, summary, write_output
+from ms_quant.pipeline.writer import output_bytes, summary, write_output
 from ms_quant.quantization import activation_record as activations
-from ms_quant.quantization.block import NO_HOOKS, BlockHooks, Progress, quantize_data_free
-from ms_quant.quantization.divided import as_divided
+from ms_quant.quantization.executor import Executor, InOrder
+from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
+from ms_quant.quantization.work import BlockWork, Progress
 from ms_quant.statistics import activation_range
 from ms_quant.statistics.activation_range import float16_facts
 
 Reading = Callable[[float], None]
+IN_ORDER = InOrder()
 
 __all__ = [
     "CheckedJob",
@@ -45,7 +41,6 @@ __all__ = [
     "prepare",
     "prove_source",
     "quantize_checkpoint",
-    "require_mindspore",
 ]
 
 
@@ -54,6 +49,7 @@ def quantize_checkpoint(
     progress: Progress = lambda index, part: None,
     checked: CheckedJob | None = None,
     reading: Reading = lambda part: None,
+    executor: Executor = IN_ORDER,
 ) -> dict[str, Any]:
     """Makes a quantized checkpoint, or goes on making it.
 
@@ -62,6 +58,7 @@ def quantize_checkpoint(
         progress: told how far each block is.
         checked: the checked request, where the caller has it already.
         reading: told how much of the model's first pass is done, 0 to 1.
+        executor: what maps the work over the blocks.
 
     Returns:
         What was made, as JSON: output, scheme, bytes, quantized and float linears, and
@@ -73,7 +70,7 @@ def quantize_checkpoint(
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     checked = checked or prepare(options)
-    finished_before = complete(checked, progress, _write, reading=reading)
+    finished_before = complete(checked, progress, _write, reading=reading, executor=executor)
     results = [_summary(request, finished_before) for request in checked.all]
     return {"formats": results} if checked.others else results[0]
 
@@ -94,6 +91,7 @@ def complete(
     write: Callable[[CheckedJob, JobDirectory, OutputDirectory], None],
     hooks: BlockHooks = NO_HOOKS,
     reading: Reading = lambda part: None,
+    executor: Executor = IN_ORDER,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -103,6 +101,7 @@ def complete(
         write: writes and finishes the output of a request whose blocks are finished.
         hooks: what is done around the algorithm.
         reading: told how much of the model's first pass is done, 0 to 1.
+        executor: what maps the work over the blocks.
 
     Returns:
         True when every output was finished before.
@@ -124,7 +123,7 @@ def complete(
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(checked, job, progress, hooks)
+                run_blocks(checked, job, progress, hooks, executor)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
         if not checked.options.keep_job:
@@ -146,7 +145,7 @@ def prove_source(checked: CheckedJob, job: JobDirectory, reading: Reading) -> No
     except (DiskError, ChangedSourceError):
         raise
     except MsQuantError:
-        if not job.finished_blocks():
+        if not job.finished():
             job.remove()
         raise
     for request in checked.all:
@@ -167,17 +166,14 @@ def run_blocks(
     job: JobDirectory,
     progress: Progress,
     hooks: BlockHooks = NO_HOOKS,
+    executor: Executor = IN_ORDER,
 ) -> None:
     """Finishes every block of a job."""
     targets = [(checked.plan, job)]
     for target, request in enumerate(checked.others, 1):
         targets.append((request.plan, checked.job(target)))
-    if checked.tokens is None:
-        quantize_data_free(targets, checked.tensors, progress)
-    elif job.finished_blocks() < checked.plan.config.num_layers:
-        from ms_quant.quantization.calibration import calibrate
-
-        calibrate(targets, checked.tensors, checked.tokens, progress, hooks)
+    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks)
+    executor.run(work)
 
 
 def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:
@@ -188,41 +184,6 @@ def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> N
     if checked.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
         facts[activation_range.KEY] = job.ranges()
-    get = _tensor_getter(checked, job)
+    numbers = JobNumbers(plan, job, checked.tensors)
     size = options.shard_bytes or SHARD_BYTES
-    write_output(plan, get, output, size, options.model, facts)
-
-
-def _tensor_getter(checked: CheckedJob, job: JobDirectory) -> Tensor:
-    plan, format = checked.plan, checked.plan.format
-    checkpoint = as_divided(checked.tensors, plan.config, job.ranges(), str(job.directory))
-    names = set(checkpoint.names)
-    plans = {tensor.name: tensor for tensor in format.tensor_plans(plan)}
-
-    def bias(path: str) -> np.ndarray | None:
-        name = f"{path}.bias"
-        if name not in names:
-            return None
-        changed = job.changed_tensor(name)
-        return checkpoint.read_float32(name) if changed is None else changed
-
-    def get(name: str) -> np.ndarray | Iterator[np.ndarray]:
-        path, _, suffix = name.rpartition(".")
-        if suffix in kv_cache.SUFFIXES:
-            _, _, index, member = path.split(".", 3)
-            scale = job.cache_scale(int(index), member)
-            return scale if suffix == kv_cache.SCALE else np.zeros_like(scale)
-        tensor = plans[name]
-        if tensor.part is not None and not tensor.source:
-            path, suffix = tensor.part
-            _, _, index, member = path.split(".", 3)
-            linear = job.linear(int(index), member, suffix in format.with_codes)
-            linear = replace(linear, bias=bias(path), input_dtype=plan.dtype)
-            return format.linear_tensor(plan.at(path), group_of(plan, path), linear, suffix)
-        name = tensor.source or name
-        changed = job.changed_tensor(name)
-        if changed is not None:
-            return round_finite(changed, tensor.dtype, name)
-        return round_chunks(checkpoint, name, tensor.dtype)
-
-    return get
+    write_output(plan, numbers, output, size, options.model, facts)

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ms_quant.files.atomic import FileRecord, write_json
-from ms_quant.files.writer import plan_shards, shard_names, write_file, write_index
+from ms_quant.files.writer import (
+    Array,
+    TensorPlan,
+    plan_shards,
+    shard_names,
+    write_file,
+    write_index,
+)
+from ms_quant.formats.checks import format_of, not_served_by, served_by
 from ms_quant.formats.companions import model_config
+from ms_quant.formats.format import Numbers
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import FLOAT_CACHE
 
-Tensor = Callable[[str], np.ndarray | Iterator[np.ndarray]]
-"""Gives a tensor of the output by its name, whole or in pieces."""
-
 
 def write_output(
     plan: Plan,
-    get: Tensor,
+    numbers: Numbers,
     output: OutputDirectory,
     shard_bytes: int,
     source: Path,
     facts: Mapping[str, Any],
+    progress: Callable[[float], None] = lambda part: None,
 ) -> None:
     """Writes every file of a checkpoint and gives the directory its name.
 
     Args:
         plan: what it holds.
-        get: gives its tensors.
+        numbers: what its tensors are made of.
         output: where; open.
         shard_bytes: largest data size of a file, of formats that have several.
         source: the directory whose tokenizer files are copied.
         facts: entries of the record.
+        progress: told how much is written, 0 to 1.
     """
-    format, directory = plan.format, output.partial
+    format, directory = format_of(plan), output.partial
     tensors = format.tensor_plans(plan)
     if isinstance(format.weights, str):
         shards = plan_shards(tensors, shard_bytes)
@@ -45,8 +51,17 @@ def write_output(
     else:
         named = {format.weights(plan): tensors}
 
+    done, total = 0, sum(tensor.bytes for tensor in tensors) or 1
+
+    def make(tensor: TensorPlan) -> Array:
+        nonlocal done
+        done += tensor.bytes
+        progress(done / total)
+        assert tensor.make is not None
+        return tensor.make(numbers)
+
     def write_shard(path: Path) -> FileRecord:
-        return write_file(path, named[path.name], get, mode=format.mode)
+        return write_file(path, named[path.name], make, mode=format.mode)
 
     files = [output.write_once(name, write_shard) for name in named]
     if isinstance(format.weights, str):
@@ -62,13 +77,13 @@ def write_output(
 
 def output_bytes(plan: Plan) -> int:
     """Bytes of the tensors of a checkpoint of the plan's format."""
-    return sum(tensor.bytes for tensor in plan.format.tensor_plans(plan))
+    return sum(tensor.bytes for tensor in format_of(plan).tensor_plans(plan))
 
 
 def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
     return {
         "output": str(output),
-        "format": plan.format.name,
+        "format": plan.format,
         "scheme": plan.scheme_name,
         "algorithm": plan.algorithm,
         "kv_cache": plan.kv_cache or FLOAT_CACHE,
@@ -76,7 +91,7 @@ def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
         "tensor_bytes": output_bytes(plan),
         "quantized_linears": len(plan.quantized()),
         "float_linears": plan.float_linears(),
-        "served_by": plan.served_by,
-        "not_served_by": plan.not_served_by,
+        "served_by": served_by(plan),
+        "not_served_by": not_served_by(plan),
         "finished_before": finished_before,
     }

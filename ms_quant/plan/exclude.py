@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import block_name, block_prefix, parse_linear
 
 FLOATS = ("lm_head", "model.embed_tokens", "model.norm")
 USUAL = "'model.layers.0.*' or '*.down_proj'"
@@ -18,7 +19,7 @@ _BLOCK = re.compile(r"layers\.(\d{1,9})\.")
 def float_paths(config: ModelConfig) -> list[str]:
     """Modules and tensors that are float in every plan: embedding, norms and head."""
     linears = {
-        f"{block_prefix(i)}{m}" for i in range(config.num_layers) for m in config.linear_shapes()
+        f"{block_prefix(block.index)}{path}" for block in config.blocks for path in block.linears
     }
     names = [*config.parameter_shapes(), "lm_head.weight"]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
@@ -39,10 +40,10 @@ def float_notes(patterns: Sequence[str], linears: Sequence[str], config: ModelCo
 
 def no_match(pattern: str, linears: Sequence[str]) -> str:
     """What is wrong with a pattern that matches nothing, with the nearest that do."""
-    text, last = f"pattern {pattern!r} matches no linear", linears[-1].split(".")[2]
+    text, last = f"pattern {pattern!r} matches no linear", parse_linear(linears[-1]).block
     block = _BLOCK.search(pattern)
-    if block and int(block[1]) > int(last):
-        return f"{text}, the last block is model.layers.{last}"
+    if block and int(block[1]) > last:
+        return f"{text}, the last block is {block_name(last)}"
     near = list(dict.fromkeys(p for p in _variants(pattern) if matches(p, linears)))
     if not near and not pattern.startswith("re:"):
         endings = dict.fromkeys(f"*.{path.rpartition('.')[2]}" for path in linears)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.affine import QMAX, QMIN
 from ms_quant.numerics.linear import StaticActivation
 from ms_quant.numerics.storage import round_up
@@ -41,7 +41,7 @@ def activation_facts(
     facts = {}
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
-            if plan.of(index, group).scheme.activation.dynamic:
+            if plan.layer(index, group).scheme.activation.dynamic:
                 continue
             member = group.members[0]
             facts[f"{block_prefix(index)}{group.name}"] = {

@@ -1,4 +1,4 @@
-"""Quantizing the linears of one block: the part that needs no network to run.
+"""Quantizing the linears of one block: a pure function of plan, weights and observations.
 
 First every group's smoothing is decided, on the float weights. Where it has no place in the
 group's own tensors it is folded into what comes before: into a norm's gain, or into the rows of
@@ -7,76 +7,30 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ms_quant.algorithms.problem import Loss, Problem, Solution, apply
-from ms_quant.files.reader import FloatTensors
-from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
-from ms_quant.schemes.records import Fold, Scheme
-from ms_quant.statistics.observers import ActivationStats
-
-Progress = Callable[[int, float], None]
-"""Called with a block's index and how much of it is done, 0 to 1."""
-
-Array = Callable[[str], np.ndarray | None]
-"""Gives a float32 parameter of the block by its name, or None when it has none of that name."""
-
-WeightTransform = Callable[[str, np.ndarray, ActivationStats | None], np.ndarray]
-"""Called with a linear's full path, its float32 weight and its input's statistics."""
-
-
-Rounding = Callable[[Problem, Solution], tuple[dict[str, QuantizedLinear], dict[str, Any]]]
-"""Makes the linears of a group, and notes about them for the report. It sees the Hessian."""
-
-
-@dataclass(frozen=True)
-class BlockHooks:
-    """What another command puts around the algorithm.
-
-    Attributes:
-        transform: changes a weight before it is quantized (pruning).
-        rounding: what makes int8 linears of the algorithm's answer; None rounds to nearest.
-    """
-
-    transform: WeightTransform | None = None
-    rounding: Rounding | None = None
-
-
-NO_HOOKS = BlockHooks()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What calibration has seen of a group.
-
-    Attributes:
-        stats: statistics of its input.
-        loss: error of the block's output with candidates in place of the float linears.
-        relative_mse: the same relative to the output of each token.
-        floor: float32 (in,), the least a vector may be that the model's activations are divided
-            by; less would bring them near the end of float16. None where that does not matter.
-    """
-
-    stats: ActivationStats | None
-    loss: Loss
-    relative_mse: Loss
-    floor: np.ndarray | None = None
+from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
+from ms_quant.quantization.weights import Weights
+from ms_quant.schemes.storage import SmoothingTarget
+from ms_quant.statistics.observations import Observations
 
 
 @dataclass
-class Block:
+class QuantizedBlock:
     """A quantized block.
 
     Attributes:
@@ -102,39 +56,37 @@ class Smoothed(NamedTuple):
     solution: Solution
 
 
-def quantize_block(
+def quantize(
     plan: Plan,
-    index: int,
-    array: Array,
-    seen: Callable[[LinearGroup], Seen],
+    weights: Weights,
+    observations: Observations | None,
     hooks: BlockHooks = NO_HOOKS,
     progress: Callable[[float], None] = lambda part: None,
-    cached: Mapping[str, np.ndarray] | None = None,
-) -> Block:
+) -> QuantizedBlock:
     """The quantized linears of one block, and what the algorithms chose.
 
     Args:
         plan: what to do.
-        index: of the block.
-        array: its float parameters.
-        seen: what calibration has seen of a group.
+        weights: the block's float parameters.
+        observations: what calibration has seen of it; None without calibration.
         hooks: what is done around the algorithms.
         progress: told how much is done, 0 to 1.
-        cached: float32 (out,), the largest magnitude of each output that is cached, by path.
     """
-    block, count = Block(), len(plan.groups(index))
-    folding = {group.name for group in plan.groups(index) if folds(plan.of(index, group))}
+    index, block = weights.index, QuantizedBlock()
+    count = len(plan.groups(index))
+    folding = {group.name for group in plan.groups(index) if plan.layer(index, group).folds}
     several = bool(folding)  # then weights wait for the smoothing of what they feed
 
     def smoothed() -> Iterator[Smoothed]:
         for done, group in enumerate(plan.groups(index)):
-            looked = seen(group)
-            problem = _problem(plan, index, group, array, looked, hooks)
-            solution = _floored(plan.of(index, group), looked, problem)
-            if plan.of(index, group).scheme.fold is Fold.MUL_SCALE and solution.smooth is not None:
+            layer = plan.layer(index, group)
+            problem = _problem(plan, group, weights, observations, hooks)
+            solution = _floored(plan, group, observations, problem, layer)
+            own = layer.storage.target is SmoothingTarget.MUL_SCALE
+            if own and solution.smooth is not None:
                 solution = replace(solution, smooth=stable_smooth(solution.smooth, plan.dtype))
             if group.name in folding and solution.smooth is not None:
-                smooth = _fold(plan, group, array, block.floats, solution.smooth)
+                smooth = _fold(plan, group, weights, block.floats, solution.smooth)
                 solution = replace(solution, smooth=smooth)
             yield Smoothed(group, problem, solution)
             if several:
@@ -147,7 +99,7 @@ def quantize_block(
         if several:
             problem = _with_scaled_rows(problem, divisors, block.floats)
         if hooks.rounding is None:
-            solution = plan.of(index, group).algorithms.rest(problem, solution)
+            solution = plan.layer(index, group).algorithms.rest(problem, solution)
             linears, note = apply(problem, solution), dict(solution.note)
         else:
             linears, note = hooks.rounding(problem, solution)
@@ -156,60 +108,82 @@ def quantize_block(
             linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
         block.linears.update(linears)
         block.notes[group.name] = note
+        weights.drop(group.members)
         progress((done + 1) / count if not several else (1 + (done + 1) / count) / 2)
-    for path, absmax in (cached or {}).items():
-        name = f"{block_prefix(index)}{path}: cached output"
-        block.cache[path] = kv_cache.channel_scale(absmax / divisors.get(path, 1), plan.dtype, name)
+    if observations is not None:
+        for path, absmax in (observations.cache or {}).items():
+            name = f"{block_prefix(index)}{path}: cached output"
+            absmax = absmax / divisors.get(path, 1)
+            block.cache[path] = kv_cache.channel_scale(absmax, plan.dtype, name)
+        block.ranges = observations.ranges.facts(observations.divided)
     return block
 
 
-def _floored(plan: Plan, seen: Seen, problem: Problem) -> Solution:
+def _floored(
+    plan: Plan,
+    group: LinearGroup,
+    observations: Observations | None,
+    problem: Problem,
+    layer: LayerPlan,
+) -> Solution:
     """The smoothing of a group, nowhere so small that what it divides leaves float16."""
-    solution = plan.algorithms.first(problem)
-    if solution.smooth is None or seen.floor is None or plan.scheme.fold is Fold.INPUT_SCALE:
+    solution = layer.algorithms.first(problem)
+    inside = layer.storage.target is SmoothingTarget.INPUT_SCALE
+    narrow = plan.dtype.name == "float16"
+    if solution.smooth is None or observations is None or not narrow or inside:
         return solution
-    return replace(solution, smooth=np.maximum(solution.smooth, seen.floor))
-
-
-def folds(plan: Plan) -> bool:
-    """Whether smoothing goes into what makes the input; of a plan of one group."""
-    return plan.algorithms.any("smooths") and plan.scheme.fold is Fold.NORM
+    floor = observations.ranges.floor(plan.config, group)
+    return replace(solution, smooth=np.maximum(solution.smooth, floor))
 
 
 def _problem(
-    plan: Plan, index: int, group: LinearGroup, array: Array, seen: Seen, hooks: BlockHooks
+    plan: Plan,
+    group: LinearGroup,
+    weights: Weights,
+    observations: Observations | None,
+    hooks: BlockHooks,
 ) -> Problem:
-    prefix = block_prefix(index)
-    weights, biases = {}, {}
+    index = weights.index
+    prefix, layer = block_prefix(index), plan.layer(index, group)
+    stats = None if observations is None else observations.stats[group.name]
+    errors: tuple[Loss, Loss] = (_no_loss, _no_loss)
+    if observations is not None:
+        errors = weights.errors(group, observations.windows)
+    found, biases = {}, {}
     for member in group.members:
-        weight, bias = array(f"{member}.weight"), array(f"{member}.bias")
+        weight, bias = weights.get(f"{member}.weight"), weights.get(f"{member}.bias")
         assert weight is not None
         if hooks.transform:
-            weight = hooks.transform(prefix + member, weight, seen.stats)
-        weights[member] = weight
+            weight = hooks.transform(prefix + member, weight, stats)
+        found[member] = weight
         if bias is not None:
             biases[member] = bias
-    scheme = plan.of(index, group).scheme
-    inside = scheme.fold is not Fold.NORM
+    inside = layer.storage.target is not SmoothingTarget.NORM
     feed = None if inside else plan.feed(index, group)
     return Problem(
         name=f"{prefix}{group.fused}",
-        scheme=scheme,
-        weights=weights,
+        scheme=layer.scheme,
+        weights=found,
         biases=biases,
-        stats=seen.stats,
+        stats=stats,
         dtype=plan.dtype,
-        loss=seen.loss,
-        relative_mse=seen.relative_mse,
+        loss=errors[0],
+        relative_mse=errors[1],
         smoothing=inside or feed is not None,
         shared=_shared(plan.config, group, feed),
-        input_dtype=plan.dtype if _own_product(scheme) else DTYPES["float32"],
+        input_dtype=plan.dtype if _own_product(layer) else DTYPES["float32"],
+        scale_type=layer.storage.scale_type,
     )
 
 
-def _own_product(scheme: Scheme) -> bool:
+def _no_loss(candidate: Mapping[str, QuantizedLinear]) -> float:
+    raise AssertionError("an algorithm without calibration asked for a loss")
+
+
+def _own_product(layer: LayerPlan) -> bool:
     """Whether linears multiply their inputs by a vector, or scale long blocks of them."""
-    return scheme.fold is Fold.MUL_SCALE or isinstance(scheme.activation, DualMxTokens)
+    own = layer.storage.target is SmoothingTarget.MUL_SCALE
+    return own or isinstance(layer.scheme.activation, DualMxTokens)
 
 
 def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[int, int]:
@@ -222,7 +196,7 @@ def _shared(config: ModelConfig, group: LinearGroup, feed: str | None) -> tuple[
 def _fold(
     plan: Plan,
     group: LinearGroup,
-    array: Array,
+    weights: Weights,
     floats: dict[str, np.ndarray],
     smooth: np.ndarray,
 ) -> np.ndarray:
@@ -237,7 +211,7 @@ def _fold(
     if not group.feeds_from_norm:
         return smooth
     name = f"{group.feed}.weight"
-    gain = array(name)
+    gain = weights.get(name)
     assert gain is not None
     with np.errstate(over="ignore"):
         stored = (gain / smooth).astype(plan.dtype).astype(np.float32)
@@ -275,79 +249,3 @@ def _with_scaled_rows(
             biases[path] = biases[path] / rows
             floats[f"{path}.bias"] = biases[path]
     return replace(problem, weights=weights, biases=biases)
-
-
-Target = tuple[Plan, JobDirectory]
-"""A plan for one format, and the job as it has that format's blocks."""
-
-
-def finish_targets(
-    targets: Sequence[Target],
-    index: int,
-    make: Callable[[Plan, Callable[[float], None]], Block],
-    statistics: Mapping[str, np.ndarray],
-    progress: Callable[[float], None],
-) -> None:
-    """Makes a block of each format from the same calibration and commits them.
-
-    Args:
-        targets: the formats. The first one's block is committed last: it says that all are there.
-        index: of the block.
-        make: makes the block of a plan; the second argument is told how much is done.
-        statistics: of the block, kept with the first.
-        progress: told how much of all is done, 0 to 1.
-    """
-    done: list[tuple[Plan, Block]] = []
-    for count, (plan, job) in enumerate(reversed(targets)):
-        block = next((block for other, block in done if _equal(plan, other)), None)
-        if block is None:
-            block = make(plan, partial(_share, progress, count, len(targets)))
-            done.append((plan, block))
-        job.finish_block(index, block, statistics if job.target == 0 else {})
-
-
-def _share(progress: Callable[[float], None], done: int, of: int, part: float) -> None:
-    progress((done + part) / of)
-
-
-def _equal(plan: Plan, other: Plan) -> bool:
-    """Whether two formats get the same numbers."""
-    return [_numbers(way) for way in plan.ways] == [_numbers(way) for way in other.ways] and list(
-        plan.mixed
-    ) == list(other.mixed)
-
-
-def _numbers(plan: Plan) -> tuple[Any, ...]:
-    scheme = plan.scheme
-    kinds = scheme.weight, scheme.activation, scheme.scale_dtype(plan.dtype), scheme.fold
-    return *kinds, plan.algorithms, plan.dtype, plan.float_groups, plan.kv_cache
-
-
-def quantize_data_free(
-    targets: Sequence[Target], checkpoint: FloatTensors, progress: Progress
-) -> None:
-    """Quantizes every unfinished block of a job that needs no calibration."""
-    plan, job = targets[0]
-    for index in range(job.finished_blocks(), plan.config.num_layers):
-        prefix = block_prefix(index)
-
-        def array(name: str, prefix: str = prefix) -> np.ndarray | None:
-            return checkpoint.read_float32(prefix + name) if name.endswith("weight") else None
-
-        def done(part: float, index: int = index) -> None:
-            progress(index, part)
-
-        def make(
-            plan: Plan, part: Callable[[float], None], index: int = index, array: Array = array
-        ) -> Block:
-            return quantize_block(plan, index, array, _unseen, NO_HOOKS, part)
-
-        finish_targets(targets, index, make, {}, done)
-
-
-def _unseen(group: LinearGroup) -> Seen:
-    return Seen(None, _no_loss, _no_loss)
-
-
-def _no_loss(candidate: Mapping[str, QuantizedLinear]) -> float:
-    raise AssertionError("an algorithm without calibration asked for a loss")

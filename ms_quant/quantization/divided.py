@@ -12,6 +12,7 @@ import numpy as np
 from ms_quant.files.reader import FloatTensors
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import in_block
 from ms_quant.statistics.activation_range import Divided, columns, linear_fed, read_divided
 
 
@@ -89,10 +90,10 @@ class DividedTensors(FloatTensors):
 
     def _factors(self, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """What the rows and the columns of a tensor are multiplied by."""
-        if not name.startswith("model.layers."):
+        found = in_block(name)
+        if found is None:
             return None, None
-        _, _, index, member = name.split(".", 3)
-        return factors(self._config, self._divided[int(index)], member)
+        return factors(self._config, self._divided[found[0]], found[1])
 
 
 def factors(

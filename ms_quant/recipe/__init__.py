@@ -12,7 +12,7 @@ from typing import Any
 
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe import modelslim, modelslim_v0, native
-from ms_quant.recipe.assign import Treatment, assign, idle_patterns, is_reached
+from ms_quant.recipe.assign import LayerChoice, assign, idle_patterns, is_reached
 from ms_quant.recipe.checks import checked
 from ms_quant.recipe.golden_stick import from_ptq_config
 from ms_quant.recipe.modelslim import from_modelslim
@@ -23,10 +23,10 @@ from ms_quant.recipe.records import Recipe, Rule, Step
 from ms_quant.recipe.yaml_file import read_yaml
 
 __all__ = [
+    "LayerChoice",
     "Recipe",
     "Rule",
     "Step",
-    "Treatment",
     "assign",
     "checked",
     "from_modelslim",

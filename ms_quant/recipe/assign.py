@@ -21,7 +21,7 @@ ADDED = {
 
 
 @dataclass(frozen=True)
-class Treatment:
+class LayerChoice:
     """Attributes:
     scheme: name of the scheme.
     options: of its weights.
@@ -37,7 +37,7 @@ class Treatment:
 
 def assign(
     recipe: Recipe, linears: Mapping[str, str], producers: Mapping[str, str] | None = None
-) -> dict[str, Treatment]:
+) -> dict[str, LayerChoice]:
     """What is done to which linear.
 
     Args:
@@ -47,7 +47,7 @@ def assign(
             patterns name it.
 
     Returns:
-        path to treatment, in the order of ``linears``, without those that stay float.
+        path to choice, in the order of ``linears``, without those that stay float.
 
     Raises:
         MsQuantError: two rules reach one, or what reaches one does not go together; names the
@@ -59,7 +59,7 @@ def assign(
         if rule is not None:
             made_by = path if producers is None else producers[path]
             steps = [step for step in recipe.steps if _reaches(step, path, group, made_by)]
-            found[path] = _treatment(path, rule, steps)
+            found[path] = _choice(path, rule, steps)
     return found
 
 
@@ -106,7 +106,7 @@ def _reaches(step: Step, path: str, group: str, producer: str) -> bool:
     return matches(producer if step.by_producer else path, step.include, step.exclude)
 
 
-def _treatment(path: str, rule: Rule, steps: list[Step]) -> Treatment:
+def _choice(path: str, rule: Rule, steps: list[Step]) -> LayerChoice:
     name = rule.scheme
     for step in steps:
         name = ADDED.get((step.algorithm, name), name)
@@ -121,4 +121,4 @@ def _treatment(path: str, rule: Rule, steps: list[Step]) -> Treatment:
     own = SCHEMES[name].algorithm
     if own and own not in algorithms:
         algorithms = (own, *algorithms)
-    return Treatment(name, dict(rule.options), algorithms, settings)
+    return LayerChoice(name, dict(rule.options), algorithms, settings)

@@ -12,9 +12,10 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.families import FAMILIES
 from ms_quant.recipe.patterns import check_pattern
 from ms_quant.recipe.records import Recipe, Rule, Step
+from ms_quant.schemes.support import SUPPORT
 from ms_quant.schemes.table import KV_CACHES, SCHEMES, get_scheme
 
-FORMATS = tuple(dict.fromkeys(held.format for row in SCHEMES.values() for held in row.held))
+FORMATS = tuple(dict.fromkeys(row.format for rows in SUPPORT.values() for row in rows))
 CHOOSING = (Stage.INPUT, Stage.RANGE, Stage.ROUNDING)
 """Stages that belong to a rule; those of a step are the others."""
 

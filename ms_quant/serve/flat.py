@@ -13,7 +13,8 @@ from ms_quant.formats.companions import config_problems
 from ms_quant.formats.structure import Structure, is_ours, read_structure
 from ms_quant.job.output_directory import RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.ranks import check_tp, fused_shape, vocab_rows
 from ms_quant.serve.config_keys import config_findings
 from ms_quant.serve.records import (
@@ -47,9 +48,7 @@ def open_flat(request: ServeRequest, formats: tuple[str, ...]) -> tuple[Structur
     if structure is None:
         return None, Served("", problems=problems)
     format, plan = structure.format, structure.plan
-    kinds = (
-        "+".join(sorted({way.scheme.name for way in plan.ways})) if plan.quantized() else "FLOAT"
-    )
+    kinds = "+".join(sorted({layer.scheme.name for layer in plan.distinct})) or "FLOAT"
     served = Served(f"{format.name} {kinds}", problems=problems)
     if format.name not in formats:
         served.problems.append(
@@ -105,12 +104,11 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
     ranks = rank_text(tp)
     rows, linears = [], set()
     for index in range(config.num_layers):
-        quantized = {group.name for group in plan.groups(index)}
-        for group in config.family.groups:
+        for group in config.block(index).groups:
             paths = [f"{block_prefix(index)}{member}" for member in group.members]
             linears |= set(paths)
-            own = plan.of(index, group)
-            method = own.scheme.name if group.name in quantized else "FLOAT"
+            layer = plan.layers[GroupId(index, group.name)]
+            method = layer.scheme.name if layer else "FLOAT"
             dtype = plan.dtype if method == "FLOAT" else ""
             weight = weight_text(fused_shape(config, tp, group), dtype)
             size = sum(sizes[path] for path in paths) // tp

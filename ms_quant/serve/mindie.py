@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ms_quant.formats.checks import why_not_run
 from ms_quant.formats.mindie_sd.held import run_dtype
 from ms_quant.formats.mindie_sd.types import MODE
 from ms_quant.formats.structure import Structure
-from ms_quant.plan.plan import why_not_run
 from ms_quant.serve.flat import loaded_rows, open_flat
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -63,11 +63,12 @@ def _failing(structure: Structure) -> Iterator[str]:
 
 
 def _has_bare_mxfp4(structure: Structure) -> bool:
-    plan, shapes = structure.plan, structure.plan.config.block_shapes()
+    plan = structure.plan
     return any(
-        plan.of(index, group).scheme.name == "W4A4_MXFP4" and f"{member}.bias" not in shapes
-        for index in range(plan.config.num_layers)
-        for group in plan.groups(index)
+        plan.layer(block.index, group).scheme.name == "W4A4_MXFP4"
+        and not block.linears[member].bias
+        for block in plan.config.blocks
+        for group in plan.groups(block.index)
         for member in group.members
     )
 

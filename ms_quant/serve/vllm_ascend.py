@@ -8,8 +8,8 @@ import numpy as np
 
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.structure import MAX_DESCRIPTION_BYTES, Structure
+from ms_quant.formats.tensor_parallel import rank_problems
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
-from ms_quant.plan.tensor_parallel import rank_problems
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -50,9 +50,9 @@ def check(request: ServeRequest) -> Served:
 
 
 def _scheme_problems(structure: Structure, request: ServeRequest, served: Served) -> Iterator[str]:
-    names = {way.scheme.name: way.scheme for way in structure.plan.ways}
-    for name, scheme in names.items() if structure.plan.quantized() else ():
-        by = [runtime for runtime in scheme.served_by if runtime.startswith("vllm-ascend")]
+    names = {layer.scheme.name: layer.storage.support for layer in structure.plan.distinct}
+    for name, support in names.items():
+        by = [runtime for runtime in support.served_by if runtime.startswith("vllm-ascend")]
         if not by:
             yield (
                 f"{request.checkpoint}: {name} in the {structure.format.name} format is not "

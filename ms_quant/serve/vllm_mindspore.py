@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ms_quant.formats.structure import Structure
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -81,10 +81,10 @@ def _description_problems(request: ServeRequest) -> Iterator[str]:
 
 
 def _scheme_problems(structure: Structure) -> Iterator[str]:
-    for way in structure.plan.ways:
-        if structure.plan.quantized() and way.scheme.name not in SERVED:
+    for name in dict.fromkeys(layer.scheme.name for layer in structure.plan.distinct):
+        if name not in SERVED:
             yield (
-                f"{structure.checkpoint.directory}: {way.scheme.name} is not served by "
+                f"{structure.checkpoint.directory}: {name} is not served by "
                 f"vllm-mindspore's Native backend, expected {', '.join(SERVED)}"
             )
 

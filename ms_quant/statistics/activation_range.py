@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 
 KEY = "activation_ranges"
 LARGEST = float(np.finfo(np.float16).max)
@@ -79,6 +80,11 @@ class BlockRanges:
             np.maximum(self.absmax[place], found, out=self.absmax[place])
         else:
             self.absmax[place] = found
+
+    def merge(self, other: BlockRanges) -> None:
+        """Adds what another part of the data has shown."""
+        for place, absmax in other.absmax.items():
+            self.add(place, absmax[None])
 
     def extremes(self) -> list[Extreme]:
         """The largest value of each place."""
@@ -158,7 +164,7 @@ def output_of(path: str) -> str:
 
 def linear_fed(config: ModelConfig) -> list[LinearGroup]:
     """The groups that another linear's output reaches channel by channel."""
-    return [g for g in config.family.groups if g.feed and not g.feeds_from_norm]
+    return [g for g in config.block(0).groups if g.feed and not g.feeds_from_norm]
 
 
 def columns(rows: np.ndarray, config: ModelConfig, group: LinearGroup) -> np.ndarray:
@@ -196,7 +202,7 @@ def _divided(entry: Any, config: ModelConfig, where: str) -> Divided:
         place = f"{where}: divided: {path}"
         if path not in feeds or not isinstance(rows, Mapping):
             raise MsQuantError(f"{place} is {rows!r:.80}, expected rows of {sorted(feeds)}")
-        found[path] = _exponents(rows, config.linear_shapes()[path][0], place)
+        found[path] = _exponents(rows, config.block(0).linears[path].out_features, place)
     return found
 
 

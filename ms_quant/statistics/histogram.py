@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,22 @@ class Histogram:
         self.low, self.high = math.inf, -math.inf
         self.exponent, self.first = SMALLEST_EXPONENT, 0
         self.counts = np.zeros(0, np.int64)
+
+    def facts(self) -> dict[str, Any]:
+        """All but the counts, as JSON; infinite ends, before any value, as None."""
+        ends = [None if math.isinf(end) else end for end in (self.low, self.high)]
+        return {"bins": self.bins, "name": self.name, "ends": ends, "first": self.first} | {
+            "exponent": self.exponent
+        }
+
+    @classmethod
+    def restore(cls, counts: np.ndarray, facts: Mapping[str, Any]) -> Histogram:
+        """The histogram of these counts and :meth:`facts`."""
+        made = cls(facts["bins"], facts["name"])
+        made.exponent, made.first, made.counts = facts["exponent"], facts["first"], counts
+        if facts["ends"][0] is not None:
+            made.low, made.high = facts["ends"]
+        return made
 
     @property
     def total(self) -> int:

@@ -1,8 +1,13 @@
-"""Running statistics of activations: one pass, whatever the sizes of the batches."""
+"""Running statistics of activations: one pass, whatever the sizes of the batches.
+
+Those of several parts of the data are merged, and written as arrays and facts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,27 +25,30 @@ class ActivationStats:
 
     Args:
         channels: size of the last axis, K.
-        total_tokens: how many tokens will be seen; decides which rows are kept.
+        total_tokens: how many tokens will be seen, by all parts together; decides which rows are
+            kept. None where nobody knows, as of an expert: rows are thinned out as they come.
         keep_rows: at most this many evenly strided token rows are kept for searches.
         name: what the errors call it.
         with_hessian: sum up the products of channels, too.
         with_histogram: count the values of all channels, too.
+        start: how many tokens the parts before this one see.
 
     Attributes:
         low, high: float32 (K,), smallest and largest value of each channel.
         sum_squares, sum_abs: float64 (K,).
-        products: float32 (K, K), the sum of x x^T over the tokens, or None; what is above the
-            diagonal is anything.
+        products: float32 (K, K), the sum of x x^T over the tokens, or None. Only the lower
+            triangle is defined.
         histogram: of all values, or None.
         tokens: tokens seen so far.
     """
 
     channels: int
-    total_tokens: int
+    total_tokens: int | None
     keep_rows: int = KEPT_TOKENS
     name: str = "activation"
     with_hessian: bool = False
     with_histogram: bool = False
+    start: int = 0
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
     sum_squares: np.ndarray = field(init=False)
@@ -49,12 +57,15 @@ class ActivationStats:
     histogram: Histogram | None = field(init=False, default=None)
     tokens: int = 0
     _rows: list[np.ndarray] = field(default_factory=list, repr=False)
+    _stride: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         self.low = np.full(self.channels, np.inf, np.float32)
         self.high = np.full(self.channels, -np.inf, np.float32)
         self.sum_squares = np.zeros(self.channels, np.float64)
         self.sum_abs = np.zeros(self.channels, np.float64)
+        if self.total_tokens is not None:
+            self._stride = max(1, -(-self.total_tokens // self.keep_rows))
         if self.with_hessian:
             self.products = np.zeros((self.channels, self.channels), np.float32)
         if self.with_histogram:
@@ -74,10 +85,66 @@ class ActivationStats:
             self._add_products(self.products, rows)
         if self.histogram is not None:
             self.histogram.update(rows)
-        stride = max(1, -(-self.total_tokens // self.keep_rows))
-        first = -self.tokens % stride
-        self._rows.append(rows[first::stride].copy())
+        first = -(self.start + self.tokens) % self._stride
+        self._rows.append(rows[first :: self._stride].copy())
         self.tokens += len(rows)
+        self._thin()
+
+    def _thin(self) -> None:
+        """Keeps every second row, as often as there are too many of an unknown number."""
+        while self.total_tokens is None and sum(map(len, self._rows)) > self.keep_rows:
+            self._rows, self._stride = [np.concatenate(self._rows)[::2]], 2 * self._stride
+
+    def merge(self, other: ActivationStats) -> None:
+        """Adds what another part of the data has shown, the part after this one."""
+        np.minimum(self.low, other.low, out=self.low)
+        np.maximum(self.high, other.high, out=self.high)
+        self.sum_squares += other.sum_squares
+        self.sum_abs += other.sum_abs
+        if self.products is not None and other.products is not None:
+            self.products += other.products
+        if self.histogram is not None and other.histogram is not None:
+            self.histogram.merge(other.histogram)
+        while self._stride < other._stride:
+            self._rows, self._stride = [self.rows[::2]], 2 * self._stride
+        self._rows.append(other.rows[:: self._stride // other._stride])
+        self.tokens += other.tokens
+        self._thin()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was seen; :meth:`facts` says the rest."""
+        found = {
+            "low": self.low,
+            "high": self.high,
+            "sum_squares": self.sum_squares,
+            "sum_abs": self.sum_abs,
+            "rows": self.rows,
+        }
+        if self.products is not None:
+            found["products"] = self.products
+        if self.histogram is not None:
+            found["counts"] = self.histogram.counts
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """How it was seen, as JSON."""
+        names = ("channels", "total_tokens", "keep_rows", "name", "start", "tokens")
+        histogram = None if self.histogram is None else self.histogram.facts()
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "stride": self._stride, "histogram": histogram}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> ActivationStats:
+        """The statistics that were written as :meth:`arrays` and :meth:`facts`."""
+        names = ("channels", "total_tokens", "keep_rows", "name", "start")
+        made = cls(**{name: facts[name] for name in names})
+        made.low, made.high = arrays["low"], arrays["high"]
+        made.sum_squares, made.sum_abs = arrays["sum_squares"], arrays["sum_abs"]
+        made.products, made.tokens = arrays.get("products"), facts["tokens"]
+        made._rows, made._stride = [arrays["rows"]], facts["stride"]
+        if facts["histogram"] is not None:
+            made.histogram = Histogram.restore(arrays["counts"], facts["histogram"])
+        return made
 
     def _add_columns(self, rows: np.ndarray) -> None:
         sums = self.low, self.high, self.sum_squares, self.sum_abs

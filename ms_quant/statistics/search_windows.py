@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS
+from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.families import LinearGroup
-from ms_quant.models.host_block import HostBlock, Linear, linear_function
+from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 
 SMALLEST = np.finfo(np.float64).tiny
@@ -26,6 +27,7 @@ class SearchWindows:
 
     def __init__(self, shape: tuple[int, int, int], tokens: int):
         count, self.length, hidden = shape
+        self.shape, self.tokens = shape, tokens
         wanted = min(count, max(1, tokens // self.length)) if tokens else 0
         self.chosen = np.arange(wanted) * count // wanted
         self.states = np.empty((3, wanted, self.length, hidden), np.float32)
@@ -35,6 +37,11 @@ class SearchWindows:
         first, last = np.searchsorted(self.chosen, [start, start + len(states[0])])
         for kept, state in zip(self.states, states, strict=True):
             kept[first:last] = state[self.chosen[first:last] - start]
+
+    def merge(self, other: SearchWindows, first: int) -> None:
+        """Takes the states of the windows from ``first`` on from another part of the data."""
+        begin = int(np.searchsorted(self.chosen, first))
+        self.states[:, begin:] = other.states[:, begin:]
 
     def batches(self) -> Iterator[np.ndarray]:
         """Inputs, middles and outputs, of some windows at a time."""
@@ -51,12 +58,15 @@ class BlockErrors:
 
     Args:
         block: the float block.
+        at: the positions of a window's tokens.
         group: the group.
         searched: the activations that are looked at.
     """
 
-    def __init__(self, block: HostBlock, group: LinearGroup, searched: SearchWindows):
-        self.block, self.group, self.searched = block, group, searched
+    def __init__(
+        self, block: BlockForward, at: Positions, group: LinearGroup, searched: SearchWindows
+    ):
+        self.block, self.at, self.group, self.searched = block, at, group, searched
 
     def loss(self, candidate: Candidate) -> float:
         """Mean squared error of the block's output."""
@@ -74,27 +84,31 @@ class BlockErrors:
 
     def pairs(self, candidate: Candidate) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Error and float output, of some windows at a time."""
-        linears = {path: linear_function(linear) for path, linear in candidate.items()}
+        linears = {path: QuantizedForward(linear) for path, linear in candidate.items()}
+        block = self.block.with_linears(linears)
         for states, inputs in zip(self.searched.batches(), self._inputs, strict=True):
-            yield self._output(states, inputs, linears) - states[2], states[2]
+            yield self._output(block, states, inputs) - states[2], states[2]
 
     @cached_property
     def _inputs(self) -> list[np.ndarray | None]:
         """The group's inputs, if anything but a norm makes them: no candidate changes them."""
         if self.group.feeds_from_norm:
             return [None for _ in self.searched.batches()]
-        make, which = (self.block.gated, 1) if self.group.in_mlp else (self.block.heads, 0)
-        return [make(states[which]) for states in self.searched.batches()]
+        return [self._made(self.block, states) for states in self.searched.batches()]
+
+    def _made(self, block: BlockForward, states: np.ndarray) -> np.ndarray:
+        """What the last linear of the group's half of the block reads."""
+        if self.group.in_mlp:
+            return block.gated(states[1])
+        return block.heads(states[0], self.at)
 
     def _output(
-        self, states: np.ndarray, inputs: np.ndarray | None, linears: Mapping[str, Linear]
+        self, block: BlockForward, states: np.ndarray, inputs: np.ndarray | None
     ) -> np.ndarray:
-        block, (hidden, middle, _) = self.block, states
+        inputs = self._made(block, states) if inputs is None else inputs
         if self.group.in_mlp:
-            inputs = block.gated(middle, linears) if inputs is None else inputs
-            return block.add_gated(middle, inputs, linears)
-        inputs = block.heads(hidden, linears) if inputs is None else inputs
-        return block.feed_forward(block.add_heads(hidden, inputs, linears))
+            return block.add_gated(states[1], inputs)
+        return block.feed_forward(block.add_heads(states[0], inputs))
 
 
 def _power(x: np.ndarray) -> np.ndarray:

@@ -28,13 +28,14 @@ from ms_quant.formats.structure import (
 )
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
-from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
-from ms_quant.plan.plan import Plan, recorded_way
+from ms_quant.plan.layer import LayerPlan, recorded_layer
+from ms_quant.plan.plan import Plan
 from ms_quant.quantization.activation_record import recorded_activation, unsmoothed_problem
-from ms_quant.schemes.records import Fold
+from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.verify.foreign import ForeignProof
 from ms_quant.verify.provenance import UNKNOWN, not_proved
 from ms_quant.verify.source import SourceProof, Subject
@@ -42,7 +43,7 @@ from ms_quant.verify.source import SourceProof, Subject
 VERDICTS = ("right", "right as far as can be seen", "wrong")
 
 
-def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, Any]:
+def verify_checkpoint(directory: Path | str, source: Path | str | None = None) -> dict[str, Any]:
     """Checks a quantized checkpoint of any format.
 
     Args:
@@ -61,7 +62,7 @@ def verify_checkpoint(directory: Path, source: Path | None = None) -> dict[str, 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
     """
-    directory = model_directory(directory)
+    directory, source = model_directory(directory), None if source is None else Path(source)
     problems: list[str] = []
     result: dict[str, Any] = {
         "checkpoint": str(directory),
@@ -101,7 +102,7 @@ def _verify(
     subject = Subject(QuantizedModel(directory), plan, record)
     for index in range(plan.config.num_layers):
         for group in plan.groups(index):
-            problems += _group_problems(subject, block_prefix(index), group)
+            problems += _group_problems(subject, index, group)
         try:
             subject.model.cache_scales(index)
         except MsQuantError as error:
@@ -149,26 +150,23 @@ def record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterato
         wanted = stated.get(key, record.get(key))
         if record.get(key) != wanted:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {wanted!r}"
-    groups = [
-        (way, recorded_way(record, f"{block_prefix(index)}{group.name}"))
-        for index in range(plan.config.num_layers)
-        for group in plan.groups(index)
-        for way in [plan.of(index, group)]
+    layers = [
+        (layer, recorded_layer(record, str(id))) for id, layer in plan.layers.items() if layer
     ]
-    groups.insert(0, (plan.ways[0], record))  # what the first group is
-    found = (_way_problems(entry, way) for way, entry in groups)
+    layers[:0] = [(layer, record) for layer in plan.distinct[:1]]  # what the first group is
+    found = (_layer_problems(entry, layer) for layer, entry in layers)
     yield from dict.fromkeys(f"{path}: {text}" for texts in found for text in texts)
 
 
-def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+def _layer_problems(entry: Mapping[str, Any], layer: LayerPlan) -> Iterator[str]:
     """What is wrong with the recorded scheme of a group, its algorithms and their options."""
-    stated = plan.record()
+    stated = layer.record()
     for key in ("scheme", "scheme_options", "scale_dtype", "fold"):
-        if plan.quantized() and key in stated and entry.get(key) != stated[key]:
+        if key in stated and entry.get(key) != stated[key]:
             yield f"{key} is {entry.get(key)!r:.80}, expected {stated[key]!r}"
             return
     algorithm, options = entry.get("algorithm"), entry.get("algorithm_options", {})
-    if plan.foreign:
+    if layer.foreign:
         if algorithm != UNKNOWN:
             yield f"algorithm is {short(algorithm)}, expected {UNKNOWN!r}: others made the numbers"
         return
@@ -182,17 +180,17 @@ def _way_problems(entry: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         return
     settings = {f"{name}.{key}": v for name, chosen in options.items() for key, v in chosen.items()}
     try:
-        algorithms = get_algorithms(str(algorithm), plan.scheme, settings)
+        algorithms = get_algorithms(str(algorithm), layer.scheme, settings)
     except MsQuantError as error:
         yield str(error)
         return
-    if plan.quantized() and algorithms.name != algorithm:
+    if algorithms.name != algorithm:
         yield f"algorithm is {algorithm!r:.80}, expected {algorithms.name!r}"
 
 
-def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterator[str]:
+def _group_problems(subject: Subject, index: int, group: LinearGroup) -> Iterator[str]:
     """What the linears of one group must have in common, and what the record says of it."""
-    first: tuple[str, StaticActivation] | None = None
+    prefix, first = block_prefix(index), None
     for member in group.members:
         path = prefix + member
         try:
@@ -210,20 +208,22 @@ def _group_problems(subject: Subject, prefix: str, group: LinearGroup) -> Iterat
         elif not np.array_equal(static.input_scale, first[1].input_scale):
             yield f"{path}.input_scale: differs from that of {first[0]}, the runtime fuses them"
     if first is not None and not subject.plan.foreign:
-        yield from _activation_problems(subject, prefix + group.name, *first)
+        yield from _activation_problems(subject, GroupId(index, group.name), *first)
 
 
 def _activation_problems(
-    subject: Subject, name: str, path: str, found: StaticActivation
+    subject: Subject, group: GroupId, path: str, found: StaticActivation
 ) -> Iterator[str]:
     """The parameters of a group's input against the record."""
+    name, layer = str(group), subject.plan.layers[group]
+    assert layer is not None
     try:
         activation = recorded_activation(subject.record, name, path, found)
     except MsQuantError as error:
         yield str(error)
         return
     subject.activations[name] = activation
-    inside = subject.plan.at(name).scheme.fold is Fold.INPUT_SCALE
+    inside = layer.storage.target is SmoothingTarget.INPUT_SCALE
     if not (inside and subject.has(name, "smooths")):
         wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
         if wrong:

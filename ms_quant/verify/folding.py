@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ms_quant.files.reader import FloatTensors
-from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan
 
 

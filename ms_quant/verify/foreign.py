@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ms_quant.files.reader import FloatTensors
+from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import QuantizedModel
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import load_config
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.verify.folding import Folding
 from ms_quant.verify.requantize import OutputError
@@ -50,9 +52,9 @@ class ForeignProof:
         """Compares everything; one sentence for each difference that nothing can explain."""
         self.result |= {"made_again": 0, "measured": 0, "unknown": []}
         config, ours = load_config(self.source.directory), self.model.checkpoint
-        if config.block_shapes() != self.plan.config.block_shapes() or (
-            config.num_layers != self.plan.config.num_layers
-        ):
+        if [block.tensors for block in config.blocks] != [
+            block.tensors for block in self.plan.config.blocks
+        ]:
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
         changed = list(self._changed_floats())
@@ -84,7 +86,7 @@ class ForeignProof:
 
     def _changed_floats(self) -> Iterator[str]:
         quantized = set(self.plan.quantized())
-        types = {t.source or t.name: t.dtype for t in self.plan.format.tensor_plans(self.plan)}
+        types = {t.source or t.name: t.dtype for t in format_of(self.plan).tensor_plans(self.plan)}
         source = set(self.source.names)
         for name in self.plan.config.parameter_shapes():
             path, _, suffix = name.rpartition(".")
@@ -103,12 +105,13 @@ class ForeignProof:
             path = f"{block_prefix(index)}{member}"
             linear = self.model.linear(path)
             assert linear is not None
-            format = self.plan.scheme_of(path).weight
+            scheme = self.plan.layer(index, group).scheme
+            format = scheme.weight
             error = OutputError(linear.activation, linear.weight.shape[1])
             for start, weight in self.source.float32_chunks(f"{path}.weight"):
                 part = some_rows(linear, format, slice(start, start + len(weight)))
                 error.add(part, weight if smooth is None else weight * smooth)
-            if error.value <= max_output_error(self.plan.scheme_of(path)):
+            if error.value <= max_output_error(scheme):
                 self.result["measured"] += 1
                 found = {"layer": path, "output_error": error.value, "made_again": False}
                 self.result["layers"].append(found)

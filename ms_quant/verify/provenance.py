@@ -72,7 +72,7 @@ def not_proved(directory: Path, plan: Plan, compared: bool) -> list[str]:
     static = [
         path
         for path in plan.quantized()
-        if isinstance(plan.scheme_of(path).activation, StaticInt8 | Phased)
+        if isinstance(plan.quantized_layer(path).scheme.activation, StaticInt8 | Phased)
     ]
     if static:
         found.append(

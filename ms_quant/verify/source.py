@@ -16,18 +16,22 @@ import numpy as np
 from ms_quant.algorithms import has
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
+from ms_quant.formats.checks import format_of
 from ms_quant.formats.companions import source_problems
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.job.output_directory import RECORD
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
-from ms_quant.plan.plan import Plan, recorded_way
+from ms_quant.plan.layer import LayerPlan, recorded_layer
+from ms_quant.plan.plan import Plan
 from ms_quant.quantization.divided import as_divided
 from ms_quant.quantization.rotated import RotatedCheckpoint
-from ms_quant.schemes.records import Fold, Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.statistics import activation_range
 from ms_quant.verify.folding import Folding
 from ms_quant.verify.requantize import Comparison, OutputError, ScaleRule
@@ -70,20 +74,16 @@ class Subject:
 
     def has(self, path: str, attribute: str) -> bool:
         """Whether an algorithm of a group, by its full path prefix, has a flag."""
-        return has(recorded_way(self.record["record"], path)["algorithm"], attribute)
+        return has(recorded_layer(self.record["record"], path)["algorithm"], attribute)
 
     def folded(self) -> set[str]:
         """The groups, by full path prefix, whose smoothing was folded."""
-        plan = self.plan
-        paths = [
-            f"{block_prefix(index)}{group.name}"
-            for index in range(plan.config.num_layers)
-            for group in plan.groups(index)
-        ]
         return {
-            path
-            for path in paths
-            if plan.at(path).scheme.fold is Fold.NORM and self.has(path, "smooths")
+            str(group)
+            for group, layer in self.plan.layers.items()
+            if layer is not None
+            and layer.storage.target is SmoothingTarget.NORM
+            and self.has(str(group), "smooths")
         }
 
 
@@ -127,11 +127,11 @@ class SourceProof:
         except MsQuantError as error:
             yield str(error)
             return
-        places, entry = (ours.directory, self.source.directory), plan.format.entry
+        places, entry = (ours.directory, self.source.directory), format_of(plan).entry
         yield from source_problems(*places, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded(), subject.model.stored_name)
         changed, quantized = self.folding.changed(), set(plan.quantized())
-        types = {t.source or t.name: t.dtype for t in plan.format.tensor_plans(plan)}
+        types = {t.source or t.name: t.dtype for t in format_of(plan).tensor_plans(plan)}
         for name in shapes:
             path, _, suffix = name.rpartition(".")
             if path in quantized and suffix == "weight":
@@ -154,9 +154,9 @@ class SourceProof:
             linear = self.subject.model.linear(path)
             assert linear is not None
             name = f"{block_prefix(index)}{group.name}"
-            way, subject = self.subject.plan.at(name), self.subject
+            layer, subject = self.subject.plan.layer(index, group), self.subject
             compared = _Compared(
-                subject, way, name, self.source, path, linear, smooth, member in scaled
+                subject, layer, name, self.source, path, linear, smooth, member in scaled
             )
             yield from compared.problems(self.subject.activations.get(name))
             self.result["made_again" if compared.made_again else "measured"] += 1
@@ -200,14 +200,14 @@ class _Compared:
     """One linear beside its source, some rows at a time.
 
     Attributes:
-        plan: of its group alone.
+        layer: what it is.
         name: of its group.
         smooth: float32 (in,), what folding multiplied its columns by, or None.
         scaled: whether folding divided its rows, by what is not known.
     """
 
     subject: Subject
-    plan: Plan
+    layer: LayerPlan
     name: str
     source: FloatTensors
     path: str
@@ -217,7 +217,7 @@ class _Compared:
 
     def __post_init__(self) -> None:
         self.error = OutputError(self.linear.activation, self.linear.weight.shape[1])
-        format = self.plan.scheme.weight
+        format = self.layer.scheme.weight
         shared = isinstance(format, AffineFormat) and format.per_tensor and self._has("clips")
         moved = self._has("places") or self._has("adds")
         self.made_again = not (moved or self.scaled or shared)
@@ -231,7 +231,7 @@ class _Compared:
         Args:
             recorded: the parameters of a static input, as the record states them.
         """
-        format, shape = self.plan.scheme.weight, self.linear.weight.shape
+        format, shape = self.layer.scheme.weight, self.linear.weight.shape
         by_row = self._scale_rule(recorded)
         rows, grid = Comparison(), self._grid_comparison()
         inside = self.linear.smooth
@@ -252,7 +252,7 @@ class _Compared:
         suffix = "weight_scale" if recorded is None or self._has_scale() else "deq_scale"
         yield from rows.problems(self.path, suffix, shape)
         yield from grid.problems(self.path, shape)
-        limit = max_output_error(self.plan.scheme)
+        limit = max_output_error(self.layer.scheme)
         if not self.error.value <= limit:
             yield (
                 f"{self.path}: relative output error {self.error.value:.3f} against "
@@ -260,7 +260,7 @@ class _Compared:
             )
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        rows = getattr(self.plan.scheme.weight, "row_block", 1)  # chunks are of whole blocks
+        rows = getattr(self.layer.scheme.weight, "row_block", 1)  # chunks are of whole blocks
         columns = self.linear.weight.shape[1]
         elements = columns * max(rows, CHUNK_ELEMENTS // max(1, columns) // rows * rows)
         for start, weight in self.source.float32_chunks(f"{self.path}.weight", elements):
@@ -271,11 +271,11 @@ class _Compared:
 
     def _scale_rule(self, recorded: StaticActivation | None) -> ScaleRule | None:
         """How stored scales follow from rows of int8; None for all other weights."""
-        scheme = self.plan.scheme
+        scheme = self.layer.scheme
         format = scheme.weight
         if not isinstance(format, AffineFormat) or not self.linear.integer or format.bits != 8:
             return None
-        dtype = scheme.scale_dtype(self.plan.dtype)
+        dtype = self.layer.storage.scale_dtype
         factor = np.float32(1) if recorded is None or self._has_scale() else recorded.scale
         absmax = None
         if format.per_tensor:
@@ -285,10 +285,8 @@ class _Compared:
         return ScaleRule(self._has("clips"), dtype, factor, absmax, step)
 
     def _grid_comparison(self) -> GridComparison:
-        scheme = self.plan.scheme
-        return GridComparison(
-            scheme.weight, scheme.scale_dtype(self.plan.dtype), self._has("clips")
-        )
+        scheme = self.layer.scheme
+        return GridComparison(scheme.weight, self.layer.storage.scale_dtype, self._has("clips"))
 
 
 def _scaled(weight: np.ndarray, part: QuantizedLinear) -> np.ndarray:

@@ -13,8 +13,9 @@ from ms_quant.algorithms import has, is_known
 from ms_quant.errors import MsQuantError
 from ms_quant.files.writer import shard_names
 from ms_quant.formats.golden_stick import format as golden_stick
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from sparse_compress.codec.fractal import most_bytes, tile_count
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.partition import VOCAB_MULTIPLE, fused_shape, vocab_rows
@@ -147,10 +148,10 @@ class Target:
         """The linears of a block as they are stored. A linear that is not fused keeps the name of
         its group, by which calibration results go."""
         if self.fused:
-            return config.family.groups
+            return config.block(0).groups
         return tuple(
             replace(group, members=(member,), fused=member)
-            for group in config.family.groups
+            for group in config.block(0).groups
             for member in group.members
         )
 
@@ -236,8 +237,7 @@ class Layout:
         """Name to shape of the tensors of a block that belong to no linear."""
         return {
             f"{block_prefix(index)}{name}": shape
-            for name, shape in self.config.block_shapes().items()
-            if name.rpartition(".")[0] not in self.config.linear_shapes()
+            for name, shape in self.config.block(index).loose_tensors.items()
         }
 
     def float_names(self) -> list[str]:
@@ -282,7 +282,7 @@ class Layout:
 
 def has_bias(config: ModelConfig, group: LinearGroup) -> bool:
     """Whether the linears of a group have a bias."""
-    return f"{group.members[0]}.bias" in config.block_shapes()
+    return config.block(0).linears[group.members[0]].bias
 
 
 def rank_name(rank: int) -> str:

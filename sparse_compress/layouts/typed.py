@@ -7,7 +7,8 @@ from typing import Any
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.strict_json import read_json
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import block_prefix
 from sparse_compress.layouts.base import MAX_DESCRIPTION_BYTES, Layout, Target
 
 CODED, PARAMETER, FLOAT = "W8A8SC", "W8A8S", "FLOAT"

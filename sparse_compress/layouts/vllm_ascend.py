@@ -34,7 +34,7 @@ def refusal(config: ModelConfig, tp: int) -> str | None:
         config: the model.
         tp: how many ranks there are.
     """
-    for group in config.family.groups:
+    for group in config.block(0).groups:
         if has_bias(config, group):
             return (
                 f"{group.fused} has a bias, and whether the file holds it beside quant_bias is "

@@ -12,8 +12,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.reader import fingerprint, shard_print
 from ms_quant.files.writer import TensorPlan
-from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import folded_bias
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import EMBEDDING, HEAD, find_target
@@ -118,8 +118,11 @@ def _ranks(directory: Path, output: Path, workers: int) -> Rewrite:
     for _, _, fused in groups:
         _check_one_scale(model, fused)
     paths = {f"{block_prefix(i)}{member}" for i, group, _ in groups for member in group.members}
-    shapes = model.config.linear_shapes()
-    sizes = (shapes[member] for _, group, _ in groups for member in group.members)
+    sizes = (
+        model.config.block(index).linears[member].shape
+        for index, group, _ in groups
+        for member in group.members
+    )
     files = [file for rank in model.ranks for file in rank.files]
     prints = {file.path.relative_to(directory).as_posix(): shard_print(file) for file in files}
     return Rewrite(

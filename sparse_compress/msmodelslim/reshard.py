@@ -16,8 +16,9 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.reader import check_tensor, fingerprint
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.job.output_directory import OutputDirectory
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import load_config
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.pipeline.paths import check_output_path
 from sparse_compress.codec import CORES
@@ -49,13 +50,13 @@ class SlimModel:
 
     def __init__(self, directory: Path):
         self.slim, self.config = ModelSlimDirectory(directory), load_config(directory)
-        shapes, known = self.config.linear_shapes(), set[str]()
-        for index in range(self.config.num_layers):
-            for member, shape in shapes.items():
-                path = f"{block_prefix(index)}{member}"
+        known = set[str]()
+        for block in self.config.blocks:
+            for member, spec in block.linears.items():
+                path = f"{block_prefix(block.index)}{member}"
                 if self.quantized(path):
                     known |= {f"{path}.{suffix}" for suffix in ("weight", "bias", *PARAMETERS)}
-                    self._check_linear(path, shape)
+                    self._check_linear(path, spec.shape)
         for name, size in self.config.parameter_shapes().items():
             if name not in known:
                 check_tensor(self.slim.checkpoint, name, size)
@@ -82,7 +83,7 @@ class SlimModel:
         bias = unfold_bias(
             self.slim.checkpoint.read(f"{name}.quant_bias"), weight, np.array([offset]), deq
         )
-        has_bias = f"{path}.bias" in self.config.block_shapes()
+        has_bias = self.config.block(index).linears[path].bias
         if not has_bias and bias.any():
             raise MsQuantError(
                 f"{self._where(f'{name}.quant_bias')}: {np.count_nonzero(bias)} of {bias.size} "
@@ -118,8 +119,8 @@ class SlimModel:
         """A float tensor; the bias of an int8 linear as it was folded in."""
         path, _, suffix = name.rpartition(".")
         if suffix == "bias" and self.quantized(path):
-            _, _, index, member = path.split(".", 3)
-            bias = self.linear(int(index), member).bias
+            found = parse_linear(path)
+            bias = self.linear(found.block, found.inner).bias
             assert bias is not None
             return bias
         return self.slim.checkpoint.read_float32(name)

@@ -41,16 +41,18 @@ def rate_seconds(request: Request) -> float:
     for n, k in _group_shapes(request):
         seconds += 2 * FACTOR_FLOPS * k**3 / speed
         seconds += (n + MEASURED_ROWS) * k * SECONDS_A_WEIGHT + len(PRICES) * SECONDS_A_PRICE
-    return request.layout.config.num_layers * seconds
+    return seconds
 
 
 def _group_shapes(request: Request) -> list[tuple[int, int]]:
-    """(out, in) of the groups of a block."""
-    config = request.layout.config
-    shapes = config.linear_shapes()
+    """(out, in) of all groups."""
     return [
-        (sum(shapes[member][0] for member in group.members), shapes[group.members[0]][1])
-        for group in config.family.groups
+        (
+            sum(block.linears[member].out_features for member in group.members),
+            block.in_features(group),
+        )
+        for block in request.layout.config.blocks
+        for group in block.groups
     ]
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import write_bytes
+from ms_quant.models.names import short_name
 
 Row = dict[str, Any]
 Histograms = Sequence[NDArray[np.int64]]
@@ -120,7 +121,7 @@ def page(result: dict[str, Any], histograms: Histograms) -> str:
 
 def label(row: Row) -> str:
     """What a chart calls a row."""
-    return f"{row['layer'].removeprefix('model.layers.')}, rank {row['rank']}"
+    return f"{short_name(row['layer'])}, rank {row['rank']}"
 
 
 def size_chart(rows: Sequence[Row]) -> Any:

@@ -12,16 +12,15 @@ from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.float_model import open_float
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.request import (
     CheckedJob,
     Extension,
     QuantizeOptions,
     prepare,
-    require_mindspore,
 )
-from ms_quant.plan.plan import Choices
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import DEFAULT, Layout, Target, get_target
 from sparse_compress.layouts.fp16 import survey
@@ -100,7 +99,7 @@ class SparseOptions:
             self.output,
             "W8A8",
             self.algorithm,
-            choices=Choices(algorithm={} if self.alpha is None else {"alpha": self.alpha}),
+            algorithm_options={} if self.alpha is None else {"alpha": self.alpha},
             calib=self.calib,
             samples=self.samples,
             seq_len=self.seq_len,
@@ -216,7 +215,6 @@ def _goal(options: SparseOptions) -> Goal | None:
         return Goal(float(options.target_ratio))
     assert options.max_ppl_increase is not None and options.heldout is not None
     check_increase(options.max_ppl_increase)
-    require_mindspore("--max-ppl-increase runs the model on --heldout")
     tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples)
     if tokens.shape[1] < 2:
         raise MsQuantError(
@@ -230,7 +228,7 @@ def _reasons(
 ) -> dict[str, str]:
     """Fused path to the reason why it stays float16."""
     reasons = {}
-    together = {group.name: group.members for group in config.family.groups}
+    together = {group.name: group.members for group in config.block(0).groups}
     for index, group, fused in target.linears(config):
         members = [f"{block_prefix(index)}{member}" for member in together[group.name]]
         matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
@@ -247,6 +245,6 @@ def _members(target: Target, config: ModelConfig, limits: dict[str, str]) -> lis
     return [
         f"{block_prefix(index)}{group.members[0]}"
         for index in range(config.num_layers)
-        for group in config.family.groups
+        for group in config.block(0).groups
         if group.name not in inside
     ]

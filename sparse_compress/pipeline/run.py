@@ -12,8 +12,8 @@ from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.pipeline.run import CheckedJob, complete
-from ms_quant.quantization.block import BlockHooks
-from ms_quant.quantization.block import Progress as BlockProgress
+from ms_quant.quantization.hooks import BlockHooks
+from ms_quant.quantization.work import Progress as BlockProgress
 from sparse_compress.layouts.fp16 import survey
 from sparse_compress.pipeline.request import Request, SparseOptions, check
 from sparse_compress.pipeline.writer import Progress, write_checkpoint

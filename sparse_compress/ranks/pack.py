@@ -11,8 +11,8 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.writer import TensorPlan
-from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.codec.fractal import TILE_ROWS

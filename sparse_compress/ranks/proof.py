@@ -20,8 +20,8 @@ from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import parse_json
 from ms_quant.files.writer import FileRecord, TensorPlan, write_file
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import block_prefix
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from sparse_compress.layouts import Layout, proof_file
 from sparse_compress.layouts.fp16 import SMALLEST_NORMAL
@@ -32,9 +32,9 @@ FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 
 def proof_plans(layout: Layout, index: int) -> list[TensorPlan]:
     """The tensors of a block's proof."""
-    plans, shapes = [], layout.config.linear_shapes()
+    plans, block = [], layout.config.block(index)
     for group in compressed_groups(layout, index):
-        channels = shapes[group.members[0]][1]
+        channels = block.in_features(group)
         plans += [
             TensorPlan(f"{group.name}.l2_norm", FLOAT32, (channels,)),
             TensorPlan(f"{group.name}.input_scale", FLOAT32, (channels,)),
@@ -42,7 +42,8 @@ def proof_plans(layout: Layout, index: int) -> list[TensorPlan]:
             TensorPlan(f"{group.name}.input_offset", INT8, (1,)),
         ]
         for member in group.members:
-            plans.append(TensorPlan(f"{member}.weight_scale", FLOAT32, (shapes[member][0],)))
+            rows = block.linears[member].out_features
+            plans.append(TensorPlan(f"{member}.weight_scale", FLOAT32, (rows,)))
     return list(dict.fromkeys(plans))  # linears that are not fused share a group's
 
 
@@ -88,7 +89,7 @@ def write_proof(
     metadata = {"counts": json.dumps(counts, sort_keys=True)}
     if errors:
         metadata["errors"] = json.dumps(errors, sort_keys=True)
-    return write_file(path, proof_plans(layout, index), tensors.__getitem__, metadata)
+    return write_file(path, proof_plans(layout, index), lambda plan: tensors[plan.name], metadata)
 
 
 def weight_error(source: np.ndarray, linear: QuantizedLinear) -> float:

@@ -10,8 +10,9 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import CHUNK_ELEMENTS
 from ms_quant.formats.opening import ServedModel, static_linear
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import load_config
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout, find_target, rank_name
@@ -120,13 +121,13 @@ class SparseModel:
         for member in group.members:
             places = self._places(group, member)
             rows = fused_rows(self.config, self.layout.tp, group)[member]
-            shape = self.config.linear_shapes()[member]
+            shape = self.config.block(index).linears[member].shape
             name = f"{block_prefix(index)}{member}"
             out = [(where.rows,) for where in places]
             both = [(where.rows, where.columns) for where in places]
             weight = join([part[rows] for part in coded], both, shape, f"{fused}.weight")
             deq = join([part[rows] for part in scales], out, shape[:1], f"{fused}.deq_scale")
-            quant_bias = self._fused_bias(f"{fused}.quant_bias", group, member)
+            quant_bias = self._fused_bias(f"{fused}.quant_bias", index, group, member)
             offset = self._input_offset(fused, places, shape[1])
             bias = None
             if self.layout.stores_bias(index, group):
@@ -170,7 +171,7 @@ class SparseModel:
             return np.repeat(one, size)
         return join(parts, [(where.columns,) for where in places], (size,), name)
 
-    def _fused_bias(self, name: str, group: LinearGroup, member: str) -> np.ndarray:
+    def _fused_bias(self, name: str, index: int, group: LinearGroup, member: str) -> np.ndarray:
         """A bias of one linear: of row-parallel ones the first rank has it, the others zeros."""
         parts = [rank.read(name) for rank in self.ranks]
         if group.parallel == "row":
@@ -183,7 +184,7 @@ class SparseModel:
             return parts[0]
         rows = fused_rows(self.config, self.layout.tp, group)[member]
         places = [(where.rows,) for where in self._places(group, member)]
-        size = self.config.linear_shapes()[member][:1]
+        size = self.config.block(index).linears[member].shape[:1]
         return join([part[rows] for part in parts], places, size, name)
 
     def _part_of_fused(self, path: str, suffix: str) -> np.ndarray:
@@ -191,11 +192,12 @@ class SparseModel:
         name = f"{block_prefix(index)}{group.fused}.{suffix}"
         member = path.removeprefix(block_prefix(index))
         if suffix == "bias":
-            return self._fused_bias(name, group, member)
+            return self._fused_bias(name, index, group, member)
         rows = fused_rows(self.config, self.layout.tp, group)[member]
         places = [(where.rows, where.columns) for where in self._places(group, member)]
         parts = [rank.read(name)[rows] for rank in self.ranks]
-        return join(parts, places, self.config.linear_shapes()[member], name)
+        shape = self.config.block(index).linears[member].shape
+        return join(parts, places, shape, name)
 
     def float16_chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """A float tensor as :meth:`tensor_float16` gives it, embedding and head in pieces.

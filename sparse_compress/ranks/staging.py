@@ -43,7 +43,7 @@ def write_tensors(
 ) -> FileRecord:
     """Writes a safetensors file, a tensor at a time."""
     plans = [plan for plan, _ in tensors.values()]
-    return write_file(path, plans, lambda name: tensors[name][1](), metadata)
+    return write_file(path, plans, lambda plan: tensors[plan.name][1](), metadata)
 
 
 def remove(files: Iterable[Path], directory: Path) -> None:

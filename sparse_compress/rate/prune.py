@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ms_quant.errors import MsQuantError
-from ms_quant.quantization.block import WeightTransform
+from ms_quant.quantization.hooks import WeightTransform
 from ms_quant.statistics.observers import ActivationStats
 
 PRUNINGS = ("activation", "magnitude")

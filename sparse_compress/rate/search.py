@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.atomic import write_json
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import prove_source, run_blocks
-from ms_quant.quantization.block import BlockHooks
+from ms_quant.quantization.hooks import BlockHooks
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.share import (
     Curve,
@@ -157,8 +158,6 @@ class Search:
             return self._loss(JobModel(checked.plan, job, checked.tensors))
 
     def _loss(self, model: ServedModel) -> float:
-        from ms_quant.evaluation.evaluation import perplexity
-
         assert self.goal.tokens is not None
         return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution, apply, input_quantization
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
-from ms_quant.quantization.block import Rounding
+from ms_quant.quantization.hooks import Rounding
 from sparse_compress.codec import encoded_size
 from sparse_compress.codec.fractal import TILE_ROWS, tile_count
 from sparse_compress.rate.dictionary import Floats

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from ms_quant.formats.golden_stick.format import FLOAT32
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout
 from sparse_compress.layouts.coding import PARAMETERS

@@ -25,8 +25,9 @@ from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import check_kind
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
-from ms_quant.models.config import ModelConfig, block_prefix, load_config
+from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
 from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range

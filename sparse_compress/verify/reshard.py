@@ -10,8 +10,9 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.companions import config_problems, source_problems
-from ms_quant.models.config import block_prefix, load_config
+from ms_quant.models.config import load_config
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from sparse_compress.codec.fractal import tile_count
 from sparse_compress.layouts import get_target
 from sparse_compress.layouts.fp16 import FLOAT16

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import usual
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.admm import cut, protected, pruned
@@ -140,7 +141,8 @@ def problem(dtype: np.dtype, scale: float = 1.0) -> Problem:
     stats = ActivationStats(40, len(x), with_hessian=True)
     stats.update(x)
     weights = {"q": weight * np.float32(scale), "k": -2 * weight[:7] * np.float32(scale)}
-    return Problem("block", get_scheme("W16A16S"), weights, {}, stats, dtype, lambda c: 0.0)
+    scheme, scales = usual("W16A16S")
+    return Problem("block", scheme, weights, {}, stats, dtype, lambda c: 0.0, scale_type=scales)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import usual
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.awq import AwqOptions, scale, solve, weight_share
 from ms_quant.algorithms.clip import search_clip
 from ms_quant.algorithms.problem import Problem, Solution, apply, checked, seen_inputs
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes.table import get_scheme
 from ms_quant.statistics.observers import ActivationStats
 
 K = 64
@@ -102,15 +102,24 @@ def make_problem(
 
     if scheme == "W4A16":
         more.setdefault("group_size", 32)  # its own 128 does not divide K
-    chosen = get_scheme(scheme, **more)
-    problem = Problem("qkv", chosen, weights, {}, stats, DTYPES["bfloat16"], output_error)
+    chosen, scales = usual(scheme, **more)
+    problem = Problem(
+        "qkv",
+        chosen,
+        weights,
+        {},
+        stats,
+        DTYPES["bfloat16"],
+        output_error,
+        scale_type=scales,
+    )
     return problem, x
 
 
 def deployed_loss(problem: Problem, smooth: np.ndarray | None) -> float:
     """The loss with a vector, by hand: columns multiplied, rounded, and the input divided."""
     total, x = 0.0, problem.seen.rows
-    dtype = problem.scheme.scale_dtype(problem.dtype)
+    dtype = problem.scale_dtype
     vector = np.ones(K, np.float32) if smooth is None else smooth
     for weight in problem.weights.values():
         grid = problem.scheme.weight.fit(weight * vector, "w", dtype)

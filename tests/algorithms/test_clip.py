@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from plans import usual
 
 from ms_quant.algorithms.clip import RATIOS, search_clip, solve
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes.table import get_scheme
 from ms_quant.statistics.observers import ActivationStats
 
 
@@ -159,8 +159,17 @@ def test_solve_searches_the_weights_as_they_will_be_rounded():
     stats = ActivationStats(32, len(x))
     stats.update(x)
     weights = {f"{n}_proj": rng.standard_normal((4, 32)).astype(np.float32) for n in "qkv"}
-    scheme = get_scheme("W4A16", group_size=32)
-    problem = Problem("qkv", scheme, weights, {}, stats, DTYPES["bfloat16"], lambda c: 0.0)
+    scheme, scales = usual("W4A16", group_size=32)
+    problem = Problem(
+        "qkv",
+        scheme,
+        weights,
+        {},
+        stats,
+        DTYPES["bfloat16"],
+        lambda c: 0.0,
+        scale_type=scales,
+    )
     smooth = np.exp(rng.standard_normal(32)).astype(np.float32)
     found = solve(problem, Solution(smooth=smooth), skip=("q_proj",))
     assert set(found.clip) == {"k_proj", "v_proj"}

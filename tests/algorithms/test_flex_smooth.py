@@ -18,7 +18,7 @@ from ms_quant.statistics.observers import ActivationStats
 F32 = DTYPES["float32"]
 
 
-def problem(scheme: str, *shape: Any, seed: int = 0) -> Problem:
+def problem(scheme: str, seed: int = 0) -> Problem:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((24, 16)) * np.exp(1.5 * rng.standard_normal(16))
     weights = {
@@ -32,7 +32,7 @@ def problem(scheme: str, *shape: Any, seed: int = 0) -> Problem:
     def no_loss(candidate: Any) -> float:
         raise AssertionError("the search asks for no forward of the block")
 
-    return Problem("ab", get_scheme(scheme, *shape), weights, biases, stats, F32, no_loss)
+    return Problem("ab", get_scheme(scheme), weights, biases, stats, F32, no_loss)
 
 
 def slow_error(asked: Problem, alpha: float, beta: float, bits: int) -> float:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from plans import usual
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.gptq import (
@@ -31,7 +32,6 @@ from ms_quant.numerics.float_grid import DualMxFormat, DualMxGrid, Float8Format,
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat, TwoLevelGrid, WeightFormat
 from ms_quant.numerics.linear import Kronecker
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes.table import get_scheme
 from ms_quant.statistics.observers import ActivationStats
 
 
@@ -256,7 +256,8 @@ def problem_of(
     stats.update(x)
     weights = {name: outliers(6, columns, seed + i) for i, name in enumerate("qk")}
     dtype = DTYPES["bfloat16"]
-    return Problem("qk", get_scheme(scheme, **more), weights, {}, stats, dtype, no_loss), x
+    chosen, scales = usual(scheme, **more)
+    return Problem("qk", chosen, weights, {}, stats, dtype, no_loss, scale_type=scales), x
 
 
 def chain_error(problem: Problem, x: np.ndarray, algorithm: str, **settings) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow_decoder import SlowDecoder
 
 from ms_quant.algorithms.quarot import QuaRot
 from ms_quant.errors import MsQuantError
@@ -60,55 +61,8 @@ def rotated(config: ModelConfig, tensors: Tensors, seed: int = 0) -> tuple[Model
     return quarot.config, {name: quarot.tensor(name, tensors.__getitem__) for name in names}
 
 
-def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
-
-
-def rope(x: np.ndarray) -> np.ndarray:
-    """(heads, tokens, head_dim), each pair (i, i + head_dim / 2) turned by its angle."""
-    half = x.shape[-1] // 2
-    angles = np.arange(x.shape[1])[:, None] * 10000.0 ** (-np.arange(half) / half)
-    low, high = x[..., :half], x[..., half:]
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
 def logits(config: ModelConfig, tensors: Tensors) -> np.ndarray:
-    """The whole model, float64 (tokens, vocab)."""
-
-    def linear(path: str, x: np.ndarray) -> np.ndarray:
-        return x @ tensors[f"{path}.weight"].T + tensors.get(f"{path}.bias", 0.0)
-
-    def norm(path: str, x: np.ndarray) -> np.ndarray:
-        return rms_norm(x, tensors[f"{path}.weight"], config.rms_norm_eps)
-
-    def heads(x: np.ndarray) -> np.ndarray:
-        return x.reshape(len(x), -1, config.head_dim).transpose(1, 0, 2)
-
-    def attention(path: str, x: np.ndarray) -> np.ndarray:
-        q, k, v = (heads(linear(f"{path}.{part}_proj", x)) for part in "qkv")
-        if config.qk_norm:
-            q, k = norm(f"{path}.q_norm", q), norm(f"{path}.k_norm", k)
-        share = config.num_heads // config.num_kv_heads
-        k, v = np.repeat(rope(k), share, axis=0), np.repeat(v, share, axis=0)
-        scores = rope(q) @ k.transpose(0, 2, 1) / np.sqrt(config.head_dim)
-        scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        y = weights / weights.sum(-1, keepdims=True) @ v
-        return linear(f"{path}.o_proj", y.transpose(1, 0, 2).reshape(len(x), -1))
-
-    def mlp(path: str, x: np.ndarray) -> np.ndarray:
-        gate = linear(f"{path}.gate_proj", x)
-        return linear(
-            f"{path}.down_proj", gate / (1 + np.exp(-gate)) * linear(f"{path}.up_proj", x)
-        )
-
-    x = tensors["model.embed_tokens.weight"][IDS]
-    for index in range(config.num_layers):
-        prefix = f"model.layers.{index}"
-        x = x + attention(f"{prefix}.self_attn", norm(f"{prefix}.input_layernorm", x))
-        x = x + mlp(f"{prefix}.mlp", norm(f"{prefix}.post_attention_layernorm", x))
-    return linear("model.embed_tokens" if config.tied else "lm_head", norm("model.norm", x))
+    return SlowDecoder(config, tensors).logits(IDS)
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -153,7 +107,9 @@ def test_tensors_by_dense_matrices() -> None:
         "model.norm.weight": ones,
     }
     for index in range(2):
-        old = {name: tensors[f"model.layers.{index}.{name}"] for name in config.block_shapes()}
+        old = {
+            name: tensors[f"model.layers.{index}.{name}"] for name in config.block(index).tensors
+        }
         first = np.diag(old["input_layernorm.weight"]) @ R
         second = np.diag(old["post_attention_layernorm.weight"]) @ R
         new = {

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from plans import usual
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.algorithms.ssz import SszOptions, improve, solve
 from ms_quant.numerics.grid import AffineFormat, AffineGrid
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.schemes.table import get_scheme
 
 F32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
 G, K = 32, 96
@@ -171,7 +171,8 @@ def test_the_given_grid_stays():
 
 def problem_of(scheme: str, **more) -> Problem:
     weights = {"q": random_weight(3), "k": random_weight(4)}
-    return Problem("qk", get_scheme(scheme, **more), weights, {}, None, BF16, lambda c: 0.0)
+    chosen, scales = usual(scheme, **more)
+    return Problem("qk", chosen, weights, {}, None, BF16, lambda c: 0.0, scale_type=scales)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_solution_is_a_grid_for_each_linear(scheme, more):
     solution = get_algorithms("ssz", problem.scheme, {"steps": 5}).solve(problem)
     linears = apply(problem, solution)
     for name, weight in problem.weights.items():
-        grid = problem.scheme.weight.fit(weight, name, problem.scheme.scale_dtype(BF16))
+        grid = problem.scheme.weight.fit(weight, name, problem.scale_dtype)
         np.testing.assert_array_equal(linears[name].grid.scale, improve(weight, grid, 5).scale)
         np.testing.assert_array_equal(linears[name].weight, linears[name].grid.round(weight))
 

@@ -21,10 +21,11 @@ from ms_quant.numerics.grid import AffineGrid, Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import SCHEMES, get_scheme
+from ms_quant.schemes.support import SUPPORT, store
+from ms_quant.schemes.table import get_scheme
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
-DECODER = [name for name, scheme in SCHEMES.items() if scheme.format]
+DECODER = list(SUPPORT)
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in DECODER),
     ("W8A16", {"group_size": 64, "symmetric": False}),
@@ -39,7 +40,8 @@ def layer(scheme: Scheme, inner: int, bias: bool = True) -> QuantizedLinear:
     weight = rng.standard_normal((OUTS, inner), np.float32)
     weight[1] = 0
     seen = Seen(np.full(inner, -3, "f4"), np.full(inner, 2, "f4"), DTYPES["bfloat16"], "x")
-    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(DTYPES["bfloat16"]))
+    scheme, storage = store(scheme, DTYPES["bfloat16"])
+    grid = scheme.weight.fit(weight, "w", storage.scale_dtype)
     offsets = rng.standard_normal(OUTS, np.float32) if bias else None
     return QuantizedLinear(grid.round(weight), grid, offsets, scheme.activation.fit(seen, None))
 

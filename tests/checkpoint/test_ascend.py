@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plans import given
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.ascend import format as ascend
@@ -16,7 +17,7 @@ from ms_quant.formats.ascend.codes import codes_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import SCHEMES
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -35,7 +36,7 @@ K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"
 
 def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options: Any) -> Plan:
     config = parse_config({**RAW, **(raw or {})})
-    return make_plan(config, scheme, "minmax", dtype=dtype, options=Choices(scheme=options))
+    return make_plan(config, scheme, "minmax", dtype=dtype, scheme_options=options)
 
 
 def table(chosen: Plan, path: str) -> dict[str, str]:
@@ -133,7 +134,7 @@ def test_description() -> None:
         "minmax",
         dtype=BF16,
         exclude=("*.gate_proj", "*.o_proj"),
-        options=Choices(scheme={"group_size": 32}),
+        scheme_options={"group_size": 32},
     )
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     expected: dict[str, Any] = {
@@ -200,16 +201,15 @@ def test_a_bias_of_float_weights_has_their_name() -> None:
 def test_a_shape_that_cannot_be_packed_is_refused(scheme: str, raw: dict, message: str) -> None:
     with pytest.raises(MsQuantError, match=message):
         plan(scheme, raw=raw)
-    choices = Choices(float_undivided=True)
-    made = make_plan(parse_config({**RAW, **raw}), scheme, "minmax", dtype=BF16, options=choices)
+    config = parse_config({**RAW, **raw})
+    made = make_plan(config, scheme, "minmax", dtype=BF16, float_undivided=True)
     assert DOWN in made.float_linears() and K_PROJ in made.quantized()
 
 
 def test_an_input_scale_for_each_channel_is_refused() -> None:
-    chosen = plan("W8A8_MIX")
-    chosen = replace(chosen, scheme=SCHEMES["W8A8"])
+    layer, group, spec = given(plan("W8A8_MIX"), K_PROJ)
     with pytest.raises(MsQuantError, match="the ascend format cannot hold scheme W8A8"):
-        ascend.check(chosen, chosen.groups(0)[0], (32, 64), "x")
+        ascend.check(replace(layer, scheme=SCHEMES["W8A8"]), group, spec, "x")
 
 
 def test_output_bytes_are_those_of_the_tensors(

@@ -23,7 +23,6 @@ from ms_quant.errors import MsQuantError
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import open_model
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
@@ -151,17 +150,17 @@ def mxfp8(x: np.ndarray) -> np.ndarray:
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("W8A16", {}),
-    ("W8A16", {"choices": Choices({"symmetric": False})}),
+    ("W8A16", {"scheme_options": {"symmetric": False}}),
     ("W8A8_MXFP8", {}),
     ("W4A8_MXFP", {}),
     ("W4A8_DYNAMIC", {}),
-    ("W4A8_DYNAMIC", {"choices": Choices({"group_size": 32})}),
-    ("W8A8", {"choices": Choices(format="ascend"), "dtype": "float16", **CALIBRATED}),
+    ("W4A8_DYNAMIC", {"scheme_options": {"group_size": 32}}),
+    ("W8A8", {"formats": ("ascend",), "dtype": "float16", **CALIBRATED}),
     (
         "W8A8",
-        {"choices": Choices(format="ascend"), "algorithm": "smoothquant", **CALIBRATED},
+        {"formats": ("ascend",), "algorithm": "smoothquant", **CALIBRATED},
     ),
-    ("W8A8_DYNAMIC", {"choices": Choices(format="ascend")}),
+    ("W8A8_DYNAMIC", {"formats": ("ascend",)}),
     ("W8A8_MIX", {"algorithm": "gptq", **CALIBRATED}),
     ("W8A8_MIX", {"algorithm": "smoothquant", "dtype": "float16", **CALIBRATED}),
     ("W16A16S", CALIBRATED),
@@ -218,8 +217,8 @@ def static_checkpoint(
 
     def make(dtype: str, **options: Any) -> Path:
         source = tiny_model(f"source-{dtype}", family="qwen2", layers=1, **SHAPES)
-        choices, output = Choices(format="ascend"), tmp_path / dtype
-        request = QuantizeOptions(source, output, "W8A8", choices=choices, calib=calib_text)
+        choices, output = {"formats": ("ascend",)}, tmp_path / dtype
+        request = QuantizeOptions(source, output, "W8A8", **choices, calib=calib_text)
         quantize_checkpoint(replace(request, dtype=dtype, **CALIBRATED, **options))
         return output
 
@@ -301,15 +300,15 @@ def test_a_layer_without_an_entry_is_a_key_error(
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [
-        ("W4A4_MXFP4_SVD", Choices(algorithm={"rank": 8})),
-        ("W4A8_DYNAMIC", Choices({"group_size": 32})),
+        ("W4A4_MXFP4_SVD", {"algorithm_options": {"rank": 8}}),
+        ("W4A8_DYNAMIC", {"scheme_options": {"group_size": 32}}),
     ],
 )
 def test_sizes_are_read_without_the_record(
-    scheme: str, options: Choices, tiny_model: Callable[..., Path], tmp_path: Path
+    scheme: str, options: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, output = tiny_model(layers=1, **SHAPES), tmp_path / "out"
-    quantize_checkpoint(QuantizeOptions(source, output, scheme, choices=options))
+    quantize_checkpoint(QuantizeOptions(source, output, scheme, **options))
     path, x = "model.layers.0.mlp.down_proj", np.ones((1, 128), np.float32)
     expected = open_model(output).linear(path)
     (output / "ms_quant.json").unlink()
@@ -331,7 +330,7 @@ def test_inspect(
     scheme: str, options: dict, stored: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = tiny_model(layers=1, **SHAPES)
-    request = QuantizeOptions(source, tmp_path / "out", scheme, choices=Choices(options))
+    request = QuantizeOptions(source, tmp_path / "out", scheme, scheme_options=options)
     quantize_checkpoint(request)
     found = inspect_checkpoint(tmp_path / "out")
     assert found["format"] == f"ascend {scheme}"

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plans import given, spec_of
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.ascend import format as ascend
 from ms_quant.formats.ascend.tensors import narrowed, parts, widened
-from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import PerToken, Phased, PhasedActivation, Seen, StaticActivation
@@ -22,8 +22,8 @@ from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.schemes.table import SCHEMES
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.support import SUPPORT
 
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
 RAW = {
@@ -37,7 +37,7 @@ RAW = {
     "vocab_size": 10,
 }
 K_PROJ, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"
-ROWS = [name for name, scheme in SCHEMES.items() if scheme.format == "ascend"]
+ROWS = [name for name, rows in SUPPORT.items() if rows[0].format == "ascend"]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ROWS),
     ("W8A16", {"symmetric": False}),
@@ -47,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options: Any) -> Plan:
     config = parse_config({**RAW, **(raw or {})})
-    return make_plan(config, scheme, "minmax", dtype=dtype, options=Choices(scheme=options))
+    return make_plan(config, scheme, "minmax", dtype=dtype, scheme_options=options)
 
 
 CODES = np.array([[1, -1, 7, -8], [0, 2, -3, 4]], np.int8)
@@ -57,7 +57,8 @@ def stored(scheme: str, linear: QuantizedLinear, path: str = K_PROJ, **options: 
     """A function that gives a tensor of a linear by its suffix."""
     dtype = options.pop("dtype", BF16)
     chosen = plan(scheme, dtype, **options)
-    made = parts(chosen, group_of(chosen, path), linear.weight.shape)
+    layer, group, _ = given(chosen, path)
+    made = parts(layer, group, linear.weight.shape)
     return lambda suffix: made[suffix].make(linear)
 
 
@@ -120,11 +121,11 @@ def test_widened_scales() -> None:
 
 def random_linear(chosen: Plan, path: str, bias: bool, seed: int = 0) -> QuantizedLinear:
     """A linear as a job makes it, with everything that algorithms of its chain add."""
-    rng, scheme = np.random.default_rng(seed), chosen.scheme
-    shape = chosen.config.linear_shapes()[path.split(".", 3)[3]]
+    rng, layer, shape = np.random.default_rng(seed), chosen.distinct[0], spec_of(chosen, path).shape
+    scheme = layer.scheme
     weight = rng.standard_normal(shape, np.float32)
     weight[0] = 0
-    adds = {row.adds for row in chosen.algorithms.rows}
+    adds = {row.adds for row in layer.algorithms.rows}
     branch = kronecker = None
     if "kronecker" in adds:
         factors = rotation.balanced_factors(shape[1], path)
@@ -137,7 +138,7 @@ def random_linear(chosen: Plan, path: str, bias: bool, seed: int = 0) -> Quantiz
             for s in ((rank, shape[1]), (shape[0], rank))
         )
         branch = LowRank(l1.astype(np.float32), l2.astype(np.float32))
-    grid = scheme.weight.fit(weight, path, scheme.scale_dtype(chosen.dtype))
+    grid = scheme.weight.fit(weight, path, layer.storage.scale_dtype)
     ends = np.full(shape[1], -2.7, "f4"), np.full(shape[1], 4.1, "f4")
     seen = None if scheme.activation.dynamic else Seen(*ends, chosen.dtype, path)
     return QuantizedLinear(
@@ -151,11 +152,11 @@ def random_linear(chosen: Plan, path: str, bias: bool, seed: int = 0) -> Quantiz
 
 
 def there_and_back(chosen: Plan, path: str, linear: QuantizedLinear, file: Path) -> QuantizedLinear:
-    group = group_of(chosen, path)
-    made = parts(chosen, group, linear.weight.shape)
+    layer, group, spec = given(chosen, path)
+    made = parts(layer, group, spec.shape)
     plans = [TensorPlan(f"{path}.{name}", part.dtype, part.shape) for name, part in made.items()]
-    write_file(file, plans, lambda name: made[name.rpartition(".")[2]].make(linear))
-    return ascend.read_linear(chosen, group, Checkpoint(file.parent), path, linear.bias)
+    write_file(file, plans, lambda tensor: made[tensor.name.rpartition(".")[2]].make(linear))
+    return ascend.read_linear(layer, group, spec, Checkpoint(file.parent), path, linear.bias)
 
 
 @pytest.mark.parametrize("path", [K_PROJ, DOWN])
@@ -174,7 +175,7 @@ def test_what_is_read_computes_the_same(
         np.testing.assert_array_equal(
             found.forward(x, decode).view(np.uint32), linear.forward(x, decode).view(np.uint32)
         )
-    if isinstance(chosen.scheme.activation, Phased):
+    if isinstance(chosen.distinct[0].scheme.activation, Phased):
         assert not np.array_equal(found.forward(x), found.forward(x, decode=True))
 
 
@@ -185,6 +186,6 @@ def test_what_has_no_tensor_is_refused(change: str) -> None:
     changes: dict[str, Any] = {"smooth": np.ones(64, "f4")}
     if change == "clip_ratio":
         changes = {"activation": PerToken(4, 0.75)}
-    group = group_of(chosen, K_PROJ)
+    layer, group, _ = given(chosen, K_PROJ)
     with pytest.raises(MsQuantError, match=f"has no place for {change} of a linear"):
-        ascend.linear_tensor(chosen, group, replace(linear, **changes), "weight")
+        ascend.linear_tensor(layer, group, replace(linear, **changes), "weight")

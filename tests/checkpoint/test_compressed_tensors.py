@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plans import given, held
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.compressed_tensors import format as format
@@ -16,15 +17,15 @@ from ms_quant.formats.compressed_tensors.config import (
     quantization_config,
     read_schemes,
 )
-from ms_quant.formats.format import group_of
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import PerToken
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.schemes.table import SCHEMES, get_scheme
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.table import SCHEMES
 
 FORMAT = "compressed-tensors"
 BF16, FP16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -47,10 +48,8 @@ LINEARS = [
 
 
 def plan(scheme: str, dtype: np.dtype = BF16, exclude: tuple = (), **options: Any) -> Plan:
-    choices = Choices(scheme=options, format=FORMAT)
-    return make_plan(
-        parse_config(RAW), scheme, "minmax", dtype=dtype, exclude=exclude, options=choices
-    )
+    choices = {"scheme_options": options, "format": FORMAT}
+    return make_plan(parse_config(RAW), scheme, "minmax", dtype=dtype, exclude=exclude, **choices)
 
 
 def table(chosen: Plan, path: str = K_PROJ) -> dict[str, str]:
@@ -167,8 +166,8 @@ def test_description(
 
 
 MIXTURE = [
-    (get_scheme("W8A8_DYNAMIC", FORMAT), LINEARS[:3]),
-    (get_scheme("W4A16", FORMAT, group_size=32), LINEARS[4:6]),
+    (held("W8A8_DYNAMIC", FORMAT), LINEARS[:3]),
+    (held("W4A16", FORMAT, group_size=32), LINEARS[4:6]),
 ]
 FLOATS = [LINEARS[3], LINEARS[6]]
 
@@ -182,7 +181,7 @@ def test_several_schemes_have_a_group_each_with_its_paths() -> None:
     assert second["targets"] == [f"{MLP}.gate_proj", f"{MLP}.up_proj"]
     assert (first["format"], second["format"]) == ("int-quantized", "pack-quantized")
     assert second["weights"] == integers(4, "group", 32)
-    both = [MIXTURE[0], (get_scheme("W8A8", FORMAT), LINEARS[3:])]
+    both = [MIXTURE[0], (held("W8A8", FORMAT), LINEARS[3:])]
     assert quantization_config(both, [])["format"] == "int-quantized"
 
 
@@ -192,8 +191,8 @@ def test_a_description_is_read_as_its_scheme(
 ) -> None:
     chosen = plan(scheme, exclude=("*.down_proj",), **options)
     found = read_schemes(described(chosen), LINEARS)
-    assert found == {**dict.fromkeys(LINEARS, chosen.scheme), DOWN: None}
-    assert format_of(chosen.scheme) == format
+    assert found == {**dict.fromkeys(LINEARS, chosen.distinct[0].scheme), DOWN: None}
+    assert format_of(chosen.distinct[0].scheme) == format
 
 
 def test_a_mixture_is_read_as_its_schemes() -> None:
@@ -282,9 +281,9 @@ HELD = {"W8A8_DYNAMIC", "W8A16", "W4A16", "W8A8FP8_DYNAMIC", "W8A8FP8_BLOCK"}
 
 @pytest.mark.parametrize("name", sorted(SCHEMES.keys() - HELD))
 def test_schemes_that_no_format_holds_are_refused(name: str) -> None:
-    chosen = replace(plan("W8A16"), scheme=SCHEMES[name])
+    layer, group, spec = given(plan("W8A16"), K_PROJ)
     with pytest.raises(MsQuantError, match=f"compressed-tensors format cannot hold scheme {name}"):
-        format.check(chosen, group_of(chosen, K_PROJ), (32, 64), "x")
+        format.check(replace(layer, scheme=SCHEMES[name]), group, spec, "x")
 
 
 @pytest.mark.parametrize(
@@ -301,13 +300,13 @@ def test_schemes_that_no_format_holds_are_refused(name: str) -> None:
 def test_a_shape_that_does_not_fill_words_is_refused(
     scheme: str, options: dict, shape: tuple[int, int], message: str
 ) -> None:
-    chosen = replace(plan("W8A16"), scheme=get_scheme(scheme, FORMAT, **options))
-    group = group_of(chosen, K_PROJ)
+    layer, group, _ = given(plan("W8A16"), K_PROJ)
+    layer = replace(layer, scheme=held(scheme, FORMAT, **options))
     if not message:
-        format.check(chosen, group, shape, "x")
+        format.check(layer, group, LinearSpec(*shape), "x")
         return
     with pytest.raises(MsQuantError, match=message):
-        format.check(chosen, group, shape, "x")
+        format.check(layer, group, LinearSpec(*shape), "x")
 
 
 def test_a_group_that_does_not_divide_is_refused_by_the_plan() -> None:
@@ -323,10 +322,9 @@ def test_a_group_that_does_not_divide_is_refused_by_the_plan() -> None:
     ],
 )
 def test_what_has_no_tensor_is_refused(change: dict[str, Any], what: str) -> None:
-    chosen = plan("W8A8_DYNAMIC")
+    layer, group, _ = given(plan("W8A8_DYNAMIC"), K_PROJ)
     grid = AffineFormat().grid({"weight_scale": np.ones((32, 1), "f4")})
     linear = QuantizedLinear(np.zeros((32, 64), np.int8), grid)
-    group = group_of(chosen, K_PROJ)
-    assert format.linear_tensor(chosen, group, linear, "weight").shape == (32, 64)
+    assert format.linear_tensor(layer, group, linear, "weight").shape == (32, 64)
     with pytest.raises(MsQuantError, match=f"has no place for {what} of a linear"):
-        format.linear_tensor(chosen, group, replace(linear, **change), "weight")
+        format.linear_tensor(layer, group, replace(linear, **change), "weight")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from plans import held
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.compressed_tensors.config import quantization_config, read_schemes
-from ms_quant.schemes.table import get_scheme
 
 FORMAT = "compressed-tensors"
 LINEARS = [
@@ -169,7 +169,7 @@ def test_every_versions_entry_is_read(name: str, version: str) -> None:
     found = entry(name)
     VERSIONS[version](found)
     scheme, options = WEIGHTS[name][3]
-    expected = get_scheme(scheme, FORMAT, **options)
+    expected = held(scheme, FORMAT, **options)
     assert read_schemes(found, LINEARS) == dict.fromkeys(LINEARS, expected)
 
 
@@ -187,7 +187,7 @@ def test_other_spellings_of_arguments(name: str, spelled: Entry) -> None:
     found = entry(name)
     group(found)["weights"].update(spelled)
     scheme, options = WEIGHTS[name][3]
-    assert read_schemes(found, LINEARS)[DOWN[0]] == get_scheme(scheme, FORMAT, **options)
+    assert read_schemes(found, LINEARS)[DOWN[0]] == held(scheme, FORMAT, **options)
 
 
 @pytest.mark.parametrize(
@@ -304,12 +304,12 @@ def test_static_inputs_may_be_symmetric() -> None:
     scheme = read_schemes(found, LINEARS)[DOWN[0]]
     assert scheme is not None and scheme.name == "W8A8" and scheme.activation.symmetric
     group(found)["input_activations"] = arguments(strategy="tensor", symmetric=False)
-    assert read_schemes(found, LINEARS)[DOWN[0]] == get_scheme("W8A8", FORMAT)
+    assert read_schemes(found, LINEARS)[DOWN[0]] == held("W8A8", FORMAT)
 
 
 def test_our_own_entry_is_read_back() -> None:
     for name in ("W8A8FP8_DYNAMIC", "W8A8FP8_BLOCK"):
-        scheme = get_scheme(name, FORMAT)
+        scheme = held(name, FORMAT)
         config = quantization_config([(scheme, LINEARS)], DOWN)
         assert config["format"] == "float-quantized"
         expected = {path: None if path in DOWN else scheme for path in LINEARS}

@@ -7,26 +7,25 @@ whose formulas stand here again.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from plans import given, held, with_layer
 
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.compressed_tensors import format as format
 from ms_quant.formats.compressed_tensors.config import quantization_config
 from ms_quant.formats.compressed_tensors.tensors import parts, read_linear
-from ms_quant.formats.format import group_of
 from ms_quant.models.config import parse_config
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.schemes.table import get_scheme
+from ms_quant.plan.layer import layer_plan
+from ms_quant.plan.plan import Plan
 
 FORMAT = "compressed-tensors"
 LIBRARY = Path(__file__).parents[1] / "golden" / "compressed_tensors" / "library.json"
@@ -54,19 +53,14 @@ K_PROJ = "model.layers.0.self_attn.k_proj"
 
 
 def plan(scheme: str, options: dict[str, Any]) -> Plan:
-    made = make_plan(
-        parse_config(RAW),
-        "W8A16",
-        "minmax",
-        dtype=DTYPES["bfloat16"],
-        options=Choices(format=FORMAT),
-    )
-    return replace(made, scheme=get_scheme(scheme, FORMAT, **options))
+    dtype = DTYPES["bfloat16"]
+    made = make_plan(parse_config(RAW), "W8A16", "minmax", dtype=dtype, format=FORMAT)
+    return with_layer(made, layer_plan(scheme, "minmax", dtype, options=options, format=FORMAT))
 
 
 def linear(chosen: Plan) -> QuantizedLinear:
     """The weight of the golden file, rounded on its scales and zero points."""
-    format: Any = chosen.scheme.weight
+    format: Any = chosen.distinct[0].scheme.weight
     size, levels = format.group_size or COLUMNS, 1 << format.bits
     i, j = np.ogrid[:ROWS, :COLUMNS]
     weight = (((37 * i + 11 * j) % 97 - 48) / 32).astype(np.float32)
@@ -83,11 +77,12 @@ def linear(chosen: Plan) -> QuantizedLinear:
 @pytest.mark.parametrize(("case", "scheme", "options"), CASES)
 def test_bytes_are_the_librarys(case: str, scheme: str, options: dict[str, Any]) -> None:
     chosen = plan(scheme, options)
-    group, made = group_of(chosen, K_PROJ), linear(chosen)
+    layer, group, _ = given(chosen, K_PROJ)
+    made = linear(chosen)
     names = {"weight_scale", "input_scale", "input_zero_point"}
-    assert parts(chosen, (ROWS, COLUMNS)).keys() - names == GOLDEN[case]["tensors"].keys()
+    assert parts(layer, (ROWS, COLUMNS)).keys() - names == GOLDEN[case]["tensors"].keys()
     for suffix, expected in GOLDEN[case]["tensors"].items():
-        found = format.linear_tensor(chosen, group, made, suffix)
+        found = format.linear_tensor(layer, group, made, suffix)
         assert (found.dtype.name, list(found.shape)) == (expected["dtype"], expected["shape"])
         assert found.tobytes().hex() == expected["bytes"], suffix
 
@@ -98,15 +93,17 @@ def test_the_librarys_bytes_are_read(
 ) -> None:
     chosen = plan(scheme, options)
     made, arrays = linear(chosen), {}
-    for suffix, part in parts(chosen, (ROWS, COLUMNS)).items():
+    for suffix, part in parts(chosen.distinct[0], (ROWS, COLUMNS)).items():
         stored = GOLDEN[case]["tensors"].get(suffix)
         arrays[suffix] = part.make(made)
         if stored is not None:
             data = np.frombuffer(bytes.fromhex(stored["bytes"]), stored["dtype"])
             arrays[suffix] = data.reshape(stored["shape"])
     plans = [TensorPlan(f"{K_PROJ}.{key}", a.dtype, a.shape) for key, a in arrays.items()]
-    write_file(tmp_path / "model.safetensors", plans, lambda name: arrays[name.rpartition(".")[2]])
-    found = read_linear(chosen, group_of(chosen, K_PROJ), Checkpoint(tmp_path), K_PROJ, None)
+    write_file(
+        tmp_path / "model.safetensors", plans, lambda tensor: arrays[tensor.name.rpartition(".")[2]]
+    )
+    found = read_linear(*given(chosen, K_PROJ), Checkpoint(tmp_path), K_PROJ, None)
     np.testing.assert_array_equal(found.weight, made.weight)
     assert found.float_weight()[ROW].tolist() == GOLDEN[case][f"row {ROW} read back"]
 
@@ -114,7 +111,7 @@ def test_the_librarys_bytes_are_read(
 @pytest.mark.parametrize(("case", "scheme", "options"), CASES)
 def test_arguments_are_the_librarys(case: str, scheme: str, options: dict[str, Any]) -> None:
     """Those that the library itself writes, none more and none less."""
-    config = quantization_config([(get_scheme(scheme, FORMAT, **options), [])], [])
+    config = quantization_config([(held(scheme, FORMAT, **options), [])], [])
     assert config["config_groups"]["group_0"]["weights"] == GOLDEN[case]["weights"]
 
 

@@ -16,19 +16,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from plans import given
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
-from ms_quant.files.writer import write_file
+from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.compressed_tensors import format as format
-from ms_quant.formats.format import group_of
 from ms_quant.models.config import load_config
 from ms_quant.numerics.activation import Seen, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
+from ms_quant.plan.plan import Plan
 
 FORMAT = "compressed-tensors"
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -37,10 +37,10 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
 def quantized(plan: Plan, source: Checkpoint, path: str) -> QuantizedLinear:
     """The linear that rounding to nearest gives. Those of a group see the same input."""
-    scheme, weight = plan.scheme, source.read_float32(f"{path}.weight")
-    grid = scheme.weight.fit(weight, path, scheme.scale_dtype(plan.dtype))
-    name = group_of(plan, path).name
-    low, high = np.full((2, weight.shape[1]), [[-2.7 - len(name) / 8], [3.1]], "f4")
+    layer, group, _ = given(plan, path)
+    scheme, weight = layer.scheme, source.read_float32(f"{path}.weight")
+    grid = scheme.weight.fit(weight, path, layer.storage.scale_dtype)
+    low, high = np.full((2, weight.shape[1]), [[-2.7 - len(group.name) / 8], [3.1]], "f4")
     seen = None if scheme.activation.dynamic else Seen(low, high, plan.dtype, path)
     bias = None
     if f"{path}.bias" in source.names:
@@ -55,11 +55,12 @@ def write(plan: Plan, source: Path, output: Path) -> dict[str, QuantizedLinear]:
     tensors = Checkpoint(source)
     linears = {path: quantized(plan, tensors, path) for path in plan.quantized()}
 
-    def get(name: str) -> np.ndarray:
-        path, _, suffix = name.rpartition(".")
+    def get(tensor: TensorPlan) -> np.ndarray:
+        path, _, suffix = tensor.name.rpartition(".")
         if path in linears and suffix != "bias":
-            return format.linear_tensor(plan, group_of(plan, path), linears[path], suffix)
-        return tensors.read_float32(name).astype(plan.dtype)
+            layer, group, _ = given(plan, path)
+            return format.linear_tensor(layer, group, linears[path], suffix)
+        return tensors.read_float32(tensor.name).astype(plan.dtype)
 
     write_file(output / "model.safetensors", format.FORMAT.tensor_plans(plan), get)
     config = model_config(plan.config, plan.dtype)
@@ -251,8 +252,8 @@ def test_the_runtime_computes_what_was_quantized(
     load_tensors: Callable[[Path], dict[str, np.ndarray]],
 ) -> None:
     source = tiny_model(family="qwen2", layers=1, dtype=dtype, **SHAPES)
-    choices = Choices(scheme=options, format=FORMAT)
-    plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
+    choices = {"scheme_options": options, "format": FORMAT}
+    plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], **choices)
     output = tmp_path / "out"
     write(plan, source, output)
     runtime, checkpoint = Runtime(output, load_tensors(output)), Checkpoint(output)
@@ -266,7 +267,7 @@ def test_the_runtime_computes_what_was_quantized(
             name, bias = f"{path}.bias", None
             if name in checkpoint.names:
                 bias = checkpoint.read_float32(name)
-            read.append(format.read_linear(plan, group_of(plan, path), checkpoint, path, bias))
+            read.append(format.read_linear(*given(plan, path), checkpoint, path, bias))
         x = np.random.default_rng(0).standard_normal((4, read[0].weight.shape[1]), np.float32)
         expected = np.concatenate([linear.forward(x) for linear in read], axis=1)
         np.testing.assert_allclose(runtime.forward(layer, x), expected, rtol=1e-4, atol=1e-4)
@@ -282,11 +283,11 @@ def test_what_is_read_is_what_was_written(
     tmp_path: Path,
 ) -> None:
     source = tiny_model(family="qwen2", layers=1, dtype=dtype, **SHAPES)
-    choices = Choices(scheme=options, format=FORMAT)
-    plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], options=choices)
+    choices = {"scheme_options": options, "format": FORMAT}
+    plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES[dtype], **choices)
     for path, linear in write(plan, source, tmp_path / "out").items():
         checkpoint = Checkpoint(tmp_path / "out")
-        found = format.read_linear(plan, group_of(plan, path), checkpoint, path, linear.bias)
+        found = format.read_linear(*given(plan, path), checkpoint, path, linear.bias)
         if isinstance(linear.activation, StaticActivation):
             linear = replace(linear, activation=replace(linear.activation, folds_bias=False))
         x = np.random.default_rng(1).standard_normal((3, linear.weight.shape[1]), np.float32)
@@ -299,7 +300,12 @@ def test_fused_layers_and_floats(
     source = tiny_model(layers=2, tied=True, **SHAPES)
     exclude = ("*.0.*.up_proj", "*.1.*.o_proj")
     plan = make_plan(
-        load_config(source), "W8A16", "minmax", dtype=DTYPES["bfloat16"], exclude=exclude
+        load_config(source),
+        "W8A16",
+        "minmax",
+        dtype=DTYPES["bfloat16"],
+        exclude=exclude,
+        format=FORMAT,
     )
     write(plan, source, tmp_path / "out")
     tensors = load_tensors(tmp_path / "out")
@@ -362,17 +368,15 @@ def test_a_tensor_that_contradicts_is_refused(
     save_tensors: Callable,
 ) -> None:
     source, (scheme, options) = tiny_model(layers=1, **SHAPES), made
-    choices = Choices(scheme=options, format=FORMAT)
-    plan = make_plan(
-        load_config(source), scheme, "minmax", dtype=DTYPES["bfloat16"], options=choices
-    )
+    choices = {"scheme_options": options, "format": FORMAT}
+    plan = make_plan(load_config(source), scheme, "minmax", dtype=DTYPES["bfloat16"], **choices)
     write(plan, source, tmp_path / "out")
     tensors = load_tensors(tmp_path / "out")
     changed = change(tensors.pop(f"{DOWN}.{suffix}"))
     if changed is not None:
         tensors[f"{DOWN}.{suffix}"] = np.ascontiguousarray(changed)
     save_tensors(tmp_path / "out" / "model.safetensors", tensors)
-    checkpoint, group = Checkpoint(tmp_path / "out"), group_of(plan, DOWN)
+    checkpoint = Checkpoint(tmp_path / "out")
     with pytest.raises(MsQuantError, match=message) as error:
-        format.read_linear(plan, group, checkpoint, DOWN, None)
+        format.read_linear(*given(plan, DOWN), checkpoint, DOWN, None)
     assert f"{DOWN}.{suffix}" in str(error.value)

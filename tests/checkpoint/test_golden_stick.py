@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from plans import with_layer
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.golden_stick import format as golden_stick
@@ -39,7 +40,7 @@ def plan(
 
 def table(plan: Plan) -> dict[str, str]:
     """Each tensor as ``"dtype [shape]"``."""
-    return {t.name: f"{t.dtype} {list(t.shape)}" for t in golden_stick.tensor_plans(plan)}
+    return {t.name: f"{t.dtype} {list(t.shape)}" for t in golden_stick.FORMAT.tensor_plans(plan)}
 
 
 def w8a8(out_features: int, in_features: int) -> dict[str, str]:
@@ -203,13 +204,9 @@ def test_numbers_of_a_static_linear(dtype: np.dtype) -> None:
     low, high = -rng.random(8, np.float32), 3 * rng.random(8, np.float32)
     activation = static_activation(low, high, 0.5 + rng.random(8), dtype, "x")
     linear = quantize_linear(weight, None, activation, np.dtype(np.float32))
-    stored = {
-        suffix: golden_stick.linear_tensor(plan("llama", dtype=dtype), linear, suffix)
-        for suffix in w8a8(1, 1)
-    }
-    for suffix, (kind, shape) in golden_stick.linear_plan(
-        plan("llama", dtype=dtype), (12, 8)
-    ).items():
+    (layer,) = plan("llama", dtype=dtype).distinct
+    stored = {suffix: golden_stick.linear_tensor(layer, linear, suffix) for suffix in w8a8(1, 1)}
+    for suffix, (kind, shape) in golden_stick.linear_plan(layer, (12, 8)).items():
         assert (stored[suffix].dtype, stored[suffix].shape) == (kind, shape)
     expected = np.float32(activation.scale) * linear.weight_scale
     assert expected.dtype == np.float32
@@ -226,20 +223,19 @@ def test_numbers_of_a_static_linear(dtype: np.dtype) -> None:
 def test_dynamic_weight_scale_is_used_as_stored() -> None:
     weight = np.random.default_rng(1).standard_normal((12, 8), np.float32)
     for dtype, stored_as in ((BF16, ml_dtypes.bfloat16), (FP16, np.float32)):
-        chosen = plan("llama", "W8A8_DYNAMIC", dtype)
+        (layer,) = plan("llama", "W8A8_DYNAMIC", dtype).distinct
         linear = quantize_linear(weight, None, None, dtype)
-        stored = golden_stick.linear_tensor(chosen, linear, "weight_scale")
+        stored = golden_stick.linear_tensor(layer, linear, "weight_scale")
         assert stored.dtype == stored_as
         np.testing.assert_array_equal(stored.astype(np.float32), linear.weight_scale)
 
 
 def test_a_scheme_without_a_layout_is_refused() -> None:
-    from dataclasses import replace
-
     chosen = plan("llama")
-    chosen = replace(chosen, scheme=replace(chosen.scheme, name="W3A3"))
+    (layer,) = chosen.distinct
+    layer = replace(layer, scheme=replace(layer.scheme, name="W3A3"))
     with pytest.raises(MsQuantError, match="cannot hold scheme W3A3"):
-        golden_stick.tensor_plans(chosen)
+        golden_stick.FORMAT.tensor_plans(with_layer(chosen, layer))
 
 
 def test_names_the_runtime_looks_for() -> None:

@@ -16,7 +16,6 @@ import pytest
 
 from ms_quant.formats.opening import open_model
 from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
-from ms_quant.plan.plan import Choices
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -105,7 +104,7 @@ def make(
     ("algorithm", "fold"), [("minmax", ""), ("smoothquant", ""), ("smoothquant", "norm")]
 )
 def test_the_runtime_computes_what_was_quantized(make, algorithm, fold, dtype):
-    directory, runtime = make(algorithm=algorithm, choices=Choices(fold=fold), dtype=dtype)
+    directory, runtime = make(algorithm=algorithm, fold=fold, dtype=dtype)
     model = open_model(directory)
     for fused, shards in SHARDS.items():
         assert runtime.kind(f"model.layers.1.{fused}") == "W8A8"

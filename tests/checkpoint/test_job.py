@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plans import usual
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files import lock
@@ -25,15 +26,15 @@ from ms_quant.job.directory import (
 from ms_quant.numerics.activation import Seen
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.quantization.block import Block
-from ms_quant.schemes.table import SCHEMES, get_scheme
+from ms_quant.quantization.block import QuantizedBlock
+from ms_quant.schemes.table import SCHEMES
 
 RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
 
 
 def begin(directory: Path, record: dict = RECORD, any_environment: bool = False) -> JobDirectory:
     """A job that some process began and left."""
-    job = JobDirectory(directory, record, any_environment)
+    job = JobDirectory(directory, record, any_environment, scheme_of=lambda path: SCHEMES["W8A8"])
     with job.open():
         return job
 
@@ -139,7 +140,7 @@ def test_files_of_someone_else_outlive_the_job(tmp_path: Path) -> None:
     (job.directory / ".git").mkdir()
     for path in mine:
         path.write_text("mine")
-    job.finish_block(0, Block({"a": static_linear()}), {})
+    job.finish_block(0, QuantizedBlock({"a": static_linear()}), {})
     (job.directory / ".block-00001.safetensors.9.tmp").write_text("half")
     with JobDirectory(job.directory, RECORD).open():
         job.remove()
@@ -190,17 +191,15 @@ def test_temporaries_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "ms_quant.lock"]
 
 
-def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
+def test_blocks_finish_and_come_back(tmp_path: Path) -> None:
     job = begin(tmp_path / "job")
-    assert job.finished_blocks() == 0
+    assert job.finished() == set()
     linear = static_linear()
     statistics = {"qkv.l2_norm": np.arange(4, dtype=np.float32)}
-    job.hidden_file(0).write_bytes(b"input")
     gain = np.float32([1, 2])
-    block = Block({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
+    block = QuantizedBlock({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
     job.finish_block(0, block, statistics)
-    assert job.finished_blocks() == 1
-    assert not job.hidden_file(0).exists()  # nothing needs it any more
+    assert job.finished() == {0}
     again = begin(tmp_path / "job")
     found = again.linear(0, "a.b")
     assert isinstance(found.activation, StaticActivation)
@@ -221,15 +220,18 @@ def test_blocks_finish_in_order_and_come_back(tmp_path: Path) -> None:
     assert again.notes(0) == {"qkv": {"alpha": 0.5}}
 
 
-def test_a_block_after_a_gap_does_not_count(tmp_path: Path) -> None:
+def test_blocks_finish_in_any_order(tmp_path: Path) -> None:
     job = begin(tmp_path / "job")
-    job.finish_block(1, Block({"a": static_linear()}), {})
-    assert job.finished_blocks() == 0
+    for index, finished in ((3, {3}), (1, {1, 3}), (0, {0, 1, 3})):
+        job.finish_block(index, QuantizedBlock({"a": static_linear()}), {})
+        assert job.finished() == finished
+    (tmp_path / "job" / "block-00002.1.safetensors").write_bytes(b"")  # of another format
+    assert job.finished() == {0, 1, 3}
 
 
 def test_remove_deletes_the_record_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = begin(tmp_path / "job")
-    job.finish_block(0, Block({"a": static_linear()}), {})
+    job.finish_block(0, QuantizedBlock({"a": static_linear()}), {})
     unlink, order = Path.unlink, []
 
     def recorded(path: Path, missing_ok: bool = False) -> None:
@@ -287,15 +289,15 @@ def test_what_is_not_known_yet_is_not_compared_but_must_be_there(tmp_path: Path)
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
-    scheme, rng = get_scheme(name), np.random.default_rng(0)
+    (scheme, scales), rng = usual(name), np.random.default_rng(0)
     weight = rng.standard_normal((6, 128), np.float32)
     x = rng.standard_normal((5, 128), np.float32)
     seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
-    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(DTYPES["bfloat16"]))
+    grid = scheme.weight.fit(weight, "w", scales.dtype(DTYPES["bfloat16"]))
     linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
     job = JobDirectory(tmp_path / "job", RECORD, scheme_of=lambda path: scheme)
     with job.open():
-        job.finish_block(0, Block({"a": linear}), {})
+        job.finish_block(0, QuantizedBlock({"a": linear}), {})
     for decode in (False, True):
         found, expected = job.linear(0, "a").forward(x, decode), linear.forward(x, decode)
         np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plans import given, with_layer
 
-from ms_quant.algorithms import get_algorithms
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.formats.format import group_of
 from ms_quant.formats.mindie_sd import format as mindie_sd
 from ms_quant.formats.mindie_sd.reading import Tensors, read
 from ms_quant.formats.mindie_sd.tensors import Layout, parts
@@ -27,8 +26,10 @@ from ms_quant.numerics.linear import QuantizedLinear, smooth_of, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.plan.plan import Choices, Plan
-from ms_quant.schemes.records import Fold
+from ms_quant.plan.layer import layer_plan
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.storage import ScaleType
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
 F32, BF16, FP16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
@@ -53,24 +54,25 @@ def plan(scheme: str, dtype: np.dtype = BF16, raw: dict | None = None, **options
     config = parse_config({**RAW, **(raw or {})})
     algorithm = "smoothquant" if options.pop("smooths", False) else "minmax"
     bare = TYPES[scheme].needs_bias
-    choices = Choices(WHOLE.get("W8A16" if bare else scheme, options), format="mindie-sd")
+    choices = {
+        "scheme_options": WHOLE.get("W8A16" if bare else scheme, options),
+        "format": "mindie-sd",
+    }
     made = make_plan(
         config,
         "W8A16" if bare else scheme,
         "minmax" if bare else algorithm,
         dtype=dtype,
-        options=choices,
+        **choices,
     )
     if not bare:
         return made
-    fold = Fold.MUL_SCALE if algorithm == "smoothquant" else Fold.NORM
-    found = get_scheme(scheme, "mindie-sd", fold, **options)
-    return replace(made, scheme=found, algorithms=get_algorithms(algorithm, found))
+    layer = layer_plan(scheme, algorithm, dtype, options=options, format="mindie-sd")
+    return with_layer(made, layer)
 
 
 def table(chosen: Plan, path: str) -> dict[str, str]:
-    group, shape = group_of(chosen, path), chosen.config.linear_shapes()[path.split(".", 3)[3]]
-    found = mindie_sd.linear_plan(chosen, group, (shape[0], shape[1]))
+    found = mindie_sd.linear_plan(*given(chosen, path))
     return {suffix: f"{dtype} {list(size)}" for suffix, (dtype, size) in found.items()}
 
 
@@ -228,12 +230,19 @@ def test_reciprocals_are_exact_there_and_back() -> None:
     assert smooth_of(np.float32([0.5, 4])).dtype == np.float32
 
 
-def random_linear(scheme: Any, shape: tuple[int, int], dtype: np.dtype, bias: bool, seed: int = 0):
+def random_linear(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    bias: bool,
+    scale_type: ScaleType = ScaleType.MODEL,
+    seed: int = 0,
+) -> QuantizedLinear:
     """Exact in the type, as quantizing for it makes them."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal(shape, np.float32)
     weight[0] = 0
-    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(dtype))
+    grid = scheme.weight.fit(weight, "w", scale_type.dtype(dtype))
     steps = (3,) if scheme.name == "W8A8_TIMESTEP" else ()
     ends = np.full((*steps, shape[1]), -2.7, "f4"), np.full((*steps, shape[1]), 4.1, "f4")
     seen = None if scheme.activation.dynamic else Seen(*ends, dtype, "x")
@@ -256,7 +265,7 @@ def test_what_is_read_computes_the_same(
     type: str, smooths: bool, dtype: np.dtype, bias: bool, tmp_path: Path
 ) -> None:
     row = TYPES[type]
-    scheme = row.make().narrowed()
+    scheme = row.make()
     for shape in [(1, 2), (7, 34), (3, 1030)]:
         linear = random_linear(scheme, shape, dtype, bias)
         if smooths:
@@ -269,7 +278,7 @@ def test_what_is_read_computes_the_same(
         write_file(
             tmp_path / "model.safetensors",
             plans,
-            lambda name, t=tables, x=linear: t[name.removeprefix("a.b.")].make(x),
+            lambda plan, t=tables, x=linear: t[plan.name.removeprefix("a.b.")].make(x),
         )
         found = read(type, Tensors(Checkpoint(tmp_path)), "a.b", shape, dtype)
         x = np.random.default_rng(1).standard_normal((5, shape[1]), np.float32)
@@ -294,15 +303,15 @@ def test_scales_that_a_type_does_not_hold_are_refused() -> None:
 
 
 def written(chosen: Plan, path: str, linear: QuantizedLinear, file: Path, **change: Any) -> None:
-    group = group_of(chosen, path)
-    shapes = mindie_sd.linear_plan(chosen, group, linear.weight.shape)
-    arrays = {s: mindie_sd.linear_tensor(chosen, group, linear, s) for s in shapes}
+    layer, group, spec = given(chosen, path)
+    shapes = mindie_sd.linear_plan(layer, group, spec)
+    arrays = {s: mindie_sd.linear_tensor(layer, group, linear, s) for s in shapes}
     if linear.bias is not None:
-        arrays["bias"] = linear.bias.astype(mindie_sd.bias_dtype(chosen, path))
+        arrays["bias"] = linear.bias.astype(mindie_sd.bias_dtype(layer, path))
     arrays |= change
     assert {s: (a.dtype, a.shape) for s, a in arrays.items() if s in shapes} == shapes
     plans = [TensorPlan(f"{path}.{s}", a.dtype, a.shape) for s, a in arrays.items()]
-    write_file(file, plans, lambda name: arrays[name.removeprefix(f"{path}.")])
+    write_file(file, plans, lambda tensor: arrays[tensor.name.removeprefix(f"{path}.")])
 
 
 @pytest.mark.parametrize("path", [K_PROJ, DOWN])
@@ -310,44 +319,44 @@ def written(chosen: Plan, path: str, linear: QuantizedLinear, file: Path, **chan
 @pytest.mark.parametrize("scheme", DECODER)
 def test_decoders_there_and_back(scheme: str, dtype: np.dtype, path: str, tmp_path: Path) -> None:
     chosen = plan(scheme, dtype)
-    shape = chosen.config.linear_shapes()[path.split(".", 3)[3]]
-    linear = random_linear(chosen.scheme, (shape[0], shape[1]), dtype, path == K_PROJ)
+    layer, group, spec = given(chosen, path)
+    scales = layer.storage.scale_type
+    linear = random_linear(layer.scheme, spec.shape, dtype, path == K_PROJ, scales)
     written(chosen, path, linear, tmp_path / "model.safetensors")
-    group, checkpoint = group_of(chosen, path), Checkpoint(tmp_path)
-    found = mindie_sd.read_linear(chosen, group, checkpoint, path, linear.bias)
-    x = np.random.default_rng(1).standard_normal((5, shape[1]), np.float32)
+    found = mindie_sd.read_linear(layer, group, spec, Checkpoint(tmp_path), path, linear.bias)
+    x = np.random.default_rng(1).standard_normal((5, spec.in_features), np.float32)
     np.testing.assert_array_equal(found.forward(x), linear.forward(x))
     assert (found.bias is None) == (linear.bias is None)
 
 
 def test_a_wrong_quant_bias_is_found(tmp_path: Path) -> None:
     chosen = plan("W8A8_PER_CHANNEL")
-    linear = random_linear(chosen.scheme, (32, 64), BF16, True)
-    wrong = mindie_sd.linear_tensor(chosen, group_of(chosen, K_PROJ), linear, "quant_bias") + 0
+    layer, group, spec = given(chosen, K_PROJ)
+    linear = random_linear(layer.scheme, (32, 64), BF16, True, layer.storage.scale_type)
+    wrong = mindie_sd.linear_tensor(layer, group, linear, "quant_bias") + 0
     wrong[3] += 1
     written(chosen, K_PROJ, linear, tmp_path / "model.safetensors", quant_bias=wrong)
     with pytest.raises(MsQuantError, match=r"k_proj\.quant_bias: 1 of 32 values differ from what"):
-        group = group_of(chosen, K_PROJ)
-        mindie_sd.read_linear(chosen, group, Checkpoint(tmp_path), K_PROJ, linear.bias)
+        mindie_sd.read_linear(layer, group, spec, Checkpoint(tmp_path), K_PROJ, linear.bias)
 
 
 def test_a_bias_of_zeros_is_none_but_another_is_refused(tmp_path: Path) -> None:
     chosen = plan("W8A8_MXFP8")
-    linear, group = random_linear(chosen.scheme, (64, 1088), BF16, False), group_of(chosen, DOWN)
+    layer, group, spec = given(chosen, DOWN)
+    linear = random_linear(layer.scheme, (64, 1088), BF16, False, layer.storage.scale_type)
     written(chosen, DOWN, linear, tmp_path / "model.safetensors", bias=np.ones(64, "f4"))
     with pytest.raises(
         MsQuantError, match=r"down_proj\.bias: the layer has no bias, expected none"
     ):
-        mindie_sd.read_linear(chosen, group, Checkpoint(tmp_path), DOWN, None)
+        mindie_sd.read_linear(layer, group, spec, Checkpoint(tmp_path), DOWN, None)
 
 
 def test_what_has_no_tensor_is_refused() -> None:
-    chosen = plan("W8A8_DYNAMIC")
-    linear = replace(random_linear(chosen.scheme, (32, 64), BF16, True), smooth=np.ones(64, "f4"))
-    group = group_of(chosen, K_PROJ)
+    layer, group, _ = given(plan("W8A8_DYNAMIC"), K_PROJ)
+    linear = replace(random_linear(layer.scheme, (32, 64), BF16, True), smooth=np.ones(64, "f4"))
     with pytest.raises(MsQuantError, match="has no place for smooth of a linear here"):
-        mindie_sd.linear_tensor(chosen, group, linear, "weight")
-    found = mindie_sd.linear_tensor(chosen, group, linear, "linear.weight")
+        mindie_sd.linear_tensor(layer, group, linear, "weight")
+    found = mindie_sd.linear_tensor(layer, group, linear, "linear.weight")
     np.testing.assert_array_equal(found, linear.weight)
 
 
@@ -390,14 +399,13 @@ def test_names_in_any_case(value: str, expected: str) -> None:
 
 def other(scheme: str, **options: Any) -> Plan:
     """A plan of a scheme that the format does not hold."""
-    return replace(plan("W8A16"), scheme=get_scheme(scheme, **options))
+    made = plan("W8A16")
+    layer = replace(made.distinct[0], scheme=get_scheme(scheme, **options))
+    return with_layer(made, layer)
 
 
 def checked(chosen: Plan, path: str = K_PROJ) -> Callable[[], None]:
-    shape = chosen.config.linear_shapes()[path.split(".", 3)[3]]
-    return lambda: mindie_sd.check(
-        chosen, group_of(chosen, path), (shape[0], shape[1]), f"{path}.weight"
-    )
+    return lambda: mindie_sd.check(*given(chosen, path), f"{path}.weight")
 
 
 REFUSALS: list[tuple[Callable[[], None], str]] = [

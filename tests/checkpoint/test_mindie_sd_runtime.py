@@ -29,7 +29,7 @@ from mindspore import Tensor, mint, nn
 import ms_quant
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import open_model
-from ms_quant.pipeline.request import QuantizeOptions, make_choices
+from ms_quant.pipeline.request import QuantizeOptions, split_options
 from ms_quant.pipeline.run import quantize_checkpoint
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
@@ -437,14 +437,15 @@ def test_decoders_are_evaluated_as_they_run(
             algorithm=algorithm,
             dtype=dtype,
             formats=("mindie-sd",),
-            choices=make_choices(options, [], scheme in NEEDS_BIAS, "float"),
+            **split_options(options),
+            float_undivided=scheme in NEEDS_BIAS,
             **(calibrated if algorithm != "minmax" else {}),
         )
     )
     (path,) = out.glob("quant_model_description_*.json")
     runtime, model = Runtime(path, load_tensors, dtype), open_model(out)
     count = 0
-    for member in model.config.linear_shapes():
+    for member in model.config.block(0).linears:
         name = f"model.layers.0.{member}"
         linear = model.linear(name)
         if linear is None:

@@ -21,7 +21,7 @@ from ms_quant.models.weights import check_model
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     plans = [TensorPlan(name, array.dtype, array.shape) for name, array in arrays.items()]
-    write_file(path, plans, arrays.__getitem__)
+    write_file(path, plans, lambda plan: arrays[plan.name])
 
 
 def index(directory: Path, weight_map: Any, name: str = "model.safetensors.index.json") -> None:

@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from watched_block import block_with_inputs
 
 from ms_quant.algorithms.quarot import QuaRot
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.float32_forward import load_block
+from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.files import reader
 from ms_quant.files.reader import Checkpoint
+from ms_quant.formats.opening import open_model
+from ms_quant.models.block_forward import Positions
 from ms_quant.models.config import load_config
 from ms_quant.quantization import rotated
 from ms_quant.quantization.rotated import RotatedCheckpoint
-
-pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "models" / "stdlib-qwen3-6m"
@@ -167,12 +170,9 @@ def test_values_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_mindspore_gives_the_same_losses(
+def test_the_losses_are_the_same(
     tiny_model: Callable[..., Path], write: Writer, model: dict[str, Any]
 ) -> None:
-    from ms_quant.evaluation.evaluation import token_losses
-    from ms_quant.formats.opening import open_model
-
     directory = tiny_model(**model)
     tokens = np.random.default_rng(0).integers(0, 320, (4, 16)).astype(np.int32)
     exact = token_losses(open_model(directory), tokens)
@@ -181,9 +181,6 @@ def test_mindspore_gives_the_same_losses(
 
 
 def test_the_perplexity_of_the_bundled_model_stays(write: Writer) -> None:
-    from ms_quant.evaluation.evaluation import perplexity
-    from ms_quant.formats.opening import open_model
-
     tokens = eval_windows(ROOT / "models" / "text" / "heldout.txt", BUNDLED, 256)[:8]
     exact = perplexity(open_model(BUNDLED), tokens)["perplexity"]
     found = perplexity(open_model(write(view(BUNDLED), "rotated")), tokens)["perplexity"]
@@ -204,27 +201,15 @@ def twin(tmp_path: Path) -> Path:
 
 def crests(directory: Path, tokens: np.ndarray) -> dict[str, float]:
     """max|x| / rms of the inputs of qkv and gate_up, in the mean over tokens."""
-    from mindspore import Tensor
-
-    from ms_quant.cells.decoder import causal_mask, rope_tensors
-    from ms_quant.cells.recorder import Recorder
-    from ms_quant.cells.tree import get_cell, replaced
-    from ms_quant.evaluation.evaluation import load_block
-    from ms_quant.formats.opening import open_model
-
     model, found = open_model(directory), {}
-    cos, sin = rope_tensors(model.config, 0, tokens.shape[1])
-    hidden = Tensor(model.tensor("model.embed_tokens.weight")[tokens])
+    positions = Positions(model.config, tokens.shape[1])
+    hidden = model.tensor("model.embed_tokens.weight")[tokens]
     for index in range(model.config.num_layers):
-        block = load_block(model, index)
+        hidden, inputs = block_with_inputs(load_block(model, index), hidden, positions)
         for path in ("self_attn.q_proj", "mlp.gate_proj"):
-
-            def note(x: np.ndarray, name: str = f"{index}.{path}") -> None:
-                found[name] = float(np.mean(np.abs(x).max(-1) / np.sqrt(np.square(x).mean(-1))))
-
-            with replaced(block, {path: Recorder(get_cell(block, path), note)}):
-                output = block(hidden, cos, sin, causal_mask(tokens.shape[1]))
-        hidden = output
+            x = inputs[path]
+            crest = np.abs(x).max(-1) / np.sqrt(np.square(x).mean(-1))
+            found[f"{index}.{path}"] = float(np.mean(crest))
     return found
 
 

@@ -193,7 +193,7 @@ def test_reads_what_the_family_says():
     qwen3 = parse(model_type="qwen3", head_dim=32, tie_word_embeddings=True)
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.tied) == (False, True, True)
     assert qwen3.parameter_shapes()["model.layers.1.self_attn.q_norm.weight"] == (32,)
-    assert qwen3.linear_shapes()["self_attn.o_proj"] == (64, 128)
+    assert qwen3.block(1).linears["self_attn.o_proj"].shape == (64, 128)
     assert "lm_head.weight" not in qwen3.parameter_shapes()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import usual
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation, Seen
@@ -28,7 +29,8 @@ from ms_quant.numerics.linear import (
 )
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import SCHEMES, get_scheme
+from ms_quant.schemes.storage import ScaleType
+from ms_quant.schemes.table import SCHEMES
 
 F32, BF16, F16 = DTYPES["float32"], DTYPES["bfloat16"], DTYPES["float16"]
 ROUNDOFF = 2.0**-24
@@ -315,18 +317,23 @@ CHOICES = [
     ("W4A8_DYNAMIC", {"group_size": 64}),
     ("W4A4_MXFP4_DUALSCALE", {"dual_block_size": 64}),
 ]
-VARIANTS = [
-    pytest.param(get_scheme(name, **more), id=f"{name}{more or ''}") for name, more in CHOICES
-]
+VARIANTS = [pytest.param(*usual(name, **more), id=f"{name}{more or ''}") for name, more in CHOICES]
 
 
-def made(scheme: Scheme, *, inner: int = 128, bias: bool = True, seed: int = 0):
+def made(
+    scheme: Scheme,
+    scales: ScaleType = ScaleType.FLOAT32,
+    *,
+    inner: int = 128,
+    bias: bool = True,
+    seed: int = 0,
+):
     """Some inputs and a linear of a scheme, rounded to nearest."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((5, inner)) + 0.3).astype("f4")
     x[1] = 0
     weight = rng.standard_normal((6, inner)).astype("f4") * 0.1
-    grid = scheme.weight.fit(weight, "w", scheme.scale_dtype(BF16))
+    grid = scheme.weight.fit(weight, "w", scales.dtype(BF16))
     activation = scheme.activation.fit(Seen(*ranges(x), BF16, "x"), None)
     offsets = rng.standard_normal(6).astype("f4") if bias else None
     return x, QuantizedLinear(grid.round(weight), grid, offsets, activation)
@@ -368,8 +375,7 @@ def slow_tokens(linear: QuantizedLinear, x: np.ndarray, bits: int, clip: float =
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", INTEGER)
 def test_integer_schemes_are_the_formula(name, bias):
-    scheme = get_scheme(name)
-    x, linear = made(scheme, bias=bias, inner=33)
+    x, linear = made(*usual(name), bias=bias, inner=33)
     assert linear.integer
     if name == "W8A8":
         np.testing.assert_array_equal(linear.forward(x), slow_static(linear, x))
@@ -387,16 +393,16 @@ def test_integer_schemes_are_the_formula(name, bias):
 @pytest.mark.parametrize("clip", [1.0, 0.9, 0.5])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_clipped_tokens(bits, clip):
-    x, linear = made(get_scheme("W4A4_DYNAMIC"), inner=33)
+    x, linear = made(*usual("W4A4_DYNAMIC"), inner=33)
     linear = replace(linear, activation=PerToken(bits, clip))
     np.testing.assert_array_equal(linear.forward(x), slow_tokens(linear, x, bits, clip))
 
 
-@pytest.mark.parametrize("scheme", [p for p in VARIANTS if p.id not in INTEGER])
-def test_other_schemes_are_the_product_of_both_dequantized(scheme):
+@pytest.mark.parametrize(("scheme", "scales"), [p for p in VARIANTS if p.id not in INTEGER])
+def test_other_schemes_are_the_product_of_both_dequantized(scheme, scales):
     """K products and K - 1 sums in any order, and the bias: each off by 2**-24 of what it gives,
     so that the sum is off by (K + 1) * 2**-24 of the sum of magnitudes, and a little."""
-    x, linear = made(scheme)
+    x, linear = made(scheme, scales)
     assert not linear.integer
     seen = linear.activation.fake(x).astype("f8")
     weight = linear.grid.values(linear.weight).astype("f8")
@@ -410,7 +416,7 @@ def test_other_schemes_are_the_product_of_both_dequantized(scheme):
 
 
 def test_a_bias_is_not_lost_where_no_integer_sum_could_hold_it():
-    x, linear = made(get_scheme("W8A8_PER_CHANNEL"), inner=64)
+    x, linear = made(*usual("W8A8_PER_CHANNEL"), inner=64)
     weight = linear.float_weight()
     for format in (AffineFormat(8, 32), Float8Format()):
         grid = format.fit(weight, "w")
@@ -493,9 +499,9 @@ def test_inputs_are_quantized_after_the_transforms(fields):
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
-@pytest.mark.parametrize("scheme", VARIANTS)
-def test_arrays_give_the_linear_back(scheme, fields):
-    x, linear = made(scheme, bias=False)
+@pytest.mark.parametrize(("scheme", "scales"), VARIANTS)
+def test_arrays_give_the_linear_back(scheme, scales, fields):
+    x, linear = made(scheme, scales, bias=False)
     rng = np.random.default_rng(3)
     if isinstance(linear.activation, PerToken):
         linear = replace(linear, activation=PerToken(linear.activation.bits, 0.75))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ms_quant.errors import MsQuantError
-from ms_quant.recipe import Recipe, Rule, Step, Treatment, assign, idle_patterns
+from ms_quant.recipe import LayerChoice, Recipe, Rule, Step, assign, idle_patterns
 
 Q, OUT, UP, DOWN = (
     f"model.layers.0.{name}"
@@ -25,9 +25,9 @@ def test_rules_and_steps_meet_at_a_linear():
         (Step("smoothquant", {"alpha": 0.9}, groups=("qkv",)), Step("quarot")),
     )
     assert assign(recipe, LINEARS) == {
-        Q: Treatment("W8A8_DYNAMIC", {}, ("smoothquant", "quarot"), {"smoothquant.alpha": 0.9}),
-        OUT: Treatment("W8A8_DYNAMIC", {}, ("quarot",)),
-        UP: Treatment("W4A16", {"group_size": 64}, ("quarot", "gptq"), {"gptq.damping": 0.1}),
+        Q: LayerChoice("W8A8_DYNAMIC", {}, ("smoothquant", "quarot"), {"smoothquant.alpha": 0.9}),
+        OUT: LayerChoice("W8A8_DYNAMIC", {}, ("quarot",)),
+        UP: LayerChoice("W4A16", {"group_size": 64}, ("quarot", "gptq"), {"gptq.damping": 0.1}),
     }
 
 
@@ -43,7 +43,7 @@ def test_a_branch_or_a_transform_makes_another_scheme():
         UP: "W4A4_MXFP4",
         DOWN: "W4A4_MXFP4_SVD",
     }
-    assert found[DOWN] == Treatment("W4A4_MXFP4_SVD", {}, ("svd",), {"svd.rank": 16})
+    assert found[DOWN] == LayerChoice("W4A4_MXFP4_SVD", {}, ("svd",), {"svd.rank": 16})
 
 
 def test_what_a_scheme_cannot_do_without_is_named():

@@ -66,7 +66,7 @@ class Damage:
         change(tensors)
         plans = [TensorPlan(key, array.dtype, array.shape) for key, array in tensors.items()]
         path.unlink()
-        write_file(path, plans, tensors.__getitem__, metadata)
+        write_file(path, plans, lambda plan: tensors[plan.name], metadata)
 
     def edit_json(self, name: str, change: Callable[[dict[str, Any]], None]) -> None:
         """Rewrites one JSON file; ``change`` edits it in place."""

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import Generator, perplexity
+from ms_quant.evaluation.generation import Generator
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.formats.opening import ServedModel, open_model
 from sparse_compress.cli import app

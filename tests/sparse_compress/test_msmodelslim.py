@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.evaluation import perplexity
+from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.numerics.linear import folded_bias
 from sparse_compress.cli import app
 from sparse_compress.codec import decompress_matrix

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix
+from ms_quant.models.names import block_prefix
 from ms_quant.serve.records import ServeRequest
 from sparse_compress.layouts import TARGETS
 from sparse_compress.layouts.partition import place

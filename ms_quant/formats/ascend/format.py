@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
@@ -19,18 +20,17 @@ from ms_quant.formats.ascend.leeway import LEEWAY
 from ms_quant.formats.ascend.reading import read_linear
 from ms_quant.formats.ascend.tensors import FLOAT32, WITH_CODES, parts, slices_of
 from ms_quant.formats.flat_description import kinds
-from ms_quant.formats.format import CheckpointFormat, Tensors, is_there
+from ms_quant.formats.format import CheckpointFormat, Options, Tensors, is_there
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.float_grid import FloatFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.rotation import balanced_factors
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
 
 DESCRIPTION, VERSION = "quant_model_description.json", "1.0.0"
 TRANSFORM_MULTIPLE = 8
@@ -56,38 +56,38 @@ ADDED = ("left_trans", "right_trans", "clip_ratio", *BRANCH)
 FLOATS = frozenset({"bias", *BRANCH})
 
 
-def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
+def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> None:
     """Refuses a linear that cannot be stored.
 
     Raises:
         MsQuantError: the scheme's input has a scale for each channel, or the shape cannot be
             packed or divided over ranks; names the weight.
     """
-    activation = plan.scheme.activation
+    activation = layer.scheme.activation
     if isinstance(activation, StaticInt8) and activation.per_channel:
-        raise MsQuantError(f"the ascend format cannot hold scheme {plan.scheme.name}")
-    codes_of(plan.scheme, plan.dtype).check(*shape, name)
-    if plan.scheme.algorithm == "flatquant":
-        if shape[1] % TRANSFORM_MULTIPLE:
+        raise MsQuantError(f"the ascend format cannot hold scheme {layer.scheme.name}")
+    codes_of(layer.scheme, layer.dtype).check(*spec.shape, name)
+    if layer.scheme.algorithm == "flatquant":
+        if spec.in_features % TRANSFORM_MULTIPLE:
             raise MsQuantError(
-                f"{name}: {shape[1]} inputs, expected a multiple of {TRANSFORM_MULTIPLE} for a "
-                "Kronecker transform"
+                f"{name}: {spec.in_features} inputs, expected a multiple of {TRANSFORM_MULTIPLE} "
+                "for a Kronecker transform"
             )
-        balanced_factors(shape[1], name)
+        balanced_factors(spec.in_features, name)
     slices = slices_of(group)
-    if has_scale_bias(plan.scheme) and shape[1] % slices:
+    if has_scale_bias(layer.scheme) and spec.in_features % slices:
         raise MsQuantError(
-            f"{name}: {shape[1]} inputs, expected a multiple of {slices}: scale_bias of a "
+            f"{name}: {spec.in_features} inputs, expected a multiple of {slices}: scale_bias of a "
             "row-parallel linear has a sum for each rank"
         )
 
 
-def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Tensors:
-    return {key: (part.dtype, part.shape) for key, part in parts(plan, group, shape).items()}
+def linear_plan(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> Tensors:
+    return {key: (part.dtype, part.shape) for key, part in parts(layer, group, spec.shape).items()}
 
 
 def linear_tensor(
-    plan: Plan, group: LinearGroup, linear: QuantizedLinear, suffix: str
+    layer: LayerPlan, group: LinearGroup, linear: QuantizedLinear, suffix: str
 ) -> np.ndarray:
     """One tensor of a quantized linear, as stored.
 
@@ -95,7 +95,7 @@ def linear_tensor(
         MsQuantError: the linear has what no tensor of the plan holds.
     """
     rows, columns = linear.weight.shape
-    made = parts(plan, group, (rows, columns))
+    made = parts(layer, group, (rows, columns))
     homeless = ({"smooth", *ADDED} & linear.arrays().keys()) - made.keys()
     if homeless:
         raise MsQuantError(f"the ascend format has no place for {min(homeless)} of a linear here")
@@ -107,7 +107,8 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     quantized, result = set(plan.quantized()), {}
     for tensor in tensors:
         path, _, suffix = tensor.name.rpartition(".")
-        scheme = plan.scheme_of(path) if path in quantized else None
+        layer = plan.layer_of(path)
+        scheme = layer.scheme if layer else None
         kind = scheme.name if scheme and not _is_float(scheme, suffix) else "FLOAT"
         result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
     if not plan.config.has_head:
@@ -130,22 +131,30 @@ def _is_float(scheme: Scheme, suffix: str) -> bool:
 
 
 def _model_type(plan: Plan) -> str:
-    """The scheme that stands for the model: the last of those there are in the runtime's order."""
-    return max((way.scheme.name for way in plan.ways), key=MODEL_TYPES.index)
+    """The scheme that stands for the model: the last of those there are in the runtime's order; one
+    that it does not know only where there is no other."""
+    names = [layer.scheme.name for layer in plan.distinct]
+    return next((name for name in reversed(MODEL_TYPES) if name in names), names[0])
 
 
 def _group_size(plan: Plan) -> int:
     """Of the last group that has one."""
-    sizes = [plan.scheme_of(path).weight.group_size for path in plan.quantized()]
+    sizes = [layer.scheme.weight.group_size for layer in plan.layers.values() if layer]
     return next((size for size in reversed(sizes) if size), 0)
 
 
 def scheme_options(
-    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
-) -> dict[str, Any]:
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint
+) -> Options:
     """The size of groups and the rank of branches, as a linear's tensors are."""
+    return lambda path, spec: _options(spec, description, checkpoint, path)
+
+
+def _options(
+    spec: LinearSpec, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
+) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    columns = config.linear_shapes()[path.split(".", 3)[3]][1]
+    columns = spec.in_features
     shapes = {
         suffix: checkpoint.info(f"{path}.{suffix}").shape
         for suffix in ("weight_scale", "weight_scale_second", BRANCH[0])
@@ -176,7 +185,7 @@ FORMAT = CheckpointFormat(
     scheme_options=scheme_options,
     check=check,
     with_codes=WITH_CODES,
-    bias_dtype=lambda plan, path: FLOAT32,
+    bias_dtype=lambda layer, path: FLOAT32,
     holds_cache=True,
     leeway=LEEWAY,
 )

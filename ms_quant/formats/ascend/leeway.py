@@ -21,6 +21,7 @@ from ms_quant.numerics.float_grid import MxFormat
 from ms_quant.numerics.linear import QuantizedLinear, Stated, bias_units, folded_bias
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.storage import Storage
 
 ALIASES = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
 INFORMATIVE = frozenset({"version", "model_quant_type", "group_size", "max_supported_tp"})
@@ -88,9 +89,9 @@ def _rotation(key: str, value: Any, place: str) -> str:
     return f"{place}.quarot: a rotation in the weights, which changes no output"
 
 
-def stored(scheme: Scheme, checkpoint: Checkpoint, path: str) -> Scheme:
-    """A scheme with scales in float32, as they are stored whatever the model's type is."""
-    return scheme if isinstance(scheme.weight, MxFormat) else scheme.widened()
+def stored(scheme: Scheme, storage: Storage, checkpoint: Checkpoint, path: str) -> Storage:
+    """Scales are stored in float32 whatever the model's type is."""
+    return storage if isinstance(scheme.weight, MxFormat) else storage.widened()
 
 
 def stated(

@@ -7,15 +7,15 @@ reads every linear this way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
 from ms_quant.formats.ascend.leeway import BF16_STEPS, check_scale_bias, stated
 from ms_quant.formats.ascend.tensors import narrowed, scale_bias, slices_of
-from ms_quant.formats.format import in_channels
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import (
     Activation,
@@ -30,10 +30,7 @@ from ms_quant.numerics.float_grid import FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
 from ms_quant.numerics.reciprocal import rounded_reciprocal
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
+from ms_quant.plan.layer import LayerPlan
 
 
 class _Source:
@@ -71,37 +68,42 @@ class _Source:
 
 
 def read_linear(
-    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+    layer: LayerPlan,
+    group: LinearGroup,
+    spec: LinearSpec,
+    checkpoint: Checkpoint,
+    path: str,
+    bias: np.ndarray | None,
 ) -> QuantizedLinear:
     """The linear at a path, with its bias.
 
     Raises:
         MsQuantError: names the tensor that is wrong.
     """
-    source, scheme = _Source(checkpoint, path), plan.scheme
-    codes = codes_of(scheme, plan.dtype)
-    weight = codes.unpack(source("weight"), in_channels(plan, path), f"{path}.weight")
+    source, scheme = _Source(checkpoint, path), layer.scheme
+    codes = codes_of(scheme, layer.dtype)
+    weight = codes.unpack(source("weight"), spec.in_features, f"{path}.weight")
     linear = QuantizedLinear(
         weight,
-        _grid(plan, source, path),
+        _grid(layer, source, path),
         bias,
-        _activation(plan, source, path),
+        _activation(layer, spec, source, path),
         None,
         _kronecker(source),
         _branch(source),
     )
     if isinstance(scheme.activation, StaticInt8 | Phased):
-        linear = _checked_product(plan, source, linear)
+        linear = _checked_product(layer, source, linear)
     if has_scale_bias(scheme):
-        _check_scale_bias(plan, group, source, linear)
+        _check_scale_bias(layer, group, source, linear)
     return linear
 
 
-def _checked_product(plan: Plan, source: _Source, linear: QuantizedLinear) -> QuantizedLinear:
+def _checked_product(layer: LayerPlan, source: _Source, linear: QuantizedLinear) -> QuantizedLinear:
     """The linear, whose ``deq_scale`` and ``quant_bias`` follow from the rest, or nearly so."""
     scale, bias = _deq_scale(source), source("quant_bias")
-    if plan.foreign:
-        if isinstance(plan.scheme.activation, StaticInt8) and "weight_scale" in source.suffixes:
+    if layer.foreign:
+        if isinstance(layer.scheme.activation, StaticInt8) and "weight_scale" in source.suffixes:
             _check_old_scales(source, linear)
         return stated(linear, scale, bias, source.path)
     source.same("deq_scale", scale, lambda: linear.deq_scale)
@@ -122,10 +124,10 @@ def _check_old_scales(source: _Source, linear: QuantizedLinear) -> None:
 
 
 def _check_scale_bias(
-    plan: Plan, group: LinearGroup, source: _Source, linear: QuantizedLinear
+    layer: LayerPlan, group: LinearGroup, source: _Source, linear: QuantizedLinear
 ) -> None:
     found, slices = source.float32("scale_bias"), slices_of(group)
-    if not plan.foreign:
+    if not layer.foreign:
         source.same("scale_bias", found, lambda: scale_bias(linear.weight, linear.grid, slices))
         return
     made = scale_bias(linear.weight, linear.grid, slices)
@@ -133,15 +135,15 @@ def _check_scale_bias(
     check_scale_bias(found, made, largest, source.path)
 
 
-def _grid(plan: Plan, source: _Source, path: str) -> Grid:
-    format = plan.scheme.weight
+def _grid(layer: LayerPlan, source: _Source, path: str) -> Grid:
+    format = layer.scheme.weight
     if isinstance(format, FloatFormat):
         return format.grid({})
     if isinstance(format, MxFormat):
         exponents = source("weight_scale")
         source.require(exponents != 255, "weight_scale", "exponents are 255 (NaN)")
         return format.grid({"weight_exponent": exponents})
-    if isinstance(plan.scheme.activation, StaticInt8):
+    if isinstance(layer.scheme.activation, StaticInt8):
         return format.grid({"weight_scale": _deq_scale(source)[:, None]})
     arrays = {"weight_scale": source.scale("weight_scale")}
     if isinstance(format, TwoLevelFormat):
@@ -175,8 +177,8 @@ def _deq_scale(source: _Source) -> np.ndarray:
     return stored
 
 
-def _activation(plan: Plan, source: _Source, path: str) -> Activation:
-    format = plan.scheme.activation
+def _activation(layer: LayerPlan, spec: LinearSpec, source: _Source, path: str) -> Activation:
+    format = layer.scheme.activation
     if isinstance(format, PerToken) and "clip_ratio" in source.suffixes:
         clip = source.float32("clip_ratio")
         source.require((clip > 0) & (clip <= 1), "clip_ratio", "ratios are not in (0, 1]")
@@ -186,11 +188,11 @@ def _activation(plan: Plan, source: _Source, path: str) -> Activation:
     step, offset = source.scale("input_scale"), source.float32("input_offset")
     whole = (offset == np.rint(offset)) & (offset >= QMIN) & (offset <= QMAX)
     source.require(whole, "input_offset", f"zero points are not whole numbers of {QMIN} to {QMAX}")
-    vector = np.full(in_channels(plan, path), step[0], np.float32)
+    vector = np.full(spec.in_features, step[0], np.float32)
     # Without a weight_scale only the product of both scales is known: deq_scale stands for it.
     scale = step[0] if isinstance(format, Phased) else np.float32(1)
     multiplies = isinstance(format, StaticInt8 | Phased) and format.multiplies
-    multiplied_in = plan.dtype if multiplies else None
+    multiplied_in = layer.dtype if multiplies else None
     static = StaticActivation(scale, int(offset[0]), vector, True, multiplied_in)
     if multiplied_in is not None:
         held = rounded_reciprocal(step, multiplied_in)

@@ -7,7 +7,6 @@ from what the algorithms add, not from a scheme's name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +19,7 @@ from ms_quant.numerics.float_grid import DualMxGrid, FloatFormat, MxFormat, MxGr
 from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelFormat, TwoLevelGrid
 from ms_quant.numerics.groupwise import antiquant_offset
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
-
-if TYPE_CHECKING:
-    from ms_quant.plan.plan import Plan
+from ms_quant.plan.layer import LayerPlan
 
 INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
 FLOAT32, UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
@@ -30,27 +27,27 @@ CHUNK = 1 << 20  # codes whose float64 products are held at a time
 WITH_CODES = frozenset({"weight", "quant_bias", "scale_bias"})
 
 
-def parts(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> dict[str, Part]:
+def parts(layer: LayerPlan, group: LinearGroup, shape: tuple[int, int]) -> dict[str, Part]:
     """Suffix to tensor of a linear of a group and shape (out, in), without its bias."""
-    scheme, codes = plan.scheme, codes_of(plan.scheme, plan.dtype)
+    scheme, codes = layer.scheme, codes_of(layer.scheme, layer.dtype)
     result = {
         "weight": Part(codes.dtype, codes.shape(*shape), lambda x: codes.pack(x.weight, "weight"))
     }
     if isinstance(scheme.activation, StaticInt8 | Phased):
-        result |= _static(plan, shape)
+        result |= _static(layer, shape)
     if not isinstance(scheme.activation, StaticInt8):
-        result |= _scales(plan, shape)
+        result |= _scales(layer, shape)
     if has_scale_bias(scheme):
         slices = slices_of(group)
         result["scale_bias"] = Part(
             FLOAT32, (shape[0], slices), lambda x: scale_bias(x.weight, x.grid, slices)
         )
-    return result | _added(plan, shape)
+    return result | _added(layer, shape)
 
 
-def _static(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
+def _static(layer: LayerPlan, shape: tuple[int, int]) -> dict[str, Part]:
     """The parameters of a static input, one step for all channels, and what follows from it."""
-    wide = plan.dtype.name == "float16"
+    wide = layer.dtype.name == "float16"
     return {
         "input_scale": Part(FLOAT32, (1,), lambda x: x.static.input_scale[:1]),
         "input_offset": Part(FLOAT32, (1,), lambda x: np.array([x.static.offset], FLOAT32)),
@@ -73,8 +70,8 @@ def narrowed(scale: np.ndarray) -> np.ndarray:
     return scale.astype(np.int32).view(np.float32)
 
 
-def _scales(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
-    format, (rows, columns) = plan.scheme.weight, shape
+def _scales(layer: LayerPlan, shape: tuple[int, int]) -> dict[str, Part]:
+    format, (rows, columns) = layer.scheme.weight, shape
     if isinstance(format, FloatFormat):
         return {}
     if isinstance(format, MxFormat):
@@ -128,28 +125,28 @@ def scale_bias(weight: np.ndarray, grid: Grid, slices: int) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def _added(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
+def _added(layer: LayerPlan, shape: tuple[int, int]) -> dict[str, Part]:
     """What algorithms add beside the codes."""
     result: dict[str, Part] = {}
-    for name, row in zip(plan.algorithms.names, plan.algorithms.rows, strict=True):
+    for name, row in zip(layer.algorithms.names, layer.algorithms.rows, strict=True):
         if row.adds == "branch":
-            rank = min(plan.algorithms.options[name].rank, *shape)
+            rank = min(layer.algorithms.options[name].rank, *shape)
             result |= {
-                "svd_lowrank_l1": _float(plan, (rank, shape[1]), lambda x: x.branch.l1),
-                "svd_lowrank_l2": _float(plan, (shape[0], rank), lambda x: x.branch.l2),
+                "svd_lowrank_l1": _float(layer, (rank, shape[1]), lambda x: x.branch.l1),
+                "svd_lowrank_l2": _float(layer, (shape[0], rank), lambda x: x.branch.l2),
             }
         if row.adds == "kronecker":
             left, right = rotation.balanced_factors(shape[1], "weight")
             result |= {
-                "left_trans": _float(plan, (left, left), lambda x: x.kronecker.left),
-                "right_trans": _float(plan, (right, right), lambda x: x.kronecker.right),
+                "left_trans": _float(layer, (left, left), lambda x: x.kronecker.left),
+                "right_trans": _float(layer, (right, right), lambda x: x.kronecker.right),
                 "clip_ratio": Part(FLOAT32, (1,), _clip_ratio),
             }
     return result
 
 
-def _float(plan: Plan, shape: tuple[int, int], make: Callable[..., np.ndarray]) -> Part:
-    return Part(plan.dtype, shape, lambda linear: make(linear).astype(plan.dtype))
+def _float(layer: LayerPlan, shape: tuple[int, int], make: Callable[..., np.ndarray]) -> Part:
+    return Part(layer.dtype, shape, lambda linear: make(linear).astype(layer.dtype))
 
 
 def _clip_ratio(linear: QuantizedLinear) -> np.ndarray:

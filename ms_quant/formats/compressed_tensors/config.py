@@ -16,13 +16,12 @@ from ms_quant.formats.compressed_tensors.entry import (
     HEAD,
     KEY,
     Difference,
+    Targets,
     arguments_of,
     check_entry,
     first_difference,
     groups_of,
-    matches,
     names_of,
-    target_of,
 )
 from ms_quant.numerics.activation import (
     ActivationFormat,
@@ -35,8 +34,10 @@ from ms_quant.numerics.activation import (
 from ms_quant.numerics.float8_blocks import BLOCK, Float8BlockFormat
 from ms_quant.numerics.float_grid import Float8Format
 from ms_quant.numerics.grid import AffineFormat, WeightFormat
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import SCHEMES, get_scheme, held_by
+from ms_quant.schemes.support import held_by, store
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 NAME = "compressed-tensors"
 PLAIN, PACKED, FLOAT8 = "int-quantized", "pack-quantized", "float-quantized"
@@ -179,14 +180,13 @@ def read_schemes(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, S
                 raise MsQuantError(
                     f"{KEY}: {short(target)} is a target of several schemes, expected one"
                 )
-    ignored = names_of(config, "ignore", KEY)
-    if HEAD in targets and not any(matches(HEAD, name) for name in ignored):
+    ignored, chosen = Targets(names_of(config, "ignore", KEY)), Targets(targets)
+    if HEAD in targets and ignored.of(HEAD) is None:
         raise MsQuantError(f"{KEY}: {HEAD} is a target, expected it in ignore: it stays float")
     schemes: dict[str, Scheme | None] = {}
     for path in paths:
-        chosen = target_of(path, list(targets))
-        ignore = any(matches(path, name) for name in ignored)
-        schemes[path] = None if ignore or chosen is None else targets[chosen]
+        name = None if ignored.of(path) else chosen.of(path)
+        schemes[path] = None if name is None else targets[name]
     return schemes
 
 
@@ -230,12 +230,13 @@ def _candidates(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) ->
     size = weights["group_size"]
     stated = {"group_size": 0 if size is None else size, "symmetric": weights["symmetric"]}
     for name in held_by(NAME):
-        row = get_scheme(name, NAME)
+        row = SCHEMES[name]
         for option in SCHEMES[name].options:
             try:
-                row = get_scheme(name, NAME, **{**row.chosen, option: stated[option]})
+                row = get_scheme(name, **{**row.chosen, option: stated[option]})
             except MsQuantError:
                 continue  # the difference is named
+        row, _ = store(row, DTYPES["bfloat16"], NAME)
         if isinstance(row.activation, StaticInt8):
             symmetric = inputs is not None and inputs["symmetric"] is True
             row = replace(row, activation=replace(row.activation, symmetric=symmetric))

@@ -7,7 +7,7 @@ does not is dropped, and what is neither is an error that names the key.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,17 +226,25 @@ def _check_pattern(text: str, where: str) -> None:
         raise MsQuantError(f"{where} has the pattern {short(text)}: {error}") from None
 
 
-def matches(path: str, name: str) -> bool:
-    """Whether a target or an ignored name is that of a linear: the rule of the library."""
-    if name.startswith(PATTERN):
-        return re.match(name.removeprefix(PATTERN), path) is not None
-    return name in (path, EVERY)
+class Targets:
+    """Targets or ignored names of a group, by the rules of the library.
 
-
-def target_of(path: str, targets: Sequence[str]) -> str | None:
-    """The target that decides what a linear is: its path before patterns, those before its class.
-
-    Several patterns are taken in the order of their texts, as the library takes them.
+    Args:
+        names: paths, patterns, and the class of all linears.
     """
-    found = [name for name in targets if matches(path, name)]
-    return min(found, key=lambda name: (name == EVERY, name != path, name), default=None)
+
+    def __init__(self, names: Iterable[str]):
+        self.names = frozenset(names)
+        patterns = sorted(name for name in self.names if name.startswith(PATTERN))
+        self._patterns = [(name, re.compile(name.removeprefix(PATTERN))) for name in patterns]
+
+    def of(self, path: str) -> str | None:
+        """The name that decides what a linear is: its path before patterns, those before its
+        class. Several patterns are taken in the order of their texts, as the library takes
+        them."""
+        if path in self.names:
+            return path
+        for name, pattern in self._patterns:
+            if pattern.match(path):
+                return name
+        return EVERY if EVERY in self.names else None

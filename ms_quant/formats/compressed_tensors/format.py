@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.compressed_tensors.config import (
@@ -25,18 +26,21 @@ from ms_quant.formats.compressed_tensors.config import (
     read_schemes,
 )
 from ms_quant.formats.compressed_tensors.tensors import WITH_CODES, parts, read_linear
-from ms_quant.formats.format import CheckpointFormat, Kinds, Leeway, Tensors
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.formats.format import CheckpointFormat, Kinds, Leeway, Options, Tensors
+from ms_quant.models.block_spec import LinearSpec
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.pack import WORD_BITS
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.schemes.records import Scheme
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
+from ms_quant.schemes.storage import Storage
+from ms_quant.schemes.support import held_by, store
+from ms_quant.schemes.table import SCHEMES
 
 FLOAT_NAMES = frozenset(DTYPES)
 STORED = frozenset(
@@ -44,18 +48,18 @@ STORED = frozenset(
 )
 
 
-def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
+def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> None:
     """Refuses a linear that cannot be stored.
 
     Raises:
         MsQuantError: no format holds the scheme, or the shape does not fill words; names the
             weight.
     """
-    weight = plan.scheme.weight
-    if format_of(plan.scheme) != PACKED:
+    weight = layer.scheme.weight
+    if format_of(layer.scheme) != PACKED:
         return
     assert isinstance(weight, AffineFormat)
-    multiple, (rows, columns) = WORD_BITS // weight.bits, shape
+    multiple, (rows, columns) = WORD_BITS // weight.bits, spec.shape
     if columns % multiple:
         raise MsQuantError(
             f"{name}: {columns} inputs, expected a multiple of {multiple} to pack codes of "
@@ -68,12 +72,12 @@ def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> 
         )
 
 
-def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Tensors:
-    return {key: (part.dtype, part.shape) for key, part in parts(plan, shape).items()}
+def linear_plan(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> Tensors:
+    return {key: (part.dtype, part.shape) for key, part in parts(layer, spec.shape).items()}
 
 
 def linear_tensor(
-    plan: Plan, group: LinearGroup, linear: QuantizedLinear, suffix: str
+    layer: LayerPlan, group: LinearGroup, linear: QuantizedLinear, suffix: str
 ) -> np.ndarray:
     """One tensor of a quantized linear, as stored.
 
@@ -84,21 +88,25 @@ def linear_tensor(
     if homeless:
         raise MsQuantError(f"the {NAME} format has no place for {min(homeless)} of a linear")
     rows, columns = linear.weight.shape
-    return parts(plan, (rows, columns))[suffix].make(linear)
+    return parts(layer, (rows, columns))[suffix].make(linear)
 
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """``quantization_config``; linears of one scheme are one group, in model order."""
-    groups: list[tuple[Scheme, list[str]]] = []
-    for path in plan.quantized():
-        scheme = plan.scheme_of(path)
-        members = next((members for other, members in groups if other == scheme), None)
-        if members is None:
-            members = []
-            groups.append((scheme, members))
-        members.append(path)
+    groups: dict[int, tuple[Scheme, list[str]]] = {}
+    first: dict[int, int] = {}  # a layer plan to the first of its scheme
+    for found, group in all_groups(plan.config):
+        layer = plan.layers[found]
+        if layer is None:
+            continue
+        if id(layer) not in first:
+            same = (key for key, (scheme, _) in groups.items() if scheme == layer.scheme)
+            first[id(layer)] = next(same, id(layer))
+        _, members = groups.setdefault(first[id(layer)], (layer.scheme, []))
+        members += [f"{block_prefix(found.block)}{member}" for member in group.members]
     floats = [*plan.float_linears(), *([CLASSIFIER] if plan.config.labels else [])]
-    return quantization_config(groups or [(plan.scheme, [])], floats)
+    nothing = [(store(SCHEMES[held_by(NAME)[0]], plan.dtype, NAME)[0], list[str]())]
+    return quantization_config([*groups.values()] or nothing, floats)
 
 
 def find(directory: Path) -> list[Path]:
@@ -115,7 +123,7 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
     found = {path: scheme.name if scheme else "FLOAT" for path, scheme in schemes.items()}
     problems = []
     for index in range(config.num_layers):
-        for group in config.family.groups:
+        for group in config.block(index).groups:
             first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
             problems += [
                 f"{where}: {KEY}: {first} and {other} differ, expected one scheme for both: the "
@@ -127,22 +135,26 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
 
 
 def _linears(config: ModelConfig) -> list[str]:
-    members = config.linear_shapes()
-    return [f"{block_prefix(i)}{member}" for i in range(config.num_layers) for member in members]
+    return [f"{block_prefix(block.index)}{m}" for block in config.blocks for m in block.linears]
 
 
 def scheme_options(
-    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
-) -> dict[str, Any]:
-    scheme = read_schemes(description, _linears(config))[path]
-    return {} if scheme is None else scheme.chosen
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint
+) -> Options:
+    schemes = read_schemes(description, _linears(config))
+
+    def options(path: str, spec: LinearSpec) -> dict[str, Any]:
+        scheme = schemes[path]
+        return {} if scheme is None else scheme.chosen
+
+    return options
 
 
-def stored(scheme: Scheme, checkpoint: Checkpoint, path: str) -> Scheme:
-    """A scheme with scales of the type that the tensors of a linear have."""
+def stored(scheme: Scheme, storage: Storage, checkpoint: Checkpoint, path: str) -> Storage:
+    """Scales are of the type that the tensors of a linear have."""
     name = f"{path}.weight_scale"
     wide = name in checkpoint and checkpoint.info(name).dtype.name == "float32"
-    return scheme.widened() if wide else scheme
+    return storage.widened() if wide else storage
 
 
 LEEWAY = Leeway(

@@ -6,14 +6,14 @@ the plan or that holds what no writer makes is an error, as ``verify`` reads eve
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import E4M3, no_nan
 from ms_quant.formats.compressed_tensors.config import FLOAT8, PACKED, format_of
 from ms_quant.formats.format import Part, Tensors
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Activation, StaticActivation, StaticInt8
 from ms_quant.numerics.float8_blocks import by_block, by_row
@@ -21,19 +21,16 @@ from ms_quant.numerics.grid import AffineFormat, AffineGrid, WeightFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.pack import WORD_BITS, pack_words, unpack_words
 from ms_quant.numerics.storage import DTYPES
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
+from ms_quant.plan.layer import LayerPlan
 
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
 WITH_CODES = frozenset({"weight", "weight_packed"})
 
 
-def parts(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
+def parts(layer: LayerPlan, shape: tuple[int, int]) -> dict[str, Part]:
     """Suffix to tensor of a linear of shape (out, in), without its bias."""
-    scheme, format = plan.scheme, format_of(plan.scheme)
-    stored = scheme.scale_dtype(plan.dtype)
+    scheme, format = layer.scheme, format_of(layer.scheme)
+    stored = layer.storage.scale_dtype
     if format == FLOAT8:
         return _float8(scheme.weight, stored, shape)
     weight, (rows, columns) = scheme.weight, shape
@@ -49,7 +46,7 @@ def parts(plan: Plan, shape: tuple[int, int]) -> dict[str, Part]:
             INT32, (words, groups), lambda x: _packed_zero_point(_grid(x))
         )
     if isinstance(scheme.activation, StaticInt8):
-        result |= _static(scheme.activation, plan.dtype)
+        result |= _static(scheme.activation, layer.dtype)
     return result
 
 
@@ -146,16 +143,21 @@ class _Source:
 
 
 def read_linear(
-    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+    layer: LayerPlan,
+    group: LinearGroup,
+    spec: LinearSpec,
+    checkpoint: Checkpoint,
+    path: str,
+    bias: np.ndarray | None,
 ) -> QuantizedLinear:
     """The linear at a path, with its bias.
 
     Raises:
         MsQuantError: names the tensor that is wrong.
     """
-    shape = plan.config.linear_shapes()[path.split(".", 3)[3]]
-    expected = {key: (part.dtype, part.shape) for key, part in parts(plan, shape).items()}
-    source, weight = _Source(checkpoint, path, expected, plan.foreign), plan.scheme.weight
+    shape = spec.shape
+    expected = {key: (part.dtype, part.shape) for key, part in parts(layer, shape).items()}
+    source, weight = _Source(checkpoint, path, expected, layer.foreign), layer.scheme.weight
     source.check_zeros("weight_zero_point", "input_zero_point")
     arrays = {"weight_scale": source.scale("weight_scale")}
     if not isinstance(weight, AffineFormat):
@@ -164,13 +166,13 @@ def read_linear(
             arrays["weight_scale"], shape[0], getattr(weight, "row_block", 1)
         )
         return QuantizedLinear(
-            codes, weight.grid(arrays), bias, plan.scheme.activation.fit(None, None)
+            codes, weight.grid(arrays), bias, layer.scheme.activation.fit(None, None)
         )
     if not weight.symmetric:
         words = source("weight_zero_point").T
         arrays["weight_zero_point"] = unpack_words(words, path, weight.bits).T
     codes = _codes(source, weight.bits, shape)
-    return QuantizedLinear(codes, weight.grid(arrays), bias, _activation(plan, source, shape[1]))
+    return QuantizedLinear(codes, weight.grid(arrays), bias, _activation(layer, source, shape[1]))
 
 
 def _codes(source: _Source, bits: int, shape: tuple[int, int]) -> np.ndarray:
@@ -182,8 +184,8 @@ def _codes(source: _Source, bits: int, shape: tuple[int, int]) -> np.ndarray:
     return unpack_words(source("weight_packed"), f"{source.path}.weight_packed", bits)
 
 
-def _activation(plan: Plan, source: _Source, columns: int) -> Activation:
-    format = plan.scheme.activation
+def _activation(layer: LayerPlan, source: _Source, columns: int) -> Activation:
+    format = layer.scheme.activation
     if format.dynamic:
         return format.fit(None, None)
     step = source.scale("input_scale")[0]

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.flat_description import kinds
-from ms_quant.formats.format import CheckpointFormat
+from ms_quant.formats.format import CheckpointFormat, Tensors
 from ms_quant.formats.golden_stick.leeway import LEEWAY, check_extra, stated
+from ms_quant.models.block_spec import LinearSpec
 from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import weight_scale_dtype
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
 
 __all__ = ["DESCRIPTION", "FORMAT", "SHARD_PREFIX", "model_config", "static_linear"]
 
@@ -29,56 +29,61 @@ SHARD_PREFIX = "quant-model"
 INT8, INT32, FLOAT32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 
 
-def linear_plan(plan: Plan, shape: tuple[int, int]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def linear_plan(layer: LayerPlan, shape: tuple[int, int]) -> Tensors:
     """Suffix to (dtype, shape) of a quantized linear's tensors, without its bias."""
     out_features, in_features = shape
-    if plan.scheme.name == "W8A8":
+    if layer.scheme.name == "W8A8":
         return {
             "weight": (INT8, shape),
             "deq_scale": (FLOAT32, (out_features,)),
             "quant_bias": (INT32, (out_features,)),
-            "input_scale": (plan.dtype, (in_features,)),
+            "input_scale": (layer.dtype, (in_features,)),
             "input_offset": (INT8, (in_features,)),
         }
-    if plan.scheme.name == "W8A8_DYNAMIC":
+    if layer.scheme.name == "W8A8_DYNAMIC":
         return {
             "weight": (INT8, shape),
-            "weight_scale": (weight_scale_dtype(plan.dtype), (out_features,)),
+            "weight_scale": (weight_scale_dtype(layer.dtype), (out_features,)),
         }
-    raise MsQuantError(f"golden-stick cannot hold scheme {plan.scheme.name}")
+    raise MsQuantError(f"golden-stick cannot hold scheme {layer.scheme.name}")
 
 
-def linear_tensor(plan: Plan, linear: QuantizedLinear, suffix: str) -> np.ndarray:
+def linear_tensor(layer: LayerPlan, linear: QuantizedLinear, suffix: str) -> np.ndarray:
     """One tensor of a quantized linear, as stored."""
     if suffix == "weight":
         return linear.weight
     if suffix == "weight_scale":
-        return linear.weight_scale.astype(weight_scale_dtype(plan.dtype))
+        return linear.weight_scale.astype(weight_scale_dtype(layer.dtype))
     if suffix == "deq_scale":
         return linear.deq_scale
     if suffix == "quant_bias":
         return linear.quant_bias
     if suffix == "input_scale":
-        return linear.static.input_scale.astype(plan.dtype)
+        return linear.static.input_scale.astype(layer.dtype)
     return np.full(linear.weight.shape[1], linear.static.offset, np.int8)
 
 
 def read_linear(
-    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+    layer: LayerPlan,
+    group: LinearGroup,
+    spec: LinearSpec,
+    checkpoint: Checkpoint,
+    path: str,
+    bias: np.ndarray | None,
 ) -> QuantizedLinear:
     """The linear at a path. What it reads it checks: a wrong quant_bias is an error."""
     weight = checkpoint.read(f"{path}.weight")
-    if plan.scheme.activation.dynamic:
+    if layer.scheme.activation.dynamic:
         linear = int8_linear(weight, checkpoint.read_float32(f"{path}.weight_scale"), bias)
     else:
-        linear = _static(plan, checkpoint, path, weight, bias)
-    if plan.foreign:
+        linear = _static(layer, checkpoint, path, weight, bias)
+    if layer.foreign:
         check_extra(checkpoint, path, linear)
     return linear
 
 
 def _static(
-    plan: Plan, checkpoint: Checkpoint, path: str, weight: np.ndarray, bias: np.ndarray | None
+    layer: LayerPlan, checkpoint: Checkpoint, path: str, weight: np.ndarray, bias: np.ndarray | None
 ) -> QuantizedLinear:
     return static_linear(
         path,
@@ -88,7 +93,7 @@ def _static(
         checkpoint.read_float32(f"{path}.input_scale"),
         checkpoint.read(f"{path}.input_offset"),
         bias,
-        foreign=plan.foreign,
+        foreign=layer.foreign,
     )
 
 
@@ -132,12 +137,8 @@ def static_linear(
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """Tensor name to scheme. All tensors of a module carry one value, its bias included."""
-    quantized = set(plan.quantized())
-    return {
-        tensor.name: plan.scheme_of(path).name if path in quantized else "FLOAT"
-        for tensor in tensors
-        for path in [tensor.name.rpartition(".")[0]]
-    }
+    layers = {tensor.name: plan.layer_of(tensor.name.rpartition(".")[0]) for tensor in tensors}
+    return {name: layer.scheme.name if layer else "FLOAT" for name, layer in layers.items()}
 
 
 FORMAT = CheckpointFormat(
@@ -146,13 +147,13 @@ FORMAT = CheckpointFormat(
     find=lambda directory: sorted(directory.glob(f"*{DESCRIPTION}")),  # as the runtime looks
     document=lambda plan: DESCRIPTION,
     weights=SHARD_PREFIX,
-    linear_plan=lambda plan, group, shape: linear_plan(plan, shape),
-    linear_tensor=lambda plan, group, linear, suffix: linear_tensor(plan, linear, suffix),
+    linear_plan=lambda layer, group, spec: linear_plan(layer, spec.shape),
+    linear_tensor=lambda layer, group, linear, suffix: linear_tensor(layer, linear, suffix),
     read_linear=read_linear,
     describe=describe,
     kinds=partial(kinds, "golden-stick", ("bias",)),
-    scheme_options=lambda config, description, checkpoint, path: {},
-    check=lambda plan, group, shape, name: None,
+    scheme_options=lambda config, description, checkpoint: lambda path, spec: {},
+    check=lambda layer, group, spec, name: None,
     with_codes=frozenset({"weight", "quant_bias"}),
     leeway=LEEWAY,
 )

@@ -21,7 +21,9 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.minifloat import E2M1
 from ms_quant.numerics.mx import BLOCK, DUAL_BLOCK
 from ms_quant.numerics.timestep import TimestepActivation
-from ms_quant.schemes.records import ScaleType, Scheme
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.storage import ScaleType
+from ms_quant.schemes.support import support_of
 
 _SERVED = ", ".join(TYPES)
 _PER_CHANNEL_INPUT = (
@@ -59,15 +61,21 @@ def type_of_scheme(scheme: Scheme, name: str) -> str:
 
 
 def network_scheme(scheme: Scheme) -> Scheme:
-    """The scheme as linears of a network have it, which only this format stores: scales that are
-    stored are exact in the type that the network runs in, and inputs are rounded as by its
-    operators."""
+    """The scheme as linears of a network have it, which only this format stores: inputs are
+    rounded as by its operators."""
+    if scheme.name in TYPES and isinstance(scheme.activation, MxTokens):
+        return replace(scheme, activation=TYPES[scheme.name].make().activation)
+    return scheme
+
+
+def network_scale_type(scheme: Scheme) -> ScaleType:
+    """The type of the scales of linears of a network: they are exact in the type that it runs
+    in."""
     if scheme.name not in TYPES or isinstance(scheme.activation, StaticInt8):
-        return scheme
-    if isinstance(scheme.activation, MxTokens):
-        scheme = replace(scheme, activation=TYPES[scheme.name].make().activation)
+        rows = support_of(scheme.name)
+        return rows[0].scale_type if rows else ScaleType.FLOAT32
     kept = scheme.name in WEIGHT_ONLY  # the loader widens the scales of all others
-    return scheme.narrowed(ScaleType.MODEL if kept else ScaleType.WIDENED)
+    return ScaleType.MODEL if kept else ScaleType.WIDENED
 
 
 def type_of_linear(linear: QuantizedLinear, name: str) -> str:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.ascend.leeway import stated
-from ms_quant.formats.format import CheckpointFormat, Kinds
+from ms_quant.formats.format import CheckpointFormat, Kinds, Options
 from ms_quant.formats.format import Tensors as Table
 from ms_quant.formats.mindie_sd.choice import check_linear, type_of_scheme
 from ms_quant.formats.mindie_sd.choice import why_not_run as why_linear_not_run
@@ -40,16 +41,16 @@ from ms_quant.formats.mindie_sd.types import (
     model_type,
     weights_name,
 )
-from ms_quant.models.config import ModelConfig, block_prefix
+from ms_quant.models.block_spec import LinearSpec
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
 from ms_quant.numerics.mx import DUAL_BLOCK
-from ms_quant.schemes.records import Fold
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.plan import Plan
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.storage import SmoothingTarget
 
 HEAD = "lm_head.weight"
 
@@ -65,67 +66,62 @@ def weights(plan: Plan) -> str:
 
 
 def _model_type(plan: Plan) -> str:
-    return model_type({type_of_scheme(way.scheme, "the checkpoint") for way in plan.ways})
+    return model_type({type_of_scheme(layer.scheme, "the checkpoint") for layer in plan.distinct})
 
 
-def _smooths(plan: Plan) -> bool:
-    """Whether the linears of a plan of one group hold a smoothing vector."""
-    return plan.scheme.fold is Fold.MUL_SCALE
+def _smooths(layer: LayerPlan) -> bool:
+    """Whether the linears hold a smoothing vector."""
+    return layer.storage.target is SmoothingTarget.MUL_SCALE
 
 
-def bias_name(plan: Plan, path: str) -> str:
+def bias_name(layer: LayerPlan, path: str) -> str:
     """Full name of the bias that a linear has in the float model."""
-    return f"{path}.{INNER if _smooths(plan.at(path)) else ''}bias"
+    return f"{path}.{INNER if _smooths(layer) else ''}bias"
 
 
-def bias_dtype(plan: Plan, path: str) -> np.dtype:
+def bias_dtype(layer: LayerPlan, path: str) -> np.dtype:
     """The type of the bias of a quantized linear."""
-    type = type_of_scheme(plan.at(path).scheme, path)
-    return held_dtype(type, "bias", run_dtype(plan.dtype))
+    type = type_of_scheme(layer.scheme, path)
+    return held_dtype(type, "bias", run_dtype(layer.dtype))
 
 
-def check(plan: Plan, group: LinearGroup, shape: tuple[int, int], name: str) -> None:
+def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> None:
     """Refuses a linear that cannot be stored, or that the runtime would not compute.
 
     Raises:
         MsQuantError: names the weight, and what it is that MindIE-SD does not read.
     """
-    type = type_of_scheme(plan.scheme, name)
+    type = type_of_scheme(layer.scheme, name)
     if type == "W8A8_TIMESTEP":
         raise MsQuantError(f"{name}: a decoder has no timesteps, expected another scheme")
     added = [
-        n for n, row in zip(plan.algorithms.names, plan.algorithms.rows, strict=True) if row.adds
+        n for n, row in zip(layer.algorithms.names, layer.algorithms.rows, strict=True) if row.adds
     ]
     if added:
         raise MsQuantError(
             f"{name}: algorithm {added[0]} adds tensors that MindIE-SD does not read, expected "
             "another"
         )
-    bias, path = _has_bias(plan, group), name.removesuffix(".weight")
-    check_linear(type, shape, _smooths(plan), bias, path)
+    bias, path = spec.bias, name.removesuffix(".weight")
+    check_linear(type, spec.shape, _smooths(layer), bias, path)
 
 
-def why_not_run(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> str:
+def why_not_run(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> str:
     """Why the runtime fails on a linear that files can hold, or ""."""
-    type = type_of_scheme(plan.scheme, group.name)
-    return why_linear_not_run(type, shape, _has_bias(plan, group))
+    type = type_of_scheme(layer.scheme, group.name)
+    return why_linear_not_run(type, spec.shape, spec.bias)
 
 
-def _has_bias(plan: Plan, group: LinearGroup) -> bool:
-    shapes = plan.config.block_shapes()
-    return any(f"{member}.bias" in shapes for member in group.members)
-
-
-def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Table:
+def linear_plan(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> Table:
     """Suffix to type and shape of a quantized linear's tensors, without its own bias.
 
     A linear without one has a bias of zeros where the runtime fails else.
     """
-    smooths = _smooths(plan)
-    type = type_of_scheme(plan.scheme, group.name)
-    layout = Layout(type, shape, run_dtype(plan.dtype), smooths)
+    smooths = _smooths(layer)
+    type = type_of_scheme(layer.scheme, group.name)
+    layout = Layout(type, spec.shape, run_dtype(layer.dtype), smooths)
     bias = f"{INNER}bias" if smooths else "bias"
-    own = {bias} if _has_bias(plan, group) else set()
+    own = {bias} if spec.bias else set()
     return {
         suffix: (part.dtype, part.shape)
         for suffix, part in parts(layout).items()
@@ -134,7 +130,7 @@ def linear_plan(plan: Plan, group: LinearGroup, shape: tuple[int, int]) -> Table
 
 
 def linear_tensor(
-    plan: Plan, group: LinearGroup, linear: QuantizedLinear, suffix: str
+    layer: LayerPlan, group: LinearGroup, linear: QuantizedLinear, suffix: str
 ) -> np.ndarray:
     """One tensor of a quantized linear, as stored.
 
@@ -143,8 +139,8 @@ def linear_tensor(
     """
     rows, columns = linear.weight.shape
     smooths = suffix == MUL_SCALE or suffix.startswith(INNER)
-    type = type_of_scheme(plan.scheme, group.name)
-    dtype = run_dtype(plan.dtype)
+    type = type_of_scheme(layer.scheme, group.name)
+    dtype = run_dtype(layer.dtype)
     layout = Layout(type, (rows, columns), dtype, smooths, linear.bias is not None)
     held = {"smooth"} if smooths else set()
     homeless = ({"smooth", "left_trans", "svd_lowrank_l1"} & linear.arrays().keys()) - held
@@ -156,20 +152,24 @@ def linear_tensor(
 
 
 def read_linear(
-    plan: Plan, group: LinearGroup, checkpoint: Checkpoint, path: str, bias: np.ndarray | None
+    layer: LayerPlan,
+    group: LinearGroup,
+    spec: LinearSpec,
+    checkpoint: Checkpoint,
+    path: str,
+    bias: np.ndarray | None,
 ) -> QuantizedLinear:
     """The linear at a path, with its bias.
 
     Raises:
         MsQuantError: names the tensor that is wrong.
     """
-    type = type_of_scheme(plan.scheme, path)
+    type = type_of_scheme(layer.scheme, path)
     tensors = Tensors(checkpoint)
-    shape = plan.config.linear_shapes()[path.split(".", 3)[3]]
-    found = read(type, tensors, path, (shape[0], shape[1]), run_dtype(plan.dtype))
+    found = read(type, tensors, path, spec.shape, run_dtype(layer.dtype))
     linear = replace(with_bias_of(found, type, bias is not None, path), bias=bias)
     if isinstance(found.activation, StaticActivation):
-        if plan.foreign:
+        if layer.foreign:
             return stated(linear, linear.deq_scale, folded_bias(found, path), path)
         _same(folded_bias(linear, path), folded_bias(found, path), tensors, path)
     return linear
@@ -191,7 +191,8 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
         result[tensor.name] = FLOAT
         if tensor.part is not None:
             path, suffix = tensor.part
-            result[tensor.name] = entry(type_of_scheme(plan.scheme_of(path), path), suffix)
+            scheme = plan.quantized_layer(path).scheme
+            result[tensor.name] = entry(type_of_scheme(scheme, path), suffix)
     if plan.config.tied:
         result[HEAD] = FLOAT
     return result
@@ -208,7 +209,7 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
     read, problems = read_content(description, where), []
     found: dict[str, str] = {}
     for index in range(config.num_layers):
-        for group in config.family.groups:
+        for group in config.block(index).groups:
             paths = [f"{block_prefix(index)}{member}" for member in group.members]
             found |= {path: read.type_of(path) for path in paths}
             if len({found[path] for path in paths}) > 1:
@@ -218,12 +219,16 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
 
 
 def scheme_options(
-    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint, path: str
-) -> dict[str, Any]:
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint
+) -> Options:
     """What the runtime reads is one choice of each; the rule of microscaling is not stored."""
-    fold = Fold.MUL_SCALE if f"{path}.{MUL_SCALE}" in checkpoint else Fold.NORM
     whole = {"group_size": 0, "symmetric": True, "dual_block_size": DUAL_BLOCK}
-    return {**whole, "fold": fold.value}
+    own, norm = SmoothingTarget.MUL_SCALE.value, SmoothingTarget.NORM.value
+
+    def options(path: str, spec: LinearSpec) -> dict[str, Any]:
+        return {**whole, "fold": own if f"{path}.{MUL_SCALE}" in checkpoint else norm}
+
+    return options
 
 
 FORMAT = CheckpointFormat(

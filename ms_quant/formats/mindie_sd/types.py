@@ -6,12 +6,15 @@ docs/mindie_sd_format.md states them, and why what is refused is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.mx import DUAL_BLOCK
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import SCHEMES, get_scheme
+from ms_quant.schemes.support import store, support_of
+from ms_quant.schemes.table import get_scheme
 
 NAME, GLOBAL_TYPE = "mindie-sd", "model_quant_type"
 FLOAT = "FLOAT"
@@ -38,10 +41,12 @@ class Type:
     drops_bias: bool = False
     even_blocks: bool = False
 
+    @cache  # noqa: B019 - there are few types, and they live as long as this
     def make(self) -> Scheme:
-        """The scheme with the options."""
+        """The scheme with the options, as the format holds it."""
         options: dict[str, Any] = dict(self.options)
-        return get_scheme(self.scheme, NAME if SCHEMES[self.scheme].held else "", **options)
+        scheme = get_scheme(self.scheme, **options)
+        return store(scheme, DTYPES["bfloat16"], NAME)[0] if support_of(self.scheme) else scheme
 
 
 _WHOLE = (("group_size", 0), ("symmetric", True))

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.config import block_prefix
+from ms_quant.formats.checks import format_of
+from ms_quant.models.names import block_prefix
 from ms_quant.models.ranks import check_tp
 from ms_quant.numerics.w4a8 import ROW_PARALLEL_SLICES
-from ms_quant.plan.plan import Plan
+from ms_quant.plan.plan import Plan, all_groups
 
 MOST_RANKS = 64
 
 
 def tensor_names(plan: Plan) -> frozenset[str]:
     """Every tensor that a checkpoint of a plan holds."""
-    return frozenset(tensor.name for tensor in plan.format.tensor_plans(plan))
+    return frozenset(tensor.name for tensor in format_of(plan).tensor_plans(plan))
 
 
 def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
@@ -26,9 +27,7 @@ def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
         tp: tensor-parallel ranks.
         names: every tensor that there is.
     """
-    shapes = plan.config.linear_shapes()
-    for path, member in _row_parallel(plan) if tp > 1 else ():
-        inputs, group_size = shapes[member][1], plan.scheme_of(path).weight.group_size
+    for path, inputs, group_size in _row_parallel(plan) if tp > 1 else ():
         if f"{path}.left_trans" in names:
             yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
         elif f"{path}.scale_bias" in names and ROW_PARALLEL_SLICES % tp:
@@ -42,12 +41,15 @@ def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
             )
 
 
-def _row_parallel(plan: Plan) -> Iterator[tuple[str, str]]:
-    """(path, path in its block) of the quantized linears whose inputs are split over ranks."""
-    for index in range(plan.config.num_layers):
-        for group in plan.groups(index):
-            if group.parallel == "row":
-                yield from ((f"{block_prefix(index)}{member}", member) for member in group.members)
+def _row_parallel(plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """(path, inputs, group size) of the quantized linears whose inputs are split over ranks."""
+    for found, group in all_groups(plan.config):
+        layer = plan.layers[found]
+        if layer is not None and group.parallel == "row":
+            linears = plan.config.block(found.block).linears
+            for member in group.members:
+                path = f"{block_prefix(found.block)}{member}"
+                yield path, linears[member].in_features, layer.scheme.weight.group_size
 
 
 def refuse_ranks(plan: Plan, tp: int) -> None:
@@ -94,7 +96,7 @@ def _problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
     except MsQuantError as error:
         yield str(error)
         return
-    if tp > 1 and not isinstance(plan.format.weights, str):
-        yield f"a checkpoint of {plan.format.name} is one file for all ranks, expected --tp 1"
+    if tp > 1 and not isinstance(format_of(plan).weights, str):
+        yield f"a checkpoint of {plan.format} is one file for all ranks, expected --tp 1"
         return
     yield from rank_problems(plan, tp, names)

@@ -1,0 +1,27 @@
+"""The two tables of a checkpoint that predicts tokens."""
+
+from __future__ import annotations
+
+from ms_quant.errors import MsQuantError
+from ms_quant.formats.opening import ServedModel
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def require_head(model: ServedModel) -> None:
+    """Refuses a model that predicts no tokens.
+
+    Raises:
+        MsQuantError: it gives out labels or its last hidden states.
+    """
+    if not model.config.predicts:
+        what = "a classifier" if model.config.labels else "its last hidden states (no lm_head)"
+        raise MsQuantError(
+            f"the model gives out {what}, expected one that predicts tokens: there is no "
+            "perplexity and no text of it"
+        )
+
+
+def head_name(model: ServedModel) -> str:
+    """The tensor whose rows are multiplied with the last hidden states."""
+    return EMBEDDING if model.config.tied else "lm_head.weight"

@@ -1,0 +1,147 @@
+"""What quantization cost: perplexity of a checkpoint, block by block in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ms_quant.budget import BATCH_TOKENS
+from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.float16_forward import Float16Forward
+from ms_quant.evaluation.float32_forward import Float32Forward
+from ms_quant.evaluation.head import EMBEDDING, head_name, require_head
+from ms_quant.files.atomic import free_space_check
+from ms_quant.formats.opening import ServedModel
+from ms_quant.job.directory import HiddenStates, read_hidden
+from ms_quant.models.embedding import cross_entropy, used_rows
+
+Progress = Callable[[int, float], None]
+"""Called with a block's index and how much of it is done, 0 to 1."""
+
+
+def silent(index: int, part: float) -> None:
+    """No progress is shown."""
+
+
+def perplexity(
+    model: ServedModel,
+    tokens: np.ndarray,
+    progress: Progress = silent,
+    decode: bool = False,
+    kv_cache: str | None = None,
+    float16: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[str, Any]:
+    """Perplexity over windows of tokens, block by block, hidden states on disk.
+
+    Every token of a window but its first is predicted from those before it in the window.
+
+    Args:
+        model: the checkpoint.
+        tokens: int32 (windows, seq_len), seq_len at least 2.
+        progress: told how far each block is.
+        decode: compute as token by token, where linears tell the phases apart.
+        kv_cache: how keys and values are cached, see :func:`ms_quant.evaluation.caches.new_caches`;
+            all are read from the cache.
+        float16: compute as a runtime that has float16 alone, see
+            :mod:`ms_quant.evaluation.float16_forward`; nothing else may be asked for.
+        batch_tokens: of one forward of a block, but one window at least.
+
+    Returns:
+        ``perplexity``, ``loss`` (mean negative log likelihood, natural logarithm), ``tokens``
+        (predicted ones) and ``seconds``.
+
+    Raises:
+        MsQuantError: a window is shorter than 2 tokens, or the model's activations overflow.
+    """
+    require_head(model)
+    if tokens.shape[1] < 2:
+        raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
+    started = time.monotonic()
+    losses = token_losses(model, tokens, progress, decode, kv_cache, float16, batch_tokens)
+    loss = float(losses.mean())
+    if not math.isfinite(loss):
+        raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
+    return {
+        "perplexity": math.exp(min(loss, 700.0)),
+        "loss": loss,
+        "tokens": int(losses.size),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def token_losses(
+    model: ServedModel,
+    tokens: np.ndarray,
+    progress: Progress = silent,
+    decode: bool = False,
+    kv_cache: str | None = None,
+    float16: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+) -> np.ndarray:
+    """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
+    forward: Forward
+    if float16:
+        forward = Float16Forward(model, tokens.shape[1])
+    else:
+        forward = Float32Forward(model, tokens.shape[1], decode, kv_cache)
+    with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
+        return _losses(model, forward, tokens, Path(directory), progress, batch_tokens)
+
+
+class Forward(Protocol):
+    """How the blocks and the last norm of a checkpoint are computed."""
+
+    def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The output of a block, float32 (B, S, hidden) of the same, all values finite."""
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        """The last norm, float32 (B, S, hidden) of the same."""
+
+
+def _losses(
+    model: ServedModel,
+    forward: Forward,
+    tokens: np.ndarray,
+    directory: Path,
+    progress: Progress,
+    batch_tokens: int,
+) -> np.ndarray:
+    count, length = tokens.shape
+    shape = (count, length, model.config.hidden_size)
+    free_space_check(directory, 2 * 4 * math.prod(shape))
+    source = directory / "hidden-0.npy"
+    _write(source, shape, map(used_rows(model.chunks(EMBEDDING), tokens), tokens))
+    batch = max(1, batch_tokens // length)
+
+    def outputs(source: Path, index: int) -> Iterator[np.ndarray]:
+        block = forward.block(index)
+        for start in range(0, count, batch):
+            yield from block(read_hidden(source, start, start + batch))
+            progress(index, min(1.0, (start + batch) / count))
+
+    for index in range(model.config.num_layers):
+        target = directory / f"hidden-{index + 1}.npy"
+        _write(target, shape, outputs(source, index))
+        source.unlink()
+        source = target
+    last = np.load(source, mmap_mode="r+")
+    for start in range(0, count, batch):
+        last[start : start + batch] = forward.norm(last[start : start + batch])
+    # A copy without each window's last token would not fit in memory: its loss is dropped instead.
+    rows, targets = last.reshape(-1, shape[2]), np.roll(tokens, -1, axis=1).ravel()
+    losses = cross_entropy(model.chunks(head_name(model)), rows, targets)
+    return losses.reshape(count, length)[:, :-1]
+
+
+def _write(path: Path, shape: tuple[int, int, int], rows: Iterable[np.ndarray]) -> None:
+    hidden = HiddenStates(path, shape)
+    for row in rows:
+        hidden.append(row)
+    hidden.commit()

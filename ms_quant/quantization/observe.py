@@ -1,0 +1,173 @@
+"""Observing: the float forward of a block, and what must be kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from ms_quant.models.block_forward import BlockForward, Positions
+from ms_quant.models.linear_forward import Linear
+from ms_quant.models.names import GroupId, block_prefix
+from ms_quant.plan.plan import Plan
+from ms_quant.quantization.divided import factors
+from ms_quant.quantization.hooks import BlockHooks
+from ms_quant.statistics import activation_range as places
+from ms_quant.statistics.activation_range import BlockRanges, Divided
+from ms_quant.statistics.observations import Observations
+from ms_quant.statistics.observers import ActivationStats, CacheRange
+from ms_quant.statistics.search_windows import SearchWindows
+
+
+@dataclass(frozen=True)
+class GroupWanted:
+    """What must be kept of the input of a group.
+
+    Attributes:
+        rows: how many tokens, at most.
+        hessian: the products of channels.
+        histogram: the counts of values.
+    """
+
+    rows: int
+    hessian: bool
+    histogram: bool
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What must be kept of a block.
+
+    Attributes:
+        groups: those of the groups that are quantized, by name.
+        search_tokens: searches look at this many.
+        cache: the ranges of keys and values that are cached.
+    """
+
+    groups: Mapping[str, GroupWanted]
+    search_tokens: int
+    cache: bool
+
+
+def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
+    """What the plans of several formats need of a block together."""
+    rounds = hooks.rounding is not None
+    groups = {}
+    for group in plans[0].config.block(index).groups:
+        layers = [plan.layers[GroupId(index, group.name)] for plan in plans]
+        found = [layer.algorithms for layer in layers if layer is not None]
+        if found:
+            groups[group.name] = GroupWanted(
+                max(algorithms.kept_tokens for algorithms in found),
+                rounds or any(algorithms.any("hessian") for algorithms in found),
+                any(algorithms.any("histogram") for algorithms in found),
+            )
+    searches = rounds or any(plan.any("searches") for plan in plans)
+    tokens = plans[0].search_tokens if searches else 0
+    return Wanted(groups, tokens, bool(plans[0].kv_cache))
+
+
+def observe(
+    block: BlockForward,
+    at: Positions,
+    hidden: Iterable[np.ndarray],
+    shape: tuple[int, int, int],
+    wanted: Wanted,
+    *,
+    first: int = 0,
+    following: Callable[[np.ndarray], None] = lambda output: None,
+) -> Observations:
+    """Runs a float block on windows and keeps what is wanted.
+
+    Args:
+        block: the block.
+        at: the positions of a window's tokens.
+        hidden: float32 (some windows, tokens, hidden) inputs of the block, in order.
+        shape: (windows, tokens, hidden) of all calibration data.
+        wanted: what is kept.
+        first: the first window of ``hidden``.
+        following: takes the outputs, in order.
+
+    Raises:
+        MsQuantError: an activation is NaN or infinite.
+    """
+    index, start, prefix = block.index, first, block_prefix(block.index)
+    stats = {
+        name: _stats(block, name, group, shape, first) for name, group in wanted.groups.items()
+    }
+    ranges, cache = BlockRanges(index), CacheRange(prefix) if wanted.cache else None
+    windows = SearchWindows(shape, wanted.search_tokens)
+    shown = block.with_linears(_watched(block, stats, ranges))
+    for batch in hidden:
+        if index == 0:
+            ranges.add(places.BEFORE, batch)
+        middle = shown.attend(batch, at, cache)
+        ranges.add(places.MIDDLE, middle)
+        output = shown.feed_forward(middle)
+        ranges.add(places.AFTER, output)
+        windows.add(start, batch, middle, output)
+        following(output)
+        start += len(batch)
+    absmax = None if cache is None else cache.absmax
+    return Observations(stats, windows, ranges, absmax, first=first)
+
+
+def divide(block: BlockForward, divided: Divided) -> None:
+    """Changes a loaded block so that it computes the same with smaller activations."""
+    for name, array in block.arrays.items():
+        rows, columns = factors(block.config, divided, name)
+        if rows is not None:
+            array *= rows if array.ndim == 1 else rows[:, None]
+        if columns is not None:
+            array *= columns
+
+
+def _stats(
+    block: BlockForward, name: str, group: GroupWanted, shape: tuple[int, int, int], first: int
+) -> ActivationStats:
+    spec, (windows, length, _) = block.config.block(block.index), shape
+    members = next(found for found in spec.groups if found.name == name)
+    return ActivationStats(
+        spec.in_features(members),
+        windows * length,
+        group.rows,
+        f"{block_prefix(block.index)}{members.members[0]}: calibration input",
+        group.hessian,
+        group.histogram,
+        first * length,
+    )
+
+
+def _watched(
+    block: BlockForward, stats: Mapping[str, ActivationStats], ranges: BlockRanges
+) -> dict[str, Linear]:
+    """The linears of a block, which show what they read and write."""
+    watched = {
+        path: _shows_output(linear, partial(ranges.add, places.output_of(path)))
+        for path, linear in block.linears.items()
+    }
+    for group in block.config.block(block.index).groups:
+        path = group.members[0]
+        watched[path] = _shows_input(watched[path], partial(ranges.add, places.input_of(group)))
+        if group.name in stats:
+            watched[path] = _shows_input(watched[path], stats[group.name].update)
+    return watched
+
+
+def _shows_output(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
+    def watched(rows: np.ndarray) -> np.ndarray:
+        made = linear(rows)
+        look(made)
+        return made
+
+    return watched
+
+
+def _shows_input(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
+    def watched(rows: np.ndarray) -> np.ndarray:
+        look(rows)
+        return linear(rows)
+
+    return watched

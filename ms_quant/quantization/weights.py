@@ -1,0 +1,83 @@
+"""Where the float weights of a block come from, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ms_quant.algorithms.problem import Loss
+from ms_quant.files.reader import FloatTensors
+from ms_quant.models.block_forward import BlockForward, Positions
+from ms_quant.models.families import LinearGroup
+from ms_quant.models.names import block_prefix
+from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
+
+
+class Weights(Protocol):
+    """The float parameters of a block.
+
+    Attributes:
+        index: the block.
+    """
+
+    index: int
+
+    def get(self, name: str) -> np.ndarray | None:
+        """A float32 parameter by its name in the block, or None when it has none of that name."""
+
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+        """Errors of the block's output with candidates in place of a group's float linears: in
+        the mean, and relative to the output of each token."""
+
+    def drop(self, members: Sequence[str]) -> None:
+        """These linears are done: nothing asks for their parameters again."""
+
+
+class StoredWeights:
+    """Weights that are read from a checkpoint when they are asked for, one at a time.
+
+    Args:
+        checkpoint: the float model.
+        index: the block.
+        biases: whether biases are wanted, which without calibration change nothing.
+    """
+
+    def __init__(self, checkpoint: FloatTensors, index: int, *, biases: bool = False):
+        self.checkpoint, self.index, self.biases = checkpoint, index, biases
+        self.prefix = block_prefix(index)
+
+    def get(self, name: str) -> np.ndarray | None:
+        full = self.prefix + name
+        if name.endswith(".bias") and not (self.biases and full in self.checkpoint.names):
+            return None
+        return self.checkpoint.read_float32(full)
+
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+        raise AssertionError(f"{self.prefix}{group.name}: an error of a block that is not run")
+
+    def drop(self, members: Sequence[str]) -> None:
+        """Nothing is held."""
+
+
+class LoadedWeights:
+    """Weights of a block that is in memory, and can be run.
+
+    Args:
+        block: the block.
+        at: the positions of a window's tokens.
+    """
+
+    def __init__(self, block: BlockForward, at: Positions):
+        self.block, self.at, self.index = block, at, block.index
+
+    def get(self, name: str) -> np.ndarray | None:
+        return self.block.arrays.get(name)
+
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+        found = BlockErrors(self.block, self.at, group, windows)
+        return found.loss, found.relative_mse
+
+    def drop(self, members: Sequence[str]) -> None:
+        """The block stays whole: later groups may run it."""

@@ -1,0 +1,201 @@
+"""The work of a job, block by block: observing and quantizing, in any order.
+
+In memory are one block's weights in float32, one batch of activations, the kept rows of each
+linear's input, and the inputs and outputs of the tokens that searches look at. Hidden states are
+on disk, and stay there until both the next hidden states and the block are.
+
+Of a model that will run in float16 a block whose activations do not fit that is refused here, or
+made to fit by dividing what a linear makes and multiplying what reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from ms_quant.budget import BATCH_TOKENS
+from ms_quant.files.reader import FloatTensors
+from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
+from ms_quant.models.block_forward import BlockForward, Positions
+from ms_quant.models.embedding import used_rows
+from ms_quant.plan.plan import Plan
+from ms_quant.quantization.block import QuantizedBlock, quantize
+from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
+from ms_quant.quantization.observe import divide, observe, wanted
+from ms_quant.quantization.weights import LoadedWeights, StoredWeights, Weights
+from ms_quant.statistics.activation_range import Divided
+from ms_quant.statistics.observations import Observations
+
+EMBEDDING = "model.embed_tokens.weight"
+
+Target = tuple[Plan, JobDirectory]
+"""A plan for one format, and the job as it has that format's blocks."""
+
+Progress = Callable[[int, float], None]
+"""Called with a block's index and how much of it is done, 0 to 1."""
+
+
+class BlockWork:
+    """What is to be done to the blocks of a job.
+
+    Args:
+        targets: what to do, for each format, and where finished blocks and hidden states are.
+        checkpoint: the float model.
+        tokens: int32 (windows, tokens) calibration data; None where nothing is calibrated.
+        progress: told how far each block is.
+        hooks: what is done around the algorithms.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        checkpoint: FloatTensors,
+        tokens: np.ndarray | None,
+        progress: Progress,
+        hooks: BlockHooks = NO_HOOKS,
+    ):
+        self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
+        self.progress, self.hooks = progress, hooks
+        self.config, self.job = targets[0][0].config, targets[0][1]
+        self._at = None if tokens is None else Positions(self.config, tokens.shape[1])
+        self._loaded: tuple[BlockForward, Divided] | None = None
+
+    def unfinished(self) -> list[int]:
+        """The blocks that are left."""
+        done = self.job.finished()
+        return [index for index in range(self.config.num_layers) if index not in done]
+
+    def observe(self, index: int) -> Observations | None:
+        """Runs a block on the calibration data; without any there is nothing to see.
+
+        Raises:
+            MsQuantError: a weight or an activation is NaN or infinite, an activation does not fit
+                float16, or the disk is full.
+        """
+        if self.tokens is None:
+            return None
+        self._make_hidden(index)
+        block, at = self._block(index, {}), self._at
+        assert at is not None
+        plans, plan = [plan for plan, _ in self.targets], self.targets[0][0]
+        kept = wanted(plans, index, self.hooks)
+        see = partial(observe, block, at, wanted=kept, shape=self._shape)
+        following = self._following(index)
+        seen = see(hidden=self._hidden(index), following=following.append if following else _drop)
+        if plan.dtype.name == "float16":
+            divided = seen.ranges.divisions(self.config)
+            if divided:
+                divide(block, divided)
+                self._loaded = block, divided
+                seen = see(hidden=self._hidden(index))
+                seen.divided = divided
+            seen.ranges.check_float16()
+        if following:
+            following.commit()
+        return seen
+
+    def finish(self, index: int, observations: Observations | None) -> None:
+        """Quantizes a block for each format from the same observations, and commits it.
+
+        The first format's block is committed last: it says that all are there.
+        """
+        half = observations is not None
+        norms = {}
+        if observations is not None:
+            norms = {f"{name}.l2_norm": s.l2_norm for name, s in observations.stats.items()}
+        done: list[tuple[Plan, QuantizedBlock]] = []
+        for count, (plan, job) in enumerate(reversed(self.targets)):
+            block = next((block for other, block in done if plan.same_numbers(other)), None)
+            if block is None:
+                part = partial(self._progress, index, count, half)
+                weights = self._weights(index, observations)
+                block = quantize(plan, weights, observations, self.hooks, part)
+                done.append((plan, block))
+            job.finish_block(index, block, norms if job.target == 0 else {})
+        self._loaded = None
+        self._drop_hidden()
+
+    def _progress(self, index: int, count: int, half: bool, part: float) -> None:
+        part = (count + part) / len(self.targets)
+        self.progress(index, (1 + part) / 2 if half else part)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        assert self.tokens is not None
+        windows, length = self.tokens.shape
+        return windows, length, self.config.hidden_size
+
+    def _weights(self, index: int, observations: Observations | None) -> Weights:
+        if observations is None or self._at is None:
+            return StoredWeights(self.checkpoint, index)
+        return LoadedWeights(self._block(index, observations.divided), self._at)
+
+    def _block(self, index: int, divided: Divided) -> BlockForward:
+        """A float block with some rows divided; the last one stays in memory."""
+        if self._loaded is not None:
+            block, found = self._loaded
+            if block.index == index and found.keys() == divided.keys():
+                return block
+        self._loaded = None
+        block = BlockForward.load(self.config, index, self.checkpoint.read_float32)
+        divide(block, divided)
+        self._loaded = block, divided
+        return block
+
+    def _hidden(self, index: int) -> Iterator[np.ndarray]:
+        """The inputs of a block, some windows at a time."""
+        windows, length, _ = self._shape
+        batch, path = max(1, BATCH_TOKENS // length), self.job.hidden_file(index)
+        for start in range(0, windows, batch):
+            yield read_hidden(path, start, start + batch)
+            self.progress(index, min(1.0, (start + batch) / windows) / 2)
+
+    def _has_hidden(self, index: int) -> bool:
+        return self.job.hidden_file(index).exists()
+
+    def _following(self, index: int) -> HiddenStates | None:
+        """Where a block's outputs go; None where no unfinished block begins with them."""
+        later = next((other for other in self.unfinished() if other > index), None)
+        if later is None or any(self._has_hidden(j) for j in range(index + 1, later + 1)):
+            return None
+        return HiddenStates(self.job.hidden_file(index + 1), self._shape)
+
+    def _make_hidden(self, index: int) -> None:
+        """The inputs of a block, from the nearest that there are before it."""
+        first = next((j for j in range(index, -1, -1) if self._has_hidden(j)), None)
+        if first is None:
+            self._embed()
+            first = 0
+        for earlier in range(first, index):
+            block, at = self._block(earlier, {}), self._at
+            assert at is not None
+            outputs = HiddenStates(self.job.hidden_file(earlier + 1), self._shape)
+            for batch in self._hidden(earlier):
+                outputs.append(block(batch, at))
+            outputs.commit()
+
+    def _embed(self) -> None:
+        """Writes the first hidden states."""
+        assert self.tokens is not None
+        rows = used_rows(self.checkpoint.float32_chunks(EMBEDDING), self.tokens)
+        hidden = HiddenStates(self.job.hidden_file(0), self._shape)
+        for window in self.tokens:
+            hidden.append(rows(window))
+        hidden.commit()
+
+    def _drop_hidden(self) -> None:
+        """Deletes the hidden states that no unfinished block begins with."""
+        there = [index for index in range(self.config.num_layers) if self._has_hidden(index)]
+        needed = {
+            max((index for index in there if index <= block), default=None)
+            for block in self.unfinished()
+        }
+        for index in there:
+            if index not in needed:
+                self.job.hidden_file(index).unlink()
+
+
+def _drop(output: np.ndarray) -> None:
+    """No block begins with it."""

@@ -1,0 +1,99 @@
+"""What calibration has seen of a block: mergeable over parts of the data, and serialisable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ms_quant.statistics.activation_range import BlockRanges, Divided
+from ms_quant.statistics.observers import ActivationStats
+from ms_quant.statistics.search_windows import SearchWindows
+
+STATS, RANGES, CACHE, DIVIDED, WINDOWS = "stats.", "ranges.", "cache.", "divided.", "windows"
+
+
+@dataclass
+class Observations:
+    """What the float forward of a block has shown.
+
+    Attributes:
+        stats: group to the statistics of its input.
+        windows: inputs and outputs of the windows that searches look at.
+        ranges: how large every place gets.
+        cache: path of a linear whose outputs are cached to float32 (out,), the largest magnitude
+            of each; None where nothing is cached.
+        divided: the rows of linears that were divided before, so that everything fits float16.
+        first: the first window that was seen.
+    """
+
+    stats: dict[str, ActivationStats]
+    windows: SearchWindows
+    ranges: BlockRanges
+    cache: dict[str, np.ndarray] | None = None
+    divided: Divided = field(default_factory=dict)
+    first: int = 0
+
+    @property
+    def index(self) -> int:
+        """The block."""
+        return self.ranges.index
+
+    def merge(self, other: Observations) -> None:
+        """Adds what the windows after these have shown."""
+        for name, stats in self.stats.items():
+            stats.merge(other.stats[name])
+        self.windows.merge(other.windows, other.first)
+        self.ranges.merge(other.ranges)
+        for path, absmax in (other.cache or {}).items():
+            assert self.cache is not None
+            self.cache[path] = np.maximum(self.cache[path], absmax)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was seen, by names; :meth:`facts` says the rest."""
+        found = {WINDOWS: self.windows.states}
+        for name, stats in self.stats.items():
+            found |= {f"{STATS}{name}.{key}": value for key, value in stats.arrays().items()}
+        for start, parts in (
+            (RANGES, self.ranges.absmax),
+            (CACHE, self.cache or {}),
+            (DIVIDED, self.divided),
+        ):
+            found |= {f"{start}{path}": value for path, value in parts.items()}
+        return found
+
+    def facts(self) -> str:
+        """How it was seen, as JSON."""
+        return json.dumps(
+            {
+                "index": self.index,
+                "first": self.first,
+                "stats": {name: stats.facts() for name, stats in self.stats.items()},
+                "shape": self.windows.shape,
+                "search_tokens": self.windows.tokens,
+                "caches": self.cache is not None,
+            }
+        )
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray], text: str) -> Observations:
+        """The observations that were written as :meth:`arrays` and :meth:`facts`."""
+        facts: dict[str, Any] = json.loads(text)
+        stats = {
+            name: ActivationStats.restore(_under(arrays, f"{STATS}{name}."), said)
+            for name, said in facts["stats"].items()
+        }
+        windows = SearchWindows(tuple(facts["shape"]), facts["search_tokens"])
+        windows.states = arrays[WINDOWS]
+        ranges = BlockRanges(facts["index"], _under(arrays, RANGES))
+        cache = _under(arrays, CACHE) if facts["caches"] else None
+        return cls(stats, windows, ranges, cache, _under(arrays, DIVIDED), facts["first"])
+
+
+def _under(arrays: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)
+    }
