@@ -211,7 +211,7 @@ def _emit_all(results: list[dict[str, Any]], as_json: bool) -> None:
         emit(result, as_json, show_fields)
 
 
-@app.command(epilog=example("ms-quant convert Qwen3-8B-W8A8 -o Qwen3-8B-ascend --format ascend"))
+@app.command(epilog=example("ms-quant convert Qwen3-8B-dynamic -o Qwen3-8B-ascend --format ascend"))
 def convert(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
