@@ -137,7 +137,7 @@ def sizes(checked: CheckedJob, job: JobDirectory) -> tuple[int, int]:
 
 
 def mean_loss(model: ServedModel, tokens: np.ndarray) -> float:
-    return float(perplexity(model, tokens)["loss"])
+    return float(perplexity(model, tokens).loss)
 
 
 def increase(point: Point, before: float) -> float:

@@ -22,7 +22,7 @@ from ms_quant.cli.console import (
     step_progress,
 )
 from ms_quant.cli.console import run as run_app
-from ms_quant.cli.main import ModelArgument, example
+from ms_quant.cli.arguments import ModelArgument, example
 from ms_quant.models.names import short_name
 from sparse_compress.codec import CORES, backend_note
 from sparse_compress.layouts import DEFAULT, TARGETS

@@ -11,7 +11,7 @@ import pytest
 
 from ms_quant.data.calibration import eval_windows
 from ms_quant.models.config import load_config
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from sparse_compress.codec.fractal import unsupported_reason
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.pipeline.request import SparseOptions
@@ -63,7 +63,7 @@ def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options:
     data_free = algorithm == "minmax" and scheme in ("W8A8_DYNAMIC", "W8A16")
     calib = None if data_free else TEXT / "calibration.txt"
     choices = {"algorithm_options": options}
-    quantize_checkpoint(QuantizeOptions(model, output, scheme, algorithm, **choices, calib=calib))
+    run_job(QuantizeOptions(model, output, scheme, algorithm, **choices, calib=calib))
     return output
 
 
@@ -125,7 +125,7 @@ def test_what_a_cache_in_int8_costs(tmp_path, tokens):
         kv_cache="C8",
         calib=TEXT / "calibration.txt",
     )
-    quantize_checkpoint(request)
+    run_job(request)
     exact = perplexity(request.output, tokens, kv_cache="float")
     for kind in ("C8", "C8_DYNAMIC"):
         assert perplexity(request.output, tokens, kv_cache=kind) == pytest.approx(exact, rel=0.002)

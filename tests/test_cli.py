@@ -292,17 +292,17 @@ if when == "importing":
 else:
     from ms_quant.pipeline import run as pipeline
     original = pipeline.run_blocks
-    def run_blocks(prepared, job, progress, steps):
+    def run_blocks(checked, job, progress, *rest):
         def interrupted(index, part):
             os.kill(os.getpid(), signal.SIGINT)
-        original(prepared, job, interrupted, steps)
+        original(checked, job, interrupted, *rest)
     pipeline.run_blocks = run_blocks
 ms_quant.cli.main.main()
 """
     model, data = tiny_model(), ["--samples", 2, "--seq-len", 8]
     command = ["quantize", model, "-o", tmp_path / "out", "--calib", calib_text, *data]
     if when == "importing":
-        command = ["eval", model, "--text", calib_text]
+        command += ["--scheme", "W4A4_DYNAMIC", "--algorithm", "flatquant"]
     run = subprocess.run(
         [sys.executable, "-c", script, when, *map(str, command)],
         env=package_environment,

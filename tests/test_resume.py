@@ -49,13 +49,13 @@ watch(Path, "rename", 1)
 watch(Path, "unlink", 0)
 watch(os, "rmdir", 0)
 
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
 prepared = prepare(options)
 say("ready")
-result = quantize_checkpoint(options, prepared=prepared)
+result = run_job(options, checked=prepared)
 say("finished before" if result["finished_before"] else "finished")
 """
 

@@ -7,7 +7,7 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ from ms_quant.numerics.float8_blocks import Float8BlockGrid
 from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.paths import check_paths
-from ms_quant.pipeline.request import SHARD_BYTES
-from ms_quant.pipeline.writer import summary, write_output
+from ms_quant.pipeline.result import Output, output_of
+from ms_quant.pipeline.writer import write_output
 from ms_quant.plan.layer import LayerPlan, layer_plan, recorded_layer
 from ms_quant.plan.plan import Plan
+from ms_quant.progress import PartProgress, silent
 from ms_quant.schemes.support import store
 from ms_quant.schemes.table import get_scheme
 from ms_quant.verify.checkpoint import record_problems
@@ -64,13 +66,13 @@ PLANNED = (
 
 
 def convert_checkpoint(
-    directory: Path,
-    output: Path,
+    directory: Path | str,
+    output: Path | str,
     format: str,
     *,
     shard_bytes: int | None = None,
-    progress: Callable[[float], None] = lambda part: None,
-) -> dict[str, Any]:
+    progress: PartProgress | None = None,
+) -> Output:
     """Makes a checkpoint of another format with the same numbers.
 
     Args:
@@ -88,7 +90,7 @@ def convert_checkpoint(
         MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
             names the tensor. No output directory is left behind.
     """
-    directory = model_directory(directory)
+    directory, output = model_directory(directory), Path(output)
     check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)
@@ -114,15 +116,15 @@ def convert_checkpoint(
                 f"{directory / RECORD}: shard_bytes is {size!r:.80}, expected a positive number"
             )
         with made.open_or_discard():
-            write_output(plan, converted, made, size, directory, facts, progress)
-    return summary(plan, output, finished)
+            write_output(plan, converted, made, size, directory, facts, progress or silent)
+    return output_of(plan, output, finished, measured=False)
 
 
 def _open(directory: Path) -> tuple[QuantizedModel, dict[str, Any]]:
     """A checkpoint that is not damaged, and its record; of one that others made what is known."""
     if not is_ours(directory):
         model = QuantizedModel(directory)
-        known = {PROVENANCE: provenance(model.structure), "shard_bytes": SHARD_BYTES}
+        known = {PROVENANCE: provenance(model.structure), "shard_bytes": DEFAULTS.shard_bytes}
         return model, {"record": known}
     content = _record(directory)
     damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)

@@ -7,7 +7,7 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
+from ms_quant.progress import PartProgress, silent
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.weights import Weights
 from ms_quant.schemes.storage import SmoothingTarget
@@ -61,7 +62,7 @@ def quantize(
     weights: Weights,
     observations: Observations | None,
     hooks: BlockHooks = NO_HOOKS,
-    progress: Callable[[float], None] = lambda part: None,
+    progress: PartProgress = silent,
 ) -> QuantizedBlock:
     """The quantized linears of one block, and what the algorithms chose.
 

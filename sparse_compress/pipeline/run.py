@@ -13,7 +13,7 @@ from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
 from ms_quant.pipeline.run import CheckedJob, complete
 from ms_quant.quantization.hooks import BlockHooks
-from ms_quant.quantization.work import Progress as BlockProgress
+from ms_quant.progress import BlockProgress
 from sparse_compress.layouts.fp16 import survey
 from sparse_compress.pipeline.request import Request, SparseOptions, check
 from sparse_compress.pipeline.writer import Progress, write_checkpoint

@@ -159,7 +159,7 @@ class Search:
 
     def _loss(self, model: ServedModel) -> float:
         assert self.goal.tokens is not None
-        return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]
+        return perplexity(model, self.goal.tokens, self._progress("evaluate")).loss
 
     def _forget(self, prices: list[float]) -> None:
         """Removes the job of a price that was tried; there is one job directory for all."""

@@ -182,8 +182,8 @@ def test_the_losses_are_the_same(
 
 def test_the_perplexity_of_the_bundled_model_stays(write: Writer) -> None:
     tokens = eval_windows(ROOT / "models" / "text" / "heldout.txt", BUNDLED, 256)[:8]
-    exact = perplexity(open_model(BUNDLED), tokens)["perplexity"]
-    found = perplexity(open_model(write(view(BUNDLED), "rotated")), tokens)["perplexity"]
+    exact = perplexity(open_model(BUNDLED), tokens).perplexity
+    found = perplexity(open_model(write(view(BUNDLED), "rotated")), tokens).perplexity
     assert found == pytest.approx(exact, rel=1e-4)
 
 

@@ -189,8 +189,8 @@ def test_evaluation_opens_it(half: Any, heldout: Path) -> None:
     model = opened(half.output)
     assert model.format == "W8A8SC TP1"
     tokens = np.load(heldout)["tokens"]
-    before = perplexity(open_model(half.source), tokens)["perplexity"]
-    after = perplexity(model, tokens)["perplexity"]
+    before = perplexity(open_model(half.source), tokens).perplexity
+    after = perplexity(model, tokens).perplexity
     assert before < after < 3 * before
 
 
@@ -410,9 +410,9 @@ def test_a_quality_is_kept_and_a_killed_search_goes_on(
     assert verify(lossy.output, lossy.model)["problems"] == []
     assert lossy.heldout is not None
     tokens = np.load(lossy.heldout)["tokens"]
-    stated = perplexity(open_model(lossy.model), tokens)["perplexity"]
+    stated = perplexity(open_model(lossy.model), tokens).perplexity
     assert made["float_perplexity"] == pytest.approx(stated, rel=1e-6)
-    found = perplexity(opened(lossy.output), tokens)["perplexity"]
+    found = perplexity(opened(lossy.output), tokens).perplexity
     assert made["perplexity"] == pytest.approx(found, rel=0.01)  # float16 of what stays float
     again = replace(lossy, output=tmp_path / "again")
     Stop("evaluate", 1.0, 2).run(again)  # in the first try
