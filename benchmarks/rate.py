@@ -216,7 +216,7 @@ def main() -> None:
         options = SparseOptions(
             arguments.model, Path(directory) / "out", arguments.calib, tp=1, target_ratio=RATIOS[0]
         )
-        checked = check(options).checked
+        checked = check(options).quantization
         before = mean_loss(FloatModel(arguments.model), tokens)
         kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         points = kept.get("points", []) if kept.get("float_loss") == before else []

@@ -1,31 +1,68 @@
 """MindSpore-native quantization for Ascend, on any machine.
 
-The public names are imported when they are first used: ``quantize``, ``save_quantized`` and
-``QuantLinear`` need MindSpore, everything else does not.
+The public names are imported when they are first used: those of networks (``quantize``,
+``save_quantized``, ``QuantLinear``) need MindSpore, the others do not.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ms_quant.algorithms import ALGORITHMS
+    from ms_quant.cells import QuantLinear, quantize, save_quantized
+    from ms_quant.errors import MsQuantError
+    from ms_quant.evaluation.generation import generate
+    from ms_quant.evaluation.perplexity import perplexity
+    from ms_quant.formats.opening import open_model
+    from ms_quant.pipeline.convert import convert_checkpoint
+    from ms_quant.pipeline.quantize import quantize_checkpoint
+    from ms_quant.recipe import Recipe, from_ptq_config, load_recipe
+    from ms_quant.schemes.table import SCHEMES
+    from ms_quant.verify.checkpoint import verify_checkpoint
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "quantize": "ms_quant.cells",
-    "QuantLinear": "ms_quant.cells",
-    "save_quantized": "ms_quant.cells",
-    "SCHEMES": "ms_quant.schemes.table",
-    "ALGORITHMS": "ms_quant.algorithms",
-    "MsQuantError": "ms_quant.errors",
-    "quantize_checkpoint": "ms_quant.pipeline.run",
-    "verify_checkpoint": "ms_quant.verify.checkpoint",
-}
+__all__ = [
+    "ALGORITHMS",
+    "SCHEMES",
+    "MsQuantError",
+    "QuantLinear",
+    "Recipe",
+    "convert_checkpoint",
+    "from_ptq_config",
+    "generate",
+    "load_recipe",
+    "open_model",
+    "perplexity",
+    "quantize",
+    "quantize_checkpoint",
+    "save_quantized",
+    "verify_checkpoint",
+]
 
-__all__ = sorted(_PUBLIC)
+_MODULES = {
+    "ms_quant.algorithms": ("ALGORITHMS",),
+    "ms_quant.cells": ("QuantLinear", "quantize", "save_quantized"),
+    "ms_quant.errors": ("MsQuantError",),
+    "ms_quant.evaluation.generation": ("generate",),
+    "ms_quant.evaluation.perplexity": ("perplexity",),
+    "ms_quant.formats.opening": ("open_model",),
+    "ms_quant.pipeline.convert": ("convert_checkpoint",),
+    "ms_quant.pipeline.quantize": ("quantize_checkpoint",),
+    "ms_quant.recipe": ("Recipe", "from_ptq_config", "load_recipe"),
+    "ms_quant.schemes.table": ("SCHEMES",),
+    "ms_quant.verify.checkpoint": ("verify_checkpoint",),
+}
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -149,8 +149,8 @@ def test_sparse_compression_pays_and_activation_aware_pruning_is_no_worse(tmp_pa
             MODEL, tmp_path / pruning, TEXT / "calibration.txt", sparsity=0.5, pruning=pruning
         )
         result = run(options)
-        assert result["ratio"] < 0.90
-        assert result["tensor_bytes"] < plain_bytes
+        assert result.ratio < 0.90
+        assert result.tensor_bytes < plain_bytes
         found[pruning] = perplexity(tmp_path / pruning, tokens)
     assert found["activation"] <= found["magnitude"]
     assert exact < found["activation"] < 10 * exact
@@ -163,7 +163,7 @@ def test_rounding_for_a_size_reaches_it_at_a_fraction_of_what_pruning_costs(
         MODEL, tmp_path / "made", TEXT / "calibration.txt", target_ratio=0.45, samples=32
     )
     result = run(options)
-    assert 0.44 < result["ratio"] <= 0.45
+    assert 0.44 < result.ratio <= 0.45
     assert perplexity(tmp_path / "made", tokens) < 1.015 * exact
     verified = verify(tmp_path / "made", MODEL)
     assert verified["problems"] == []

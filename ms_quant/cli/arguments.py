@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ms_quant.algorithms.smooth import SmoothOptions
 from ms_quant.cli.console import given_model
 
+ALPHA = SmoothOptions().alpha
 ModelArgument = Annotated[
     Path, typer.Argument(help="Directory of a Hugging Face checkpoint.", callback=given_model)
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ms_quant import kernels
-from ms_quant.cli.arguments import ModelArgument
+from ms_quant.cli.arguments import ALPHA, ModelArgument
 from ms_quant.cli.console import (
     JsonOption,
     emit,
@@ -74,7 +74,7 @@ def quantize(
         str, typer.Option(help="Where smoothing goes: input-scale, norm or mul-scale.")
     ] = DEFAULTS.fold,
     alpha: Annotated[
-        float | None, typer.Option(help="Smoothing strength of smoothquant. Default: 0.5")
+        float | None, typer.Option(help=f"Smoothing strength of smoothquant. Default: {ALPHA}")
     ] = None,
     setting: Annotated[
         list[str] | None,
