@@ -18,9 +18,9 @@ ARM = aarch64-linux-gnu
 
 # tests/kernels goes through all instruction sets in each run; these take the best there is.
 WITHOUT_KERNELS = $(addprefix tests/,models algorithms test_searched.py test_blocks.py \
-	test_observers.py test_remake.py)
-ISA_TESTS = $(WITHOUT_KERNELS) $(addprefix tests/,test_evaluation.py test_kv_cache.py \
-	kernels/test_matrix.py $(addprefix cells/test_,native.py quant_linear.py \
+	test_observers.py test_remake.py test_evaluation.py test_kv_cache.py)
+ISA_TESTS = $(WITHOUT_KERNELS) $(addprefix tests/,kernels/test_matrix.py \
+	$(addprefix cells/test_,decoder.py native.py quant_linear.py \
 	quant_linear_schemes.py))
 test-isa-none: ISA_TESTS = $(WITHOUT_KERNELS)
 # Other libraries as on such a machine, as far as they let themselves be told.

@@ -40,7 +40,7 @@ from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 model, output, calib, scheme, algorithm = sys.argv[1:]
 data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, **data)
-prepared = prepare(options)
+checked = prepare(options)
 base = peak = anonymous()
 done = threading.Event()
 
@@ -52,7 +52,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 started = time.monotonic()
-run_job(options, checked=prepared)
+run_job(options, checked=checked)
 done.set()
 thread.join()
 print(json.dumps({"peak": peak - base, "imports": base, "seconds": time.monotonic() - started}))

@@ -22,6 +22,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def measure_way(
     checked: CheckedJob, way: str, setting: float, steps: BlockHooks, tokens: np.ndarray
 ) -> Point:
     directory = checked.options.job_directory.with_name(f"{way}-{setting}")
-    job = JobDirectory(directory, {**checked.record, "way": way, "setting": setting})
+    record = {**checked.record, "way": way, "setting": setting}
+    job = replace(checked, options=replace(checked.options, job=directory), record=record).job()
     with job.open():
         run_blocks(checked, job, lambda index, part: None, steps)
         raw, stored = sizes(checked, job)

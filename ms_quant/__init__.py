@@ -1,7 +1,8 @@
 """MindSpore-native quantization for Ascend, on any machine.
 
 The public names are imported when they are first used: those of networks (``quantize``,
-``save_quantized``, ``QuantLinear``) need MindSpore, the others do not.
+``calibrate``, ``summary``, ``save_quantized``, ``load_quantized``, ``QuantLinear``) need MindSpore,
+the others do not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ms_quant.algorithms import ALGORITHMS
-    from ms_quant.cells import QuantLinear, quantize, save_quantized
+    from ms_quant.cells import (
+        QuantLinear,
+        calibrate,
+        load_quantized,
+        quantize,
+        save_quantized,
+        summary,
+    )
     from ms_quant.errors import MsQuantError
     from ms_quant.evaluation.generation import generate
     from ms_quant.evaluation.perplexity import perplexity
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
     from ms_quant.pipeline.quantize import quantize_checkpoint
     from ms_quant.recipe import Recipe, from_ptq_config, load_recipe
     from ms_quant.schemes.table import SCHEMES
+    from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
     from ms_quant.verify.checkpoint import verify_checkpoint
 
 __version__ = "0.1.0"
@@ -30,21 +39,28 @@ __all__ = [
     "MsQuantError",
     "QuantLinear",
     "Recipe",
+    "TimestepManager",
+    "TimestepPolicyConfig",
+    "calibrate",
     "convert_checkpoint",
     "from_ptq_config",
     "generate",
+    "load_quantized",
     "load_recipe",
     "open_model",
     "perplexity",
     "quantize",
     "quantize_checkpoint",
     "save_quantized",
+    "summary",
     "verify_checkpoint",
 ]
 
 _MODULES = {
     "ms_quant.algorithms": ("ALGORITHMS",),
-    "ms_quant.cells": ("QuantLinear", "quantize", "save_quantized"),
+    "ms_quant.cells": (
+        *("QuantLinear", "calibrate", "load_quantized", "quantize", "save_quantized", "summary"),
+    ),
     "ms_quant.errors": ("MsQuantError",),
     "ms_quant.evaluation.generation": ("generate",),
     "ms_quant.evaluation.perplexity": ("perplexity",),
@@ -53,6 +69,7 @@ _MODULES = {
     "ms_quant.pipeline.quantize": ("quantize_checkpoint",),
     "ms_quant.recipe": ("Recipe", "from_ptq_config", "load_recipe"),
     "ms_quant.schemes.table": ("SCHEMES",),
+    "ms_quant.timestep": ("TimestepManager", "TimestepPolicyConfig"),
     "ms_quant.verify.checkpoint": ("verify_checkpoint",),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}

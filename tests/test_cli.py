@@ -302,7 +302,7 @@ ms_quant.cli.main.main()
     model, data = tiny_model(), ["--samples", 2, "--seq-len", 8]
     command = ["quantize", model, "-o", tmp_path / "out", "--calib", calib_text, *data]
     if when == "importing":
-        command += ["--scheme", "W4A4_FLATQUANT_DYNAMIC", "--algorithm", "flatquant"]
+        command += ["--scheme", "W4A4_FLATQUANT_DYNAMIC"]
     run = subprocess.run(
         [sys.executable, "-c", script, when, *map(str, command)],
         env=package_environment,

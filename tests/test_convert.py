@@ -34,7 +34,7 @@ CALIBRATED = {"samples": 2, "seq_len": 16}
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, format: str, model: dict | None = None, **options: Any) -> Path:
         source = tiny_model(**{"family": "qwen2", "layers": 2, **SHAPE, **(model or {})})
-        settings = {"fold": options.pop("fold", ""), "kv_cache": options.pop("kv_cache", "float")}
+        settings = {"fold": options.pop("fold", ""), "kv_cache": options.pop("kv_cache", "")}
         dtype, algorithm = options.pop("dtype", None), options.pop("algorithm", "minmax")
         choices = {**split_options(options), "formats": (format,), **settings}
         static = SCHEMES[scheme].needs_calibration or algorithm != "minmax"

@@ -104,6 +104,22 @@ def test_the_quantizer_does_not_know_the_compressor():
     ]
 
 
+def test_mindspore_is_imported_only_where_networks_or_gradients_are():
+    users = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Import) and node.names[0].name.startswith("mindspore"))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mindspore"))
+    }
+    assert {name for name in users if not name.startswith("ms_quant.cells")} == {
+        "ms_quant.algorithms.flat_training",
+        "ms_quant.cli.console",  # prepares it for that training
+        "ms_quant.job.directory",  # records its version
+        "sparse_compress.vllm_plugin.runtime",  # sets vllm-mindspore's parameters
+    }
+
+
 def test_every_room_is_in_the_list():
     for package, rooms in ROOMS.items():
         found = {n.split(".")[1] for n in MODULES if n.startswith(f"{package}.")}

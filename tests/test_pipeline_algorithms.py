@@ -21,6 +21,7 @@ from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import load_config
+from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.pipeline.options import split_options
 from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
@@ -147,24 +148,22 @@ def test_another_seed_is_another_job(make):
     assert checked.record["algorithm_options"] == {"quarot": {"seed": 3, "block_size": 0}}
 
 
-def test_both_phases_of_a_generation(make):
+def test_both_phases_of_a_generation(make, monkeypatch):
     """The first token is predicted with dynamic inputs, all later ones with static ones."""
     checked = make("W8A8_MIX", "minmax")
-    model = open_model(checked.options.output)
+    model, seen = open_model(checked.options.output), []
     assert model.phased
-    generator = Generator(model)
-    seen: list[tuple[int, bool]] = []
-    for block in generator.blocks:
-        call = block.feed_forward
+    call = QuantizedForward.__call__
 
-        def spy(x: Any, decode: bool = False, call: Any = call) -> Any:
-            seen.append((x.shape[1], decode))
-            return call(x, decode)
+    def spy(self: Any, rows: np.ndarray, decode: bool = False) -> np.ndarray:
+        seen.append((len(rows), decode))
+        return call(self, rows, decode)
 
-        block.feed_forward = spy
-    list(generator.generate(np.array([5, 6, 7]), 3))
-    assert seen[:2] == [(3, False)] * 2
-    assert set(seen[2:]) == {(1, True)}
+    monkeypatch.setattr(QuantizedForward, "__call__", spy)
+    list(Generator(model).generate(np.array([5, 6, 7]), 3))
+    linears = len(checked.plan.quantized())
+    assert seen[:linears] == [(3, False)] * linears
+    assert set(seen[linears:]) == {(1, True)}
     losses = [perplexity(model, TOKENS, decode=decode).loss for decode in (False, True)]
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1
 

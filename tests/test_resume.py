@@ -53,10 +53,10 @@ from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
-prepared = prepare(options)
+checked = prepare(options)
 say("ready")
-result = run_job(options, checked=prepared)
-say("finished before" if result["finished_before"] else "finished")
+result = run_job(options, checked=checked)
+say("finished before" if result.finished_before else "finished")
 """
 
 

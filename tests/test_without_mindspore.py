@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from ms_quant.pipeline.run import QuantizeOptions, run_job
-from ms_quant.plan.plan import Choices
 from sparse_compress.pipeline.request import SparseOptions
 from sparse_compress.pipeline.run import run
 
@@ -31,8 +30,8 @@ for checkpoint in checkpoints:
 """
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "W8A8": {"scheme": "W8A8"},
-    "W4A16": {"scheme": "W4A16", "choices": Choices({"group_size": 32})},
-    "C8": {"scheme": "W8A16", "choices": Choices(kv_cache="C8")},
+    "W4A16": {"scheme": "W4A16", "scheme_options": {"group_size": 32}},
+    "C8": {"scheme": "W8A16", "kv_cache": "C8"},
     "W8A8_MIX": {"scheme": "W8A8_MIX"},
     "W8A8_MXFP8": {"scheme": "W8A8_MXFP8"},
 }
@@ -46,7 +45,7 @@ def checkpoints(
     made = {"float": source, "W8A8SC": tmp_path / "W8A8SC"}
     for name, options in CHECKPOINTS.items():
         made[name] = tmp_path / name
-        cached = options.get("choices", Choices()).kv_cache
+        cached = options.get("kv_cache", "")
         needed = cached or name in ("W8A8", "W8A8_MIX")
         data = {"calib": calib_text, "samples": 2, "seq_len": 8} if needed else {}
         run_job(QuantizeOptions(source, made[name], **options, **data))

@@ -23,7 +23,7 @@ from pydantic import Field
 from ms_quant.algorithms import clip
 from ms_quant.algorithms.problem import Problem, Solution, apply, noted
 
-NOT_CLIPPED = ("q_proj", "k_proj")
+NOT_CLIPPED = ("q_proj", "k_proj", "q_proj.weight", "k_proj.weight")
 SMALLEST = 1e-4
 
 

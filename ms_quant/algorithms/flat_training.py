@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.algorithms.flat_group import Flat, Group
+from ms_quant.algorithms.flat_options import FlatOptions
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics import affine
-
-if TYPE_CHECKING:
-    from ms_quant.algorithms.flatquant import FlatOptions
 
 LARGEST_CLIP = 0.98  # where training may start: the sigmoid of 1 is far off
 WARMUP = 0.05  # of the steps

@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import replace
 
 import numpy as np
-from pydantic import Field
 
 from ms_quant.algorithms.flat_group import Flat, Group
+from ms_quant.algorithms.flat_options import FlatOptions
 from ms_quant.algorithms.flat_training import descend
 from ms_quant.algorithms.problem import Problem, Solution, checked, seen_inputs
 from ms_quant.errors import MsQuantError
@@ -46,30 +45,6 @@ from ms_quant.numerics.linear import Kronecker
 CLIPS = (1.0, 0.9, 0.8, 0.7)  # of all tokens and rows alike, for what is not trained
 BALANCING_TURNS = 6
 DAMPING = 1e-6  # of a second moment's mean, added to each; channels may be all zeros
-
-
-@dataclass(frozen=True)
-class FlatOptions:
-    """How to train.
-
-    Attributes:
-        steps: of Adam; 0 returns the best start.
-        batch_tokens: tokens of one step, drawn without replacement.
-        batch_rows: weight rows of one step, drawn likewise.
-        learning_rate: largest change of a factor in a step, relative to the factor; divided by
-            the square root of the factor's order.
-        clip_learning_rate: of the clipping logits.
-        row_clips: how many ratios from 0.5 to 1 are tried for each weight row at the end.
-        seed: of the Hadamard matrices' signs and of the batches.
-    """
-
-    steps: Annotated[int, Field(ge=0)] = 400
-    batch_tokens: Annotated[int, Field(ge=1)] = 128
-    batch_rows: Annotated[int, Field(ge=1)] = 256
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.15
-    clip_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
-    row_clips: Annotated[int, Field(ge=1)] = 41
-    seed: Annotated[int, Field(ge=0)] = 0
 
 
 DEFAULTS = FlatOptions()

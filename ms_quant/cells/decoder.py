@@ -3,12 +3,6 @@
 Parameter names are those of the Hugging Face checkpoint, so a tensor is found by its name.
 Float32 is the type in which MindSpore's CPU kernels are complete and fast; on Ascend the same
 Cells run in whatever type their parameters are cast to.
-
-MindSpore's CPU kernels broadcast, reduce and slice five to fifteen times slower than they
-multiply matrices, so sums over the last axis, products with a vector and the half-turn of the
-rotary embedding are written as products with small constant matrices here. Even so an operator
-takes some tens of microseconds to launch, so in PyNative on CPU norms, gates and attention call
-native kernels (:mod:`ms_quant.cells.direct`), if no hook and no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -17,137 +11,25 @@ import math
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
-from ms_quant import kernels
 from ms_quant.budget import SCORE_BYTES
-from ms_quant.cells.direct import (
-    Linear,
-    as_type,
-    calls_directly,
-    floats,
-    has_kernels,
-    threads,
+from ms_quant.cells.direct import as_type, calls_directly, floats, has_kernels, threads
+from ms_quant.cells.layers import (
+    Embedding,
+    Residual,
+    RMSNorm,
+    Softmax,
+    SwapHeads,
+    SwiGLU,
+    dense,
+    project,
+    repeat_rows,
+    rotate_half_matrix,
 )
 from ms_quant.models import attention
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.rope import rope_table, still_table
-
-
-def repeat_rows(row: Tensor, count: int) -> Tensor:
-    """(count, n) from ``row`` of n values: an outer product with ones, which is exact."""
-    return ops.matmul(ops.ones((count, 1), row.dtype), row.reshape(1, -1))
-
-
-class RMSNorm(nn.Cell):
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = Parameter(np.ones(size, np.float32))
-        self.mean = Tensor(np.full((size, 1), 1.0 / size, np.float32))
-        self.size, self.eps = size, eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not (has_kernels() and calls_directly(self)):
-            return super().__call__(x)
-        y = kernels.rms_norm(floats(x), floats(self.weight), self.eps, threads())
-        return as_type(y, x.dtype)
-
-    def construct(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.size)
-        inverse = ops.rsqrt(ops.matmul(rows * rows, self.mean) + self.eps)
-        return (rows * ops.matmul(inverse, self.weight.reshape(1, -1))).reshape(x.shape)
-
-
-class Softmax(nn.Cell):
-    """Softmax over the last axis, with a gradient that is fast on CPU."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return ops.softmax(x, -1)
-
-    def bprop(self, x: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
-        size = x.shape[-1]
-        product = (y * dy).reshape(-1, size)
-        total = ops.matmul(product, ops.ones((size, 1), x.dtype))
-        spread = ops.matmul(total, ops.ones((1, size), x.dtype)).reshape(x.shape)
-        return (y * (dy - spread),)
-
-
-@ops.constexpr
-def _swapped_rows(a: int, b: int, c: int) -> Tensor:
-    rows = np.arange(a * b * c, dtype=np.int32).reshape(a, b, c)
-    return Tensor(np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1))
-
-
-def transpose_heads(x: Tensor) -> Tensor:
-    """(A, B, C, D) to (A, C, B, D): a gather of rows, ten times faster than a transpose."""
-    a, b, c, d = x.shape
-    return ops.gather(x.reshape(-1, d), _swapped_rows(a, b, c), 0).reshape(a, c, b, d)
-
-
-class SwapHeads(nn.Cell):
-    """(B, S, heads, D) to (B, heads, S, D) and back, with a gradient that is fast on CPU."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return transpose_heads(x)
-
-    def bprop(self, x: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor]:
-        return (transpose_heads(dy),)
-
-
-class Embedding(nn.Cell):
-    """Rows of a table, by token id."""
-
-    def __init__(self, rows: int, size: int):
-        super().__init__()
-        self.weight = Parameter(np.zeros((rows, size), np.float32))
-
-    def construct(self, ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, ids, 0)
-
-
-def _dense(in_features: int, out_features: int, bias: bool) -> Linear:
-    return Linear(in_features, out_features, has_bias=bias, weight_init="zeros", bias_init="zeros")
-
-
-def project(linear: nn.Cell, x: Tensor, decode: bool) -> Tensor:
-    """The output of a linear. Only one that tells the phases apart is told which it is."""
-    return linear(x, True) if decode and getattr(linear, "phased", False) else linear(x)
-
-
-def _half_turn(size: int) -> np.ndarray:
-    """The R with ``x @ R == concat(-x[size // 2:], x[:size // 2])``; exact, one term each."""
-    half = size // 2
-    turn = np.zeros((size, size), np.float32)
-    turn[half:, :half] = -np.eye(half, dtype=np.float32)
-    turn[:half, half:] = np.eye(half, dtype=np.float32)
-    return turn
-
-
-class SwiGLU(nn.Cell):
-    """gate * sigmoid(gate) * up."""
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        if not (has_kernels() and calls_directly(self)):
-            return super().__call__(gate, up)
-        return as_type(kernels.swiglu(floats(gate), floats(up), threads()), gate.dtype)
-
-    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
-        return gate * ops.sigmoid(gate) * up
-
-
-class Residual(nn.Cell):
-    """x + y."""
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        if not (has_kernels() and calls_directly(self)):
-            return super().__call__(x, y)
-        with np.errstate(all="ignore"):
-            return as_type(np.add(floats(x), floats(y)), x.dtype)
-
-    def construct(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
 
 
 class Attention(nn.Cell):
@@ -170,13 +52,13 @@ class Attention(nn.Cell):
 
         def linear(name: str, bias: bool) -> nn.Dense:
             spec = linears[f"self_attn.{name}"]
-            return _dense(spec.in_features, spec.out_features, bias)
+            return dense(spec.in_features, spec.out_features, bias)
 
         self.q_proj = linear("q_proj", config.qkv_bias)
         self.k_proj = linear("k_proj", config.qkv_bias)
         self.v_proj = linear("v_proj", config.qkv_bias)
         self.o_proj = linear("o_proj", config.o_bias)
-        self.rotate_half = Tensor(_half_turn(config.head_dim))
+        self.rotate_half = Tensor(rotate_half_matrix(config.head_dim))
         self.softmax, self.swap_heads = Softmax(), SwapHeads()
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.qk_norm = config.qk_norm
@@ -276,9 +158,9 @@ class MLP(nn.Cell):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, inter, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = _dense(hidden, inter, bias)
-        self.up_proj = _dense(hidden, inter, bias)
-        self.down_proj = _dense(inter, hidden, bias)
+        self.gate_proj = dense(hidden, inter, bias)
+        self.up_proj = dense(hidden, inter, bias)
+        self.down_proj = dense(inter, hidden, bias)
         self.swiglu = SwiGLU()
 
     def construct(self, x: Tensor, decode: bool = False) -> Tensor:
@@ -368,7 +250,7 @@ class CausalLM(nn.Cell):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = _dense(config.hidden_size, config.vocab_size, False)
+        self.lm_head = dense(config.hidden_size, config.vocab_size, False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 

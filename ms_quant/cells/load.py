@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import communication, nn
@@ -26,33 +28,80 @@ from ms_quant.formats.mindie_sd.description import (
 from ms_quant.formats.mindie_sd.reading import Tensors, read, with_bias_of
 from ms_quant.formats.mindie_sd.types import FLOAT, TYPES
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 MX_TARGET = "w4a4_linear"
 
 
-def load(
+def load_quantized(
     network: nn.Cell,
-    path: Path,
+    path: str | PathLike[str],
+    *,
     timestep_policy: TimestepPolicyConfig | None = None,
-    dtype: np.dtype | None = None,
+    dtype: Any = None,
 ) -> nn.Cell:
     """Replaces linears of a network with quantized ones from files, in place.
 
-    What is ``FLOAT`` keeps the values that the network has, and so does what is no linear; a file
-    of a whole network gives those, too.
-
     Args:
-        network: with linears inside.
-        path: the description; the weights are beside it. Or the one file of a whole network.
-        timestep_policy: as for :func:`ms_quant.cells.swap.quantize`.
-        dtype: what the network runs in; None is what the file says that it was made for, else each
-            linear's own type.
+        network (Cell): built as the one that was quantized, before it was; not a linear itself.
+        path (str, PathLike): what :func:`ms_quant.save_quantized` returned: a description as
+            MindIE-SD reads it, ``quant_model_description_TYPE.json`` or ``..._TYPE_RANK.json``,
+            with the weights beside it; or ``quantized_network.safetensors``, which gives every
+            parameter its value. With a description every linear needs an entry; those that are
+            ``FLOAT`` keep the network's values, and so does what is no linear, of which a warning
+            tells.
+        timestep_policy (TimestepPolicyConfig, optional): which timesteps are static and which are
+            dynamic, for linears of W8A8_TIMESTEP. Default: ``None``, all steps are dynamic.
+        dtype (str, mindspore.dtype, optional): the type that the network runs in. Default:
+            ``None``, the type that the file was made for, else each linear's own.
+
+    Returns:
+        Cell, `network`.
 
     Raises:
-        MsQuantError: names the file and the entry or tensor that is wrong. Nothing is replaced.
+        MsQuantError: an entry, tensor, type, shape or value is missing, wrong or not served by
+            MindIE-SD; names the file and the entry or tensor. Nothing is replaced.
+
+    Supported Platforms:
+        ``CPU`` (tested), ``Ascend`` (written, never run on a device)
+
+    Examples:
+        >>> import ms_quant
+        >>> from mindspore import nn
+        >>> def build():
+        ...     return nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
+        >>> net = ms_quant.quantize(build(), "W8A8_DYNAMIC")
+        >>> path = ms_quant.save_quantized(net, "exported", format="network")
+        >>> print(path)
+        exported/quantized_network.safetensors
+        >>> again = ms_quant.load_quantized(build(), path)
     """
+    return load(network, Path(path), timestep_policy, wanted_dtype(dtype))
+
+
+def wanted_dtype(dtype: Any) -> np.dtype | None:
+    """The type that a network runs in, by its name or as MindSpore's; None where it is not given.
+
+    Raises:
+        MsQuantError: it is none of the three.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).lower()
+    if name not in DTYPES:
+        raise MsQuantError(f"dtype is {dtype!r:.80}, expected one of {', '.join(DTYPES)} or None")
+    return DTYPES[name]
+
+
+def load(
+    network: nn.Cell,
+    path: Path,
+    timestep_policy: TimestepPolicyConfig | None,
+    dtype: np.dtype | None,
+) -> nn.Cell:
+    """What :func:`load_quantized` does."""
     if is_linear(network):
         raise MsQuantError(
             f"{network.cls_name}: is a linear itself, expected a network of them as {path} names "
@@ -109,7 +158,7 @@ def _warn_of_others(network: nn.Cell, path: Path) -> None:
         warnings.warn(
             f"{path}: gives the quantized linears alone; {len(left)} other parameters such as "
             f"{left[0]!r} stay as the network has them. Load those, too, or write all with "
-            "save_quantized(..., whole=True).",
+            'save_quantized(..., format="network").',
             stacklevel=4,
         )
 

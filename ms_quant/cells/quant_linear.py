@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -11,8 +12,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant.cells import ascend
 from ms_quant.cells.as_linear import activation_of, as_linear
-from ms_quant.cells.decoder import repeat_rows
 from ms_quant.cells.direct import calls_directly, floats
+from ms_quant.cells.layers import repeat_rows
 from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.parameters import make_parameters, refuse_replacing, tensors_of
 from ms_quant.cells.timesteps import current_step, is_static
@@ -40,6 +41,21 @@ _FOLLOWING = {
 def _on_host(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Tensor:
     """A NumPy function of a tensor's own memory; in PyNative only."""
     return Tensor.from_numpy(np.ascontiguousarray(function(x.asnumpy())))
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a quantized linear was found.
+
+    Attributes:
+        algorithm: names joined with ``+``.
+        error: squared error over squared output, or over the squared weight.
+        on_outputs: whether it is that of outputs.
+    """
+
+    algorithm: str
+    error: float
+    on_outputs: bool
 
 
 class QuantLinear(nn.Cell):
@@ -85,6 +101,8 @@ class QuantLinear(nn.Cell):
             ``True``.
         scheme (Scheme, optional): the scheme of `linear`, for files of whole networks. Default:
             ``None``, not known.
+        made (Made, optional): how its numbers were found, for :func:`ms_quant.summary`. Default:
+            ``None``, not known.
 
     Inputs:
         - **x** (Tensor) - float, of shape :math:`(*, in)`.
@@ -119,9 +137,10 @@ class QuantLinear(nn.Cell):
         timestep_policy: TimestepPolicyConfig | None = None,
         native: bool = True,
         scheme: Scheme | None = None,
+        made: Made | None = None,
     ):
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.made = scheme, made
         self.out_channels, self.in_channels = linear.weight.shape
         self.grid, self.activation = linear.grid, linear.activation
         activation = linear.activation

@@ -48,6 +48,7 @@ def save_quantized(
     network: nn.Cell,
     directory: str | PathLike[str],
     *,
+    format: str | None = None,
     dtype: str | None = None,
     rank: int | None = None,
     whole: bool = False,
@@ -61,14 +62,16 @@ def save_quantized(
     file is either whole or absent; the description comes last. Others than owner and group may not
     read them: MindIE-SD refuses files with more permissions.
 
-    With `whole` there is one file, ``quantized_network.safetensors``, of every scheme and with
-    every parameter of the network: convolutions, norms and embeddings, too. ms-quant reads it, and
-    MindSpore its parameters.
+    In format ``"network"`` there is one file, ``quantized_network.safetensors``, of every scheme
+    and with every parameter of the network: convolutions, norms and embeddings, too. ms-quant reads
+    it, and MindSpore its parameters.
 
     Args:
         network (Cell): what :func:`ms_quant.quantize` returned, unless it was a linear itself.
         directory (str, PathLike): where the files go; it is made if need be. Files of these names
             are replaced.
+        format (str, optional): ``"mindie-sd"``, the linears alone, or ``"network"``, all of the
+            network. Default: ``None``, ``"mindie-sd"``.
         dtype (str, optional): the type that MindIE-SD runs the model in, ``"bfloat16"`` or
             ``"float16"``. What its loader rounds to this type is stored in it, and refused if the
             type does not hold it: ``ms_quant.quantize(network, ..., dtype=...)`` makes such values,
@@ -79,11 +82,11 @@ def save_quantized(
         rank (int, optional): the rank at the end of both names. With one MindIE-SD asks for a
             process group and replaces it by the process's own. Default: ``None``, no rank: every
             process reads the same files.
-        whole (bool, optional): whether to write the whole network, in types of its own. Default:
-            ``False``.
+        whole (bool, optional): the older name of ``format="network"``. Default: ``False``.
 
     Returns:
-        str, the path of the description, or of the one file: :func:`ms_quant.quantize` takes it.
+        str, the path of the description, or of the one file: :func:`ms_quant.load_quantized` takes
+        it.
 
     Raises:
         MsQuantError: a linear is of a scheme that MindIE-SD does not serve, or has what it would
@@ -104,14 +107,14 @@ def save_quantized(
         >>> print(path)
         exported/quant_model_description_w8a8_dynamic.json
         >>> fresh = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dense(16, 4))
-        >>> fresh = ms_quant.quantize(fresh, path)
+        >>> fresh = ms_quant.load_quantized(fresh, path)
     """
-    made_for = _checked(dtype, rank)
+    made_for, whole = _checked(dtype, rank), _is_whole(format, whole)
     if whole:
         for name, value in (("dtype", dtype), ("rank", rank)):
             if value is not None:
                 raise MsQuantError(
-                    f"{name}: given with whole=True, expected it for MindIE-SD alone"
+                    f"{name}: given with format {NETWORK!r}, expected it for MindIE-SD alone"
                 )
         return save_whole(network, Path(directory))
     layouts, makers, entries = {}, {}, {}
@@ -144,11 +147,12 @@ def save_quantized(
     return str(path)
 
 
+NETWORK = "network"
 _WAYS_OUT = (
     "another scheme, or such linears float, or for a bias: has_bias=True before quantizing, here "
     "and in MindIE-SD's model (zeros will do)"
 )
-_WHOLE = "save_quantized(..., whole=True) holds it for ms-quant"
+_WHOLE = 'save_quantized(..., format="network") holds it for ms-quant'
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,15 @@ def _checked(dtype: str | None, rank: int | None) -> np.dtype | None:
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
         raise MsQuantError(f"rank is {rank!r}, expected an int of at least 0 or None")
     return None if dtype is None else DTYPES[dtype]
+
+
+def _is_whole(format: str | None, whole: bool) -> bool:
+    """Whether all of the network is written."""
+    if format not in (None, NAME, NETWORK):
+        raise MsQuantError(f"format is {format!r:.80}, expected {NAME!r}, {NETWORK!r} or None")
+    if whole and format == NAME:
+        raise MsQuantError(f"whole: given with format {NAME!r}, which holds linears alone")
+    return whole or format == NETWORK
 
 
 def _warn_of_float32(layouts: Mapping[str, Layout]) -> None:

@@ -151,7 +151,7 @@ def load_whole(
 def _schemes(file: SafetensorsFile) -> dict[str, tuple[Scheme, np.dtype]]:
     where = f"{file.path}: {KEY} in the header"
     if KEY not in file.metadata:
-        raise MsQuantError(f"{where}: missing, expected a file of save_quantized(..., whole=True)")
+        raise MsQuantError(f"{where}: missing, expected a file of save_quantized(format='network')")
     try:
         stated = parse_json(file.metadata[KEY].encode())
     except ValueError as error:

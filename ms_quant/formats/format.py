@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ms_quant.files.atomic import ANY_MODE
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import INDEX_NAME, Array, TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.models.block_spec import BlockSpec, LinearSpec
@@ -26,9 +27,6 @@ from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.storage import Storage
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
 
 Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Suffix to type and shape of a quantized linear's tensors, without its bias."""

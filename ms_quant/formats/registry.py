@@ -1,4 +1,4 @@
-"""The checkpoint formats, by name. A new one is a module with a ``FLAVOUR`` and a row here."""
+"""The checkpoint formats, by name. A new one is a module with a ``FORMAT`` and a row here."""
 
 from __future__ import annotations
 

@@ -36,7 +36,6 @@ from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.models.names import block_prefix, in_block
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import SCHEMES
 
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
@@ -164,7 +163,7 @@ class JobDirectory:
             `any_environment` is set.
         any_environment: go on under other versions, CPU or thread count.
         unknown: entries that a job has and this record does not have yet; they are not compared.
-        scheme_of: what a linear, by its full path, becomes.
+        scheme_of: what a linear, by its full path, becomes; None of a job whose blocks hold none.
         target: which of the formats that one job is for; each has block files of its own. Those
             of the first, 0, are written last, and say that a block is finished.
 
@@ -178,7 +177,7 @@ class JobDirectory:
         record: Mapping[str, Any],
         any_environment: bool = False,
         unknown: Sequence[str] = (),
-        scheme_of: Callable[[str], Scheme] = lambda path: SCHEMES["W8A8"],
+        scheme_of: Callable[[str], Scheme] | None = None,
         target: int = 0,
     ):
         self.directory, self.scheme_of, self.target = directory, scheme_of, target
@@ -294,6 +293,7 @@ class JobDirectory:
             path: the linear, relative to the block.
             with_weight: read the weight; else zeros that take no memory stand for it.
         """
+        assert self.scheme_of is not None, "a job without linears"
         file, start = self._block(index), f"{path}."
         names = [name for name in file.tensors if name.startswith(start)]
         arrays = {

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 PREFIX = "model.layers."
 _BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
-_EXPERT = re.compile(r"(.+\.experts)\.(0|[1-9][0-9]{0,8})(?:\.(.+))?", re.DOTALL)
+_EXPERT = re.compile(r"(.+\.experts)\.(0|[1-9][0-9]{0,8})\.([^.]+)", re.DOTALL)
 
 
 class LinearId(NamedTuple):
@@ -71,7 +71,7 @@ def in_block(name: str) -> tuple[int, str] | None:
 def linear_id(block: int, inner: str) -> LinearId:
     """The linear of a block at a path in it."""
     found = _EXPERT.fullmatch(inner)
-    if found and found[3]:
+    if found:
         return LinearId(block, f"{found[1]}.{found[3]}", int(found[2]))
     return LinearId(block, inner)
 

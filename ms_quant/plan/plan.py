@@ -110,8 +110,9 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """What decides the numbers, besides the data and the model, as JSON."""
         first = self.distinct[0]
-        records = {id(layer): layer.record() for layer in self.layers.values() if layer}
-        usual = records[id(next(layer for layer in self.layers.values() if layer))]
+        layers = {id(layer): layer for layer in self.layers.values() if layer is not None}
+        records = {key: layer.record() for key, layer in layers.items()}
+        usual = next(iter(records.values()))
         mixed = {
             str(group): records[id(layer)]
             for group, layer in self.layers.items()

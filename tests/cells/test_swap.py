@@ -12,7 +12,7 @@ from mindspore import Tensor, mint, nn
 
 import ms_quant
 from ms_quant.cells import QuantLinear
-from ms_quant.cells.swap import select
+from ms_quant.cells.sites import select
 from ms_quant.cells.tree import get_cell, linears, replaced
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.linear import quantize_linear, static_activation
@@ -376,12 +376,8 @@ def test_replaced_puts_the_old_cells_back_after_an_error():
 
 def test_token_ids_as_calibration_keep_a_bounded_number_of_rows():
     """(batch, length) integers are batch * length tokens, not batch of them."""
-    from ms_quant.algorithms import AlgorithmPipeline
-    from ms_quant.cells.calibrate import observe
-    from ms_quant.schemes.table import get_scheme
-
     network = nn.SequentialCell(nn.Embedding(16, 4), nn.Dense(4, 4))
     ids = Tensor(np.arange(3 * 1024).reshape(3, 1024) % 16, ms.int32)
-    stats = observe(network, {"1": network[1]}, get_scheme("W8A8"), AlgorithmPipeline(), [ids])["1"]
+    stats = ms_quant.calibrate(network, [ids])["1"].stats
     assert stats.tokens == 3072
     assert len(stats.rows) == 512

@@ -65,7 +65,7 @@ def data() -> Tensor:
 def test_all_of_a_network_comes_back(scheme: str, tmp_path: Path) -> None:
     with kept_timesteps():
         network = nets.quantized(scheme)
-        path = ms_quant.save_quantized(network, tmp_path / "new", whole=True)
+        path = ms_quant.save_quantized(network, tmp_path / "new", format="network")
         assert path == str(tmp_path / "new" / "quantized_network.safetensors")
         assert [file.name for file in (tmp_path / "new").iterdir()] == [Path(path).name]
         TimestepManager.set_timestep_idx_max(5)
@@ -83,7 +83,7 @@ def test_all_of_a_network_comes_back(scheme: str, tmp_path: Path) -> None:
             TimestepManager.set_timestep_idx(step)
             y = network(nets.inputs()).asnumpy()
             np.testing.assert_array_equal(fresh(nets.inputs()).asnumpy(), y)
-        again = ms_quant.save_quantized(fresh, tmp_path / "again", whole=True)
+        again = ms_quant.save_quantized(fresh, tmp_path / "again", format="network")
         assert Path(again).read_bytes() == Path(path).read_bytes()
 
 
@@ -120,7 +120,7 @@ def test_what_the_linears_files_leave_is_told(tmp_path: Path) -> None:
     expected = (
         r"quant_model_description_w8a8_dynamic.json: gives the quantized linears alone; 3 other "
         r"parameters such as '1.gamma' stay as the network has them. Load those, too, or write all "
-        r"with save_quantized\(..., whole=True\)"
+        r"with save_quantized\(..., format=\"network\"\)"
     )
     with pytest.warns(UserWarning, match=expected) as caught:
         ms_quant.quantize(small(1), path)
@@ -138,7 +138,9 @@ def test_a_network_of_two_schemes_and_one_that_was_changed(tmp_path: Path) -> No
     network[0].bias[2] = 7
     network[2].weight.set_data(Tensor(np.full((4, 6), -3, np.int8)))
     expected = network(data()).asnumpy()
-    fresh = ms_quant.quantize(small(1), ms_quant.save_quantized(network, tmp_path, whole=True))
+    fresh = ms_quant.quantize(
+        small(1), ms_quant.save_quantized(network, tmp_path, format="network")
+    )
     np.testing.assert_array_equal(fresh(data()).asnumpy(), expected)
 
 
@@ -154,7 +156,7 @@ def test_bfloat16_parameters_and_other_types(tmp_path: Path) -> None:
     network.half.set_data(Tensor([3, 0.25], ms.bfloat16))
     network.count.set_data(Tensor([8, 9], ms.int64))
     network.mask.set_data(Tensor([False, True]))
-    fresh = ms_quant.quantize(made(), ms_quant.save_quantized(network, tmp_path, whole=True))
+    fresh = ms_quant.quantize(made(), ms_quant.save_quantized(network, tmp_path, format="network"))
     assert fresh.half.astype(ms.float32).asnumpy().tolist() == [3, 0.25]
     assert fresh.half.dtype == ms.bfloat16
     assert fresh.count.asnumpy().tolist() == [8, 9]
@@ -169,7 +171,7 @@ def test_linears_made_for_bfloat16(scheme: str, tmp_path: Path) -> None:
         small(), scheme, calibration=[data()], algorithm=algorithm, dtype="bfloat16"
     )
     expected = network(data()).asnumpy()
-    path = ms_quant.save_quantized(network, tmp_path, whole=True)
+    path = ms_quant.save_quantized(network, tmp_path, format="network")
     np.testing.assert_array_equal(ms_quant.quantize(small(1), path)(data()).asnumpy(), expected)
     ms_quant.quantize(small(1), path, dtype="bfloat16")
     with pytest.raises(
@@ -208,7 +210,7 @@ def test_linears_of_mindie_sds_files(scheme: str, tmp_path: Path) -> None:
         loaded = ms_quant.quantize(made(1), path, timestep_policy=policy)
         (x,) = inputs()
         expected = loaded(x).asnumpy()
-        whole = ms_quant.save_quantized(loaded, tmp_path, whole=True)
+        whole = ms_quant.save_quantized(loaded, tmp_path, format="network")
         fresh = ms_quant.quantize(made(1), whole, timestep_policy=policy)
         np.testing.assert_array_equal(fresh(x).asnumpy(), expected)
 
@@ -219,7 +221,7 @@ def saved(tmp_path: Path, load_tensors: Callable, save_tensors: Callable):
 
     def save(scheme: str, change: Callable | None = None, meta: Any = None) -> Path:
         network = ms_quant.quantize(small(), scheme, calibration=[data()], group_size=0)
-        path = Path(ms_quant.save_quantized(network, tmp_path / "saved", whole=True))
+        path = Path(ms_quant.save_quantized(network, tmp_path / "saved", format="network"))
         tensors = load_tensors(path.parent)
         if change is not None:
             change(tensors)
@@ -315,17 +317,17 @@ def test_a_header_that_says_nothing_is_refused(saved: Callable, meta: Any, messa
 def test_what_cannot_be_saved_or_loaded(tmp_path: Path, save_tensors: Callable) -> None:
     path = tmp_path / "quantized_network.safetensors"
     with pytest.raises(MsQuantError, match="SequentialCell: holds no QuantLinear, nothing to save"):
-        ms_quant.save_quantized(small(), tmp_path, whole=True)
+        ms_quant.save_quantized(small(), tmp_path, format="network")
     network = ms_quant.quantize(small(), "W8A8_DYNAMIC")
     with pytest.raises(
-        MsQuantError, match="rank: given with whole=True, expected it for MindIE-SD"
+        MsQuantError, match="rank: given with format 'network', expected it for MindIE-SD"
     ):
-        ms_quant.save_quantized(network, tmp_path, whole=True, rank=0)
+        ms_quant.save_quantized(network, tmp_path, format="network", rank=0)
     network[2] = QuantLinear(int8_linear(np.ones((4, 6), np.int8), np.ones(4, np.float32)))
     with pytest.raises(
         MsQuantError, match="2: is a QuantLinear made by hand, expected those of qu"
     ):
-        ms_quant.save_quantized(network, tmp_path, whole=True)
+        ms_quant.save_quantized(network, tmp_path, format="network")
     assert not path.exists()
     save_tensors(path, {"a": np.zeros(3, "f4")})
     with pytest.raises(
@@ -392,16 +394,17 @@ def test_what_mindie_sd_holds_is_quantized_for_it(tmp_path: Path) -> None:
 def test_a_refusal_after_calibration_names_the_file_that_holds_it(tmp_path: Path) -> None:
     network = ms_quant.quantize(small(), "W8A8", calibration=[data()])
     with pytest.raises(
-        MsQuantError, match=r"W8A8_PER_CHANNEL; save_quantized\(..., whole=True\) h"
+        MsQuantError, match=r"W8A8_PER_CHANNEL; save_quantized\(..., format=.network.\) h"
     ):
         ms_quant.save_quantized(network, tmp_path)
-    assert Path(ms_quant.save_quantized(network, tmp_path, whole=True)).exists()
+    assert Path(ms_quant.save_quantized(network, tmp_path, format="network")).exists()
     assert get_scheme("W8A8").name in SCHEMES
 
 
 def test_the_documents_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[2] / "docs" / "networks.md"
-    code = page.read_text().split("```python\n")[1].split("```")[0]
+    parts = page.read_text().split("```python\n")[1:]
+    code = "".join(part.partition("```")[0] for part in parts)
     monkeypatch.chdir(tmp_path)
     made: list[nn.Cell] = []
 
@@ -411,5 +414,5 @@ def test_the_documents_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     found: dict[str, Any] = {"build": build, "batches": [data()]}
     exec(code, found)
-    np.testing.assert_array_equal(made[0](data()).asnumpy(), made[1](data()).asnumpy())
-    assert found["network"] is made[1] and found["path"] in code.replace("# ", "")
+    np.testing.assert_array_equal(made[-2](data()).asnumpy(), made[-1](data()).asnumpy())
+    assert found["network"] is made[-1] and found["path"] in code.replace("# ", "")

@@ -103,7 +103,7 @@ def outputs(network: nn.Cell, scheme: str) -> dict[str, np.ndarray]:
 def save(directory: Path) -> None:
     for scheme in SEVERAL:
         network, folder = quantized(scheme), directory / scheme
-        ms_quant.save_quantized(network, folder, whole=True)
+        ms_quant.save_quantized(network, folder, format="network")
         ms.save_checkpoint(network, str(folder / "network.ckpt"))
         ms.save_checkpoint(network, str(folder / "network"), format="safetensors")
         np.savez(folder / "outputs.npz", **outputs(network, scheme))

@@ -34,7 +34,7 @@ RECORD = {"scheme": "W8A8", "seed": 0, "environment": {"threads": 2}}
 
 def begin(directory: Path, record: dict = RECORD, any_environment: bool = False) -> JobDirectory:
     """A job that some process began and left."""
-    job = JobDirectory(directory, record, any_environment)
+    job = JobDirectory(directory, record, any_environment, scheme_of=lambda path: SCHEMES["W8A8"])
     with job.open():
         return job
 

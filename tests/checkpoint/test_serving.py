@@ -52,7 +52,6 @@ def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
     tiny_model: Callable[..., Path],
     calib_text: Path,
     tmp_path: Path,
-    blocking_mindspore: None,
     model: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
@@ -90,7 +89,6 @@ def test_folded_linears_of_a_job_are_those_that_are_written(
     tiny_model: Callable[..., Path],
     calib_text: Path,
     tmp_path: Path,
-    blocking_mindspore: None,
     scheme: str,
     dtype: str,
 ) -> None:

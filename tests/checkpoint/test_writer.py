@@ -192,10 +192,10 @@ def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save(path, SMALL)
 
-    def fail(name: str) -> np.ndarray:
-        if name == "b":
+    def fail(plan: TensorPlan) -> np.ndarray:
+        if plan.name == "b":
             raise KeyboardInterrupt
-        return SMALL[name]
+        return SMALL[plan.name]
 
     with pytest.raises(KeyboardInterrupt):
         write_file(path, plans_of(SMALL), fail)
@@ -208,8 +208,8 @@ def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path: Path) -> N
         "import os, signal, sys, numpy as np\n"
         "from ms_quant.files.writer import TensorPlan, write_file\n"
         "plans = [TensorPlan(n, np.dtype('int8'), (1 << 16,)) for n in 'ab']\n"
-        "def get(name):\n"
-        "    if name == 'b':\n"
+        "def get(plan):\n"
+        "    if plan.name == 'b':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return np.zeros(1 << 16, np.int8)\n"
         "write_file(sys.argv[1], plans, get)\n"
@@ -240,7 +240,7 @@ def test_a_directory_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_source_are_not_called_write_errors(tmp_path: Path) -> None:
-    def fail(name: str) -> np.ndarray:
+    def fail(plan: TensorPlan) -> np.ndarray:
         raise OSError(errno.ENOSPC, "from elsewhere")
 
     with pytest.raises(OSError, match="from elsewhere"):

@@ -71,8 +71,9 @@ def test_heads_of_each_rank(tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_parts_join_to_the_whole(tp: int) -> None:
     model = config()
-    for member, shape in model.linear_shapes().items():
-        whole = np.arange(shape[0] * shape[1]).reshape(shape)
+    for member, linear in model.block(0).linears.items():
+        shape = linear.shape
+        whole = np.arange(linear.size).reshape(shape)
         group = group_of(member)
         places = [place(model, tp, rank, group, member) for rank in range(tp)]
         both = [(where.rows, where.columns) for where in places]

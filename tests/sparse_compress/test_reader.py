@@ -121,7 +121,7 @@ def test_each_fused_linear_is_decoded_once_in_model_order(
 
     monkeypatch.setattr(SparseModel, "decode", count)
     model = opened(make(tp=2).output)
-    for member in model.config.linear_shapes():
+    for member in model.config.block(0).linears:
         model.linear(f"{LAYER}.{member}")
     assert len(decoded) == len(set(decoded)) == 2 * 4
 

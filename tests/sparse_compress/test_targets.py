@@ -126,7 +126,8 @@ def test_the_numbers_do_not_depend_on_the_target(make_for: Make, target: str) ->
     ours = opened(make_for("vllm-mindspore", exclude=exclude, tp=tp).output)
     theirs = opened(make_for(target, exclude=exclude).output)
     x = np.random.default_rng(0).standard_normal((3, 1280), np.float32)
-    for member, (_, channels) in ours.config.linear_shapes().items():
+    for member, linear in ours.config.block(0).linears.items():
+        channels = linear.in_features
         one, other = (model.linear(f"{LAYER}.{member}") for model in (ours, theirs))
         if one is None:
             assert other is None and member == "self_attn.o_proj"

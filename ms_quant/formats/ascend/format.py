@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
@@ -27,12 +28,9 @@ from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.float_grid import FloatFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.rotation import balanced_factors
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.layer import LayerPlan
-    from ms_quant.plan.plan import Plan
 
 DESCRIPTION, VERSION = "quant_model_description.json", "1.0.0"
 TRANSFORM_MULTIPLE = 8
@@ -133,8 +131,10 @@ def _is_float(scheme: Scheme, suffix: str) -> bool:
 
 
 def _model_type(plan: Plan) -> str:
-    """The scheme that stands for the model: the last of those there are in the runtime's order."""
-    return max((layer.scheme.name for layer in plan.distinct), key=MODEL_TYPES.index)
+    """The scheme that stands for the model: the last of those there are in the runtime's order; one
+    that it does not know only where there is no other."""
+    names = [layer.scheme.name for layer in plan.distinct]
+    return next((name for name in reversed(MODEL_TYPES) if name in names), names[0])
 
 
 def _group_size(plan: Plan) -> int:

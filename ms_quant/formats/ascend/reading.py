@@ -7,11 +7,11 @@ reads every linear this way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
 from ms_quant.formats.ascend.leeway import BF16_STEPS, check_scale_bias, stated
 from ms_quant.formats.ascend.tensors import narrowed, scale_bias, slices_of
@@ -30,10 +30,7 @@ from ms_quant.numerics.float_grid import FloatFormat, MxFormat
 from ms_quant.numerics.grid import AffineFormat, Grid, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear, folded_bias
 from ms_quant.numerics.reciprocal import rounded_reciprocal
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.layer import LayerPlan
 
 
 class _Source:

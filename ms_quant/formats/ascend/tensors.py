@@ -7,7 +7,6 @@ from what the algorithms add, not from a scheme's name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +19,7 @@ from ms_quant.numerics.float_grid import DualMxGrid, FloatFormat, MxFormat, MxGr
 from ms_quant.numerics.grid import AffineGrid, Grid, TwoLevelFormat, TwoLevelGrid
 from ms_quant.numerics.groupwise import antiquant_offset
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
-
-if TYPE_CHECKING:
-    from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.layer import LayerPlan
 
 INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
 FLOAT32, UINT8 = np.dtype(np.float32), np.dtype(np.uint8)

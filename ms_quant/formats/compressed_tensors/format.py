@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.compressed_tensors.config import (
@@ -40,9 +41,6 @@ from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.storage import Storage
 from ms_quant.schemes.support import held_by, store
 from ms_quant.schemes.table import SCHEMES
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
 
 FLOAT_NAMES = frozenset(DTYPES)
 STORED = frozenset(

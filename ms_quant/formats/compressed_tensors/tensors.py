@@ -6,11 +6,10 @@ the plan or that holds what no writer makes is an error, as ``verify`` reads eve
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import E4M3, no_nan
 from ms_quant.formats.compressed_tensors.config import FLOAT8, PACKED, format_of
 from ms_quant.formats.format import Part, Tensors
@@ -22,10 +21,7 @@ from ms_quant.numerics.grid import AffineFormat, AffineGrid, WeightFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.pack import WORD_BITS, pack_words, unpack_words
 from ms_quant.numerics.storage import DTYPES
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.layer import LayerPlan
 
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
 WITH_CODES = frozenset({"weight", "weight_packed"})

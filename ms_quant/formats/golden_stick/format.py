@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.flat_description import kinds
@@ -20,9 +21,6 @@ from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_lin
 from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
 
 __all__ = ["DESCRIPTION", "FORMAT", "SHARD_PREFIX", "model_config", "static_linear"]
 

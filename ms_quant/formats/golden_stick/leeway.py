@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError, short
+from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.flat_description import tensor_entries
 from ms_quant.formats.format import Leeway
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, Stated
 from ms_quant.numerics.storage import DTYPES
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
 
 BF16_STEPS = 2.0**-7  # the sum, both scales and their product rounded to bfloat16: 2**-9 each
 FLOATS = frozenset(DTYPES)

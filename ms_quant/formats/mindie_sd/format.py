@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.ascend.leeway import stated
 from ms_quant.formats.format import CheckpointFormat, Kinds, Options
@@ -47,12 +48,9 @@ from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
 from ms_quant.numerics.mx import DUAL_BLOCK
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
 from ms_quant.schemes.storage import SmoothingTarget
-
-if TYPE_CHECKING:
-    from ms_quant.files.reader import Checkpoint
-    from ms_quant.plan.layer import LayerPlan
-    from ms_quant.plan.plan import Plan
 
 HEAD = "lm_head.weight"
 

@@ -6,6 +6,7 @@ docs/mindie_sd_format.md states them, and why what is refused is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ms_quant.errors import MsQuantError
@@ -40,6 +41,7 @@ class Type:
     drops_bias: bool = False
     even_blocks: bool = False
 
+    @cache  # noqa: B019 - there are few types, and they live as long as this
     def make(self) -> Scheme:
         """The scheme with the options, as the format holds it."""
         options: dict[str, Any] = dict(self.options)

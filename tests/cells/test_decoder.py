@@ -8,12 +8,11 @@ import pytest
 ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
-from ms_quant.cells import decoder, direct  # noqa: E402
+from ms_quant.cells import decoder, direct, layers  # noqa: E402
 from ms_quant.cells.decoder import (  # noqa: E402
     DecoderBlock,
     causal_mask,
     rope_tensors,
-    transpose_heads,
 )
 from ms_quant.cells.kv_cache import KeyValueCache  # noqa: E402
 from ms_quant.kernels import matrix  # noqa: E402
@@ -40,7 +39,7 @@ def native(request, monkeypatch) -> bool:
     """Whether Cells call native kernels: both ways compute the same."""
     if request.param and not kernels.available():
         pytest.skip("no C++ compiler at install time")
-    for module in (decoder, direct):
+    for module in (decoder, direct, layers):
         monkeypatch.setattr(module, "has_kernels", lambda: request.param)
     return request.param
 
@@ -133,7 +132,7 @@ def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, que
 
 def test_native_kernels_compute_what_mindspore_does(block, hidden, monkeypatch, native):
     found = plain(block, hidden)
-    for module in (decoder, direct):
+    for module in (decoder, direct, layers):
         monkeypatch.setattr(module, "has_kernels", lambda: not native and kernels.available())
     np.testing.assert_allclose(plain(block, hidden), found, rtol=1e-5, atol=1e-5)
 
@@ -150,19 +149,19 @@ def test_padding_keys_change_nothing(block, hidden):
     np.testing.assert_array_equal(first, second)
 
 
-def test_swap_middle_is_a_transpose():
+def test_transpose_heads_is_a_transpose():
     x = np.arange(2 * 3 * 5 * 4, dtype=np.float32).reshape(2, 3, 5, 4)
-    np.testing.assert_array_equal(transpose_heads(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(
+        layers.transpose_heads(ms.Tensor(x)).asnumpy(), x.transpose(0, 2, 1, 3)
+    )
 
 
 def test_softmax_and_swap_gradients_match_mindspore(hidden):
     """The two Cells with gradients of their own, against those that MindSpore derives."""
-    from ms_quant.cells.decoder import Softmax, SwapHeads
-
     x = ms.Tensor(hidden.reshape(2, LENGTH, 6, 4))
     weight = ms.Tensor(np.random.default_rng(2).normal(size=x.shape).astype(np.float32))
     swapped = ms.Tensor(weight.asnumpy().transpose(0, 2, 1, 3).copy())
-    softmax, swap = Softmax(), SwapHeads()
+    softmax, swap = layers.Softmax(), layers.SwapHeads()
     found = ms.grad(lambda x: (softmax(x) * weight).sum())(x).asnumpy()
     expected = ms.grad(lambda x: (ms.ops.softmax(x, -1) * weight).sum())(x).asnumpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,59 @@
+"""The programs of examples/ run, and print what they are there to show."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(package_environment, tmp_path) -> Callable[..., str]:
+    """Runs a program of examples/ in an empty directory: what it printed."""
+
+    def run(name: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *arguments],
+            env=package_environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    pytest.importorskip("mindspore")
+    return run
+
+
+def test_network(example, tmp_path):
+    """Three ways with errors of a few percent; q, k and v are one group; loading is exact."""
+    printed = example("network.py", "out")
+    errors = [float(number) for number in re.findall(r"error (0\.\d+)", printed)]
+    assert len(errors) == 3 and max(errors) < 0.05
+    assert "blocks.1.{q, k, v}" in printed and "blocks.0.down" in printed
+    assert "out/quantized_network.safetensors: the same outputs: True" in printed
+    assert (tmp_path / "out" / "quantized_network.safetensors").exists()
+
+
+def test_ptq_config(example):
+    rows = [line.split() for line in example("ptq_config.py").splitlines()]
+    assert [(row[0], row[5]) for row in rows[1:]] == [
+        ("attention", "W8A8"),
+        ("mlp", "W4A16"),
+        ("lm_head", "FLOAT"),
+    ]
+
+
+def test_timestep_loop(example):
+    printed = example("timestep_loop.py")
+    assert "calibrate 6/6" in printed and "quantize 2/2" in printed
+    assert printed.count("W8A8_TIMESTEP") == 2
+    assert float(printed.split()[-2]) < 0.02
