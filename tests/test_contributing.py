@@ -45,7 +45,7 @@ def test_a_scheme_is_two_rows(
     # No runtime serves it, so that it is not asked for by name.
     run_job(QuantizeOptions(model, tmp_path / "out", scheme.name))
     proof = verify_checkpoint(tmp_path / "out", model)
-    assert proof.problems == [] and proof.quantized == proof.made_again == 7
+    assert proof.problems == () and proof.quantized == proof.made_again == 7
     assert open_model(tmp_path / "out").format == f"ascend {scheme.name}"
 
 
@@ -64,7 +64,7 @@ def test_a_format_is_a_record(
     output = tmp_path / "out"
     run_job(QuantizeOptions(model, output, row[2], formats=("mine",)))
     proof = verify_checkpoint(output, model)
-    assert proof.problems == [] and proof.quantized == proof.made_again == 7
+    assert proof.problems == () and proof.quantized == proof.made_again == 7
     written, source = open_model(output), open_model(model)
     assert written.format == f"mine {row[2]}"
     for path in written.plan.quantized():

@@ -20,7 +20,7 @@ from ms_quant.files import atomic
 from ms_quant.files.atomic import Sink, disk_errors
 from ms_quant.job.directory import HiddenStates, JobDirectory
 from ms_quant.pipeline import request
-from ms_quant.pipeline import run as pipeline
+from ms_quant.pipeline.request import needed_bytes
 from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
@@ -300,7 +300,7 @@ def test_too_little_space_is_said_before_any_work(
     tmp_path: Path,
 ) -> None:
     wanted = options(tiny_model())
-    needed = pipeline.needed_bytes(prepare(wanted))
+    needed = needed_bytes(prepare(wanted))
     usage = namedtuple("usage", "total free")(1000, 100)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(MsQuantError, match=f"100 bytes are free, expected at least {needed}"):

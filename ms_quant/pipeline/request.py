@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
 from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
-from ms_quant.formats.float_model import NO_HEAD, model_notes, open_float
+from ms_quant.formats.float_model import NO_HEAD, FloatCheckpoint, model_notes, open_float
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.tensor_parallel import rank_notes, refuse_ranks
@@ -38,6 +39,8 @@ from ms_quant.recipe import Recipe
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import FLOAT_CACHE
 
+Opened = Callable[[Path], FloatCheckpoint]
+"""Opens a float model; the same one is opened once."""
 SHARED = ("source", "environment", "calibration", "exclude")
 
 
@@ -128,24 +131,30 @@ def _joined(names: Sequence[str], requests: Sequence[CheckedJob]) -> dict[str, A
     return {**shared, "formats": dict(zip(names, own, strict=True))}
 
 
-def prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
+def prepare(
+    options: QuantizeOptions,
+    extension: Extension | None = None,
+    model: FloatCheckpoint | None = None,
+) -> CheckedJob:
     """Checks a request against the model, the data and the disk, before any work.
 
     Args:
         options: the request.
         extension: what another command computes and writes instead; it has checked that the
             values fit their types.
+        model: the opened model, where the caller has it.
 
     Raises:
         MsQuantError: anything that would make the job fail later.
     """
     options = replace(options, model=model_directory(options.model))
+    opened = cache(open_float) if model is None else lambda _: model
     if options.recipe is not None:
         options = _with_recipe(options, options.recipe)
     if len(options.formats) > 1:
-        checked = _prepare_several(options)
+        checked = _prepare_several(options, opened)
     else:
-        checked = _prepare(options, extension)
+        checked = _prepare(options, opened, extension)
     _check_disk(checked)
     if options.recipe is not None:
         said = recipe_notes(checked.plan.config, options.recipe)
@@ -179,10 +188,12 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     return replace(options, calib=calib, **merged)
 
 
-def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
+def _prepare(
+    options: QuantizeOptions, opened: Opened, extension: Extension | None = None
+) -> CheckedJob:
     """Everything but what is on the disk by now."""
     check_paths(options.model, options.output, options.job_directory)
-    config, checkpoint = open_float(options.model)
+    config, checkpoint = opened(options.model)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)
@@ -213,7 +224,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Ch
     )
 
 
-def _prepare_several(options: QuantizeOptions) -> CheckedJob:
+def _prepare_several(options: QuantizeOptions, opened: Opened) -> CheckedJob:
     """One request for several formats.
 
     Raises:
@@ -226,7 +237,7 @@ def _prepare_several(options: QuantizeOptions) -> CheckedJob:
     parts = [
         replace(options, formats=(name,), output=options.output / name, job=job) for name in names
     ]
-    first, *others = map(_prepare, parts)
+    first, *others = (_prepare(part, opened) for part in parts)
     return replace(first, others=tuple(others))
 
 

@@ -155,7 +155,8 @@ def check(options: SparseOptions) -> CheckedSparseJob:
     check_paths(options.model, options.output, plain.job_directory)
     goal = _goal(options)
     pruned = options.pruned
-    config, checkpoint = open_float(options.model)
+    model = open_float(options.model)
+    config, checkpoint = model
     if not config.predicts:
         raise MsQuantError(
             f"{options.model}: has no head to predict tokens with, expected a model that "
@@ -183,7 +184,7 @@ def check(options: SparseOptions) -> CheckedSparseJob:
     )
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(target, config, limits))
-    checked = prepare(options.quantization(exclude), extension)
+    checked = prepare(options.quantization(exclude), extension, model)
     return CheckedSparseJob(options, checked, layout, reasons, lost, goal)
 
 
