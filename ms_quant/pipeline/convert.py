@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ PLANNED = (
 
 
 def convert_checkpoint(
-    directory: Path | str,
-    output: Path | str,
+    directory: str | PathLike[str],
+    output: str | PathLike[str],
     format: str,
     *,
     shard_bytes: int | None = None,
@@ -84,13 +85,24 @@ def convert_checkpoint(
         progress: told how much is written, 0 to 1.
 
     Returns:
-        What was made, as JSON.
+        Output: what was made.
 
     Raises:
         MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
             names the tensor. No output directory is left behind.
+
+    Examples:
+        >>> import ms_quant
+        >>> made = ms_quant.quantize_checkpoint(
+        ...     "Qwen3-8B", "one", "W8A8_DYNAMIC", formats=["ascend"]
+        ... )
+        >>> other = ms_quant.convert_checkpoint("one", "two", "compressed-tensors")
+        >>> other.format, other.scheme
+        ('compressed-tensors', 'W8A8_DYNAMIC')
+        >>> other.served_by
+        ('vLLM (the checkpoint says how)', 'vllm-ascend')
     """
-    directory, output = model_directory(directory), Path(output)
+    directory, output = model_directory(Path(directory)), Path(output)
     check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)
