@@ -80,9 +80,15 @@ def measure(
     held = cache if cache == STATIC_CACHE else ""
     with tempfile.TemporaryDirectory() as directory:
         data = calib if held or _calibrated(scheme, algorithm) else None
-        choices = {"scheme_options": options, "kv_cache": held}
-        output = Path(directory) / "out"
-        request = QuantizeOptions(model, output, scheme, algorithm, **choices, calib=data)
+        request = QuantizeOptions(
+            model,
+            Path(directory) / "out",
+            scheme,
+            algorithm,
+            scheme_options=options,
+            kv_cache=held,
+            calib=data,
+        )
         checked = prepare(request)
         job, started = checked.job(), time.monotonic()
         with job.open():

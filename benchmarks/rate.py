@@ -109,7 +109,7 @@ def ways(checked: CheckedJob) -> Iterable[tuple[str, float, BlockHooks]]:
         yield "low-bit", share, BlockHooks(rounding=per_group(partial(low_bit, share)))
     for ratio in RATIOS:
         found = Search(checked, Goal(ratio), lambda step, part: None).find()
-        yield "rate", ratio, found.steps
+        yield "rate", ratio, found.hooks
 
 
 def measure_way(

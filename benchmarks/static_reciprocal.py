@@ -59,8 +59,10 @@ def measure(
 ) -> list[float]:
     """Perplexity of one quantized model in some arithmetics."""
     with tempfile.TemporaryDirectory() as directory:
-        output, choices = Path(directory) / "out", {"formats": ("ascend",)}
-        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, **choices, calib=calib))
+        options = QuantizeOptions(
+            model, Path(directory) / "out", "W8A8", algorithm, formats=("ascend",), calib=calib
+        )
+        checked = prepare(options)
         job = checked.job()
         with job.open():
             run_blocks(checked, job, lambda index, part: None)

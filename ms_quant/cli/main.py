@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("quantize", quantize, "Qwen3-8B -o Qwen3-8B-W8A8 --algorithm osl --calib text.jsonl"),
-    ("convert", checkpoints.convert, "Qwen3-8B-W8A8 -o Qwen3-8B-ascend --format ascend"),
+    ("convert", checkpoints.convert, "Qwen3-8B-dynamic -o Qwen3-8B-ascend --format ascend"),
     ("verify", checkpoints.verify, "Qwen3-8B-W8A8 --source Qwen3-8B"),
     ("serve-check", checkpoints.serve_check, "Qwen3-8B-W8A8SC --runtime vllm-mindspore --tp 2"),
     ("eval", evaluate.evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),

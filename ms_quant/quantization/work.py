@@ -128,7 +128,8 @@ class BlockWork:
     def _weights(self, index: int, observations: Observations | None) -> Weights:
         if observations is None or self._at is None:
             return StoredWeights(self.checkpoint, index)
-        return LoadedWeights(self._block(index, observations.divided), self._at)
+        block, searches = self._block(index, observations.divided), observations.windows.tokens
+        return LoadedWeights(block, self._at, release=len(self.targets) == 1 and not searches)
 
     def _block(self, index: int, divided: Divided) -> BlockForward:
         """A float block with some rows divided; the last one stays in memory."""

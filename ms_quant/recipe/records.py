@@ -59,21 +59,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attributes:
-    rules: which linear gets which scheme. One rule a linear; what none reaches stays float.
-    steps: what is done before, in this order.
-    kv_cache: one of ``KV_CACHES``, or "" for as it is.
-    formats: names of the checkpoint formats to write; () is the default of the schemes.
-    calib: calibration file, None if the recipe names none.
-    samples: windows of it.
-    seq_len: tokens of a window.
-    seed: of the choice of windows.
-    shard_bytes: largest data size of an output file; 0 is one file.
-    lenient: it is applied as msModelSlim applies one: of several rules that reach a linear the
-        first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
-        stay float together if one of them does.
-    not_for: model types that it is refused for, each with the reason.
-    notes: what it says that is read and changes nothing here.
+    """What is done to which linear of a model, read from a file and not yet applied to one.
+
+    Attributes:
+        rules: which linear gets which scheme. One rule a linear; what none reaches stays float.
+        steps: what is done before, in this order.
+        kv_cache: one of ``KV_CACHES``, or "" for as it is.
+        formats: names of the checkpoint formats to write; () is the default of the schemes.
+        calib: calibration file, None if the recipe names none.
+        samples: windows of it.
+        seq_len: tokens of a window.
+        seed: of the choice of windows.
+        shard_bytes: largest data size of an output file; 0 is one file.
+        lenient: it is applied as msModelSlim applies one: of several rules that reach a linear the
+            first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
+            stay float together if one of them does.
+        not_for: model types that it is refused for, each with the reason.
+        notes: what it says that is read and changes nothing here.
     """
 
     rules: tuple[Rule, ...]
