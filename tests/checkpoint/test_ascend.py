@@ -218,7 +218,7 @@ def test_output_bytes_are_those_of_the_tensors(
     from ms_quant.pipeline.run import QuantizeOptions, run_job
 
     source = tiny_model(hidden_size=64, intermediate_size=64, head_dim=16, shards=1)
-    made = run_job(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP"))
+    (made,) = run_job(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP")).outputs
     assert made.format == "ascend"
     tensors = load_tensors(tmp_path / "out")
     assert made.tensor_bytes == sum(array.nbytes for array in tensors.values())
