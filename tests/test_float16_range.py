@@ -65,7 +65,8 @@ def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., tuple[Path, dict
     def run(model: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
         output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         wanted = {"calib": calib_text, "samples": 4, "seq_len": 16, "dtype": "float16", **options}
-        return output, run_job(QuantizeOptions(model, output, **wanted))
+        (made,) = run_job(QuantizeOptions(model, output, **wanted)).outputs
+        return output, made.as_json()
 
     return run
 
