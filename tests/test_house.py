@@ -11,18 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     "ms_quant": (
-        *(
-            "native_library",
-            "errors",
-            "timestep",
-            "budget",
-            "progress",
-            "numerics",
-            "kernels",
-            "files",
-        ),
-        *("kernels", "files", "schemes", "models", "statistics", "algorithms", "data", "recipe"),
-        *("plan", "job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation"),
+        *("native_library", "errors", "timestep", "budget", "progress", "numerics", "kernels"),
+        *("files", "schemes", "models", "statistics", "algorithms", "data", "recipe", "plan"),
+        *("job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation"),
         *("cells", "cli"),
     ),
     "sparse_compress": (
