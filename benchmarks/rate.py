@@ -139,7 +139,7 @@ def sizes(checked: CheckedJob, job: JobDirectory) -> tuple[int, int]:
 
 
 def mean_loss(model: ServedModel, tokens: np.ndarray) -> float:
-    return float(perplexity(model, tokens)["loss"])
+    return float(perplexity(model, tokens).loss)
 
 
 def increase(point: Point, before: float) -> float:
@@ -218,7 +218,7 @@ def main() -> None:
         options = SparseOptions(
             arguments.model, Path(directory) / "out", arguments.calib, tp=1, target_ratio=RATIOS[0]
         )
-        checked = check(options).checked
+        checked = check(options).quantization
         before = mean_loss(FloatModel(arguments.model), tokens)
         kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         points = kept.get("points", []) if kept.get("float_loss") == before else []

@@ -67,7 +67,7 @@ def measure(
         with job.open():
             run_blocks(checked, job, lambda index, part: None)
             served = [kind(checked.plan, job, checked.tensors) for kind in kinds]
-            found = [perplexity(kind, tokens)["perplexity"] for kind in served]
+            found = [perplexity(kind, tokens).perplexity for kind in served]
             job.remove()
     return found
 

@@ -49,7 +49,7 @@ watch(Path, "rename", 1)
 watch(Path, "unlink", 0)
 watch(os, "rmdir", 0)
 
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.quantization.executor import InOrder
 
 class LastFirst:
@@ -62,8 +62,8 @@ data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" e
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
 checked = prepare(options)
 say("ready")
-result = quantize_checkpoint(options, checked=checked, executor=executor)
-say("finished before" if result["finished_before"] else "finished")
+result = run_job(options, checked=checked, executor=executor)
+say("finished before" if result.finished_before else "finished")
 """
 
 

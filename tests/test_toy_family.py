@@ -34,7 +34,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan, plan_of_recipe
 from ms_quant.pipeline.request import QuantizeOptions, prepare
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.run import run_job
 from ms_quant.quantization.block import quantize
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.observe import observe, wanted
@@ -76,7 +76,7 @@ def make(model: Path, tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
             options = QuantizeOptions(
                 model, output, scheme, algorithm, **more, calib=calib_text, **DATA
             )
-        quantize_checkpoint(options)
+        run_job(options)
         return output
 
     def prepared_with_data(options: QuantizeOptions) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
@@ -218,13 +219,27 @@ class QuantizedModel:
         return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in cached}
 
 
-def open_model(directory: Path | str) -> ServedModel:
-    """Opens a float checkpoint or a finished one of any known format.
+def open_model(directory: str | PathLike[str]) -> ServedModel:
+    """Opens a float checkpoint or a finished one of any known format, tensor by tensor.
+
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        ServedModel: its config and format, and what reads its float tensors and quantized linears.
 
     Raises:
         MsQuantError: the directory does not exist or is of no known format.
+
+    Examples:
+        >>> import ms_quant
+        >>> model = ms_quant.open_model("Qwen3-8B")
+        >>> model.format, model.config.num_layers
+        ('float', 2)
+        >>> model.tensor("model.norm.weight").dtype
+        dtype('float32')
     """
-    directory = model_directory(directory)
+    directory = model_directory(Path(directory))
     model: ServedModel | None = first_answer("ms_quant.checkpoint_readers", directory)
     if model is not None:
         return model

@@ -17,7 +17,7 @@ from ms_quant.models.attention import QUERIES
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
-from ms_quant.pipeline.run import CheckedJob, needed_bytes
+from ms_quant.pipeline.request import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import FLOAT_CACHE

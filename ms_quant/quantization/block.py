@@ -18,6 +18,7 @@ from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
+from ms_quant.progress import PartProgress, silent
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.smoothing import BlockSmoothing, Smoothed
 from ms_quant.quantization.weights import Weights
@@ -48,7 +49,7 @@ def quantize(
     weights: Weights,
     observations: Observations | None,
     hooks: BlockHooks = NO_HOOKS,
-    progress: Callable[[float], None] = lambda part: None,
+    progress: PartProgress = silent,
 ) -> QuantizedBlock:
     """The quantized linears of one block, and what the algorithms chose.
 

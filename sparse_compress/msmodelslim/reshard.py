@@ -21,6 +21,7 @@ from ms_quant.models.config import load_config
 from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.pipeline.paths import check_output_path
+from ms_quant.progress import StepProgress
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import HEAD, Layout, get_target
 from sparse_compress.layouts.coding import PARAMETERS
@@ -31,7 +32,7 @@ from sparse_compress.layouts.typed import CODED, PARAMETER
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.ranks.pack import Packer, deq_floats, unfold_bias
 from sparse_compress.ranks.summary import COMMAND
-from sparse_compress.ranks.writer import Progress, Writer, finish
+from sparse_compress.ranks.writer import Writer, finish
 
 
 class SlimModel:
@@ -219,7 +220,7 @@ class Division:
         }
         return OutputDirectory(self.output, record, copied=companion_files(slim.directory))
 
-    def run(self, progress: Progress) -> bool:
+    def run(self, progress: StepProgress) -> bool:
         """Makes the output, or goes on making it; True when it was finished before."""
         output = self.directory()
         if not output.finished:
