@@ -307,7 +307,10 @@ def test_smoothing_that_was_folded(
     result = verify_checkpoint(directory, source)
     assert result.problems == ()
     assert [row.made_again for row in result.layers] == [True, True, False, True, False]
-    assert result.unknown == ["model.layers.0.self_attn.o_proj", DOWN]
+    assert result.unknown == (
+        "model.layers.0.self_attn.o_proj",
+        DOWN,
+    )
 
 
 @pytest.mark.parametrize("name", [NORM, f"{V}.bias"])
