@@ -20,7 +20,14 @@ if TYPE_CHECKING:
         save_quantized,
         summary,
     )
-    from ms_quant.errors import MsQuantError
+    from ms_quant.errors import (
+        BadArgumentError,
+        BadFileError,
+        DiskError,
+        JobConflictError,
+        MsQuantError,
+        UnsupportedError,
+    )
     from ms_quant.evaluation.generation import generate
     from ms_quant.evaluation.perplexity import perplexity
     from ms_quant.formats.opening import open_model
@@ -36,11 +43,16 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "SCHEMES",
+    "BadArgumentError",
+    "BadFileError",
+    "DiskError",
+    "JobConflictError",
     "MsQuantError",
     "QuantLinear",
     "Recipe",
     "TimestepManager",
     "TimestepPolicyConfig",
+    "UnsupportedError",
     "calibrate",
     "convert_checkpoint",
     "from_ptq_config",
@@ -61,7 +73,10 @@ _MODULES = {
     "ms_quant.cells": (
         *("QuantLinear", "calibrate", "load_quantized", "quantize", "save_quantized", "summary"),
     ),
-    "ms_quant.errors": ("MsQuantError",),
+    "ms_quant.errors": (
+        *("BadArgumentError", "BadFileError", "DiskError", "JobConflictError", "MsQuantError"),
+        "UnsupportedError",
+    ),
     "ms_quant.evaluation.generation": ("generate",),
     "ms_quant.evaluation.perplexity": ("perplexity",),
     "ms_quant.formats.opening": ("open_model",),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeGuard
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 STRATEGIES = {  # target: its strategies
     "w8a8_static_linear": ("dynamic", "static"),
@@ -84,7 +84,7 @@ class TimestepManager:
             MsQuantError: it is no int (bool is none), or below 1.
         """
         if timestep_idx_max is not None and (not _is_int(timestep_idx_max) or timestep_idx_max < 1):
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"timestep_idx_max: {_found(timestep_idx_max)}, expected an int of at least 1"
             )
         cls._count = timestep_idx_max
@@ -97,7 +97,7 @@ class TimestepManager:
     @classmethod
     def _check_below_count(cls, name: str, index: int) -> None:
         if cls._count is not None and index >= cls._count:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: {index}, expected 0..{cls._count - 1} as there are {cls._count} timesteps"
             )
 
@@ -229,7 +229,7 @@ def _refuse_negative(name: str, step: int) -> None:
 
 def _check_index(name: str, index: object) -> None:
     if not _is_int(index) or index < 0:
-        raise MsQuantError(f"{name}: {_found(index)}, expected an int of at least 0")
+        raise BadArgumentError(f"{name}: {_found(index)}, expected an int of at least 0")
 
 
 def _check_name(argument: str, name: object, allowed: Collection[str]) -> None:

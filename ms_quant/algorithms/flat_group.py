@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics import affine, rotation
 from ms_quant.numerics.affine import check_finite
 
@@ -49,7 +49,7 @@ class Group:
         _check_tensors(inputs, weights, name)
         for bits in (act_bits, weight_bits):
             if bits not in affine.LIMITS:
-                raise MsQuantError(f"{name}: {bits} bits, expected 4 or 8")
+                raise BadArgumentError(f"{name}: {bits} bits, expected 4 or 8")
         self.name, self.act_bits, self.weight_bits = name, act_bits, weight_bits
         self.factors = rotation.balanced_factors(inputs.shape[1], name)
         self.inputs = np.asarray(inputs, np.float32)
@@ -164,13 +164,13 @@ def search_rows(
 
 def _check_tensors(inputs: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> None:
     if np.ndim(inputs) != 2 or not np.size(inputs):
-        raise MsQuantError(f"{name}: inputs of shape {np.shape(inputs)}, expected (tokens, K)")
+        raise BadArgumentError(f"{name}: inputs of shape {np.shape(inputs)}, expected (tokens, K)")
     if not weights:
-        raise MsQuantError(f"{name}: no weights, expected one linear or several")
+        raise BadArgumentError(f"{name}: no weights, expected one linear or several")
     check_finite(inputs, f"{name}: inputs")
     for key, weight in weights.items():
         if np.ndim(weight) != 2 or not np.size(weight) or weight.shape[1] != inputs.shape[1]:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{key}: weight of shape {np.shape(weight)}, expected (out, {inputs.shape[1]})"
             )
         check_finite(weight, key)

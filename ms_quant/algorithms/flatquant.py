@@ -37,7 +37,7 @@ from ms_quant.algorithms.flat_group import Flat, Group
 from ms_quant.algorithms.flat_options import FlatOptions
 from ms_quant.algorithms.flat_training import descend
 from ms_quant.algorithms.problem import Problem, Solution, checked, seen_inputs
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.numerics import rotation
 from ms_quant.numerics.activation import PerToken
 from ms_quant.numerics.linear import Kronecker
@@ -120,11 +120,11 @@ def _check_options(options: FlatOptions, name: str) -> None:
     for key, smallest in least.items():
         if getattr(options, key) < smallest:
             found = getattr(options, key)
-            raise MsQuantError(f"{name}: {key} is {found}, expected at least {smallest}")
+            raise BadArgumentError(f"{name}: {key} is {found}, expected at least {smallest}")
     for key in ("learning_rate", "clip_learning_rate"):
         rate = getattr(options, key)
         if not 0 < rate < math.inf:
-            raise MsQuantError(f"{name}: {key} is {rate}, expected a positive number")
+            raise BadArgumentError(f"{name}: {key} is {rate}, expected a positive number")
 
 
 def _starts(group: Group, seed: int) -> Iterator[tuple]:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from ms_quant.algorithms.problem import Problem, Solution, checked, grid_of, noted, seen_hessian
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.grid import Grid
 
@@ -143,7 +143,7 @@ def factor_with_retry(hessian: np.ndarray, damping: float, name: str) -> tuple[n
             return inverse_factor(damped(hessian, tried)), tried
         except np.linalg.LinAlgError:
             continue
-    raise MsQuantError(
+    raise BadArgumentError(
         f"{name}: the Hessian of {len(hessian)} inputs is not positive definite with damping "
         f"{tried:g}"
     )
@@ -191,7 +191,7 @@ def solve(problem: Problem, solution: Solution, options: GptqOptions) -> Solutio
         chosen = name in solution.grids or name in solution.clip
         grouped = grid.group < weight.shape[1]
         if options.act_order and grouped and not (options.static_groups or chosen):
-            raise MsQuantError(
+            raise UnsupportedError(
                 f"{problem.name}: act_order with groups of {grid.group} needs static_groups, as "
                 "no checkpoint here holds the order of the columns"
             )

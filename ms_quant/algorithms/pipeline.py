@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.algorithms.table import ALGORITHMS, Algorithm, Stage
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.schemes.records import Scheme
 from ms_quant.statistics.observers import KEPT_TOKENS
 
@@ -99,11 +99,11 @@ def get_algorithms(
     for name in names:
         if name not in ALGORITHMS:
             known = ", ".join(ALGORITHMS if len(names) > 1 else [PLAIN, *ALGORITHMS])
-            raise MsQuantError(f"algorithm {name!r} is unknown, expected one of {known}")
+            raise BadArgumentError(f"algorithm {name!r} is unknown, expected one of {known}")
         reason = ALGORITHMS[name].suits(scheme)
         if reason:
             suitable = [PLAIN, *(n for n, row in ALGORITHMS.items() if not row.suits(scheme))]
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"algorithm {name!r} does not work with scheme {scheme.name}: {reason}, expected "
                 f"one of {', '.join(suitable)}"
             )
@@ -113,13 +113,13 @@ def get_algorithms(
     for one, other in pairwise(names):
         if ALGORITHMS[one].stage == ALGORITHMS[other].stage:
             stage = ALGORITHMS[one].stage.name.lower()
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"algorithm {text!r}: {one} and {other} both decide the {stage}, expected one"
             )
     smoothing = [name for name in names if ALGORITHMS[name].smooths]
     looking = [name for name in names if ALGORITHMS[name].histogram]
     if smoothing and looking:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"algorithm {text!r}: {looking[0]} looks at the input before {smoothing[0]} smooths "
             "it, expected one of them"
         )
@@ -138,11 +138,11 @@ def _options(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
         meant = [full for full in taken if key in (full, full.partition(".")[2])]
         if not meant:
             expected = ", ".join(taken) or "none"
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"algorithm {algorithms} takes no option {key!r}, expected {expected}"
             )
         if len(meant) > 1 or meant[0] in found:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"algorithm {algorithms}: option {key!r} is one of several or given twice, "
                 f"expected {' or '.join(meant)} once"
             )
@@ -184,5 +184,5 @@ def _changed(name: str, default: Any, found: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([name, *map(str, first["loc"])])
-        raise MsQuantError(f"{where} is {first['input']!r:.80}: {first['msg']}") from None
+        raise BadArgumentError(f"{where} is {first['input']!r:.80}: {first['msg']}") from None
     return replace(default, **vars(made))

@@ -31,7 +31,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.kernels import sylvester
 from ms_quant.models.block_spec import BlockSpec, NormSpec
 from ms_quant.models.config import ModelConfig
@@ -101,18 +101,18 @@ class QuaRot:
         for key in ("hidden_size", "head_dim"):
             size = getattr(config, key)
             if block_size and size % block_size:
-                raise MsQuantError(
+                raise BadArgumentError(
                     f"{where}: {key} is {size}, expected a multiple of quarot.block_size "
                     f"{block_size}"
                 )
             base_order(block_size or size, "quarot.block_size" if block_size else f"{where}: {key}")
         if config.no_head or config.labels:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{where}: quarot turns the last hidden states, which this model gives out or "
                 "classifies by, expected a model with a head of its own or a tied one"
             )
         if seed < 0:
-            raise MsQuantError(f"seed is {seed}, expected at least 0")
+            raise BadArgumentError(f"seed is {seed}, expected at least 0")
         self.config = untied(config)
         self.rotations = rotations(config)
         self._signs = random_signs(config.hidden_size, seed)

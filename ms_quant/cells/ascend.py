@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore.ops.auto_generate import DynamicQuantExt, QuantBatchMatmul, QuantV2
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.activation import PerToken, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 
@@ -41,7 +41,7 @@ def operators(linear: QuantizedLinear) -> Operators:
     activation = linear.activation
     per_channel = isinstance(activation, StaticActivation) and not activation.folds_bias
     if not linear.integer or not (per_channel or activation == PerToken(8)):
-        raise MsQuantError(
+        raise BadArgumentError(
             "QuantLinear: this scheme has no Ascend operators here yet, expected W8A8 or "
             "W8A8_DYNAMIC; on CPU every scheme runs"
         )

@@ -14,7 +14,7 @@ from ms_quant.cells import timesteps
 from ms_quant.cells.calls import IN_MEMORY, Call, CallStore
 from ms_quant.cells.recorder import float32
 from ms_quant.cells.tree import get_cell, is_linear, linears, replaced
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.recipe.patterns import matches, unmatched
@@ -48,7 +48,7 @@ def stated_blocks(network: nn.Cell, patterns: Sequence[str]) -> list[str]:
     paths = [path for path, cell in network.cells_and_names() if path and any(linears(cell))]
     for pattern in unmatched(patterns, paths):
         shown = ", ".join(paths[:4])
-        raise MsQuantError(
+        raise BadArgumentError(
             f"blocks: {pattern!r} matches no Cell that holds linears, expected one of: {shown}, ..."
         )
     found: list[str] = []

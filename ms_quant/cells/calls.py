@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ms_quant.cells.tree import host_array
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.timestep import TimestepManager
 
@@ -96,7 +96,9 @@ class CallStore:
         try:
             self._file.write(array.tobytes())
         except OSError as error:
-            raise MsQuantError(f"calibration inputs: cannot be kept in a file ({error})") from error
+            raise BadArgumentError(
+                f"calibration inputs: cannot be kept in a file ({error})"
+            ) from error
         place = _Place(self._end, array.dtype, array.shape, isinstance(value, Tensor))
         self._end += array.nbytes
         return place

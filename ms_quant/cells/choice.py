@@ -12,7 +12,7 @@ from mindspore import nn
 from ms_quant.algorithms import PLAIN, AlgorithmPipeline, get_algorithms
 from ms_quant.cells.sites import Site
 from ms_quant.cells.tree import linears
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, load_recipe
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import VALUES, get_scheme
@@ -99,11 +99,13 @@ def plans_of(
     if isinstance(wish, str | PathLike | Recipe):
         if common != Common():
             given = "algorithm" if common.algorithm != PLAIN else next(iter(common.options))
-            raise MsQuantError(f"{given}: given with a recipe, which says all, expected it there")
+            raise BadArgumentError(
+                f"{given}: given with a recipe, which says all, expected it there"
+            )
         recipe = wish if isinstance(wish, Recipe) else load_recipe(wish)
         return _by_recipe(recipe, chosen, [path for path, _ in linears(network)])
     if not callable(wish):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"scheme is {wish!r:.80}, expected the name of a scheme, a recipe, a path or a function"
         )
     found = {path: wish(path, site.cell) for path, site in chosen.items()}
@@ -116,14 +118,14 @@ def _planned(answer: Any, path: str, common: Common) -> LinearPlan:
     if isinstance(answer, Planned) and isinstance(answer.scheme, Scheme):
         return LinearPlan(answer.scheme, answer.algorithms)
     if not isinstance(answer, str):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{path}: the predicate gives {answer!r:.80}, expected the name of a scheme, a record "
             "with a scheme and algorithms, or None"
         )
     try:
         return common.plan(answer)
     except MsQuantError as error:
-        raise MsQuantError(f"{path}: {error}") from None
+        raise BadArgumentError(f"{path}: {error}") from None
 
 
 _OF_CHECKPOINTS = ("kv_cache", "calib", "samples", "seq_len", "seed")
@@ -132,19 +134,19 @@ _OF_CHECKPOINTS = ("kv_cache", "calib", "samples", "seq_len", "seed")
 def _by_recipe(recipe: Recipe, chosen: Iterable[str], paths: list[str]) -> dict[str, LinearPlan]:
     for name in _OF_CHECKPOINTS:
         if getattr(recipe, name) not in ("", None):
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: is for checkpoints, expected a recipe of rules and steps for a network"
             )
     for step in recipe.steps:
         if step.groups or step.by_producer:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{step.where}: groups or producers of a decoder checkpoint, expected patterns of "
                 "the network's own linears"
             )
     if not recipe.lenient:
         for where, pattern in idle_patterns(recipe, paths):
             shown = ", ".join(paths[:4])
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{where}: pattern {pattern!r} matches no linear, expected one of: {shown}, ..."
             )
     found = assign(recipe, dict.fromkeys(chosen, ""))

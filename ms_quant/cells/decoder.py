@@ -27,7 +27,7 @@ from ms_quant.cells.layers import (
     repeat_rows,
     rotate_half_matrix,
 )
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.models import attention
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.gated_block import gated_block
@@ -175,7 +175,7 @@ class DecoderBlock(nn.Cell):
         super().__init__()
         other = set(config.block(index).linears) ^ set(gated_block(config, index).linears)
         if other:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"block {index} of this {config.model_type} has linears such as "
                 f"{min(other)}, expected those of attention and one MLP: no Cells compute others"
             )

@@ -18,7 +18,7 @@ from mindspore._c_expression import Cell_, MixedPrecisionType
 
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.numerics.storage import DTYPES
 
 NARROW = (ms.bfloat16, ms.float16)
@@ -62,7 +62,7 @@ def in_float32(network: nn.Cell) -> Iterator[None]:
         if not undo or isinstance(error, MsQuantError) or not about_types:
             raise
         line = next((line for line in reason.splitlines() if line.strip()), type(error).__name__)
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{network.cls_name}: calibration on a CPU runs a bfloat16 or float16 network in "
             f"float32, and the network failed so ({line:.200}), expected one that casts to no type "
             "of its own while it is calibrated"

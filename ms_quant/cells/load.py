@@ -16,7 +16,7 @@ from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import is_linear, linears, replace_cell
 from ms_quant.cells.whole import load_whole
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.formats.mindie_sd.description import (
     Description,
     made_for,
@@ -91,7 +91,7 @@ def wanted_dtype(dtype: Any) -> np.dtype | None:
         return None
     name = str(dtype).lower()
     if name not in DTYPES:
-        raise MsQuantError(f"dtype is {dtype!r:.80}, expected one of {', '.join(DTYPES)} or None")
+        raise BadFileError(f"dtype is {dtype!r:.80}, expected one of {', '.join(DTYPES)} or None")
     return DTYPES[name]
 
 
@@ -103,15 +103,15 @@ def load(
 ) -> nn.Cell:
     """What :func:`load_quantized` does."""
     if is_linear(network):
-        raise MsQuantError(
+        raise BadFileError(
             f"{network.cls_name}: is a linear itself, expected a network of them as {path} names "
             "linears by their paths"
         )
     if timestep_policy is not None and not isinstance(timestep_policy, TimestepPolicyConfig):
         found = type(timestep_policy).__name__
-        raise MsQuantError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
+        raise BadFileError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
     if path.suffix == ".ckpt":
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: is MindSpore's checkpoint, which does not say how linears are quantized; "
             "expected quantize with a scheme, as before it was saved, and then "
             "mindspore.load_checkpoint, or a file of save_quantized"
@@ -124,7 +124,7 @@ def load(
     types = {name: description.type_of(name) for name in cells}
     description.check_all_used(cells)
     if set(types.values()) <= {FLOAT}:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: quantizes none of the network's linears, expected one at least"
         )
     _check_policy(types, timestep_policy, path)
@@ -178,13 +178,13 @@ def _linear(
     if kind == FLOAT:
         found = tensors.shape(f"{name}.weight")
         if found not in (None, (rows, columns)):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{tensors.checkpoint.place(f'{name}.weight')} is {list(found or ())}, expected "
                 f"{[rows, columns]} as the network's layer is"
             )
         return None
     if getattr(cell, "activation", None) is not None:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: a Dense with a built-in activation cannot be replaced, expected "
             "activation=None with the activation as a Cell of its own"
         )
@@ -200,12 +200,12 @@ def _check_policy(
         return
     kinds = set(types.values())
     if "W4A4_MXFP4" in kinds and policy.chooses("W4A8", MX_TARGET):
-        raise MsQuantError(
+        raise BadFileError(
             f"timestep_policy: W4A8 of target {MX_TARGET}, which gives linears of {path} inputs in "
             "MXFP8, is not computed here, expected W4A4"
         )
     if not kinds & {"W8A8_TIMESTEP", "W4A4_MXFP4"}:
-        raise MsQuantError(
+        raise BadFileError(
             f"timestep_policy: no linear of {path} takes one, expected some of W8A8_TIMESTEP"
         )
 
@@ -221,7 +221,7 @@ def _steps(loaded: Mapping[str, QuantLinear], description: Description) -> int |
         return None
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] != counts[least]:
-        raise MsQuantError(
+        raise BadFileError(
             f"{description.path}: {most} has {counts[most]} timesteps and {least} "
             f"{counts[least]}, expected the same number"
         )

@@ -18,7 +18,7 @@ from ms_quant.cells.recorder import float32
 from ms_quant.cells.same_input import Groups, SharedInputs, stated_groups
 from ms_quant.cells.sites import Show, Site, sites
 from ms_quant.cells.tree import is_linear, replaced
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
@@ -103,12 +103,14 @@ def calibrate(
         >>> net = ms_quant.quantize(net, "W8A8", calibration=observations)
     """
     if is_linear(network):
-        raise MsQuantError(f"{network.cls_name}: is a linear itself, expected a network of them")
+        raise BadArgumentError(
+            f"{network.cls_name}: is a linear itself, expected a network of them"
+        )
     names = () if algorithm == PLAIN else tuple(algorithm.split("+"))
     for name in names:
         if name not in ALGORITHMS:
             known = ", ".join([PLAIN, *ALGORITHMS])
-            raise MsQuantError(f"algorithm {name!r} is unknown, expected one of {known}")
+            raise BadArgumentError(f"algorithm {name!r} is unknown, expected one of {known}")
     wanted = Wanted(AlgorithmPipeline(names), timestep_policy, needed=False)
     chosen = sites(network, include, exclude)
     structure = Structure(groups, blocks)
@@ -157,7 +159,7 @@ def observe(
 def _refuse_unreached(group: GroupObservation, wanted: Wanted) -> None:
     stats, path = group.stats, group.paths[0]
     if wanted.needed and not stats.tokens:
-        raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
+        raise BadArgumentError(f"{path}: no calibration input reached it; exclude it or add data")
     if isinstance(stats, StepStats) and wanted.by_step is not None:
         timesteps.refuse_unseen(path, stats.seen_steps, stats.steps, wanted.by_step)
 
@@ -197,7 +199,7 @@ class _Run:
             other = first.setdefault(key, path)
             found, expected = self.sites[path].taps[path], self.sites[other].taps[other]
             if found != expected:
-                raise MsQuantError(
+                raise BadArgumentError(
                     f"groups: {other} reads {expected} channels and {path} {found}, expected "
                     "linears that read one input"
                 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.kernels import WatchedArrays
 from ms_quant.numerics.activation import Activation, PerToken, PhasedActivation, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
@@ -93,7 +93,7 @@ class _InPlace:
 
     def assign_value(self, data: Tensor) -> _InPlace:
         if tuple(data.shape) != tuple(self.shape) or data.dtype != self.dtype:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{self.name}: set to {data.dtype} {list(data.shape)}, expected {self.dtype} "
                 f"{list(self.shape)} as a quantized linear keeps its types and shapes"
             )
@@ -103,7 +103,7 @@ class _InPlace:
     assign_value_cpp = _update_data = assign_value
 
     def set_dtype(self, dtype: object) -> None:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{self.name}: set_dtype({dtype}), expected {self.dtype} as a quantized linear keeps "
             "its types"
         )
@@ -116,7 +116,7 @@ def refuse_replacing(kept: Mapping[str, Parameter], name: str, value: object) ->
         MsQuantError: it is one.
     """
     if name in kept and value is not kept[name] and not _is_values(value):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{kept[name].name}: replaced by {type(value).__name__}, expected new values by "
             "set_data or load_param_into_net as a quantized linear keeps its parameters"
         )

@@ -21,7 +21,7 @@ from ms_quant.cells.quant_linear import Made, QuantLinear
 from ms_quant.cells.save import check_format
 from ms_quant.cells.sites import Site, weight_and_bias
 from ms_quant.cells.solve import Group, solve
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.formats.mindie_sd.choice import network_scheme
 from ms_quant.numerics.timestep import Timestep
 from ms_quant.schemes.records import Scheme
@@ -86,7 +86,9 @@ class Replacement:
         if isinstance(calibration, Observations):
             if structure != Structure():
                 what = "groups" if structure.groups is not None else "blocks"
-                raise MsQuantError(f"{what}: given with observations, expected it for calibrate")
+                raise BadArgumentError(
+                    f"{what}: given with observations, expected it for calibrate"
+                )
             for path, want in wanted.items():
                 _check_observed(calibration, path, want)
             return calibration
@@ -99,7 +101,7 @@ class Replacement:
                 what = (
                     f"scheme {plan.scheme.name}" if needs else f"algorithm {plan.algorithms.name}"
                 )
-                raise MsQuantError(f"{what}: needs calibration inputs, found None")
+                raise BadArgumentError(f"{what}: needs calibration inputs, found None")
         data = () if calibration is None else calibration
         return observe(self.network, self.sites, wanted, data, structure, self.progress)
 
@@ -173,7 +175,7 @@ class Replacement:
 
 def _refuse_rotations(plan: LinearPlan) -> None:
     if plan.algorithms.any("rotates"):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"algorithm {plan.algorithms.name!r}: quarot rotates a whole decoder checkpoint, "
             "expected it only with ms-quant quantize"
         )
@@ -189,13 +191,13 @@ def _policy(
     """
     if given is not None and not isinstance(given, TimestepPolicyConfig):
         found = type(given).__name__
-        raise MsQuantError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
+        raise BadArgumentError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
     names = {scheme.name: scheme for scheme in schemes}
     if any(isinstance(scheme.activation, Timestep) for scheme in names.values()):
         return given or TimestepPolicyConfig()
     if given is not None:
         listed = " and ".join(names) or "FLOAT"
-        raise MsQuantError(
+        raise BadArgumentError(
             f"timestep_policy: scheme {listed} takes none, expected scheme W8A8_TIMESTEP"
         )
     return None
@@ -208,7 +210,7 @@ def _check_observed(observed: Observations, path: str, wanted: Wanted) -> None:
         MsQuantError: names the linear and what is missing.
     """
     if path not in observed:
-        raise MsQuantError(f"{path}: is not among what calibrate looked at, expected it there")
+        raise BadArgumentError(f"{path}: is not among what calibrate looked at, expected it there")
     group: GroupObservation = observed[path]
     stats, chain = group.stats, wanted.algorithms
     missing = [
@@ -222,17 +224,17 @@ def _check_observed(observed: Observations, path: str, wanted: Wanted) -> None:
         if needed and not there
     ]
     if missing:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{path}: calibrate kept too few {missing[0]} for {chain.name}, expected "
             f"ms_quant.calibrate(network, data, algorithm={chain.name!r})"
         )
     if isinstance(stats, StepStats) != (wanted.by_step is not None):
         what = "no ranges" if wanted.by_step is not None else "ranges"
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{path}: calibrate kept {what} of timesteps, expected timestep_policy there for "
             "W8A8_TIMESTEP and for no other scheme"
         )
     if wanted.needed and not stats.tokens:
-        raise MsQuantError(f"{path}: no calibration input reached it; exclude it or add data")
+        raise BadArgumentError(f"{path}: no calibration input reached it; exclude it or add data")
     if isinstance(stats, StepStats) and wanted.by_step is not None:
         timesteps.refuse_unseen(path, stats.seen_steps, stats.steps, wanted.by_step)

@@ -10,7 +10,7 @@ from typing import Any
 from mindspore import Tensor, nn
 
 from ms_quant.cells.sites import Site
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.recipe.patterns import matches, unmatched
 
 Groups = Sequence[str | Sequence[str]] | Callable[[str, nn.Cell], Hashable | None]
@@ -35,7 +35,7 @@ def stated_groups(groups: Groups, sites: Mapping[str, Site]) -> dict[str, Hashab
         for path in _members(group, list(sites), f"groups[{index}]"):
             parent = path.rpartition(".")[0] if isinstance(group, str) else ""
             if path in found:
-                raise MsQuantError(f"groups[{index}]: {path} is in two groups, expected one")
+                raise BadArgumentError(f"groups[{index}]: {path} is in two groups, expected one")
             found[path] = (index, parent)
     return found
 
@@ -44,16 +44,16 @@ def _members(group: Any, paths: list[str], where: str) -> list[str]:
     if isinstance(group, str):
         if unmatched([group], paths):
             shown = ", ".join(paths[:4])
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{where}: {group!r} matches no linear, expected one of: {shown}, ..."
             )
         return [path for path in paths if matches(path, [group])]
     if not isinstance(group, Iterable) or not all(isinstance(path, str) for path in group):
-        raise MsQuantError(f"{where} is {group!r:.80}, expected a pattern or a list of paths")
+        raise BadArgumentError(f"{where} is {group!r:.80}, expected a pattern or a list of paths")
     listed = list(group)
     for path in listed:
         if path not in paths:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{where}: {path!r} is no linear that is quantized, expected one of: "
                 f"{', '.join(paths[:4])}, ..."
             )

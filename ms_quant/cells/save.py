@@ -17,7 +17,7 @@ from ms_quant.cells.as_linear import as_linear
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
 from ms_quant.cells.whole import save_whole
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.files.atomic import free_space_check, write_json
 from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.mindie_sd.choice import (
@@ -113,7 +113,7 @@ def save_quantized(
     if whole:
         for name, value in (("dtype", dtype), ("rank", rank)):
             if value is not None:
-                raise MsQuantError(
+                raise BadArgumentError(
                     f"{name}: given with format {NETWORK!r}, expected it for MindIE-SD alone"
                 )
         return save_whole(network, Path(directory))
@@ -132,7 +132,7 @@ def save_quantized(
             plans.append(tensor.plan)
             makers[tensor.plan.name], entries[tensor.plan.name] = tensor.make, tensor.entry
     if not layouts:
-        raise MsQuantError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
+        raise BadArgumentError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
     model = model_type({layout.type for layout in layouts.values()})
     target = Path(directory)
     free_space_check(target, sum(plan.bytes for plan in plans))
@@ -170,18 +170,18 @@ class _Tensor:
 
 def _checked(dtype: str | None, rank: int | None) -> np.dtype | None:
     if dtype not in (None, *RUN_DTYPES):
-        raise MsQuantError(f"dtype is {dtype!r}, expected 'bfloat16', 'float16' or None")
+        raise BadArgumentError(f"dtype is {dtype!r}, expected 'bfloat16', 'float16' or None")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
-        raise MsQuantError(f"rank is {rank!r}, expected an int of at least 0 or None")
+        raise BadArgumentError(f"rank is {rank!r}, expected an int of at least 0 or None")
     return None if dtype is None else DTYPES[dtype]
 
 
 def _is_whole(format: str | None, whole: bool) -> bool:
     """Whether all of the network is written."""
     if format not in (None, NAME, NETWORK):
-        raise MsQuantError(f"format is {format!r:.80}, expected {NAME!r}, {NETWORK!r} or None")
+        raise BadArgumentError(f"format is {format!r:.80}, expected {NAME!r}, {NETWORK!r} or None")
     if whole and format == NAME:
-        raise MsQuantError(f"whole: given with format {NAME!r}, which holds linears alone")
+        raise BadArgumentError(f"whole: given with format {NAME!r}, which holds linears alone")
     return whole or format == NETWORK
 
 
@@ -204,7 +204,7 @@ def _own_dtype(network: nn.Cell) -> np.dtype:
     found = {cell.input_dtype: name for name, cell in cells if isinstance(cell, QuantLinear)}
     if len(found) > 1:
         listed = " and ".join(f"{name or 'it'} for {kind.name}" for kind, name in found.items())
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{network.cls_name}: {listed}, expected linears that are made for one type as "
             "MindIE-SD runs a network in one: ms_quant.quantize(network, ..., dtype=...)"
         )
@@ -214,7 +214,7 @@ def _own_dtype(network: nn.Cell) -> np.dtype:
 def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
     """The tensors of a linear, which the runtime computes as the Cell does."""
     if not name:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{cell.cls_name}: is a linear itself, expected a network of them as MindIE-SD finds "
             "linears by their paths"
         )
@@ -224,12 +224,12 @@ def _layout(cell: QuantLinear, name: str, dtype: np.dtype) -> Layout:
         type, (rows, columns) = type_of_linear(linear, name), linear.weight.shape
         check_linear(type, (rows, columns), smooths, bias, name)
     except MsQuantError as error:
-        raise MsQuantError(f"{error}; {_WHOLE}") from None
+        raise BadArgumentError(f"{error}; {_WHOLE}") from None
     if reason := why_not_run(type, (rows, columns), bias):
-        raise MsQuantError(f"{name}: {reason}; expected {_WAYS_OUT}; {_WHOLE}")
+        raise BadArgumentError(f"{name}: {reason}; expected {_WAYS_OUT}; {_WHOLE}")
     activation = linear.activation
     if linear.input_dtype != dtype and (smooths or isinstance(activation, DualMxTokens)):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: its products with the input are rounded as {linear.input_dtype.name}, "
             f"expected {dtype.name}: ms_quant.quantize(network, ..., dtype={dtype.name!r})"
         )
@@ -269,9 +269,9 @@ def check_format(
         MsQuantError: it is no such format, or would not hold a linear.
     """
     if format != NAME:
-        raise MsQuantError(f"for_format is {format!r}, expected {NAME!r} or None")
+        raise BadArgumentError(f"for_format is {format!r}, expected {NAME!r} or None")
     if algorithms.any("adds"):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"algorithm {algorithms.name}: puts a transform or a branch beside the weight, "
             "MindIE-SD reads none, expected another algorithm"
         )
@@ -280,4 +280,4 @@ def check_format(
         shape = tuple(cell.weight.shape)
         check_linear(type, shape, algorithms.any("smooths"), bias, path)
         if reason := why_not_run(type, shape, bias):
-            raise MsQuantError(f"{path}: {reason}; expected {_WAYS_OUT}")
+            raise BadArgumentError(f"{path}: {reason}; expected {_WAYS_OUT}")

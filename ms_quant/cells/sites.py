@@ -11,7 +11,7 @@ from mindspore import Tensor, nn
 
 from ms_quant.cells.recorder import Recorder
 from ms_quant.cells.tree import linears
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import check_finite
 
 Show = Callable[[str, Tensor], None]
@@ -59,7 +59,7 @@ def sites(
     """
     cells = dict(linears(network))
     if not cells:
-        raise MsQuantError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
+        raise BadArgumentError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
     return {path: linear_site(path, cells[path]) for path in select(cells, include, exclude)}
 
 
@@ -73,7 +73,7 @@ def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str])
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(names[:4])
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"pattern {pattern!r} matches no linear, expected one of: {shown}, ..."
             )
     return [
@@ -91,7 +91,7 @@ def weight_and_bias(site: Site) -> tuple[np.ndarray, np.ndarray | None]:
         MsQuantError: the Cell has an activation inside, or a value is NaN or inf.
     """
     if getattr(site.cell, "activation", None) is not None:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{site.path}: a Dense with a built-in activation cannot be replaced, expected "
             "activation=None with the activation as a Cell of its own"
         )

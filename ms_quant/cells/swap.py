@@ -19,7 +19,7 @@ from ms_quant.cells.replacement import Replacement
 from ms_quant.cells.same_input import Groups
 from ms_quant.cells.sites import sites
 from ms_quant.cells.tree import is_linear, replace_cell
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.recipe import Recipe
 from ms_quant.timestep import TimestepPolicyConfig
 
@@ -187,7 +187,7 @@ def _refuse_given(scheme: object, given: Mapping[str, Any], options: Mapping[str
     """Refuses what a file of quantized linears says already."""
     refused = [n for n, value in given.items() if value is not None and value != DEFAULTS[n]]
     if refused or options:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{[*refused, *options][0]}: given with {scheme}, which says all, expected "
             "timestep_policy and dtype at most"
         )
@@ -196,18 +196,18 @@ def _refuse_given(scheme: object, given: Mapping[str, Any], options: Mapping[str
 def _quantized_alone(linear: nn.Cell, scheme: Any, given: Mapping[str, Any]) -> nn.Cell:
     """What a linear that is no part of a network becomes."""
     if any(given[name] != DEFAULTS[name] for name in ("include", "exclude")):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{linear.cls_name}: is a linear itself, expected include and exclude only with a "
             "network of several"
         )
     for name in ("groups", "blocks", "for_format"):
         if given[name] is not None:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: given with {linear.cls_name}, which is a linear itself, expected a "
                 "network of them"
             )
     if not isinstance(scheme, str) or isinstance(given["calibration"], Observations):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{linear.cls_name}: is a linear itself, expected the name of a scheme and calibration "
             "inputs"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.statistics.observers import StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
@@ -22,7 +22,7 @@ def current_step(name: str) -> int:
     """
     step = TimestepManager.get_timestep_idx()
     if step is None:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: no timestep is set, expected TimestepManager.set_timestep_idx(t) before the "
             "network is called"
         )
@@ -41,13 +41,13 @@ def count_steps(found: Sequence[int | None], policy: TimestepPolicyConfig) -> in
     """
     steps = [step for step in found if step is not None]
     if len(steps) < len(found):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"calibration input {found.index(None)}: no timestep is set, expected "
             "TimestepManager.set_timestep_idx(t) before it is given"
         )
     count = TimestepManager.get_timestep_idx_max() or 1 + max(steps, default=-1)
     if not count:
-        raise MsQuantError(
+        raise BadArgumentError(
             "scheme W8A8_TIMESTEP: the number of timesteps is not known, expected calibration "
             "inputs or TimestepManager.set_timestep_idx_max(T)"
         )
@@ -67,7 +67,7 @@ def refuse_unseen(
     if missing:
         more = ", ..." if len(missing) > SHOWN else ""
         listed = ", ".join(map(str, missing[:SHOWN])) + more
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: no calibration input reached it in the static timesteps {listed}; expected "
             "some, or the strategy dynamic"
         )
@@ -83,7 +83,7 @@ def recorder(stats: StepStats) -> Callable[[np.ndarray], None]:
     def observe(x: np.ndarray) -> None:
         step = current_step(stats.name)
         if step >= stats.steps:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{stats.name}: timestep {step}, expected 0..{stats.steps - 1} as calibration "
                 f"inputs are of {stats.steps} timesteps"
             )

@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn
 
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import host_array, linears, replace_cell
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.atomic import free_space_check
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import parse_json
@@ -46,13 +46,13 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
     for path, cell in network.cells_and_names():
         if isinstance(cell, QuantLinear):
             if cell.scheme is None:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{path or cell.cls_name}: is a QuantLinear made by hand, expected those of "
                     "quantize, whose scheme is known"
                 )
             schemes[path] = _stated(path, cell, cell.scheme)
     if not schemes:
-        raise MsQuantError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
+        raise BadFileError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
     tensors = dict(_tensors(network))
     plans = [TensorPlan(name, _stored(t), tuple(t.shape)) for name, t in tensors.items()]
     free_space_check(directory, sum(plan.bytes for plan in plans))
@@ -74,7 +74,7 @@ def _stated(path: str, cell: QuantLinear, scheme: Scheme) -> dict[str, Any]:
         multiplies = cell.input_dtype if getattr(format, "multiplies", False) else None
         differs = static.multiplied_in != multiplies
     if differs:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: quantizes its input in another way than scheme {scheme.name}, expected a "
             "linear as quantize makes it"
         )
@@ -120,11 +120,11 @@ def load_whole(
     cells = dict(linears(network))
     for name, (_, made_for) in schemes.items():
         if dtype not in (None, made_for):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: {name} is made for {made_for.name}, expected no other dtype than that"
             )
         if name not in cells:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: holds {name!r} as {_LINEAR}, the network has no linear there"
             )
     quantized = {
@@ -151,29 +151,29 @@ def load_whole(
 def _schemes(file: SafetensorsFile) -> dict[str, tuple[Scheme, np.dtype]]:
     where = f"{file.path}: {KEY} in the header"
     if KEY not in file.metadata:
-        raise MsQuantError(f"{where}: missing, expected a file of save_quantized(format='network')")
+        raise BadFileError(f"{where}: missing, expected a file of save_quantized(format='network')")
     try:
         stated = parse_json(file.metadata[KEY].encode())
     except ValueError as error:
-        raise MsQuantError(f"{where}: not valid JSON ({error})") from None
+        raise BadFileError(f"{where}: not valid JSON ({error})") from None
     rows = stated.get("linears") if isinstance(stated, dict) else None
     if not isinstance(rows, dict) or not rows or stated.get("version") != VERSION:
-        raise MsQuantError(f"{where}: {stated!r:.80}, expected linears of version {VERSION}")
+        raise BadFileError(f"{where}: {stated!r:.80}, expected linears of version {VERSION}")
     return {name: _scheme(row, f"{where}: {name!r}") for name, row in rows.items()}
 
 
 def _scheme(row: Any, where: str) -> tuple[Scheme, np.dtype]:
     """A scheme, and the type of inputs that a linear is made for."""
     if not isinstance(row, dict) or not isinstance(row.get("scheme"), str):
-        raise MsQuantError(f"{where}: {row!r:.80}, expected a scheme and its options")
+        raise BadFileError(f"{where}: {row!r:.80}, expected a scheme and its options")
     dtype = row.get("dtype", "float32")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise MsQuantError(f"{where}: dtype {dtype!r:.80}, expected one of {', '.join(DTYPES)}")
+        raise BadFileError(f"{where}: dtype {dtype!r:.80}, expected one of {', '.join(DTYPES)}")
     options = {key: value for key, value in row.items() if key not in ("scheme", "dtype")}
     try:
         return network_scheme(get_scheme(row["scheme"], **options)), DTYPES[dtype]
     except MsQuantError as error:
-        raise MsQuantError(f"{where}: {error}") from None
+        raise BadFileError(f"{where}: {error}") from None
 
 
 def _linear(
@@ -184,7 +184,7 @@ def _linear(
     policy: TimestepPolicyConfig | None,
 ) -> QuantLinear:
     if getattr(cell, "activation", None) is not None:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: a Dense with a built-in activation cannot be replaced, expected "
             "activation=None with the activation as a Cell of its own"
         )
@@ -216,7 +216,7 @@ def _blank(
     if isinstance(scheme.activation, Timestep):
         steps = (parts.get("input_scale") or (1,))[0]
         if not 1 <= steps <= MOST_STEPS:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{file.path}: {name}.input_scale has {steps} timesteps, expected 1..{MOST_STEPS}"
             )
         activation = TimestepActivation(np.zeros(steps, np.float32), np.zeros(steps, np.int8))
@@ -233,7 +233,7 @@ def _blank(
     if "left_trans" in parts:
         left = (parts["left_trans"] or (0,))[0]
         if not left or inputs % left:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{file.path}: {name}.left_trans is {list(parts['left_trans'])}, expected a "
                 f"square whose size divides {inputs}"
             )
@@ -250,14 +250,14 @@ def _read(file: SafetensorsFile, name: str, parameter: Parameter) -> np.ndarray:
     _check(file, name, tuple(parameter.shape), _stored(parameter))
     array = file.read(name)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise MsQuantError(f"{file.path}: tensor {name!r} holds NaN or inf, expected numbers")
+        raise BadFileError(f"{file.path}: tensor {name!r} holds NaN or inf, expected numbers")
     return array
 
 
 def _check(file: SafetensorsFile, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     found = file.info(name)
     if found.shape != shape or found.dtype != dtype:
-        raise MsQuantError(
+        raise BadFileError(
             f"{file.path}: tensor {name!r} is {found.dtype} {list(found.shape)}, expected {dtype} "
             f"{list(shape)} as the network's is"
         )
@@ -268,7 +268,7 @@ def _check_codes(file: SafetensorsFile, name: str, codes: np.ndarray, scheme: Sc
         return
     low, high = (-8, 7) if codes.dtype == np.int8 else (0, 15)
     if codes.min() < low or codes.max() > high:
-        raise MsQuantError(
+        raise BadFileError(
             f"{file.path}: tensor {name + '.weight'!r} holds codes {codes.min()}..{codes.max()}, "
             f"expected {low}..{high}"
         )
@@ -282,7 +282,7 @@ def _check_names(
     found = set(file.tensors)
     for what, names in (("lacks", expected - found), ("holds also", found - expected)):
         if names:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{file.path}: {what} {len(names)} tensors such as {min(names)!r}, expected those "
                 "of the network as it was built before it was quantized"
             )
@@ -294,11 +294,11 @@ def _steps(
     """T, which all linears of timesteps share; 0 where there is none."""
     counts = {len(cell.input_scale) for cell in quantized.values() if cell.by_step}
     if policy is not None and not counts:
-        raise MsQuantError(
+        raise BadFileError(
             f"timestep_policy: no linear of {file.path} takes one, expected some of W8A8_TIMESTEP"
         )
     if len(counts) > 1:
-        raise MsQuantError(
+        raise BadFileError(
             f"{file.path}: linears of {' and '.join(map(str, sorted(counts)))} timesteps, expected "
             "the same number"
         )

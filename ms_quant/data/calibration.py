@@ -18,7 +18,7 @@ from ms_quant.data.records import Content, Conversation
 from ms_quant.data.sources import RecordSource, TextSource, holds_ids, record_reader
 from ms_quant.data.tokenizer import ModelTokenizer, load_tokenizer, model_vocab_size
 from ms_quant.data.windows import draw, needs_whole, stream
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 
 __all__ = [
     "eval_windows",
@@ -62,7 +62,7 @@ def load_tokens(
             window, nothing but one token, or holds ids that the model does not have.
     """
     if samples <= 0:
-        raise MsQuantError(f"samples is {samples}, expected a positive number")
+        raise BadFileError(f"samples is {samples}, expected a positive number")
     data = _open(Path(path), Path(tokenizer_dir))
     step = data.step(seq_len)
     windows = None
@@ -161,7 +161,7 @@ class _Encoder:
         if isinstance(content, Conversation):
             assert self.tokenizer is not None
             if self.tokenizer.templates is None:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{where} is a conversation, {self.tokenizer.directory} has no chat template: "
                     "expected chat_template.jinja or a chat_template in tokenizer_config.json, or "
                     "records of text"
@@ -169,11 +169,11 @@ class _Encoder:
             try:
                 content = self.tokenizer.render(content.messages, tools=content.tools)
             except MsQuantError as error:
-                raise MsQuantError(f"{where}: {error}") from error
+                raise BadFileError(f"{where}: {error}") from error
         try:
             content.encode()
         except UnicodeEncodeError:
-            raise MsQuantError(f"{where} holds half of a surrogate pair, expected text") from None
+            raise BadFileError(f"{where} holds half of a surrogate pair, expected text") from None
         return content
 
     def check(self, ids: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ class _Encoder:
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             text = self.tokenizer and self.tokenizer.backend.id_to_token(wrong)
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: holds the token id {wrong}{f' ({text})' if text else ''}, expected "
                 f"ids from 0 to {self.vocab_size - 1}, which the model's embedding has"
             )
@@ -225,7 +225,7 @@ class _Data:
         """How many tokens of the data a window has."""
         first = len(self.encoder.first_ids)
         if seq_len <= first:
-            raise MsQuantError(f"seq_len is {seq_len}, expected at least {first + 1}")
+            raise BadFileError(f"seq_len is {seq_len}, expected at least {first + 1}")
         return seq_len - first
 
     def windows(self, step: int, limit: int | None = None) -> np.ndarray:
@@ -234,7 +234,7 @@ class _Data:
         length = ids.shape[1] if ids.size else 0
         if length < step:
             seq_len = step + len(self.encoder.first_ids)
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: {length} tokens, expected at least {step} for a window of seq_len "
                 f"{seq_len}"
             )
@@ -249,7 +249,7 @@ class _Data:
         found, counts = np.unique(windows, return_counts=True)
         share = counts.max() / windows.size
         if windows.size >= JUDGED_TOKENS and (len(found) < 3 or share >= REPEATED):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: {share:.0%} of its tokens are the id {found[counts.argmax()]}, "
                 f"expected data like what the model will read"
             )

@@ -14,7 +14,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import MAX_CONFIG_BYTES, read_json, require_file
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
@@ -76,7 +76,7 @@ def choose_template(templates: Mapping[str, str], tools: bool, directory: Path) 
     for name in [WITH_TOOLS] * tools + [DEFAULT]:
         if name in templates:
             return templates[name]
-    raise MsQuantError(
+    raise BadFileError(
         f"{directory}: has the chat templates {', '.join(templates)}, expected one named {DEFAULT}"
     )
 
@@ -103,11 +103,11 @@ def render_template(template: str, names: Mapping[str, Any]) -> str:
 def _read(path: Path) -> str:
     require_file(path)
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise MsQuantError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes")
+        raise BadFileError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise MsQuantError(f"{path}: not UTF-8 text") from None
+        raise BadFileError(f"{path}: not UTF-8 text") from None
 
 
 class _GenerationTag(Extension):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 
 MAX_FILE_BYTES = 4 << 30
 READ_CHARS = 1 << 20
@@ -93,18 +93,18 @@ def find_kind(path: Path) -> Kind:
         MsQuantError: the file is missing, empty, too large, or of a kind that is refused.
     """
     if path.is_dir():
-        raise MsQuantError(f"{path}: is a directory, expected a file of one of its data sets")
+        raise BadFileError(f"{path}: is a directory, expected a file of one of its data sets")
     if not path.exists():
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: no such file, expected a data file (no data set is downloaded by its name)"
         )
     if not path.is_file():
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: is no regular file, expected a data file that can be read twice"
         )
     size = path.stat().st_size
     if not 0 < size <= MAX_FILE_BYTES:
-        raise MsQuantError(f"{path}: {size} bytes, expected between 1 and {MAX_FILE_BYTES}")
+        raise BadFileError(f"{path}: {size} bytes, expected between 1 and {MAX_FILE_BYTES}")
     suffix = path.suffix.lower()
     with path.open("rb") as file:
         head = file.read(64)
@@ -114,10 +114,10 @@ def find_kind(path: Path) -> Kind:
     begun = [row for row in FORMATS if head.startswith(row.magic)]
     found = next((row for row in [named, *begun] if row.kind is None), None)
     if found is not None:
-        raise MsQuantError(f"{path}: is {found.what}, {EXPECTED}: {found.advice}")
+        raise BadFileError(f"{path}: is {found.what}, {EXPECTED}: {found.advice}")
     for magic, what in OTHERS.items():
         if head.startswith(magic):
-            raise MsQuantError(f"{path}: is {what}")
+            raise BadFileError(f"{path}: is {what}")
     kind = (begun or [named])[0].kind
     assert kind is not None
     return kind
@@ -138,19 +138,19 @@ def count_chars(path: Path) -> int:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 at = position - waiting + error.start
-                raise MsQuantError(
+                raise BadFileError(
                     f"{path}: is not UTF-8 at byte {at} (0x{error.object[error.start]:02x}), "
                     f"{EXPECTED} in UTF-8; iconv changes the encoding of text"
                 ) from None
             if "\0" in text:
-                raise MsQuantError(f"{path}: holds NUL characters, is binary, {EXPECTED}")
+                raise BadFileError(f"{path}: holds NUL characters, is binary, {EXPECTED}")
             position += len(block)
             count += len(text)
             seen = seen or bool(text.strip())
             if not block:
                 break
     if not seen:
-        raise MsQuantError(f"{path}: holds nothing but white space, {EXPECTED}")
+        raise BadFileError(f"{path}: holds nothing but white space, {EXPECTED}")
     return count
 
 
@@ -172,9 +172,9 @@ def read_ids(path: Path) -> np.ndarray:
     except MsQuantError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise MsQuantError(f"{path}: not a readable {path.suffix} file ({error})") from error
+        raise BadFileError(f"{path}: not a readable {path.suffix} file ({error})") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: found {getattr(ids, 'dtype', 'bytes')} of shape "
             f"{list(getattr(ids, 'shape', []))}, expected integers of one or two dimensions"
         )
@@ -193,7 +193,7 @@ def unpacked_bytes(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist())
     except (OSError, zipfile.BadZipFile) as error:
-        raise MsQuantError(f"{path}: not a readable .npz file ({error})") from error
+        raise BadFileError(f"{path}: not a readable .npz file ({error})") from error
 
 
 def _load_npy(path: Path) -> np.ndarray:
@@ -203,9 +203,9 @@ def _load_npy(path: Path) -> np.ndarray:
 def _load_npz(path: Path) -> np.ndarray:
     size = unpacked_bytes(path)
     if size > MAX_FILE_BYTES:
-        raise MsQuantError(f"{path}: {size} bytes unpacked, expected at most {MAX_FILE_BYTES}")
+        raise BadFileError(f"{path}: {size} bytes unpacked, expected at most {MAX_FILE_BYTES}")
     with np.load(path, allow_pickle=False) as arrays:
         names = arrays.files
         if "tokens" not in names and len(names) != 1:
-            raise MsQuantError(f"{path}: has the arrays {names}, expected one named tokens")
+            raise BadFileError(f"{path}: has the arrays {names}, expected one named tokens")
         return arrays["tokens" if "tokens" in names else names[0]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.data.files import open_text
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.strict_json import without_duplicates
 
 MAX_RECORD_CHARS = 8 << 20
@@ -22,11 +22,11 @@ _NEAR = 20  # characters; an error this close to the end of what was read may be
 _JUDGED = ("{", "[", '"')
 
 
-class NotJsonError(MsQuantError):
+class NotJsonError(BadFileError):
     """What is read is no JSON."""
 
 
-class TooLongError(MsQuantError):
+class TooLongError(BadFileError):
     """A value has more than ``MAX_RECORD_CHARS``."""
 
 
@@ -100,10 +100,10 @@ class JsonReader:
                 self._need_more(error, where)
                 continue
             except RecursionError:
-                raise MsQuantError(f"{where} is not valid JSON (nested too deeply)") from None
+                raise BadFileError(f"{where} is not valid JSON (nested too deeply)") from None
             except ValueError as error:
                 reason = "a number has too many digits" if "digits" in str(error) else error
-                raise MsQuantError(f"{where} is not valid JSON ({reason})") from None
+                raise BadFileError(f"{where} is not valid JSON ({reason})") from None
             if end == len(self.text) and isinstance(value, (int, float)) and self._more():
                 continue  # its digits may go on
             start, length = self.position, end - self.at
@@ -164,7 +164,7 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
     if reader.peek() == "[" and _is_list_of_records(path):
         yield from _elements(reader)
         if reader.peek():
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: line {reader.line} goes on after the list, expected one list alone"
             )
         return
@@ -263,7 +263,7 @@ def _elements(reader: JsonReader) -> Iterator[Value]:
             return
         if char != ",":
             found = repr(char) if char else "the end of the file"
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where} is not followed by , or ] but by {found} (line {line}), expected JSON"
             )
 
@@ -276,5 +276,5 @@ def _inner_list(found: Value, keys: Collection[str]) -> tuple[str, list[Any]] | 
     if not lists:
         return None
     if len(lists) > 1:
-        raise MsQuantError(f"{found.where} holds the lists {' and '.join(lists)}, expected one")
+        raise BadFileError(f"{found.where} holds the lists {' and '.join(lists)}, expected one")
     return lists[0], found.value[lists[0]]

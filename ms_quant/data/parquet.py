@@ -8,7 +8,7 @@ from typing import Any
 
 from ms_quant.data.json_records import Value
 from ms_quant.data.records import COLUMNS, RECORD_KEYS
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 MAX_GROUP_BYTES = 1 << 30
 BATCH_ROWS = 64
@@ -25,7 +25,7 @@ def read_rows(path: Path) -> Iterator[Value]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: reading Parquet needs pyarrow, expected: pip install 'ms-quant[parquet]', or "
             f"the data as JSON lines (.jsonl) ({error})"
         ) from None
@@ -40,14 +40,14 @@ def read_rows(path: Path) -> Iterator[Value]:
                 start += size
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
-        raise MsQuantError(f"{path}: not a readable Parquet file ({reason:.200})") from None
+        raise BadFileError(f"{path}: not a readable Parquet file ({reason:.200})") from None
 
 
 def _columns(file: Any, path: Path) -> list[str]:
     """The columns of a file that records are made of."""
     present = file.schema_arrow.names
     if set(present).isdisjoint(RECORD_KEYS):
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: has the columns {present!r:.80}, expected one of {', '.join(RECORD_KEYS)}"
         )
     names = [name for name in present if name in COLUMNS]
@@ -58,7 +58,7 @@ def _columns(file: Any, path: Path) -> list[str]:
             c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in names
         )
         if size > MAX_GROUP_BYTES:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: row group {index} has {size} bytes, expected at most {MAX_GROUP_BYTES}: "
                 "write it with smaller row groups"
             )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.data.json_records import is_message
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 CONTEXT_KEYS = ("input", "context")
 ANSWER_KEYS = ("answer", "completion", "response", "output")
@@ -65,12 +65,12 @@ def parse_record(value: Any, where: str) -> Content | None:
     if isinstance(value, list):
         return _parse_list(value, where)
     if not isinstance(value, dict):
-        raise MsQuantError(f"{where} is a JSON {_named(value)}, expected an object or a string")
+        raise BadFileError(f"{where} is a JSON {_named(value)}, expected an object or a string")
     if "row_idx" in value and isinstance(value.get("row"), dict):
         value = value["row"]
     known = [kind for kind in KINDS for key in kind.keys if key in value]
     if not known:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where} has the keys {sorted(map(str, value))!r:.80}, expected one of "
             f"{', '.join(RECORD_KEYS)}"
         )
@@ -86,7 +86,7 @@ def _parse_list(value: list[Any], where: str) -> Content | None:
         return _ids({"ids": value}, "ids", where) if value else None
     if is_message(value[0]):
         return _conversation({"messages": value}, "messages", where)
-    raise MsQuantError(
+    raise BadFileError(
         f"{where} is a list of JSON {_named(value[0])}, expected an object, a string, a list of "
         "messages or of token ids"
     )
@@ -94,7 +94,7 @@ def _parse_list(value: list[Any], where: str) -> Content | None:
 
 def _text(record: Record, key: str, where: str) -> str:
     if is_message(record):
-        raise MsQuantError(
+        raise BadFileError(
             f'{where} is a single message, expected a conversation: {{"messages": [...]}}'
         )
     return _string(record[key], key, where)
@@ -106,7 +106,7 @@ def _question(record: Record, key: str, where: str) -> Content:
     given = [k for k in beside if not _is_empty(record.get(k))]
     answers = [k for k in given if k in ANSWER_KEYS]
     if len(answers) > 1:
-        raise MsQuantError(f"{where} has {' and '.join(answers)}, expected one answer to {key}")
+        raise BadFileError(f"{where} has {' and '.join(answers)}, expected one answer to {key}")
     if isinstance(record[key], list):
         later = [record[k] for k in answers if isinstance(record[k], list)]
         return _conversation({**record, key: sum(later, record[key])}, key, where)
@@ -116,7 +116,7 @@ def _question(record: Record, key: str, where: str) -> Content:
 def _conversation(record: Record, key: str, where: str) -> Conversation:
     messages = record[key]
     if not isinstance(messages, list):
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: {key} is a JSON {_named(messages)}, expected a list of messages"
         )
     read = [_message(m, f"{where}: {key}[{i}]") for i, m in enumerate(messages)]
@@ -129,23 +129,23 @@ def _conversation(record: Record, key: str, where: str) -> Conversation:
 def _message(value: Any, where: str) -> dict[str, Any]:
     """A message of either spelling: role and content, or from and value."""
     if not isinstance(value, dict):
-        raise MsQuantError(f"{where} is a JSON {_named(value)}, expected a message")
+        raise BadFileError(f"{where} is a JSON {_named(value)}, expected a message")
     if "role" not in value and not {"from", "value"} <= value.keys():
-        raise MsQuantError(
+        raise BadFileError(
             f"{where} has the keys {sorted(value)!r:.80}, expected role and content, or from and "
             "value"
         )
     if value.get("role") is None and "from" in value:
         speaker = value["from"]
         if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}: from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}"
             )
         said = _string(value["value"], "value", where)
         return {"role": SPEAKERS[speaker.lower()], "content": said}
     calls = value.get("tool_calls") or value.get("function_call")
     if "content" not in value and not calls:
-        raise MsQuantError(f"{where} has no content, expected a string")
+        raise BadFileError(f"{where} has no content, expected a string")
     content: Any = value.get("content")
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
@@ -166,7 +166,7 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else _named(part)
-    raise MsQuantError(f"{where} is {kind!r:.40}, expected text alone: images are not read")
+    raise BadFileError(f"{where} is {kind!r:.40}, expected text alone: images are not read")
 
 
 def _call(call: Any, where: str) -> Any:
@@ -184,7 +184,7 @@ def _tools(value: Any, where: str) -> list[Any] | None:
     if isinstance(value, str):
         value = _parse(value, f"{where}: tools", list)
     if not isinstance(value, list):
-        raise MsQuantError(f"{where}: tools is a JSON {_named(value)}, expected a list")
+        raise BadFileError(f"{where}: tools is a JSON {_named(value)}, expected a list")
     return value or None
 
 
@@ -194,7 +194,7 @@ def _parse(text: str, where: str, kind: type) -> Any:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):
-        raise MsQuantError(f"{where}: {text!r:.60} is not a JSON {kind.__name__}")
+        raise BadFileError(f"{where}: {text!r:.60} is not a JSON {kind.__name__}")
     return value
 
 
@@ -202,21 +202,21 @@ def _ids(record: Record, key: str, where: str) -> np.ndarray:
     """Token ids, without those that the attention mask leaves out."""
     ids, mask = record[key], record.get("attention_mask")
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise MsQuantError(f"{where}: {key}, expected a list of whole numbers")
+        raise BadFileError(f"{where}: {key}, expected a list of whole numbers")
     try:
         found = np.array(ids, np.int64)
     except OverflowError:
-        raise MsQuantError(f"{where}: {key} holds a number beyond 64 bits") from None
+        raise BadFileError(f"{where}: {key} holds a number beyond 64 bits") from None
     if mask is None:
         return found
     if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
-        raise MsQuantError(f"{where}: attention_mask, expected {len(ids)} of 0 or 1")
+        raise BadFileError(f"{where}: attention_mask, expected {len(ids)} of 0 or 1")
     return found[np.array(mask, bool)]
 
 
 def _string(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise MsQuantError(f"{where}: {key} is a JSON {_named(value)}, expected a string")
+        raise BadFileError(f"{where}: {key} is a JSON {_named(value)}, expected a string")
     return value
 
 

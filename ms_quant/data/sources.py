@@ -14,7 +14,7 @@ from ms_quant.data.json_records import Value, is_json, read_values
 from ms_quant.data.parquet import read_rows
 from ms_quant.data.records import RECORD_KEYS, Content, parse_record
 from ms_quant.data.windows import Passage, text_passages
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 Reader = Callable[[], Iterator[Value]]
 
@@ -62,14 +62,14 @@ class RecordSource:
             if content is None:
                 continue
             if kind is not None and (kind is np.ndarray) != isinstance(content, np.ndarray):
-                raise MsQuantError(
+                raise BadFileError(
                     f"{value.where}: only some records are token ids, expected all or none"
                 )
             kind = type(content)
             read = partial(self.render, content, value.where)
             yield Passage(value.start, value.length, True, read)
         if kind is None:
-            raise MsQuantError(f"{self.path}: has only empty records, expected text or token ids")
+            raise BadFileError(f"{self.path}: has only empty records, expected text or token ids")
 
 
 def record_reader(path: Path, kind: Kind) -> Reader | None:

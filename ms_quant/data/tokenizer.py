@@ -16,7 +16,7 @@ from ms_quant.data.tokenizer_files import (
     load_backend,
     special_tokens,
 )
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
 
 
@@ -90,7 +90,7 @@ class ModelTokenizer:
             MsQuantError: there is no chat template, or it fails or refuses the messages.
         """
         if self.templates is None:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.directory}: has no chat template, expected chat_template.jinja or a "
                 "chat_template in tokenizer_config.json"
             )
@@ -106,7 +106,7 @@ class ModelTokenizer:
         try:
             return render_template(template, names)
         except ValueError as error:
-            raise MsQuantError(f"{self.directory}: the chat template failed ({error})") from error
+            raise BadFileError(f"{self.directory}: the chat template failed ({error})") from error
 
 
 def load_tokenizer(directory: Path | str) -> ModelTokenizer:

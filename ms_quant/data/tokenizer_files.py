@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json, require_file
 
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -55,17 +55,17 @@ def load_backend(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
-            raise MsQuantError(f"{path}: not a tokenizer ({error})") from error
+            raise BadFileError(f"{path}: not a tokenizer ({error})") from error
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         return _from_vocabulary(directory, config)
     known = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt")
     others = sorted(found.name for pattern in known for found in directory.glob(pattern))
     if not others:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: has no tokenizer, expected tokenizer.json, or token ids as .npz in "
             "place of text"
         )
-    raise MsQuantError(f"{directory}: has {', '.join(others)} but no tokenizer.json, {WAYS_OUT}")
+    raise BadFileError(f"{directory}: has {', '.join(others)} but no tokenizer.json, {WAYS_OUT}")
 
 
 def special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -121,7 +121,7 @@ def check_file(path: Path, limit: int) -> None:
     require_file(path)
     size = path.stat().st_size
     if not 0 < size <= limit:
-        raise MsQuantError(f"{path}: {size} bytes, expected between 1 and {limit}")
+        raise BadFileError(f"{path}: {size} bytes, expected between 1 and {limit}")
 
 
 def _from_vocabulary(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -130,7 +130,7 @@ def _from_vocabulary(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     split = BYTE_LEVEL.get(name or "")
     if split is None:
         said = config.get("tokenizer_class") or name or "no tokenizer_class"
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: has vocab.json and merges.txt of {said}; how text is split is known of "
             f"{' and '.join(BYTE_LEVEL)}, {WAYS_OUT}"
         )
@@ -143,7 +143,7 @@ def _from_vocabulary(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
         merges = [(left, right) for left, right in rows]
         backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
     except Exception as error:  # the library raises nothing more precise
-        raise MsQuantError(f"{directory}: vocab.json and merges.txt do not fit ({error})") from None
+        raise BadFileError(f"{directory}: vocab.json and merges.txt do not fit ({error})") from None
     split(backend, config.get("add_prefix_space") is True)
     backend.decoder = decoders.ByteLevel()
     _add_tokens(backend, directory, config)
@@ -180,12 +180,12 @@ def _add_tokens(backend: Tokenizer, directory: Path, config: Mapping[str, Any]) 
     entries: dict[int, Any] = {}
     for content, number in older.items():
         if type(number) is not int:
-            raise MsQuantError(f"{path}: {content!r:.40} is {number!r:.40}, expected an id")
+            raise BadFileError(f"{path}: {content!r:.40} is {number!r:.40}, expected an id")
         entries[number] = {"content": content, "special": content in names}
     decoder = config.get("added_tokens_decoder")
     for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if not number.isdecimal() or not isinstance(_content(entry), str):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{directory}/tokenizer_config.json: added_tokens_decoder has {number!r:.40}, "
                 "expected ids with a content each"
             )
@@ -199,7 +199,7 @@ def _add_tokens(backend: Tokenizer, directory: Path, config: Mapping[str, Any]) 
         token = AddedToken(content, **{"normalized": not said.get("special", False), **said})
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(content) != number:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{directory}: the added token {content!r:.40} has id {number} after a gap, "
                 f"{WAYS_OUT}"
             )

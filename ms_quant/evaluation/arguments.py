@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.formats.opening import ServedModel, open_model
 from ms_quant.formats.source_kind import model_directory
 
@@ -29,7 +29,7 @@ def tokenizer_directory(model: ServedModel | AnyPath, tokenizer: AnyPath | None)
     """
     place = tokenizer if tokenizer is not None else model
     if not isinstance(place, str | PathLike):
-        raise MsQuantError(
+        raise BadArgumentError(
             "an opened model has no tokenizer, expected tokenizer= the directory of its files"
         )
     return model_directory(Path(place))

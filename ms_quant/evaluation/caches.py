@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.formats.opening import ServedModel
 from ms_quant.models.cache import Int8KeyValueCache, KeyValueCache
 from ms_quant.schemes.table import DYNAMIC_CACHE, FLOAT_CACHE, KV_CACHES, STATIC_CACHE
@@ -23,12 +23,12 @@ def new_caches(model: ServedModel, kind: str | None = None) -> list[Callable[[],
     """
     if kind not in (None, FLOAT_CACHE, *KV_CACHES):
         known = ", ".join([FLOAT_CACHE, *KV_CACHES])
-        raise MsQuantError(f"kv cache {kind!r} is unknown, expected one of {known}")
+        raise BadArgumentError(f"kv cache {kind!r} is unknown, expected one of {known}")
     if kind == DYNAMIC_CACHE:
         return [Int8KeyValueCache] * model.config.num_layers
     scales = [model.cache_scales(index) for index in range(model.config.num_layers)]
     if kind == STATIC_CACHE and None in scales:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"kv cache {kind}: the checkpoint has no scales for it, expected another"
         )
     if kind == FLOAT_CACHE:

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.formats.opening import ServedModel
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.statistics.activation_range import LARGEST, Extreme
@@ -28,7 +28,7 @@ def to_float16(x: np.ndarray) -> np.ndarray:
         return x.astype(FLOAT16).astype(np.float32)
 
 
-class Float16OverflowError(MsQuantError):
+class Float16OverflowError(UnsupportedError):
     """An activation does not fit float16."""
 
 
@@ -66,7 +66,7 @@ class Float16Forward:
 
     def __init__(self, model: ServedModel, length: int):
         if any(model.cache_scales(index) for index in range(model.config.num_layers)):
-            raise MsQuantError(
+            raise BadArgumentError(
                 "--float16 computes keys and values in float16, expected a checkpoint without C8"
             )
         self.model, self.positions = model, Positions(model.config, length)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.data.tokenizer import load_tokenizer
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
 from ms_quant.evaluation.caches import new_caches
 from ms_quant.evaluation.float32_forward import LastNorm, check_output, load_block
@@ -72,7 +72,7 @@ def generate(
         True
     """
     if any("\ud800" <= char <= "\udfff" for char in prompt):
-        raise MsQuantError(f"prompt: {prompt!r:.80} is not UTF-8 text")
+        raise BadArgumentError(f"prompt: {prompt!r:.80} is not UTF-8 text")
     words = load_tokenizer(tokenizer_directory(model, tokenizer))
     ids = words.encode(prompt)
     stops = [] if words.eos_id is None else [words.eos_id]
@@ -115,7 +115,7 @@ class Generator:
             new_tokens: at most this many.
         """
         if not len(prompt):
-            raise MsQuantError("the prompt has no tokens, expected at least one")
+            raise BadArgumentError("the prompt has no tokens, expected at least one")
         caches = [new_cache() for new_cache in self.new_caches]
         ids = np.asarray(prompt, np.int64)
         for _ in range(new_tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.formats.opening import ServedModel
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -16,7 +16,7 @@ def require_head(model: ServedModel) -> None:
     """
     if not model.config.predicts:
         what = "a classifier" if model.config.labels else "its last hidden states (no lm_head)"
-        raise MsQuantError(
+        raise BadArgumentError(
             f"the model gives out {what}, expected one that predicts tokens: there is no "
             "perplexity and no text of it"
         )

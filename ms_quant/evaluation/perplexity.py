@@ -14,7 +14,7 @@ import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.data.calibration import eval_windows
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
 from ms_quant.evaluation.float16_forward import Float16Forward
 from ms_quant.evaluation.float32_forward import Float32Forward
@@ -103,14 +103,16 @@ def perplexity(
         place = tokenizer_directory(model, tokenizer)
         tokens = eval_windows(Path(data), place, seq_len, windows)
     if tokens.shape[1] < 2:
-        raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
+        raise BadArgumentError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
     losses = token_losses(
         served, tokens, progress or silent, decode, kv_cache, float16, batch_tokens
     )
     loss = float(losses.mean())
     if not math.isfinite(loss):
-        raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
+        raise BadArgumentError(
+            f"the loss is {loss}: the activations of this model overflow float32"
+        )
     return Perplexity(
         perplexity=math.exp(min(loss, 700.0)),
         loss=loss,

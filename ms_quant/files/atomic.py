@@ -14,14 +14,10 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, DiskError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_BYTES = 1 << 20
-
-
-class DiskError(MsQuantError):
-    """A file cannot be written; what is asked for may be right."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ def free_spaces_check(needed: Mapping[Path, int]) -> None:
     for directory, place, count in devices.values():
         available = shutil.disk_usage(place).free
         if available < count:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{directory}: {available} bytes are free, expected at least {count}"
             )
 
@@ -244,7 +240,7 @@ def _existing(directory: Path) -> Path:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise MsQuantError(f"{directory}: cannot be made, {place} is not a directory")
+        raise BadFileError(f"{directory}: cannot be made, {place} is not a directory")
     if not os.access(place, os.W_OK | os.X_OK) or not shutil.disk_usage(place).total:
-        raise MsQuantError(f"{directory}: cannot be made, {place} cannot be written")
+        raise BadFileError(f"{directory}: cannot be made, {place} cannot be written")
     return place

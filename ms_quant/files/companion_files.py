@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import parse_json, read_json
 
 MAX_BYTES, MAX_CODE_BYTES, MAX_FILES = 256 << 20, 4 << 20, 512
@@ -49,11 +49,11 @@ def companion_files(directory: Path) -> tuple[str, ...]:
     for name in found:
         limit, size = _limit(name), (directory / name).stat().st_size
         if size > limit:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{directory / name}: {size} bytes, expected at most {limit} of a file to copy"
             )
     if len(found) > MAX_FILES:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: has {len(found)} files beside its tensors, expected at most {MAX_FILES}"
         )
     return tuple(sorted(set(found)))
@@ -80,10 +80,10 @@ def _inside(place: Path) -> Iterator[Path]:
         MsQuantError: it is a link, or holds a directory in its turn.
     """
     if place.is_symlink():
-        raise MsQuantError(f"{place}: is a symbolic link, expected a directory of the model")
+        raise BadFileError(f"{place}: is a symbolic link, expected a directory of the model")
     for path in sorted(place.iterdir()) if place.is_dir() else ():
         if path.is_dir():
-            raise MsQuantError(f"{path}: is a directory, expected only files in {place.name} here")
+            raise BadFileError(f"{path}: is a directory, expected only files in {place.name} here")
         if _is_file(path):
             yield path
 
@@ -98,25 +98,25 @@ def _module_places(directory: Path) -> list[str]:
     if not path.is_file():
         return []
     if path.stat().st_size > MAX_MODULES_BYTES:
-        raise MsQuantError(f"{path}: expected at most {MAX_MODULES_BYTES} bytes")
+        raise BadFileError(f"{path}: expected at most {MAX_MODULES_BYTES} bytes")
     try:
         modules = parse_json(path.read_bytes())
     except ValueError as error:
-        raise MsQuantError(f"{path}: not valid JSON ({error})") from None
+        raise BadFileError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(modules, list) or not all(isinstance(item, Mapping) for item in modules):
-        raise MsQuantError(f"{path}: is {modules!r:.80}, expected a list of modules")
+        raise BadFileError(f"{path}: is {modules!r:.80}, expected a list of modules")
     places = []
     for module in modules:
         place, kind = module.get("path", ""), str(module.get("type", ""))
         if place == "":
             continue
         if not isinstance(place, str) or not _PLACE.fullmatch(place):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: a module has the path {place!r:.80}, expected the name of a directory "
                 "of the model"
             )
         if kind.rpartition(".")[2] == "Transformer":
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: the model itself is in {place}, expected it beside {MODULES}: give "
                 f"{directory / place}"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.safetensors_file import SafetensorsFile
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
@@ -46,7 +46,7 @@ def tensor_digest(file: SafetensorsFile, name: str) -> str:
         digest.update(part.reshape(-1).view(np.uint8).data)
         wrong, seen = wrong + count_non_finite(part), seen + part.size
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of {seen}, "
             "expected none"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import FloatTensors
 
 
@@ -47,7 +47,7 @@ def round_finite(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         rounded = wide.astype(dtype)
     if not np.isfinite(rounded).all():
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: {np.abs(wide).max():g} does not fit {dtype.name}, expected at most "
             f"{float(ml_dtypes.finfo(dtype).max):g} (bfloat16 holds more)"
         )

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 
 MAX_LISTED = 8
 _REPOSITORY = re.compile(r"models--(?:(?P<org>[\w.-]+?)--)?(?P<name>[\w.-]+)")
@@ -62,7 +62,7 @@ def find_snapshot(path: Path) -> Path | None:
         return None
     found = sorted(item for item in _directories(root / "snapshots") if not item.is_symlink())
     if not found:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: is a cached repository without a snapshot, expected the files of a model; "
             f"{download_command(repository_id(root))} downloads them"
         )
@@ -70,12 +70,12 @@ def find_snapshot(path: Path) -> Path | None:
     shown = path if place == root else path.parent
     if place not in (root, root / "snapshots"):
         wanted = shown / "snapshots" / (chosen or found[0]).name
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: is a part of a cached repository, expected its snapshot {wanted}"
         )
     if chosen is None:
         names = ", ".join(item.name for item in found[:MAX_LISTED])
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: is a cached repository with {len(found)} snapshots, expected one of them, "
             f"in {shown / 'snapshots'}: {names}"
         )
@@ -112,7 +112,7 @@ def refuse_cached_place(output: Path, what: str = "output") -> None:
     for path in dict.fromkeys((output.absolute(), output.resolve())):
         for place in (path, *path.parents):
             if _is_repository(place):
-                raise MsQuantError(
+                raise BadFileError(
                     f"{output}: the {what} directory lies in {place}, a hub's cache, expected a "
                     "directory apart from it"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import JobConflictError
 from ms_quant.files.atomic import disk_errors
 
 try:
@@ -16,7 +16,7 @@ except ImportError:  # a system without flock works without the lock
     fcntl = None  # type: ignore[assignment]
 
 
-class BusyError(MsQuantError):
+class BusyError(JobConflictError):
     """Another process works there, and goes on."""
 
 

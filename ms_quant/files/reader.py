@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, JobConflictError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.digest import (
     CHUNK_ELEMENTS,
@@ -38,7 +38,7 @@ SAMPLE_BYTES = 4096
 IGNORED = "rotary_emb.inv_freq"  # a buffer of old exports
 
 
-class ChangedSourceError(MsQuantError):
+class ChangedSourceError(JobConflictError):
     """A tensor is not what it was when the job was begun.
 
     Args:
@@ -122,7 +122,7 @@ class Checkpoint:
         self.renamed = rename is not None
         self._rename = rename or str
         if not self.directory.is_dir():
-            raise MsQuantError(f"{self.directory}: no such model directory")
+            raise BadFileError(f"{self.directory}: no such model directory")
         self._index = _find_index(self.directory, prefix)
         self._open: dict[str, SafetensorsFile] = {}
         if self._index is not None:
@@ -188,7 +188,7 @@ class Checkpoint:
             MsQuantError: there is no such tensor, or its shard is malformed.
         """
         if name not in self._places:
-            raise MsQuantError(f"{self.directory}: has no tensor {name!r}")
+            raise BadFileError(f"{self.directory}: has no tensor {name!r}")
         return self.shard(self._places[name])
 
     def read(self, name: str) -> np.ndarray:
@@ -254,7 +254,7 @@ class Checkpoint:
         file = self.file_of(name)
         info = file.info(name)
         if info.code not in FLOAT_CODES:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{file.path}: tensor {name!r} has dtype {info.code}, expected a float dtype"
             )
         seen = wrong = 0
@@ -266,7 +266,7 @@ class Checkpoint:
             if not wrong:
                 yield start, part
         if wrong:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of {seen}, "
                 "expected none"
             )
@@ -289,13 +289,13 @@ class Checkpoint:
     def _check_shard(self, file: SafetensorsFile, shard: str) -> None:
         for name, place in self._places.items():
             if place == shard and name not in file.tensors:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{file.path}: has no tensor {name!r}, expected it as {self._index} says"
                 )
         for name in file.tensors:
             place = self._places.get(name, shard)
             if place != shard:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{file.path}: holds tensor {name!r}, expected it only in {place} as "
                     f"{self._index} says"
                 )
@@ -305,7 +305,7 @@ class Checkpoint:
         for shard in _unindexed_files(self.directory, prefix):
             for name in self.shard(shard).tensors:
                 if name in places:
-                    raise MsQuantError(
+                    raise BadFileError(
                         f"{self.directory / shard}: holds tensor {name!r}, expected it only in "
                         f"{places[name]}"
                     )
@@ -349,7 +349,7 @@ def _find_index(directory: Path, prefix: str) -> Path | None:
     )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise MsQuantError(f"{directory}: has the indexes {names}, expected one")
+        raise BadFileError(f"{directory}: has the indexes {names}, expected one")
     return found[0] if found else None
 
 
@@ -357,7 +357,7 @@ def _refuse_second_model(index: Path, shards: set[str]) -> None:
     """Refuses a whole model beside an index of another: transformers would read the former."""
     single = index.with_name(SINGLE_NAME)
     if index.name == INDEX_NAME and single.is_file() and SINGLE_NAME not in shards:
-        raise MsQuantError(
+        raise BadFileError(
             f"{single}: stands beside {index.name}, which does not name it, expected one of the "
             "two models: delete the file, or the index and its shards; runtimes differ in which "
             "they read"
@@ -368,7 +368,7 @@ def _unindexed_files(directory: Path, prefix: str) -> list[str]:
     if SINGLE_NAME.startswith(prefix) and (directory / SINGLE_NAME).is_file():
         shards = sorted(path.name for path in directory.glob(SHARDS))
         if shards:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{directory}: has {SINGLE_NAME} and shards such as {shards[0]} with no index, "
                 "expected one of the two: runtimes differ in which they read"
             )
@@ -378,7 +378,7 @@ def _unindexed_files(directory: Path, prefix: str) -> list[str]:
     # Mistral's own files say the same again under other names.
     names = [name for name in names if not name.startswith("consolidated")] or names
     if not names:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: found no {prefix and prefix + '*'}.safetensors file, expected at least "
             "one (.bin, .pt and other pickle files are not read)"
         )
@@ -388,13 +388,13 @@ def _unindexed_files(directory: Path, prefix: str) -> list[str]:
 def _read_index(path: Path) -> dict[str, str]:
     places = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise MsQuantError(f"{path}: weight_map is {places!r:.80}, expected file names by tensor")
+        raise BadFileError(f"{path}: weight_map is {places!r:.80}, expected file names by tensor")
     for name, shard in places.items():
         _check_shard_name(shard, f"{path}: the shard of {name!r}")
     shards = sorted(set(places.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path.parent / missing[0]}: no such file, expected as {path} names it; "
             f"{len(missing)} of its {len(shards)} files are missing: get the rest of the model "
             "(hf download goes on where it stopped)"
@@ -405,9 +405,9 @@ def _read_index(path: Path) -> dict[str, str]:
 def _check_shard_name(shard: Any, where: str) -> None:
     """The name stays in the directory. A symlink may lead out: Hugging Face caches are such."""
     if not isinstance(shard, str) or any(char in shard for char in "/\\:\0"):
-        raise MsQuantError(f"{where} is {shard!r:.80}, expected a file name without a path")
+        raise BadFileError(f"{where} is {shard!r:.80}, expected a file name without a path")
     if not shard.endswith(".safetensors"):
-        raise MsQuantError(
+        raise BadFileError(
             f"{where} is {shard!r:.80}, expected a .safetensors file (pickle files are not read)"
         )
 
@@ -421,11 +421,11 @@ def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
     file = checkpoint.file_of(name)
     info = file.info(name)
     if info.shape != shape:
-        raise MsQuantError(
+        raise BadFileError(
             f"{file.path}: tensor {name!r} has shape {list(info.shape)}, expected {list(shape)}"
         )
     if info.code not in MODEL_CODES:
-        raise MsQuantError(
+        raise BadFileError(
             f"{file.path}: tensor {name!r} has dtype {info.code}, expected one of "
             f"{', '.join(MODEL_CODES)}"
         )

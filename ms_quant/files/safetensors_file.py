@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import parse_json, require_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -96,7 +96,7 @@ class SafetensorsFile:
             MsQuantError: the file has no such tensor.
         """
         if name not in self.tensors:
-            raise MsQuantError(f"{self.path}: has no tensor {name!r}")
+            raise BadFileError(f"{self.path}: has no tensor {name!r}")
         return self.tensors[name]
 
     def read(self, name: str) -> np.ndarray:
@@ -132,7 +132,7 @@ class SafetensorsFile:
         info = self.info(name)
         rows = info.shape[0] if info.shape else 0
         if not info.shape or not 0 <= start <= stop <= rows:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: tensor {name!r} has shape {list(info.shape)}, expected rows "
                 f"{start} to {stop}"
             )
@@ -155,12 +155,12 @@ class SafetensorsFile:
         view = buffer.data
         with _read_errors(self.path), self.path.open("rb", buffering=0) as file:
             if _stamp(os.fstat(file.fileno())) != self._stamp:
-                raise MsQuantError(f"{self.path}: changed since it was opened")
+                raise BadFileError(f"{self.path}: changed since it was opened")
             file.seek(start)
             while len(view):
                 count = file.readinto(view)
                 if not count:
-                    raise MsQuantError(f"{self.path}: truncated while it was read")
+                    raise BadFileError(f"{self.path}: truncated while it was read")
                 view = view[count:]
 
 
@@ -197,7 +197,7 @@ def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MsQuantError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise BadFileError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:
@@ -206,15 +206,15 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 def _header_length(prefix: bytes, size: int, path: Path) -> int:
     if len(prefix) < LENGTH_BYTES:
-        raise MsQuantError(f"{path}: truncated, {size} bytes, expected at least {LENGTH_BYTES}")
+        raise BadFileError(f"{path}: truncated, {size} bytes, expected at least {LENGTH_BYTES}")
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: states a header of {length} bytes, expected at most {MAX_HEADER_BYTES}; "
             "it is not a safetensors file"
         )
     if LENGTH_BYTES + length > size:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: truncated, {size} bytes, expected at least {LENGTH_BYTES + length}"
         )
     return length
@@ -224,9 +224,9 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         header = parse_json(raw)
     except ValueError as error:
-        raise MsQuantError(f"{path}: the header is not valid JSON ({error})") from None
+        raise BadFileError(f"{path}: the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: the header is a JSON {type(header).__name__}, expected an object"
         )
     return header
@@ -234,7 +234,7 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise MsQuantError(f"{path}: __metadata__ is {value!r:.80}, expected strings by name")
+        raise BadFileError(f"{path}: __metadata__ is {value!r:.80}, expected strings by name")
     return value
 
 
@@ -242,19 +242,19 @@ def _tensor_info(entry: Any, data_start: int, where: str) -> TensorInfo:
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys:
         found = sorted(entry) if isinstance(entry, dict) else entry
-        raise MsQuantError(f"{where}: has {found!r:.80}, expected dtype, shape, data_offsets")
+        raise BadFileError(f"{where}: has {found!r:.80}, expected dtype, shape, data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise MsQuantError(f"{where}: dtype {code!r:.80}, expected one of {', '.join(DTYPES)}")
+        raise BadFileError(f"{where}: dtype {code!r:.80}, expected one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise MsQuantError(f"{where}: shape {shape!r:.80}, expected non-negative integers")
+        raise BadFileError(f"{where}: shape {shape!r:.80}, expected non-negative integers")
     if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
-        raise MsQuantError(f"{where}: shape {shape!r:.80}, expected at most {MAX_ELEMENTS} values")
+        raise BadFileError(f"{where}: shape {shape!r:.80}, expected at most {MAX_ELEMENTS} values")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise MsQuantError(f"{where}: data_offsets {offsets!r:.80}, expected [start, stop]")
+        raise BadFileError(f"{where}: data_offsets {offsets!r:.80}, expected [start, stop]")
     expected = math.prod(shape) * DTYPES[code].itemsize
     if offsets[1] - offsets[0] != expected:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: data_offsets span {offsets[1] - offsets[0]} bytes, expected {expected} for "
             f"{code} {shape}"
         )
@@ -271,11 +271,11 @@ def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, pa
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
             defect = "overlaps the tensor before it" if info.start < end else "leaves a hole"
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: tensor {name!r} {defect}, data_offsets start at "
                 f"{info.start - data_start}, expected {end - data_start}"
             )
         end = info.stop
     if size != end:
         defect = "truncated" if size < end else "too long"
-        raise MsQuantError(f"{path}: {defect}, {size} bytes, expected {end}")
+        raise BadFileError(f"{path}: {defect}, {size} bytes, expected {end}")

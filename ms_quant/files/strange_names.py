@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 FIRST_BLOCK = "layers.0."
 FLOAT_HINT = "expected the float checkpoint that it was made from"
@@ -106,7 +106,7 @@ def refuse_strange_names(
         or _headless(missing, unknown)
     )
     if reason:
-        raise MsQuantError(f"{where}: {reason}")
+        raise BadFileError(f"{where}: {reason}")
 
 
 def _quantized(codes: Mapping[str, str], unknown: Sequence[str], integers: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_DEPTH = 64
@@ -29,16 +29,16 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise MsQuantError(f"{path}: {size} bytes, expected at most {limit}")
+            raise BadFileError(f"{path}: {size} bytes, expected at most {limit}")
         content = path.read_bytes()
     except OSError as error:
-        raise MsQuantError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise BadFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise MsQuantError(f"{path}: not valid JSON ({error})") from None
+        raise BadFileError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise MsQuantError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+        raise BadFileError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -49,9 +49,9 @@ def require_file(path: Path) -> None:
         MsQuantError: it is a directory, or nothing is there.
     """
     if path.is_dir():
-        raise MsQuantError(f"{path}: is a directory, expected a file")
+        raise BadFileError(f"{path}: is a directory, expected a file")
     if not path.is_file():
-        raise MsQuantError(f"{path}: no such file")
+        raise BadFileError(f"{path}: no such file")
 
 
 def parse_json(content: bytes) -> Any:

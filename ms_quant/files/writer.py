@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.atomic import ANY_MODE, FileRecord, atomic_file, write_json
 from ms_quant.files.safetensors_file import CODES, LENGTH_BYTES, MAX_HEADER_BYTES
 
@@ -70,7 +70,7 @@ def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int) -> list[list[Te
         MsQuantError: `shard_bytes` is not positive, or a name is planned twice.
     """
     if shard_bytes <= 0:
-        raise MsQuantError(f"shard_bytes is {shard_bytes}, expected a positive number")
+        raise BadFileError(f"shard_bytes is {shard_bytes}, expected a positive number")
     _refuse_duplicates(tensors, "the checkpoint")
     shards: list[list[TensorPlan]] = [[]]
     filled = 0
@@ -168,7 +168,7 @@ def _refuse_duplicates(plans: Sequence[TensorPlan], where: str) -> None:
     seen: set[str] = set()
     for plan in plans:
         if plan.name in seen:
-            raise MsQuantError(f"{where}: tensor {plan.name!r} is planned twice, expected once")
+            raise BadFileError(f"{where}: tensor {plan.name!r} is planned twice, expected once")
         seen.add(plan.name)
 
 
@@ -177,7 +177,7 @@ def _header(layout: Sequence[TensorPlan], metadata: Mapping[str, str] | None, pa
     offset = 0
     for plan in layout:
         if plan.dtype not in CODES or plan.name == "__metadata__":
-            raise MsQuantError(
+            raise UnsupportedError(
                 f"{path}: tensor {plan.name!r} of dtype {plan.dtype} cannot be stored, "
                 f"expected one of {', '.join(map(str, CODES))}"
             )
@@ -192,7 +192,7 @@ def _header(layout: Sequence[TensorPlan], metadata: Mapping[str, str] | None, pa
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: the header needs {len(text)} bytes, expected at most {MAX_HEADER_BYTES}"
         )
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
@@ -216,7 +216,7 @@ def _check_array(
     dtype: np.dtype[Any], shape: tuple[int, ...], plan: TensorPlan, path: Path
 ) -> None:
     if (dtype, shape) != (plan.dtype, plan.shape):
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: tensor {plan.name!r} is {dtype} {list(shape)}, expected "
             f"{plan.dtype} {list(plan.shape)}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.formats.format import CheckpointFormat
 from ms_quant.formats.registry import FORMATS
 from ms_quant.models.block_spec import LinearGroup
@@ -44,7 +44,7 @@ def check_runs(plan: Plan, index: int, group: LinearGroup) -> None:
         MsQuantError: names the linear.
     """
     if reason := why_not_run(plan, index, group):
-        raise MsQuantError(reason)
+        raise BadFileError(reason)
 
 
 def failure(plan: Plan) -> str:

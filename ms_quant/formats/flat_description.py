@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ms_quant.errors import MsQuantError, short
+from ms_quant.errors import BadFileError, short
 from ms_quant.formats import kv_cache
 from ms_quant.formats.format import Kinds, Leeway
 from ms_quant.models.config import ModelConfig
@@ -97,12 +97,12 @@ def tensor_entries(
         if key not in found:
             defects.append(f"{where}: does not name {key!r}, expected {made[key]!r}")
         elif key not in made and suffix not in leeway.extra:
-            raise MsQuantError(f"{where}: names {key!r}, expected only the model's tensors")
+            raise BadFileError(f"{where}: names {key!r}, expected only the model's tensors")
         elif key in made and key in found and value != made[key]:
             if isinstance(value, str) and leeway.aliases.get(value) == made[key]:
                 notes.append(f"{where}: calls {made[key]} {value}")
             elif suffix == "bias":
                 notes.append(f"{where}: {key} is {short(value)}, the other tensors {made[key]}")
             else:
-                raise MsQuantError(f"{where}: {key} is {short(value)}, expected {made[key]!r}")
+                raise BadFileError(f"{where}: {key} is {short(value)}, expected {made[key]!r}")
     return defects, list(dict.fromkeys(notes))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.companion_files import code_notes
 from ms_quant.files.reader import Checkpoint, row_chunks
 from ms_quant.files.strict_json import read_json
@@ -54,7 +54,7 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
         checkpoint = Checkpoint(directory, rename=rename)
     config = with_outputs(config, checkpoint)
     if config.has_head and HEAD not in checkpoint and EMBEDDING in checkpoint:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: has no tensor {HEAD!r}, and config.json says tie_word_embeddings false; "
             "expected the head, or tie_word_embeddings true if the embedding is the head, or "
             f"architectures {[config.family.base + EMBEDS[0]]} if the model gives out its last "
@@ -63,7 +63,7 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
     check_model(checkpoint, config)
     for name, path in left_out(checkpoint):
         if name == HEAD or name in config.parameter_shapes():
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: holds tensor {name!r}, which the index leaves out, expected it in its "
                 "weight_map: runtimes read whole files"
             )
@@ -181,7 +181,7 @@ def check_same(checkpoint: Checkpoint, name: str, other: str) -> None:
             largest = max(largest, float(difference.max()))
     if wrong:
         total = int(np.prod(checkpoint.info(name).shape))
-        raise MsQuantError(
+        raise BadFileError(
             f"{checkpoint.place(name)}: differs from {other!r} in {wrong} of {total} values, by up "
             f"to {largest:.3g}, but config.json says tie_word_embeddings true, by which it would "
             "not be read; expected tie_word_embeddings false if this head was trained apart, or no "
@@ -218,7 +218,7 @@ def check_buffers(checkpoint: Checkpoint, config: ModelConfig) -> None:
             and np.allclose(found, known, rtol=BUFFER_TOLERANCE, atol=2.0**-24)
             for known in expected
         ):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{checkpoint.place(name)}: is not what rope_theta {config.rope['rope_theta']!r} "
                 "and the rotary type of config.json give, and no runtime reads it; expected "
                 "rotary keys of config.json that give it if they were lost, or no such tensor"

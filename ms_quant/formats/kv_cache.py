@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 
@@ -40,5 +40,5 @@ def read_scale(checkpoint: Checkpoint, path: str) -> np.ndarray:
     ):
         wrong = int(good.size - np.count_nonzero(good))
         if wrong:
-            raise MsQuantError(f"{path}.{suffix}: {wrong} of {good.size} {what}")
+            raise BadFileError(f"{path}.{suffix}: {wrong} of {good.size} {what}")
     return scale

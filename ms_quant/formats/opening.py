@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.floats import round_chunks, round_finite
 from ms_quant.files.reader import FloatTensors
 from ms_quant.files.writer import Array
@@ -177,7 +177,7 @@ class QuantizedModel:
     def __init__(self, directory: Path):
         structure, problems = read_structure(directory)
         if structure is None or problems:
-            raise MsQuantError(problems[0])
+            raise BadFileError(problems[0])
         self.plan, self.row, self.structure = structure.plan, structure.format, structure
         self.config, self.phased = structure.plan.config, structure.plan.phased
         self.checkpoint = structure.checkpoint

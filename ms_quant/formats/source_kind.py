@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.hub_cache import (
     cached_models,
     download_command,
@@ -246,9 +246,9 @@ def find_model(path: Path) -> Found:
         MsQuantError: it is no directory of a checkpoint; says what it is and what was expected.
     """
     if not path.exists():
-        raise MsQuantError(_missing(path))
+        raise BadFileError(_missing(path))
     if not path.is_dir():
-        raise MsQuantError(_file(path))
+        raise BadFileError(_file(path))
     notes = []
     snapshot = find_snapshot(path)
     if snapshot is not None:
@@ -258,7 +258,7 @@ def find_model(path: Path) -> Found:
     _refuse_broken(listing)
     if listing.unfinished or not (listing.weights or _is_described(listing)):
         kind = next(kind for kind in KINDS if kind.applies(listing))
-        raise MsQuantError(f"{path}: {kind.sentence(listing)}")
+        raise BadFileError(f"{path}: {kind.sentence(listing)}")
     adapters = listing.some(ADAPTER) or listing.some("adapter_config.json")
     if adapters:
         notes.append(
@@ -302,7 +302,7 @@ def _refuse_broken(listing: Listing) -> None:
         subject = (
             f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
         )
-        raise MsQuantError(f"{listing.directory}: {subject} {what}{_or_again(listing.directory)}")
+        raise BadFileError(f"{listing.directory}: {subject} {what}{_or_again(listing.directory)}")
 
 
 def _refuse_missing_shards(listing: Listing) -> None:
@@ -317,7 +317,7 @@ def _refuse_missing_shards(listing: Listing) -> None:
         missing = sorted({*range(1, min(count, len(found) + 1) + 1)} - set(found))
         if len(found) < count and missing:
             first = f"{pattern.format(f'{missing[0]:05}')}.safetensors"
-            raise MsQuantError(
+            raise BadFileError(
                 f"{listing.directory}: has {len(found)} of {count} weight files, expected {first}, "
                 f"too{_or_again(listing.directory)}"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import PLAIN, get_algorithms
-from ms_quant.errors import MsQuantError, short
+from ms_quant.errors import BadFileError, MsQuantError, short
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
@@ -101,20 +101,20 @@ def check_kind(directory: Path) -> tuple[CheckpointFormat, Path]:
         MsQuantError: it has none; says what the directory is instead.
     """
     if not directory.is_dir():
-        raise MsQuantError(f"{directory}: no such model directory")
+        raise BadFileError(f"{directory}: no such model directory")
     expected = " or ".join(f"{row.title} with {row.shown}" for row in FORMATS.values())
     found = [(row, path) for row in FORMATS.values() for path in row.find(directory)]
     sparse = directory / "quant_model_description_w8a8sc.json"
     if sparse.exists() or (len(found) == 1 and _is_compressed(found[0][1])):
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: is a W8A8SC checkpoint, expected {expected}; "
             "sparse-compress verify proves it"
         )
     if len(found) == 1:
         return found[0]
     if not found and (directory / "config.json").is_file():
-        raise MsQuantError(f"{directory}: is a float checkpoint, expected {expected}")
-    raise MsQuantError(
+        raise BadFileError(f"{directory}: is a float checkpoint, expected {expected}")
+    raise BadFileError(
         f"{directory}: has the descriptions {[path.name for _, path in found]}, expected exactly "
         f"one of {', '.join(row.shown for row in FORMATS.values())}"
     )
@@ -197,7 +197,7 @@ def _plan_of(
         layers[found] = layer
     cache = (description.get("kv_cache_type") or "") if format.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
-        raise MsQuantError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
+        raise BadFileError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
     plan = Plan(config, format.name, layers, dtype, kv_cache=cache, foreign=foreign)
     for index in range(config.num_layers):
         for group in plan.groups(index):
@@ -235,7 +235,7 @@ def _fold(value: Any) -> SmoothingTarget | None:
         return None
     if value not in [target.value for target in SmoothingTarget]:
         known = ", ".join(target.value for target in SmoothingTarget)
-        raise MsQuantError(f"fold is {value!r:.80}, expected one of {known}")
+        raise BadFileError(f"fold is {value!r:.80}, expected one of {known}")
     return SmoothingTarget(value)
 
 

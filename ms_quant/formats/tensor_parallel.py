@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.formats.checks import format_of
 from ms_quant.models.names import block_prefix
 from ms_quant.models.ranks import check_tp
@@ -65,7 +65,7 @@ def refuse_ranks(plan: Plan, tp: int) -> None:
         others = ""
         if "groups of" in problems[0]:
             others = ", or another --group-size, or --exclude such linears"
-        raise MsQuantError(f"{problems[0]}{more}; of this plan --tp {sizes} would do{others}")
+        raise BadFileError(f"{problems[0]}{more}; of this plan --tp {sizes} would do{others}")
 
 
 def rank_counts(plan: Plan) -> list[int]:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import JobConflictError
 from ms_quant.files.atomic import disk_errors, sync_directory, write_json
 from ms_quant.files.lock import locked
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
@@ -191,7 +191,7 @@ class JobDirectory:
         if state.exists():
             self._compare(read_json(state))
         elif self.directory.exists() and not self._is_new():
-            raise MsQuantError(
+            raise JobConflictError(
                 f"{self.directory}: exists but holds no job, expected a new directory"
             )
 
@@ -214,7 +214,7 @@ class JobDirectory:
             hint = "use --any-environment to go on; the bytes may differ from an undisturbed run"
         elif path.startswith("source"):
             hint = "delete the directory to start again"
-        raise MsQuantError(f"{self.directory}: {clause}; {hint}")
+        raise JobConflictError(f"{self.directory}: {clause}; {hint}")
 
     @contextmanager
     def open(self) -> Iterator[None]:

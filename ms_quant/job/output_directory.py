@@ -16,9 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import DiskError, JobConflictError, MsQuantError
 from ms_quant.files.atomic import (
-    DiskError,
     FileRecord,
     disk_errors,
     json_text,
@@ -86,16 +85,20 @@ class OutputDirectory:
         if not self.finished:
             for place in (path, self.partial):
                 if place.is_symlink():
-                    raise MsQuantError(f"{place}: is a symbolic link, expected a directory to make")
+                    raise JobConflictError(
+                        f"{place}: is a symbolic link, expected a directory to make"
+                    )
             self._check_partial()
 
     def _is_finished(self, any_environment: bool) -> bool:
         if not self.path.is_dir():
-            raise MsQuantError(f"{self.path}: exists and is a file, expected a directory to make")
+            raise JobConflictError(
+                f"{self.path}: exists and is a file, expected a directory to make"
+            )
         if not any(self.path.iterdir()):
             return False
         if not (self.path / RECORD).exists():
-            raise MsQuantError(
+            raise JobConflictError(
                 f"{self.path}: exists with other content, expected a new or empty directory"
             )
         value = read_json(self.path / RECORD, MAX_RECORD_BYTES)
@@ -106,10 +109,10 @@ class OutputDirectory:
             hint = "expected a new or empty directory"
             if found[0].startswith("environment"):
                 hint = "use --any-environment to take it as it is"
-            raise MsQuantError(f"{self.path}: exists and {found[1]}; {hint}")
+            raise JobConflictError(f"{self.path}: exists and {found[1]}; {hint}")
         problem = next(_listed_problems(self.path, value, _size_problem), None)
         if problem:
-            raise MsQuantError(f"{problem}; delete {self.path} to make it again")
+            raise JobConflictError(f"{problem}; delete {self.path} to make it again")
         return True
 
     def _check_partial(self) -> None:
@@ -131,7 +134,7 @@ class OutputDirectory:
                 if not (path.is_dir() and self._directory.fullmatch(path.name))
             )
         if foreign:
-            raise MsQuantError(
+            raise JobConflictError(
                 f"{self.partial}: exists with other content, expected to make it for the output"
             )
 
@@ -249,7 +252,7 @@ class OutputDirectory:
 def check_output_name(path: Path) -> None:
     """Refuses an output such as ``.`` or ``/``, which has no name beside which to work."""
     if path.name in ("", ".."):
-        raise MsQuantError(f"{path}: the output has no name, expected a directory to make")
+        raise JobConflictError(f"{path}: the output has no name, expected a directory to make")
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:

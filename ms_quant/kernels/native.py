@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.native_library import load_library
 from ms_quant.numerics.affine import LIMITS
 
@@ -149,11 +149,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 def _limit(library: ctypes.CDLL | None, where: str, fastest: str) -> None:
     """Leaves the instruction sets up to one, so that tests see what a lesser machine computes."""
     if library is None:
-        raise MsQuantError(f"{FASTEST} is {fastest!r}, but: {where}")
+        raise BadArgumentError(f"{FASTEST} is {fastest!r}, but: {where}")
     able = [name for name, number in ISAS.items() if library.msq_has_isa(number)]
     if fastest not in able:
         expected = ", ".join([*able, "none"])
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{FASTEST} is {fastest!r}, which is not here, expected one of {expected}"
         )
     library.msq_limit_isa(ISAS[fastest])
@@ -179,7 +179,7 @@ def library_path() -> str:
 def _library() -> ctypes.CDLL:
     found, where = _load()
     if found is None:
-        raise MsQuantError(f"native kernels were asked for, but: {where}")
+        raise BadArgumentError(f"native kernels were asked for, but: {where}")
     return found
 
 
@@ -198,7 +198,7 @@ def number_of(isa: str | None) -> int:
         return _BEST
     if isa not in ISAS or not has_isa(isa):
         able = ", ".join(name for name in ISAS if has_isa(name))
-        raise MsQuantError(f"instruction set {isa!r} is not here, expected one of {able}")
+        raise BadArgumentError(f"instruction set {isa!r} is not here, expected one of {able}")
     return ISAS[isa]
 
 
@@ -255,7 +255,7 @@ def status_of(name: str, *arguments: Any, passed: tuple[int, ...]) -> int:
 
 def _check(status: int) -> None:
     if status:
-        raise MsQuantError(f"native kernels: {_STATUS.get(status, status)}")
+        raise BadArgumentError(f"native kernels: {_STATUS.get(status, status)}")
 
 
 def pack_weights(codes: np.ndarray, bits: int, isa: str | None = None) -> np.ndarray:
@@ -280,7 +280,7 @@ def weights_blob(shape: tuple[int, ...], bits: int, isa: int) -> np.ndarray:
     """Room for packed codes of a shape (out, in)."""
     count = _library().msq_weights_bytes(isa, *shape, bits)
     if count < 0:
-        raise MsQuantError(f"native kernels: codes of shape {shape}, expected some of each")
+        raise BadArgumentError(f"native kernels: codes of shape {shape}, expected some of each")
     return blob(count)
 
 
@@ -300,7 +300,7 @@ def params_bytes(linear: Linear) -> int:
     count = _library().msq_params_bytes(ctypes.byref(linear))
     if count < 0:
         shape = linear.outputs, linear.inputs
-        raise MsQuantError(
+        raise BadArgumentError(
             f"native kernels: a linear of shape {shape}, groups of {linear.group}: refused"
         )
     return count

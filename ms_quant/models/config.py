@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.block_spec import BlockSpec, Division
 from ms_quant.models.config_keys import check_keys
@@ -136,7 +136,7 @@ def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
-        raise MsQuantError(f"{model_dir}: no such model directory")
+        raise BadFileError(f"{model_dir}: no such model directory")
     path = model_dir / "config.json"
     raw = {key: value for key, value in read_json(path).items() if key != without}
     config = parse_config(raw, str(path))
@@ -150,7 +150,7 @@ def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise MsQuantError(
+        raise UnsupportedError(
             f"{where}: model_type {model_type!r:.80} is not supported, expected one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
@@ -162,19 +162,19 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     check_classes(raw, family, where)
     for key in family.required:
         if raw.get(key) is None:
-            raise MsQuantError(f"{where}: the key {key!r} is missing, which has no known default")
+            raise BadFileError(f"{where}: the key {key!r} is missing, which has no known default")
     given, raw = raw, with_defaults(raw, family)
     heads = _positive_int(raw, "num_attention_heads", where)
     hidden = _positive_int(raw, "hidden_size", where)
     kv_heads = _positive_int(raw, "num_key_value_heads", where, default=heads)
     head_dim = _positive_int(raw, "head_dim", where, default=hidden // heads)
     if heads % kv_heads:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {kv_heads}"
         )
     if head_dim % 2:
-        raise MsQuantError(f"{where}: head_dim {head_dim} is odd, the rotary embedding needs pairs")
+        raise BadFileError(f"{where}: head_dim {head_dim} is odd, the rotary embedding needs pairs")
     max_position = _positive_int(raw, "max_position_embeddings", where, default=2048)
     layers = _layers(raw, where)
     unrotated = _unrotated(raw, layers, family, where)
@@ -244,7 +244,7 @@ def check_classes(raw: Mapping[str, Any], family: Family, where: str) -> None:
     found = [("architectures", name) for name in named] if isinstance(named, list) else []
     custom = raw.get("auto_map")
     if custom is not None and not isinstance(custom, dict):
-        raise MsQuantError(f"{where}: auto_map is {custom!r:.80}, expected classes by their kind")
+        raise BadFileError(f"{where}: auto_map is {custom!r:.80}, expected classes by their kind")
     for kind, place in (custom or {}).items():
         if kind.startswith("AutoModel"):
             text = place if isinstance(place, str) else repr(place)
@@ -252,7 +252,7 @@ def check_classes(raw: Mapping[str, Any], family: Family, where: str) -> None:
     known = {name.lower() for name in family.classes}  # LLaMAForCausalLM is older than Llama...
     for key, name in found:
         if not isinstance(name, str) or name.lower() not in known:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}: {key} is {name!r:.80}, expected one of {', '.join(family.classes)}: "
                 "another class may compute something else, and custom code is not read. If these "
                 f"weights are an ordinary {family.base}'s, say so in config.json"
@@ -265,13 +265,13 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
         method = (
             quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         )
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: has a quantization_config with quant_method {method!r:.80}, expected a "
             "float checkpoint; dequantize the model first"
         )
     act = raw.get("hidden_act", "silu")
     if act != "silu":
-        raise MsQuantError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")
+        raise UnsupportedError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")
 
 
 def _unrotated(raw: dict[str, Any], layers: int, family: Family, where: str) -> tuple[int, ...]:
@@ -283,7 +283,7 @@ def _unrotated(raw: dict[str, Any], layers: int, family: Family, where: str) -> 
     rotated, interval = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
     if rotated is None and interval is not None:
         if type(interval) is not int or interval <= 0:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}: no_rope_layer_interval is {interval!r:.80}, expected a positive number"
             )
         rotated = [int((index + 1) % interval != 0) for index in range(layers)]
@@ -294,13 +294,13 @@ def _unrotated(raw: dict[str, Any], layers: int, family: Family, where: str) -> 
         or len(rotated) != layers
         or any(type(item) is not int or item not in (0, 1) for item in rotated)
     ):
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: no_rope_layers is {rotated!r:.80}, expected 1 (rotated) or 0 for each of "
             f"{layers} layers"
         )
     found = tuple(index for index, turned in enumerate(rotated) if not turned)
     if found and not family.skips_rotation:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: layer {found[0]} has no rotary embedding by no_rope_layers or "
             "no_rope_layer_interval, expected one in every layer of this family: its own class "
             "does not read the key"
@@ -313,22 +313,22 @@ def _positive_int(raw: dict[str, Any], key: str, where: str, default: int | None
     if value is None:
         value = default
     if value is None:
-        raise MsQuantError(f"{where}: the key {key!r:.80} is missing, expected a positive integer")
+        raise BadFileError(f"{where}: the key {key!r:.80} is missing, expected a positive integer")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        raise MsQuantError(f"{where}: {key} is {value!r:.80}, expected a positive integer")
+        raise BadFileError(f"{where}: {key} is {value!r:.80}, expected a positive integer")
     return value
 
 
 def _layers(raw: dict[str, Any], where: str) -> int:
     layers = _positive_int(raw, "num_hidden_layers", where)
     if layers > MAX_LAYERS:
-        raise MsQuantError(f"{where}: num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
+        raise BadFileError(f"{where}: num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
     return layers
 
 
 def _epsilon(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: rms_norm_eps is {value!r:.80}, expected a small positive number"
         )
     return float(value)
@@ -339,14 +339,14 @@ def _flag(rule: bool | str, raw: dict[str, Any], where: str) -> bool:
         return rule
     value = raw.get(rule)
     if value is not None and not isinstance(value, bool):
-        raise MsQuantError(f"{where}: {rule} is {value!r:.80}, expected true or false")
+        raise BadFileError(f"{where}: {rule} is {value!r:.80}, expected true or false")
     return bool(value)
 
 
 def _dtype(raw: dict[str, Any], where: str) -> str:
     value = read_dtype(raw, where) or "float32"
     if value not in ("bfloat16", "float16", "float32"):
-        raise MsQuantError(
+        raise UnsupportedError(
             f"{where}: dtype {value!r:.80} is not supported, expected bfloat16, float16 or float32"
         )
     return value
@@ -355,5 +355,5 @@ def _dtype(raw: dict[str, Any], where: str) -> str:
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise MsQuantError(f"{where}: eos_token_id is {value!r:.80}, expected an integer or a list")
+        raise BadFileError(f"{where}: eos_token_id is {value!r:.80}, expected an integer or a list")
     return tuple(ids)

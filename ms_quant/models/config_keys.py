@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 _USED = """
 model_type architectures auto_map hidden_size intermediate_size num_hidden_layers
@@ -173,7 +173,7 @@ def check_keys(raw: Mapping[str, Any], own: Iterable[str], qk_norm: bool, where:
     for key, neutral in wanted.items():
         if key not in own and not is_neutral(raw.get(key), neutral):
             expected = " or ".join(["no such key", *(repr(value) for value in neutral[:1])])
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}: {key} is {raw[key]!r:.80}, expected {expected}: it changes what the "
                 "model computes, and is not computed here"
             )

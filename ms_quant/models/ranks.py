@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
 
@@ -36,16 +36,16 @@ def check_tp(config: ModelConfig, tp: int) -> None:
         MsQuantError: names the number that is not divisible.
     """
     if tp < 1:
-        raise MsQuantError(f"tp is {tp}, expected at least 1")
+        raise BadArgumentError(f"tp is {tp}, expected at least 1")
     whole = [d for d in config.divisions if d.parallel != "replicated" and not d.copied]
     vocab = f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}"
     sizes = [(division.unit, division.units) for division in whole]
     for name, size in [*sizes, (vocab, padded_vocab(config))]:
         if size % tp:
-            raise MsQuantError(f"tp is {tp}, expected a divisor of {name}, which is {size}")
+            raise BadArgumentError(f"tp is {tp}, expected a divisor of {name}, which is {size}")
     for name, size in [(d.unit, d.units) for d in config.divisions if d.copied]:
         if size % tp and tp % size:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"tp is {tp}, expected a divisor or a multiple of {name}, which is {size}"
             )
 

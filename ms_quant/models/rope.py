@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -54,7 +54,7 @@ def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str,
     """Checks a config's rotary parameters; fills in the original context length."""
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in _REQUIRED:
-        raise MsQuantError(
+        raise UnsupportedError(
             f"{where}: rope_type {kind!r} is not supported, expected one of {', '.join(_REQUIRED)}"
         )
     for key in ("rope_theta", *_REQUIRED[kind]):
@@ -70,7 +70,7 @@ def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str,
 def _check_positive(value: Any, key: str, kind: str, where: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < 1e30:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: {key} of the {kind} rotary embedding is {value!r}, "
             "expected a positive number"
         )
@@ -78,20 +78,20 @@ def _check_positive(value: Any, key: str, kind: str, where: str) -> None:
 
 def _check_ranges(rope: dict[str, Any], where: str) -> None:
     if rope["rope_theta"] <= 1:
-        raise MsQuantError(f"{where}: rope_theta is {rope['rope_theta']!r}, expected more than 1")
+        raise BadFileError(f"{where}: rope_theta is {rope['rope_theta']!r}, expected more than 1")
     if rope.get("partial_rotary_factor") not in (None, 1):
-        raise MsQuantError(
+        raise UnsupportedError(
             f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not "
             "supported, expected 1.0"
         )
     for key, neutral in _NEUTRAL.items():
         if rope.get(key) not in (None, neutral):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}: {key} of the rotary embedding is {rope[key]!r}, expected no such key "
                 f"or {neutral}: some runtimes ignore it, and it is not computed here"
             )
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: high_freq_factor is {rope['high_freq_factor']!r}, expected more than "
             f"low_freq_factor {rope['low_freq_factor']!r}"
         )

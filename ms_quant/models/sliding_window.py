@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DEFAULT_WINDOW = 4096  # of transformers, where a family has one and the key is absent
@@ -37,14 +37,14 @@ def check_windows(
     """
     window, use = raw.get("sliding_window"), raw.get("use_sliding_window")
     if window is not None and (type(window) is not int or window <= 0):
-        raise MsQuantError(f"{where}: sliding_window is {window!r:.80}, expected a positive number")
+        raise BadFileError(f"{where}: sliding_window is {window!r:.80}, expected a positive number")
     if use is not None and not isinstance(use, bool):
-        raise MsQuantError(f"{where}: use_sliding_window is {use!r:.80}, expected true or false")
+        raise BadFileError(f"{where}: use_sliding_window is {use!r:.80}, expected true or false")
     kinds = raw.get("layer_types")
     if kinds is not None and not isinstance(kinds, list):
-        raise MsQuantError(f"{where}: layer_types is {kinds!r:.80}, expected a list")
+        raise BadFileError(f"{where}: layer_types is {kinds!r:.80}, expected a list")
     if kinds is not None and len(kinds) != layers:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: layer_types has {len(kinds)} entries, expected one for each of {layers} "
             "layers"
         )
@@ -53,7 +53,7 @@ def check_windows(
     long = window is not None and window >= max_position
     others = [kind for kind in kinds or () if kind != FULL and not (kind == SLIDING and long)]
     if others:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: layer_types has {others[0]!r:.80}, expected {FULL!r} in every layer: only "
             "full attention is supported"
         )
@@ -65,7 +65,7 @@ def check_windows(
     if flagged and (kinds or not use or (first or 0) >= layers):
         return
     hint = "use_sliding_window false" if flagged else "no such key, null"
-    raise MsQuantError(
+    raise BadFileError(
         f"{where}: sliding_window is {window}, expected {hint} or at least "
         f"max_position_embeddings {max_position}: only full attention is supported"
     )
@@ -74,7 +74,7 @@ def check_windows(
 def _first_windowed(raw: Mapping[str, Any], where: str) -> int:
     first = raw.get("max_window_layers", DEFAULT_FIRST)
     if type(first) is not int or first < 0:
-        raise MsQuantError(f"{where}: max_window_layers is {first!r:.80}, expected a number")
+        raise BadFileError(f"{where}: max_window_layers is {first!r:.80}, expected a number")
     return first
 
 

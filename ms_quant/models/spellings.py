@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -46,7 +46,7 @@ def read_rope(raw: Mapping[str, Any], where: str, theta: float = THETA) -> dict[
             shared[key] = value
     ropes = list(found.values())
     if len(ropes) == 2 and ropes[0] != ropes[1]:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: rope_parameters {raw['rope_parameters']!r:.80} and rope_scaling "
             f"{raw['rope_scaling']!r:.80} differ, expected one of them or equal ones"
         )
@@ -60,7 +60,7 @@ def read_rope(raw: Mapping[str, Any], where: str, theta: float = THETA) -> dict[
 def _flat(value: Any, where: str) -> dict[str, Any]:
     """A rotary object with its type under one key, and without keys that say nothing."""
     if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
-        raise MsQuantError(f"{where} is {value!r:.80}, expected one flat object for all the layers")
+        raise BadFileError(f"{where} is {value!r:.80}, expected one flat object for all the layers")
     rope = {key: item for key, item in value.items() if item is not None and key != "type"}
     kind = agreed({"rope_type": value.get("rope_type"), "type": value.get("type")}, where)
     return rope if kind is None else {**rope, "rope_type": kind}
@@ -76,7 +76,7 @@ def agreed(places: Mapping[str, Any], where: str) -> Any:
     for place, value in given[1:]:
         first, expected = given[0]
         if value != expected:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}: {first} is {expected!r:.80} and {place} is {value!r:.80}, expected one "
                 "value: some runtimes read the first, others the second"
             )

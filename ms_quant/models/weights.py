@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import IGNORED, MODEL_CODES, Checkpoint, check_tensor
 from ms_quant.files.strange_names import refuse_strange_names
 from ms_quant.models.config import ModelConfig
@@ -27,7 +27,7 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
     refuse_strange_names(str(checkpoint.directory), codes, list(expected), MODEL_CODES)
     missing = [name for name in expected if name not in set(found)]
     if missing:
-        raise MsQuantError(
+        raise BadFileError(
             f"{checkpoint.directory}: {len(missing)} of {len(expected)} tensors are missing, "
             f"expected {missing[0]!r} of shape {list(expected[missing[0]])}"
         )
@@ -39,7 +39,7 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
         if name in expected:
             check_tensor(checkpoint, name, expected[name])
         elif not name.endswith(IGNORED):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
                 f"{config.model_type} model of {config.num_layers} layers"
             )

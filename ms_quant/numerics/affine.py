@@ -31,7 +31,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 QMIN, QMAX = -128, 127
 LIMITS = {4: (-8, 7), 8: (QMIN, QMAX)}  # bits: smallest and largest code
@@ -46,7 +46,9 @@ def check_finite(x: np.ndarray, name: str) -> None:
     """
     bad = x.size - int(np.count_nonzero(np.isfinite(x)))
     if bad:
-        raise MsQuantError(f"{name}: {bad} of {x.size} values are NaN or inf, expected finite ones")
+        raise BadArgumentError(
+            f"{name}: {bad} of {x.size} values are NaN or inf, expected finite ones"
+        )
 
 
 def symmetric_scale(absmax: ArrayLike, largest: float = QMAX) -> np.ndarray:

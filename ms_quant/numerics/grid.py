@@ -32,7 +32,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics import affine, groupwise, w4a8
 from ms_quant.numerics.storage import DTYPES, round_up
 
@@ -115,7 +115,7 @@ def stored_scale(scale: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 def check_group(group: int, columns: int, name: str) -> None:
     if group and columns % group:
-        raise MsQuantError(f"{name}: groups of {group} do not divide K = {columns}")
+        raise BadArgumentError(f"{name}: groups of {group} do not divide K = {columns}")
 
 
 @dataclass(frozen=True)

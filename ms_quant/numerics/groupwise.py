@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics import affine
 
 WHOLE = -1
@@ -107,12 +107,12 @@ def finite(x: np.ndarray, name: str) -> np.ndarray:
 
 def _counts(shape: tuple[int, ...], block: Sequence[int], name: str) -> tuple[int, ...]:
     if len(block) != len(shape):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: a block of {len(block)} axes, expected {len(shape)} for the shape {shape}"
         )
     for axis, (size, side) in enumerate(zip(shape, block, strict=True)):
         if side != WHOLE and (side < 1 or size % side):
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: groups of {side} do not divide K = {size}, axis {axis} of {shape}"
             )
     return tuple(
@@ -125,7 +125,9 @@ def _split(x: np.ndarray, counts: tuple[int, ...], name: str) -> tuple[np.ndarra
     if len(counts) != x.ndim or any(
         size % count if count else size for size, count in zip(x.shape, counts, strict=True)
     ):
-        raise MsQuantError(f"{name}: scales of shape {counts} do not divide a tensor of {x.shape}")
+        raise BadArgumentError(
+            f"{name}: scales of shape {counts} do not divide a tensor of {x.shape}"
+        )
     sides = ((c, s // c if c else 1) for s, c in zip(x.shape, counts, strict=True))
     shape = [size for pair in sides for size in pair]
     return x.reshape(shape), tuple(range(1, 2 * x.ndim, 2))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics import affine, groupwise
 from ms_quant.numerics.storage import round_up
 
@@ -41,7 +41,7 @@ def channel_scale(absmax: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def quantize_channels(x: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
     """int8 codes of float (..., C) with static scales (C,)."""
     if x.shape[-1:] != scale.shape:
-        raise MsQuantError(f"{name}: scale {scale.shape} does not fit {x.shape}")
+        raise BadArgumentError(f"{name}: scale {scale.shape} does not fit {x.shape}")
     return affine.quantize(groupwise.finite(x, name), scale)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics import affine, rotation
 from ms_quant.numerics.activation import (
     Activation,
@@ -383,7 +383,7 @@ def folded_bias(linear: QuantizedLinear, path: str) -> np.ndarray:
     limits = np.iinfo(np.int32)
     wrong = int(np.count_nonzero((total < limits.min) | (total > limits.max)))
     if wrong:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{path}.quant_bias: {wrong} of {total.size} values do not fit int32 with the bias in "
             "them"
         )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import symmetric_scale
 from ms_quant.numerics.minifloat import (
     E2M1,
@@ -62,7 +62,7 @@ def decode_exponent(byte: np.ndarray, name: str = "exponents") -> np.ndarray:
     """
     bad = int(np.count_nonzero(byte == 255))
     if bad:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: {bad} of {byte.size} E8M0 bytes are 255 (NaN), expected 0..254"
         )
     return byte.astype(np.int32) - BIAS
@@ -153,7 +153,7 @@ def dequantize(
     """
     blocks = in_blocks(decode(codes, element, name), BLOCK)
     if exponents.shape != blocks.shape[:-1]:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: exponents of shape {exponents.shape}, expected {blocks.shape[:-1]}"
         )
     return _out_of_blocks(_scaled(blocks, decode_exponent(exponents, name)), codes.shape[-1])
@@ -215,7 +215,7 @@ def dequantize_dual(
     _check_dual(size, E2M1)
     blocks = in_blocks(dequantize(codes, exponents, E2M1, name), size)
     if scales.shape != (*blocks.shape[:-1], 1):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: dual scales of shape {scales.shape}, expected {(*blocks.shape[:-1], 1)}"
         )
     return _out_of_blocks(blocks * scales, codes.shape[-1])
@@ -223,6 +223,6 @@ def dequantize_dual(
 
 def _check_dual(size: int, element: Minifloat) -> None:
     if size <= 0 or size % BLOCK:
-        raise MsQuantError(f"dual block of {size}, expected a multiple of {BLOCK}")
+        raise BadArgumentError(f"dual block of {size}, expected a multiple of {BLOCK}")
     if element != E2M1:
-        raise MsQuantError(f"a dual scale over {element.dtype.name}, expected float4_e2m1fn")
+        raise BadArgumentError(f"a dual scale over {element.dtype.name}, expected float4_e2m1fn")

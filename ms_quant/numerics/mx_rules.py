@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.minifloat import E2M1, E4M3, Minifloat, Rounding, floor_log2
 
 BIAS = 127  # of the stored exponent byte
@@ -103,7 +103,7 @@ def msmodelslim_ceil_x(divisor: float = 7.25) -> MxRule:
 
 def _check_divisor(divisor: float) -> None:
     if not 6 <= divisor <= 12:
-        raise MsQuantError(f"divisor {divisor:g} of a block's maximum, expected 6 to 12")
+        raise BadArgumentError(f"divisor {divisor:g} of a block's maximum, expected 6 to 12")
 
 
 def _floor4(amax: np.ndarray) -> np.ndarray:

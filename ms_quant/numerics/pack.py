@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import LIMITS
 
 WORD_BITS, WORD = 32, np.dtype("<i4")
@@ -85,7 +85,9 @@ def pack_nibbles(codes: np.ndarray, name: str) -> np.ndarray:
         MsQuantError: a code does not fit four bits.
     """
     if codes.size and codes.max() > 15:
-        raise MsQuantError(f"{name}: code {codes.max()} does not fit 4 bits, expected at most 15")
+        raise BadArgumentError(
+            f"{name}: code {codes.max()} does not fit 4 bits, expected at most 15"
+        )
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
     pairs = np.ascontiguousarray(codes).view("<u2")  # 16 bits at a time, three times as fast
@@ -108,7 +110,7 @@ def unpack_nibbles(packed: np.ndarray, length: int, name: str) -> np.ndarray:
     """
     expected = (length + 1) // 2
     if packed.shape[-1] != expected:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: {packed.shape[-1]} bytes along the last axis, expected {expected} "
             f"for {length} codes"
         )
@@ -136,13 +138,13 @@ def _check_codes(codes: np.ndarray, name: str, axis: int, multiple: int, bits: i
     _check_array(codes, name, ("int8",))
     if codes.shape[axis] % multiple:
         side = ("out", "in")[axis]
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: {side} = {codes.shape[axis]} of shape {codes.shape}, "
             f"expected a multiple of {multiple} to pack int{bits}"
         )
     smallest, largest = LIMITS[bits]
     if codes.size and (codes.min() < smallest or codes.max() > largest):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: codes {codes.min()}..{codes.max()}, expected {smallest}..{largest} for "
             f"int{bits}"
         )
@@ -150,7 +152,7 @@ def _check_codes(codes: np.ndarray, name: str, axis: int, multiple: int, bits: i
 
 def _check_array(array: np.ndarray, name: str, dtypes: tuple[str, ...]) -> None:
     if array.ndim != 2 or array.dtype.name not in dtypes:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: {array.dtype.name} of shape {array.shape}, expected two axes "
             f"of {' or '.join(dtypes)}"
         )

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import check_finite
 
 
@@ -37,7 +37,7 @@ def base_order(n: int, name: str) -> int:
             if m == 1 or _is_paley_one(m) or _is_paley_two(m):
                 return m
             m *= 2
-    raise MsQuantError(
+    raise BadArgumentError(
         f"{name}: no Hadamard matrix of order {n}, expected 2^k or 2^k times a Paley order "
         "(12, 20, 28, 36, 44, 60, ...)"
     )
@@ -99,7 +99,7 @@ def apply_hadamard(
     n = x.shape[-1] if x.ndim else 0
     m = base_order(n, name)
     if signs is not None and signs.shape != (n,):
-        raise MsQuantError(f"{name}: signs of shape {signs.shape}, expected ({n},)")
+        raise BadArgumentError(f"{name}: signs of shape {signs.shape}, expected ({n},)")
     y = np.array(x, np.float64) if signs is None else x.astype(np.float64) * signs
     y = y.reshape(-1, n // m, m)
     return stages(y if m == 1 else y @ _base(m), math.sqrt(n)).reshape(x.shape)
@@ -118,7 +118,7 @@ def balanced_factors(k: int, name: str) -> tuple[int, int]:
         right, rest = divmod(k, left)
         if rest == 0 and (left + right) % 2 == 0:
             return left, right
-    raise MsQuantError(
+    raise BadArgumentError(
         f"{name}: K = {k} has no factors with an even sum, expected an odd K or 4 * n"
     )
 
@@ -158,14 +158,16 @@ def fold_kronecker(
     try:
         inverses = [np.linalg.inv(matrix.astype(np.float64)).T for matrix in (left, right)]
     except np.linalg.LinAlgError:
-        raise MsQuantError(f"{name}: a Kronecker factor is singular, expected inverses") from None
+        raise BadArgumentError(
+            f"{name}: a Kronecker factor is singular, expected inverses"
+        ) from None
     return apply_kronecker(weight, inverses[0], inverses[1], name)
 
 
 def _check_factors(x: np.ndarray, left: np.ndarray, right: np.ndarray, name: str) -> None:
     square = all(m.ndim == 2 and m.shape[0] == m.shape[1] for m in (left, right))
     if not square or x.ndim == 0 or len(left) * len(right) != x.shape[-1]:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: Kronecker factors {left.shape} and {right.shape} for a tensor of {x.shape}, "
             "expected (a, a) and (b, b) with a * b its last axis"
         )

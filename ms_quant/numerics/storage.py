@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -56,7 +56,7 @@ def round_up(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     wide = np.maximum(np.asarray(x, np.float64), smallest_normal(dtype))
     limit = float(ml_dtypes.finfo(dtype).max)
     if wide.size and wide.max() > limit:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{name}: {wide.max():g} does not fit {dtype.name}, expected at most {limit:g}"
         )
     near = wide.astype(dtype)

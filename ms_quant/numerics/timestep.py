@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.activation import PerToken, Seen, StaticActivation, tensor_activation
 
 
@@ -55,12 +55,12 @@ class TimestepActivation:
         """
         count = len(self.scale)
         if not 0 <= step < count:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: timestep {step} is static, expected 0..{count - 1} as there are "
                 f"parameters of {count} timesteps"
             )
         if not self.scale[step]:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: timestep {step} is static but calibration did not reach it, expected a "
                 "dynamic one or calibration inputs of it"
             )

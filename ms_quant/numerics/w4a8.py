@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 ROW_PARALLEL_SLICES = 16  # the largest tensor parallel size that the stored sums serve
 PROTECTED = 119  # msModelSlim's bound of the int8 weight in between; 7 * 17
@@ -33,9 +33,11 @@ def scale_bias(codes: np.ndarray, scale: np.ndarray, name: str, slices: int = 1)
     """
     rows, columns = codes.shape
     if slices < 1 or columns % slices:
-        raise MsQuantError(f"{name}: {slices} slices do not divide K = {columns}")
+        raise BadArgumentError(f"{name}: {slices} slices do not divide K = {columns}")
     if scale.ndim != 2 or len(scale) != rows or not scale.shape[1] or columns % scale.shape[1]:
-        raise MsQuantError(f"{name}: scales of {scale.shape} do not divide codes of {codes.shape}")
+        raise BadArgumentError(
+            f"{name}: scales of {scale.shape} do not divide codes of {codes.shape}"
+        )
     steps = np.repeat(scale.astype(np.float64), columns // scale.shape[1], axis=1)
     parts = (codes * steps).reshape(rows, slices, columns // slices)
     return (8 * parts.sum(axis=2)).astype(np.float32)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import PLAIN, get_algorithms
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError, UnsupportedError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats import kv_cache
@@ -124,7 +124,7 @@ def convert_checkpoint(
         facts = {key: content[key] for key in content if key not in ("record", "files", "sha256")}
         size = made.record.get("shard_bytes")
         if type(size) is not int or size <= 0:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{directory / RECORD}: shard_bytes is {size!r:.80}, expected a positive number"
             )
         with made.open_or_discard():
@@ -141,11 +141,11 @@ def _open(directory: Path) -> tuple[QuantizedModel, dict[str, Any]]:
     content = _record(directory)
     damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)
     if damaged:
-        raise MsQuantError(damaged)
+        raise BadFileError(damaged)
     model = QuantizedModel(directory)
     problem = next(record_problems(directory / RECORD, content, model.plan), None)
     if problem:
-        raise MsQuantError(problem)
+        raise BadFileError(problem)
     return model, content
 
 
@@ -153,7 +153,7 @@ def _record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
     content = read_json(path, MAX_RECORD_BYTES)
     if not isinstance(content.get("record"), Mapping):
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: record is {content.get('record')!r:.80}, expected what was done"
         )
     return content
@@ -163,11 +163,11 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
     """The same schemes and algorithms as another format holds them."""
     plan = model.plan
     if format not in FORMATS:
-        raise MsQuantError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
+        raise BadFileError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
     if format == plan.format:
-        raise MsQuantError(f"the checkpoint is of format {format} already, expected another")
+        raise BadFileError(f"the checkpoint is of format {format} already, expected another")
     if plan.kv_cache and not FORMATS[format].holds_cache:
-        raise MsQuantError(f"format {format}: has no place for keys and values in int8")
+        raise UnsupportedError(f"format {format}: has no place for keys and values in int8")
     layers: dict[GroupId, LayerPlan | None] = {}
     made: dict[str, LayerPlan] = {}
     for group, layer in plan.layers.items():
@@ -180,7 +180,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
             made[key] = _other_layer(layer, said, str(group), format)
         layers[group] = made[key]
     if not any(layers.values()):
-        raise MsQuantError("every linear is float, there is nothing to convert")
+        raise BadFileError("every linear is float, there is nothing to convert")
     other = replace(plan, format=format, layers=layers)
     for index in range(plan.config.num_layers):
         for linears in plan.groups(index):
@@ -206,7 +206,7 @@ def _other_layer(
         if target is None:
             raise
         store(get_scheme(name, **chosen), dtype, format)  # which may be what is refused
-        raise MsQuantError(
+        raise BadFileError(
             f"{group}: its smoothing vector is in the {target.value}; {error}, so quantize with "
             "--fold norm to convert it"
         ) from None
@@ -271,7 +271,7 @@ class _Converted:
         folds = isinstance(activation, Phased) or getattr(activation, "folds_bias", False)
         held = "quant_bias" in _stored(self.plan, path)
         if not held or (folds != linear.stated.folds_bias and linear.bias is not None):
-            raise MsQuantError(
+            raise UnsupportedError(
                 f"{path}.quant_bias: is rounded otherwise than the other tensors give, format "
                 f"{self.plan.format} does not hold it"
             )
@@ -301,7 +301,7 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
     static = replace(static, multiplied_in=None)  # which goes with a format, not with numbers
     linear, step = replace(linear, activation=static), static.input_scale[:1]
     if (static.input_scale != step).any():
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}.input_scale: has {len(np.unique(static.input_scale))} values, format "
             f"{plan.format} holds one"
         )
@@ -310,7 +310,7 @@ def _split(linear: QuantizedLinear, plan: Plan, path: str) -> QuantizedLinear:
     assert isinstance(grid, AffineGrid)
     scale = (linear.deq_scale / step).astype(dtype).astype(np.float32)
     if (scale * step != linear.deq_scale).any():
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}.deq_scale: is not input_scale times scales that {dtype.name} holds, as "
             f"format {plan.format} stores them"
         )
@@ -332,7 +332,7 @@ def _check_exact(array: np.ndarray, dtype: np.dtype, name: str) -> None:
         stored = array.astype(dtype).astype(np.float32)
     wrong = int(np.count_nonzero(stored != array))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {wrong} of {array.size} values are not exact in {dtype.name}, which the "
             "other format stores"
         )

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.job.output_directory import check_output_name
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.recipe import Recipe, load_recipe
@@ -121,7 +121,7 @@ def split_options(named: Mapping[str, Any], settings: Sequence[str] = ()) -> dic
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name or name in found:
-            raise MsQuantError(f"--set {setting!r}: expected NAME=VALUE, each name once")
+            raise BadArgumentError(f"--set {setting!r}: expected NAME=VALUE, each name once")
         found[name] = value
     return {
         "scheme_options": {n: as_value(n, value) for n, value in found.items() if n in VALUES},
@@ -160,6 +160,6 @@ def refuse_beside_recipe(recipe: str | PathLike[str], said: Mapping[str, Any]) -
     """
     for name, value in said.items():
         if value is not None:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{name}: {recipe} says what each linear becomes, expected one of the two"
             )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.files.atomic import free_spaces_check
 from ms_quant.files.hub_cache import refuse_cached_place
 from ms_quant.formats.registry import FORMATS
@@ -65,7 +65,7 @@ def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
         relation = "contains"
     else:
         return
-    raise MsQuantError(
+    raise BadArgumentError(
         f"{place}: the {what} directory {relation} the {other_what} directory {other}, expected "
         "one apart from it"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import ALGORITHMS, PLAIN
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.formats.checks import check_runs, check_shapes
 from ms_quant.formats.registry import FORMATS
 from ms_quant.models.config import ModelConfig
@@ -98,12 +98,12 @@ def make_plan(
     floats = float_paths(config) if unseen else []
     wrong = sorted(pattern for pattern in unseen if not matches(pattern, floats))
     if wrong and wrong[0].startswith("re:"):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"exclude pattern {wrong[0]!r} is a regular expression, expected a glob pattern "
             "(recipes take both)"
         )
     if wrong:
-        raise MsQuantError(f"exclude {no_match(wrong[0], linear_paths(config))}")
+        raise BadArgumentError(f"exclude {no_match(wrong[0], linear_paths(config))}")
     return _plan(config, layers, asked)
 
 
@@ -129,7 +129,7 @@ def plan_of_recipe(
             schemes, or what :func:`make_plan` refuses; names the key of the recipe.
     """
     if config.model_type in recipe.not_for:
-        raise MsQuantError(f"{config.model_type}: {recipe.not_for[config.model_type]}")
+        raise BadArgumentError(f"{config.model_type}: {recipe.not_for[config.model_type]}")
     wanted = _choices(config, recipe)
     must_serve = format not in ("", *recipe.formats)  # a recipe may be for a compressor
     format = format or _common_format(wanted.values(), recipe.kv_cache)
@@ -148,7 +148,7 @@ def plan_of_recipe(
 def _target(fold: str) -> SmoothingTarget | None:
     known = [target.value for target in SmoothingTarget]
     if fold and fold not in known:
-        raise MsQuantError(f"fold {fold!r} is unknown, expected one of {', '.join(known)}")
+        raise BadArgumentError(f"fold {fold!r} is unknown, expected one of {', '.join(known)}")
     return SmoothingTarget(fold) if fold else None
 
 
@@ -169,7 +169,7 @@ def _choices(config: ModelConfig, recipe: Recipe) -> dict[GroupId, LayerChoice]:
         first = found[members[0]]
         for path, choice in found.items():
             if choice != first:
-                raise MsQuantError(
+                raise BadArgumentError(
                     f"{members[0]} would be {_title(first)} and {path} {_title(choice)}, "
                     "expected one for both: runtimes fuse them"
                 )
@@ -225,14 +225,14 @@ def _refuse_idle(
     for step in recipe.steps:
         chosen = step.include != EVERYTHING or step.exclude or step.groups
         if ALGORITHMS[step.algorithm].rotates and chosen:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{step.where}: {step.algorithm} rotates the whole model, expected it without "
                 "include, exclude and groups"
             )
     if recipe.lenient and any(is_reached(recipe, path) for path in paths):
         return  # what is idle is noted
     for where, pattern in idle_patterns(recipe, paths, producers, floats):
-        raise MsQuantError(f"{where}: {no_match(pattern, paths)}")
+        raise BadArgumentError(f"{where}: {no_match(pattern, paths)}")
 
 
 def _common_format(wanted: Iterable[LayerChoice], kv_cache: str) -> str:
@@ -249,13 +249,13 @@ def _common_format(wanted: Iterable[LayerChoice], kv_cache: str) -> str:
     if not names:
         return ""
     listed = ", ".join(dict.fromkeys(name for name, _ in names))
-    raise MsQuantError(f"no format holds all of {listed}, expected schemes that one does")
+    raise BadArgumentError(f"no format holds all of {listed}, expected schemes that one does")
 
 
 def _layer(choice: LayerChoice, asked: _Asked) -> LayerPlan:
     """The layer plan of a choice; one that no runtime serves may be refused."""
     if asked.format and asked.format not in FORMATS:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"format {asked.format!r} is unknown, expected one of {', '.join(FORMATS)}"
         )
     layer = layer_plan(
@@ -271,7 +271,7 @@ def _layer(choice: LayerChoice, asked: _Asked) -> LayerPlan:
     if asked.must_serve and not support.served_by:
         reasons = "; ".join(support.not_served_by)
         served = served_formats(choice.scheme, **choice.options)
-        raise MsQuantError(
+        raise UnsupportedError(
             f"format {asked.format}: scheme {choice.scheme} would be served by no runtime "
             f"({reasons}), expected {' or '.join(served) or 'no --format'}"
         )
@@ -286,15 +286,17 @@ def _plan(config: ModelConfig, layers: Mapping[GroupId, LayerPlan | None], asked
     """
     first = next((layer for layer in layers.values() if layer is not None), None)
     if first is None:
-        raise MsQuantError("every linear stays float, nothing is left to quantize")
+        raise BadArgumentError("every linear stays float, nothing is left to quantize")
     plan = Plan(config, first.storage.format, layers, asked.dtype, kv_cache=asked.kv_cache)
     if asked.target and not plan.any("smooths"):
-        raise MsQuantError(f"fold {asked.target.value}: no algorithm smooths, expected no --fold")
+        raise BadArgumentError(
+            f"fold {asked.target.value}: no algorithm smooths, expected no --fold"
+        )
     _check_cache(first, asked.kv_cache)
     undivided = set(_undivided(plan, asked))
     left = {group: None if group in undivided else layer for group, layer in layers.items()}
     if not any(left.values()):
-        raise MsQuantError("every linear stays float, nothing is left to quantize")
+        raise BadArgumentError("every linear stays float, nothing is left to quantize")
     plan = replace(plan, layers=left)
     check_edges(plan)
     return plan
@@ -304,19 +306,19 @@ def _check_cache(layer: LayerPlan, name: str) -> None:
     """Refuses a kind of cache that no checkpoint of a scheme holds."""
     scheme, format = layer.scheme, layer.storage.format
     if name == DYNAMIC_CACHE:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"kv cache {name} scales tokens at run time and needs nothing in a checkpoint; "
             f"ms-quant eval and generate take --kv-cache {name} for any checkpoint"
         )
     if name and name not in KV_CACHES:
-        raise MsQuantError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
+        raise BadArgumentError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
     if name and not FORMATS[format].holds_cache:
         able = [
             f"--format {other}"
             for other in served_formats(scheme.name, **scheme.chosen)
             if FORMATS[other].holds_cache
         ] or ["another scheme"]
-        raise MsQuantError(
+        raise UnsupportedError(
             f"kv cache {name}: a {format} checkpoint cannot hold it, expected {' or '.join(able)}"
         )
 
@@ -340,7 +342,7 @@ def _undivided(plan: Plan, asked: _Asked) -> Iterator[GroupId]:
             if not asked.float_undivided:
                 sized = "group_size" in layer.scheme.options
                 size = "another group size, or " if sized and "divide" in str(error) else ""
-                raise MsQuantError(
+                raise BadArgumentError(
                     f"{error}; expected {size}--float-undivided to leave such linears float"
                 ) from None
             yield found

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import QuantizeOptions, read_recipe, refuse_beside_recipe
 from ms_quant.pipeline.request import prepare
@@ -158,7 +158,7 @@ def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:
         MsQuantError: it is a string.
     """
     if isinstance(values, str):
-        raise MsQuantError(f"{name} is {values!r:.80}, expected a list of strings")
+        raise BadArgumentError(f"{name} is {values!r:.80}, expected a list of strings")
     return tuple(values)
 
 

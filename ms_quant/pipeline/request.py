@@ -15,7 +15,7 @@ import numpy as np
 
 from ms_quant import __version__
 from ms_quant.data.calibration import few_tokens, load_tokens
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
 from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
@@ -180,7 +180,7 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     found = {name: getattr(recipe, name) for name in given}
     calib = options.calib or (None if recipe.calib is None else Path(recipe.calib))
     if options.calib is None and calib is not None and not calib.exists():
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{calib}: the calibration data of the recipe is neither here nor beside it nor in a "
             f"{CALIB_DIRECTORY} near it, expected --calib FILE"
         )
@@ -232,7 +232,7 @@ def _prepare_several(options: QuantizeOptions, opened: Opened) -> CheckedJob:
     """
     names, job = list(options.formats), options.job_directory
     if len(set(names)) < len(names):
-        raise MsQuantError(f"formats {', '.join(names)}: expected each once")
+        raise BadArgumentError(f"formats {', '.join(names)}: expected each once")
     _refuse_occupied(options.output)
     parts = [
         replace(options, formats=(name,), output=options.output / name, job=job) for name in names
@@ -250,7 +250,7 @@ def _refuse_occupied(output: Path) -> None:
         if names & known:  # what a hub or a person has added since
             others = [name for name in others if is_read(name)]
         if others:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{output}: holds {others[0]!r}, expected a new directory for several formats"
             )
 
@@ -319,7 +319,7 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
         return
     for name in ("calib", "samples", "seq_len", "seed"):
         if getattr(options, name) is not None:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
                 f"expected no --{name.replace('_', '-')}"
             )
@@ -339,14 +339,14 @@ def output_dtype(config: ModelConfig, name: str | None) -> np.dtype:
     if name is None:
         name = "bfloat16" if config.dtype == "float32" else config.dtype
     if name not in ("bfloat16", "float16"):
-        raise MsQuantError(f"dtype {name!r} is not supported, expected 'bfloat16' or 'float16'")
+        raise UnsupportedError(f"dtype {name!r} is not supported, expected 'bfloat16' or 'float16'")
     return DTYPES[name]
 
 
 def _require_mindspore(why: str) -> None:
     """Raises one sentence with the command that installs MindSpore when it is missing."""
     if find_spec("mindspore") is None:
-        raise MsQuantError(
+        raise UnsupportedError(
             f"{why}, which needs MindSpore: pip install 'ms-quant[mindspore]' "
             "(or mindspore and 'numpy<2')"
         )
@@ -362,7 +362,7 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
     if plan.any("trains"):
         _require_mindspore(f"{what} trains on calibration data")
     if options.calib is None:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
             "or .npz)"
         )

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from ms_quant.errors import MsQuantError
-from ms_quant.files.atomic import DiskError
+from ms_quant.errors import DiskError, MsQuantError
 from ms_quant.files.first_pass import read_source
 from ms_quant.files.reader import ChangedSourceError
 from ms_quant.formats.opening import JobNumbers

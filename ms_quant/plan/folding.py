@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
@@ -60,7 +60,7 @@ def _check_pair(plan: Plan, index: int, one: LinearGroup, other: LinearGroup) ->
     into_producer = second.storage.target is SmoothingTarget.NORM
     if (smooths and not (same and into_producer)) or second.scheme.activation.holds_smoothing:
         prefix = block_prefix(index)
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{prefix}{one.members[0]} and {prefix}{other.members[0]} read one input, which the "
             f"smoothing of {first.algorithms.name} divides for both, expected the same of both, "
             f"not {second.algorithms.name} into {second.storage.target.value}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.affine import QMAX, QMIN
 from ms_quant.numerics.linear import StaticActivation
@@ -70,23 +70,23 @@ def recorded_activation(
     entry = facts.get(name) if isinstance(facts, Mapping) else None
     where = f"ms_quant.json: {KEY}: {name}"
     if not isinstance(entry, Mapping):
-        raise MsQuantError(f"{where} is {entry!r:.80}, expected what calibration measured")
+        raise BadFileError(f"{where} is {entry!r:.80}, expected what calibration measured")
     scale, offset = entry.get("act_scale"), entry.get("offset")
     if not isinstance(scale, float) or not _is_scale(scale):
-        raise MsQuantError(f"{where}: act_scale is {scale!r:.80}, expected a positive float32")
+        raise BadFileError(f"{where}: act_scale is {scale!r:.80}, expected a positive float32")
     if type(offset) is not int or not QMIN <= offset <= QMAX:
-        raise MsQuantError(f"{where}: offset is {offset!r:.80}, expected {QMIN} to {QMAX}")
+        raise BadFileError(f"{where}: offset is {offset!r:.80}, expected {QMIN} to {QMAX}")
     if found.offset != offset:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}.input_offset: is {found.offset}, expected {offset} as {where} states"
         )
     if entry.get("input_scale_sha256") != _digest(found.input_scale):
-        raise MsQuantError(f"{path}.input_scale: sha256 differs from {where}")
+        raise BadFileError(f"{path}.input_scale: sha256 differs from {where}")
     activation = StaticActivation(np.float32(scale), offset, found.input_scale)
     with np.errstate(over="ignore", under="ignore"):
         smooth = activation.smooth
     if not (np.isfinite(smooth) & (smooth >= np.finfo(np.float32).tiny)).all():
-        raise MsQuantError(f"{where}: act_scale is {scale:g}, expected one nearer to input_scale")
+        raise BadFileError(f"{where}: act_scale is {scale:g}, expected one nearer to input_scale")
     return activation
 
 

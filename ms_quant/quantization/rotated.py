@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant.algorithms.quarot import QuaRot, TensorRotation
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.models.config import ModelConfig
@@ -125,7 +125,7 @@ class RotatedCheckpoint(FloatTensors):
 
     def _rotation(self, name: str) -> TensorRotation:
         if name not in self._shapes:
-            raise MsQuantError(f"{self.directory}: the rotated model has no tensor {name!r}")
+            raise BadFileError(f"{self.directory}: the rotated model has no tensor {name!r}")
         return self._quarot.rotations[name]
 
     def _gain(self, rotation: TensorRotation) -> np.ndarray | None:
@@ -138,7 +138,7 @@ class RotatedCheckpoint(FloatTensors):
             with np.errstate(over="ignore"):  # what becomes infinite is refused below
                 array[block] = rotated
             if not np.isfinite(array[block]).all():
-                raise MsQuantError(
+                raise BadFileError(
                     f"{self.place(name)} holds {np.abs(rotated).max():g}, expected values that "
                     "fit float32"
                 )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ms_quant.algorithms.problem import Loss, Problem, Solution
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import DualMxTokens
@@ -161,7 +161,7 @@ class BlockSmoothing:
         layer = self.plan.layer(self.index, group)
         stats = None if self.observations is None else self.observations.stats[group.name]
         if stats is not None and not stats.tokens:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.prefix}{group.members[0]}: no token of the calibration data reaches it, "
                 "expected some: take more data, or leave it float"
             )

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError, UnsupportedError
 from ms_quant.recipe import modelslim, modelslim_v0, native
 from ms_quant.recipe.assign import LayerChoice, assign, idle_patterns, is_reached
 from ms_quant.recipe.checks import checked
@@ -78,7 +78,7 @@ def load_recipe(source: str | PathLike[str] | Mapping[str, Any]) -> Recipe:
     try:
         return _translated(document)
     except MsQuantError as error:
-        raise MsQuantError(f"{path}: {error}") from None
+        raise BadFileError(f"{path}: {error}") from None
 
 
 def _translated(document: Mapping[str, Any]) -> Recipe:
@@ -86,8 +86,8 @@ def _translated(document: Mapping[str, Any]) -> Recipe:
     if not isinstance(language, str) or language not in LANGUAGES:
         found = repr(language)[:80] if "apiversion" in document else "missing"
         if isinstance(language, str) and language in REFUSED_LANGUAGES:
-            raise MsQuantError(
+            raise UnsupportedError(
                 f"apiversion {language} is not supported, {REFUSED_LANGUAGES[language]}"
             )
-        raise MsQuantError(f"apiversion is {found}, expected one of {', '.join(LANGUAGES)}")
+        raise BadFileError(f"apiversion is {found}, expected one of {', '.join(LANGUAGES)}")
     return checked(LANGUAGES[language](document))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.pipeline import PLAIN
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.recipe.patterns import matches, unmatched
 from ms_quant.recipe.records import EVERYTHING, Recipe, Rule, Step
 from ms_quant.schemes.table import SCHEMES, get_scheme
@@ -98,7 +98,7 @@ def idle_patterns(
 def _rule(recipe: Recipe, path: str) -> Rule | None:
     rules = [rule for rule in recipe.rules if matches(path, rule.include, rule.exclude)]
     if len(rules) > 1 and not recipe.lenient:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{path}: is reached by {rules[0].where} and {rules[1].where}, expected one; exclude "
             "it from the other"
         )
@@ -124,7 +124,7 @@ def _choice(path: str, rule: Rule, steps: list[Step]) -> LayerChoice:
         get_algorithms("+".join(algorithms) or PLAIN, get_scheme(name, **rule.options), settings)
     except MsQuantError as error:
         wheres = " and ".join([rule.where, *(step.where for step in steps)])
-        raise MsQuantError(f"{wheres}: {path}: {error}") from None
+        raise BadArgumentError(f"{wheres}: {path}: {error}") from None
     own = SCHEMES[name].algorithm
     if own and own not in algorithms:
         algorithms = (own, *algorithms)

@@ -8,7 +8,7 @@ from typing import Any
 from ms_quant.algorithms import ALGORITHMS, get_algorithms
 from ms_quant.algorithms.pipeline import PLAIN
 from ms_quant.algorithms.table import Stage
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.models.families import FAMILIES
 from ms_quant.recipe.patterns import check_pattern
 from ms_quant.recipe.records import Recipe, Rule, Step
@@ -27,7 +27,7 @@ def checked(recipe: Recipe) -> Recipe:
         MsQuantError: names the path and what is possible there.
     """
     if not recipe.rules:
-        raise MsQuantError(
+        raise BadArgumentError(
             "rules: are empty, expected at least one; a cache alone is not quantized"
         )
     for rule in recipe.rules:
@@ -42,7 +42,7 @@ def checked(recipe: Recipe) -> Recipe:
     for name, least in (("samples", 1), ("seq_len", 1), ("seed", 0), ("shard_bytes", 0)):
         value = getattr(recipe, name)
         if value is not None and value < least:
-            raise MsQuantError(f"{name} is {value}, expected at least {least}")
+            raise BadArgumentError(f"{name} is {value}, expected at least {least}")
     return recipe
 
 
@@ -50,7 +50,7 @@ def _at(where: str, check: Any, record: Rule | Step) -> None:
     try:
         check(record)
     except MsQuantError as error:
-        raise MsQuantError(f"{where}: {error}" if where else str(error)) from None
+        raise BadArgumentError(f"{where}: {error}" if where else str(error)) from None
 
 
 def _check_rule(rule: Rule) -> None:
@@ -64,7 +64,7 @@ def _check_rule(rule: Rule) -> None:
         if owner:
             _check_type(key, value, getattr(algorithms.options[owner], option))
         else:
-            raise MsQuantError(f"option {key!r}: expected its full name, such as gptq.damping")
+            raise BadArgumentError(f"option {key!r}: expected its full name, such as gptq.damping")
 
 
 def _check_step(step: Step) -> None:
@@ -85,7 +85,7 @@ def _check_step(step: Step) -> None:
 
 def _check_patterns(record: Rule | Step) -> None:
     if not record.include:
-        raise MsQuantError("include is empty, expected at least one pattern, such as '*'")
+        raise BadArgumentError("include is empty, expected at least one pattern, such as '*'")
     for pattern in record.include + record.exclude:
         check_pattern(pattern)
 
@@ -98,8 +98,10 @@ def _check_stage(name: str, possible: list[str]) -> None:
 def _check_type(name: str, value: Any, made: Any) -> None:
     """Refuses text for a number and true for 1, which options of a command line may be."""
     if type(made) is not type(value) and not (type(made) is float and type(value) is int):
-        raise MsQuantError(f"option {name} is {value!r:.80}, expected a {type(made).__name__}")
+        raise BadArgumentError(f"option {name} is {value!r:.80}, expected a {type(made).__name__}")
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> None:
-    raise MsQuantError(f"{what} {name!r:.80} is unknown here, expected one of {', '.join(known)}")
+    raise BadArgumentError(
+        f"{what} {name!r:.80} is unknown here, expected one of {', '.join(known)}"
+    )

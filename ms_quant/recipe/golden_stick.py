@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from ms_quant.algorithms.clip import RATIOS
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.recipe.checks import checked
 from ms_quant.recipe.patterns import REGEX, escape
 from ms_quant.recipe.reading import Section, listed, refuse
@@ -94,7 +94,7 @@ def _check_regex(key: Any, where: str) -> None:
     try:
         re.compile(key)
     except (re.error, TypeError) as error:
-        raise MsQuantError(f"{where} is no regular expression ({error})") from None
+        raise BadArgumentError(f"{where} is no regular expression ({error})") from None
 
 
 def _translate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.recipe.modelslim_linear import described
 from ms_quant.recipe.modelslim_processors import Part, read_part
 from ms_quant.recipe.reading import Section, items, refuse
@@ -87,9 +87,9 @@ def _check_order(parts: list[Part]) -> None:
     for part in parts:
         for step in part.steps:
             if rounded:
-                raise MsQuantError(f"{step.where}: comes after {rounded}, expected it before")
+                raise BadFileError(f"{step.where}: comes after {rounded}, expected it before")
             if step.algorithm == "quarot" and checked:
-                raise MsQuantError(f"{step.where}: comes after {checked}, expected it before")
+                raise BadFileError(f"{step.where}: comes after {checked}, expected it before")
             checked = step.where
         rounded = part.rules[0].where if part.rules else rounded
 
@@ -103,7 +103,7 @@ def _check_searches(parts: list[Part]) -> None:
             continue
         others = [weight for weight in weights if weight.same_grid != searched.same_grid]
         if others and (part.searches_all or len(others) == len(weights)):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{searched.where} is {described(searched)}, expected {described(others[0])} as "
                 f"{others[0].where}"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ms_quant.algorithms.admm import MAX_SPARSITY
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import UnsupportedError
 from ms_quant.recipe.modelslim_linear import (
     KEYS,
     Kind,
@@ -61,7 +61,7 @@ def read_part(value: Any, where: str) -> Part:
     """
     kind = Section(value, where).get("type")
     if isinstance(kind, str) and kind in REFUSED:
-        raise MsQuantError(f"{where}.type: {kind} is not supported, {REFUSED[kind]}")
+        raise UnsupportedError(f"{where}.type: {kind} is not supported, {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in PROCESSORS:
         refuse(f"{where}.type", kind, f"one of {', '.join(PROCESSORS)}")
     known, read = PROCESSORS[kind]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.recipe.records import EVERYTHING, Recipe, Rule, Step
 
 APIVERSION = "ms_quant_v1"
@@ -73,7 +73,7 @@ def from_native(document: Mapping[str, Any]) -> Recipe:
     try:
         read = _Document.model_validate(dict(document))
     except ValidationError as error:
-        raise MsQuantError(_said(error)) from None
+        raise BadFileError(_said(error)) from None
     return Recipe(
         rules=tuple(
             Rule(**_lists(rule), where=f"rules[{index}]") for index, rule in enumerate(read.rules)

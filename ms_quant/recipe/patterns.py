@@ -14,7 +14,7 @@ from functools import lru_cache
 from wcmatch import fnmatch
 from wcmatch.fnmatch import escape
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 __all__ = ["REGEX", "check_pattern", "escape", "matches", "unmatched"]
 
@@ -59,7 +59,7 @@ def _any(path: str, patterns: Iterable[str]) -> bool:
 @lru_cache(maxsize=4096)
 def _matcher(pattern: str) -> Callable[[str], bool]:
     if not 0 < len(pattern) <= LONGEST:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"pattern {pattern!r:.80} has {len(pattern)} characters, expected 1 to {LONGEST}"
         )
     if pattern.startswith(REGEX):
@@ -68,7 +68,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         globs = fnmatch.translate(pattern, flags=_FLAGS, limit=MOST_ALTERNATIVES)[0]
         compiled = [re.compile(glob) for glob in globs]
     except Exception as error:  # its limit error is no public name
-        raise MsQuantError(
+        raise BadArgumentError(
             f"pattern {pattern!r:.80} is not usable ({error}), expected a glob such as "
             "'*.down_proj' or 'model.layers.{0..3}.*'"
         ) from None
@@ -79,5 +79,7 @@ def _regex(pattern: str) -> Callable[[str], bool]:
     try:
         compiled = re.compile(pattern.removeprefix(REGEX))
     except (re.error, OverflowError, RecursionError) as error:
-        raise MsQuantError(f"pattern {pattern!r:.80} is no regular expression ({error})") from None
+        raise BadArgumentError(
+            f"pattern {pattern!r:.80} is no regular expression ({error})"
+        ) from None
     return lambda path: compiled.match(path) is not None

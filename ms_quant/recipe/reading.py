@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 
 REQUIRED = object()
 
@@ -18,7 +18,7 @@ def refuse(where: str, found: Any, possible: str, why: str = "") -> NoReturn:
         MsQuantError: always.
     """
     reason = f" ({why})" if why else ""
-    raise MsQuantError(f"{where} is {found!r:.80}{reason}, expected {possible}")
+    raise BadFileError(f"{where} is {found!r:.80}{reason}, expected {possible}")
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -64,10 +64,10 @@ class Section:
         names = None if known is None else list(known)
         for key in value:
             if refused and key in refused:
-                raise MsQuantError(f"{self.path(key)}: is not supported, {refused[key]}")
+                raise UnsupportedError(f"{self.path(key)}: is not supported, {refused[key]}")
             if not isinstance(key, str) or (names is not None and key not in names):
                 expected = "text" if names is None else listed(names)
-                raise MsQuantError(f"{self.path(key)}: is no known key, expected {expected}")
+                raise BadFileError(f"{self.path(key)}: is no known key, expected {expected}")
 
     def __contains__(self, key: str) -> bool:
         return key in self.value
@@ -79,7 +79,7 @@ class Section:
         if key in self.value:
             return self.value[key]
         if default is REQUIRED:
-            raise MsQuantError(f"{self.path(key)}: is missing")
+            raise BadFileError(f"{self.path(key)}: is missing")
         return default
 
     def one_of(

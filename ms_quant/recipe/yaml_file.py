@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import MAX_DEPTH, require_file
 
 MAX_BYTES = 1 << 20
@@ -30,15 +30,15 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise MsQuantError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise BadFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(content) > MAX_BYTES:
-        raise MsQuantError(f"{path}: is larger than {MAX_BYTES} bytes, expected a recipe")
+        raise BadFileError(f"{path}: is larger than {MAX_BYTES} bytes, expected a recipe")
     try:
         value = parse_yaml(content)
     except ValueError as error:
-        raise MsQuantError(f"{path}: not valid YAML ({error})") from None
+        raise BadFileError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(value, dict):
-        raise MsQuantError(f"{path}: found {_kind(value)}, expected a mapping")
+        raise BadFileError(f"{path}: found {_kind(value)}, expected a mapping")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import UnsupportedError
 from ms_quant.numerics.activation import MxTokens, StaticInt8
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.storage import FormatSupport, ScaleType, SmoothingTarget, Storage
@@ -179,11 +179,11 @@ def store(
     if format:
         fitting = [row for row in fitting if row.format == format]
     if not fitting:
-        raise MsQuantError(f"scheme {scheme.name}: {why_not_held(scheme.name, format)}")
+        raise UnsupportedError(f"scheme {scheme.name}: {why_not_held(scheme.name, format)}")
     row = next((row for row in fitting if row.served_by), fitting[0])
     if target is not None and target not in row.targets:
         places = " or ".join(place.value for place in row.targets)
-        raise MsQuantError(
+        raise UnsupportedError(
             f"fold {target.value}: {row.format} checkpoints of scheme {scheme.name} cannot hold a "
             f"smoothing vector there, expected {places}"
         )

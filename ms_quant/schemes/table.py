@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.activation import (
     DualMxTokens,
     Float,
@@ -194,7 +194,7 @@ def get_scheme(name: str, /, **chosen: Any) -> Scheme:
         MsQuantError: there is no such scheme, or it has no such option or value.
     """
     if name not in SCHEMES:
-        raise MsQuantError(f"scheme {name!r} is unknown, expected one of {', '.join(SCHEMES)}")
+        raise BadArgumentError(f"scheme {name!r} is unknown, expected one of {', '.join(SCHEMES)}")
     scheme = SCHEMES[name]
     for key, value in chosen.items():
         _check_option(scheme, key, value)
@@ -213,11 +213,13 @@ def get_scheme(name: str, /, **chosen: Any) -> Scheme:
 def _check_option(scheme: Scheme, key: str, value: Any) -> None:
     if key not in scheme.options:
         options = " or ".join(scheme.options) or "no option"
-        raise MsQuantError(f"scheme {scheme.name} takes no {key}, expected {options}")
+        raise BadArgumentError(f"scheme {scheme.name} takes no {key}, expected {options}")
     values = [v for v in VALUES[key] if key != "rule" or _same_element(scheme, v)]
     if not any(type(value) is type(known) and value == known for known in values):
         listed = ", ".join(map(str, values))
-        raise MsQuantError(f"{key} is {value!r}, expected one of {listed} for scheme {scheme.name}")
+        raise BadArgumentError(
+            f"{key} is {value!r}, expected one of {listed} for scheme {scheme.name}"
+        )
 
 
 def as_value(name: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.formats.plugins import first_answer
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
@@ -65,11 +65,11 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
 
 def _check_arguments(runtime: str, tp: int, device: str) -> None:
     if runtime not in RUNTIMES:
-        raise MsQuantError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}")
+        raise BadFileError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}")
     if device and device not in DEVICES:
-        raise MsQuantError(f"device {device!r} is unknown, expected one of {', '.join(DEVICES)}")
+        raise BadFileError(f"device {device!r} is unknown, expected one of {', '.join(DEVICES)}")
     if not 1 <= tp <= MAX_TP:
-        raise MsQuantError(f"tp is {tp}, expected 1 to {MAX_TP}")
+        raise BadFileError(f"tp is {tp}, expected 1 to {MAX_TP}")
 
 
 def _by_others(request: ServeRequest) -> Served | None:

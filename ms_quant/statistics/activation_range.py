@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.models.block_spec import BlockSpec, Edge, LinearGroup
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
@@ -71,7 +71,7 @@ class BlockRanges:
             return
         found = np.maximum(rows.max(axis=0), -rows.min(axis=0))
         if not np.isfinite(found).all():
-            raise MsQuantError(
+            raise BadFileError(
                 f"{block_prefix(self.index)[:-1]}: {place} holds NaN or infinite values in "
                 "calibration, expected none"
             )
@@ -101,7 +101,7 @@ class BlockRanges:
         """
         first = next((found for found in self.extremes() if found.value > LARGEST), None)
         if first is not None:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{first} of the calibration data, expected at most {LARGEST:,.0f}, what float16 "
                 "holds: a float16 runtime would compute inf, then NaN; this model needs a runtime "
                 "that computes in bfloat16"
@@ -181,7 +181,7 @@ def read_divided(entries: Any, config: ModelConfig, where: str) -> list[Divided]
     if entries is None:
         return [{} for _ in range(config.num_layers)]
     if not isinstance(entries, Sequence) or len(entries) != config.num_layers:
-        raise MsQuantError(f"{where} is {entries!r:.80}, expected an entry for each block")
+        raise BadFileError(f"{where} is {entries!r:.80}, expected an entry for each block")
     blocks = zip(entries, config.blocks, strict=True)
     return [_divided(entry, block, f"{where}: {block.index}") for entry, block in blocks]
 
@@ -189,12 +189,12 @@ def read_divided(entries: Any, config: ModelConfig, where: str) -> list[Divided]
 def _divided(entry: Any, block: BlockSpec, where: str) -> Divided:
     parts = entry.get("divided", {}) if isinstance(entry, Mapping) else None
     if not isinstance(parts, Mapping):
-        raise MsQuantError(f"{where} is {entry!r:.80}, expected what was measured")
+        raise BadFileError(f"{where} is {entry!r:.80}, expected what was measured")
     producers, found = {edge.producer for edge in block.linear_edges}, {}
     for path, rows in parts.items():
         place = f"{where}: divided: {path}"
         if path not in producers or not isinstance(rows, Mapping):
-            raise MsQuantError(f"{place} is {rows!r:.80}, expected rows of {sorted(producers)}")
+            raise BadFileError(f"{place} is {rows!r:.80}, expected rows of {sorted(producers)}")
         found[path] = _exponents(rows, block.linears[path].out_features, place)
     return found
 
@@ -204,7 +204,7 @@ def _exponents(rows: Mapping[str, Any], count: int, place: str) -> np.ndarray:
     for row, exponent in rows.items():
         known = row.isascii() and row.isdecimal() and len(row) < 10 and int(row) < count
         if not known or type(exponent) is not int or not 0 < exponent <= MAX_EXPONENT:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{place}: {row} is {exponent!r:.80}, expected an exponent of 1 to {MAX_EXPONENT} "
                 f"by a row below {count}"
             )
@@ -233,7 +233,7 @@ def float16_facts(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     entries = record.get(KEY) or []
     if not isinstance(entries, list):
-        raise MsQuantError(f"{where}: {KEY} is {entries!r:.80}, expected an entry for each block")
+        raise BadFileError(f"{where}: {KEY} is {entries!r:.80}, expected an entry for each block")
     found = [
         extreme
         for index, entry in enumerate(entries)
@@ -250,10 +250,10 @@ def float16_facts(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _extremes(index: int, entry: Any, where: str) -> Iterator[Extreme]:
     largest = entry.get("largest") if isinstance(entry, Mapping) else None
     if not isinstance(largest, Mapping) or not isinstance(entry.get("divided", {}), Mapping):
-        raise MsQuantError(f"{where} is {entry!r:.80}, expected what was measured")
+        raise BadFileError(f"{where} is {entry!r:.80}, expected what was measured")
     for place, found in largest.items():
         if not isinstance(found, list) or list(map(type, found)) != [float, int]:
-            raise MsQuantError(f"{where}: {place} is {found!r:.80}, expected a value and a channel")
+            raise BadFileError(f"{where}: {place} is {found!r:.80}, expected a value and a channel")
         yield Extreme(index, place, *found)
 
 

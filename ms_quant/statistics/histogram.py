@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import LIMITS, asymmetric_parameters, check_finite
 
 QUANTILE_STEPS = 100_000  # a step of the search gives up 1e-5 of the values
@@ -51,7 +51,7 @@ class Histogram:
 
     def __init__(self, bins: int = 2048, name: str = "activation") -> None:
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
-            raise MsQuantError(f"bins: {bins!r}, expected an integer of at least 2")
+            raise BadArgumentError(f"bins: {bins!r}, expected an integer of at least 2")
         self.bins = bins
         self.name = name
         self.low, self.high = math.inf, -math.inf
@@ -99,7 +99,9 @@ class Histogram:
             MsQuantError: the type is another, or a value is NaN or inf.
         """
         if not np.can_cast(x.dtype, np.float32):
-            raise MsQuantError(f"{self.name}: {x.dtype} values, expected float32 or narrower ones")
+            raise BadArgumentError(
+                f"{self.name}: {x.dtype} values, expected float32 or narrower ones"
+            )
         values = np.ravel(x).astype(np.float32, copy=False)
         if not values.size:
             return
@@ -123,7 +125,7 @@ class Histogram:
             MsQuantError: the numbers of bins differ.
         """
         if other.bins != self.bins:
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"{self.name}: a histogram of {other.bins} bins, expected one of {self.bins} bins"
             )
         if other.counts.size:
@@ -166,7 +168,7 @@ class Histogram:
         """
         self._refuse_empty()
         if not 0 < share <= 1:
-            raise MsQuantError(f"share: {share!r}, expected a number above 0 and at most 1")
+            raise BadArgumentError(f"share: {share!r}, expected a number above 0 and at most 1")
         cut = math.floor(self.total * (1 - Fraction(repr(float(share)))) / 2)
         start = int(np.searchsorted(np.cumsum(self.counts), cut, side="right"))
         above = int(np.searchsorted(np.cumsum(self.counts[::-1]), cut, side="right"))
@@ -203,7 +205,9 @@ class Histogram:
         self._refuse_empty()
         _check_bits(bits)
         if not -math.inf < low <= high < math.inf:
-            raise MsQuantError(f"range: {low} to {high}, expected finite ends in ascending order")
+            raise BadArgumentError(
+                f"range: {low} to {high}, expected finite ends in ascending order"
+            )
         return math.sqrt(self._squared_errors(np.array([low]), np.array([high]), bits)[0])
 
     def _squared_errors(self, lows: np.ndarray, highs: np.ndarray, bits: int) -> np.ndarray:
@@ -277,7 +281,7 @@ class Histogram:
 
     def _refuse_empty(self) -> None:
         if not self.counts.size:
-            raise MsQuantError(f"{self.name}: no values were counted, expected at least one")
+            raise BadArgumentError(f"{self.name}: no values were counted, expected at least one")
 
 
 def _grid(low: float, high: float, bins: int) -> tuple[int, int, int]:
@@ -328,4 +332,4 @@ class _End:
 
 def _check_bits(bits: int) -> None:
     if bits not in LIMITS:
-        raise MsQuantError(f"bits: {bits!r}, expected 8 or 4")
+        raise BadArgumentError(f"bits: {bits!r}, expected 8 or 4")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import has
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.formats.checks import format_of
 from ms_quant.formats.companions import source_problems
@@ -182,7 +182,7 @@ def _rotated(
     numbers = {"seed": found.get("seed"), "block_size": found.get("block_size", 0)}
     for name, value in numbers.items():
         if type(value) is not int or value < 0:
-            raise MsQuantError(
+            raise BadFileError(
                 f"ms_quant.json: algorithm_options: quarot.{name} is {value!r:.80}, expected that "
                 "of the rotation"
             )

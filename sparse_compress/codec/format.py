@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 TILE_GRAIN = 512
 MAX_TILE = 32768
@@ -39,7 +39,7 @@ END = "111011111"
 LITERAL = "1111"
 
 
-class CodecError(MsQuantError):
+class CodecError(BadFileError):
     """A tile stream, an index or an argument that the codec refuses."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 
 ROWS = 16
 COLUMNS = 32
@@ -61,10 +61,10 @@ def tile_count(n: int, k: int) -> int:
     """
     n, k = int(n), int(k)  # NumPy's integers overflow on the absurd shapes that a file may hold
     if n < 1 or k < 1:
-        raise MsQuantError(f"the weight is ({n}, {k}); expected at least one row and column")
+        raise BadFileError(f"the weight is ({n}, {k}); expected at least one row and column")
     across = -(-k // TILE_COLUMNS)
     if n < TILE_ROWS and across > 1:
-        raise MsQuantError(
+        raise BadFileError(
             f"the weight is ({n}, {k}); fewer than {TILE_ROWS} rows need k <= {TILE_COLUMNS}"
         )
     return across * -(-n // TILE_ROWS)
@@ -128,7 +128,7 @@ def to_fractal(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.
             and more than 256 columns.
     """
     if weight.ndim != 2 or weight.dtype != np.int8:
-        raise MsQuantError(
+        raise BadFileError(
             f"the weight is {weight.dtype} of shape {weight.shape}; expected an int8 matrix"
         )
     n, k = weight.shape
@@ -176,7 +176,7 @@ def from_fractal(stream: NDArray[np.uint8], n: int, k: int) -> NDArray[np.int8]:
     """
     sizes = tile_sizes(n, k)
     if stream.dtype != np.uint8 or stream.shape != (int(sizes.sum()),):
-        raise MsQuantError(
+        raise BadFileError(
             f"the stream is {stream.dtype} of shape {stream.shape}; a ({n}, {k}) weight takes "
             f"{sizes.sum()} bytes of uint8"
         )

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import UnsupportedError
 from sparse_compress.codec import fractal
 from sparse_compress.codec.format import MAX_TILE, CodecError
 from sparse_compress.codec.index import RECORD
 from sparse_compress.codec.tiles import BytesLike, Sizes, as_bytes, decode_tiles, encode_tiles
 
 
-class TooLongError(MsQuantError):
+class TooLongError(UnsupportedError):
     """A weight codes so badly that the runtimes would refuse it."""
 
 

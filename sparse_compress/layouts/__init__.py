@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from sparse_compress.layouts import mindie, msmodelslim, vllm_ascend, vllm_mindspore
 from sparse_compress.layouts.base import (
     EMBEDDING,
@@ -63,9 +63,9 @@ def get_target(name: str, family: str) -> Target:
         MsQuantError: there is none, or none that is documented for the family.
     """
     if name == mindie.NAME:
-        raise MsQuantError(mindie.refusal(family))
+        raise BadArgumentError(mindie.refusal(family))
     if name not in TARGETS:
-        raise MsQuantError(f"target {name!r} is unknown, expected one of {', '.join(TARGETS)}")
+        raise BadArgumentError(f"target {name!r} is unknown, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import has, is_known
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.files.writer import shard_names
 from ms_quant.formats.golden_stick import format as golden_stick
 from ms_quant.models.block_spec import BlockSpec, LinearGroup
@@ -122,19 +122,19 @@ class Target:
             MsQuantError: names the target and the reason.
         """
         if is_known(algorithm) and has(algorithm, "places"):
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"algorithm {algorithm} chooses codes or scales itself, which sparse compression "
                 "does, expected minmax, smoothquant, osl, awq or clip"
             )
         smooths = is_known(algorithm) and has(algorithm, "smooths")
         if smooths and not self.per_channel_input:
-            raise MsQuantError(
+            raise UnsupportedError(
                 f"target {self.name} holds one input_scale for all channels, so it has no place "
                 f"for the smoothing of algorithm {algorithm}, expected minmax"
             )
         reason = self.refusal(config, tp)
         if reason:
-            raise MsQuantError(f"target {self.name} cannot hold this model: {reason}")
+            raise UnsupportedError(f"target {self.name} cannot hold this model: {reason}")
 
     def not_served_by(self, family: str) -> list[str]:
         """Why the runtime is not known to load a family, in sentences."""

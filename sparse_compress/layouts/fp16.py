@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.files.safetensors_file import TensorInfo
 
 FLOAT16 = np.dtype(np.float16)
@@ -70,7 +70,7 @@ def _round(array: np.ndarray) -> np.ndarray:
 
 
 def _too_large(name: str, wrong: int, size: int, largest: float) -> MsQuantError:
-    return MsQuantError(
+    return BadArgumentError(
         f"tensor {name!r}: {wrong} of {size} values do not fit float16, the largest is "
         f"{largest:g}, expected at most {LARGEST:g}"
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.models import ranks
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.ranks import (
@@ -42,7 +42,7 @@ def check_tp(config: ModelConfig, tp: int) -> None:
     """
     ranks.check_tp(config, tp)
     if config.hidden_size % tp:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"tp is {tp}, expected a divisor of hidden_size, which is {config.hidden_size}"
         )
 
@@ -80,7 +80,7 @@ def join(
         if owner == rank:
             whole[where] = part
         elif not same_bits(part, parts[owner]):
-            raise MsQuantError(
+            raise BadArgumentError(
                 f"rank_{rank}: {name}: differs from rank_{owner}, expected a copy of it"
             )
     return whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
@@ -60,7 +60,7 @@ def read_layout(path: Path, config: ModelConfig, tp: int, target: Target) -> Lay
     expected = target.describe(layout, lambda rank, name: 0)
     for key in sorted({*expected, *value}):
         if value.get(key) != expected.get(key):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: {key} is {value.get(key)!r:.80}, expected {expected.get(key)!r}"
             )
     return layout

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.models.config import ModelConfig
 from sparse_compress.layouts import typed
 from sparse_compress.layouts.base import MAX_RANKS, Layout, Length, Target
@@ -81,7 +81,7 @@ def read_layout(directory: Path, config: ModelConfig) -> Layout:
     """
     tp = len(list(directory.glob(RANKS)))
     if not 1 <= tp <= MAX_RANKS:
-        raise MsQuantError(f"{directory}: has {tp} files {RANKS}, expected 1 to {MAX_RANKS}")
+        raise BadFileError(f"{directory}: has {tp} files {RANKS}, expected 1 to {MAX_RANKS}")
     return typed.read_layout(directory / DESCRIPTION, config, tp, TARGET)
 
 

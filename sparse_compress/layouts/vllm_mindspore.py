@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.config import ModelConfig
 from sparse_compress.layouts.base import (
@@ -65,43 +65,43 @@ def read_layout(directory: Path, config: ModelConfig) -> Layout:
     path = directory / DESCRIPTION
     value = read_json(path, MAX_DESCRIPTION_BYTES)
     if value.get("device_type") != DEVICE:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: device_type is {value.get('device_type')!r}, expected {DEVICE!r}"
         )
     ranks = {key: entry for key, entry in value.items() if key != "device_type"}
     if not ranks or len(ranks) > MAX_RANKS or set(ranks) != set(map(rank_name, range(len(ranks)))):
-        raise MsQuantError(f"{path}: describes {sorted(ranks)!r:.80}, expected rank_0, rank_1, ...")
+        raise BadFileError(f"{path}: describes {sorted(ranks)!r:.80}, expected rank_0, rank_1, ...")
     compressed = [_compressed(entry, f"{path}: {key}") for key, entry in sorted(ranks.items())]
     for key, found in zip(sorted(ranks), compressed, strict=True):
         if found != compressed[0]:
             name = min(found ^ compressed[0])
-            raise MsQuantError(f"{path}: {key} and rank_0 differ in {name}, expected the same kind")
+            raise BadFileError(f"{path}: {key} and rank_0 differ in {name}, expected the same kind")
     unknown = compressed[0] - {fused for _, _, fused in TARGET.linears(config)}
     if unknown:
-        raise MsQuantError(f"{path}: names {min(unknown)}, expected a linear of the model")
+        raise BadFileError(f"{path}: names {min(unknown)}, expected a linear of the model")
     return Layout(config, len(ranks), compressed[0], TARGET)
 
 
 def _compressed(entry: Any, where: str) -> frozenset[str]:
     """Fused paths that a rank's entry lists, each with both shapes."""
     if not isinstance(entry, dict):
-        raise MsQuantError(f"{where} is {entry!r:.80}, expected an object")
+        raise BadFileError(f"{where} is {entry!r:.80}, expected an object")
     found = []
     for key, value in entry.items():
         if key.endswith(".shape"):
             good = isinstance(value, list) and len(value) == 1 and type(value[0]) is int
             if not good:
-                raise MsQuantError(f"{where}: {key} is {value!r:.80}, expected one number")
+                raise BadFileError(f"{where}: {key} is {value!r:.80}, expected one number")
         elif value == KIND and key.endswith(".weight"):
             found.append(key.removesuffix(".weight"))
         else:
-            raise MsQuantError(f"{where}: {key} is {value!r:.80}, expected {KIND!r}")
+            raise BadFileError(f"{where}: {key} is {value!r:.80}, expected {KIND!r}")
     expected = {f"{path}.{suffix}" for path in found for suffix in ("weight.shape", "index.shape")}
     wrong = expected ^ {key for key in entry if key.endswith(".shape")}
     if wrong:
         name = min(wrong)
         hint = "is missing, the runtime reads the linear as FLOAT without it"
-        raise MsQuantError(f"{where}: {name} {hint if name in expected else 'has no linear'}")
+        raise BadFileError(f"{where}: {name} {hint if name in expected else 'has no linear'}")
     return frozenset(found)
 
 

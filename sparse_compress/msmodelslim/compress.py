@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.reader import fingerprint
 from ms_quant.files.writer import TensorPlan
@@ -79,12 +79,12 @@ def check(
     if target != TARGET.name:
         return divide.check(directory, output, target, tp, workers)
     if tp != 1:
-        raise MsQuantError(f"target {target} is not split over ranks, tp is {tp}, expected 1")
+        raise BadFileError(f"target {target} is not split over ranks, tp is {tp}, expected 1")
     slim = ModelSlimDirectory(directory)
     if slim.coded:
-        raise MsQuantError(f"{slim.path}: {next(iter(slim.coded))}.weight is compressed already")
+        raise BadFileError(f"{slim.path}: {next(iter(slim.coded))}.weight is compressed already")
     if not slim.plain:
-        raise MsQuantError(f"{slim.path}: names no weight of type {' or '.join(PLAIN)}")
+        raise BadFileError(f"{slim.path}: names no weight of type {' or '.join(PLAIN)}")
     shapes = {path: slim.info(f"{path}.weight").shape for path in slim.plain}
     reasons = {path: coding.reason(shapes[path]) for path, coding in slim.plain.items()}
     left = {path: reason for path, reason in reasons.items() if reason}
@@ -165,7 +165,7 @@ def _describe(slim: ModelSlimDirectory, paths: list[str], names: set[str]) -> di
 
 def _nothing(slim: ModelSlimDirectory, left: dict[str, str]) -> MsQuantError:
     path, reason = next(iter(left.items()))
-    return MsQuantError(
+    return BadFileError(
         f"{slim.directory}: none of {len(slim.plain)} weights can be compressed; {path}: {reason}"
     )
 

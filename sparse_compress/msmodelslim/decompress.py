@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.reader import fingerprint, shard_print
 from ms_quant.files.writer import TensorPlan
@@ -78,7 +78,7 @@ def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:
         return None
     slim = ModelSlimDirectory(directory)
     if not slim.coded:
-        raise MsQuantError(f"{slim.path}: names no compressed weight, expected some")
+        raise BadFileError(f"{slim.path}: names no compressed weight, expected some")
     weights = {f"{path}.weight": path for path in slim.coded}
     plans = slim.restored_plans()
     return Rewrite(
@@ -153,7 +153,7 @@ def _check_one_scale(model: SparseModel, fused: str) -> None:
     name = f"{fused}.input_scale"
     first = model.ranks[0].read(name)[0]
     if any((rank.read(name) != first).any() for rank in model.ranks):
-        raise MsQuantError(
+        raise BadFileError(
             f"{model.directory}: {name} differs between channels, as smoothing makes it; expected "
             "one value, as a W8A8S directory holds"
         )

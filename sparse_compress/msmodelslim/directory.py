@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.reader import CHUNK_ELEMENTS, FLOAT_CODES, Checkpoint, row_chunks
 from ms_quant.files.safetensors_file import CODES, TensorInfo
 from ms_quant.files.strict_json import read_json
@@ -162,13 +162,13 @@ class ModelSlimDirectory:
         }
 
     def _error(self, name: str, text: str, mark: str = " ") -> MsQuantError:
-        return MsQuantError(f"{self.checkpoint.file_of(name).path}: tensor {name!r}{mark}{text}")
+        return BadFileError(f"{self.checkpoint.file_of(name).path}: tensor {name!r}{mark}{text}")
 
     def _check_entry(self, key: str, kind: Any) -> None:
         if not isinstance(kind, str):
-            raise MsQuantError(f"{self.path}: {key} is {kind!r:.80}, expected a type")
+            raise BadFileError(f"{self.path}: {key} is {kind!r:.80}, expected a type")
         if key not in self._names:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: names tensor {key!r:.200}, expected it in a file of {self.directory}"
             )
         weight = key.endswith(".weight")
@@ -183,7 +183,7 @@ class ModelSlimDirectory:
         coding = PLAIN.get(kind) or CODED[kind]
         whole = self.description.get(f"{path}.weight")
         if whole not in (coding.plain, coding.coded):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: {key} is {kind} and '{path}.weight' is {whole!r:.80}, expected one "
                 "type"
             )
@@ -209,7 +209,7 @@ class ModelSlimDirectory:
         for suffix in coding.parameters:
             found = self.description.get(f"{path}.{suffix}")
             if found != coding.plain:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{self.path}: {path}.{suffix} is {found!r:.80}, expected {coding.plain!r} as "
                     f"{name}"
                 )
@@ -222,7 +222,7 @@ class ModelSlimDirectory:
     def _expect(self, name: str, dtype: np.dtype, shape: tuple[int | None, ...], kind: str) -> None:
         """A tensor of some type and shape, in which None is any size."""
         if name not in self._names:
-            raise MsQuantError(f"{self.directory}: has no tensor {name!r}, expected it of a {kind}")
+            raise BadFileError(f"{self.directory}: has no tensor {name!r}, expected it of a {kind}")
         info = self.info(name)
         fits = len(info.shape) == len(shape) and all(
             size in (None, found) for size, found in zip(shape, info.shape, strict=True)

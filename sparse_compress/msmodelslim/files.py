@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.companion_files import companion_files, is_companion
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
@@ -54,14 +54,14 @@ def file_names(versioned: bool, kind: str) -> tuple[str, str]:
 
 def find_description(directory: Path) -> Path:
     if not directory.is_dir():
-        raise MsQuantError(f"{directory}: no such directory")
+        raise BadFileError(f"{directory}: no such directory")
     found = sorted(directory.glob(DESCRIPTIONS))
     if not found:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: is no directory of msModelSlim, expected one {DESCRIPTIONS} in it "
             "(sparse-compress run takes a float model)"
         )
     if len(found) != 1:
         names = [path.name for path in found]
-        raise MsQuantError(f"{directory}: has {names!r:.200}, expected one {DESCRIPTIONS}")
+        raise BadFileError(f"{directory}: has {names!r:.200}, expected one {DESCRIPTIONS}")
     return found[0]

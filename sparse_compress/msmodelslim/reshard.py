@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant import __version__
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.atomic import free_space_check, sha256_file
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.reader import check_tensor, fingerprint
@@ -64,7 +64,7 @@ class SlimModel:
         known |= {HEAD, *self.config.parameter_shapes()}
         unknown = [name for name in self.slim.checkpoint.names if name not in known]
         if unknown:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.slim.directory}: {unknown[0]!r} is not a tensor of a W8A8S "
                 f"{self.config.model_type} model of {self.config.num_layers} layers"
             )
@@ -86,7 +86,7 @@ class SlimModel:
         )
         has_bias = self.config.block(index).linears[path].bias
         if not has_bias and bias.any():
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self._where(f'{name}.quant_bias')}: {np.count_nonzero(bias)} of {bias.size} "
                 "values differ from -input_offset * sum of the weight's row, and a "
                 f"{self.config.model_type} model has no bias there"
@@ -104,11 +104,11 @@ class SlimModel:
             for suffix in ("input_scale", "input_offset")
         )
         if not np.isfinite(scale) or scale < SMALLEST_NORMAL or FLOAT16.type(scale) != scale:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self._where(f'{path}.input_scale')} is {scale:g}, expected a normal float16"
             )
         if not (-128 <= offset <= 127 and offset == int(offset)):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self._where(f'{path}.input_offset')} is {offset:g}, expected an int8"
             )
         return np.float32(scale), int(offset)
@@ -155,7 +155,7 @@ class SlimModel:
             name = f"{path}.{suffix}"
             info = self.slim.info(name)
             if info.code not in codes or info.shape != size:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{self._where(name)} is {info.code} {list(info.shape)}, expected "
                     f"{' or '.join(codes)} {list(size)}"
                 )
@@ -262,7 +262,7 @@ def check(directory: Path, output: Path, target: str, tp: int, workers: int = CO
         else:
             compressed.add(fused)
     if not compressed:
-        raise MsQuantError(f"{model.slim.path}: names no W8A8S linear of the model")
+        raise BadFileError(f"{model.slim.path}: names no W8A8S linear of the model")
     layout = Layout(config, tp, frozenset(compressed), runtime)
     names = [name for name in layout.float_names() if not _folded(model, name)]
     division = Division(model, Path(output), layout, reasons, survey(model, names), workers)
@@ -283,7 +283,7 @@ def _agree(model: SlimModel, index: int, group: LinearGroup) -> bool:
 
 
 def _disagree(model: SlimModel, first: str, second: str, what: str) -> MsQuantError:
-    return MsQuantError(
+    return BadFileError(
         f"{model.slim.directory}: {first} and {second} differ, expected one {what}: the runtime "
         "fuses them"
     )
@@ -304,4 +304,4 @@ def _refuse_too_long(packer: Packer) -> None:
 
 
 def _no_float(fused: str, reason: str) -> MsQuantError:
-    return MsQuantError(f"{fused}: {reason}, and a W8A8S directory has no float weight of it")
+    return BadFileError(f"{fused}: {reason}, and a W8A8S directory has no float weight of it")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.progress import StepProgress, silent
 from sparse_compress.codec import CORES
@@ -91,7 +91,7 @@ def compress_checkpoint(
         True
     """
     if isinstance(exclude, str):
-        raise MsQuantError(f"exclude is {exclude!r:.80}, expected a list of strings")
+        raise BadArgumentError(f"exclude is {exclude!r:.80}, expected a list of strings")
     options = SparseOptions(
         model=Path(model),
         output=Path(output),

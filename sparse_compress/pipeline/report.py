@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.files.atomic import write_bytes
 from ms_quant.models.names import short_name
 
@@ -73,11 +73,15 @@ def check_page(path: Path, checkpoint: Path) -> None:
             would lie in the checkpoint, whose files are all accounted for.
     """
     if find_spec("plotly") is None:
-        raise MsQuantError("--plot needs plotly, which is missing: pip install 'ms-quant[report]'")
+        raise BadArgumentError(
+            "--plot needs plotly, which is missing: pip install 'ms-quant[report]'"
+        )
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise MsQuantError(f"{path}: cannot be made, expected a file name in a directory there is")
+        raise BadArgumentError(
+            f"{path}: cannot be made, expected a file name in a directory there is"
+        )
     if path.resolve().is_relative_to(checkpoint.resolve()):
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{path}: lies in the checkpoint {checkpoint}, where verify would refuse it; "
             "expected a file elsewhere"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.data.calibration import eval_windows
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.formats.float_model import open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.models.config import ModelConfig
@@ -158,7 +158,7 @@ def check(options: SparseOptions) -> CheckedSparseJob:
     model = open_float(options.model)
     config, checkpoint = model
     if not config.predicts:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"{options.model}: has no head to predict tokens with, expected a model that "
             "generates: runtimes load no other from W8A8SC"
         )
@@ -170,7 +170,7 @@ def check(options: SparseOptions) -> CheckedSparseJob:
     fused = {path for _, _, path in target.linears(config)}
     if fused <= set(reasons):
         name, reason = next(iter(reasons.items()))
-        raise MsQuantError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
+        raise BadArgumentError(f"no linear can be compressed at tp {options.tp}; {name}: {reason}")
     layout = Layout(config, options.tp, frozenset(fused - set(reasons)), target)
     writing: dict[str, Any] = {"format": "W8A8SC", "target": target.name, "tp": options.tp}
     numbers: dict[str, Any] = {"rate": goal.record()} if goal else {}
@@ -202,9 +202,9 @@ def _goal(options: SparseOptions) -> Goal | None:
     }
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1 and given != ["sparsity", "pruning"]:
-        raise MsQuantError(f"--{given[0]} and --{given[1]} exclude each other, expected one")
+        raise BadArgumentError(f"--{given[0]} and --{given[1]} exclude each other, expected one")
     if (options.heldout is None) != (options.max_ppl_increase is None):
-        raise MsQuantError(
+        raise BadArgumentError(
             "--max-ppl-increase and --heldout FILE belong together, expected both or neither"
         )
     if options.pruned:
@@ -217,7 +217,7 @@ def _goal(options: SparseOptions) -> Goal | None:
     check_increase(options.max_ppl_increase)
     tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples)
     if tokens.shape[1] < 2:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"
         )
     return Goal(None, float(options.max_ppl_increase), tokens)

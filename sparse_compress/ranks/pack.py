@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.writer import TensorPlan
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
@@ -36,7 +36,7 @@ def deq_floats(bits: np.ndarray, name: str) -> np.ndarray:
     low, high = (int(np.float32(x).view(np.int32)) for x in (np.finfo("f4").tiny, np.inf))
     wrong = int(np.count_nonzero((bits < low) | (bits >= high)))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {wrong} of {bits.size} values are not the bits of a positive finite float32"
         )
     return bits.astype(np.int32).view(np.float32)
@@ -188,7 +188,7 @@ class Packer:
         elif (scale == scale[0]).all():
             scale = scale[:1]
         else:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{fused}.input_scale: differs between channels, expected one value as target "
                 f"{self.layout.target.name} holds"
             )

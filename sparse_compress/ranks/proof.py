@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import FloatTensors
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import parse_json
@@ -143,11 +143,11 @@ class Proof:
         plans = {plan.name: plan for plan in proof_plans(layout, index)}
         for name in sorted(set(plans) ^ set(self.file.tensors)):
             state = "is missing" if name in plans else "is unknown"
-            raise MsQuantError(f"{self.file.path}: tensor {name!r} {state}")
+            raise BadFileError(f"{self.file.path}: tensor {name!r} {state}")
         for name, plan in plans.items():
             info = self.file.info(name)
             if (info.dtype, info.shape) != (plan.dtype, plan.shape):
-                raise MsQuantError(
+                raise BadFileError(
                     f"{self.file.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, "
                     f"expected {plan.dtype} {list(plan.shape)}"
                 )
@@ -165,7 +165,7 @@ class Proof:
                 for member, found in counts.items()
             }
         except (ValueError, TypeError, AttributeError, OverflowError):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.file.path}: metadata 'counts' is malformed, expected counts of zeros"
             ) from None
 
@@ -178,7 +178,7 @@ class Proof:
         try:
             return float(parse_json(self.file.metadata.get("errors", "").encode())[member])
         except (ValueError, TypeError, KeyError, OverflowError):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.file.path}: metadata 'errors' is malformed, expected that of {member}"
             ) from None
 
@@ -199,7 +199,7 @@ class Proof:
         array = self.file.read(name)
         wrong = array.size - int(np.count_nonzero(np.isfinite(array) & (array >= least)))
         if wrong:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.file.path}: tensor {name!r} holds {wrong} values of {array.size} that are "
                 f"not finite or below {least:g}"
             )

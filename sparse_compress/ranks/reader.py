@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import CHUNK_ELEMENTS
 from ms_quant.formats.opening import ServedModel, static_linear
 from ms_quant.models.block_spec import LinearGroup
@@ -90,7 +90,7 @@ class SparseModel:
     def linear(self, path: str) -> QuantizedLinear | None:
         """The int8 linear at a path, with its bias; None when it is float."""
         if path not in self._groups:
-            raise MsQuantError(f"{self.directory}: {path!r} is not a linear of the model")
+            raise BadFileError(f"{self.directory}: {path!r} is not a linear of the model")
         index, group = self._groups[path]
         fused = f"{block_prefix(index)}{group.fused}"
         if fused not in self.layout.compressed:
@@ -160,7 +160,7 @@ class SparseModel:
             found = offset.astype(np.int8)
         wrong = int(np.count_nonzero(found != offset))
         if wrong:
-            raise MsQuantError(f"{name}: {wrong} of {size} values are not those of an int8")
+            raise BadFileError(f"{name}: {wrong} of {size} values are not those of an int8")
         return found
 
     def _input(self, name: str, places: list[Shard], size: int) -> np.ndarray:
@@ -177,7 +177,7 @@ class SparseModel:
         if group.parallel == "row":
             for rank, part in enumerate(parts[1:], 1):
                 if part.any():
-                    raise MsQuantError(
+                    raise BadFileError(
                         f"{rank_name(rank)}: {name}: holds {np.count_nonzero(part)} values that "
                         "are not 0, expected zeros: ranks add up, and rank_0 holds the bias"
                     )
@@ -222,7 +222,7 @@ class SparseModel:
         if name == HEAD and self.config.tied:
             self._check_tied()
         if padding:
-            raise MsQuantError(f"{name}: rows {size} and on are padding, expected zeros")
+            raise BadFileError(f"{name}: rows {size} and on are padding, expected zeros")
 
     def _stored_vocabulary(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         step = max(1, CHUNK_ELEMENTS // self.config.hidden_size)
@@ -236,7 +236,7 @@ class SparseModel:
         tables = (self._stored_vocabulary(name) for name in (EMBEDDING, HEAD))
         for (_, first), (_, second) in zip(*tables, strict=True):
             if not same_bits(first, second):
-                raise MsQuantError(f"{HEAD}: differs from {EMBEDDING}, to which it is tied")
+                raise BadFileError(f"{HEAD}: differs from {EMBEDDING}, to which it is tied")
 
     def _vocabulary(self, name: str) -> np.ndarray:
         table = np.empty((self.config.vocab_size, self.config.hidden_size), FLOAT16)
@@ -271,5 +271,5 @@ def open_w8a8sc(directory: Path, workers: int = CORES) -> ServedModel | None:
     ranks = open_ranks(directory, target, layout.tp)
     problems = structure_problems(layout, ranks)
     if problems:
-        raise MsQuantError(problems[0])
+        raise BadFileError(problems[0])
     return SparseModel(directory, layout, ranks, workers)

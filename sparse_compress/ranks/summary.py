@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.statistics.activation_range import float16_facts
@@ -33,7 +33,7 @@ def open_sparse(directory: Path, workers: int = CORES) -> SparseModel:
     """
     model = open_w8a8sc(directory, workers)
     if not isinstance(model, SparseModel):
-        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint")
+        raise BadFileError(f"{directory}: is no W8A8SC checkpoint")
     return model
 
 
@@ -130,7 +130,7 @@ def summary(directory: Path) -> RankSummary:
     value = read_json(directory / RECORD, MAX_RECORD_BYTES)
     record = value.get("record")
     if not isinstance(record, dict):
-        raise MsQuantError(f"{directory / RECORD}: has no record, expected what was computed")
+        raise BadFileError(f"{directory / RECORD}: has no record, expected what was computed")
     facts = float16_facts(value, str(directory / RECORD))
     return RankSummary(
         path=directory,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.safetensors_file import SafetensorsFile, TensorInfo, open_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.block_spec import LinearGroup
@@ -35,13 +35,13 @@ class RankTensors:
             file = open_file(path)
             for name in file.tensors:
                 if name in self._files:
-                    raise MsQuantError(
+                    raise BadFileError(
                         f"{path}: holds tensor {name!r}, expected it only in "
                         f"{self._files[name].path}"
                     )
                 self._files[name] = file
         if not self._files:
-            raise MsQuantError(f"{place}: holds no tensors, expected those of a rank")
+            raise BadFileError(f"{place}: holds no tensors, expected those of a rank")
 
     @property
     def names(self) -> set[str]:
@@ -74,7 +74,7 @@ class RankTensors:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            raise MsQuantError(f"{self.place}: has no tensor {name!r}")
+            raise BadFileError(f"{self.place}: has no tensor {name!r}")
         return self._files[name]
 
 
@@ -149,7 +149,7 @@ def rank_places(directory: Path, target: Target, tp: int) -> list[Path]:
     found = sorted(path.name for path in directory.glob(target.ranks))
     places = [target.rank_place(rank) for rank in range(tp)]
     if found != sorted(places):
-        raise MsQuantError(f"{directory}: has {found!r:.80}, expected {sorted(places)!r:.80}")
+        raise BadFileError(f"{directory}: has {found!r:.80}, expected {sorted(places)!r:.80}")
     return [directory / place for place in places]
 
 
@@ -169,7 +169,7 @@ def decode_weight(
         return decompress_matrix(weight, tiles, info, "low", threads=workers)
     except MsQuantError as error:
         path = tensors.path(f"{fused}.weight")
-        raise MsQuantError(f"{path}: tensor '{fused}.weight': {error}") from None
+        raise BadFileError(f"{path}: tensor '{fused}.weight': {error}") from None
 
 
 def check_input_scale(scale: np.ndarray, name: str) -> None:
@@ -180,7 +180,7 @@ def check_input_scale(scale: np.ndarray, name: str) -> None:
     """
     good = int(np.count_nonzero(np.isfinite(scale) & (scale >= SMALLEST_NORMAL)))
     if good != scale.size:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {scale.size - good} of {scale.size} values are not finite or below "
             f"{SMALLEST_NORMAL:g}, the smallest normal float16"
         )
@@ -189,7 +189,7 @@ def check_input_scale(scale: np.ndarray, name: str) -> None:
 def _check_info(tensors: RankTensors, name: str, expected: np.ndarray) -> None:
     found = tensors.read(name)
     if not np.array_equal(found, expected):
-        raise MsQuantError(
+        raise BadFileError(
             f"{tensors.path(name)}: tensor {name!r} is {found.tolist()}, expected "
             f"{expected.tolist()}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 LEAST_RATIO = 0.199
 """Of a tile that holds nothing but pairs of d0: four engines of a header and 196 words."""
@@ -41,7 +41,7 @@ def check_ratio(ratio: float) -> None:
     MsQuantError: it is not between LEAST_RATIO and 1.
     """
     if not LEAST_RATIO < ratio < 1:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"target ratio is {ratio}, expected a number above {LEAST_RATIO}, which the format "
             "takes at least, and below 1"
         )
@@ -52,7 +52,7 @@ def check_increase(increase: float) -> None:
     MsQuantError: it is not above 0 and at most 1.
     """
     if not 0 < increase <= 1:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"max ppl increase is {increase}, expected a share above 0 and up to 1, such as 0.005 "
             "or 0.5%"
         )
@@ -67,6 +67,6 @@ def parse_share(text: str) -> float:
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"max ppl increase is {text!r:.80}, expected a share such as 0.005 or 0.5%"
         ) from None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 from ms_quant.quantization.hooks import WeightTransform
 from ms_quant.statistics.observers import ActivationStats
 
@@ -39,9 +39,11 @@ def check_pruning(sparsity: float, pruning: str) -> None:
         MsQuantError: an argument is out of its range.
     """
     if not 0.0 <= sparsity < 1.0:
-        raise MsQuantError(f"sparsity is {sparsity}, expected a number from 0 up to but not 1")
+        raise BadArgumentError(f"sparsity is {sparsity}, expected a number from 0 up to but not 1")
     if pruning not in PRUNINGS:
-        raise MsQuantError(f"pruning {pruning!r} is unknown, expected one of {', '.join(PRUNINGS)}")
+        raise BadArgumentError(
+            f"pruning {pruning!r} is unknown, expected one of {', '.join(PRUNINGS)}"
+        )
 
 
 def pruned_count(sparsity: float, size: int) -> int:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.atomic import write_json
 from ms_quant.files.strict_json import read_json
@@ -144,7 +144,7 @@ class Search:
             return max(good)
         least = min(point[2] for point in points)
         self._forget([price for price, _, _ in points])
-        raise MsQuantError(
+        raise BadArgumentError(
             f"max ppl increase {100 * math.expm1(budget):g} % cannot be reached: the least that "
             f"was found is {100 * math.expm1(least):.3g} %, of which quantized activations are a "
             "part"
@@ -270,4 +270,4 @@ def read_tries(path: Path, goal: Goal) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _malformed(path: Path) -> MsQuantError:
-    return MsQuantError(f"{path}: is malformed; delete {path.parent} to measure again")
+    return BadArgumentError(f"{path}: is malformed; delete {path.parent} to measure again")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError
 
 PRICES = tuple(2.0**power for power in range(-13, -1))
 """Of a bit per weight, in relative error, at which a linear is measured."""
@@ -105,7 +105,7 @@ def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0)
     """
     least = predict(curves, HIGHEST).ratio
     if least > ratio:
-        raise MsQuantError(
+        raise BadArgumentError(
             f"target ratio {ratio:g} cannot be reached: the smallest that this model's linears "
             f"are predicted to take is {least:.3f}"
         )

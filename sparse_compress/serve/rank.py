@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.companions import config_problems
 from ms_quant.formats.structure import check_kind
@@ -97,14 +97,14 @@ def prove_layout(directory: Path, target: Target, number: int, tp: int) -> Layou
     except MsQuantError as error:
         raise refusal(target, tp, [f"{rank_name(number)}: {error}"]) from None
     if not 0 <= number < tp:
-        raise MsQuantError(f"the rank is {number}, expected 0 to {tp - 1}")
+        raise BadFileError(f"the rank is {number}, expected 0 to {tp - 1}")
     return layout
 
 
 def refusal(target: Target, tp: int, problems: list[str]) -> MsQuantError:
     """The error that says the first of some problems, and what makes a right checkpoint."""
     more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
-    return MsQuantError(f"{problems[0]}{more}; {remedy(target, tp)}")
+    return BadFileError(f"{problems[0]}{more}; {remedy(target, tp)}")
 
 
 def remedy(target: Target, tp: int) -> str:
@@ -128,20 +128,20 @@ def served_layout(directory: Path, target: Target, tp: int) -> Layout:
     """
     found = find_target(directory)
     if found is not target:
-        raise MsQuantError(_other_kind(directory, target, found))
+        raise BadFileError(_other_kind(directory, target, found))
     config = load_config(directory)
     for problem in config_problems(directory, FLOAT16):
-        raise MsQuantError(problem)
+        raise BadFileError(problem)
     layout = target.read(directory, config)
     if layout.tp != tp:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: is made for {layout.tp} ranks, expected {tp} as asked for"
         )
     for place in rank_places(directory, target, tp):
         kind = "file" if target.one_file else "directory"
         if place.is_symlink() or place.is_dir() == target.one_file:
             instead = "a symbolic link" if place.is_symlink() else f"no {kind}"
-            raise MsQuantError(f"{place}: is {instead}, expected the {kind} of a rank")
+            raise BadFileError(f"{place}: is {instead}, expected the {kind} of a rank")
     return layout
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms import has
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.reader import Checkpoint, FloatTensors
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.companions import config_problems, source_problems
@@ -143,12 +143,12 @@ def _require_checkpoint(directory: Path) -> None:
     described = any((directory / target.description).exists() for target in TARGETS.values())
     title = _other_kind(directory)
     if title:
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory}: is {title}, expected a W8A8SC checkpoint; ms-quant verify proves it"
         )
     if not described and not (directory / RECORD).exists():
         names = " or ".join(sorted({target.description for target in TARGETS.values()}))
-        raise MsQuantError(f"{directory}: is no W8A8SC checkpoint, expected {names}, and {RECORD}")
+        raise BadFileError(f"{directory}: is no W8A8SC checkpoint, expected {names}, and {RECORD}")
 
 
 def _other_kind(directory: Path) -> str:

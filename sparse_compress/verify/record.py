@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig
@@ -29,7 +29,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record")
     if not isinstance(record, dict) or record.get("format") != "W8A8SC":
-        raise MsQuantError(f"{path}: is no record of a W8A8SC checkpoint")
+        raise BadFileError(f"{path}: is no record of a W8A8SC checkpoint")
     kinds = {
         "target": str,
         "tp": int,
@@ -39,18 +39,18 @@ def read_record(directory: Path) -> dict[str, Any]:
     }
     for key, kind in kinds.items():
         if type(record.get(key)) is not kind:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{path}: {key} is {record.get(key)!r:.80}, expected {kind.__name__}"
             )
     if not 1 <= record["tp"] <= MAX_RANKS:
-        raise MsQuantError(f"{path}: tp is {record['tp']}, expected 1 to {MAX_RANKS}")
+        raise BadFileError(f"{path}: tp is {record['tp']}, expected 1 to {MAX_RANKS}")
     if len(record["exclude"]) > MAX_PATTERNS:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: exclude has {len(record['exclude'])} patterns, expected at most "
             f"{MAX_PATTERNS}"
         )
     if not all(isinstance(pattern, str) for pattern in record["exclude"]):
-        raise MsQuantError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
+        raise BadFileError(f"{path}: exclude is {record['exclude']!r:.80}, expected patterns")
     if "rate" not in record:
         check_pruning(record["sparsity"], record["pruning"])
     return record
@@ -76,7 +76,7 @@ def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]
     path = directory / RECORD
     stated = read_json(path, MAX_RECORD_BYTES).get("uncompressed")
     if not isinstance(stated, dict):
-        raise MsQuantError(f"{path}: uncompressed is {stated!r:.80}, expected reasons by name")
+        raise BadFileError(f"{path}: uncompressed is {stated!r:.80}, expected reasons by name")
     target, tp = get_target(record["target"], config.model_type), record["tp"]
     check_tp(config, tp)
     target.check(config, tp, record["algorithm"])
@@ -87,11 +87,11 @@ def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]
         planned = group.name in {found.name for found in plan.groups(index)}
         asked = planned and fused not in limits
         if planned and not asked and fused not in stated:
-            raise MsQuantError(f"{directory}: {fused}: {limits[fused]}")
+            raise BadFileError(f"{directory}: {fused}: {limits[fused]}")
         partial = fused_shape(group, tp)[0] % TILE_ROWS  # may code too badly to be stored
         if (fused in stated) == asked and not (asked and partial):
             expected = "compressed" if asked else "uncompressed"
-            raise MsQuantError(f"{path}: {fused} is not {expected}, expected it by the arguments")
+            raise BadFileError(f"{path}: {fused} is not {expected}, expected it by the arguments")
         if asked and fused not in stated:
             compressed.add(fused)
     return Layout(config, tp, frozenset(compressed), target)

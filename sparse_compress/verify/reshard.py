@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.formats.companions import config_problems, source_problems
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
@@ -38,7 +38,7 @@ def divided_problems(
     target = get_target(str(record["target"]), config.model_type)
     layout = target.read(directory, config)
     if record.get("tp") != layout.tp:
-        raise MsQuantError(f"{directory}: has {layout.tp} ranks, expected {record.get('tp')!r:.80}")
+        raise BadFileError(f"{directory}: has {layout.tp} ranks, expected {record.get('tp')!r:.80}")
     ranks = open_ranks(directory, target, layout.tp)
     problems = structure_problems(layout, ranks) + guard(config_problems, directory, FLOAT16)
     if problems:

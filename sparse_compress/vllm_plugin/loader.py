@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import HEAD, Layout
 from sparse_compress.layouts.vllm_mindspore import TARGET
@@ -30,7 +30,7 @@ def loader_class() -> type[Any]:
             super().__init__(load_config)
             extra = load_config.model_loader_extra_config
             if extra:
-                raise MsQuantError(f"model_loader_extra_config is {extra!r:.80}, expected none")
+                raise BadFileError(f"model_loader_extra_config is {extra!r:.80}, expected none")
 
         def download_model(self, model_config: Any) -> None:
             _directory(model_config)
@@ -100,7 +100,7 @@ def servable(vllm_config: Any, model_config: Any) -> Any:
     """
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages != 1:
-        raise MsQuantError(f"pipeline-parallel-size is {stages}, expected 1: ranks hold all layers")
+        raise BadFileError(f"pipeline-parallel-size is {stages}, expected 1: ranks hold all layers")
     number, tp = runtime.rank_of_world()
     layout = prove_layout(_directory(model_config), TARGET, number, tp)
     if runtime.is_310p():
@@ -114,7 +114,7 @@ def _plain_config(config: Any, layout: Layout) -> Any:
     """The same method's configuration for the decoded checkpoint."""
     name = config.get_name() if config is not None else "none"
     if name.replace("_", "-") != QUANTIZATION or getattr(config, "is_modelslim", False):
-        raise MsQuantError(
+        raise BadFileError(
             f"--load-format sparse_quant was given with quantization {name}, expected "
             f"--quantization {QUANTIZATION}"
         )
@@ -124,5 +124,5 @@ def _plain_config(config: Any, layout: Layout) -> Any:
 def _directory(model_config: Any) -> Path:
     directory = Path(model_config.model)
     if not directory.is_dir():
-        raise MsQuantError(f"{directory}: no such directory, expected a local W8A8SC checkpoint")
+        raise BadFileError(f"{directory}: no such directory, expected a local W8A8SC checkpoint")
     return directory

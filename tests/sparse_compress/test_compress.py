@@ -15,8 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from ms_quant.errors import MsQuantError
-from ms_quant.files.atomic import DiskError
+from ms_quant.errors import DiskError, MsQuantError
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix
 from sparse_compress.msmodelslim.compress import check

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.numerics import affine, pack
 from ms_quant.numerics.activation import PerToken
 from ms_quant.schemes.records import Scheme
@@ -46,7 +46,7 @@ class Codes:
         """
         for size, of, side in ((rows, self.rows, "outputs"), (columns, self.columns, "inputs")):
             if size % of:
-                raise MsQuantError(f"{name}: {size} {side}, expected an even number to pack int4")
+                raise BadFileError(f"{name}: {size} {side}, expected an even number to pack int4")
 
 
 def _plain(codes: np.ndarray, name: str) -> np.ndarray:
@@ -61,7 +61,7 @@ def _four_bits(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
     smallest, largest = affine.LIMITS[4]
     wrong = int(np.count_nonzero((stored < smallest) | (stored > largest)))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {wrong} of {stored.size} values are not int4, expected {smallest}..{largest}"
         )
     return stored
@@ -71,7 +71,7 @@ def no_nan(stored: np.ndarray, columns: int, name: str) -> np.ndarray:
     codes = stored.view(np.uint8)
     wrong = int(np.count_nonzero((codes & 127) == 127))
     if wrong:
-        raise MsQuantError(f"{name}: {wrong} of {codes.size} values are NaN, expected none")
+        raise BadFileError(f"{name}: {wrong} of {codes.size} values are NaN, expected none")
     return codes
 
 

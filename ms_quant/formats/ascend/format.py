@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
@@ -64,18 +64,18 @@ def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> 
     """
     activation = layer.scheme.activation
     if isinstance(activation, StaticInt8) and activation.per_channel:
-        raise MsQuantError(f"the ascend format cannot hold scheme {layer.scheme.name}")
+        raise UnsupportedError(f"the ascend format cannot hold scheme {layer.scheme.name}")
     codes_of(layer.scheme, layer.dtype).check(*spec.shape, name)
     if layer.scheme.algorithm == "flatquant":
         if spec.in_features % TRANSFORM_MULTIPLE:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{name}: {spec.in_features} inputs, expected a multiple of {TRANSFORM_MULTIPLE} "
                 "for a Kronecker transform"
             )
         balanced_factors(spec.in_features, name)
     slices = slices_of(group)
     if has_scale_bias(layer.scheme) and spec.in_features % slices:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {spec.in_features} inputs, expected a multiple of {slices}: scale_bias of a "
             "row-parallel linear has a sum for each rank"
         )
@@ -97,7 +97,9 @@ def linear_tensor(
     made = parts(layer, group, (rows, columns))
     homeless = ({"smooth", *ADDED} & linear.arrays().keys()) - made.keys()
     if homeless:
-        raise MsQuantError(f"the ascend format has no place for {min(homeless)} of a linear here")
+        raise UnsupportedError(
+            f"the ascend format has no place for {min(homeless)} of a linear here"
+        )
     return made[suffix].make(linear)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError, short
+from ms_quant.errors import BadFileError, UnsupportedError, short
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.flat_description import tensor_entries
 from ms_quant.formats.format import Leeway
@@ -45,7 +45,7 @@ def describe_difference(
     """
     notes = [text for key, value in found.items() for text in _global(key, value, made, where)]
     if "W4A8_DYNAMIC" in found.values() and found.get("version") != PACKED_VERSION:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}: version is {short(found.get('version'))}, expected {PACKED_VERSION!r} with "
             "W4A8_DYNAMIC: older checkpoints pack its weights otherwise"
         )
@@ -63,9 +63,9 @@ def _global(key: str, value: Any, made: Mapping[str, Any], where: Path) -> list[
     """Notes on a key that is of no tensor."""
     place = f"{where}: {key}"
     if key.endswith(ONLINE):
-        raise MsQuantError(f"{place} is a rotation at run time, which is not read, expected none")
+        raise BadFileError(f"{place} is a rotation at run time, which is not read, expected none")
     if key.endswith(".quant_type") and value not in EMPTY:
-        raise MsQuantError(f"{place} is {short(value)}: quantized attention is not read here")
+        raise UnsupportedError(f"{place} is {short(value)}: quantized attention is not read here")
     if "." in key or key in INFORMATIVE or value in EMPTY or key in CACHE:
         return []
     if key == "metadata" or key == "optional":
@@ -73,16 +73,16 @@ def _global(key: str, value: Any, made: Mapping[str, Any], where: Path) -> list[
     if key == "is_quarot":
         return [f"{place} is {short(value)}: a rotation in the weights changes no output"]
     if key in ("fa_quant_type", "indexer_quant_type", "reduce_quant_type"):
-        raise MsQuantError(f"{place} is {short(value)}, which is not read here, expected none")
+        raise UnsupportedError(f"{place} is {short(value)}, which is not read here, expected none")
     return [] if key in made else [f"{place} is {short(value)}, a key that is not known here"]
 
 
 def _rotation(key: str, value: Any, place: str) -> str:
     """What is said of QuaRot: a rotation in the weights is read, one at run time is not."""
     if not isinstance(value, Mapping) or set(value) - {"quarot"}:
-        raise MsQuantError(f"{place} is {short(value)}, expected nothing or 'quarot'")
+        raise BadFileError(f"{place} is {short(value)}, expected nothing or 'quarot'")
     if key == "metadata" and value["quarot"]:
-        raise MsQuantError(
+        raise BadFileError(
             f"{place}.quarot is {short(value['quarot'])}: rotations at run time are not read, "
             "expected none"
         )
@@ -142,7 +142,7 @@ def check_scale_bias(found: np.ndarray, made: np.ndarray, largest: np.ndarray, p
 def _require(good: np.ndarray, name: str, what: str) -> None:
     wrong = int(good.size - np.count_nonzero(good))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {wrong} of {good.size} values are {what} from what the other tensors give"
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
 from ms_quant.formats.ascend.leeway import BF16_STEPS, check_scale_bias, stated
@@ -51,7 +51,7 @@ class _Source:
         array = self.float32(suffix)
         wrong = int(np.count_nonzero(array <= 0))
         if wrong:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}.{suffix}: {wrong} scales are not positive, expected all to be"
             )
         return array
@@ -59,7 +59,7 @@ class _Source:
     def require(self, good: np.ndarray, suffix: str, what: str) -> None:
         wrong = int(good.size - np.count_nonzero(good))
         if wrong:
-            raise MsQuantError(f"{self.path}.{suffix}: {wrong} of {good.size} {what}")
+            raise BadFileError(f"{self.path}.{suffix}: {wrong} of {good.size} {what}")
 
     def same(self, suffix: str, found: np.ndarray, made: Callable[[], np.ndarray]) -> None:
         equal = np.equal(found, made())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ms_quant.errors import MsQuantError, short
+from ms_quant.errors import BadFileError, MsQuantError, UnsupportedError, short
 from ms_quant.formats.compressed_tensors.entry import (
     EVERY,
     HEAD,
@@ -66,7 +66,7 @@ def format_of(scheme: Scheme) -> str:
             return PLAIN
     if (weight, activation) in FLOATS:
         return FLOAT8
-    raise MsQuantError(f"the {NAME} format cannot hold scheme {scheme.name}")
+    raise UnsupportedError(f"the {NAME} format cannot hold scheme {scheme.name}")
 
 
 def _is_plain_input(activation: ActivationFormat) -> bool:
@@ -177,12 +177,12 @@ def read_schemes(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, S
         scheme = _scheme(group, where)
         for target in names_of(group, "targets", where):
             if targets.setdefault(target, scheme) != scheme:
-                raise MsQuantError(
+                raise BadFileError(
                     f"{KEY}: {short(target)} is a target of several schemes, expected one"
                 )
     ignored, chosen = Targets(names_of(config, "ignore", KEY)), Targets(targets)
     if HEAD in targets and ignored.of(HEAD) is None:
-        raise MsQuantError(f"{KEY}: {HEAD} is a target, expected it in ignore: it stays float")
+        raise BadFileError(f"{KEY}: {HEAD} is a target, expected it in ignore: it stays float")
     schemes: dict[str, Scheme | None] = {}
     for path in paths:
         name = None if ignored.of(path) else chosen.of(path)
@@ -193,24 +193,24 @@ def read_schemes(config: Mapping[str, Any], paths: Sequence[str]) -> dict[str, S
 def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
     """The scheme that a group spells."""
     if group.get("output_activations") is not None:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where}.output_activations is {short(group['output_activations'])}, expected null"
         )
     known = [MIXED, *dict.fromkeys(name for names in STORED_AS.values() for name in names)]
     if group["format"] not in (None, *known):
         listed = ", ".join(known)
-        raise MsQuantError(f"{where}.format is {short(group['format'])}, expected one of {listed}")
+        raise BadFileError(f"{where}.format is {short(group['format'])}, expected one of {listed}")
     weights = arguments_of(group.get("weights"), f"{where}.weights")
     inputs = arguments_of(group.get("input_activations"), f"{where}.input_activations")
     if weights is None:
-        raise MsQuantError(f"{where}.weights is null, expected arguments")
+        raise BadFileError(f"{where}.weights is null, expected arguments")
     differences = []
     for scheme in _candidates(weights, inputs):
         found = _difference(group, weights, inputs, scheme, where)
         if found is None:
             return scheme
         differences.append((found, scheme.name))
-    raise MsQuantError(_nearest(differences))
+    raise BadFileError(_nearest(differences))
 
 
 def _nearest(differences: Sequence[tuple[Difference, str]]) -> str:

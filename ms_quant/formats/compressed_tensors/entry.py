@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ms_quant.errors import MsQuantError, short
+from ms_quant.errors import BadFileError, short
 
 KEY = "quantization_config"
 EVERY, HEAD, PATTERN = "Linear", "lm_head", "re:"
@@ -39,17 +39,17 @@ def check_entry(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         where = f"{KEY}: {key}"
         if key == "kv_cache_scheme" and value is not None:
-            raise MsQuantError(f"{where} is {short(value)}, expected null: no cache in int8 or fp8")
+            raise BadFileError(f"{where} is {short(value)}, expected null: no cache in int8 or fp8")
         if key == "sparsity_config" and not _is_dense(value):
-            raise MsQuantError(f"{where} is {short(value)}, expected none or format 'dense'")
+            raise BadFileError(f"{where} is {short(value)}, expected none or format 'dense'")
         if key == "transform_config" and not _is_empty(value):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where} is {short(value)}, expected none: transforms at run time are not read"
             )
         if key == "quantization_status" and value not in STATUSES:
-            raise MsQuantError(f"{where} is {short(value)}, expected 'compressed' or 'frozen'")
+            raise BadFileError(f"{where} is {short(value)}, expected 'compressed' or 'frozen'")
         if key not in _KNOWN:
-            raise MsQuantError(f"{where} is unknown, expected one of {', '.join(sorted(_KNOWN))}")
+            raise BadFileError(f"{where} is unknown, expected one of {', '.join(sorted(_KNOWN))}")
 
 
 _KNOWN = NEUTRAL | {
@@ -80,15 +80,15 @@ def groups_of(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        raise MsQuantError(f"{KEY}: config_groups is {short(groups)}, expected groups of linears")
+        raise BadFileError(f"{KEY}: config_groups is {short(groups)}, expected groups of linears")
     found = []
     for name, group in groups.items():
         where = f"{KEY}: {name}"
         if not isinstance(group, Mapping):
-            raise MsQuantError(f"{where} is {short(group)}, expected an object")
+            raise BadFileError(f"{where} is {short(group)}, expected an object")
         unknown = [key for key in group if key not in GROUP_KEYS]
         if unknown:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}.{unknown[0]} is unknown, expected one of {', '.join(GROUP_KEYS)}"
             )
         found.append((where, {**group, "format": group.get("format") or config.get("format")}))
@@ -108,17 +108,17 @@ def arguments_of(value: Any, where: str) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise MsQuantError(f"{where} is {short(value)}, expected arguments or null")
+        raise BadFileError(f"{where} is {short(value)}, expected arguments or null")
     for key, given in value.items():
         if key == "actorder" and given not in ORDERS:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{where}.actorder is {short(given)}, expected null, 'static' or 'weight': columns "
                 "in another order (weight_g_idx) are not read"
             )
         if key == "scale_dtype" and given not in SCALE_TYPES:
-            raise MsQuantError(f"{where}.scale_dtype is {short(given)}, expected null")
+            raise BadFileError(f"{where}.scale_dtype is {short(given)}, expected null")
         if key not in {*DECIDING, *STATED, "actorder", "scale_dtype"}:
-            raise MsQuantError(f"{where}.{key} is unknown, expected one of {', '.join(DECIDING)}")
+            raise BadFileError(f"{where}.{key} is unknown, expected one of {', '.join(DECIDING)}")
     made = {key: _lower(value.get(key, DEFAULTS.get(key))) for key in DECIDING}
     return made | {"block_structure": _block(made["block_structure"]), **_grouping(made)}
 
@@ -201,10 +201,10 @@ def names_of(entry: Mapping[str, Any], key: str, where: str) -> list[str]:
     if names is None and key == "ignore":
         return []
     if not isinstance(names, list):
-        raise MsQuantError(f"{where}: {key} is {short(names)}, expected a list of names")
+        raise BadFileError(f"{where}: {key} is {short(names)}, expected a list of names")
     for name in names:
         if not isinstance(name, str):
-            raise MsQuantError(f"{where}: {key} has {short(name)}, expected a text")
+            raise BadFileError(f"{where}: {key} has {short(name)}, expected a text")
         if name.startswith(PATTERN):
             _check_pattern(name.removeprefix(PATTERN), f"{where}: {key}")
     return names
@@ -212,18 +212,18 @@ def names_of(entry: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 def _check_pattern(text: str, where: str) -> None:
     if len(text) > MAX_PATTERN:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where} has a pattern of {len(text)} characters, expected at most {MAX_PATTERN}"
         )
     if _REPEATED_REPEAT.search(text) or len(re.findall(r"[*+{]", text)) > MAX_REPEATS:
-        raise MsQuantError(
+        raise BadFileError(
             f"{where} has the pattern {short(text)}, expected at most {MAX_REPEATS} repetitions, "
             "none of them repeated"
         )
     try:
         re.compile(text)
     except (re.error, OverflowError) as error:
-        raise MsQuantError(f"{where} has the pattern {short(text)}: {error}") from None
+        raise BadFileError(f"{where} has the pattern {short(text)}: {error}") from None
 
 
 class Targets:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
@@ -60,12 +60,12 @@ def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> 
     assert isinstance(weight, AffineFormat)
     multiple, (rows, columns) = WORD_BITS // weight.bits, spec.shape
     if columns % multiple:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {columns} inputs, expected a multiple of {multiple} to pack codes of "
             f"{weight.bits} bits in words"
         )
     if rows % multiple and not weight.symmetric:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {rows} outputs, expected a multiple of {multiple} to pack zero points of "
             f"{weight.bits} bits in words"
         )
@@ -85,7 +85,7 @@ def linear_tensor(
     """
     homeless = linear.arrays().keys() - STORED - {"weight"}
     if homeless:
-        raise MsQuantError(f"the {NAME} format has no place for {min(homeless)} of a linear")
+        raise UnsupportedError(f"the {NAME} format has no place for {min(homeless)} of a linear")
     rows, columns = linear.weight.shape
     return parts(layer, (rows, columns))[suffix].make(linear)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import E4M3, no_nan
 from ms_quant.formats.compressed_tensors.config import FLOAT8, PACKED, format_of
@@ -108,7 +108,7 @@ class _Source:
         array = self.checkpoint.read_float32(f"{self.path}.{suffix}")
         wrong = int(np.count_nonzero(array <= 0))
         if wrong:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}.{suffix}: {wrong} scales are not positive, expected all to be"
             )
         return array
@@ -125,7 +125,7 @@ class _Source:
                 array = self.checkpoint.read(name)
                 wrong = int(np.count_nonzero(array))
                 if array.dtype.kind not in "iu" or wrong:
-                    raise MsQuantError(
+                    raise BadFileError(
                         f"{name}: {wrong} of {array.size} values are not 0, expected whole zeros: "
                         "the description says symmetric"
                     )
@@ -136,7 +136,7 @@ class _Source:
         if self.foreign and suffix == "input_scale" and found.dtype.name in DTYPES:
             dtype = found.dtype
         if (found.dtype, found.shape) != (dtype, shape):
-            raise MsQuantError(
+            raise BadFileError(
                 f"{name}: is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
             )
 
@@ -179,7 +179,7 @@ def _codes(source: _Source, bits: int, shape: tuple[int, int]) -> np.ndarray:
         return source("weight")
     said = source("weight_shape").tolist()
     if said != list(shape):
-        raise MsQuantError(f"{source.path}.weight_shape: is {said}, expected {list(shape)}")
+        raise BadFileError(f"{source.path}.weight_shape: is {said}, expected {list(shape)}")
     return unpack_words(source("weight_packed"), f"{source.path}.weight_packed", bits)
 
 

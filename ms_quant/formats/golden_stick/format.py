@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.companions import model_config
@@ -44,7 +44,7 @@ def linear_plan(layer: LayerPlan, shape: tuple[int, int]) -> Tensors:
             "weight": (INT8, shape),
             "weight_scale": (weight_scale_dtype(layer.dtype), (out_features,)),
         }
-    raise MsQuantError(f"golden-stick cannot hold scheme {layer.scheme.name}")
+    raise UnsupportedError(f"golden-stick cannot hold scheme {layer.scheme.name}")
 
 
 def linear_tensor(layer: LayerPlan, linear: QuantizedLinear, suffix: str) -> np.ndarray:
@@ -118,16 +118,16 @@ def static_linear(
             the offset give.
     """
     if not input_offset.size:
-        raise MsQuantError(f"{path}.input_offset: is empty, expected one zero point an input")
+        raise BadFileError(f"{path}.input_offset: is empty, expected one zero point an input")
     if (input_offset != input_offset[0]).any():
-        raise MsQuantError(f"{path}.input_offset: holds different values, expected one zero point")
+        raise BadFileError(f"{path}.input_offset: holds different values, expected one zero point")
     activation = StaticActivation(np.float32(1), int(input_offset[0]), input_scale)
     linear = int8_linear(weight, deq_scale, bias, activation)
     if foreign:
         return stated(linear, quant_bias, path)
     wrong = int(np.count_nonzero(linear.quant_bias != quant_bias))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}.quant_bias: {wrong} of {quant_bias.size} values differ from "
             "-input_offset * sum of the weight's row"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError, short
+from ms_quant.errors import BadFileError, UnsupportedError, short
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.flat_description import tensor_entries
 from ms_quant.formats.format import Leeway
@@ -36,7 +36,7 @@ def describe_difference(
     """
     for key, value in found.items():
         if "." not in key and value and key.endswith("quant_type") and key != "model_quant_type":
-            raise MsQuantError(f"{where}: {key} is {short(value)}, which is not read here")
+            raise UnsupportedError(f"{where}: {key} is {short(value)}, which is not read here")
     defects, notes = tensor_entries(found, made, where, LEEWAY)
     for key, value in made.items():
         if value == STATIC and key.endswith(".bias") and found.get(key, value) != value:
@@ -59,14 +59,14 @@ def check_extra(checkpoint: Checkpoint, path: str, linear: QuantizedLinear) -> N
     if offset in checkpoint:
         wrong = int(np.count_nonzero(checkpoint.read(offset)))
         if wrong:
-            raise MsQuantError(f"{offset}: {wrong} offsets are not 0, the weights are symmetric")
+            raise BadFileError(f"{offset}: {wrong} offsets are not 0, the weights are symmetric")
     if scale not in checkpoint or not isinstance(linear.activation, StaticActivation):
         return
     steps = linear.static.input_scale
     if (steps == steps[0]).all():
         product, exact = checkpoint.read_float32(scale).reshape(-1) * steps[0], linear.deq_scale
         if product.shape != exact.shape or (np.abs(product / exact - 1) > BF16_STEPS).any():
-            raise MsQuantError(
+            raise BadFileError(
                 f"{scale}: times input_scale is not deq_scale, even rounded to bfloat16"
             )
 
@@ -85,7 +85,7 @@ def stated(linear: QuantizedLinear, quant_bias: np.ndarray, path: str) -> Quanti
     exact = linear.quant_bias.astype(np.float64)
     wrong = int(np.count_nonzero(np.abs(quant_bias - exact) > 1 + np.abs(exact) * BF16_STEPS))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}.quant_bias: {wrong} of {quant_bias.size} values differ from -input_offset * "
             "sum of the weight's row by more than rounding to bfloat16 explains"
         )

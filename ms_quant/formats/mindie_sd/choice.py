@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError, UnsupportedError
 from ms_quant.formats.mindie_sd.held import WEIGHT_ONLY
 from ms_quant.formats.mindie_sd.types import TYPES
 from ms_quant.numerics.activation import (
@@ -44,16 +44,16 @@ def type_of_scheme(scheme: Scheme, name: str) -> str:
     """
     activation = scheme.activation
     if isinstance(activation, StaticInt8) and not activation.folds_bias:
-        raise MsQuantError(f"{name}: {_PER_CHANNEL_INPUT}")
+        raise BadFileError(f"{name}: {_PER_CHANNEL_INPUT}")
     row = TYPES.get(scheme.name)
     if row is None:
-        raise MsQuantError(
+        raise UnsupportedError(
             f"{name}: MindIE-SD serves no scheme {scheme.name}, expected one of {_SERVED}"
         )
     wrong = [key for key, value in row.options if scheme.chosen[key] != value]
     if wrong:
         wanted = " and ".join(f"{key}={value}" for key, value in row.options)
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {wrong[0]} is {scheme.chosen[wrong[0]]}, MindIE-SD reads scheme "
             f"{scheme.name} only with {wanted}"
         )
@@ -87,7 +87,7 @@ def type_of_linear(linear: QuantizedLinear, name: str) -> str:
     """
     for what, found in (("Kronecker transform", linear.kronecker), ("branch", linear.branch)):
         if found is not None:
-            raise MsQuantError(f"{name}: has a {what}, MindIE-SD reads none, expected none")
+            raise BadFileError(f"{name}: has a {what}, MindIE-SD reads none, expected none")
     grid, activation = linear.grid, linear.activation
     if isinstance(grid, AffineGrid):
         return _type_of_integers(grid, activation, name)
@@ -107,7 +107,7 @@ def _is_grid_of(grid: Grid, type: str) -> bool:
 def _type_of_integers(grid: AffineGrid, activation: Activation, name: str) -> str:
     if grid.scale.shape[1] != 1 or not grid.format.symmetric:
         found = "weights in groups" if grid.format.symmetric else "asymmetric weights"
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: has {found}, MindIE-SD reads symmetric ones with one scale a row, expected "
             "group_size=0 and symmetric=True"
         )
@@ -115,7 +115,7 @@ def _type_of_integers(grid: AffineGrid, activation: Activation, name: str) -> st
     if isinstance(activation, Float):
         return f"W{bits}A16"
     if isinstance(activation, PerToken) and activation.clip != 1:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: has a clip_ratio of {activation.clip:g}, MindIE-SD reads none, expected 1"
         )
     if activation == PerToken(bits):
@@ -124,14 +124,14 @@ def _type_of_integers(grid: AffineGrid, activation: Activation, name: str) -> st
         return "W8A8_TIMESTEP"
     if isinstance(activation, StaticActivation) and bits == 8:
         if not activation.folds_bias:
-            raise MsQuantError(f"{name}: {_PER_CHANNEL_INPUT}")
+            raise BadFileError(f"{name}: {_PER_CHANNEL_INPUT}")
         return "W8A8_PER_TENSOR" if grid.format.per_tensor else "W8A8_PER_CHANNEL"
     raise _unserved(grid, activation, name)
 
 
 def _unserved(grid: Grid, activation: Activation, name: str) -> MsQuantError:
     found = f"a weight on a {_said(grid)} and an input of {_said(activation)}"
-    return MsQuantError(f"{name}: has {found}, expected one of MindIE-SD's types {_SERVED}")
+    return BadFileError(f"{name}: has {found}, expected one of MindIE-SD's types {_SERVED}")
 
 
 def _said(record: object) -> str:
@@ -159,11 +159,11 @@ def check_linear(type: str, shape: tuple[int, int], smooths: bool, bias: bool, n
     """
     row = TYPES[type]
     if smooths and not row.smooths:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: MindIE-SD ignores mul_scale of a {type} linear, expected no smoothing"
         )
     if bias and row.drops_bias:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: MindIE-SD drops the bias of a {type} linear, expected one without a bias"
         )
     row.make().weight.check_columns(shape[1], f"{name}.weight")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.files.strict_json import read_json
@@ -54,7 +54,7 @@ class Description:
         """
         found = [self.entries[key] for key in _keys(name) if key in self.entries]
         if not found:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.path}: names no {name + '.weight'!r}, expected a type or FLOAT for every "
                 "linear of the network"
             )
@@ -70,7 +70,7 @@ class Description:
         for key, value in self.entries.items():
             if value != FLOAT and not any(start in known for start in _starts(key)):
                 shown = ", ".join(sorted(known)[:3])
-                raise MsQuantError(
+                raise BadFileError(
                     f"{self.path}: {key} is {value} but the network has no such linear, expected "
                     f"keys of its own, such as {shown}"
                 )
@@ -108,7 +108,7 @@ def read_content(content: Mapping[str, Any], path: Path) -> Description:
         MsQuantError: as :func:`read_description`.
     """
     if GLOBAL_TYPE not in content:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: has no {GLOBAL_TYPE!r}, expected a type that names the weights"
         )
     model_type = check_model_type(content[GLOBAL_TYPE], f"{path}: {GLOBAL_TYPE}")
@@ -121,7 +121,7 @@ def _entries(content: Mapping[str, object], path: Path) -> Iterable[tuple[str, s
             continue
         quantized = not (isinstance(value, str) and value.upper() == FLOAT)
         if quantized and (key.endswith(ATTENTION) or key in ATTENTION_KEYS):
-            raise MsQuantError(
+            raise UnsupportedError(
                 f"{path}: {key} is {value!r:.80}, quantized attention is not read here, expected "
                 "types of linears only"
             )
@@ -141,7 +141,7 @@ def open_weights(description: Description, rank: int | None) -> OneFile:
     directory = description.path.parent
     name = weights_name(description.model_type, rank)
     if not (directory / name).is_file():
-        raise MsQuantError(
+        raise BadFileError(
             f"{directory / name}: no such file, expected the weights of {description.path.name} "
             f"there as its {GLOBAL_TYPE} is {description.model_type}"
         )
@@ -165,7 +165,7 @@ def made_for(weights: OneFile) -> np.dtype | None:
     (path,) = weights.files()
     name = weights.shard(path.name).metadata.get(DTYPE)
     if name is not None and name not in RUN_DTYPES:
-        raise MsQuantError(
+        raise BadFileError(
             f"{path}: {DTYPE} of __metadata__ is {name!r:.80}, expected {' or '.join(RUN_DTYPES)}"
         )
     return None if name is None else DTYPES[name]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.ascend.leeway import stated
@@ -92,12 +92,12 @@ def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> 
     """
     type = type_of_scheme(layer.scheme, name)
     if type == "W8A8_TIMESTEP":
-        raise MsQuantError(f"{name}: a decoder has no timesteps, expected another scheme")
+        raise BadFileError(f"{name}: a decoder has no timesteps, expected another scheme")
     added = [
         n for n, row in zip(layer.algorithms.names, layer.algorithms.rows, strict=True) if row.adds
     ]
     if added:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: algorithm {added[0]} adds tensors that MindIE-SD does not read, expected "
             "another"
         )
@@ -144,7 +144,7 @@ def linear_tensor(
     held = {"smooth"} if smooths else set()
     homeless = ({"smooth", "left_trans", "svd_lowrank_l1"} & linear.arrays().keys()) - held
     if homeless:
-        raise MsQuantError(
+        raise UnsupportedError(
             f"the mindie-sd format has no place for {min(homeless)} of a linear here"
         )
     return parts(layout)[suffix].make(linear)
@@ -177,7 +177,7 @@ def read_linear(
 def _same(made: np.ndarray, found: np.ndarray, tensors: Tensors, path: str) -> None:
     wrong = int(np.count_nonzero(made != found))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{tensors.prefix(path)}quant_bias: {wrong} of {found.size} values differ from what "
             "the other tensors give"
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.files.reader import MODEL_CODES, Checkpoint
 from ms_quant.formats.ascend.tensors import narrowed
 from ms_quant.formats.mindie_sd.choice import check_linear
@@ -60,10 +60,10 @@ class Tensors:
         wanted = f"{' or '.join(codes)} {list(shape)} of a {type} linear"
         if name not in self.names:
             where = self.checkpoint.files()[0] if self.names else self.checkpoint.directory
-            raise MsQuantError(f"{where}: has no tensor {name!r}, expected {wanted}")
+            raise BadFileError(f"{where}: has no tensor {name!r}, expected {wanted}")
         info = self.checkpoint.info(name)
         if info.code not in codes or info.shape != shape:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{self.checkpoint.place(name)} is {info.code} {list(info.shape)}, expected "
                 f"{wanted}"
             )
@@ -128,7 +128,7 @@ class _Source:
         wrong = int(good.size - np.count_nonzero(good))
         if wrong:
             where = self.tensors.checkpoint.place(f"{self.prefix}{suffix}")
-            raise MsQuantError(f"{where}: {wrong} of {good.size} {what}")
+            raise BadFileError(f"{where}: {wrong} of {good.size} {what}")
 
 
 def read(
@@ -197,7 +197,7 @@ def _smooth(source: _Source, shape: tuple[int, int]) -> np.ndarray | None:
     wrong = int(good.size - np.count_nonzero(good))
     if wrong:
         place, type = source.tensors.checkpoint.place(name), source.dtype.name
-        raise MsQuantError(
+        raise BadFileError(
             f"{place}: {wrong} of {good.size} factors are not positive and finite in {type}"
         )
     return smooth_of(mul_scale, source.dtype)
@@ -243,7 +243,7 @@ def _timesteps(source: _Source, linear: QuantizedLinear) -> QuantizedLinear:
     made_scale, made_bias = timestep_tables(linear, source.prefix[:-1])
     reached = scale > 0
     if linear.bias is None and not np.array_equal(made_bias[reached], quant_bias[reached]):
-        raise MsQuantError(
+        raise BadFileError(
             f"{source.tensors.checkpoint.place(f'{source.prefix}quant_bias')}: has a bias in it, "
             f"expected {source.prefix}bias as well, which dynamic timesteps add"
         )
@@ -272,11 +272,11 @@ def with_bias_of(linear: QuantizedLinear, type: str, wanted: bool, name: str) ->
     if isinstance(TYPES[type].make().activation, StaticInt8):
         return linear
     if wanted and linear.bias is None:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}.bias: the file has none, expected one of {rows} values as the layer has a bias"
         )
     if not wanted and linear.bias is not None:
         if zeros:
             return replace(linear, bias=None)
-        raise MsQuantError(f"{name}.bias: the layer has no bias, expected none in the file")
+        raise BadFileError(f"{name}.bias: the layer has no bias, expected none in the file")
     return linear

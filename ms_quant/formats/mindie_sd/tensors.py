@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.formats.ascend.codes import FLOAT4, FLOAT8, INT4, PLAIN, Codes
 from ms_quant.formats.ascend.tensors import exponents, widened
 from ms_quant.formats.format import Part
@@ -176,7 +176,7 @@ def exact(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         stored = array.astype(dtype)
     wrong = int(np.count_nonzero(stored.astype(np.float32) != array))
     if wrong:
-        raise MsQuantError(
+        raise BadFileError(
             f"{name}: {wrong} of {array.size} values are not exact in {dtype.name}, in which "
             f"MindIE-SD holds them, expected some that are made for it: ms_quant.quantize(network, "
             f"..., dtype={dtype.name!r}) makes them"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError
 from ms_quant.numerics.mx import DUAL_BLOCK
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
@@ -104,15 +104,15 @@ def check_type(value: object, where: str) -> str:
     """
     if not isinstance(value, str):
         found = f"{value!r:.80} ({type(value).__name__})"
-        raise MsQuantError(f"{where} is {found}, expected the name of a quantization type")
+        raise BadFileError(f"{where} is {found}, expected the name of a quantization type")
     name = value.upper()
     if name in REFUSED:
-        raise MsQuantError(f"{where} is {value!r}: {REFUSED[name]}")
+        raise BadFileError(f"{where} is {value!r}: {REFUSED[name]}")
     if name in STATIC_PAIRS:  # the runtime takes the static path for all of them
         return "W8A8"
     if name not in TYPES and name != FLOAT:
         known = ", ".join([*TYPES, FLOAT])
-        raise MsQuantError(f"{where} is {value!r:.80}, expected one of {known}")
+        raise BadFileError(f"{where} is {value!r:.80}, expected one of {known}")
     return name
 
 
@@ -124,7 +124,7 @@ def check_model_type(value: object, where: str) -> str:
     """
     name = check_type(value, where)
     if name == FLOAT or value != str(value).upper():
-        raise MsQuantError(
+        raise BadFileError(
             f"{where} is {value!r:.80}, which MindIE-SD fails on, expected one of "
             f"{', '.join(TYPES)} in upper case"
         )
