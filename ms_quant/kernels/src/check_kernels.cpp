@@ -203,9 +203,9 @@ void check_block(int isa) {
   std::vector<float> product[2];
   for (int i = 0; i < 2; ++i) {
     product[i].resize(static_cast<size_t>(rows));
-    msq_table_times(isas[i], table.data(), rows, size, by.data(), product[i].data(), 2);
+    msq_gemv(isas[i], table.data(), rows, size, by.data(), product[i].data(), 2);
   }
-  check_close("table_times", isa, product[1], product[0]);
+  check_close("gemv", isa, product[1], product[0]);
   check_close("rms_norm", isa, norm[1], norm[0]);
   check_close("swiglu", isa, gate[1], gate[0]);
   check_close("rope", isa, rope[1], rope[0]);
@@ -312,7 +312,7 @@ void check_products() {
     check_sum("product", y[static_cast<size_t>(row * outputs + output)], exact, size, inputs);
   }
   std::vector<float> products(static_cast<size_t>(inputs * inputs));
-  if (msq_add_gram(x.data(), rows, inputs, products.data(), threads)) exit(printf("add_gram\n"));
+  if (msq_syrk(x.data(), rows, inputs, products.data(), threads)) exit(printf("syrk\n"));
   for (int trial = 0; trial < 100; ++trial) {
     const int64_t a = below(inputs), b = below(a + 1);
     double exact = 0, size = 0;
@@ -322,7 +322,7 @@ void check_products() {
       exact += term;
       size += fabs(term);
     }
-    check_sum("add_gram", products[static_cast<size_t>(a * inputs + b)], exact, size, rows);
+    check_sum("syrk", products[static_cast<size_t>(a * inputs + b)], exact, size, rows);
   }
 }
 
