@@ -40,7 +40,7 @@ BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 	'import sys; print(*sys.version_info[:2], sep=".")')),vllm_mindspore==0.5.1)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-isa test-vllm test-aarch64 lint format bench accuracy fuzz clean
+.PHONY: demo test test-isa test-vllm test-aarch64 lint format docs bench accuracy fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -97,6 +97,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix -q .
 	$(BIN)/ruff format -q .
 	$(BIN)/clang-format -i $(shell git ls-files '*.cpp' '*.h')
+
+# The documentation site, in build/site. A warning or a link that leads nowhere fails it.
+docs: $(INSTALLED)
+	rm -rf build/site
+	$(BIN)/python -m sphinx -q -W --keep-going -E -d build/doctrees -b html docs build/site
+	@echo "open build/site/index.html"
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
@@ -156,7 +162,7 @@ build/fuzz/fuzz_unzip: $(CODEC)/fuzz_unzip.cpp $(TRACED)
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard sparse_compress/codec/src/* ms_quant/kernels/src/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[mindspore,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[mindspore,test,docs]'
 	touch $@
 
 clean:

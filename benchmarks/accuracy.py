@@ -80,9 +80,15 @@ def measure(
     held = cache if cache == STATIC_CACHE else ""
     with tempfile.TemporaryDirectory() as directory:
         data = calib if held or _calibrated(scheme, algorithm) else None
-        choices = {"scheme_options": options, "kv_cache": held}
-        output = Path(directory) / "out"
-        request = QuantizeOptions(model, output, scheme, algorithm, **choices, calib=data)
+        request = QuantizeOptions(
+            model,
+            Path(directory) / "out",
+            scheme,
+            algorithm,
+            scheme_options=options,
+            kv_cache=held,
+            calib=data,
+        )
         checked = prepare(request)
         job, started = checked.job(), time.monotonic()
         with job.open():
@@ -90,12 +96,12 @@ def measure(
             seconds = time.monotonic() - started
             served = JobModel(checked.plan, job, checked.tensors)
             found = {
-                "perplexity": perplexity(served, tokens, kv_cache=cache)["perplexity"],
+                "perplexity": perplexity(served, tokens, kv_cache=cache).perplexity,
                 "bytes": bytes_per_weight(checked.plan),
                 "seconds": round(seconds, 1),
             }
             if served.phased:
-                found["decode"] = perplexity(served, tokens, decode=True)["perplexity"]
+                found["decode"] = perplexity(served, tokens, decode=True).perplexity
             job.remove()
     return found
 
@@ -172,8 +178,7 @@ def main() -> None:
         runpy.run_path(str(INJECT))["inject"](arguments.model, twin)
         models = {"model": arguments.model, "twin": twin}
         floats = {
-            name: perplexity(FloatModel(path), tokens)["perplexity"]
-            for name, path in models.items()
+            name: perplexity(FloatModel(path), tokens).perplexity for name, path in models.items()
         }
         of = {"windows": arguments.windows, "version": __version__, "float": floats}
         results = kept.get("rows", {}) if _same(kept.get("of"), of) else {}

@@ -21,7 +21,7 @@ from typing import Any
 from memory import write_random
 
 from ms_quant.pipeline.request import QuantizeOptions
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.run import run_job
 
 BUNDLED = Path(__file__).parent.parent / "models" / "stdlib-qwen3-6m"
 HALF_BILLION: dict[str, Any] = {
@@ -88,7 +88,7 @@ def rows(model: Path, name: str, work: Path, repeats: int) -> None:
         checkpoint = model
         if scheme != "float":
             checkpoint = work / f"{name}-{scheme}"
-            quantize_checkpoint(QuantizeOptions(model, checkpoint, scheme, scheme_options=options))
+            run_job(QuantizeOptions(model, checkpoint, scheme, scheme_options=options))
         cells = []
         for what in ("prefill", "decode"):
             speed, peak = measure(checkpoint, what, repeats)

@@ -36,7 +36,7 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 import ms_quant.quantization.work
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 model, output, calib, scheme, algorithm = sys.argv[1:]
 data = {"calib": Path(calib), "samples": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, **data)
@@ -52,7 +52,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 started = time.monotonic()
-quantize_checkpoint(options, checked=checked)
+run_job(options, checked=checked)
 done.set()
 thread.join()
 print(json.dumps({"peak": peak - base, "imports": base, "seconds": time.monotonic() - started}))

@@ -109,7 +109,7 @@ def ways(checked: CheckedJob) -> Iterable[tuple[str, float, BlockHooks]]:
         yield "low-bit", share, BlockHooks(rounding=per_group(partial(low_bit, share)))
     for ratio in RATIOS:
         found = Search(checked, Goal(ratio), lambda step, part: None).find()
-        yield "rate", ratio, found.steps
+        yield "rate", ratio, found.hooks
 
 
 def measure_way(
@@ -139,7 +139,7 @@ def sizes(checked: CheckedJob, job: JobDirectory) -> tuple[int, int]:
 
 
 def mean_loss(model: ServedModel, tokens: np.ndarray) -> float:
-    return float(perplexity(model, tokens)["loss"])
+    return float(perplexity(model, tokens).loss)
 
 
 def increase(point: Point, before: float) -> float:
@@ -218,7 +218,7 @@ def main() -> None:
         options = SparseOptions(
             arguments.model, Path(directory) / "out", arguments.calib, tp=1, target_ratio=RATIOS[0]
         )
-        checked = check(options).checked
+        checked = check(options).quantization
         before = mean_loss(FloatModel(arguments.model), tokens)
         kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         points = kept.get("points", []) if kept.get("float_loss") == before else []

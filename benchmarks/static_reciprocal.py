@@ -59,13 +59,15 @@ def measure(
 ) -> list[float]:
     """Perplexity of one quantized model in some arithmetics."""
     with tempfile.TemporaryDirectory() as directory:
-        output, choices = Path(directory) / "out", {"formats": ("ascend",)}
-        checked = prepare(QuantizeOptions(model, output, "W8A8", algorithm, **choices, calib=calib))
+        options = QuantizeOptions(
+            model, Path(directory) / "out", "W8A8", algorithm, formats=("ascend",), calib=calib
+        )
+        checked = prepare(options)
         job = checked.job()
         with job.open():
             run_blocks(checked, job, lambda index, part: None)
             served = [kind(checked.plan, job, checked.tensors) for kind in kinds]
-            found = [perplexity(kind, tokens)["perplexity"] for kind in served]
+            found = [perplexity(kind, tokens).perplexity for kind in served]
             job.remove()
     return found
 

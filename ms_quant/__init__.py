@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         summary,
     )
     from ms_quant.errors import MsQuantError
+    from ms_quant.evaluation.generation import generate
+    from ms_quant.evaluation.perplexity import perplexity
     from ms_quant.formats.opening import open_model
     from ms_quant.pipeline.convert import convert_checkpoint
-    from ms_quant.pipeline.run import quantize_checkpoint
+    from ms_quant.pipeline.quantize import quantize_checkpoint
     from ms_quant.recipe import Recipe, from_ptq_config, load_recipe
     from ms_quant.schemes.table import SCHEMES
     from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
@@ -42,9 +44,11 @@ __all__ = [
     "calibrate",
     "convert_checkpoint",
     "from_ptq_config",
+    "generate",
     "load_quantized",
     "load_recipe",
     "open_model",
+    "perplexity",
     "quantize",
     "quantize_checkpoint",
     "save_quantized",
@@ -58,9 +62,11 @@ _MODULES = {
         *("QuantLinear", "calibrate", "load_quantized", "quantize", "save_quantized", "summary"),
     ),
     "ms_quant.errors": ("MsQuantError",),
+    "ms_quant.evaluation.generation": ("generate",),
+    "ms_quant.evaluation.perplexity": ("perplexity",),
     "ms_quant.formats.opening": ("open_model",),
     "ms_quant.pipeline.convert": ("convert_checkpoint",),
-    "ms_quant.pipeline.run": ("quantize_checkpoint",),
+    "ms_quant.pipeline.quantize": ("quantize_checkpoint",),
     "ms_quant.recipe": ("Recipe", "from_ptq_config", "load_recipe"),
     "ms_quant.schemes.table": ("SCHEMES",),
     "ms_quant.timestep": ("TimestepManager", "TimestepPolicyConfig"),

@@ -6,23 +6,45 @@ The public names are imported when they are first used; none of them needs MindS
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from sparse_compress.codec import (
+        CodecError,
+        CompressedMatrix,
+        Price,
+        compress_matrix,
+        decompress_matrix,
+        encoded_size,
+        matrix_info,
+        price,
+    )
+    from sparse_compress.pipeline.compress_checkpoint import compress_checkpoint
+
+__all__ = [
+    "CodecError",
+    "CompressedMatrix",
+    "Price",
+    "compress_checkpoint",
+    "compress_matrix",
+    "decompress_matrix",
+    "encoded_size",
+    "matrix_info",
+    "price",
+]
+
+_COMPRESS = "compress_checkpoint"
 _PUBLIC = {
-    "CodecError": "sparse_compress.codec",
-    "CompressedMatrix": "sparse_compress.codec",
-    "Price": "sparse_compress.codec",
-    "compress_matrix": "sparse_compress.codec",
-    "decompress_matrix": "sparse_compress.codec",
-    "encoded_size": "sparse_compress.codec",
-    "matrix_info": "sparse_compress.codec",
-    "price": "sparse_compress.codec",
+    **dict.fromkeys(__all__, "sparse_compress.codec"),
+    _COMPRESS: f"sparse_compress.pipeline.{_COMPRESS}",
 }
-
-__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

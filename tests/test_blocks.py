@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from ms_quant.algorithms.problem import Loss, Problem, Solution, checked
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig, parse_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear
@@ -177,9 +177,9 @@ def seen_by(
         rows = inputs[name].astype(np.float32)
         stats[name] = ActivationStats(rows.shape[1], len(rows), with_hessian=True)
         stats[name].update(rows)
-    windows, ranges = SearchWindows((1, len(x), x.shape[1]), 0), BlockRanges(0)
+    windows, ranges = SearchWindows((1, len(x), x.shape[1]), 3, 0), BlockRanges(0)
     for group in config.block(0).groups:  # nothing comes near the end of float16
-        ranges.absmax[input_of(group)] = np.zeros(config.block(0).in_features(group), "f4")
+        ranges.absmax[input_of(group)] = np.zeros(group.in_features, "f4")
     for path, spec in config.block(0).linears.items():
         ranges.absmax[output_of(path)] = np.zeros(spec.out_features, "f4")
     return SeenWeights(before, inputs), Observations(stats, windows, ranges, cached)

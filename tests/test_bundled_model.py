@@ -11,7 +11,7 @@ import pytest
 
 from ms_quant.data.calibration import eval_windows
 from ms_quant.models.config import load_config
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from sparse_compress.codec.fractal import unsupported_reason
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.pipeline.request import SparseOptions
@@ -63,7 +63,7 @@ def quantized(model: Path, output: Path, scheme: str, algorithm: str, **options:
     data_free = algorithm == "minmax" and scheme in ("W8A8_DYNAMIC", "W8A16")
     calib = None if data_free else TEXT / "calibration.txt"
     choices = {"algorithm_options": options}
-    quantize_checkpoint(QuantizeOptions(model, output, scheme, algorithm, **choices, calib=calib))
+    run_job(QuantizeOptions(model, output, scheme, algorithm, **choices, calib=calib))
     return output
 
 
@@ -91,7 +91,7 @@ def test_calibration_and_heldout_share_no_file():
 def test_the_model_meets_the_unzip_limits_on_both_ranks():
     config = load_config(MODEL)
     for group in config.block(0).groups:
-        n, k = fused_shape(config, 2, group)
+        n, k = fused_shape(group, 2)
         assert unsupported_reason(n, k) is None
         assert n % 128 == 0 and k % 64 == 0 and k > 256
     assert (MODEL / "model.safetensors").stat().st_size <= 16 << 20
@@ -125,7 +125,7 @@ def test_what_a_cache_in_int8_costs(tmp_path, tokens):
         kv_cache="C8",
         calib=TEXT / "calibration.txt",
     )
-    quantize_checkpoint(request)
+    run_job(request)
     exact = perplexity(request.output, tokens, kv_cache="float")
     for kind in ("C8", "C8_DYNAMIC"):
         assert perplexity(request.output, tokens, kv_cache=kind) == pytest.approx(exact, rel=0.002)
@@ -149,8 +149,8 @@ def test_sparse_compression_pays_and_activation_aware_pruning_is_no_worse(tmp_pa
             MODEL, tmp_path / pruning, TEXT / "calibration.txt", sparsity=0.5, pruning=pruning
         )
         result = run(options)
-        assert result["ratio"] < 0.90
-        assert result["tensor_bytes"] < plain_bytes
+        assert result.ratio < 0.90
+        assert result.tensor_bytes < plain_bytes
         found[pruning] = perplexity(tmp_path / pruning, tokens)
     assert found["activation"] <= found["magnitude"]
     assert exact < found["activation"] < 10 * exact
@@ -163,7 +163,7 @@ def test_rounding_for_a_size_reaches_it_at_a_fraction_of_what_pruning_costs(
         MODEL, tmp_path / "made", TEXT / "calibration.txt", target_ratio=0.45, samples=32
     )
     result = run(options)
-    assert 0.44 < result["ratio"] <= 0.45
+    assert 0.44 < result.ratio <= 0.45
     assert perplexity(tmp_path / "made", tokens) < 1.015 * exact
     verified = verify(tmp_path / "made", MODEL)
     assert verified["problems"] == []

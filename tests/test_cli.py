@@ -292,10 +292,10 @@ if when == "importing":
 else:
     from ms_quant.pipeline import run as pipeline
     original = pipeline.run_blocks
-    def run_blocks(checked, job, progress, hooks):
+    def run_blocks(checked, job, progress, *others):
         def interrupted(index, part):
             os.kill(os.getpid(), signal.SIGINT)
-        original(checked, job, interrupted, hooks)
+        original(checked, job, interrupted, *others)
     pipeline.run_blocks = run_blocks
 ms_quant.cli.main.main()
 """

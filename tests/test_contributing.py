@@ -16,7 +16,7 @@ from ms_quant.formats import registry
 from ms_quant.formats.golden_stick import format as golden_stick
 from ms_quant.formats.opening import open_model
 from ms_quant.numerics.linear import int8_linear
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.schemes import support, table
 from ms_quant.schemes.records import Scheme
 from ms_quant.verify.checkpoint import verify_checkpoint
@@ -43,9 +43,9 @@ def test_a_scheme_is_two_rows(
     monkeypatch.setitem(table.SCHEMES, scheme.name, scheme)
     model = tiny_model(layers=1, **SHAPE)
     # No runtime serves it, so that it is not asked for by name.
-    quantize_checkpoint(QuantizeOptions(model, tmp_path / "out", scheme.name))
+    run_job(QuantizeOptions(model, tmp_path / "out", scheme.name))
     proof = verify_checkpoint(tmp_path / "out", model)
-    assert proof["problems"] == [] and proof["quantized"] == proof["made_again"] == 7
+    assert proof.problems == () and proof.quantized == proof.made_again == 7
     assert open_model(tmp_path / "out").format == f"ascend {scheme.name}"
 
 
@@ -62,9 +62,9 @@ def test_a_format_is_a_record(
     monkeypatch.setitem(registry.FORMATS, "mine", names["FORMAT"])
     model = tiny_model(layers=1, family="qwen2", **SHAPE)
     output = tmp_path / "out"
-    quantize_checkpoint(QuantizeOptions(model, output, row[2], formats=("mine",)))
+    run_job(QuantizeOptions(model, output, row[2], formats=("mine",)))
     proof = verify_checkpoint(output, model)
-    assert proof["problems"] == [] and proof["quantized"] == proof["made_again"] == 7
+    assert proof.problems == () and proof.quantized == proof.made_again == 7
     written, source = open_model(output), open_model(model)
     assert written.format == f"mine {row[2]}"
     for path in written.plan.quantized():

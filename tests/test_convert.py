@@ -20,8 +20,8 @@ from ms_quant.job.output_directory import seal
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.convert import convert_checkpoint
-from ms_quant.pipeline.request import split_options
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.options import split_options
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.schemes.table import SCHEMES
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -50,7 +50,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
             exclude=("*.1.self_attn.o_proj",),
             **data,
         )
-        quantize_checkpoint(request)
+        run_job(request)
         return request.output
 
     return run
@@ -106,13 +106,13 @@ ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
 def test_there_and_back(make, tmp_path, file_contents, scheme, one, other, options):
     first = make(scheme, one, **options)
     result = convert_checkpoint(first, tmp_path / "two", other)
-    assert result["format"] == other and not result["finished_before"]
-    assert verify_checkpoint(tmp_path / "two", tmp_path / "model")["problems"] == []
+    assert result.format == other and not result.finished_before
+    assert verify_checkpoint(tmp_path / "two", tmp_path / "model").problems == ()
     assert_same_linears(first, tmp_path / "two")
     convert_checkpoint(tmp_path / "two", tmp_path / "three", one)
     assert file_contents(tmp_path / "three") == file_contents(first)
     again = convert_checkpoint(first, tmp_path / "two", other)
-    assert again["finished_before"]
+    assert again.finished_before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -125,7 +125,7 @@ def test_scales_that_only_a_product_tells_are_proved(make, tmp_path, format, dty
     except MsQuantError as error:
         assert "is not input_scale times scales" in str(error)
         return
-    assert verify_checkpoint(tmp_path / "two", tmp_path / "model")["problems"] == []
+    assert verify_checkpoint(tmp_path / "two", tmp_path / "model").problems == ()
 
 
 @pytest.mark.parametrize(("one", "other"), [("golden-stick", "ascend"), ("ascend", "mindie-sd")])
@@ -142,7 +142,7 @@ def test_what_is_converted_is_what_would_have_been_made(make, tmp_path, file_con
         shard_bytes=60_000,
         exclude=("*.1.self_attn.o_proj",),
     )
-    quantize_checkpoint(request)
+    run_job(request)
     assert found == file_contents(tmp_path / "made")
 
 
@@ -194,7 +194,7 @@ def test_a_mixture_and_a_cache(make, tmp_path, file_contents):
     first = make("W8A8_DYNAMIC", "ascend")
     convert_checkpoint(first, tmp_path / "two", "compressed-tensors", shard_bytes=1 << 30)
     assert (tmp_path / "two" / "model-00001-of-00001.safetensors").exists()
-    assert verify_checkpoint(tmp_path / "two", tmp_path / "model")["problems"] == []
+    assert verify_checkpoint(tmp_path / "two", tmp_path / "model").problems == ()
 
 
 def test_a_damaged_checkpoint_is_not_converted(make, tmp_path):

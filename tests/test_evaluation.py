@@ -17,7 +17,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.generation import Generator
 from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.formats.opening import ServedModel, open_model
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 
 MODELS = [
     {"family": "qwen3"},
@@ -39,7 +39,7 @@ def checkpoint(
             return directory
         data = {"calib": calib_text, "samples": 2, "seq_len": 16} if scheme == "W8A8" else {}
         options = QuantizeOptions(directory, tmp_path / "out", scheme, exclude=exclude, **data)
-        quantize_checkpoint(options)
+        run_job(options)
         return tmp_path / "out"
 
     return make
@@ -70,12 +70,12 @@ def test_perplexity_is_that_of_the_whole_model(
     for batch in (1, 5, 3):
         seen: list[float] = []
         found = perplexity(opened, tokens, BlockHooks(seen), batch_tokens=12 * batch)
-        assert found["tokens"] == 5 * 11
+        assert found.tokens == 5 * 11
         # An int8 rounding may flip when a sum is taken in another order; a layer left float or
         # swapped changes the loss by far more, as the next test shows.
         tolerance = 1e-5 if scheme == "float" else 3e-3
-        assert found["loss"] == pytest.approx(expected.mean(), rel=tolerance)
-        assert found["perplexity"] == math.exp(found["loss"])
+        assert found.loss == pytest.approx(expected.mean(), rel=tolerance)
+        assert found.perplexity == math.exp(found.loss)
         assert seen[-1] == 2.0 and seen == sorted(seen)
 
 
@@ -98,8 +98,8 @@ def test_quantization_shows_and_fallback_layers_count(
     assert opened.linear("model.layers.1.mlp.up_proj") is None
     linear = opened.linear("model.layers.1.self_attn.o_proj")
     assert linear is not None and linear.weight.dtype == np.int8
-    exact = perplexity(open_model(quantized.with_name("model")), tokens)["loss"]
-    found = perplexity(opened, tokens)["loss"]
+    exact = perplexity(open_model(quantized.with_name("model")), tokens).loss
+    found = perplexity(opened, tokens).loss
     assert 1e-6 < abs(found - exact) < 0.1
 
 
@@ -176,7 +176,7 @@ def test_a_model_without_head_predicts_nothing(tiny_model: Callable[..., Path]) 
         with pytest.raises(MsQuantError, match="gives out its last hidden states"):
             call()
     tied = open_model(tiny_model("tied", tied=True, change=change))
-    assert perplexity(tied, tokens)["tokens"] == 7
+    assert perplexity(tied, tokens).tokens == 7
 
 
 def test_generation_needs_a_prompt(checkpoint: Callable[..., Path]) -> None:

@@ -57,3 +57,29 @@ def test_timestep_loop(example):
     assert "calibrate 6/6" in printed and "quantize 2/2" in printed
     assert printed.count("W8A8_TIMESTEP") == 2
     assert float(printed.split()[-2]) < 0.02
+
+
+def test_checkpoint(example):
+    """Two schemes in one checkpoint, both proved; perplexity grows by less than 3 %."""
+    printed = example("checkpoint.py")
+    assert "W4A16+W8A8_DYNAMIC as compressed-tensors, 21 linears" in printed
+    assert "model.layers.0.down: W8A8_DYNAMIC by smoothquant {'alpha': 0.7}" in printed
+    assert "\nright: the largest output error is 0." in printed
+    before, after = map(float, re.findall(r"perplexity (\d+\.\d+)", printed))
+    assert before < after < 1.03 * before
+
+
+@pytest.mark.slow
+def test_w8a8sc(example):
+    """Half of the weights are pruned: tiles take less than 0.9 of them."""
+    printed = example("w8a8sc.py")
+    assert float(re.findall(r"ratio (0\.\d+)", printed)[0]) < 0.9
+    before, after = map(float, re.findall(r"perplexity (\d+\.\d+)", printed))
+    assert before < after < 3 * before
+
+
+def test_every_program_is_run_here():
+    """The demo has a test of its own, and ``make demo``."""
+    text = Path(__file__).read_text()
+    missing = {path.name for path in EXAMPLES.glob("*.py")} - {"demo.py"}
+    assert [name for name in sorted(missing) if f'example("{name}"' not in text] == []

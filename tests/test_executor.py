@@ -12,7 +12,7 @@ import pytest
 
 from ms_quant.errors import MsQuantError
 from ms_quant.pipeline.request import QuantizeOptions, prepare
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.run import run_job
 from ms_quant.quantization.executor import InOrder
 from ms_quant.quantization.work import BlockWork
 from ms_quant.statistics.observations import Observations
@@ -105,7 +105,7 @@ def test_each_executor_makes_the_same_bytes(options, tmp_path, scheme, algorithm
         ("reversed", Reversed()),
     ):
         request = options(tmp_path / name / "out", scheme, algorithm, **more)
-        quantize_checkpoint(request, executor=executor)
+        run_job(request, executor=executor)
         assert not request.job_directory.exists()
         made[name] = contents(request.output)
     assert made["scrambled"] == made["in-order"] and made["reversed"] == made["in-order"]
@@ -114,14 +114,14 @@ def test_each_executor_makes_the_same_bytes(options, tmp_path, scheme, algorithm
 @pytest.mark.parametrize("stop", range(LAYERS))
 def test_a_job_with_some_blocks_finished_goes_on_in_any_order(options, tmp_path, stop):
     whole = options(tmp_path / "whole" / "out", "W8A8", "smoothquant")
-    quantize_checkpoint(whole)
+    run_job(whole)
     request = options(tmp_path / "cut" / "out", "W8A8", "smoothquant")
     executor = Scrambled(seed=stop + 1, stop=stop)
     with pytest.raises(MsQuantError, match="stopped"):
-        quantize_checkpoint(request, executor=executor)
+        run_job(request, executor=executor)
     checked = prepare(request)
     assert checked.job().finished() == set(executor.finished)
-    quantize_checkpoint(request, executor=Reversed() if stop % 2 else InOrder())
+    run_job(request, executor=Reversed() if stop % 2 else InOrder())
     assert contents(request.output) == contents(whole.output)
 
 
@@ -135,5 +135,5 @@ def test_hidden_states_stay_until_no_unfinished_block_begins_with_them(options, 
                 hidden = work.job.directory.glob("hidden-*.npy")
                 seen.append(sorted(int(path.stem[-5:]) for path in hidden))
 
-    quantize_checkpoint(options(tmp_path / "one" / "out", "W8A8", "minmax"), executor=Watched())
+    run_job(options(tmp_path / "one" / "out", "W8A8", "minmax"), executor=Watched())
     assert seen == [[0, 2], [0, 2], [2], []]

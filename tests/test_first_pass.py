@@ -18,7 +18,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files import first_pass, reader
 from ms_quant.files.reader import Checkpoint, fingerprint
 from ms_quant.pipeline import run as pipeline
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 LAST = "model.layers.2.mlp.down_proj.weight"
 LARGE = {"layers": 3, "hidden_size": 256, "intermediate_size": 512}  # more than the samples cover
@@ -67,11 +67,11 @@ def test_nan_in_the_last_block_is_found_before_any_block(
     worked = []
     wanted = options(model, scheme, **changes)
     with pytest.raises(MsQuantError, match=f"'{LAST}' holds 1 NaN or infinite values"):
-        quantize_checkpoint(wanted, lambda index, part: worked.append(index))
+        run_job(wanted, lambda index, part: worked.append(index))
     assert worked == [] and not wanted.output.exists() and not wanted.job_directory.exists()
     assert not list(wanted.output.parent.glob("*.partial"))
     put(model, LAST, float(good.reshape(-1)[good.size // 2 + 5]))  # repaired
-    quantize_checkpoint(wanted)
+    run_job(wanted)
     assert wanted.output.exists()
 
 
@@ -91,12 +91,12 @@ def test_a_value_changed_between_two_samples_is_not_mixed_in(
     model = tiny_model(**LARGE)
     wanted = options(model, scheme)
     with pytest.raises(StopError):
-        quantize_checkpoint(wanted, stop)
+        run_job(wanted, stop)
     before = fingerprint(Checkpoint(model))
     put(model, LAST, 0.125)
     assert fingerprint(Checkpoint(model)) == before
     with pytest.raises(MsQuantError, match=f"'{LAST}' changed since the job was begun"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert wanted.job_directory.exists() and not wanted.output.exists()
 
 
@@ -110,10 +110,10 @@ def test_a_change_that_no_clock_shows_is_refused_where_it_is_read(
     model = tiny_model(**LARGE)
     wanted = options(model)
     with pytest.raises(StopError):
-        quantize_checkpoint(wanted, stop)
+        run_job(wanted, stop)
     put(model, LAST, 0.125)
     with pytest.raises(MsQuantError, match=f"'{LAST}' changed since the job was begun"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert not wanted.output.exists()
 
 
@@ -124,13 +124,13 @@ def test_a_resumed_job_does_not_read_its_source_twice(
 ) -> None:
     wanted = options(tiny_model(layers=3))
     with pytest.raises(StopError):
-        quantize_checkpoint(wanted, stop)
+        run_job(wanted, stop)
     read = first_pass.tensor_digest
     monkeypatch.setattr(first_pass, "tensor_digest", lambda *one: pytest.fail("read again"))
-    quantize_checkpoint(wanted)
+    run_job(wanted)
     monkeypatch.setattr(first_pass, "tensor_digest", read)
     whole = dataclasses.replace(wanted, output=wanted.output.with_name("whole"))
-    quantize_checkpoint(whole)
+    run_job(whole)
     for path in whole.output.iterdir():
         assert path.read_bytes() == (wanted.output / path.name).read_bytes()
 

@@ -21,7 +21,7 @@ from ms_quant.formats.opening import open_model
 from ms_quant.job.output_directory import seal
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import load_config
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.quantization.divided import DividedTensors
 from ms_quant.statistics.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
 from ms_quant.verify.checkpoint import verify_checkpoint
@@ -65,7 +65,8 @@ def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., tuple[Path, dict
     def run(model: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
         output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         wanted = {"calib": calib_text, "samples": 4, "seq_len": 16, "dtype": "float16", **options}
-        return output, quantize_checkpoint(QuantizeOptions(model, output, **wanted))
+        (made,) = run_job(QuantizeOptions(model, output, **wanted)).outputs
+        return output, made.as_json()
 
     return run
 
@@ -118,15 +119,15 @@ def test_what_dividing_a_linear_brings_down_is_divided(
         pytest.skip("rotation mixes the channels of a head")
     output, result = quantize(model, **options)
     assert "divided by powers of two" in result["float16_warnings"][-1]
-    assert verify_checkpoint(output, model)["problems"] == []
+    assert verify_checkpoint(output, model).problems == ()
     record = json.loads((output / "ms_quant.json").read_text())
     largest = record["activation_ranges"][1]["largest"]
     assert max(value for value, _ in largest.values()) <= LARGEST
     tokens = load_tokens(calib_text, model, 4, 16, 0)
-    found = perplexity(open_model(output), tokens, float16=True)["loss"]
+    found = perplexity(open_model(output), tokens, float16=True).loss
     with pytest.raises(Float16OverflowError, match=r"model\.layers\.1"):
         perplexity(open_model(model), tokens, float16=True)
-    assert abs(found - perplexity(open_model(output), tokens)["loss"]) < 0.05
+    assert abs(found - perplexity(open_model(output), tokens).loss) < 0.05
 
 
 def test_the_divided_model_computes_the_same_bits(tiny_model: Callable[..., Path]) -> None:
@@ -289,7 +290,7 @@ def test_a_forged_division_fails_verification(
     record["activation_ranges"][1]["divided"]["mlp.up_proj"] = {"4": 3}
     del record["sha256"]
     write_json(path, seal(record))
-    problems = verify_checkpoint(output, model)["problems"]
+    problems = verify_checkpoint(output, model).problems
     assert any("up_proj" in problem for problem in problems)
 
 

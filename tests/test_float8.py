@@ -11,7 +11,7 @@ import pytest
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import QuantizedModel
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "layers": 1}
@@ -24,7 +24,7 @@ def make(tiny_model: Any, tmp_path: Path, calib_text: Path) -> Any:
         source = tiny_model(**{"family": "qwen2", **SHAPE, **model})
         data = {} if algorithm == "minmax" else {"calib": calib_text, "samples": 2, "seq_len": 16}
         out = tmp_path / "out"
-        quantize_checkpoint(
+        run_job(
             QuantizeOptions(
                 source,
                 out,
@@ -65,9 +65,9 @@ def test_the_files(make: Any, load_tensors: Any, dtype: str) -> None:
 @pytest.mark.parametrize("algorithm", ["minmax", "gptq", "smoothquant"])
 def test_it_is_proved(make: Any, tmp_path: Path, algorithm: str) -> None:
     found = verify_checkpoint(make(algorithm), tmp_path / "model")
-    assert (found["verdict"], found["problems"]) == ("right", [])
+    assert (found.verdict, found.problems) == ("right", ())
     again = {"minmax": 7, "gptq": 0, "smoothquant": 3}[algorithm]  # smoothing may go into rows
-    assert found["made_again"] >= again
+    assert found.made_again >= again
 
 
 def test_what_is_computed_is_what_the_files_say(make: Any, load_tensors: Any) -> None:
@@ -99,11 +99,11 @@ def test_a_changed_code_or_scale_is_seen(
     save_tensors(shard, tensors)
     (out / "model.safetensors.index.json").unlink()
     shard.rename(out / "model.safetensors")
-    assert f"{K_PROJ}.weight: 1 of 8192 values are NaN" in verify_checkpoint(out)["problems"][0]
+    assert f"{K_PROJ}.weight: 1 of 8192 values are NaN" in verify_checkpoint(out).problems[0]
     codes[3, 4] = 0
     tensors[f"{K_PROJ}.weight_scale"] *= -1
     save_tensors(out / "model.safetensors", tensors)
-    assert "scales are not positive" in verify_checkpoint(out)["problems"][0]
+    assert "scales are not positive" in verify_checkpoint(out).problems[0]
 
 
 def test_inputs_that_groups_do_not_divide_are_refused(make: Any, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.models.config import load_config
-from ms_quant.models.families import CACHED
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
+
+CACHED = ("self_attn.k_proj", "self_attn.v_proj")
 
 pytestmark = pytest.mark.slow
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -41,7 +42,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
             **{"calib": calib_text, **CALIBRATED, **options},
         )
         checked = prepare(request)
-        quantize_checkpoint(request, checked=checked)
+        run_job(request, checked=checked)
         return checked
 
     return run
@@ -88,7 +89,7 @@ def test_what_was_written_is_what_was_made(make, scheme, options):
     output = checked.options.output
     job = JobModel(checked.plan, checked.job(), checked.tensors)
     written = open_model(output)
-    assert verify_checkpoint(output, checked.options.model)["problems"] == []
+    assert verify_checkpoint(output, checked.options.model).problems == ()
     description = json.loads((output / "quant_model_description.json").read_text())
     assert description["kv_cache_type"] == description["kv_quant_type"] == "C8"
     named = [key for key, value in description.items() if "." in key and value == "C8"]
@@ -110,7 +111,7 @@ def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
     """It is decided beside the weights: the other tensors are those without it."""
     checked = make("W8A16")
     plain = QuantizeOptions(checked.options.model, tmp_path / "plain", "W8A16")
-    quantize_checkpoint(plain)
+    run_job(plain)
     found, expected = load_tensors(checked.options.output), load_tensors(plain.output)
     more = {name for name in found if "kv_cache" in name}
     assert set(found) - more == set(expected) and len(more) == 8

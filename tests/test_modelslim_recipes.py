@@ -11,8 +11,8 @@ import pytest
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import open_model
-from ms_quant.pipeline.request import read_recipe
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.options import read_recipe
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.recipe import load_recipe
 from ms_quant.verify.checkpoint import verify_checkpoint
 from sparse_compress.msmodelslim.compress import check, compress
@@ -135,9 +135,9 @@ def test_a_rotation_in_blocks_is_verified(plan, tmp_path):
     saver = [{"type": "ascendv1_saver"}]
     checked = plan(newer({"type": "quarot", "block_size": 8}, linear(TENSOR), save=saver))
     assert checked.record["algorithm_options"]["quarot"] == {"seed": 0, "block_size": 8}
-    quantize_checkpoint(checked.options, checked=checked)
+    run_job(checked.options, checked=checked)
     proof = verify_checkpoint(tmp_path / "out", checked.options.model)
-    assert proof["problems"] == [] and proof["made_again"] == 14
+    assert proof.problems == () and proof.made_again == 14
 
 
 def test_sparse_weights_are_written_and_compressed(tiny_model, tmp_path, calib_text):
@@ -146,9 +146,9 @@ def test_sparse_weights_are_written_and_compressed(tiny_model, tmp_path, calib_t
     sparse = older({"w_bit": 4, "is_lowbit": True, "use_sigma": True, "sigma_factor": 4.0})
     recipe = replace(load_recipe(sparse), calib=str(calib_text))
     options = QuantizeOptions(source, tmp_path / "out", recipe=recipe, dtype="float16", **WINDOWS)
-    quantize_checkpoint(options)
+    run_job(options)
     assert open_model(tmp_path / "out").format == "ascend W8A8S"
-    assert verify_checkpoint(tmp_path / "out", source)["problems"] == []
+    assert verify_checkpoint(tmp_path / "out", source).problems == ()
     assert len(ModelSlimDirectory(tmp_path / "out").plain) == 7
     compress(check(tmp_path / "out", tmp_path / "coded"))
     assert len(ModelSlimDirectory(tmp_path / "coded").coded) >= 4

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.families import KEYS, VALUES
 from ms_quant.statistics.observers import ActivationStats, CacheRange, StepStats
+
+PATHS = ("self_attn.k_proj", "self_attn.v_proj")
 
 
 def split(x: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
@@ -158,12 +159,12 @@ def random_heads(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_ranges_of_cached_keys_and_values():
-    cache = CacheRange("block.")
+    cache = CacheRange("block.", PATHS)
     batches = [(random_heads(i, (2, 3, 4, 5)), random_heads(9 + i, (2, 3, 4, 5))) for i in range(3)]
     for keys, values in batches:
         returned = cache(keys, values)
         assert returned[0] is keys and returned[1] is values
-    for path, arrays in zip((KEYS, VALUES), zip(*batches, strict=True), strict=True):
+    for path, arrays in zip(PATHS, zip(*batches, strict=True), strict=True):
         for head, channel in np.ndindex(3, 5):
             expected = max(float(np.abs(a[:, head, :, channel]).max()) for a in arrays)
             assert cache.absmax[path][head * 5 + channel] == np.float32(expected)
@@ -176,4 +177,4 @@ def test_cached_values_that_are_not_finite_are_refused_by_name(value):
     values[0, 1, 2, 3] = value
     message = r"layers\.4\.self_attn\.v_proj: calibration output: 1 of"
     with pytest.raises(MsQuantError, match=message):
-        CacheRange("layers.4.")(keys, values)
+        CacheRange("layers.4.", PATHS)(keys, values)

@@ -22,8 +22,9 @@ from ms_quant.formats.opening import QuantizedModel
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
 from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.serve.check import serve_check
-from ms_quant.verify.checkpoint import VERDICTS, verify_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
 from ms_quant.verify.requantize_grid import some_rows
+from ms_quant.verify.result import VERDICTS
 
 GOLDEN = Path(__file__).parent / "golden" / "others"
 RIGHT, SEEN, WRONG = VERDICTS
@@ -146,8 +147,8 @@ def test_dynamic_products_are_those_of_the_stored_tensors(name: str, load_tensor
 @pytest.mark.parametrize("name", KINDS)
 def test_it_is_right_as_far_as_can_be_seen(name: str) -> None:
     found = verify_checkpoint(GOLDEN / name)
-    assert (found["verdict"], found["problems"]) == (SEEN, [])
-    said = " ".join(found["not_proved"])
+    assert (found.verdict, found.problems) == (SEEN, ())
+    said = " ".join(found.not_proved)
     assert "there is no ms_quant.json" in said and "which algorithm" in said and "--source" in said
     assert ("calibration" in said) == (name in STATIC)
 
@@ -160,7 +161,7 @@ NOTES = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_otherwise_is_noted(name: str) -> None:
-    found = verify_checkpoint(GOLDEN / name)["notes"]
+    found = verify_checkpoint(GOLDEN / name).notes
     notes = [note for note in found if "config.json: rope_theta" not in note]  # transformers 5
     assert (len(notes) < len(found)) == (name in LLM_COMPRESSOR)
     assert len(notes) == (name in NOTES)
@@ -184,15 +185,15 @@ def test_it_is_converted_and_what_made_it_is_recorded(
     name: str, format: str, tmp_path: Path
 ) -> None:
     result = convert_checkpoint(GOLDEN / name, tmp_path / "out", format)
-    assert result["format"] == format
+    assert result.format == format
     record = json.loads((tmp_path / "out" / "ms_quant.json").read_text())["record"]
     tool = "LLM Compressor" if name in LLM_COMPRESSOR else "msModelSlim"
     provenance = record["provenance"]
     assert (provenance["made_by"], record["algorithm"]) == (tool, "unknown")
     assert provenance["calibration"] == "no record" and provenance["checkpoint"]["shards"]
     found = verify_checkpoint(tmp_path / "out")
-    assert (found["verdict"], found["problems"]) == (SEEN, [])
-    assert "ms_quant.json" not in " ".join(found["not_proved"])  # the files are ours
+    assert (found.verdict, found.problems) == (SEEN, ())
+    assert "ms_quant.json" not in " ".join(found.not_proved)  # the files are ours
     before, after = linears(GOLDEN / name), linears(tmp_path / "out")
     x = np.random.default_rng(2).standard_normal((3, 32), np.float32)
     for path, linear in before.items():
@@ -216,7 +217,7 @@ def test_there_and_back_the_tensors_are_the_same(
     assert before.keys() == after.keys()
     for key, array in before.items():
         np.testing.assert_array_equal(array.view(np.uint8), after[key].view(np.uint8))
-    assert verify_checkpoint(tmp_path / "back")["verdict"] == SEEN
+    assert verify_checkpoint(tmp_path / "back").verdict == SEEN
 
 
 @pytest.mark.parametrize(
@@ -274,8 +275,8 @@ def test_more_than_rounding_is_wrong(
     tensors[key] = changed(tensors[key], key)
     save_tensors(next(path.glob("*.safetensors")), tensors)
     found = verify_checkpoint(path)
-    assert found["verdict"] == WRONG
-    assert found["problems"][0].startswith(f"{key}: 1 ")
+    assert found.verdict == WRONG
+    assert found.problems[0].startswith(f"{key}: 1 ")
 
 
 @pytest.mark.parametrize("name", ["llm_compressor_w8a8", "llm_compressor_fp8_dynamic"])

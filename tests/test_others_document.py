@@ -16,7 +16,7 @@ from ms_quant.formats.compressed_tensors.entry import (
     NEUTRAL,
     STATED,
 )
-from ms_quant.verify.checkpoint import VERDICTS
+from ms_quant.verify.result import VERDICTS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "others.md").read_text()
 GOLDEN = Path(__file__).parent / "golden" / "others"

@@ -14,7 +14,7 @@ import pytest
 from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.job.directory import JobDirectory
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -36,7 +36,7 @@ def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
         wanted = {"calib": calib_text, "samples": 4, "seq_len": 16}
         if options.get("scheme") == "W8A8_DYNAMIC":
             wanted = {}
-        quantize_checkpoint(QuantizeOptions(model, tmp_path / name, **{**wanted, **options}))
+        run_job(QuantizeOptions(model, tmp_path / name, **{**wanted, **options}))
         return tmp_path / name
 
     return run
@@ -235,12 +235,12 @@ def test_a_finished_output_says_so_and_is_not_touched(
     tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
 ) -> None:
     options = QuantizeOptions(tiny_model(), tmp_path / "out", calib=calib_text, seq_len=16)
-    assert quantize_checkpoint(options)["finished_before"] is False
+    assert run_job(options).finished_before is False
     before = {path: path.stat().st_mtime_ns for path in options.output.iterdir()}
     (tmp_path / "out.job").mkdir()
     record = json.dumps(prepare(options).record)
     (tmp_path / "out.job" / "job.json").write_text(record)  # as after a kill at the very end
-    assert quantize_checkpoint(options)["finished_before"] is True
+    assert run_job(options).finished_before is True
     assert {path: path.stat().st_mtime_ns for path in options.output.iterdir()} == before
     assert not (tmp_path / "out.job").exists()
 

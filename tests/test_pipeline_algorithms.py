@@ -22,8 +22,8 @@ from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.models.config import load_config
 from ms_quant.models.linear_forward import QuantizedForward
-from ms_quant.pipeline.request import split_options
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.options import split_options
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blocking_mindspore")]
@@ -51,7 +51,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
         if prepare_needs(request):
             request = replace(request, calib=calib_text, **CALIBRATED)
         checked = prepare(request)
-        quantize_checkpoint(request, checked=checked)
+        run_job(request, checked=checked)
         return checked
 
     return run
@@ -118,7 +118,7 @@ def test_what_was_written_is_what_was_made(make, scheme, algorithm, options):
         for decode in (False, True):
             np.testing.assert_array_equal(theirs.forward(part, decode), ours.forward(part, decode))
     found = verify_checkpoint(checked.options.output, checked.options.model)
-    assert found["problems"] == []
+    assert found.problems == ()
     for decode in (False, True) if written.phased else (False,):
         ours, theirs = (token_losses(m, TOKENS, decode=decode) for m in (job, written))
         np.testing.assert_array_equal(theirs, ours)
@@ -132,15 +132,15 @@ def test_a_rotated_model_is_an_ordinary_one(make, tied):
     assert "lm_head.weight" in Checkpoint(directory).names
     assert load_config(directory).tied is False
     proof = verify_checkpoint(directory, source)
-    assert proof["problems"] == [] and proof["made_again"] == 14
-    before = perplexity(open_model(source), TOKENS)["loss"]
-    after = perplexity(open_model(directory), TOKENS)["loss"]
+    assert proof.problems == () and proof.made_again == 14
+    before = perplexity(open_model(source), TOKENS).loss
+    after = perplexity(open_model(directory), TOKENS).loss
     assert abs(after - before) < 0.05
     record = json.loads((directory / RECORD).read_text())
     for wrong in (1, None, "0", -1):
         record["record"]["algorithm_options"]["quarot"]["seed"] = wrong
         write_json(directory / RECORD, seal({k: v for k, v in record.items() if k != "seal"}))
-        assert verify_checkpoint(directory, source)["problems"], wrong
+        assert verify_checkpoint(directory, source).problems, wrong
 
 
 def test_another_seed_is_another_job(make):
@@ -164,7 +164,7 @@ def test_both_phases_of_a_generation(make, monkeypatch):
     linears = len(checked.plan.quantized())
     assert seen[:linears] == [(3, False)] * linears
     assert set(seen[linears:]) == {(1, True)}
-    losses = [perplexity(model, TOKENS, decode=decode)["loss"] for decode in (False, True)]
+    losses = [perplexity(model, TOKENS, decode=decode).loss for decode in (False, True)]
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1
 
 
@@ -178,8 +178,8 @@ def test_smoothing_does_not_change_what_a_float_model_computes(make):
         if job.changed_tensor(f"model.layers.0.{name}") is not None
     ]
     assert len(changed) == 2
-    before = perplexity(open_model(checked.options.model), TOKENS)["loss"]
-    after = perplexity(open_model(checked.options.output), TOKENS)["loss"]
+    before = perplexity(open_model(checked.options.model), TOKENS).loss
+    after = perplexity(open_model(checked.options.output), TOKENS).loss
     assert abs(after - before) < 0.05
 
 

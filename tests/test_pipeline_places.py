@@ -18,7 +18,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files import atomic
 from ms_quant.job.directory import JobDirectory
 from ms_quant.pipeline import request
-from ms_quant.pipeline.run import QuantizeOptions, needed_bytes, prepare, quantize_checkpoint
+from ms_quant.pipeline.request import needed_bytes
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def stop_after(blocks: int, wanted: QuantizeOptions, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(JobDirectory, "finish_block", stop)
         with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(wanted)
+            run_job(wanted)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_directories_that_overlap_are_refused(
     before = sorted(tmp_path.rglob("*"))
     places = {"output": tmp_path / output, "job": job and tmp_path / job}
     with pytest.raises(MsQuantError, match=message):
-        quantize_checkpoint(QuantizeOptions(model, scheme="W8A8_DYNAMIC", **places))
+        run_job(QuantizeOptions(model, scheme="W8A8_DYNAMIC", **places))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -79,7 +80,7 @@ def test_the_model_may_not_be_the_output_in_progress(
 ) -> None:
     model = tiny_model("out.partial")
     with pytest.raises(MsQuantError, match="output in progress directory is the model directory"):
-        quantize_checkpoint(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))
+        run_job(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))
 
 
 @pytest.mark.parametrize("dangling", [True, False])
@@ -100,7 +101,7 @@ def test_a_directory_of_the_user_is_refused_and_kept(name: str, wanted: Quantize
     (mine / ".git").mkdir(parents=True)
     (mine / ".env.tmp").write_text("secret")
     with pytest.raises(MsQuantError, match=f"{name}: exists "):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert sorted(path.name for path in mine.iterdir()) == [".env.tmp", ".git"]
 
 
@@ -120,7 +121,7 @@ def test_an_unwritable_place_is_found_before_the_blocks(
         Path, "mkdir", lambda path, **o: make(path, **o) if path.name == "job" else refuse(path)
     )
     with pytest.raises(MsQuantError, match=r"out\.partial: writing .* failed \(Permission denied"):
-        quantize_checkpoint(wanted, lambda *_: pytest.fail("worked"), checked)
+        run_job(wanted, lambda *_: pytest.fail("worked"), checked)
 
 
 def test_space_that_a_resumed_job_has_taken_already_counts(
@@ -162,39 +163,39 @@ def test_a_second_run_of_the_same_job_is_refused(wanted: QuantizeOptions) -> Non
     def again(index: int, part: float) -> None:
         if not said:
             with pytest.raises(MsQuantError, match="another process works on this job") as error:
-                quantize_checkpoint(wanted)
+                run_job(wanted)
             said.append(error)
             elsewhere = replace(wanted, job=wanted.output.with_name("elsewhere"))
             with pytest.raises(MsQuantError, match="another process works on this job"):
-                quantize_checkpoint(elsewhere)
+                run_job(elsewhere)
 
-    assert quantize_checkpoint(wanted, again)["finished_before"] is False
+    assert run_job(wanted, again).finished_before is False
     assert said
 
 
 def test_an_unrelated_job_directory_beside_a_finished_output_is_left_alone(
     wanted: QuantizeOptions,
 ) -> None:
-    quantize_checkpoint(wanted)
+    run_job(wanted)
     for name, text in (("notes.txt", "mine"), ("job.json", '{"scheme": "other"}')):
         shutil.rmtree(wanted.job_directory, ignore_errors=True)
         wanted.job_directory.mkdir()
         (wanted.job_directory / name).write_text(text)
-        assert quantize_checkpoint(wanted)["finished_before"] is True
+        assert run_job(wanted).finished_before is True
         assert (wanted.job_directory / name).read_text() == text
 
 
 def test_a_finished_output_without_its_shard_is_not_called_finished(
     wanted: QuantizeOptions,
 ) -> None:
-    quantize_checkpoint(wanted)
+    run_job(wanted)
     shard = next(wanted.output.glob("*.safetensors"))
     os.truncate(shard, 10)
     with pytest.raises(MsQuantError, match=r"safetensors: 10 bytes, expected \d+; delete .*out"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     shard.unlink()
     with pytest.raises(MsQuantError, match=r"safetensors: no such file, expected as ms_quant"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
 
 
 @pytest.mark.parametrize(
@@ -221,11 +222,11 @@ def test_a_corrected_model_is_quantized(tiny_model: Callable[..., Path], tmp_pat
 
     wanted = QuantizeOptions(tiny_model(change=spoil), tmp_path / "out", "W8A8_DYNAMIC")
     with pytest.raises(MsQuantError, match="holds 1 NaN"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     shutil.rmtree(wanted.model)
     tiny_model()
     assert not wanted.job_directory.exists()
-    assert quantize_checkpoint(wanted)["finished_before"] is False
+    assert run_job(wanted).finished_before is False
 
 
 UNUSED = [
@@ -258,12 +259,12 @@ def test_another_tool_version_is_a_matter_of_the_environment(
     stop_after(1, wanted, monkeypatch)
     monkeypatch.setattr(request, "__version__", "9.9.9")
     with pytest.raises(MsQuantError, match=r"now environment\.ms_quant is '9\.9\.9'; use --any-en"):
-        quantize_checkpoint(wanted)
-    assert not quantize_checkpoint(replace(wanted, any_environment=True))["finished_before"]
+        run_job(wanted)
+    assert not run_job(replace(wanted, any_environment=True)).finished_before
     monkeypatch.undo()
     with pytest.raises(MsQuantError, match=r"made with environment\.ms_quant = '9.*--any-environ"):
-        quantize_checkpoint(wanted)
-    assert quantize_checkpoint(replace(wanted, any_environment=True))["finished_before"]
+        run_job(wanted)
+    assert run_job(replace(wanted, any_environment=True)).finished_before
 
 
 @pytest.mark.parametrize("state", ["finished", "begun"])
@@ -276,14 +277,14 @@ def test_a_kept_job_is_written_again_in_other_shards(
 ) -> None:
     job = tmp_path / "job"
     one = replace(wanted, keep_job=True, job=job, shard_bytes=6000)
-    quantize_checkpoint(one)
+    run_job(one)
     two = replace(one, output=tmp_path / "two", shard_bytes=1 << 30)
     if state == "begun":  # written in part under other shards, then killed
         shutil.copytree(one.output, tmp_path / "two.partial")
         record = json.loads((one.output / "ms_quant.json").read_text())["record"]
         (tmp_path / "two.partial" / "ms_quant.json").write_text(json.dumps({"record": record}))
     monkeypatch.setattr(JobDirectory, "finish_block", lambda *_: pytest.fail("quantized again"))
-    quantize_checkpoint(two)
+    run_job(two)
     assert (
         len(list(two.output.glob("*.safetensors")))
         == 1
@@ -294,4 +295,4 @@ def test_a_kept_job_is_written_again_in_other_shards(
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
     with pytest.raises(MsQuantError, match="made with shard_bytes = 6000, now shard_bytes is 7"):
-        quantize_checkpoint(replace(one, shard_bytes=7))
+        run_job(replace(one, shard_bytes=7))

@@ -20,8 +20,8 @@ from ms_quant.files import atomic
 from ms_quant.files.atomic import Sink, disk_errors
 from ms_quant.job.directory import HiddenStates, JobDirectory
 from ms_quant.pipeline import request
-from ms_quant.pipeline import run as pipeline
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.request import needed_bytes
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 
@@ -73,7 +73,7 @@ def test_nan_and_infinite_weights_are_refused_by_name(
 ) -> None:
     wanted = options(tiny_model(family="qwen2", change=put(name, value)), scheme=scheme)
     with pytest.raises(MsQuantError, match=f"{name}' holds 1 NaN or infinite values of"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert not wanted.output.exists()
 
 
@@ -85,7 +85,7 @@ def test_nan_in_a_row_that_calibration_reads(
 
     wanted = options(tiny_model(change=change))
     with pytest.raises(MsQuantError, match=r"'model\.embed_tokens\.weight' holds "):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
 
 
 def test_a_model_that_overflows_is_refused_by_the_linears_name(
@@ -96,7 +96,7 @@ def test_a_model_that_overflows_is_refused_by_the_linears_name(
 
     wanted = options(tiny_model(dtype="float32", change=change), algorithm="smoothquant")
     with pytest.raises(MsQuantError, match=r"layers\.0: mlp\.up_proj output holds NaN or inf"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
 
 
 def damage_missing_shard(model: Path) -> str:
@@ -158,7 +158,7 @@ def test_a_damaged_model_is_refused_before_any_work(
     model = tiny_model(shards=2)
     message = damage(model)
     with pytest.raises(MsQuantError, match=message):
-        quantize_checkpoint(options(model, scheme=scheme))
+        run_job(options(model, scheme=scheme))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
 
 
@@ -192,7 +192,7 @@ def test_requests_that_cannot_be_served(
     model = tiny_model(layers=1)
     wanted = QuantizeOptions(**{**vars(options(model)), **changes})
     with pytest.raises(MsQuantError, match=message):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
 
 
@@ -202,7 +202,7 @@ def test_empty_calibration_file(
     calib_text.write_text("")
     wanted = options(tiny_model())
     with pytest.raises(MsQuantError, match=r"calib\.txt: 0 bytes, expected between 1 and"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert not wanted.output.exists() and not wanted.job_directory.exists()
 
 
@@ -212,7 +212,7 @@ def test_what_float16_cannot_hold_is_refused(
     model = tiny_model(dtype="float32", change=put("model.norm.weight", 1e6))
     wanted = options(model, dtype="float16", scheme="W8A8_DYNAMIC")
     with pytest.raises(MsQuantError, match=r"model\.norm\.weight': 1e\+06 does not fit float16"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert not wanted.output.exists()
 
 
@@ -241,7 +241,7 @@ def interrupt(wanted: QuantizeOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(JobDirectory, "finish_block", stop)
         with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(wanted)
+            run_job(wanted)
 
 
 def test_another_calibration_text_of_equal_size_is_refused_on_resume(
@@ -255,9 +255,9 @@ def test_another_calibration_text_of_equal_size_is_refused_on_resume(
     text = calib_text.read_text()
     calib_text.write_text(text.swapcase())
     with pytest.raises(MsQuantError, match=r"calibration tokens changed since it was begun; fin"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     calib_text.write_text(text)
-    assert not quantize_checkpoint(wanted)["finished_before"]
+    assert not run_job(wanted).finished_before
 
 
 def test_another_model_is_refused_on_resume(
@@ -274,7 +274,7 @@ def test_another_model_is_refused_on_resume(
     tensors[UP] *= 2
     save_tensors(model / "model.safetensors", tensors)
     with pytest.raises(MsQuantError, match=SOURCE_CHANGED):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
 
 
 def test_other_versions_are_refused_unless_the_user_says_so(
@@ -286,11 +286,11 @@ def test_other_versions_are_refused_unless_the_user_says_so(
     interrupt(wanted, monkeypatch)
     monkeypatch.setattr(request, "environment", lambda *_: {"threads": 4096})
     with pytest.raises(MsQuantError, match=r"environment\..* --any-environment"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     wanted = QuantizeOptions(**{**vars(wanted), "any_environment": True})
-    assert not quantize_checkpoint(wanted)["finished_before"]
+    assert not run_job(wanted).finished_before
     monkeypatch.undo()
-    assert quantize_checkpoint(wanted)["finished_before"]
+    assert run_job(wanted).finished_before
 
 
 def test_too_little_space_is_said_before_any_work(
@@ -300,11 +300,11 @@ def test_too_little_space_is_said_before_any_work(
     tmp_path: Path,
 ) -> None:
     wanted = options(tiny_model())
-    needed = pipeline.needed_bytes(prepare(wanted))
+    needed = needed_bytes(prepare(wanted))
     usage = namedtuple("usage", "total free")(1000, 100)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(MsQuantError, match=f"100 bytes are free, expected at least {needed}"):
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "model"]
 
 
@@ -357,16 +357,16 @@ def test_a_disk_that_fills_up_leaves_no_output_and_the_job_resumes(
 ) -> None:
     wanted = options(tiny_model(), scheme=scheme)
     with disk(monkeypatch) as counter:
-        quantize_checkpoint(wanted)
+        run_job(wanted)
     expected, total = file_contents(wanted.output), counter.calls
     assert total > 100
     # The last one, after the final rename, is the only one with an output.
     for full_at in [*range(1, total - 1, step), total - 1, total]:
         shutil.rmtree(wanted.output)
         with disk(monkeypatch, full_at), pytest.raises(MsQuantError, match="no space left on dev"):
-            quantize_checkpoint(wanted)
+            run_job(wanted)
         assert wanted.output.exists() == (full_at == total)
-        quantize_checkpoint(wanted)
+        run_job(wanted)
         assert file_contents(wanted.output) == expected, full_at
         names = sorted(path.name for path in tmp_path.iterdir())
         assert names == ["calib.txt", "model", "out"], full_at

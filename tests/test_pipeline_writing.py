@@ -17,7 +17,7 @@ from ms_quant.files import digest, reader
 from ms_quant.files.floats import round_chunks
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.safetensors_file import SafetensorsFile
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 
 
 def test_a_weight_is_read_once_for_itself_and_once_for_its_bias(
@@ -35,7 +35,7 @@ def test_a_weight_is_read_once_for_itself_and_once_for_its_bias(
 
     monkeypatch.setattr(SafetensorsFile, "read", counted)
     calibration: dict[str, Any] = {"calib": calib_text, "samples": 2, "seq_len": 8}
-    quantize_checkpoint(QuantizeOptions(tiny_model(), tmp_path / "out", **calibration))
+    run_job(QuantizeOptions(tiny_model(), tmp_path / "out", **calibration))
     found = {name: count for name, count in reads.items() if name.startswith("block")}
     weights = {name: count for name, count in found.items() if name.endswith(".weight")}
     assert len(weights) == 14 and set(weights.values()) == {2}
@@ -56,7 +56,7 @@ def test_memory_of_writing_is_a_few_rows_of_the_embedding(
     monkeypatch.setattr(digest, "HASHED_ELEMENTS", 1 << 14)
     tracemalloc.start()
     try:
-        quantize_checkpoint(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))
+        run_job(QuantizeOptions(model, tmp_path / "out", "W8A8_DYNAMIC"))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -5,56 +5,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_family
 
 from ms_quant.formats.checks import format_of, not_served_by, served_by
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.structure import _plan_of
-from ms_quant.models.block_spec import BlockSpec
-from ms_quant.models.config import ModelConfig, parse_config
+from ms_quant.models import families
+from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
 from ms_quant.plan.plan import Plan
 
-RAW = {
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 59,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "torch_dtype": "bfloat16",
-}
-EXPERTS, SECONDS = 254, 10
+EXPERTS, LAYERS, SECONDS = 256, 60, 10
 SCHEMES = {"golden-stick": "W8A8"}
-
-
-def with_experts(block: BlockSpec) -> BlockSpec:
-    """A block that has its MLP many times."""
-    groups, linears, tensors = [], dict(block.linears), dict(block.tensors)
-    mlp = [group for group in block.groups if group.members[0].startswith("mlp.")]
-    for expert in range(EXPERTS):
-        for group in mlp:
-            paths = {m: m.replace("mlp.", f"mlp.experts.{expert}.") for m in group.members}
-            groups.append(
-                replace(group, name=f"{group.name}.{expert}", members=tuple(paths.values()))
-            )
-            for member, path in paths.items():
-                linears[path] = block.linears[member]
-                tensors[f"{path}.weight"] = block.tensors[f"{member}.weight"]
-    return replace(block, linears=linears, tensors=tensors, groups=(*block.groups, *groups))
-
-
-def large() -> ModelConfig:
-    config = parse_config(RAW)
-    for index in range(config.num_layers):
-        config._blocks[index] = with_experts(config.block(index))
-    return config
 
 
 class Headers:
@@ -76,11 +43,16 @@ class Headers:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_30_000_groups_are_planned_described_and_checked(format: str) -> None:
-    config, scheme = large(), SCHEMES.get(format, "W8A8_DYNAMIC")
+def test_30_000_groups_are_planned_described_and_checked(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(families.FAMILIES, "toy", toy_family.FAMILY)
+    sizes = {"n_routed_experts": EXPERTS, "num_hidden_layers": LAYERS}
     started = time.process_time()
+    config = parse_config({**toy_family.CONFIG, **sizes})
+    scheme = SCHEMES.get(format, "W8A8_DYNAMIC")
     plan = make_plan(
-        config, scheme, "minmax", dtype=DTYPES["bfloat16"], format=format, exclude=["*.9.*"]
+        config, scheme, "smoothquant", dtype=DTYPES["bfloat16"], format=format, exclude=["*.9.*"]
     )
     assert len(plan.layers) >= 30_000
     row = format_of(plan)

@@ -34,6 +34,7 @@ def test_names_are_imported_when_they_are_used(package_environment):
 
 USER = """
 import ms_quant
+import sparse_compress
 
 reveal_type(ms_quant.quantize)
 reveal_type(ms_quant.calibrate(None, [])["0"].stats.low)
@@ -42,6 +43,15 @@ reveal_type(ms_quant.save_quantized(None, "x"))
 reveal_type(ms_quant.load_recipe("x.yaml").rules[0].scheme)
 ms_quant.quantize(None, algorithm=1)
 ms_quant.TimestepPolicyConfig().register(range(3), 2)
+reveal_type(ms_quant.quantize_checkpoint)
+reveal_type(ms_quant.quantize_checkpoint("a", "b").outputs[0].report[0].chosen)
+reveal_type(ms_quant.verify_checkpoint("a").problems)
+reveal_type(ms_quant.convert_checkpoint("a", "b", "ascend").path)
+reveal_type(ms_quant.perplexity("a", "b.txt").loss)
+reveal_type(ms_quant.generate("a", "b").tokens)
+reveal_type(ms_quant.open_model("a").linear("b"))
+reveal_type(sparse_compress.compress_checkpoint("a", "b", calibration="c").ratio)
+ms_quant.quantize_checkpoint("a", "b", samples="64")
 """
 
 
@@ -69,6 +79,18 @@ def test_a_user_s_type_checker_sees_the_types(tmp_path):
     assert lines[3:5] == ['Revealed type is "str"'] * 2
     assert lines[5].startswith('Argument "algorithm" to "quantize" has incompatible type "int"')
     assert lines[6].startswith('Argument 2 to "register" of "TimestepPolicyConfig" has incompat')
+    assert "calibration: " in lines[7] and lines[7].endswith('ms_quant.pipeline.result.Result"')
+    assert "Any" not in lines[7].replace("Mapping[str, Any]", "")
+    assert [line.removeprefix("Revealed type is ").strip('"') for line in lines[8:15]] == [
+        "typing.Mapping[str, Any]",
+        "tuple[str, ...]",
+        "pathlib.Path",
+        "float",
+        "tuple[int, ...]",
+        "ms_quant.numerics.linear.QuantizedLinear | None",
+        "float",
+    ]
+    assert lines[15].startswith('Argument "samples" to "quantize_checkpoint" has incompatible type')
 
 
 @pytest.mark.parametrize("package", [ms_quant, sparse_compress])

@@ -23,8 +23,8 @@ from ms_quant.job.output_directory import seal
 from ms_quant.pipeline import request
 from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.pipeline.estimate import estimate
-from ms_quant.pipeline.request import read_recipe
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.options import read_recipe
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -83,7 +83,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
             model[0], tmp_path / output, recipe=chosen, keep_job=True, **options
         )
         checked = prepare(wanted)
-        quantize_checkpoint(wanted, checked=checked)
+        run_job(wanted, checked=checked)
         return checked
 
     run.calibrated = {"calib": calib_text, **CALIBRATED}
@@ -96,7 +96,7 @@ def assert_written_as_made(checked: Any) -> None:
     written = open_model(output)
     np.testing.assert_array_equal(token_losses(written, TOKENS), token_losses(job, TOKENS))
     proof = verify_checkpoint(output, checked.options.model)
-    assert proof["problems"] == [] and proof["quantized"] == len(checked.plan.quantized())
+    assert proof.problems == () and proof.quantized == len(checked.plan.quantized())
 
 
 def test_the_pdmix_recipe(make):
@@ -190,7 +190,7 @@ def test_several_formats_are_what_each_alone_is(make, file_contents, scheme, alg
         alone = make(None, f"alone-{name}", formats=(name,), **options)
         found = file_contents(checked.options.output)
         assert found == file_contents(alone.options.output)
-        assert verify_checkpoint(checked.options.output, checked.options.model)["problems"] == []
+        assert verify_checkpoint(checked.options.output, checked.options.model).problems == ()
     assert sorted(p.name for p in together.options.output.parent.iterdir()) == sorted(SEVERAL)
 
 
@@ -351,7 +351,7 @@ def test_each_group_has_a_fold_of_its_own(make, tmp_path, recipe, format, fold, 
     assert_written_as_made(made)
     if format == "compressed-tensors":
         convert_checkpoint(made.options.output, tmp_path / "two", "golden-stick")
-        assert verify_checkpoint(tmp_path / "two", made.options.model)["problems"] == []
+        assert verify_checkpoint(tmp_path / "two", made.options.model).problems == ()
         convert_checkpoint(tmp_path / "two", tmp_path / "three", format)
         assert file_contents(tmp_path / "three") == file_contents(made.options.output)
 
@@ -374,7 +374,7 @@ def test_formats_that_leave_other_groups_float(make):
     assert floats == [2, 0]
     for part in made.all:
         proof = verify_checkpoint(part.options.output, part.options.model)
-        assert proof["problems"] == []
+        assert proof.problems == ()
 
 
 def test_other_versions_of_a_job_for_several_formats(make, monkeypatch):
@@ -441,7 +441,7 @@ def test_a_record_whose_first_group_is_an_exception(make):
         content["record"]["algorithm"] = wrong
         content.pop("sha256", None)
         write_json(path, seal(content))
-        problems = verify_checkpoint(made.options.output, made.options.model)["problems"]
+        problems = verify_checkpoint(made.options.output, made.options.model).problems
         assert any("algorithm is" in text for text in problems)
 
 

@@ -23,7 +23,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 
-model, output, calib, scheme, algorithm, log, when, target = sys.argv[1:]
+model, output, calib, scheme, algorithm, order, log, when, target = sys.argv[1:]
 
 def say(line):
     with open(log, "a") as file:
@@ -49,14 +49,21 @@ watch(Path, "rename", 1)
 watch(Path, "unlink", 0)
 watch(os, "rmdir", 0)
 
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
+from ms_quant.quantization.executor import InOrder
 
+class LastFirst:
+    def run(self, work):
+        for index in reversed(work.unfinished()):
+            work.finish(index, work.observe(index))
+
+executor = {"in order": InOrder, "last first": LastFirst}[order]()
 data = {"calib": Path(calib), "samples": 4, "seq_len": 16} if scheme == "W8A8" else {}
 options = QuantizeOptions(Path(model), Path(output), scheme, algorithm, shard_bytes=6000, **data)
 checked = prepare(options)
 say("ready")
-result = quantize_checkpoint(options, checked=checked)
-say("finished before" if result["finished_before"] else "finished")
+result = run_job(options, checked=checked, executor=executor)
+say("finished before" if result.finished_before else "finished")
 """
 
 
@@ -70,6 +77,7 @@ class Job:
     scheme: str
     algorithm: str
     environment: dict[str, str]
+    order: str = "in order"
 
     def __post_init__(self) -> None:
         self.directory.mkdir()
@@ -78,8 +86,8 @@ class Job:
         self.blocks: dict[str, tuple[int, int]] = {}
 
     def start(self, when: str = "never", target: str = "") -> subprocess.Popen[bytes]:
-        names = (self.model, self.output, self.calib, self.scheme, self.algorithm, self.log)
-        arguments = [*map(str, names), when, target]
+        names = (self.model, self.output, self.calib, self.scheme, self.algorithm, self.order)
+        arguments = [*map(str, names), str(self.log), when, target]
         return subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments],
             env=self.environment,
@@ -132,17 +140,21 @@ class Job:
             assert lines[f"replace block-{index:05d}.safetensors"] <= 1
 
 
+ORDERS = pytest.mark.parametrize("order", ["in order", "last first"])
+
+
 @pytest.fixture
 def make_job(
     tiny_model: Callable[..., Path],
     calib_text: Path,
     tmp_path: Path,
     package_environment: dict[str, str],
-) -> Callable[[str, str, str], Job]:
+) -> Callable[..., Job]:
     model = tiny_model(layers=3, shards=2)
 
-    def make(name: str, scheme: str, algorithm: str) -> Job:
-        return Job(tmp_path / name, model, calib_text, scheme, algorithm, package_environment)
+    def make(name: str, scheme: str, algorithm: str, order: str = "in order") -> Job:
+        place = tmp_path / name
+        return Job(place, model, calib_text, scheme, algorithm, package_environment, order)
 
     return make
 
@@ -158,13 +170,14 @@ def undisturbed(job: Job, contents: Callable) -> tuple[dict[str, bytes], list[st
     return contents(job.output), steps
 
 
+@ORDERS
 def test_calibrated_job_killed_around_every_rename(
-    make_job: Callable[[str, str, str], Job], file_contents: Callable
+    make_job: Callable[..., Job], file_contents: Callable, order: str
 ) -> None:
-    whole = make_job("whole", "W8A8", "smoothquant")
+    whole = make_job("whole", "W8A8", "smoothquant", order)
     expected, steps = undisturbed(whole, file_contents)
     assert sum(step.startswith("re") for step in steps) >= 18  # replace, rename
-    job = make_job("killed", "W8A8", "smoothquant")
+    job = make_job("killed", "W8A8", "smoothquant", order)
     kills = 0
     for number, step in enumerate(steps):
         kills += not job.run("after" if number % 2 else "before", step)
@@ -175,7 +188,7 @@ def test_calibrated_job_killed_around_every_rename(
 
 
 def test_calibrated_job_killed_at_random_moments(
-    make_job: Callable[[str, str, str], Job], file_contents: Callable
+    make_job: Callable[..., Job], file_contents: Callable
 ) -> None:
     whole = make_job("whole", "W8A8", "minmax")
     started = time.monotonic()
@@ -189,7 +202,7 @@ def test_calibrated_job_killed_at_random_moments(
 
 
 def test_osl_job_killed_after_a_block(
-    make_job: Callable[[str, str, str], Job], file_contents: Callable
+    make_job: Callable[..., Job], file_contents: Callable
 ) -> None:
     expected, _ = undisturbed(make_job("whole", "W8A8", "osl"), file_contents)
     job = make_job("killed", "W8A8", "osl")
@@ -198,11 +211,13 @@ def test_osl_job_killed_after_a_block(
     job.finish(expected, file_contents)
 
 
+@ORDERS
 def test_data_free_job_killed_before_and_after_every_rename(
-    make_job: Callable[[str, str, str], Job], file_contents: Callable
+    make_job: Callable[..., Job], file_contents: Callable, order: str
 ) -> None:
-    expected, steps = undisturbed(make_job("whole", "W8A8_DYNAMIC", "minmax"), file_contents)
-    job = make_job("killed", "W8A8_DYNAMIC", "minmax")
+    whole = make_job("whole", "W8A8_DYNAMIC", "minmax", order)
+    expected, steps = undisturbed(whole, file_contents)
+    job = make_job("killed", "W8A8_DYNAMIC", "minmax", order)
     kills = sum(not job.run(when, step) for step in steps for when in ("before", "after"))
     assert kills >= 40
     assert job.run()
@@ -210,7 +225,7 @@ def test_data_free_job_killed_before_and_after_every_rename(
 
 
 def test_data_free_job_killed_at_random_moments(
-    make_job: Callable[[str, str, str], Job], file_contents: Callable
+    make_job: Callable[..., Job], file_contents: Callable
 ) -> None:
     expected, _ = undisturbed(make_job("whole", "W8A8_DYNAMIC", "minmax"), file_contents)
     job, rng = make_job("killed", "W8A8_DYNAMIC", "minmax"), np.random.default_rng(SEED)

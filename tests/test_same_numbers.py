@@ -13,7 +13,7 @@ import pytest
 from ms_quant.models.config import parse_config
 from ms_quant.models.names import GroupId
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.plan.layer import LayerPlan, layer_plan
 from ms_quant.plan.plan import Plan
 
@@ -88,7 +88,7 @@ def test_each_format_gets_its_own_bytes(
             replace(one, plan=replace(one.plan, layers=layers_of(kinds[format], format)))
             for format, one in zip(formats, checked.all, strict=True)
         )
-        quantize_checkpoint(options, checked=replace(first, others=tuple(others)))
+        run_job(options, checked=replace(first, others=tuple(others)))
         return options.output
 
     both = made("both", FORMATS)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ms_quant.errors import MsQuantError
 from ms_quant.job.output_directory import RECORD
 from ms_quant.pipeline.request import QuantizeOptions
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.run import run_job
 from ms_quant.serve.check import serve_check
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,7 +50,7 @@ def make(
             formats=(format,) if format else (),
             **(calibration if scheme == "W8A8" or algorithm != "minmax" else {}),
         )
-        quantize_checkpoint(options)
+        run_job(options)
         (options.output / RECORD).unlink()
         return options.output
 

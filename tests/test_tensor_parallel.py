@@ -17,7 +17,7 @@ from ms_quant.models.config import parse_config
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.estimate import estimate
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.plan.plan import Plan
 from ms_quant.serve.check import serve_check
 
@@ -109,7 +109,7 @@ def test_quantize_and_serve_check_say_the_same(
     assert estimate(prepare(options), options.output)["tensor_parallel"] == "1"
     with pytest.raises(MsQuantError, match=f"^{problem} .*--tp 1 would do"):
         prepare(dataclasses.replace(options, tp=2))
-    quantize_checkpoint(options)
+    run_job(options)
     assert serve_check(options.output, "vllm-ascend", 2)["problems"][0] == problem
 
 

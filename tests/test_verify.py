@@ -12,13 +12,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from sealed import seal_again
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import write_json
 from ms_quant.files.safetensors_file import SafetensorsFile
 from ms_quant.formats.opening import QuantizedModel
-from ms_quant.job.output_directory import RECORD, seal
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.job.output_directory import RECORD
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.quantization.activation_record import KEY
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -41,7 +42,7 @@ def make(source: Path, tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
     def run(name: str = "out", **changes: Any) -> Path:
         if changes.get("scheme") != "W8A8_DYNAMIC":
             changes = {"calib": calib_text, "samples": 2, "seq_len": 16, **changes}
-        quantize_checkpoint(QuantizeOptions(source, tmp_path / name, **changes))
+        run_job(QuantizeOptions(source, tmp_path / name, **changes))
         return tmp_path / name
 
     return run
@@ -71,16 +72,6 @@ def edit(
     return run
 
 
-def seal_again(directory: Path) -> None:
-    """Makes the record agree with the files as they are now."""
-    value = json.loads((directory / RECORD).read_text())
-    value.pop("sha256", None)
-    for name in value["files"]:
-        data = (directory / name).read_bytes()
-        value["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_json(directory / RECORD, seal(value))
-
-
 def edit_record(directory: Path, change: Callable[[dict], object]) -> None:
     value = json.loads((directory / RECORD).read_text())
     change(value)
@@ -97,7 +88,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def problem(directory: Path, source: Path | None = None) -> str:
     """The only problem there is."""
-    problems = verify_checkpoint(directory, source)["problems"]
+    problems = verify_checkpoint(directory, source).problems
     assert len(problems) == 1, problems
     return problems[0]
 
@@ -113,17 +104,17 @@ def problem(directory: Path, source: Path | None = None) -> str:
 )
 def test_what_was_written_is_right(changes: dict, make: Callable[..., Path], source: Path) -> None:
     result = verify_checkpoint(make(**changes), source)
-    assert result["problems"] == []
+    assert result.problems == ()
     fallback = 4 if "exclude" in changes else 0  # two o_proj, one gate_proj with its up_proj
-    assert (result["quantized"], result["float"]) == (14 - fallback, fallback)
-    assert len(result["layers"]) == 14 - fallback
-    assert all(0 < layer["output_error"] < 0.05 for layer in result["layers"])
-    json.dumps(result, allow_nan=False)
+    assert (result.quantized, result.left_float) == (14 - fallback, fallback)
+    assert len(result.layers) == 14 - fallback
+    assert all(0 < layer.output_error < 0.05 for layer in result.layers)
+    json.dumps(result.as_json(), allow_nan=False)
 
 
 def test_the_helper_makes_the_hashes_right(checkpoint: Path, edit: Callable) -> None:
     edit(lambda tensors: None)
-    assert verify_checkpoint(checkpoint)["problems"] == []
+    assert verify_checkpoint(checkpoint).problems == ()
 
 
 @pytest.mark.parametrize("name", [f"{Q}.deq_scale", f"{K}.bias", "model.norm.weight"])
@@ -181,7 +172,7 @@ def test_two_schemes(checkpoint: Path) -> None:
     description = json.loads((checkpoint / DESCRIPTION).read_text())
     changes = {key: "W8A8_DYNAMIC" for key in description if key.startswith(f"{DOWN}.")}
     edit_json(checkpoint / DESCRIPTION, **changes)
-    problems = verify_checkpoint(checkpoint)["problems"]
+    problems = verify_checkpoint(checkpoint).problems
     assert any(f"{DOWN}.weight_scale' is missing, expected" in text for text in problems)
 
 
@@ -209,7 +200,7 @@ def test_tensor_that_the_description_leaves_out(checkpoint: Path) -> None:
 
 def test_metadata_in_the_description_is_no_defect(checkpoint: Path) -> None:
     edit_json(checkpoint / DESCRIPTION, version="1.0", group_size=0, tools=["x"])
-    assert verify_checkpoint(checkpoint)["problems"] == []
+    assert verify_checkpoint(checkpoint).problems == ()
 
 
 def test_q_k_v_with_different_input_scales(checkpoint: Path, edit: Callable) -> None:
@@ -252,7 +243,7 @@ def test_values_that_are_not_finite_or_not_positive(
         tensors[name][-1] = value
 
     edit(change)
-    problems = verify_checkpoint(checkpoint)["problems"]
+    problems = verify_checkpoint(checkpoint).problems
     assert problems
     assert all(name in found for found in problems)
     assert any(message in found for found in problems)
@@ -332,15 +323,15 @@ def test_changed_byte(name: str, checkpoint: Path) -> None:
 
 
 def test_without_a_record_it_is_right_as_far_as_can_be_seen(checkpoint: Path, source: Path) -> None:
-    assert verify_checkpoint(checkpoint)["verdict"] == "right"
+    assert verify_checkpoint(checkpoint).verdict == "right"
     (checkpoint / RECORD).unlink()
     found = verify_checkpoint(checkpoint)
-    assert (found["verdict"], found["problems"]) == ("right as far as can be seen", [])
-    assert f"there is no {RECORD}" in found["not_proved"][0]
+    assert (found.verdict, found.problems) == ("right as far as can be seen", ())
+    assert f"there is no {RECORD}" in found.not_proved[0]
     compared = verify_checkpoint(checkpoint, source)
-    assert compared["problems"] == [] and compared["made_again"] == 0
-    assert compared["measured"] + len(compared["unknown"]) == compared["quantized"]
-    assert compared["measured"] > 0
+    assert compared.problems == () and compared.made_again == 0
+    assert compared.measured + len(compared.unknown) == compared.quantized
+    assert compared.measured > 0
 
 
 def swap_down(tensors: Tensors) -> None:
@@ -356,10 +347,10 @@ def swap_facts(value: dict[str, Any]) -> None:
 
 def test_swapped_layers(checkpoint: Path, edit: Callable, source: Path) -> None:
     edit(swap_down)
-    assert len(verify_checkpoint(checkpoint)["problems"]) == 2  # not what the record says
+    assert len(verify_checkpoint(checkpoint).problems) == 2  # not what the record says
     edit_record(checkpoint, swap_facts)
-    assert verify_checkpoint(checkpoint)["problems"] == []  # right by itself
-    problems = verify_checkpoint(checkpoint, source)["problems"]
+    assert verify_checkpoint(checkpoint).problems == ()  # right by itself
+    problems = verify_checkpoint(checkpoint, source).problems
     for index in (0, 1):
         path = f"model.layers.{index}.mlp.down_proj"
         mine = [found for found in problems if found.startswith(path)]
@@ -423,8 +414,8 @@ def test_a_consistent_change_is_found_with_the_source(
     change(tensors)
     save_tensors(directory / SHARD, tensors)
     seal_again(directory)
-    assert verify_checkpoint(directory)["problems"] == []
-    assert verify_checkpoint(directory, source)["problems"][0].startswith(message)
+    assert verify_checkpoint(directory).problems == ()
+    assert verify_checkpoint(directory, source).problems[0].startswith(message)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -451,8 +442,8 @@ def test_a_changed_dynamic_linear_is_found_with_the_source(
     change(tensors[f"{DOWN}.{name}"])
     save_tensors(directory / SHARD, tensors)
     seal_again(directory)
-    assert verify_checkpoint(directory)["problems"] == []
-    assert verify_checkpoint(directory, source)["problems"][0].startswith(f"{DOWN}.{message}")
+    assert verify_checkpoint(directory).problems == ()
+    assert verify_checkpoint(directory, source).problems[0].startswith(f"{DOWN}.{message}")
 
 
 def scale_inputs(factor: float, channels: Any = slice(None)) -> Callable[[Tensors], None]:
@@ -478,7 +469,7 @@ def test_activation_scales_are_those_of_the_record(
     change(tensors)
     save_tensors(directory / SHARD, tensors)
     seal_again(directory)
-    problems = verify_checkpoint(directory)["problems"]
+    problems = verify_checkpoint(directory).problems
     assert len(problems) == 8  # groups of two blocks
     assert all(".input_scale: sha256 differs from ms_quant.json: activ" in p for p in problems)
 
@@ -514,8 +505,8 @@ def test_a_forged_record(
     change(tensors)
     save_tensors(directory / SHARD, tensors)
     edit_record(directory, lambda value: forge(value, tensors, factor))
-    assert verify_checkpoint(directory)["problems"] == []
-    problems = verify_checkpoint(directory, source)["problems"]
+    assert verify_checkpoint(directory).problems == ()
+    problems = verify_checkpoint(directory, source).problems
     assert bool(problems) == bool(message)
     assert message is None or any(message in found for found in problems)
 
@@ -526,7 +517,7 @@ def test_without_smoothing_the_input_scale_is_the_activation_scale(
     edit(scale_inputs(1 / 64))
     tensors = load_tensors(checkpoint)
     edit_record(checkpoint, lambda value: forge(value, tensors, 1))
-    problems = verify_checkpoint(checkpoint)["problems"]
+    problems = verify_checkpoint(checkpoint).problems
     assert len(problems) == 8
     assert f"{OUT.replace('.0.', '.1.')}.input_scale: 24 of 24 values are not" in problems[5]
     assert all("the recorded act_scale without smoothing" in found for found in problems)
@@ -557,7 +548,7 @@ QKV = "model.layers.1.qkv"
 )
 def test_defects_of_the_record(change: Callable, message: str, checkpoint: Path) -> None:
     edit_record(checkpoint, change)
-    problems = verify_checkpoint(checkpoint)["problems"]
+    problems = verify_checkpoint(checkpoint).problems
     assert any(RECORD in found and message in found for found in problems), problems
 
 
@@ -576,11 +567,11 @@ def test_what_hubs_add_is_a_note(listed: str, checkpoint: Path, source: Path) ->
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text("{}")
     found = verify_checkpoint(checkpoint, source)
-    (note,) = found["notes"]
-    assert found["problems"] == [] and "configuration.json are not listed in" in note
+    (note,) = found.notes
+    assert found.problems == () and "configuration.json are not listed in" in note
     (checkpoint / listed).write_text("{ }")
     assert any(
-        f"{checkpoint / listed}: " in text for text in verify_checkpoint(checkpoint)["problems"]
+        f"{checkpoint / listed}: " in text for text in verify_checkpoint(checkpoint).problems
     )
 
 
@@ -596,7 +587,7 @@ def test_what_hubs_add_is_a_note(listed: str, checkpoint: Path, source: Path) ->
 )
 def test_config_json_that_is_not_the_sources(changes: dict, checkpoint: Path, source: Path) -> None:
     edit_json(checkpoint / "config.json", **changes)
-    assert verify_checkpoint(checkpoint)["problems"] == []
+    assert verify_checkpoint(checkpoint).problems == ()
     key = next(iter(changes))
     assert f"config.json: {key} is {changes[key]!r}, expected" in problem(checkpoint, source)
 
@@ -608,7 +599,7 @@ def test_tokenizer_that_is_not_the_sources(checkpoint: Path, source: Path) -> No
     (source / "tokenizer_config.json").unlink()
     assert problem(checkpoint, source) == f"{path}: expected no such file, the source has none"
     (source / "merges.txt").write_text("a b")
-    problems = verify_checkpoint(checkpoint, source)["problems"]
+    problems = verify_checkpoint(checkpoint, source).problems
     missing = f"{checkpoint / 'merges.txt'}: no such file, expected a copy of the source's"
     assert missing in problems
 
@@ -636,12 +627,12 @@ def test_spellings_that_contradict_each_other(changes: dict, checkpoint: Path) -
 
 def test_a_checkpoint_of_before_that_has_the_old_spelling(checkpoint: Path, source: Path) -> None:
     edit_json(checkpoint / "config.json", rope_parameters=None, dtype=None)
-    assert verify_checkpoint(checkpoint, source)["problems"] == []
+    assert verify_checkpoint(checkpoint, source).problems == ()
 
 
 def test_an_empty_text_config(checkpoint: Path, source: Path) -> None:
     edit_json(checkpoint / "config.json", text_config={})
-    assert verify_checkpoint(checkpoint)["problems"] == []
+    assert verify_checkpoint(checkpoint).problems == ()
     assert "text_config is" in problem(checkpoint, source)
 
 
@@ -687,7 +678,7 @@ def test_no_float_tensor_is_in_memory_as_a_whole(
         return read(self, name)
 
     monkeypatch.setattr(SafetensorsFile, "read", record)
-    assert verify_checkpoint(checkpoint, source)["problems"] == []
+    assert verify_checkpoint(checkpoint, source).problems == ()
     assert {name.rpartition(".")[2] for name in whole} == {"weight", "quant_bias", "input_offset"}
     assert not any("embed" in name or "norm" in name or "head" in name for name in whole)
 

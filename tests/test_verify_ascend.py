@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sealed import seal_again
 
 from ms_quant.files.atomic import write_json
 from ms_quant.job.output_directory import RECORD, seal
 from ms_quant.numerics.grid import AffineFormat
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.schemes.table import SCHEMES
 from ms_quant.verify.checkpoint import verify_checkpoint
 from ms_quant.verify.requantize_grid import GridComparison
@@ -48,7 +48,7 @@ def make(source: Path, tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
             scheme,
             **{"scheme_options": options or {}, **changes},
         )
-        quantize_checkpoint(request)
+        run_job(request)
         return tmp_path / "out"
 
     return run
@@ -69,22 +69,13 @@ def edit(load_tensors: Callable, save_tensors: Callable) -> Callable:
     return run
 
 
-def seal_again(directory: Path) -> None:
-    value = json.loads((directory / RECORD).read_text())
-    value.pop("sha256", None)
-    for name in value["files"]:
-        data = (directory / name).read_bytes()
-        value["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_json(directory / RECORD, seal(value))
-
-
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     seal_again(path.parent)
 
 
 def problem(directory: Path, source: Path | None = None) -> str:
-    problems = verify_checkpoint(directory, source)["problems"]
+    problems = verify_checkpoint(directory, source).problems
     assert len(problems) == 1, problems
     return problems[0]
 
@@ -134,7 +125,7 @@ def test_values(
 ) -> None:
     directory = make(scheme, options)
     edit(directory, change)
-    assert any(message in found for found in verify_checkpoint(directory)["problems"])
+    assert any(message in found for found in verify_checkpoint(directory).problems)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +158,7 @@ def test_values_of_a_static_linear(
 def test_values_of_a_cache(change: Callable, message: str, make: Callable, edit: Callable) -> None:
     directory = make("W8A16", kv_cache="C8", **STATIC)
     edit(directory, change)
-    assert any(message in found for found in verify_checkpoint(directory)["problems"])
+    assert any(message in found for found in verify_checkpoint(directory).problems)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +172,7 @@ def test_values_of_a_cache(change: Callable, message: str, make: Callable, edit:
 def test_the_description_of_a_cache(changes: dict, message: str, make: Callable) -> None:
     directory = make("W8A16", kv_cache="C8", **STATIC)
     edit_json(directory / DESCRIPTION, **changes)
-    assert any(message in found for found in verify_checkpoint(directory)["problems"])
+    assert any(message in found for found in verify_checkpoint(directory).problems)
 
 
 def test_fused_linears_share_their_input(make: Callable, edit: Callable) -> None:
@@ -232,7 +223,7 @@ def test_structure(change: Callable, message: str, make: Callable, edit: Callabl
 def test_description(changes: dict, message: str, make: Callable) -> None:
     directory = make("W8A16")
     edit_json(directory / DESCRIPTION, **changes)
-    assert any(message in found for found in verify_checkpoint(directory)["problems"])
+    assert any(message in found for found in verify_checkpoint(directory).problems)
 
 
 def test_the_record_states_the_options(make: Callable[..., Path]) -> None:
@@ -280,16 +271,16 @@ def test_one_changed_code_is_found_with_the_source(
             tensors[f"{path}.quant_bias"][3] -= offset * step
 
     directory = make(scheme, options, **changes)
-    assert verify_checkpoint(directory, source)["problems"] == []
+    assert verify_checkpoint(directory, source).problems == ()
     edit(directory, change)
-    assert verify_checkpoint(directory)["problems"] == []
+    assert verify_checkpoint(directory).problems == ()
     assert problem(directory, source).startswith(f"{name}: 1 of ")
 
 
 def test_a_scale_that_is_not_the_sources(make: Callable, edit: Callable, source: Path) -> None:
     directory = make("W4A4_DYNAMIC")
     edit(directory, put(f"{Q}.weight_scale", 3))
-    found = verify_checkpoint(directory, source)["problems"][0]
+    found = verify_checkpoint(directory, source).problems[0]
     assert found.startswith(f"{Q}.weight_scale: parameters of 1 of 64 rows do not follow")
 
 
@@ -298,7 +289,7 @@ def test_another_weight_is_found_where_codes_are_placed(
 ) -> None:
     directory = make("W4A4_DYNAMIC", algorithm="gptq", **STATIC)
     result = verify_checkpoint(directory, source)
-    assert (result["problems"], result["made_again"], result["measured"]) == ([], 0, 7)
+    assert (result.problems, result.made_again, result.measured) == ((), 0, 7)
     edit(directory, lambda tensors: tensors.update({f"{V}.weight": tensors[f"{V}.weight"][::-1]}))
     assert "v_proj: relative output error 1." in problem(directory, source)
 
@@ -314,9 +305,9 @@ def test_smoothing_that_was_folded(
     directory = make(scheme, algorithm="smoothquant", **choices, **STATIC)
     assert not np.array_equal(load_tensors(directory)[NORM], load_tensors(source)[NORM])
     result = verify_checkpoint(directory, source)
-    assert result["problems"] == []
-    assert [row["made_again"] for row in result["layers"]] == [True, True, False, True, False]
-    assert result["unknown"] == ["model.layers.0.self_attn.o_proj", DOWN]
+    assert result.problems == ()
+    assert [row.made_again for row in result.layers] == [True, True, False, True, False]
+    assert result.unknown == ["model.layers.0.self_attn.o_proj", DOWN]
 
 
 @pytest.mark.parametrize("name", [NORM, f"{V}.bias"])
@@ -328,7 +319,7 @@ def test_a_folded_tensor_of_another_sign(
 
     directory = make("W8A8FP8_DYNAMIC", algorithm="smoothquant", **STATIC)
     edit(directory, change)
-    problems = verify_checkpoint(directory, source)["problems"]
+    problems = verify_checkpoint(directory, source).problems
     assert f"{name}: 1 of " in problems[0] and "no positive finite multiples" in problems[0]
 
 
@@ -360,7 +351,7 @@ def test_scales_of_groups_that_cannot_be(
 ) -> None:
     directory = make("W8A16")
     edit(directory, lambda t: t.update({f"{Q}.weight_scale": np.ones((64, groups), "f4")}))
-    assert any(found in text for text in verify_checkpoint(directory)["problems"])
+    assert any(found in text for text in verify_checkpoint(directory).problems)
 
 
 def test_scalar_tensors_with_telling_names(make: Callable, edit: Callable) -> None:
@@ -410,6 +401,6 @@ def test_a_channel_that_needs_no_smoothing_in_a_float32_model(
         calib=calib_text,
         **STATIC,
     )
-    quantize_checkpoint(request)
+    run_job(request)
     result = verify_checkpoint(tmp_path / "out", source)
-    assert result["problems"] == [] and result["made_again"] == 3
+    assert result.problems == () and result.made_again == 3

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from sparse_compress.pipeline.request import SparseOptions
 from sparse_compress.pipeline.run import run
 
@@ -48,7 +48,7 @@ def checkpoints(
         cached = options.get("kv_cache", "")
         needed = cached or name in ("W8A8", "W8A8_MIX")
         data = {"calib": calib_text, "samples": 2, "seq_len": 8} if needed else {}
-        quantize_checkpoint(QuantizeOptions(source, made[name], **options, **data))
+        run_job(QuantizeOptions(source, made[name], **options, **data))
     run(SparseOptions(source, made["W8A8SC"], calib_text, samples=2, seq_len=8, sparsity=0.5))
     return made
 

@@ -31,7 +31,8 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import parse_config
 from ms_quant.pipeline.estimate import estimate
-from ms_quant.pipeline.request import QuantizeOptions, prepare, read_recipe
+from ms_quant.pipeline.options import QuantizeOptions, read_recipe
+from ms_quant.pipeline.request import prepare
 
 PRACTICE, DATA = "msmodelslim/lab_practice/", "msmodelslim/lab_calib/"
 SMALL = {

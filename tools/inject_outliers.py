@@ -30,15 +30,15 @@ def column_factors(source: Path, channels: int, factor: float, seed: int) -> dic
     if math.frexp(factor)[0] != 0.5:
         raise SystemExit(f"factor is {factor}, expected a power of two")
     factors = {}
-    for index in range(config.num_layers):
-        for group in config.block(0).groups:
-            if not group.feeds_from_norm:
+    for block in config.blocks:
+        for edge in block.edges:
+            if not edge.norm:
                 continue
             scale = np.ones(config.hidden_size, np.float32)
             scale[rng.choice(config.hidden_size, channels, replace=False)] = factor
-            factors[f"{block_prefix(index)}{group.feed}.weight"] = scale
-            for member in group.members:
-                factors[f"{block_prefix(index)}{member}.weight"] = 1 / scale
+            factors[f"{block_prefix(block.index)}{edge.producer}.weight"] = scale
+            for member in block.readers(edge):
+                factors[f"{block_prefix(block.index)}{member}.weight"] = 1 / scale
     return factors
 
 

@@ -6,7 +6,8 @@ For each exponent a of a grid the weights' columns are multiplied by
 
 with w_j the mean over rows of |W_ij| relative to the largest magnitude of its group, normalised by
 sqrt(max s * min s), and the exponent with the smallest error of the decoder block's output wins;
-then the ranges of the weights are clipped, those of q and k aside. No scaling is a candidate, too.
+then the ranges of the weights are clipped, those of queries and keys aside. No scaling
+is a candidate, too.
 
 Source: Lin et al., arXiv 2306.00978; duo scaling as in its reference code.
 """
@@ -23,7 +24,6 @@ from pydantic import Field
 from ms_quant.algorithms import clip
 from ms_quant.algorithms.problem import Problem, Solution, apply, noted
 
-NOT_CLIPPED = ("q_proj", "k_proj", "q_proj.weight", "k_proj.weight")
 SMALLEST = 1e-4
 
 
@@ -83,5 +83,5 @@ def solve(problem: Problem, solution: Solution, options: AwqOptions) -> Solution
         if loss < best_loss:
             best, best_loss = noted(candidate, exponent=exponent), loss
     if options.clip and problem.scheme.weight.clips:
-        best = clip.solve(problem, best, skip=NOT_CLIPPED)
+        best = clip.solve(problem, best, skip=problem.scores)
     return noted(best, loss=best_loss)

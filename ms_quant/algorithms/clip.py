@@ -5,7 +5,7 @@ Source: the clip search of AWQ (Lin et al., arXiv 2306.00978).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 
 import numpy as np
@@ -55,14 +55,14 @@ def search_clip(weight: np.ndarray, inputs: np.ndarray, fit: Fit = _per_channel)
 
 
 def solve(
-    problem: Problem, solution: Solution, options: None = None, skip: tuple[str, ...] = ()
+    problem: Problem, solution: Solution, options: None = None, skip: Container[str] = ()
 ) -> Solution:
-    """Clips every linear of a group but those whose names end with one of ``skip``."""
+    """Clips every linear of a group but those of ``skip``."""
     inputs, dtype = seen_inputs(problem, solution), problem.scale_dtype
     format = problem.scheme.weight
     clips = {
         name: search_clip(weight, inputs, lambda w, ratio: format.fit(w, "weight", dtype, ratio))
         for name, weight in checked(problem, solution).items()
-        if not name.endswith(skip)
+        if name not in skip
     }
     return replace(solution, clip=clips)

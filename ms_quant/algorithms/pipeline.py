@@ -39,6 +39,12 @@ class AlgorithmPipeline:
         return any(getattr(row, attribute) for row in self.rows)
 
     @property
+    def preparing(self) -> list[tuple[str, Any]]:
+        """Those that :meth:`first` runs, with their options."""
+        rows = zip(self.names, self.rows, strict=True)
+        return [(n, self.options[n]) for n, row in rows if row.stage <= Stage.SMOOTHING]
+
+    @property
     def searches(self) -> int:
         return sum(row.searches for row in self.rows)
 

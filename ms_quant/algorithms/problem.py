@@ -74,6 +74,7 @@ class Problem:
         input_dtype: the type of inputs that the linears multiply by a vector of their own, or scale
             by long blocks, where they run; what is folded elsewhere is not rounded so.
         scale_type: of the weights' scales.
+        scores: names of the linears whose outputs are multiplied into attention scores.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Problem:
     shared: tuple[int, int] = (1, 1)
     input_dtype: np.dtype = DTYPES["float32"]
     scale_type: ScaleType = ScaleType.FLOAT32
+    scores: frozenset[str] = frozenset()
 
     @property
     def scale_dtype(self) -> np.dtype:

@@ -33,14 +33,12 @@ from pydantic import Field
 
 from ms_quant.errors import MsQuantError
 from ms_quant.kernels import sylvester
-from ms_quant.models.block_spec import BlockSpec
+from ms_quant.models.block_spec import BlockSpec, NormSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import VALUES
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.rotation import apply_hadamard, base_order, random_signs
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-OUTPUT = "self_attn.o_proj"
 
 
 @dataclass(frozen=True)
@@ -182,20 +180,19 @@ def rotations(config: ModelConfig) -> dict[str, TensorRotation]:
 
 def _of_block(block: BlockSpec, prefix: str, name: str) -> TensorRotation:
     path, _, kind = name.rpartition(".")
-    is_weight = kind == "weight"
-    norms = {group.name: group.feed for group in block.groups if group.feeds_from_norm}
-    make = partial(TensorRotation, prefix + name)
-    if path in norms.values():
-        return make(folded=True)
-    group = next((group for group in block.groups if path in group.members), None)
-    if group is None:  # a norm of q or k
-        return make()
-    if group.parallel == "row":
-        return make(stream=0, heads=-1 if path == OUTPUT and is_weight else None)
-    heads = 0 if path == VALUES else None
-    if not is_weight:
-        return make(heads=heads)
-    return make(gain=f"{prefix}{norms[group.name]}.weight", stream=-1, heads=heads)
+    make, module = partial(TensorRotation, prefix + name), block.modules[path]
+    if isinstance(module, NormSpec):
+        return make(folded=module.reads_stream)
+    if kind == "bias":
+        return make(
+            stream=0 if module.writes_stream else None,
+            heads=0 if module.heads_axis == 0 else None,
+        )
+    edge, gain, stream = block.edge_of(path), None, None
+    if module.reads_stream:
+        assert edge is not None, path
+        gain, stream = f"{prefix}{edge.producer}.weight", -1
+    return make(gain=gain, stream=0 if module.writes_stream else stream, heads=module.heads_axis)
 
 
 def _rotate_blocks(size: int, name: str, x: np.ndarray) -> np.ndarray:

@@ -27,8 +27,10 @@ from ms_quant.cells.layers import (
     repeat_rows,
     rotate_half_matrix,
 )
+from ms_quant.errors import MsQuantError
 from ms_quant.models import attention
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.gated_block import gated_block
 from ms_quant.models.rope import rope_table, still_table
 
 
@@ -44,25 +46,19 @@ class Attention(nn.Cell):
           quantize their input in another way.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        linears = config.block(0).linears
-
-        def linear(name: str, bias: bool) -> nn.Dense:
+        linears = config.block(index).linears
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             spec = linears[f"self_attn.{name}"]
-            return dense(spec.in_features, spec.out_features, bias)
-
-        self.q_proj = linear("q_proj", config.qkv_bias)
-        self.k_proj = linear("k_proj", config.qkv_bias)
-        self.v_proj = linear("v_proj", config.qkv_bias)
-        self.o_proj = linear("o_proj", config.o_bias)
+            setattr(self, name, dense(spec.in_features, spec.out_features, spec.bias))
         self.rotate_half = Tensor(rotate_half_matrix(config.head_dim))
         self.softmax, self.swap_heads = Softmax(), SwapHeads()
         self.scores = ops.BatchMatMul(transpose_b=True)
-        self.qk_norm = config.qk_norm
-        if config.qk_norm:
+        self.qk_norm = "self_attn.q_norm" in config.block(index).norms
+        if self.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -155,12 +151,12 @@ class Attention(nn.Cell):
 class MLP(nn.Cell):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
-        hidden, inter, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = dense(hidden, inter, bias)
-        self.up_proj = dense(hidden, inter, bias)
-        self.down_proj = dense(inter, hidden, bias)
+        linears = config.block(index).linears
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            spec = linears[f"mlp.{name}"]
+            setattr(self, name, dense(spec.in_features, spec.out_features, spec.bias))
         self.swiglu = SwiGLU()
 
     def construct(self, x: Tensor, decode: bool = False) -> Tensor:
@@ -169,14 +165,24 @@ class MLP(nn.Cell):
 
 
 class DecoderBlock(nn.Cell):
-    """One decoder layer: x + attention(norm(x)), then + mlp(norm(.))."""
+    """One decoder layer: x + attention(norm(x)), then + mlp(norm(.)).
 
-    def __init__(self, config: ModelConfig):
+    Raises:
+        MsQuantError: the layer is made of something else.
+    """
+
+    def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
+        other = set(config.block(index).linears) ^ set(gated_block(config, index).linears)
+        if other:
+            raise MsQuantError(
+                f"block {index} of this {config.model_type} has linears such as "
+                f"{min(other)}, expected those of attention and one MLP: no Cells compute others"
+            )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, index)
         self.add = Residual()
 
     def construct(
@@ -214,8 +220,8 @@ class Decoder(nn.Cell):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.CellList([DecoderBlock(config) for _ in range(config.num_layers)])
-        self.rotated = tuple(config.rotates(index) for index in range(config.num_layers))
+        self.layers = nn.CellList([DecoderBlock(config, i) for i in range(config.num_layers)])
+        self.rotated = tuple(block.rotary for block in config.blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:

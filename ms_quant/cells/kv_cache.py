@@ -13,7 +13,6 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_quant.models import cache
-from ms_quant.models.families import CACHED
 from ms_quant.numerics.affine import QMAX, QMIN, SMALLEST_SCALE
 
 
@@ -50,8 +49,8 @@ class Int8KeyValueCache(cache.Int8KeyValueCache):
 
     Args:
         scales (dict, optional): float32 (kv heads * head_dim,) arrays, static scales of the keys
-            and the values by the linears of ``CACHED``. Default: ``None``, one scale for each
-            token's keys and one for its values, of what they are.
+            and the values by the linears that make them, in this order. Default: ``None``, one
+            scale for each token's keys and one for its values, of what they are.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -64,7 +63,7 @@ class Int8KeyValueCache(cache.Int8KeyValueCache):
         self.static = scales is not None
         self.scales: list[Tensor | None] = [None, None]
         if scales is not None:
-            self.scales = [Tensor.from_numpy(scales[path]) for path in CACHED]
+            self.scales = [Tensor.from_numpy(scale) for scale in scales.values()]
 
     @property
     def length(self) -> int:

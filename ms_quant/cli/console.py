@@ -21,12 +21,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.lock import BusyError
 from ms_quant.formats.source_kind import find_model
+from ms_quant.progress import BlockProgress, StepProgress, of_blocks
 
 STDERR = Console(stderr=True)
 INTERRUPTED = 130
@@ -130,12 +131,11 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]],
 
 
 @contextmanager
-def step_progress() -> Iterator[Callable[[str, float], None]]:
+def step_progress() -> Iterator[StepProgress]:
     """A bar for each step of a long command, with an estimate of what remains, on standard error.
 
-    Gives a function to call with a step's name and how much of it is done, 0 to 1. The estimate
-    counts from the step's first call, so a resumed job is not promised the pace of what was
-    finished before.
+    The estimate counts from the step's first call, so a resumed job is not promised the pace of
+    what was finished before.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -158,10 +158,10 @@ def step_progress() -> Iterator[Callable[[str, float], None]]:
 
 
 @contextmanager
-def block_progress(title: str, blocks: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar over the blocks of a model: call it with a block's index and how much of it is done."""
+def block_progress(title: str, blocks: int) -> Iterator[BlockProgress]:
+    """A bar over the blocks of a model."""
     with step_progress() as step:
-        yield lambda index, part: step(title, (index + part) / blocks)
+        yield of_blocks(step, title, blocks)
 
 
 def use_mindspore() -> None:
@@ -225,13 +225,18 @@ def show_fields(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def wide_table(*titles: str) -> Table:
+    """One whose words are broken rather than cut off."""
+    return Table(*(Column(title, overflow="fold") for title in titles))
+
+
 def _inline(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(f"{part} {name.replace('_', ' ')}" for name, part in value.items())
 
 
-def exit_if_problems(problems: list[str]) -> None:
+def exit_if_problems(problems: Sequence[str]) -> None:
     """Ends a verification that found something, with status 1."""
     if problems:
         sys.stdout.flush()

@@ -16,9 +16,8 @@ import numpy as np
 from ms_quant import kernels
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import ServedModel
-from ms_quant.models.attention import Cache
 from ms_quant.models.block_forward import BlockForward, Positions
-from ms_quant.statistics.activation_range import AFTER, BEFORE, LARGEST, MIDDLE, Extreme
+from ms_quant.statistics.activation_range import LARGEST, Extreme
 
 FLOAT16 = np.dtype(np.float16)
 
@@ -49,25 +48,7 @@ class Float16Block(BlockForward):
 
         return cls.load(model.config, index, read, model.linear)
 
-    def __call__(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
-        x = self._fits(BEFORE, x)
-        with np.errstate(invalid="ignore", over="ignore"):
-            middle = self._fits(MIDDLE, self.attend(x, at, cache))
-            return self._fits(AFTER, self.feed_forward(middle))
-
-    def heads(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
-        return self._fits("self_attn.o_proj input", super().heads(x, at, cache))
-
-    def gated(self, x: np.ndarray) -> np.ndarray:
-        return self._fits("mlp.down_proj input", super().gated(x))
-
-    def _norm(self, path: str, x: np.ndarray) -> np.ndarray:
-        return self._fits(f"{path} output", super()._norm(path, x))
-
-    def _project(self, path: str, x: np.ndarray) -> np.ndarray:
-        return self._fits(f"{path} output", super()._project(path, x))
-
-    def _fits(self, place: str, x: np.ndarray) -> np.ndarray:
+    def between(self, place: str, x: np.ndarray) -> np.ndarray:
         rounded = to_float16(x)
         if np.isfinite(rounded).all():
             return rounded

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ms_quant.data.tokenizer import load_tokenizer
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
 from ms_quant.evaluation.caches import new_caches
 from ms_quant.evaluation.float32_forward import LastNorm, check_output, load_block
 from ms_quant.evaluation.head import EMBEDDING, head_name, require_head
@@ -14,6 +18,67 @@ from ms_quant.formats.opening import ServedModel
 from ms_quant.models.block_forward import Positions
 from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.embedding import Table
+from ms_quant.pipeline.defaults import DEFAULTS
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text that a model went on with.
+
+    Attributes:
+        prompt: what it began with.
+        text: what came after that.
+        tokens: the ids of ``text``.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """What the command prints of it."""
+        return {"prompt": self.prompt, "text": self.text, "tokens": list(self.tokens)}
+
+
+def generate(
+    model: ServedModel | AnyPath,
+    prompt: str,
+    *,
+    max_tokens: int = DEFAULTS.max_tokens,
+    kv_cache: str | None = None,
+    tokenizer: AnyPath | None = None,
+) -> Generation:
+    """Greedy text of a float or quantized checkpoint, with a key-value cache.
+
+    Args:
+        model: what :func:`ms_quant.open_model` opened, or the directory.
+        prompt: what the text begins with.
+        max_tokens: at most this many new tokens.
+        kv_cache: how keys and values are cached, ``"float"`` or one of ``KV_CACHES``. None is as
+            the checkpoint says.
+        tokenizer: directory of the tokenizer files; None is that of the model.
+
+    Returns:
+        Generation. It ends with an end token, which is not part of it, or at ``max_tokens``.
+
+    Raises:
+        MsQuantError: the checkpoint cannot be read, or the prompt is not UTF-8 text or has no
+            tokens.
+
+    Examples:
+        >>> import ms_quant
+        >>> found = ms_quant.generate("Qwen3-8B", "The capital of France", max_tokens=3)
+        >>> len(found.tokens) <= 3
+        True
+    """
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise MsQuantError(f"prompt: {prompt!r:.80} is not UTF-8 text")
+    words = load_tokenizer(tokenizer_directory(model, tokenizer))
+    ids = words.encode(prompt)
+    stops = [] if words.eos_id is None else [words.eos_id]
+    generator = Generator(opened(model), kv_cache, stops)
+    new = list(generator.generate(ids, max_tokens))
+    return Generation(prompt, words.decode(new), tuple(new))
 
 
 class Generator:

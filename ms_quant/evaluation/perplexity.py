@@ -6,13 +6,16 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS
+from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
+from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
 from ms_quant.evaluation.float16_forward import Float16Forward
 from ms_quant.evaluation.float32_forward import Float32Forward
 from ms_quant.evaluation.head import EMBEDDING, head_name, require_head
@@ -20,66 +23,106 @@ from ms_quant.files.atomic import free_space_check
 from ms_quant.formats.opening import ServedModel
 from ms_quant.job.directory import HiddenStates, read_hidden
 from ms_quant.models.embedding import cross_entropy, used_rows
+from ms_quant.pipeline.defaults import DEFAULTS
+from ms_quant.progress import BlockProgress, silent
 
-Progress = Callable[[int, float], None]
-"""Called with a block's index and how much of it is done, 0 to 1."""
 
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
 
-def silent(index: int, part: float) -> None:
-    """No progress is shown."""
+    Attributes:
+        perplexity: the exponential of the loss.
+        loss: mean negative log likelihood of the predicted tokens, natural logarithm.
+        tokens: how many were predicted.
+        seconds: what it took.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """What the command prints of it."""
+        return asdict(self)
 
 
 def perplexity(
-    model: ServedModel,
-    tokens: np.ndarray,
-    progress: Progress = silent,
+    model: ServedModel | AnyPath,
+    data: np.ndarray | AnyPath,
+    progress: BlockProgress | None = None,
+    *,
+    seq_len: int = DEFAULTS.seq_len,
+    windows: int | None = None,
+    tokenizer: AnyPath | None = None,
     decode: bool = False,
     kv_cache: str | None = None,
     float16: bool = False,
     batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, Any]:
-    """Perplexity over windows of tokens, block by block, hidden states on disk.
+) -> Perplexity:
+    """Perplexity of a float or quantized checkpoint on a text.
 
-    Every token of a window but its first is predicted from those before it in the window.
+    It is computed block by block in bounded memory, hidden states on disk. Every token of a window
+    but its first is predicted from those before it in the window.
 
     Args:
-        model: the checkpoint.
-        tokens: int32 (windows, seq_len), seq_len at least 2.
+        model: what :func:`ms_quant.open_model` opened, or the directory.
+        data: the text: a file of text, JSON records, .parquet or .npz; or windows of token ids,
+            int32 (windows, tokens), at least 2 tokens each.
         progress: told how far each block is.
+        seq_len: tokens of a window, of a file.
+        windows: use only the first windows of a file; None is all.
+        tokenizer: directory of the tokenizer files; None is that of the model.
         decode: compute as token by token, where linears tell the phases apart.
-        kv_cache: how keys and values are cached, see :func:`ms_quant.evaluation.caches.new_caches`;
-            all are read from the cache.
-        float16: compute as a runtime that has float16 alone, see
-            :mod:`ms_quant.evaluation.float16_forward`; nothing else may be asked for.
+        kv_cache: how keys and values are cached, ``"float"`` or one of ``KV_CACHES``; all are read
+            from the cache. None is as the checkpoint says.
+        float16: compute as a runtime that has float16 alone; nothing else may be asked for.
         batch_tokens: of one forward of a block, but one window at least.
 
     Returns:
-        ``perplexity``, ``loss`` (mean negative log likelihood, natural logarithm), ``tokens``
-        (predicted ones) and ``seconds``.
+        Perplexity.
 
     Raises:
-        MsQuantError: a window is shorter than 2 tokens, or the model's activations overflow.
+        MsQuantError: the model or the file cannot be read, a window is shorter than 2 tokens, or
+            the model's activations overflow.
+
+    Examples:
+        >>> import ms_quant
+        >>> found = ms_quant.perplexity("Qwen3-8B", "heldout.txt", seq_len=32, windows=4)
+        >>> found.tokens
+        124
+        >>> found.perplexity > 1
+        True
     """
-    require_head(model)
+    served = opened(model)
+    require_head(served)
+    if isinstance(data, np.ndarray):
+        tokens = data
+    else:
+        place = tokenizer_directory(model, tokenizer)
+        tokens = eval_windows(Path(data), place, seq_len, windows)
     if tokens.shape[1] < 2:
         raise MsQuantError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    losses = token_losses(model, tokens, progress, decode, kv_cache, float16, batch_tokens)
+    losses = token_losses(
+        served, tokens, progress or silent, decode, kv_cache, float16, batch_tokens
+    )
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise MsQuantError(f"the loss is {loss}: the activations of this model overflow float32")
-    return {
-        "perplexity": math.exp(min(loss, 700.0)),
-        "loss": loss,
-        "tokens": int(losses.size),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return Perplexity(
+        perplexity=math.exp(min(loss, 700.0)),
+        loss=loss,
+        tokens=int(losses.size),
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
 def token_losses(
     model: ServedModel,
     tokens: np.ndarray,
-    progress: Progress = silent,
+    progress: BlockProgress = silent,
     decode: bool = False,
     kv_cache: str | None = None,
     float16: bool = False,
@@ -110,7 +153,7 @@ def _losses(
     forward: Forward,
     tokens: np.ndarray,
     directory: Path,
-    progress: Progress,
+    progress: BlockProgress,
     batch_tokens: int,
 ) -> np.ndarray:
     count, length = tokens.shape

@@ -8,7 +8,7 @@ once more when it is read first, as nothing else shows that its bytes are the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ms_quant.files.digest import file_stamp, tensor_digest
 from ms_quant.files.reader import FLOAT_CODES, IGNORED, ChangedSourceError, Checkpoint
 from ms_quant.files.safetensors_file import SafetensorsFile
 from ms_quant.files.strict_json import read_json
+from ms_quant.progress import PartProgress, silent
 
 STATE = "source.json"
 MAX_STATE_BYTES = 256 << 20
@@ -45,7 +46,7 @@ class SourceHashes:
 def read_source(
     checkpoint: Checkpoint,
     directory: Path,
-    progress: Callable[[float], None] = lambda part: None,
+    progress: PartProgress = silent,
 ) -> SourceHashes:
     """Reads every float tensor, or what an interrupted pass has left of them.
 
@@ -98,7 +99,7 @@ class _Pass:
     path: Path
     shards: dict[str, dict[str, Any]]
     digests: dict[str, str]
-    progress: Callable[[float], None]
+    progress: PartProgress
 
     def run(self, todo: Sequence[tuple[SafetensorsFile, str]]) -> None:
         """Reads tensors, several at a time, and keeps what is known in the order of the files."""

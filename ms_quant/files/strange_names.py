@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ms_quant.errors import MsQuantError
 
-FIRST = "layers.0.input_layernorm.weight"  # every family has it
+FIRST_BLOCK = "layers.0."
 FLOAT_HINT = "expected the float checkpoint that it was made from"
 
 QUANTIZED: tuple[tuple[str, str], ...] = (
@@ -102,7 +102,7 @@ def refuse_strange_names(
         _quantized(codes, unknown, integers)
         or _other_layout(unknown)
         or _wrapped(unknown)
-        or _other_prefix(unknown)
+        or _other_prefix(missing, unknown)
         or _headless(missing, unknown)
     )
     if reason:
@@ -142,14 +142,16 @@ def _wrapped(unknown: Sequence[str]) -> str:
     return ""
 
 
-def _other_prefix(unknown: Sequence[str]) -> str:
-    found = [name for name in unknown if name.endswith(FIRST)]
+def _other_prefix(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    wanted = next((name for name in missing if FIRST_BLOCK in name), "")
+    first = wanted[wanted.find(FIRST_BLOCK) :]
+    found = [name for name in unknown if first and name.endswith(first)]
     if not found:
         return ""
-    prefix = min((name.removesuffix(FIRST) for name in found), key=len)
+    prefix = min((name.removesuffix(first) for name in found), key=len)
     whose = PREFIXES.get(prefix, "the names of another class than the causal model of transformers")
     named = f"tensors begin with {prefix!r}" if prefix else "no tensor begins with 'model.'"
-    return f"{named} ({found[0]!r}), expected 'model.{FIRST}'; these are {whose}"
+    return f"{named} ({found[0]!r}), expected {wanted!r}; these are {whose}"
 
 
 def _headless(missing: Sequence[str], unknown: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.format import CheckpointFormat
 from ms_quant.formats.registry import FORMATS
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan, all_groups
 

@@ -18,9 +18,8 @@ from ms_quant.files.atomic import ANY_MODE
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import INDEX_NAME, Array, TensorPlan
 from ms_quant.formats import kv_cache
-from ms_quant.models.block_spec import BlockSpec, LinearSpec
+from ms_quant.models.block_spec import BlockSpec, LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.layer import LayerPlan
@@ -174,7 +173,7 @@ class CheckpointFormat:
                     yield TensorPlan(f"{path}.{key}", *part, part=(path, key), make=make)
             else:
                 yield self._bias(layer, path, shape)
-            if plan.kv_cache and suffix == "weight" and kv_cache.is_cached(path):
+            if plan.kv_cache and suffix == "weight" and member in block.cached:
                 yield from kv_cache.tensor_plans(path, shape[0])
 
     def _part(

@@ -10,17 +10,9 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
-from ms_quant.models.families import CACHED
-from ms_quant.models.names import in_block
 
 SCALE, OFFSET = "kv_cache_scale", "kv_cache_offset"
 SUFFIXES = (SCALE, OFFSET)
-
-
-def is_cached(path: str) -> bool:
-    """Whether the outputs of a linear, by its full path, are cached."""
-    found = in_block(path)
-    return found is not None and found[1] in CACHED
 
 
 def tensor_plans(path: str, channels: int) -> list[TensorPlan]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +29,6 @@ from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import read_structure
 from ms_quant.job.directory import JobDirectory
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import CACHED
 from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
@@ -167,7 +167,8 @@ class JobModel(FloatModel):
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.kv_cache:
             return None
-        return {path: self.numbers.cache_scale(f"{block_prefix(index)}{path}") for path in CACHED}
+        prefix, cached = block_prefix(index), self.config.block(index).cached
+        return {path: self.numbers.cache_scale(prefix + path) for path in cached}
 
 
 class QuantizedModel:
@@ -214,17 +215,31 @@ class QuantizedModel:
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
         if not self.plan.kv_cache:
             return None
-        prefix = block_prefix(index)
-        return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in CACHED}
+        prefix, cached = block_prefix(index), self.config.block(index).cached
+        return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in cached}
 
 
-def open_model(directory: Path | str) -> ServedModel:
-    """Opens a float checkpoint or a finished one of any known format.
+def open_model(directory: str | PathLike[str]) -> ServedModel:
+    """Opens a float checkpoint or a finished one of any known format, tensor by tensor.
+
+    Args:
+        directory: the checkpoint.
+
+    Returns:
+        ServedModel: its config and format, and what reads its float tensors and quantized linears.
 
     Raises:
         MsQuantError: the directory does not exist or is of no known format.
+
+    Examples:
+        >>> import ms_quant
+        >>> model = ms_quant.open_model("Qwen3-8B")
+        >>> model.format, model.config.num_layers
+        ('float', 2)
+        >>> model.tensor("model.norm.weight").dtype
+        dtype('float32')
     """
-    directory = model_directory(directory)
+    directory = model_directory(Path(directory))
     model: ServedModel | None = first_answer("ms_quant.checkpoint_readers", directory)
     if model is not None:
         return model

@@ -15,6 +15,7 @@ HIDDEN = -1e29  # masked keys have less, and no weight at all
 QUERIES = 128  # that attend at a time in NumPy: keys after the last of them are left out
 MANY_QUERIES = 16  # from which the kernel is faster: it packs keys and values first
 
+TAPS = "q", "k", "v"
 Cache = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Takes the keys and values of new tokens, (B, kv heads, S, D), and gives those of all."""
 
@@ -46,6 +47,7 @@ def attention(
     mask: np.ndarray,
     cache: Cache | None = None,
     threads: int | None = None,
+    show: Callable[[str, np.ndarray], None] = lambda tap, x: None,
 ) -> np.ndarray:
     """What the heads give, of queries and keys before their rotation.
 
@@ -56,6 +58,7 @@ def attention(
         mask: additive float32 (B or 1, 1, S, T).
         cache: keeps keys and values, or None.
         threads: at most so many; None for all.
+        show: is shown what attention reads of the new tokens, by the names of ``TAPS``.
 
     Returns:
         float32 (B, S, heads * D).
@@ -63,6 +66,8 @@ def attention(
     batch, length = q.shape[:2]
     turned, keys = kernels.rope(q, *angles, threads), kernels.rope(k, *angles, threads)
     values = np.ascontiguousarray(v.transpose(0, 2, 1, 3))
+    for tap, heads in zip(TAPS, (turned, keys, values), strict=True):
+        show(tap, heads)
     if cache is not None:
         keys, values = cache(keys, values)
     return attend(turned, keys, values, mask, threads).reshape(batch, length, -1)

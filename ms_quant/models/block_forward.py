@@ -6,15 +6,15 @@ the same in MindSpore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.models.attention import Cache, attention, causal_mask
+from ms_quant.models.attention import Cache, causal_mask
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward
 from ms_quant.models.names import block_prefix
@@ -56,8 +56,12 @@ def _all_float(path: str) -> None:
     """No linear is quantized."""
 
 
+Observer = Callable[[np.ndarray], None]
+"""Is shown a tensor, which it may not change."""
+
+
 class BlockForward:
-    """x + attention(norm(x)), then + mlp(norm(.)), float32 (B, S, hidden) of the same.
+    """The residual branches of a block one after the other, float32 (B, S, hidden) of the same.
 
     Args:
         config: the model's shape.
@@ -66,7 +70,9 @@ class BlockForward:
         linears: what computes the linears by their paths, where that is not in `arrays`.
 
     Attributes:
+        spec: what the block is made of.
         linears: what computes each linear.
+        taps: who is shown what is between two operators, and taps, by name.
     """
 
     def __init__(
@@ -77,6 +83,8 @@ class BlockForward:
         linears: Mapping[str, Linear],
     ):
         self.config, self.index, self.arrays = config, index, arrays
+        self.spec = config.block(index)
+        self.taps: Mapping[str, Sequence[Observer]] = {}
         floats = {
             path: FloatForward(arrays[f"{path}.weight"], arrays.get(f"{path}.bias"))
             for path in config.block(index).linears
@@ -128,61 +136,64 @@ class BlockForward:
             }
         )
 
+    def with_taps(self, taps: Mapping[str, Sequence[Observer]]) -> Self:
+        """The same block, which shows what is between its operators, and its taps, by name."""
+        other = copy(self)
+        other.taps = taps
+        return other
+
     def __call__(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
         """The block's output; what is not finite goes on in it."""
         with np.errstate(all="ignore"):
-            return self.feed_forward(self.attend(x, at, cache))
+            return self.run(x, at, cache)
 
-    def attend(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
-        """The first half.
+    def run(
+        self, x: np.ndarray, at: Positions, cache: Cache | None = None, first: int = 0
+    ) -> np.ndarray:
+        """What the branches from a first one on make of the residual stream.
 
         Args:
             x: float32 (B, S, hidden).
             at: the positions of the S tokens.
             cache: takes their keys and values, and gives those of all tokens so far.
+            first: the branch that reads ``x``.
         """
-        return self.add_heads(x, self.heads(x, at, cache))
+        x = self.between(self.spec.hidden[first], x)
+        for which in range(first, len(self.spec.branches)):
+            x = self.branch(which, x, at, cache)
+        return x
 
-    def feed_forward(self, x: np.ndarray) -> np.ndarray:
-        """The second half."""
-        return self.add_gated(x, self.gated(x))
+    def branch(
+        self, which: int, x: np.ndarray, at: Positions, cache: Cache | None = None
+    ) -> np.ndarray:
+        """The residual stream after one branch; arguments as of :meth:`run`."""
+        return self.add(which, x, self.inner(which, x, at, cache))
 
-    def heads(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
-        """The input of o_proj, (B, S, heads * D); arguments as of :meth:`attend`."""
-        batch, length, _ = x.shape
-        rows = self._norm("input_layernorm", x)
-        q, k, v = (
-            self._project(f"self_attn.{name}_proj", rows).reshape(
-                batch, length, -1, self.config.head_dim
-            )
-            for name in "qkv"
-        )
-        if self.config.qk_norm:
-            q, k = self._norm("self_attn.q_norm", q), self._norm("self_attn.k_norm", k)
-        angles = at.angles(self.config.rotates(self.index))
-        return attention(q, k, v, angles, at.mask, cache)
+    def inner(self, which: int, x: np.ndarray, at: Positions, cache: Cache | None = None) -> Any:
+        """What the last linears of a branch read; arguments as of :meth:`run`."""
+        return self.spec.branches[which].inner(self, x, at, cache)
 
-    def add_heads(self, x: np.ndarray, heads: np.ndarray) -> np.ndarray:
-        """x + o_proj(heads)."""
-        return self._added("self_attn.o_proj", x, heads)
-
-    def gated(self, x: np.ndarray) -> np.ndarray:
-        """The input of down_proj, (B * S, intermediate)."""
-        rows = self._norm("post_attention_layernorm", x)
-        gate = self._project("mlp.gate_proj", rows)
-        return kernels.swiglu(gate, self._project("mlp.up_proj", rows))
-
-    def add_gated(self, x: np.ndarray, gated: np.ndarray) -> np.ndarray:
-        """x + down_proj(gated)."""
-        return self._added("mlp.down_proj", x, gated)
-
-    def _norm(self, path: str, x: np.ndarray) -> np.ndarray:
-        return kernels.rms_norm(x, self.arrays[f"{path}.weight"], self.config.rms_norm_eps)
-
-    def _project(self, path: str, x: np.ndarray) -> np.ndarray:
-        return self.linears[path](x.reshape(-1, x.shape[-1]))
-
-    def _added(self, path: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        y = self._project(path, y).reshape(x.shape)
+    def add(self, which: int, x: np.ndarray, inner: Any) -> np.ndarray:
+        """The residual stream after a branch."""
+        y = self.spec.branches[which].outer(self, inner).reshape(x.shape)
         with np.errstate(all="ignore"):  # whoever looks at the sum finds what is not finite
-            return np.add(x, y, out=y)
+            return self.between(self.spec.hidden[which + 1], np.add(x, y, out=y))
+
+    def norm(self, path: str, x: np.ndarray) -> np.ndarray:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        gain, eps = self.arrays[f"{path}.weight"], self.config.rms_norm_eps
+        return self.between(f"{path} output", kernels.rms_norm(x, gain, eps))
+
+    def linear(self, path: str, x: np.ndarray) -> np.ndarray:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        return self.between(f"{path} output", self.linears[path](x.reshape(-1, x.shape[-1])))
+
+    def between(self, place: str, x: np.ndarray) -> np.ndarray:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        self.show(place, x)
+        return x
+
+    def show(self, tap: str, x: np.ndarray) -> None:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        for observe in self.taps.get(tap, ()):
+            observe(x)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ms_quant.models.families import CACHED
 from ms_quant.numerics import affine, groupwise
 
 FIRST_TOKENS = 64  # that arrays have room for; they grow by half
@@ -61,8 +60,8 @@ class Int8KeyValueCache(KeyValueCache):
 
     Args:
         scales: float32 (kv heads * head_dim,) arrays, static scales of the keys and the values by
-            the linears of ``CACHED``; None for one scale for each token's keys and one for its
-            values, of what they are.
+            the linears that make them, in this order; None for one scale for each token's keys and
+            one for its values, of what they are.
         first_tokens: how many there is room for at first.
     """
 
@@ -70,7 +69,7 @@ class Int8KeyValueCache(KeyValueCache):
         self, scales: Mapping[str, np.ndarray] | None = None, first_tokens: int = FIRST_TOKENS
     ) -> None:
         super().__init__(first_tokens)
-        self._static = None if scales is None else [scales[path] for path in CACHED]
+        self._static = None if scales is None else list(scales.values())
         self._scales = _Room(first_tokens), _Room(first_tokens)
 
     def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

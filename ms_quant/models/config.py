@@ -10,7 +10,7 @@ from typing import Any
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.strict_json import read_json
-from ms_quant.models.block_spec import BlockSpec, LinearSpec
+from ms_quant.models.block_spec import BlockSpec, Division
 from ms_quant.models.config_keys import check_keys
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.names import block_prefix
@@ -104,7 +104,7 @@ class ModelConfig:
     def block(self, index: int) -> BlockSpec:
         """What a block is made of."""
         if index not in self._blocks:
-            self._blocks[index] = gated_block(self, index)
+            self._blocks[index] = self.family.block(self, index)
         return self._blocks[index]
 
     @property
@@ -113,33 +113,14 @@ class ModelConfig:
         return (self.block(index) for index in range(self.num_layers))
 
     @cached_property
+    def divisions(self) -> tuple[Division, ...]:
+        """Every way in which some linear is divided over ranks, once."""
+        found = {spec.division: None for block in self.blocks for spec in block.linears.values()}
+        return tuple(found)
+
+    @cached_property
     def _blocks(self) -> dict[int, BlockSpec]:
         return {}
-
-
-def gated_block(config: ModelConfig, index: int) -> BlockSpec:
-    """Attention, then a gated MLP, each behind an RMS norm."""
-    hidden, inter = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": LinearSpec(q_size, hidden, config.qkv_bias),
-        "self_attn.k_proj": LinearSpec(kv_size, hidden, config.qkv_bias),
-        "self_attn.v_proj": LinearSpec(kv_size, hidden, config.qkv_bias),
-        "self_attn.o_proj": LinearSpec(hidden, q_size, config.o_bias),
-        "mlp.gate_proj": LinearSpec(inter, hidden, config.mlp_bias),
-        "mlp.up_proj": LinearSpec(inter, hidden, config.mlp_bias),
-        "mlp.down_proj": LinearSpec(hidden, inter, config.mlp_bias),
-    }
-    tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-    for path, linear in linears.items():
-        tensors[f"{path}.weight"] = linear.shape
-        if linear.bias:
-            tensors[f"{path}.bias"] = (linear.out_features,)
-    if config.qk_norm:
-        tensors["self_attn.q_norm.weight"] = (config.head_dim,)
-        tensors["self_attn.k_norm.weight"] = (config.head_dim,)
-    tensors["post_attention_layernorm.weight"] = (hidden,)
-    return BlockSpec(index, linears, config.family.groups, tensors)
 
 
 def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:

@@ -5,67 +5,18 @@ A new family that is built from the same parts is one row of ``FAMILIES``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-KEYS, VALUES = "self_attn.k_proj", "self_attn.v_proj"
-CACHED = (KEYS, VALUES)
-"""The linears whose outputs a generation caches, by path in a block."""
+from ms_quant.models.gated_block import KINDS, gated_block
 
+if TYPE_CHECKING:
+    from ms_quant.models.block_spec import BlockSpec
+    from ms_quant.models.config import ModelConfig
 
-@dataclass(frozen=True)
-class LinearGroup:
-    """Linears of one block that read the same input, and so share activation parameters.
-
-    Attributes:
-        name: short name of the group.
-        members: paths of the linears, relative to the block.
-        fused: path of the single linear that serving runtimes fuse them into.
-        parallel: ``"column"`` (outputs are split over ranks) or ``"row"`` (inputs are split).
-        feed: path of what makes the input, where a smoothing vector may be folded: a norm, or a
-            linear whose output reaches this group channel by channel.
-        by_head: whether the feed is one of value heads, each of which several query heads read.
-    """
-
-    name: str
-    members: tuple[str, ...]
-    fused: str
-    parallel: str
-    feed: str = ""
-    by_head: bool = False
-
-    @property
-    def feeds_from_norm(self) -> bool:
-        """Whether the input comes from a norm."""
-        return self.feed.endswith("norm")
-
-    @property
-    def in_mlp(self) -> bool:
-        """Whether the linears are in the second half of the block."""
-        return self.members[0].startswith("mlp.")
-
-
-GATED_DECODER_GROUPS = (
-    LinearGroup(
-        "qkv",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "self_attn.qkv_proj",
-        "column",
-        "input_layernorm",
-    ),
-    LinearGroup(
-        "o", ("self_attn.o_proj",), "self_attn.o_proj", "row", "self_attn.v_proj", by_head=True
-    ),
-    LinearGroup(
-        "gate_up",
-        ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.gate_up_proj",
-        "column",
-        "post_attention_layernorm",
-    ),
-    LinearGroup("down", ("mlp.down_proj",), "mlp.down_proj", "row", "mlp.up_proj"),
-)
+BlockBuilder = Callable[["ModelConfig", int], "BlockSpec"]
+"""Makes the block of an index."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +36,8 @@ class Family:
         skips_rotation: whether ``no_rope_layers`` names layers without a rotary embedding; only
             those have a window then, if there is one.
         custom_code: whether the runtimes' own configs do not know the family, but ``auto_map``.
-        groups: the quantizable linears of a block.
+        block: makes a block; one of new maths has a file of its own.
+        kinds: what recipes call the groups of its blocks.
     """
 
     base: str
@@ -98,7 +50,8 @@ class Family:
     required: tuple[str, ...] = ()
     skips_rotation: bool = False
     custom_code: bool = False
-    groups: tuple[LinearGroup, ...] = GATED_DECODER_GROUPS
+    block: BlockBuilder = gated_block
+    kinds: tuple[str, ...] = KINDS
 
     @property
     def classes(self) -> tuple[str, ...]:

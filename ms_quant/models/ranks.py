@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ms_quant.errors import MsQuantError
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 
 VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class Shard:
     """The part of an (out, in) weight that one rank holds.
 
     Attributes:
@@ -37,68 +37,54 @@ def check_tp(config: ModelConfig, tp: int) -> None:
     """
     if tp < 1:
         raise MsQuantError(f"tp is {tp}, expected at least 1")
-    sizes = {
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}": padded_vocab(config),
-    }
-    for name, size in sizes.items():
+    whole = [d for d in config.divisions if d.parallel != "replicated" and not d.copied]
+    vocab = f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}"
+    sizes = [(division.unit, division.units) for division in whole]
+    for name, size in [*sizes, (vocab, padded_vocab(config))]:
         if size % tp:
             raise MsQuantError(f"tp is {tp}, expected a divisor of {name}, which is {size}")
-    kv_heads = config.num_kv_heads
-    if kv_heads % tp and tp % kv_heads:
-        raise MsQuantError(
-            f"tp is {tp}, expected a divisor or a multiple of num_key_value_heads, "
-            f"which is {kv_heads}"
-        )
+    for name, size in [(d.unit, d.units) for d in config.divisions if d.copied]:
+        if size % tp and tp % size:
+            raise MsQuantError(
+                f"tp is {tp}, expected a divisor or a multiple of {name}, which is {size}"
+            )
 
 
-def place(config: ModelConfig, tp: int, rank: int, group: LinearGroup, member: str) -> Place:
+def shard(linear: LinearSpec, tp: int, rank: int) -> Shard:
     """The part of a linear that a rank holds.
 
-    Key and value heads that are fewer than the ranks are held by several neighbouring ranks.
+    Units that are fewer than the ranks, key and value heads, are held by several neighbouring
+    ranks.
 
     Args:
-        config: the model.
+        linear: the linear.
         tp: how many ranks there are.
         rank: 0 to tp - 1.
-        group: the linear's group; ``"column"`` groups are split by rows of the weight.
-        member: the linear's path, relative to its block.
     """
-    units, width = _units(config, member)
-    count = max(1, units // tp)
+    division, (rows, columns) = linear.division, linear.shape
+    if division.parallel == "replicated":
+        return Shard(slice(0, rows), slice(0, columns))
+    column, units = division.parallel == "column", division.units
+    width, count = (rows if column else columns) // units, max(1, units // tp)
     first = rank * count if units >= tp else rank * units // tp
     share = slice(first * width, (first + count) * width)
-    out_features, in_features = config.block(0).linears[member].shape
-    if group.parallel == "column":
-        return Place(share, slice(0, in_features))
-    return Place(slice(0, out_features), share)
+    return Shard(share, slice(0, columns)) if column else Shard(slice(0, rows), share)
 
 
-def _units(config: ModelConfig, member: str) -> tuple[int, int]:
-    """What is divided over ranks and never cut: (how many, channels of each)."""
-    name = member.rpartition(".")[2]
-    if name in ("k_proj", "v_proj"):
-        return config.num_kv_heads, config.head_dim
-    if name in ("q_proj", "o_proj"):
-        return config.num_heads, config.head_dim
-    return config.intermediate_size, 1
-
-
-def fused_rows(config: ModelConfig, tp: int, group: LinearGroup) -> dict[str, slice]:
+def fused_rows(group: LinearGroup, tp: int) -> dict[str, slice]:
     """Where each member's rows are in a rank's fused weight. The same on every rank."""
     rows, start = {}, 0
-    for member in group.members:
-        part = place(config, tp, 0, group, member).rows
+    for member, linear in group.linears.items():
+        part = shard(linear, tp, 0).rows
         rows[member] = slice(start, start + part.stop - part.start)
         start = rows[member].stop
     return rows
 
 
-def fused_shape(config: ModelConfig, tp: int, group: LinearGroup) -> tuple[int, int]:
+def fused_shape(group: LinearGroup, tp: int) -> tuple[int, int]:
     """(out, in) of a rank's fused weight."""
-    columns = place(config, tp, 0, group, group.members[0]).columns
-    rows = fused_rows(config, tp, group)[group.members[-1]].stop
+    columns = shard(group.first, tp, 0).columns
+    rows = fused_rows(group, tp)[group.members[-1]].stop
     return rows, columns.stop - columns.start
 
 

@@ -7,8 +7,9 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ from ms_quant.numerics.float8_blocks import Float8BlockGrid
 from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.paths import check_paths
-from ms_quant.pipeline.request import SHARD_BYTES
-from ms_quant.pipeline.writer import summary, write_output
+from ms_quant.pipeline.result import Output, output_of
+from ms_quant.pipeline.writer import write_output
 from ms_quant.plan.layer import LayerPlan, layer_plan, recorded_layer
 from ms_quant.plan.plan import Plan
+from ms_quant.progress import PartProgress, silent
 from ms_quant.schemes.support import store
 from ms_quant.schemes.table import get_scheme
 from ms_quant.verify.checkpoint import record_problems
@@ -64,13 +67,13 @@ PLANNED = (
 
 
 def convert_checkpoint(
-    directory: Path | str,
-    output: Path | str,
+    directory: str | PathLike[str],
+    output: str | PathLike[str],
     format: str,
     *,
     shard_bytes: int | None = None,
-    progress: Callable[[float], None] = lambda part: None,
-) -> dict[str, Any]:
+    progress: PartProgress | None = None,
+) -> Output:
     """Makes a checkpoint of another format with the same numbers.
 
     Args:
@@ -82,13 +85,24 @@ def convert_checkpoint(
         progress: told how much is written, 0 to 1.
 
     Returns:
-        What was made, as JSON.
+        Output: what was made.
 
     Raises:
         MsQuantError: the checkpoint is damaged or the other format cannot hold what it holds;
             names the tensor. No output directory is left behind.
+
+    Examples:
+        >>> import ms_quant
+        >>> made = ms_quant.quantize_checkpoint(
+        ...     "Qwen3-8B", "one", "W8A8_DYNAMIC", formats=["ascend"]
+        ... )
+        >>> other = ms_quant.convert_checkpoint("one", "two", "compressed-tensors")
+        >>> other.format, other.scheme
+        ('compressed-tensors', 'W8A8_DYNAMIC')
+        >>> other.served_by
+        ('vLLM (the checkpoint says how)', 'vllm-ascend')
     """
-    directory, output = model_directory(directory), Path(output)
+    directory, output = model_directory(Path(directory)), Path(output)
     check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)
@@ -114,15 +128,15 @@ def convert_checkpoint(
                 f"{directory / RECORD}: shard_bytes is {size!r:.80}, expected a positive number"
             )
         with made.open_or_discard():
-            write_output(plan, converted, made, size, directory, facts, progress)
-    return summary(plan, output, finished)
+            write_output(plan, converted, made, size, directory, facts, progress or silent)
+    return output_of(plan, output, finished, measured=False)
 
 
 def _open(directory: Path) -> tuple[QuantizedModel, dict[str, Any]]:
     """A checkpoint that is not damaged, and its record; of one that others made what is known."""
     if not is_ours(directory):
         model = QuantizedModel(directory)
-        known = {PROVENANCE: provenance(model.structure), "shard_bytes": SHARD_BYTES}
+        known = {PROVENANCE: provenance(model.structure), "shard_bytes": DEFAULTS.shard_bytes}
         return model, {"record": known}
     content = _record(directory)
     damaged = next(iter([*check_files(directory), *unlisted_problems(directory, [])]), None)

@@ -17,7 +17,7 @@ from ms_quant.models.attention import QUERIES
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
-from ms_quant.pipeline.run import CheckedJob, needed_bytes
+from ms_quant.pipeline.request import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import FLOAT_CACHE
@@ -88,7 +88,7 @@ def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
 
 def _inputs(block: BlockSpec) -> list[int]:
     """The number of inputs of each group of a block."""
-    return [block.in_features(group) for group in block.groups]
+    return [group.in_features for group in block.groups]
 
 
 def _hessian_flops(plan: Plan, tokens: int) -> float:
@@ -104,7 +104,8 @@ def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
     """A batch in a block, its attention scores, and the embedding rows that occur."""
     length = tokens.shape[1]
     batch = max(1, BATCH_TOKENS // length)
-    states = batch * length * (config.hidden_size + config.intermediate_size)
+    widest = max(max(_inputs(block)) for block in config.blocks)
+    states = batch * length * (config.hidden_size + widest)
     scores = min(SCORE_BYTES, 4 * batch * config.num_heads * length * min(length, QUERIES))
     rows = min(config.vocab_size, tokens.size) * config.hidden_size
     return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows

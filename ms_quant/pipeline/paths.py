@@ -12,8 +12,8 @@ from ms_quant.files.hub_cache import refuse_cached_place
 from ms_quant.formats.registry import FORMATS
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
-from ms_quant.models.block_spec import LinearSpec
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
+from ms_quant.plan.folding import float_readers, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
@@ -87,13 +87,16 @@ def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ())
 
 def _block_bytes(plan: Plan, index: int) -> int:
     block = plan.config.block(index)
-    norms = 2 * 4 * plan.config.hidden_size  # those that folding changed
+    folded = [block.norms[edge.producer].size for edge in block.edges if edge.norm]
+    for edge in block.edges:
+        if quantized_readers(plan, index, edge):
+            folded += [block.linears[path].size for path in float_readers(plan, index, edge)]
     linears = [
         _linear_bytes(plan.layer(index, group), group, block.linears[member])
         for group in plan.groups(index)
         for member in group.members
     ]
-    return BLOCK_OVERHEAD + norms + sum(linears)
+    return BLOCK_OVERHEAD + 4 * sum(folded) + sum(linears)
 
 
 def _linear_bytes(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> int:

@@ -16,6 +16,7 @@ from ms_quant.formats.registry import FORMATS
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.exclude import float_paths, matches, no_match
+from ms_quant.plan.folding import check_edges
 from ms_quant.plan.layer import LayerPlan, layer_plan
 from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, is_reached
@@ -157,8 +158,9 @@ def _choices(config: ModelConfig, recipe: Recipe) -> dict[GroupId, LayerChoice]:
     paths = {path: group for group, members in groups.items() for path in members}
     producers = linear_producers(config)
     _refuse_idle(recipe, list(paths), list(producers.values()), float_paths(config))
-    linears = {path: group.name for path, group in paths.items()}
-    chosen = assign(recipe, linears, producers)
+    linears = {path: _kind(config, group) for path, group in paths.items()}
+    mates = {path: groups[group] for path, group in paths.items()}
+    chosen = assign(recipe, linears, producers, mates)
     wanted: dict[GroupId, LayerChoice] = {}
     for group, members in groups.items():
         found = {path: chosen.get(path) for path in members}
@@ -184,6 +186,10 @@ def _groups(config: ModelConfig) -> dict[GroupId, list[str]]:
     }
 
 
+def _kind(config: ModelConfig, group: GroupId) -> str:
+    return config.block(group.block).group(group.name).kind
+
+
 def linear_paths(config: ModelConfig) -> list[str]:
     """Full paths of the decoder linears, in model order."""
     return [path for members in _groups(config).values() for path in members]
@@ -198,10 +204,11 @@ def _title(choice: LayerChoice | None) -> str:
 def linear_producers(config: ModelConfig) -> dict[str, str]:
     """Full path of every linear to that of what makes its input, in model order."""
     return {
-        f"{block_prefix(index)}{member}": f"{block_prefix(index)}{group.feed}"
-        for index in range(config.num_layers)
-        for group in config.block(index).groups
+        f"{block_prefix(block.index)}{member}": f"{block_prefix(block.index)}{edge.producer}"
+        for block in config.blocks
+        for group in block.groups
         for member in group.members
+        if (edge := block.producer_of(group))
     }
 
 
@@ -288,7 +295,9 @@ def _plan(config: ModelConfig, layers: Mapping[GroupId, LayerPlan | None], asked
     left = {group: None if group in undivided else layer for group, layer in layers.items()}
     if not any(left.values()):
         raise MsQuantError("every linear stays float, nothing is left to quantize")
-    return replace(plan, layers=left)
+    plan = replace(plan, layers=left)
+    check_edges(plan)
+    return plan
 
 
 def _check_cache(layer: LayerPlan, name: str) -> None:

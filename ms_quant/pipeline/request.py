@@ -1,4 +1,4 @@
-"""What ``ms-quant quantize`` is asked, and every refusal that needs no work."""
+"""Checking what ``ms-quant quantize`` is asked: every refusal that needs no work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,145 +19,29 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
 from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
-from ms_quant.formats.float_model import NO_HEAD, model_notes, open_float
+from ms_quant.formats.float_model import NO_HEAD, FloatCheckpoint, model_notes, open_float
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.tensor_parallel import rank_notes, refuse_ranks
 from ms_quant.job.directory import JobDirectory, environment
-from ms_quant.job.output_directory import OutputDirectory, check_output_name
+from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.job.unlisted import is_read
 from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.pipeline.options import CALIB_DIRECTORY, QuantizeOptions
 from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
 from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.exclude import float_notes
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.rotated import RotatedCheckpoint
-from ms_quant.recipe import Recipe, load_recipe
+from ms_quant.recipe import Recipe
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import VALUES, as_value
+from ms_quant.schemes.table import FLOAT_CACHE
 
-SHARD_BYTES = 4 << 30
-SAMPLES, SEQ_LEN, SEED = 64, 256, 0
+Opened = Callable[[Path], FloatCheckpoint]
+"""Opens a float model; the same one is opened once."""
 SHARED = ("source", "environment", "calibration", "exclude")
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What a user asks of ``ms-quant quantize``. None is the default of what was not asked for.
-
-    Attributes:
-        model: directory of the float checkpoint.
-        output: directory to make.
-        scheme: name of the scheme.
-        algorithm: names of the algorithms, joined with ``+``.
-        scheme_options: options of the scheme's weights, such as ``group_size``.
-        algorithm_options: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
-        float_undivided: leave linears float whose inputs groups do not divide, instead of
-            refusing.
-        kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
-        fold: where smoothing vectors go, by a name of ``SmoothingTarget``; "" is the format's first
-            choice.
-        calib: calibration file; needed by static schemes and most algorithms.
-        samples: how many windows of it to use; None is 64.
-        seq_len: tokens of a window; None is 256.
-        seed: seed of the choice of windows; None is 0.
-        exclude: glob patterns of linears that stay float, by whole fused groups.
-        dtype: type of what stays float; None keeps the checkpoint's (bfloat16 for float32).
-        shard_bytes: largest data size of an output file; None is 4 GiB.
-        job: job directory; None is OUTPUT.job.
-        keep_job: leave the job directory when all is done.
-        any_environment: resume under other versions, CPU or thread count.
-        recipe: what to do to which linear, in place of scheme, algorithm, exclude and most options.
-        tp: tensor-parallel ranks that will serve the output, which must be divisible so; None is
-            not known yet.
-        formats: the checkpoint formats to make, each in a directory of its name inside
-            ``output`` if there are several; () is one, the schemes' default.
-    """
-
-    model: Path
-    output: Path
-    scheme: str = "W8A8"
-    algorithm: str = "minmax"
-    scheme_options: Mapping[str, Any] = field(default_factory=dict)
-    algorithm_options: Mapping[str, Any] = field(default_factory=dict)
-    float_undivided: bool = False
-    kv_cache: str = ""
-    fold: str = ""
-    calib: Path | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-    seed: int | None = None
-    exclude: Sequence[str] = ()
-    dtype: str | None = None
-    shard_bytes: int | None = None
-    job: Path | None = None
-    keep_job: bool = False
-    any_environment: bool = False
-    recipe: Recipe | None = None
-    formats: Sequence[str] = ()
-    tp: int | None = None
-
-    @property
-    def job_directory(self) -> Path:
-        check_output_name(self.output)
-        return self.job or self.output.with_name(self.output.name + ".job")
-
-
-def split_options(named: Mapping[str, Any], settings: Sequence[str] = ()) -> dict[str, Any]:
-    """Options of the scheme and the algorithms, each where :class:`QuantizeOptions` has it.
-
-    Args:
-        named: option to value; None is not asked for.
-        settings: ``"NAME=VALUE"``.
-
-    Raises:
-        MsQuantError: a setting is malformed or given twice.
-    """
-    found = {name: value for name, value in named.items() if value is not None}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name or name in found:
-            raise MsQuantError(f"--set {setting!r}: expected NAME=VALUE, each name once")
-        found[name] = value
-    return {
-        "scheme_options": {n: as_value(n, value) for n, value in found.items() if n in VALUES},
-        "algorithm_options": {n: value for n, value in found.items() if n not in VALUES},
-    }
-
-
-CALIB_DIRECTORY = "lab_calib"  # where msModelSlim has its data sets, near its recipes
-CALIB_LEVELS = 3
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of a file. A calibration file that it names may be beside it.
-
-    Or in ``lab_calib`` beside it, beside its directory, or beside that one's.
-    """
-    recipe = load_recipe(path)
-    if recipe.calib is None or Path(recipe.calib).exists():
-        return recipe
-    above = [path.absolute().parent, *path.absolute().parent.parents][:CALIB_LEVELS]
-    for directory in (path.parent, *(level / CALIB_DIRECTORY for level in above)):
-        if (directory / recipe.calib).exists():
-            return replace(recipe, calib=str(directory / recipe.calib))
-    return recipe
-
-
-def refuse_beside_recipe(path: Path, said: Mapping[str, Any]) -> None:
-    """Refuses options of a command that a recipe decides.
-
-    Raises:
-        MsQuantError: one of ``said`` has a value.
-    """
-    for name, value in said.items():
-        if value is not None:
-            raise MsQuantError(
-                f"--{name.replace('_', '-')}: {path} says what each linear becomes, expected one "
-                "of the two"
-            )
 
 
 @dataclass(frozen=True)
@@ -246,24 +131,30 @@ def _joined(names: Sequence[str], requests: Sequence[CheckedJob]) -> dict[str, A
     return {**shared, "formats": dict(zip(names, own, strict=True))}
 
 
-def prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
+def prepare(
+    options: QuantizeOptions,
+    extension: Extension | None = None,
+    model: FloatCheckpoint | None = None,
+) -> CheckedJob:
     """Checks a request against the model, the data and the disk, before any work.
 
     Args:
         options: the request.
         extension: what another command computes and writes instead; it has checked that the
             values fit their types.
+        model: the opened model, where the caller has it.
 
     Raises:
         MsQuantError: anything that would make the job fail later.
     """
     options = replace(options, model=model_directory(options.model))
+    opened = cache(open_float) if model is None else lambda _: model
     if options.recipe is not None:
         options = _with_recipe(options, options.recipe)
     if len(options.formats) > 1:
-        checked = _prepare_several(options)
+        checked = _prepare_several(options, opened)
     else:
-        checked = _prepare(options, extension)
+        checked = _prepare(options, opened, extension)
     _check_disk(checked)
     if options.recipe is not None:
         said = recipe_notes(checked.plan.config, options.recipe)
@@ -297,10 +188,12 @@ def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     return replace(options, calib=calib, **merged)
 
 
-def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> CheckedJob:
+def _prepare(
+    options: QuantizeOptions, opened: Opened, extension: Extension | None = None
+) -> CheckedJob:
     """Everything but what is on the disk by now."""
     check_paths(options.model, options.output, options.job_directory)
-    config, checkpoint = open_float(options.model)
+    config, checkpoint = opened(options.model)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)
@@ -310,7 +203,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Ch
     notes = float_notes(options.exclude, linear_paths(config), config)
     if extension is None:
         notes += rank_notes(plan) if options.tp is None else []
-        options = replace(options, shard_bytes=options.shard_bytes or SHARD_BYTES)
+        options = replace(options, shard_bytes=options.most_shard_bytes)
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
@@ -331,7 +224,7 @@ def _prepare(options: QuantizeOptions, extension: Extension | None = None) -> Ch
     )
 
 
-def _prepare_several(options: QuantizeOptions) -> CheckedJob:
+def _prepare_several(options: QuantizeOptions, opened: Opened) -> CheckedJob:
     """One request for several formats.
 
     Raises:
@@ -344,7 +237,7 @@ def _prepare_several(options: QuantizeOptions) -> CheckedJob:
     parts = [
         replace(options, formats=(name,), output=options.output / name, job=job) for name in names
     ]
-    first, *others = map(_prepare, parts)
+    first, *others = (_prepare(part, opened) for part in parts)
     return replace(first, others=tuple(others))
 
 
@@ -379,7 +272,7 @@ def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
         exclude=options.exclude,
         scheme_options=options.scheme_options,
         algorithm_options=options.algorithm_options,
-        kv_cache=options.kv_cache,
+        kv_cache="" if options.kv_cache == FLOAT_CACHE else options.kv_cache,
         **shared,
     )
 
@@ -409,7 +302,7 @@ def _record(
         record["calibration"] = {
             "samples": len(tokens),
             "seq_len": tokens.shape[1],
-            "seed": SEED if options.seed is None else options.seed,
+            "seed": options.windows.seed,
             "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
         record["environment"] |= environment(plan.any("trains"))
@@ -473,16 +366,13 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
             f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
             "or .npz)"
         )
-    samples = SAMPLES if options.samples is None else options.samples
-    seq_len = SEQ_LEN if options.seq_len is None else options.seq_len
-    seed = SEED if options.seed is None else options.seed
-    return load_tokens(options.calib, options.model, samples, seq_len, seed)
+    return load_tokens(options.calib, options.model, *options.windows)
 
 
 def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
     """Sentences about calibration data that are used, but less or poorer than asked for."""
     notes, (count, length) = [], tokens.shape
-    if count < (options.samples or SAMPLES):
+    if count < options.windows.samples:
         notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
     if poor := few_tokens(tokens):
         notes.append(f"{options.calib}: {poor}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -10,87 +11,60 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import DiskError
 from ms_quant.files.first_pass import read_source
 from ms_quant.files.reader import ChangedSourceError
-from ms_quant.files.strict_json import read_json
 from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
-from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, OutputDirectory
-from ms_quant.pipeline.request import (
-    SHARD_BYTES,
-    CheckedJob,
-    QuantizeOptions,
-    needed_bytes,
-    prepare,
-)
-from ms_quant.pipeline.writer import output_bytes, summary, write_output
+from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.pipeline.options import QuantizeOptions
+from ms_quant.pipeline.request import CheckedJob, prepare
+from ms_quant.pipeline.result import Result, output_of
+from ms_quant.pipeline.writer import write_output
+from ms_quant.progress import BlockProgress, PartProgress, silent
 from ms_quant.quantization import activation_record as activations
 from ms_quant.quantization.executor import Executor, InOrder
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
-from ms_quant.quantization.work import BlockWork, Progress
+from ms_quant.quantization.work import BlockWork
 from ms_quant.statistics import activation_range
-from ms_quant.statistics.activation_range import float16_facts
 
-Reading = Callable[[float], None]
 IN_ORDER = InOrder()
 
-__all__ = [
-    "CheckedJob",
-    "QuantizeOptions",
-    "complete",
-    "needed_bytes",
-    "output_bytes",
-    "prepare",
-    "prove_source",
-    "quantize_checkpoint",
-]
 
-
-def quantize_checkpoint(
+def run_job(
     options: QuantizeOptions,
-    progress: Progress = lambda index, part: None,
+    progress: BlockProgress = silent,
     checked: CheckedJob | None = None,
-    reading: Reading = lambda part: None,
+    reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
-) -> dict[str, Any]:
-    """Makes a quantized checkpoint, or goes on making it.
+) -> Result:
+    """Makes quantized checkpoints, or goes on making them.
 
     Args:
-        options: the request.
+        options: what was asked.
         progress: told how far each block is.
-        checked: the checked request, where the caller has it already.
-        reading: told how much of the model's first pass is done, 0 to 1.
+        checked: what :func:`~ms_quant.pipeline.request.prepare` made of the options, where the
+            caller has it already.
+        reading: told how much of the model's first pass is done.
         executor: what maps the work over the blocks.
-
-    Returns:
-        What was made, as JSON: output, scheme, bytes, quantized and float linears, and
-        ``"finished_before"``, True when there was nothing left to do; of float16 also what
-        :func:`~ms_quant.statistics.activation_range.float16_facts` says. Of several formats a
-        list of that, under ``"formats"``.
 
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
+    started = time.monotonic()
     checked = checked or prepare(options)
     finished_before = complete(checked, progress, _write, reading=reading, executor=executor)
-    results = [_summary(request, finished_before) for request in checked.all]
-    return {"formats": results} if checked.others else results[0]
-
-
-def _summary(request: CheckedJob, finished_before: bool) -> dict[str, Any]:
-    """What was made; for a runtime in float16 also how large its activations get."""
-    plan, output = request.plan, request.options.output
-    result = summary(plan, output, finished_before)
-    if plan.dtype.name != "float16":
-        return result
-    path = output / RECORD
-    return result | float16_facts(read_json(path, MAX_RECORD_BYTES), str(path))
+    outputs = tuple(
+        output_of(one.plan, one.options.output, finished_before, measured=True)
+        for one in checked.all
+    )
+    notes = dict.fromkeys(line for one in checked.all for line in one.notes)
+    return Result(outputs, tuple(notes), time.monotonic() - started)
 
 
 def complete(
     checked: CheckedJob,
-    progress: Progress,
+    progress: BlockProgress,
     write: Callable[[CheckedJob, JobDirectory, OutputDirectory], None],
     hooks: BlockHooks = NO_HOOKS,
-    reading: Reading = lambda part: None,
+    reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
 ) -> bool:
     """Does what is left of a job: blocks, output, and removing the job directory.
@@ -131,7 +105,7 @@ def complete(
     return not left
 
 
-def prove_source(checked: CheckedJob, job: JobDirectory, reading: Reading) -> None:
+def prove_source(checked: CheckedJob, job: JobDirectory, reading: PartProgress) -> None:
     """Reads all of the float model once, in a job that is open; a second call does nothing.
 
     Raises:
@@ -164,7 +138,7 @@ def _remove_leftover(checked: CheckedJob) -> None:
 def run_blocks(
     checked: CheckedJob,
     job: JobDirectory,
-    progress: Progress,
+    progress: BlockProgress,
     hooks: BlockHooks = NO_HOOKS,
     executor: Executor = IN_ORDER,
 ) -> None:
@@ -185,5 +159,4 @@ def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> N
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
         facts[activation_range.KEY] = job.ranges()
     numbers = JobNumbers(plan, job, checked.tensors)
-    size = options.shard_bytes or SHARD_BYTES
-    write_output(plan, numbers, output, size, options.model, facts)
+    write_output(plan, numbers, output, options.most_shard_bytes, options.model, facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from ms_quant.files.writer import (
     write_file,
     write_index,
 )
-from ms_quant.formats.checks import format_of, not_served_by, served_by
+from ms_quant.formats.checks import format_of
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.format import Numbers
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.plan.plan import Plan
-from ms_quant.schemes.table import FLOAT_CACHE
+from ms_quant.progress import PartProgress, silent
 
 
 def write_output(
@@ -30,7 +30,7 @@ def write_output(
     shard_bytes: int,
     source: Path,
     facts: Mapping[str, Any],
-    progress: Callable[[float], None] = lambda part: None,
+    progress: PartProgress = silent,
 ) -> None:
     """Writes every file of a checkpoint and gives the directory its name.
 
@@ -78,20 +78,3 @@ def write_output(
 def output_bytes(plan: Plan) -> int:
     """Bytes of the tensors of a checkpoint of the plan's format."""
     return sum(tensor.bytes for tensor in format_of(plan).tensor_plans(plan))
-
-
-def summary(plan: Plan, output: Path, finished_before: bool) -> dict[str, Any]:
-    return {
-        "output": str(output),
-        "format": plan.format,
-        "scheme": plan.scheme_name,
-        "algorithm": plan.algorithm,
-        "kv_cache": plan.kv_cache or FLOAT_CACHE,
-        "dtype": plan.dtype.name,
-        "tensor_bytes": output_bytes(plan),
-        "quantized_linears": len(plan.quantized()),
-        "float_linears": plan.float_linears(),
-        "served_by": served_by(plan),
-        "not_served_by": not_served_by(plan),
-        "finished_before": finished_before,
-    }

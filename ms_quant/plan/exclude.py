@@ -19,7 +19,10 @@ _BLOCK = re.compile(r"layers\.(\d{1,9})\.")
 def float_paths(config: ModelConfig) -> list[str]:
     """Modules and tensors that are float in every plan: embedding, norms and head."""
     linears = {
-        f"{block_prefix(block.index)}{path}" for block in config.blocks for path in block.linears
+        f"{block_prefix(block.index)}{path}"
+        for block in config.blocks
+        for group in block.groups
+        for path in group.members
     }
     names = [*config.parameter_shapes(), "lm_head.weight"]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)

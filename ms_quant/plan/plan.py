@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import SEARCH_TOKENS
+from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import GroupId, LinearId, block_prefix, in_block
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.schemes.support import store
@@ -133,10 +133,15 @@ class Plan:
         groups = self.config.block(index).groups
         return [g for g in groups if self.layers[GroupId(index, g.name)] is not None]
 
-    def feed(self, index: int, group: LinearGroup) -> str | None:
+    def producer(self, index: int, group: LinearGroup) -> Edge | None:
         """Where the smoothing of a group's input may be folded: a norm, or a quantized linear."""
-        quantized = {member for other in self.groups(index) for member in other.members}
-        return group.feed if group.feeds_from_norm or group.feed in quantized else None
+        edge = self.config.block(index).producer_of(group)
+        return edge if edge is not None and self.holds_smoothing(index, edge) else None
+
+    def holds_smoothing(self, index: int, edge: Edge) -> bool:
+        """Whether what makes an input can be divided by a smoothing vector."""
+        group = self.config.block(index).group_of(edge.producer)
+        return edge.norm or bool(group and self.layers[GroupId(index, group.name)])
 
     def quantized(self) -> list[str]:
         """Full paths of the quantized linears, in model order."""

@@ -11,9 +11,10 @@ import numpy as np
 
 from ms_quant.files.reader import FloatTensors
 from ms_quant.files.safetensors_file import TensorInfo
+from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import in_block
-from ms_quant.statistics.activation_range import Divided, columns, linear_fed, read_divided
+from ms_quant.statistics.activation_range import Divided, read_divided
 
 
 def as_divided(
@@ -93,24 +94,21 @@ class DividedTensors(FloatTensors):
         found = in_block(name)
         if found is None:
             return None, None
-        return factors(self._config, self._divided[found[0]], found[1])
+        return factors(self._config.block(found[0]), self._divided[found[0]], found[1])
 
 
 def factors(
-    config: ModelConfig, divided: Divided, name: str
+    block: BlockSpec, divided: Divided, name: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """What the rows and the columns of a block's tensor are multiplied by, float32; None for 1."""
     path, _, suffix = name.rpartition(".")
-    rows = columns_of = None
-    for group in linear_fed(config):
-        exponents = divided.get(group.feed)
-        if exponents is None:
-            continue
-        if path == group.feed:
-            rows = np.ldexp(np.float32(1), -exponents)
-        elif path in group.members and suffix == "weight":
-            columns_of = np.ldexp(np.float32(1), columns(exponents, config, group))
-    return rows, columns_of
+    rows = columns = None
+    if path in divided:
+        rows = np.ldexp(np.float32(1), -divided[path])
+    edge = block.edge_of(path)
+    if edge is not None and edge.producer in divided and suffix == "weight":
+        columns = np.ldexp(np.float32(1), edge.columns(divided[edge.producer]))
+    return rows, columns
 
 
 def _scaled(array: np.ndarray, rows: np.ndarray | None, cols: np.ndarray | None) -> np.ndarray:

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ms_quant.models.block_forward import BlockForward, Positions
+from ms_quant.models.block_forward import BlockForward, Observer, Positions
 from ms_quant.models.linear_forward import Linear
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
@@ -97,17 +97,20 @@ def observe(
     stats = {
         name: _stats(block, name, group, shape, first) for name, group in wanted.groups.items()
     }
-    ranges, cache = BlockRanges(index), CacheRange(prefix) if wanted.cache else None
-    windows = SearchWindows(shape, wanted.search_tokens)
-    shown = block.with_linears(_watched(block, stats, ranges))
+    ranges, cache = (
+        BlockRanges(index),
+        CacheRange(prefix, block.spec.cached) if wanted.cache else None,
+    )
+    windows = SearchWindows(shape, len(block.spec.hidden), wanted.search_tokens)
+    states: list[np.ndarray] = []
+    taps: dict[str, list[Observer]] = {place: [states.append] for place in block.spec.hidden}
+    for place in block.spec.hidden[index > 0 :]:  # what a block reads, the one before it has shown
+        taps[place].append(partial(ranges.add, place))
+    shown = block.with_linears(_watched(block, stats, ranges)).with_taps(taps)
     for batch in hidden:
-        if index == 0:
-            ranges.add(places.BEFORE, batch)
-        middle = shown.attend(batch, at, cache)
-        ranges.add(places.MIDDLE, middle)
-        output = shown.feed_forward(middle)
-        ranges.add(places.AFTER, output)
-        windows.add(start, batch, middle, output)
+        states.clear()
+        output = shown.run(batch, at, cache)
+        windows.add(start, *states)
         following(output)
         start += len(batch)
     absmax = None if cache is None else cache.absmax
@@ -117,7 +120,7 @@ def observe(
 def divide(block: BlockForward, divided: Divided) -> None:
     """Changes a loaded block so that it computes the same with smaller activations."""
     for name, array in block.arrays.items():
-        rows, columns = factors(block.config, divided, name)
+        rows, columns = factors(block.spec, divided, name)
         if rows is not None:
             array *= rows if array.ndim == 1 else rows[:, None]
         if columns is not None:
@@ -127,11 +130,10 @@ def divide(block: BlockForward, divided: Divided) -> None:
 def _stats(
     block: BlockForward, name: str, group: GroupWanted, shape: tuple[int, int, int], first: int
 ) -> ActivationStats:
-    spec, (windows, length, _) = block.config.block(block.index), shape
-    members = next(found for found in spec.groups if found.name == name)
+    (windows, length, _), members = shape, block.spec.group(name)
     return ActivationStats(
-        spec.in_features(members),
-        windows * length,
+        members.in_features,
+        None if members.routed else windows * length,
         group.rows,
         f"{block_prefix(block.index)}{members.members[0]}: calibration input",
         group.hessian,
@@ -148,7 +150,7 @@ def _watched(
         path: _shows_output(linear, partial(ranges.add, places.output_of(path)))
         for path, linear in block.linears.items()
     }
-    for group in block.config.block(block.index).groups:
+    for group in block.spec.groups:
         path = group.members[0]
         watched[path] = _shows_input(watched[path], partial(ranges.add, places.input_of(group)))
         if group.name in stats:

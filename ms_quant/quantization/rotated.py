@@ -13,7 +13,6 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import CHUNK_ELEMENTS, Checkpoint, FloatTensors
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.weights import check_model
 
 BLOCK_ELEMENTS = 1 << 16  # 512 KiB of float64: temporaries stay in the cache
 
@@ -26,7 +25,7 @@ class RotatedCheckpoint(FloatTensors):
     read. ``config.dtype`` stays that of the source, whose precision rotated float32 weights exceed.
 
     Args:
-        checkpoint (Checkpoint): the float model.
+        checkpoint (Checkpoint): the float model, which was checked against its config.
         config (ModelConfig): of that model.
         seed (int): of the rotation, at least 0.
         block_size (int, optional): channels that are rotated together. Default: 0, all of them.
@@ -35,14 +34,12 @@ class RotatedCheckpoint(FloatTensors):
         config: the rotated model's; ``config.raw`` is its ``config.json``.
 
     Raises:
-        MsQuantError: the checkpoint is not the model its config describes, or there is no Hadamard
-            matrix of its hidden size, head size or blocks.
+        MsQuantError: there is no Hadamard matrix of its hidden size, head size or blocks.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, config: ModelConfig, seed: int, block_size: int = 0
     ) -> None:
-        check_model(checkpoint, config)
         self._checkpoint = checkpoint
         where = str(checkpoint.directory / "config.json")
         self._quarot = QuaRot(config, seed, where, block_size)

@@ -10,7 +10,7 @@ import numpy as np
 from ms_quant.algorithms.problem import Loss
 from ms_quant.files.reader import FloatTensors
 from ms_quant.models.block_forward import BlockForward, Positions
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
 
@@ -67,10 +67,13 @@ class LoadedWeights:
     Args:
         block: the block.
         at: the positions of a window's tokens.
+        release: let go of what is done; then nothing may run the block again.
     """
 
-    def __init__(self, block: BlockForward, at: Positions):
-        self.block, self.at, self.index = block, at, block.index
+    def __init__(self, block: BlockForward, at: Positions, *, release: bool = False):
+        self.block, self.at, self.index, self.release = block, at, block.index, release
+        if release:
+            block.linears = {}  # which hold the weights, too
 
     def get(self, name: str) -> np.ndarray | None:
         return self.block.arrays.get(name)
@@ -80,4 +83,5 @@ class LoadedWeights:
         return found.loss, found.relative_mse
 
     def drop(self, members: Sequence[str]) -> None:
-        """The block stays whole: later groups may run it."""
+        for member in members if self.release else ():
+            del self.block.arrays[f"{member}.weight"]

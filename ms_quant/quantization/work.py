@@ -10,7 +10,7 @@ made to fit by dividing what a linear makes and multiplying what reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.embedding import used_rows
 from ms_quant.plan.plan import Plan
+from ms_quant.progress import BlockProgress
 from ms_quant.quantization.block import QuantizedBlock, quantize
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.observe import divide, observe, wanted
@@ -32,9 +33,6 @@ EMBEDDING = "model.embed_tokens.weight"
 
 Target = tuple[Plan, JobDirectory]
 """A plan for one format, and the job as it has that format's blocks."""
-
-Progress = Callable[[int, float], None]
-"""Called with a block's index and how much of it is done, 0 to 1."""
 
 
 class BlockWork:
@@ -53,7 +51,7 @@ class BlockWork:
         targets: Sequence[Target],
         checkpoint: FloatTensors,
         tokens: np.ndarray | None,
-        progress: Progress,
+        progress: BlockProgress,
         hooks: BlockHooks = NO_HOOKS,
     ):
         self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
@@ -130,7 +128,8 @@ class BlockWork:
     def _weights(self, index: int, observations: Observations | None) -> Weights:
         if observations is None or self._at is None:
             return StoredWeights(self.checkpoint, index)
-        return LoadedWeights(self._block(index, observations.divided), self._at)
+        block, searches = self._block(index, observations.divided), observations.windows.tokens
+        return LoadedWeights(block, self._at, release=len(self.targets) == 1 and not searches)
 
     def _block(self, index: int, divided: Divided) -> BlockForward:
         """A float block with some rows divided; the last one stays in memory."""

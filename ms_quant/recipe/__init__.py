@@ -58,8 +58,18 @@ def load_recipe(source: str | PathLike[str] | Mapping[str, Any]) -> Recipe:
     Args:
         source: path of a YAML file, or what such a file would hold.
 
+    Returns:
+        Recipe: which linear gets which scheme, and what is done before.
+
     Raises:
-        MsQuantError: the file is not usable, or a key is; names both.
+        MsQuantError: the file is not usable, or a key is not; names both.
+
+    Examples:
+        >>> import ms_quant
+        >>> rule = {"scheme": "W4A16", "options": {"group_size": 64}, "include": ["*.mlp.*"]}
+        >>> recipe = ms_quant.load_recipe({"apiversion": "ms_quant_v1", "rules": [rule]})
+        >>> recipe.rules[0].scheme, recipe.rules[0].include
+        ('W4A16', ('*.mlp.*',))
     """
     if isinstance(source, Mapping):
         return _translated(source)

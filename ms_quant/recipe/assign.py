@@ -10,7 +10,7 @@ from ms_quant.algorithms import get_algorithms
 from ms_quant.algorithms.pipeline import PLAIN
 from ms_quant.errors import MsQuantError
 from ms_quant.recipe.patterns import matches, unmatched
-from ms_quant.recipe.records import Recipe, Rule, Step
+from ms_quant.recipe.records import EVERYTHING, Recipe, Rule, Step
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
 ADDED = {
@@ -36,15 +36,19 @@ class LayerChoice:
 
 
 def assign(
-    recipe: Recipe, linears: Mapping[str, str], producers: Mapping[str, str] | None = None
+    recipe: Recipe,
+    linears: Mapping[str, str],
+    producers: Mapping[str, str] | None = None,
+    mates: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, LayerChoice]:
     """What is done to which linear.
 
     Args:
         recipe: a checked one.
-        linears: full path of every linear to the name of its group.
+        linears: full path of every linear to the kind of its group.
         producers: full path of every linear to that of what makes its input, for steps whose
             patterns name it.
+        mates: full path of every linear to those of its group.
 
     Returns:
         path to choice, in the order of ``linears``, without those that stay float.
@@ -57,8 +61,9 @@ def assign(
     for path, group in linears.items():
         rule = _rule(recipe, path)
         if rule is not None:
-            made_by = path if producers is None else producers[path]
-            steps = [step for step in recipe.steps if _reaches(step, path, group, made_by)]
+            made_by = path if producers is None else producers.get(path, "")
+            together = (path,) if mates is None else mates[path]
+            steps = [s for s in recipe.steps if _reaches(s, path, group, made_by, together)]
             found[path] = _choice(path, rule, steps)
     return found
 
@@ -100,8 +105,10 @@ def _rule(recipe: Recipe, path: str) -> Rule | None:
     return rules[0] if rules else None
 
 
-def _reaches(step: Step, path: str, group: str, producer: str) -> bool:
-    if step.groups and group not in step.groups:
+def _reaches(step: Step, path: str, kind: str, producer: str, mates: Sequence[str]) -> bool:
+    if step.groups and kind not in step.groups:
+        return False
+    if step.together and not all(matches(mate, EVERYTHING, step.exclude) for mate in mates):
         return False
     return matches(producer if step.by_producer else path, step.include, step.exclude)
 

@@ -71,7 +71,7 @@ def _check_step(step: Step) -> None:
     _check_patterns(step)
     possible = [name for name, row in ALGORITHMS.items() if row.stage not in CHOOSING]
     _check_stage(step.algorithm, possible)
-    known = {group.name: None for family in FAMILIES.values() for group in family.groups}
+    known = dict.fromkeys(kind for family in FAMILIES.values() for kind in family.kinds)
     for name in step.groups:
         if name not in known:
             _unknown("groups", name, known)

@@ -50,9 +50,20 @@ def from_ptq_config(config: Any, layer_policies: Mapping[str, Any] | None = None
         layer_policies: regular expression, matched from the beginning of a linear's path, to the
             config that its linears get instead; None leaves them float.
 
+    Returns:
+        Recipe: the same for :func:`ms_quant.quantize_checkpoint` and :func:`ms_quant.quantize`.
+
     Raises:
         MsQuantError: a field has a value, or a combination, that Golden Stick or this project does
             not have; names the field.
+
+    Examples:
+        >>> import ms_quant
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(weight_quant_dtype="int8", opname_blacklist=["lm_head"])
+        >>> recipe = ms_quant.from_ptq_config(config)
+        >>> recipe.rules[0].scheme
+        'W8A16'
     """
     base = _read(config, "config")
     policies = {}

@@ -209,7 +209,9 @@ def _smoothing(
     """A step whose patterns name what the smoothing is folded into, not what it is for."""
     include, exclude = _patterns(section)
     chosen = (include, exclude) != (EVERYTHING, ())
-    return Part(steps=(Step(algorithm, options, include, exclude, groups, chosen, section.where),))
+    return Part(
+        steps=(Step(algorithm, options, include, exclude, groups, chosen, where=section.where),)
+    )
 
 
 def _groups(section: Section) -> tuple[str, ...]:

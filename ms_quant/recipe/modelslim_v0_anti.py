@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from ms_quant.models.families import FAMILIES
 from ms_quant.recipe.modelslim_processors import SUBGRAPHS
 from ms_quant.recipe.patterns import escape
 from ms_quant.recipe.reading import Section, refuse
-from ms_quant.recipe.records import EVERYTHING, Step
+from ms_quant.recipe.records import Step
 
 KEYS = ("anti_method", "w_bit", "a_bit", "w_sym", "disable_anti_names", "flex_config", "dev_id")
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -66,10 +65,9 @@ def read_anti(spec: Section) -> tuple[tuple[Step, ...], list[str]]:
     if method == "m6":
         options = _strengths(section)
     groups = tuple(group for kind in kinds for group in SUBGRAPHS[kind])
-    excluded = dict.fromkeys(escape(mate) for name in names for mate in _mates(name))
-    return (Step(algorithm, options, EVERYTHING, tuple(excluded), groups, False, section.where),), (
-        notes
-    )
+    excluded = tuple(dict.fromkeys(map(escape, names)))
+    step = Step(algorithm, options, exclude=excluded, groups=groups, where=section.where)
+    return (replace(step, together=bool(excluded)),), notes
 
 
 def _strengths(section: Section) -> dict[str, Any]:
@@ -81,15 +79,3 @@ def _strengths(section: Section) -> dict[str, Any]:
         if not 0 <= value <= 1:
             refuse(flex.path(key), value, "a number from 0 to 1")
     return found
-
-
-def _mates(name: str) -> Iterator[str]:
-    """The linears that read what a linear reads: they are smoothed together or not at all."""
-    for family in FAMILIES.values():
-        for group in family.groups:
-            for member in group.members:
-                if name.endswith(f".{member}"):
-                    prefix = name.removesuffix(member)
-                    yield from (f"{prefix}{mate}" for mate in group.members)
-                    return
-    yield name

@@ -34,6 +34,7 @@ class _Step(_Strict):
     exclude: list[str] = []
     groups: list[str] = []
     by_producer: bool = False
+    together: bool = False
 
 
 class _Rule(_Strict):

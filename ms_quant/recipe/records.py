@@ -19,9 +19,10 @@ class Step:
         options: its options by their own names, such as ``{"alpha": 0.9}``.
         include: patterns of the linears it works on.
         exclude: patterns of those that it leaves; they win.
-        groups: names of the family's linear groups that it works on, in this order; () is all.
+        groups: kinds of the family's linear groups that it works on, in this order; () is all.
         by_producer: its patterns name what makes a linear's input (a norm, ``v_proj`` before
             ``o_proj``, ``up_proj`` before ``down_proj``) in place of the linear.
+        together: a linear that it leaves takes along those that read the same input.
         where: path of what says so, for errors.
     """
 
@@ -31,6 +32,7 @@ class Step:
     exclude: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     by_producer: bool = False
+    together: bool = False
     where: str = field(default="", compare=False)
 
 
@@ -59,21 +61,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attributes:
-    rules: which linear gets which scheme. One rule a linear; what none reaches stays float.
-    steps: what is done before, in this order.
-    kv_cache: one of ``KV_CACHES``, or "" for as it is.
-    formats: names of the checkpoint formats to write; () is the default of the schemes.
-    calib: calibration file, None if the recipe names none.
-    samples: windows of it.
-    seq_len: tokens of a window.
-    seed: of the choice of windows.
-    shard_bytes: largest data size of an output file; 0 is one file.
-    lenient: it is applied as msModelSlim applies one: of several rules that reach a linear the
-        first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
-        stay float together if one of them does.
-    not_for: model types that it is refused for, each with the reason.
-    notes: what it says that is read and changes nothing here.
+    """What is done to which linear of a model, read from a file and not yet applied to one.
+
+    Attributes:
+        rules: which linear gets which scheme. One rule a linear; what none reaches stays float.
+        steps: what is done before, in this order.
+        kv_cache: one of ``KV_CACHES``, or "" for as it is.
+        formats: names of the checkpoint formats to write; () is the default of the schemes.
+        calib: calibration file, None if the recipe names none.
+        samples: windows of it.
+        seq_len: tokens of a window.
+        seed: of the choice of windows.
+        shard_bytes: largest data size of an output file; 0 is one file.
+        lenient: it is applied as msModelSlim applies one: of several rules that reach a linear the
+            first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
+            stay float together if one of them does.
+        not_for: model types that it is refused for, each with the reason.
+        notes: what it says that is read and changes nothing here.
     """
 
     rules: tuple[Rule, ...]

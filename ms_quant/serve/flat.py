@@ -110,7 +110,7 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
             layer = plan.layers[GroupId(index, group.name)]
             method = layer.scheme.name if layer else "FLOAT"
             dtype = plan.dtype if method == "FLOAT" else ""
-            weight = weight_text(fused_shape(config, tp, group), dtype)
+            weight = weight_text(fused_shape(group, tp), dtype)
             size = sum(sizes[path] for path in paths) // tp
             rows.append(Loaded(kind_of(group.fused), ranks, method, weight, 1, size))
     for name, tensor in structure.expected.items():

@@ -19,15 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ms_quant.errors import MsQuantError
+from ms_quant.models.block_spec import BlockSpec, Edge, LinearGroup
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 
 KEY = "activation_ranges"
 LARGEST = float(np.finfo(np.float16).max)
 MARGIN = LARGEST / 2
 """Above this a warning is given: other text than the calibration's may well double a maximum."""
-BEFORE, MIDDLE, AFTER = "hidden states", "hidden states after attention", "output"
 MAX_EXPONENT = 40
 
 Divided = dict[str, np.ndarray]
@@ -127,29 +126,35 @@ class BlockRanges:
         ``v_proj``): multiplying the consumers' columns by the same powers of two changes nothing
         else, not even a bit.
         """
-        divided = {}
-        for group in linear_fed(config):
-            largest = self.rows(config, group)
+        divided, block = {}, config.block(self.index)
+        for edge in block.linear_edges:
+            largest = self.rows(block, edge)
             if largest.max(initial=0) > LARGEST:
                 with np.errstate(divide="ignore"):
                     exponents = np.ceil(np.log2(largest / MARGIN))
-                divided[group.feed] = np.where(largest > LARGEST, exponents, 0).astype(np.int32)
+                divided[edge.producer] = np.where(largest > LARGEST, exponents, 0).astype(np.int32)
         return divided
 
-    def rows(self, config: ModelConfig, group: LinearGroup) -> np.ndarray:
-        """float32 (rows of the feed,): what dividing each row of a linear by something divides."""
-        made = self.absmax[output_of(group.feed)]
-        read = self.absmax[input_of(group)]
-        if group.by_head:  # attention mixes tokens, not channels: no output exceeds the values
+    def rows(self, block: BlockSpec, edge: Edge) -> np.ndarray:
+        """float32 (rows of the producer,): what dividing each row of it by something divides."""
+        size = block.linears[edge.producer].out_features
+        made = self._of(output_of(edge.producer), size)
+        if edge.averaged:
             return made
-        return np.maximum(made, read)
+        read = [self._of(input_of(block.group(name)), size) for name in edge.consumers]
+        return np.maximum.reduce([made, *read])
 
-    def floor(self, config: ModelConfig, group: LinearGroup) -> np.ndarray:
+    def _of(self, place: str, size: int) -> np.ndarray:
+        """The largest magnitudes of a place; 0 where no token came, as at an expert."""
+        return self.absmax.get(place, np.zeros(size, np.float32))
+
+    def floor(self, block: BlockSpec, group: LinearGroup) -> np.ndarray:
         """float32 (in,): a smoothing vector that divides a group's input, and is below it
         anywhere, would bring that near the end of float16."""
-        if group.feed and not group.feeds_from_norm:
-            return columns(self.rows(config, group), config, group) / np.float32(MARGIN)
-        return self.absmax[input_of(group)] / np.float32(MARGIN)
+        edge = block.producer_of(group)
+        if edge is not None and not edge.norm:
+            return edge.columns(self.rows(block, edge)) / np.float32(MARGIN)
+        return self._of(input_of(group), group.in_features) / np.float32(MARGIN)
 
 
 def input_of(group: LinearGroup) -> str:
@@ -160,19 +165,6 @@ def input_of(group: LinearGroup) -> str:
 def output_of(path: str) -> str:
     """The place that a linear writes."""
     return f"{path} output"
-
-
-def linear_fed(config: ModelConfig) -> list[LinearGroup]:
-    """The groups that another linear's output reaches channel by channel."""
-    return [g for g in config.block(0).groups if g.feed and not g.feeds_from_norm]
-
-
-def columns(rows: np.ndarray, config: ModelConfig, group: LinearGroup) -> np.ndarray:
-    """What belongs to rows of a feed, by the columns that read them: (in,) of (rows,)."""
-    if not group.by_head:
-        return rows
-    heads = rows.reshape(config.num_kv_heads, 1, config.head_dim)
-    return np.repeat(heads, config.num_heads // config.num_kv_heads, axis=1).reshape(-1)
 
 
 def read_divided(entries: Any, config: ModelConfig, where: str) -> list[Divided]:
@@ -190,19 +182,20 @@ def read_divided(entries: Any, config: ModelConfig, where: str) -> list[Divided]
         return [{} for _ in range(config.num_layers)]
     if not isinstance(entries, Sequence) or len(entries) != config.num_layers:
         raise MsQuantError(f"{where} is {entries!r:.80}, expected an entry for each block")
-    return [_divided(entry, config, f"{where}: {i}") for i, entry in enumerate(entries)]
+    blocks = zip(entries, config.blocks, strict=True)
+    return [_divided(entry, block, f"{where}: {block.index}") for entry, block in blocks]
 
 
-def _divided(entry: Any, config: ModelConfig, where: str) -> Divided:
+def _divided(entry: Any, block: BlockSpec, where: str) -> Divided:
     parts = entry.get("divided", {}) if isinstance(entry, Mapping) else None
     if not isinstance(parts, Mapping):
         raise MsQuantError(f"{where} is {entry!r:.80}, expected what was measured")
-    feeds, found = {group.feed for group in linear_fed(config)}, {}
+    producers, found = {edge.producer for edge in block.linear_edges}, {}
     for path, rows in parts.items():
         place = f"{where}: divided: {path}"
-        if path not in feeds or not isinstance(rows, Mapping):
-            raise MsQuantError(f"{place} is {rows!r:.80}, expected rows of {sorted(feeds)}")
-        found[path] = _exponents(rows, config.block(0).linears[path].out_features, place)
+        if path not in producers or not isinstance(rows, Mapping):
+            raise MsQuantError(f"{place} is {rows!r:.80}, expected rows of {sorted(producers)}")
+        found[path] = _exponents(rows, block.linears[path].out_features, place)
     return found
 
 

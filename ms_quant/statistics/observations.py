@@ -86,8 +86,9 @@ class Observations:
             name: ActivationStats.restore(_under(arrays, f"{STATS}{name}."), said)
             for name, said in facts["stats"].items()
         }
-        windows = SearchWindows(tuple(facts["shape"]), facts["search_tokens"])
-        windows.states = arrays[WINDOWS]
+        states = arrays[WINDOWS]
+        windows = SearchWindows(tuple(facts["shape"]), len(states), facts["search_tokens"])
+        windows.states = states
         ranges = BlockRanges(facts["index"], _under(arrays, RANGES))
         cache = _under(arrays, CACHE) if facts["caches"] else None
         return cls(stats, windows, ranges, cache, _under(arrays, DIVIDED), facts["first"])

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.models.families import CACHED
 from ms_quant.numerics.affine import check_finite
 from ms_quant.statistics.histogram import Histogram
 
@@ -250,14 +249,15 @@ class CacheRange:
 
     Args:
         name: what errors call the attention.
+        paths: of the linears that make the keys and the values.
 
     Attributes:
         absmax: float32 (kv heads * head_dim,), largest magnitude of each channel of keys and
-            values by the linears of ``CACHED``.
+            values by the linears that make them.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, paths: tuple[str, ...]):
+        self.name, self.paths = name, paths
         self.absmax: dict[str, np.ndarray] = {}
 
     def __call__(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +266,7 @@ class CacheRange:
         Raises:
             MsQuantError: a value is NaN or inf.
         """
-        for path, x in zip(CACHED, (keys, values), strict=True):
+        for path, x in zip(self.paths, (keys, values), strict=True):
             check_finite(x, f"{self.name}{path}: calibration output")
             absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
             self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)

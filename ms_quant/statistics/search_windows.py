@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS
 from ms_quant.models.block_forward import BlockForward, Positions
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 
@@ -21,16 +22,17 @@ class SearchWindows:
 
     Args:
         shape: (windows, tokens, hidden) of all there is.
+        states: how many there are of a block: its input, and what each branch gives.
         tokens: searches look at this many tokens at most, but at one window at least, unless it is
             0; the windows are spread evenly over all.
     """
 
-    def __init__(self, shape: tuple[int, int, int], tokens: int):
+    def __init__(self, shape: tuple[int, int, int], states: int, tokens: int):
         count, self.length, hidden = shape
         self.shape, self.tokens = shape, tokens
         wanted = min(count, max(1, tokens // self.length)) if tokens else 0
         self.chosen = np.arange(wanted) * count // wanted
-        self.states = np.empty((3, wanted, self.length, hidden), np.float32)
+        self.states = np.empty((states, wanted, self.length, hidden), np.float32)
 
     def add(self, start: int, *states: np.ndarray) -> None:
         """Keeps what was chosen of a batch that begins with window ``start``."""
@@ -44,7 +46,7 @@ class SearchWindows:
         self.states[:, begin:] = other.states[:, begin:]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Inputs, middles and outputs, of some windows at a time."""
+        """The states of some windows at a time."""
         step = max(1, BATCH_TOKENS // self.length)
         for start in range(0, len(self.chosen), step):
             yield self.states[:, start : start + step]
@@ -67,6 +69,7 @@ class BlockErrors:
         self, block: BlockForward, at: Positions, group: LinearGroup, searched: SearchWindows
     ):
         self.block, self.at, self.group, self.searched = block, at, group, searched
+        self.which = block.spec.branch_of(group)
 
     def loss(self, candidate: Candidate) -> float:
         """Mean squared error of the block's output."""
@@ -87,28 +90,24 @@ class BlockErrors:
         linears = {path: QuantizedForward(linear) for path, linear in candidate.items()}
         block = self.block.with_linears(linears)
         for states, inputs in zip(self.searched.batches(), self._inputs, strict=True):
-            yield self._output(block, states, inputs) - states[2], states[2]
+            yield self._output(block, states, inputs) - states[-1], states[-1]
 
     @cached_property
-    def _inputs(self) -> list[np.ndarray | None]:
-        """The group's inputs, if anything but a norm makes them: no candidate changes them."""
-        if self.group.feeds_from_norm:
+    def _inputs(self) -> list[Any]:
+        """What the last linears of the group's branch read, if the group is among them: no
+        candidate changes it."""
+        last = self.block.spec.branches[self.which].last
+        if not set(self.group.members) <= set(last):
             return [None for _ in self.searched.batches()]
         return [self._made(self.block, states) for states in self.searched.batches()]
 
-    def _made(self, block: BlockForward, states: np.ndarray) -> np.ndarray:
-        """What the last linear of the group's half of the block reads."""
-        if self.group.in_mlp:
-            return block.gated(states[1])
-        return block.heads(states[0], self.at)
+    def _made(self, block: BlockForward, states: np.ndarray) -> Any:
+        return block.inner(self.which, states[self.which], self.at)
 
-    def _output(
-        self, block: BlockForward, states: np.ndarray, inputs: np.ndarray | None
-    ) -> np.ndarray:
+    def _output(self, block: BlockForward, states: np.ndarray, inputs: Any) -> np.ndarray:
         inputs = self._made(block, states) if inputs is None else inputs
-        if self.group.in_mlp:
-            return block.add_gated(states[1], inputs)
-        return block.feed_forward(block.add_heads(states[0], inputs))
+        after = block.add(self.which, states[self.which], inputs)
+        return block.run(after, self.at, first=self.which + 1)
 
 
 def _power(x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ are made again and compared bit for bit, some rows in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ms_quant.formats.structure import (
 )
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
@@ -38,51 +39,46 @@ from ms_quant.quantization.activation_record import recorded_activation, unsmoot
 from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.verify.foreign import ForeignProof
 from ms_quant.verify.provenance import UNKNOWN, not_proved
+from ms_quant.verify.result import Findings, SourceFindings, Verification
 from ms_quant.verify.source import SourceProof, Subject
 
-VERDICTS = ("right", "right as far as can be seen", "wrong")
 
-
-def verify_checkpoint(directory: Path | str, source: Path | str | None = None) -> dict[str, Any]:
-    """Checks a quantized checkpoint of any format.
+def verify_checkpoint(
+    directory: str | PathLike[str], source: str | PathLike[str] | None = None
+) -> Verification:
+    """Proves that a quantized checkpoint of any format is what its runtime expects.
 
     Args:
         directory: the checkpoint.
-        source: the float checkpoint that it was made from; with it weights are made again where
-            they can be, every float tensor, ``config.json`` and the tokenizer files are compared,
+        source: the float checkpoint that it was made from. With it weights are made again where
+            they can be; every float tensor, ``config.json`` and the tokenizer files are compared;
             and the output error of the quantized linears is measured.
 
     Returns:
-        ``verdict``: one of ``VERDICTS``; ``problems`` (one sentence each; empty when the checkpoint
-        is right), ``not_proved`` (what of a checkpoint that others made is taken on trust, one
-        clause each), ``notes`` (about files that nothing reads, and oddities that mean the same),
-        ``quantized`` and ``float`` counts, and with a source what :class:`SourceProof` or
-        :class:`ForeignProof` adds.
+        Verification, whose ``problems`` are empty when the checkpoint is right.
 
     Raises:
         MsQuantError: the checkpoint or the source cannot be read at all, or is of another kind.
+
+    Examples:
+        >>> import ms_quant
+        >>> made = ms_quant.quantize_checkpoint("Qwen3-8B", "Qwen3-8B-W8A16", "W8A16")
+        >>> found = ms_quant.verify_checkpoint("Qwen3-8B-W8A16", "Qwen3-8B")
+        >>> found.verdict, found.problems
+        ('right', ())
+        >>> found.made_again == found.quantized
+        True
     """
-    directory, source = model_directory(directory), None if source is None else Path(source)
-    problems: list[str] = []
-    result: dict[str, Any] = {
-        "checkpoint": str(directory),
-        "verdict": "",
-        "problems": problems,
-        "not_proved": [],
-        "notes": [],
-        "layers": [],
-    }
-    _verify(directory, source, result, problems)
-    result["verdict"] = VERDICTS[2 if problems else 1 if result["not_proved"] else 0]
-    return result
+    directory, found = model_directory(Path(directory)), Findings()
+    _verify(directory, None if source is None else Path(source), found)
+    return found.of(directory)
 
 
-def _verify(
-    directory: Path, source: Path | None, result: dict[str, Any], problems: list[str]
-) -> None:
+def _verify(directory: Path, source: Path | None, findings: Findings) -> None:
+    problems = findings.problems
     format, _ = check_kind(directory)
     original = None if source is None else open_float(model_directory(source))
-    problems += _root_problems(directory, format.entry, result["notes"])
+    problems += _root_problems(directory, format.entry, findings.notes)
     if problems:
         return
     structure, found = read_structure(directory)
@@ -91,9 +87,9 @@ def _verify(
         return
     plan = structure.plan
     record = read_json(directory / RECORD, MAX_RECORD_BYTES) if is_ours(directory) else {}
-    result["quantized"], result["float"] = len(plan.quantized()), len(plan.float_linears())
+    findings.quantized, findings.left_float = len(plan.quantized()), len(plan.float_linears())
     problems += structure.defects
-    result["notes"] += structure.notes
+    findings.notes += structure.notes
     problems += config_problems(directory, plan.dtype, format.entry, strict=is_ours(directory))
     if is_ours(directory):
         problems += record_problems(directory / RECORD, record, plan)
@@ -109,16 +105,17 @@ def _verify(
             problems.append(str(error))
     problems += [p for p in _float_problems(structure) if p not in problems]
     if plan.foreign:
-        result["not_proved"] += not_proved(directory, plan, original is not None)
+        findings.not_proved += not_proved(directory, plan, original is not None)
     if original is None or problems:
         return
+    compared = findings.comparison = SourceFindings()
     if not plan.foreign:
-        problems += SourceProof(subject, original.checkpoint, original.config, result).problems()
+        problems += SourceProof(subject, original.checkpoint, original.config, compared).problems()
         return
     rotated = any("rotation" in note for note in [*structure.notes, *_recorded_notes(record)])
-    proof = ForeignProof(subject.model, original.checkpoint, result, rotated)
+    proof = ForeignProof(subject.model, original.checkpoint, compared, rotated)
     problems += proof.problems()
-    result["not_proved"] += proof.unproved
+    findings.not_proved += proof.unproved
 
 
 def _recorded_notes(record: Mapping[str, Any]) -> list[str]:

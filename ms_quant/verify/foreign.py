@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from ms_quant.files.reader import FloatTensors
 from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import QuantizedModel
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.verify.folding import Folding
 from ms_quant.verify.requantize import OutputError
 from ms_quant.verify.requantize_grid import some_rows
+from ms_quant.verify.result import ComparedLinear, SourceFindings
 from ms_quant.verify.source import max_output_error, same_rounded
 
 
@@ -31,7 +31,7 @@ class ForeignProof:
     Args:
         model: the checkpoint's reader.
         source: the float model.
-        result: gets ``layers``, ``measured`` and ``unknown``, as :class:`SourceProof` gives them.
+        comparison: gets what is compared.
         rotated: whether the checkpoint says that its weights are rotated.
 
     Attributes:
@@ -40,7 +40,7 @@ class ForeignProof:
 
     model: QuantizedModel
     source: FloatTensors
-    result: dict[str, Any]
+    comparison: SourceFindings
     rotated: bool
     unproved: list[str] = field(default_factory=list)
 
@@ -50,7 +50,6 @@ class ForeignProof:
 
     def problems(self) -> Iterator[str]:
         """Compares everything; one sentence for each difference that nothing can explain."""
-        self.result |= {"made_again": 0, "measured": 0, "unknown": []}
         config, ours = load_config(self.source.directory), self.model.checkpoint
         if [block.tensors for block in config.blocks] != [
             block.tensors for block in self.plan.config.blocks
@@ -67,20 +66,22 @@ class ForeignProof:
             f"{block_prefix(index)}{group.name}"
             for index in range(self.plan.config.num_layers)
             for group in self.plan.groups(index)
-            if f"{block_prefix(index)}{group.feed}.weight" in changed
+            if (edge := self.plan.config.block(index).producer_of(group))
+            and f"{block_prefix(index)}{edge.producer}.weight" in changed
         }
         self.folding = Folding(self.plan, ours, self.source, norms, self.model.stored_name)
         for index in range(self.plan.config.num_layers):
             for group in self.plan.groups(index):
                 self._measure(index, group)
-        if self.result["unknown"] and not self.result["measured"] and not self.rotated:
+        unknown = self.comparison.unknown
+        if unknown and not self.comparison.layers and not self.rotated:
             yield (
                 f"{ours.directory}: no linear gives what those of {self.source.directory} do, "
                 "expected the model that it was made from"
             )
-        elif self.result["unknown"]:
+        elif unknown:
             self.unproved.append(
-                f"that {len(self.result['unknown'])} linears are those of {self.source.directory}: "
+                f"that {len(unknown)} linears are those of {self.source.directory}: "
                 "rotated or smoothed in a way that no tensor tells"
             )
 
@@ -112,8 +113,7 @@ class ForeignProof:
                 part = some_rows(linear, format, slice(start, start + len(weight)))
                 error.add(part, weight if smooth is None else weight * smooth)
             if error.value <= max_output_error(scheme):
-                self.result["measured"] += 1
-                found = {"layer": path, "output_error": error.value, "made_again": False}
-                self.result["layers"].append(found)
+                found = ComparedLinear(path, error.value, made_again=False)
+                self.comparison.layers.append(found)
             else:
-                self.result["unknown"].append(path)
+                self.comparison.unknown.append(path)

@@ -7,7 +7,7 @@ the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,8 @@ from ms_quant.formats.checks import format_of
 from ms_quant.formats.companions import source_problems
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.job.output_directory import RECORD
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.grid import AffineFormat
@@ -36,6 +36,7 @@ from ms_quant.statistics import activation_range
 from ms_quant.verify.folding import Folding
 from ms_quant.verify.requantize import Comparison, OutputError, ScaleRule
 from ms_quant.verify.requantize_grid import GridComparison, some_rows
+from ms_quant.verify.result import ComparedLinear, SourceFindings
 
 MAX_OUTPUT_ERROR = 0.1
 FOUR_BITS, BOTH_FOUR_BITS = 0.35, 0.5
@@ -95,21 +96,18 @@ class SourceProof:
         subject: the checkpoint.
         source: the float model.
         config: of that model.
-        result: gets ``layers`` (path and output error of each linear that was compared),
-            ``made_again`` and ``measured`` (how many were, bit for bit or by their output alone)
-            and ``unknown`` (paths of those that could not be compared).
+        comparison: gets what is compared.
     """
 
     subject: Subject
     source: FloatTensors
     config: ModelConfig
-    result: dict[str, Any]
+    comparison: SourceFindings
 
     def problems(self) -> Iterator[str]:
         """Compares everything; one sentence for each difference."""
         subject, plan = self.subject, self.subject.plan
         ours = subject.model.checkpoint
-        self.result |= {"made_again": 0, "measured": 0, "unknown": []}
         config = self.config
         if "quarot" in subject.record["record"]["algorithm"].split("+"):
             try:
@@ -141,15 +139,18 @@ class SourceProof:
             elif not same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
                 yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
         for index in range(plan.config.num_layers):
+            scaled = self.folding.scaled_rows(index)
             for group in plan.groups(index):
-                yield from self._group_problems(index, group)
+                yield from self._group_problems(index, group, scaled)
 
-    def _group_problems(self, index: int, group: LinearGroup) -> Iterator[str]:
+    def _group_problems(
+        self, index: int, group: LinearGroup, scaled: Container[str]
+    ) -> Iterator[str]:
         paths = [f"{block_prefix(index)}{member}" for member in group.members]
         if self.folding.is_unknown(index, group):
-            self.result["unknown"] += paths
+            self.comparison.unknown += paths
             return
-        smooth, scaled = self.folding.smooth(index, group), self.folding.scaled_rows(index)
+        smooth = self.folding.smooth(index, group)
         for path, member in zip(paths, group.members, strict=True):
             linear = self.subject.model.linear(path)
             assert linear is not None
@@ -159,14 +160,8 @@ class SourceProof:
                 subject, layer, name, self.source, path, linear, smooth, member in scaled
             )
             yield from compared.problems(self.subject.activations.get(name))
-            self.result["made_again" if compared.made_again else "measured"] += 1
-            self.result["layers"].append(
-                {
-                    "layer": path,
-                    "output_error": compared.error.value,
-                    "made_again": compared.made_again,
-                }
-            )
+            found = ComparedLinear(path, compared.error.value, compared.made_again)
+            self.comparison.layers.append(found)
 
 
 def _as_divided(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from ms_quant.algorithms import has, is_known
 from ms_quant.errors import MsQuantError
 from ms_quant.files.writer import shard_names
 from ms_quant.formats.golden_stick import format as golden_stick
+from ms_quant.models.block_spec import BlockSpec, LinearGroup
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from sparse_compress.codec.fractal import most_bytes, tile_count
 from sparse_compress.layouts.fp16 import FLOAT16
@@ -144,22 +144,18 @@ class Target:
             return [self.claim]
         return [f"{self.claim} only for {' and '.join(self.families)}, not {family}"]
 
-    def groups(self, config: ModelConfig) -> tuple[LinearGroup, ...]:
+    def groups(self, block: BlockSpec) -> tuple[LinearGroup, ...]:
         """The linears of a block as they are stored. A linear that is not fused keeps the name of
         its group, by which calibration results go."""
         if self.fused:
-            return config.block(0).groups
-        return tuple(
-            replace(group, members=(member,), fused=member)
-            for group in config.block(0).groups
-            for member in group.members
-        )
+            return block.groups
+        return tuple(group.only(member) for group in block.groups for member in group.members)
 
     def linears(self, config: ModelConfig) -> Iterator[tuple[int, LinearGroup, str]]:
         """(block, group, path) of every linear as it is stored, in model order."""
-        for index in range(config.num_layers):
-            for group in self.groups(config):
-                yield index, group, f"{block_prefix(index)}{group.fused}"
+        for block in config.blocks:
+            for group in self.groups(block):
+                yield block.index, group, f"{block_prefix(block.index)}{group.fused}"
 
     def rank_files(self, config: ModelConfig, rank: int) -> list[str]:
         """Paths of a rank's files."""
@@ -202,10 +198,9 @@ class Layout:
         """(block, group, fused path) of every fused linear, in model order."""
         return self.target.linears(self.config)
 
-    @property
-    def groups(self) -> tuple[LinearGroup, ...]:
+    def groups(self, index: int) -> tuple[LinearGroup, ...]:
         """The linears of a block as they are stored."""
-        return self.target.groups(self.config)
+        return self.target.groups(self.config.block(index))
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -222,19 +217,15 @@ class Layout:
         """The rows of the tables that a rank holds; those after the vocabulary are zero."""
         return vocab_rows(self.config, self.tp, rank, self.target.vocab_multiple)
 
-    def has_bias(self, group: LinearGroup) -> bool:
-        """Whether the linears of a group have a bias."""
-        return has_bias(self.config, group)
-
     def stores_bias(self, index: int, group: LinearGroup) -> bool:
         """Whether a group has a bias that is a tensor of its own."""
         folded = self.target.folds_bias and (
             f"{block_prefix(index)}{group.fused}" in self.compressed
         )
-        return self.has_bias(group) and not folded
+        return group.bias and not folded
 
     def norms(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Name to shape of the tensors of a block that belong to no linear."""
+        """Name to shape of the tensors of a block that belong to no group."""
         return {
             f"{block_prefix(index)}{name}": shape
             for name, shape in self.config.block(index).loose_tensors.items()
@@ -267,9 +258,9 @@ class Layout:
     def block_tensors(self, index: int) -> dict[str, TensorSpec]:
         """The tensors of one block on a rank."""
         specs = {name: TensorSpec(FLOAT16, shape) for name, shape in self.norms(index).items()}
-        for group in self.groups:
+        for group in self.groups(index):
             fused = f"{block_prefix(index)}{group.fused}"
-            n, k = fused_shape(self.config, self.tp, group)
+            n, k = fused_shape(group, self.tp)
             if fused in self.compressed:
                 found = self.target.linear_specs(n, k)
                 specs.update({f"{fused}.{suffix}": spec for suffix, spec in found.items()})
@@ -278,11 +269,6 @@ class Layout:
             if self.stores_bias(index, group):
                 specs[f"{fused}.bias"] = TensorSpec(FLOAT16, (n,))
         return specs
-
-
-def has_bias(config: ModelConfig, group: LinearGroup) -> bool:
-    """Whether the linears of a group have a bias."""
-    return config.block(0).linears[group.members[0]].bias
 
 
 def rank_name(rank: int) -> str:

@@ -20,7 +20,8 @@ def staging_bytes(layout: Layout) -> int:
     """Bytes of the blocks that are kept beside the output until a rank's only file is whole."""
     if not layout.target.one_file:
         return 0
-    return layout.config.num_layers * _sizes(layout.block_tensors(0).values())
+    blocks = range(layout.config.num_layers)
+    return sum(_sizes(layout.block_tensors(index).values()) for index in blocks)
 
 
 def _sizes(specs: Iterable[TensorSpec]) -> int:
@@ -31,10 +32,10 @@ def _sizes(specs: Iterable[TensorSpec]) -> int:
 
 
 def outside_limits(target: Target, config: ModelConfig, tp: int) -> dict[str, str]:
-    """Path in a block to the reason why the hardware cannot take its slices."""
+    """Fused path to the reason why the hardware cannot take its slices."""
     found = {}
-    for group in target.groups(config):
-        reason = unsupported_reason(*fused_shape(config, tp, group))
+    for _, group, fused in target.linears(config):
+        reason = unsupported_reason(*fused_shape(group, tp))
         if reason:
-            found[group.fused] = reason
+            found[fused] = reason
     return found

@@ -11,24 +11,24 @@ from ms_quant.models import ranks
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.ranks import (
     VOCAB_MULTIPLE,
-    Place,
+    Shard,
     fused_rows,
     fused_shape,
     padded_vocab,
-    place,
+    shard,
     vocab_rows,
 )
 
 __all__ = [
     "VOCAB_MULTIPLE",
-    "Place",
+    "Shard",
     "check_tp",
     "fused_rows",
     "fused_shape",
     "join",
     "padded_vocab",
-    "place",
     "same_bits",
+    "shard",
     "vocab_part",
     "vocab_rows",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
 from sparse_compress.layouts import typed
-from sparse_compress.layouts.base import MAX_RANKS, Layout, Length, Target, has_bias
+from sparse_compress.layouts.base import MAX_RANKS, Layout, Length, Target
 from sparse_compress.layouts.partition import VOCAB_MULTIPLE
 
 DESCRIPTION = "quant_model_description.json"
@@ -34,10 +34,11 @@ def refusal(config: ModelConfig, tp: int) -> str | None:
         config: the model.
         tp: how many ranks there are.
     """
-    for group in config.block(0).groups:
-        if has_bias(config, group):
+    for block in config.blocks:
+        biased = next((group.fused for group in block.groups if group.bias), None)
+        if biased:
             return (
-                f"{group.fused} has a bias, and whether the file holds it beside quant_bias is "
+                f"{biased} has a bias, and whether the file holds it beside quant_bias is "
                 "not documented"
             )
     if config.tied:
@@ -47,11 +48,12 @@ def refusal(config: ModelConfig, tp: int) -> str | None:
             f"vocab_size is {config.vocab_size}, expected a multiple of {VOCAB_MULTIPLE}: how it "
             "is padded is not documented"
         )
-    if config.num_kv_heads % tp:
-        return (
-            f"tp is {tp}, expected a divisor of num_key_value_heads, which is "
-            f"{config.num_kv_heads}: how ranks share a head is not documented"
-        )
+    for division in config.divisions:
+        if division.copied and division.units % tp:
+            return (
+                f"tp is {tp}, expected a divisor of {division.unit}, which is {division.units}: "
+                "how ranks share a head is not documented"
+            )
     return None
 
 

@@ -13,6 +13,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.reader import fingerprint
 from ms_quant.files.writer import TensorPlan
+from ms_quant.progress import StepProgress, silent
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.codec.fractal import tile_count
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
@@ -21,7 +22,7 @@ from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.msmodelslim import reshard as divide
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.reshard import Division
-from sparse_compress.msmodelslim.rewrite import Progress, Rewrite
+from sparse_compress.msmodelslim.rewrite import Rewrite
 from sparse_compress.msmodelslim.summary import msmodelslim_summary
 from sparse_compress.ranks.staging import Arrays
 from sparse_compress.ranks.summary import summary
@@ -118,9 +119,7 @@ def check(
     return Compression(slim, left, job)
 
 
-def compress(
-    request: Compression | Division, progress: Progress = lambda step, part: None
-) -> dict[str, Any]:
+def compress(request: Compression | Division, progress: StepProgress = silent) -> dict[str, Any]:
     """Compresses a directory, or goes on with it.
 
     Args:
@@ -137,7 +136,7 @@ def compress(
     """
     if isinstance(request, Division):
         done = request.run(progress)
-        found = {**summary(request.output), "not_served_by": request.not_served_by}
+        found = {**summary(request.output).as_json(), "not_served_by": request.not_served_by}
     else:
         done = request.job.run(progress)
         found = msmodelslim_summary(ModelSlimDirectory(request.job.output))

@@ -12,9 +12,10 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.reader import fingerprint, shard_print
 from ms_quant.files.writer import TensorPlan
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import folded_bias
+from ms_quant.progress import StepProgress, silent
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import EMBEDDING, HEAD, find_target
 from sparse_compress.layouts.coding import PARAMETERS, PLAIN
@@ -23,7 +24,7 @@ from sparse_compress.layouts.msmodelslim import TARGET
 from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.files import companions
-from sparse_compress.msmodelslim.rewrite import Progress, Rewrite
+from sparse_compress.msmodelslim.rewrite import Rewrite
 from sparse_compress.msmodelslim.summary import msmodelslim_summary
 from sparse_compress.ranks.pack import deq_bits
 from sparse_compress.ranks.reader import SparseModel
@@ -49,7 +50,7 @@ def check(directory: Path, output: Path, workers: int = CORES) -> Rewrite:
     return job
 
 
-def decompress(request: Rewrite, progress: Progress = lambda step, part: None) -> dict[str, Any]:
+def decompress(request: Rewrite, progress: StepProgress = silent) -> dict[str, Any]:
     """Restores the quantized checkpoint, or goes on with it.
 
     Args:

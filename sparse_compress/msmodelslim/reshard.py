@@ -16,11 +16,12 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.reader import check_tensor, fingerprint
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.pipeline.paths import check_output_path
+from ms_quant.progress import StepProgress
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import HEAD, Layout, get_target
 from sparse_compress.layouts.coding import PARAMETERS
@@ -31,7 +32,7 @@ from sparse_compress.layouts.typed import CODED, PARAMETER
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.ranks.pack import Packer, deq_floats, unfold_bias
 from sparse_compress.ranks.summary import COMMAND
-from sparse_compress.ranks.writer import Progress, Writer, finish
+from sparse_compress.ranks.writer import Writer, finish
 
 
 class SlimModel:
@@ -219,7 +220,7 @@ class Division:
         }
         return OutputDirectory(self.output, record, copied=companion_files(slim.directory))
 
-    def run(self, progress: Progress) -> bool:
+    def run(self, progress: StepProgress) -> bool:
         """Makes the output, or goes on making it; True when it was finished before."""
         output = self.directory()
         if not output.finished:
@@ -256,8 +257,8 @@ def check(directory: Path, output: Path, target: str, tp: int, workers: int = CO
     for index, group, fused in runtime.linears(config):
         if not _agree(model, index, group):
             reasons[fused] = f"is float in {model.slim.path.name}"
-        elif group.fused in limits:
-            raise _no_float(fused, limits[group.fused])
+        elif fused in limits:
+            raise _no_float(fused, limits[fused])
         else:
             compressed.add(fused)
     if not compressed:

@@ -19,14 +19,15 @@ from ms_quant import __version__
 from ms_quant.files.atomic import FileRecord, disk_errors, free_space_check, write_json
 from ms_quant.files.writer import plan_shards, shard_names, write_index
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.paths import check_output_path
+from ms_quant.progress import StepProgress
 from sparse_compress.msmodelslim.files import file_names
 from sparse_compress.ranks.staging import Arrays, Tensors, remove, stored, whole, write_tensors
 from sparse_compress.ranks.summary import COMMAND
 
-Progress = Callable[[str, float], None]
 PARTS = "tensors"
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = DEFAULTS.shard_bytes
 SHARD_PREFIX = "quant_model_weights"
 
 
@@ -76,7 +77,7 @@ class Rewrite:
         record = {**own, **self.made_from}
         return OutputDirectory(self.output, record, copied=self.companions)
 
-    def run(self, progress: Progress) -> bool:
+    def run(self, progress: StepProgress) -> bool:
         """Makes the output, or goes on making it.
 
         Returns:
@@ -99,7 +100,7 @@ class Rewrite:
 class _Writer:
     job: Rewrite
     output: OutputDirectory
-    progress: Progress
+    progress: StepProgress
 
     def write(self) -> None:
         place = self.output.partial / PARTS

@@ -7,7 +7,7 @@ from typing import Any
 from ms_quant.pipeline.estimate import estimate as quantization_estimate
 from ms_quant.pipeline.estimate import flops
 from sparse_compress.layouts.limits import most_bytes
-from sparse_compress.pipeline.request import Request, SparseOptions
+from sparse_compress.pipeline.request import CheckedSparseJob, SparseOptions
 from sparse_compress.rate.share import PRICES
 from sparse_compress.rate.steps import SAMPLE_ROWS
 
@@ -27,31 +27,31 @@ SECONDS_A_WEIGHT, SECONDS_A_PRICE, FACTOR_FLOPS = 0.7e-6, 0.2, 8
 MEASURED_ROWS = len(PRICES) * SAMPLE_ROWS
 
 
-def rate_memory(request: Request) -> int:
+def rate_memory(sparse: CheckedSparseJob) -> int:
     """Bytes that rate-distortion rounding takes above calibration: the Hessians of a block, and
     the work on the largest linear."""
-    shapes = _group_shapes(request)
+    shapes = _group_shapes(sparse)
     hessians = sum(4 * k * k for _, k in shapes)
     return hessians + max(24 * k * k + 16 * n * k for n, k in shapes)
 
 
-def rate_seconds(request: Request) -> float:
+def rate_seconds(sparse: CheckedSparseJob) -> float:
     """What measuring and rounding take, rough; of a loss of quality, with one price tried."""
     speed, seconds = flops(), 0.0
-    for n, k in _group_shapes(request):
+    for n, k in _group_shapes(sparse):
         seconds += 2 * FACTOR_FLOPS * k**3 / speed
         seconds += (n + MEASURED_ROWS) * k * SECONDS_A_WEIGHT + len(PRICES) * SECONDS_A_PRICE
     return seconds
 
 
-def _group_shapes(request: Request) -> list[tuple[int, int]]:
+def _group_shapes(sparse: CheckedSparseJob) -> list[tuple[int, int]]:
     """(out, in) of all groups."""
     return [
         (
             sum(block.linears[member].out_features for member in group.members),
-            block.in_features(group),
+            group.in_features,
         )
-        for block in request.layout.config.blocks
+        for block in sparse.layout.config.blocks
         for group in block.groups
     ]
 
@@ -64,11 +64,11 @@ def asked(options: SparseOptions) -> dict[str, Any]:
     return {name: value for name, value in goals.items() if value is not None}
 
 
-def estimate(request: Request) -> dict[str, Any]:
+def estimate(sparse: CheckedSparseJob) -> dict[str, Any]:
     """The plan of a job.
 
     Args:
-        request: the checked request.
+        sparse: what was checked.
 
     Returns:
         JSON: where and how; ``compressed`` and ``uncompressed`` fused linears, the latter with
@@ -76,14 +76,12 @@ def estimate(request: Request) -> dict[str, Any]:
         ``output_bytes`` at most; disk, memory and time as ``ms-quant quantize`` estimates them;
         ``float16_lost`` values by tensor; and which runtimes serve the result.
     """
-    options, layout = request.options, request.layout
-    found = quantization_estimate(request.checked, options.output)
-    if request.goal:
-        found["memory_bytes"] += rate_memory(request)
-        found["estimated_seconds"] = round(
-            2 * found["estimated_seconds"] + rate_seconds(request), 1
-        )
-    served = not request.not_served_by
+    options, layout = sparse.options, sparse.layout
+    found = quantization_estimate(sparse.quantization, options.output)
+    if sparse.goal:
+        found["memory_bytes"] += rate_memory(sparse)
+        found["estimated_seconds"] = round(2 * found["estimated_seconds"] + rate_seconds(sparse), 1)
+    served = not sparse.not_served_by
     return {
         "output": str(options.output),
         "format": f"W8A8SC TP{layout.tp}",
@@ -93,8 +91,8 @@ def estimate(request: Request) -> dict[str, Any]:
         **{key: found[key] for key in KEPT},
         "output_bytes": most_bytes(layout),
         "compressed": [fused for _, _, fused in layout.linears() if fused in layout.compressed],
-        "uncompressed": request.uncompressed,
-        "float16_lost": request.lost,
+        "uncompressed": sparse.uncompressed,
+        "float16_lost": sparse.lost,
         "served_by": [layout.target.runtime] if served else [],
-        "not_served_by": request.not_served_by,
+        "not_served_by": sparse.not_served_by,
     }

@@ -27,7 +27,7 @@ def info(directory: Path, plot: Path | None = None, workers: int = CORES) -> dic
         workers: how many threads decode a linear.
 
     Returns:
-        JSON: what :func:`~sparse_compress.ranks.summary.summary` or
+        JSON: the JSON of :func:`~sparse_compress.ranks.summary.summary` or what
         :func:`~sparse_compress.msmodelslim.summary.msmodelslim_summary` returns, with ``plot``
         where there is one, and ``rows`` of ``layer``, ``rank``, ``shape`` ``[n, k]``,
         ``sparsity`` (share of zeros), ``raw_bytes``, ``stored_bytes`` (tiles and index),
@@ -45,7 +45,10 @@ def info(directory: Path, plot: Path | None = None, workers: int = CORES) -> dic
         slim = ModelSlimDirectory(directory)
         result, coded = msmodelslim_summary(slim), msmodelslim_linears(slim, workers)
     else:
-        result, coded = summary(directory), sparse_linears(open_sparse(directory, workers))
+        result, coded = (
+            summary(directory).as_json(),
+            sparse_linears(open_sparse(directory, workers)),
+        )
     rows, histograms = [], []
     for sizes, decode in coded:
         weight = decode()

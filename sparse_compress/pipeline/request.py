@@ -14,13 +14,10 @@ from ms_quant.formats.float_model import open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
+from ms_quant.pipeline.defaults import DEFAULTS
+from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
-from ms_quant.pipeline.request import (
-    CheckedJob,
-    Extension,
-    QuantizeOptions,
-    prepare,
-)
+from ms_quant.pipeline.request import CheckedJob, Extension, prepare
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import DEFAULT, Layout, Target, get_target
 from sparse_compress.layouts.fp16 import survey
@@ -28,6 +25,8 @@ from sparse_compress.layouts.limits import most_bytes, outside_limits, staging_b
 from sparse_compress.layouts.partition import check_tp
 from sparse_compress.rate.goal import Goal, check_increase, check_ratio
 from sparse_compress.rate.prune import PRUNINGS, SPARSITY, Pruning, check_pruning
+
+TP = 2
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,17 @@ class SparseOptions:
     model: Path
     output: Path
     calib: Path
-    tp: int = 2
+    tp: int = TP
     sparsity: float | None = None
     pruning: str | None = None
     target_ratio: float | None = None
     max_ppl_increase: float | None = None
     heldout: Path | None = None
-    algorithm: str = "minmax"
+    algorithm: str = DEFAULTS.algorithm
     alpha: float | None = None
-    samples: int = 64
-    seq_len: int = 256
-    seed: int = 0
+    samples: int = DEFAULTS.samples
+    seq_len: int = DEFAULTS.seq_len
+    seed: int = DEFAULTS.seed
     exclude: Sequence[str] = ()
     job: Path | None = None
     keep_job: bool = False
@@ -93,7 +92,7 @@ class SparseOptions:
         return Pruning(share, self.pruning or PRUNINGS[0])
 
     def quantization(self, exclude: Sequence[str]) -> QuantizeOptions:
-        """The part of the request that the driver of ``ms-quant`` serves."""
+        """The part of it that the driver of ``ms-quant`` serves."""
         return QuantizeOptions(
             self.model,
             self.output,
@@ -113,12 +112,12 @@ class SparseOptions:
 
 
 @dataclass(frozen=True)
-class Request:
-    """A checked request: everything that can be refused has been.
+class CheckedSparseJob:
+    """A W8A8SC checkpoint to make: everything that can be refused has been.
 
     Attributes:
         options: what was asked.
-        checked: the part that the driver serves.
+        quantization: the part that the driver of ``ms-quant`` does.
         layout: what the output will hold.
         uncompressed: fused path to the reason why it stays float16.
         lost: tensor name to what float16 loses of it.
@@ -127,7 +126,7 @@ class Request:
     """
 
     options: SparseOptions
-    checked: CheckedJob
+    quantization: CheckedJob
     layout: Layout
     uncompressed: dict[str, str]
     lost: dict[str, dict[str, int]]
@@ -140,11 +139,11 @@ class Request:
         return self.layout.target.not_served_by(self.layout.config.model_type)
 
 
-def check(options: SparseOptions) -> Request:
-    """Checks a request against the model and the data, before any work.
+def check(options: SparseOptions) -> CheckedSparseJob:
+    """Checks options against the model and the data, before any work.
 
     Args:
-        options: the request.
+        options: what is asked.
 
     Raises:
         MsQuantError: anything that would make the job fail later; among it a value that float16
@@ -156,7 +155,8 @@ def check(options: SparseOptions) -> Request:
     check_paths(options.model, options.output, plain.job_directory)
     goal = _goal(options)
     pruned = options.pruned
-    config, checkpoint = open_float(options.model)
+    model = open_float(options.model)
+    config, checkpoint = model
     if not config.predicts:
         raise MsQuantError(
             f"{options.model}: has no head to predict tokens with, expected a model that "
@@ -184,8 +184,8 @@ def check(options: SparseOptions) -> Request:
     )
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(target, config, limits))
-    checked = prepare(options.quantization(exclude), extension)
-    return Request(options, checked, layout, reasons, lost, goal)
+    checked = prepare(options.quantization(exclude), extension, model)
+    return CheckedSparseJob(options, checked, layout, reasons, lost, goal)
 
 
 def _goal(options: SparseOptions) -> Goal | None:
@@ -228,12 +228,12 @@ def _reasons(
 ) -> dict[str, str]:
     """Fused path to the reason why it stays float16."""
     reasons = {}
-    together = {group.name: group.members for group in config.block(0).groups}
     for index, group, fused in target.linears(config):
-        members = [f"{block_prefix(index)}{member}" for member in together[group.name]]
+        together = config.block(index).group(group.name).members
+        members = [f"{block_prefix(index)}{member}" for member in together]
         matched = [p for p in exclude if any(fnmatchcase(path, p) for path in members)]
-        if group.fused in limits:
-            reasons[fused] = limits[group.fused]
+        if fused in limits:
+            reasons[fused] = limits[fused]
         elif matched:
             reasons[fused] = f"excluded by {matched[0]!r}"
     return reasons
@@ -241,10 +241,12 @@ def _reasons(
 
 def _members(target: Target, config: ModelConfig, limits: dict[str, str]) -> list[str]:
     """One linear of each group that is wholly outside the limits; its whole group stays float."""
-    inside = {group.name for group in target.groups(config) if group.fused not in limits}
+    inside = {
+        (index, group.name) for index, group, fused in target.linears(config) if fused not in limits
+    }
     return [
-        f"{block_prefix(index)}{group.members[0]}"
-        for index in range(config.num_layers)
-        for group in config.block(0).groups
-        if group.name not in inside
+        f"{block_prefix(block.index)}{group.members[0]}"
+        for block in config.blocks
+        for group in block.groups
+        if (block.index, group.name) not in inside
     ]

@@ -7,21 +7,22 @@ from pathlib import Path
 from ms_quant.files.atomic import FileRecord
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.progress import StepProgress
 from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
-from sparse_compress.pipeline.request import Request
+from sparse_compress.pipeline.request import CheckedSparseJob
 from sparse_compress.ranks.pack import Packer
 from sparse_compress.ranks.proof import write_proof
-from sparse_compress.ranks.writer import Progress, Writer, finish
+from sparse_compress.ranks.writer import Writer, finish
 
 
 def write_checkpoint(
-    request: Request, job: JobDirectory, output: OutputDirectory, progress: Progress
+    sparse: CheckedSparseJob, job: JobDirectory, output: OutputDirectory, progress: StepProgress
 ) -> None:
     """Writes the output and gives it its name; files of an interrupted run stay as they are.
 
     Args:
-        request: what to write.
+        sparse: what to write.
         job: the finished linears.
         output: where to.
         progress: told how far the step ``"compress"`` is.
@@ -29,8 +30,10 @@ def write_checkpoint(
     Raises:
         MsQuantError: the disk does not take a file, or a linear does not fit the target.
     """
-    options, layout = request.options, request.layout
-    source = as_divided(request.checked.tensors, layout.config, job.ranges(), str(job.directory))
+    options, layout = sparse.options, sparse.layout
+    source = as_divided(
+        sparse.quantization.tensors, layout.config, job.ranges(), str(job.directory)
+    )
     packer = Packer(layout, source, job, options.workers)
 
     def proof(index: int, path: Path) -> FileRecord:
@@ -39,9 +42,9 @@ def write_checkpoint(
     files = Writer(packer, output, progress, proof).write()
     facts = {
         "chosen": {f"block {i}": job.notes(i) for i in range(layout.config.num_layers)},
-        "uncompressed": request.uncompressed,
-        "float16_lost": request.lost,
+        "uncompressed": sparse.uncompressed,
+        "float16_lost": sparse.lost,
         activation_range.KEY: job.ranges(),
-        **({"rate": dict(request.rate)} if request.goal else {}),
+        **({"rate": dict(sparse.rate)} if sparse.goal else {}),
     }
     finish(layout, output, files, options.model, facts)

@@ -11,14 +11,14 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.writer import TensorPlan
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, folded_bias
 from sparse_compress.codec import CORES, TooLongError, compress_matrix
 from sparse_compress.codec.fractal import TILE_ROWS
 from sparse_compress.layouts import INT64, NORM, Layout
 from sparse_compress.layouts.fp16 import FLOAT16, Floats, to_float16
-from sparse_compress.layouts.partition import fused_shape, place
+from sparse_compress.layouts.partition import fused_shape, shard
 from sparse_compress.ranks.staging import Arrays, Tensors
 
 
@@ -81,7 +81,7 @@ class Packer:
     def block(self, rank: int, index: int) -> Arrays:
         """The tensors of a block, by runtime name."""
         tensors = {name: self._float16(name) for name in self.layout.norms(index)}
-        for group in self.layout.groups:
+        for group in self.layout.groups(index):
             fused = f"{block_prefix(index)}{group.fused}"
             if fused in self.layout.compressed:
                 tensors.update(self._compressed(rank, index, group))
@@ -117,7 +117,7 @@ class Packer:
     def _float_weight(self, rank: int, index: int, group: LinearGroup) -> np.ndarray:
         parts = []
         for member in group.members:
-            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            where = shard(group.linears[member], self.layout.tp, rank)
             weight = self._float16(f"{block_prefix(index)}{member}.weight")
             parts.append(weight[where.rows, where.columns])
         return np.concatenate(parts)
@@ -125,7 +125,7 @@ class Packer:
     def _bias(self, rank: int, index: int, group: LinearGroup) -> np.ndarray:
         parts = []
         for member in group.members:
-            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            where = shard(group.linears[member], self.layout.tp, rank)
             parts.append(self._float16(f"{block_prefix(index)}{member}.bias")[where.rows])
         return _once(np.concatenate(parts), rank, group)
 
@@ -135,7 +135,7 @@ class Packer:
         The last tile of a weight whose rows are not a multiple of 128 holds padding. If that tile
         does not compress, the whole may be longer than the runtimes accept.
         """
-        n, _ = fused_shape(self.layout.config, self.layout.tp, group)
+        n, _ = fused_shape(group, self.layout.tp)
         if n % TILE_ROWS == 0:
             return None
         try:
@@ -147,7 +147,7 @@ class Packer:
     def _int8_weight(self, rank: int, index: int, group: LinearGroup) -> np.ndarray:
         parts = []
         for member in group.members:
-            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            where = shard(group.linears[member], self.layout.tp, rank)
             weight = self.job.linear(index, member).weight
             parts.append(weight[where.rows, where.columns])
         return np.concatenate(parts)
@@ -155,7 +155,7 @@ class Packer:
     def _compressed(self, rank: int, index: int, group: LinearGroup) -> Arrays:
         weights, scales, biases = [], [], []
         for member in group.members:
-            where = place(self.layout.config, self.layout.tp, rank, group, member)
+            where = shard(group.linears[member], self.layout.tp, rank)
             linear = self.job.linear(index, member)
             weights.append(linear.weight[where.rows, where.columns])
             scales.append(linear.deq_scale[where.rows])
@@ -175,7 +175,7 @@ class Packer:
         }
 
     def _quant_bias(self, linear: QuantizedLinear, path: str, group: LinearGroup) -> np.ndarray:
-        if not (self.layout.target.folds_bias and self.layout.has_bias(group)):
+        if not (self.layout.target.folds_bias and group.bias):
             return linear.quant_bias
         bias = self.checkpoint.read_float32(f"{path}.bias")
         return folded_bias(replace(linear, bias=bias), path)

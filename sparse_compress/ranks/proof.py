@@ -20,7 +20,7 @@ from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import parse_json
 from ms_quant.files.writer import FileRecord, TensorPlan, write_file
 from ms_quant.job.directory import JobDirectory
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from sparse_compress.layouts import Layout, proof_file
@@ -34,7 +34,7 @@ def proof_plans(layout: Layout, index: int) -> list[TensorPlan]:
     """The tensors of a block's proof."""
     plans, block = [], layout.config.block(index)
     for group in compressed_groups(layout, index):
-        channels = block.in_features(group)
+        channels = group.in_features
         plans += [
             TensorPlan(f"{group.name}.l2_norm", FLOAT32, (channels,)),
             TensorPlan(f"{group.name}.input_scale", FLOAT32, (channels,)),
@@ -50,7 +50,9 @@ def proof_plans(layout: Layout, index: int) -> list[TensorPlan]:
 def compressed_groups(layout: Layout, index: int) -> list[LinearGroup]:
     """The groups of a block that are compressed."""
     prefix = block_prefix(index)
-    return [group for group in layout.groups if f"{prefix}{group.fused}" in layout.compressed]
+    return [
+        group for group in layout.groups(index) if f"{prefix}{group.fused}" in layout.compressed
+    ]
 
 
 def write_proof(

@@ -10,19 +10,19 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import CHUNK_ELEMENTS
 from ms_quant.formats.opening import ServedModel, static_linear
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import EMBEDDING, HEAD, Layout, find_target, rank_name
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.partition import (
-    Place,
+    Shard,
     fused_rows,
     join,
-    place,
     same_bits,
+    shard,
 )
 from sparse_compress.ranks.pack import deq_floats, plain_quant_bias, unfold_bias
 from sparse_compress.ranks.tensors import (
@@ -120,7 +120,7 @@ class SparseModel:
         linears = {}
         for member in group.members:
             places = self._places(group, member)
-            rows = fused_rows(self.config, self.layout.tp, group)[member]
+            rows = fused_rows(group, self.layout.tp)[member]
             shape = self.config.block(index).linears[member].shape
             name = f"{block_prefix(index)}{member}"
             out = [(where.rows,) for where in places]
@@ -132,7 +132,7 @@ class SparseModel:
             bias = None
             if self.layout.stores_bias(index, group):
                 bias = self.tensor(f"{name}.bias")
-            elif self.layout.has_bias(group):
+            elif group.bias:
                 bias = unfold_bias(quant_bias, weight, offset, deq)
                 quant_bias = plain_quant_bias(weight, offset)
             scale = self._input_scale(fused, places, shape[1])
@@ -147,13 +147,13 @@ class SparseModel:
         name = f"{fused}.deq_scale"
         return deq_floats(self.ranks[rank].read(name), f"{rank_name(rank)}: {name}")
 
-    def _input_scale(self, fused: str, places: list[Place], size: int) -> np.ndarray:
+    def _input_scale(self, fused: str, places: list[Shard], size: int) -> np.ndarray:
         name = f"{fused}.input_scale"
         scale = self._input(name, places, size)
         check_input_scale(scale, name)
         return scale.astype(np.float32)
 
-    def _input_offset(self, fused: str, places: list[Place], size: int) -> np.ndarray:
+    def _input_offset(self, fused: str, places: list[Shard], size: int) -> np.ndarray:
         name = f"{fused}.input_offset"
         offset = self._input(name, places, size)
         with np.errstate(invalid="ignore"):
@@ -163,7 +163,7 @@ class SparseModel:
             raise MsQuantError(f"{name}: {wrong} of {size} values are not those of an int8")
         return found
 
-    def _input(self, name: str, places: list[Place], size: int) -> np.ndarray:
+    def _input(self, name: str, places: list[Shard], size: int) -> np.ndarray:
         """A tensor over the input channels."""
         parts = [rank.read(name) for rank in self.ranks]
         if not self.layout.target.per_channel_input:
@@ -182,7 +182,7 @@ class SparseModel:
                         "are not 0, expected zeros: ranks add up, and rank_0 holds the bias"
                     )
             return parts[0]
-        rows = fused_rows(self.config, self.layout.tp, group)[member]
+        rows = fused_rows(group, self.layout.tp)[member]
         places = [(where.rows,) for where in self._places(group, member)]
         size = self.config.block(index).linears[member].shape[:1]
         return join([part[rows] for part in parts], places, size, name)
@@ -193,7 +193,7 @@ class SparseModel:
         member = path.removeprefix(block_prefix(index))
         if suffix == "bias":
             return self._fused_bias(name, index, group, member)
-        rows = fused_rows(self.config, self.layout.tp, group)[member]
+        rows = fused_rows(group, self.layout.tp)[member]
         places = [(where.rows, where.columns) for where in self._places(group, member)]
         parts = [rank.read(name)[rows] for rank in self.ranks]
         shape = self.config.block(index).linears[member].shape
@@ -244,9 +244,9 @@ class SparseModel:
             table[start : start + len(rows)] = rows
         return table
 
-    def _places(self, group: LinearGroup, member: str) -> list[Place]:
+    def _places(self, group: LinearGroup, member: str) -> list[Shard]:
         tp = self.layout.tp
-        return [place(self.config, tp, rank, group, member) for rank in range(tp)]
+        return [shard(group.linears[member], tp, rank) for rank in range(tp)]
 
 
 def open_w8a8sc(directory: Path, workers: int = CORES) -> ServedModel | None:

@@ -10,7 +10,7 @@ import numpy as np
 from ms_quant.errors import MsQuantError
 from ms_quant.files.safetensors_file import SafetensorsFile, TensorInfo, open_file
 from ms_quant.files.strict_json import read_json
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from sparse_compress.codec import decompress_matrix, matrix_info
 from sparse_compress.layouts import MAX_DESCRIPTION_BYTES, Layout, Target
 from sparse_compress.layouts.fp16 import SMALLEST_NORMAL
@@ -161,7 +161,7 @@ def decode_weight(
     Raises:
         MsQuantError: its index, its ``info`` or a tile is wrong.
     """
-    info = matrix_info(*fused_shape(layout.config, layout.tp, group))
+    info = matrix_info(*fused_shape(group, layout.tp))
     if layout.target.info:
         _check_info(tensors, f"{fused}.info", info)
     weight, tiles = tensors.read(f"{fused}.weight"), tensors.read(f"{fused}.index")

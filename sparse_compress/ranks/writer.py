@@ -11,13 +11,11 @@ from typing import Any
 from ms_quant.files.atomic import FileRecord, disk_errors, write_json
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.progress import StepProgress
 from sparse_compress import layouts
 from sparse_compress.layouts import Layout
 from sparse_compress.ranks.pack import Packer
 from sparse_compress.ranks.staging import remove, stored, whole, write_tensors
-
-Progress = Callable[[str, float], None]
-"""Called with the step's name and how much of it is done, 0 to 1."""
 
 
 def finish(
@@ -55,7 +53,7 @@ class Writer:
 
     packer: Packer
     output: OutputDirectory
-    progress: Progress
+    progress: StepProgress
     proof: Callable[[int, Path], FileRecord] | None = None
     steps: int = field(default=0, init=False)
 

@@ -24,6 +24,7 @@ from ms_quant.job.directory import JobDirectory
 from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import prove_source, run_blocks
+from ms_quant.progress import BlockProgress, StepProgress, of_blocks
 from ms_quant.quantization.hooks import BlockHooks
 from sparse_compress.rate.goal import Goal
 from sparse_compress.rate.share import (
@@ -47,7 +48,6 @@ INSIDE = 0.1
 """A try between two others keeps this part of their distance, in logarithms, from each."""
 SAME = 0.02
 """No damage is tried that is nearer than this to one that was, in logarithms."""
-Progress = Callable[[str, float], None]
 
 
 class Found(NamedTuple):
@@ -73,7 +73,7 @@ class Search:
             ``"evaluate"`` are.
     """
 
-    def __init__(self, checked: CheckedJob, goal: Goal, progress: Progress):
+    def __init__(self, checked: CheckedJob, goal: Goal, progress: StepProgress):
         self.checked, self.goal, self.progress = checked, goal, progress
         self.measuring = measuring_job(checked)
 
@@ -93,9 +93,8 @@ class Search:
                 return self._found(curves, price, {})
             return self._try_prices(curves)
 
-    def _progress(self, step: str) -> Callable[[int, float], None]:
-        blocks = self.checked.plan.config.num_layers
-        return lambda index, part: self.progress(step, (index + part) / blocks)
+    def _progress(self, step: str) -> BlockProgress:
+        return of_blocks(self.progress, step, self.checked.plan.config.num_layers)
 
     def _found(self, curves: Mapping[str, Curve], price: float, facts: dict[str, Any]) -> Found:
         hooks = BlockHooks(rounding=choosing(local_prices(curves, price)))
@@ -159,7 +158,7 @@ class Search:
 
     def _loss(self, model: ServedModel) -> float:
         assert self.goal.tokens is not None
-        return perplexity(model, self.goal.tokens, self._progress("evaluate"))["loss"]
+        return perplexity(model, self.goal.tokens, self._progress("evaluate")).loss
 
     def _forget(self, prices: list[float]) -> None:
         """Removes the job of a price that was tried; there is one job directory for all."""

@@ -96,9 +96,7 @@ def _by_vllm_ascend(request: ServeRequest, served: Served) -> None:
 def _rows(rank: Rank, coded: bool) -> Iterator[Loaded]:
     """What a rank loads."""
     layout, tensors = rank.layout, rank.tensors
-    shapes = {
-        fused: fused_shape(layout.config, layout.tp, group) for group, fused in rank.compressed()
-    }
+    shapes = {fused: fused_shape(group, layout.tp) for group, fused in rank.compressed()}
     weights, sizes = dict[str, str](), defaultdict[str, int](int)
     for name in layout.tensors():
         path, _, suffix = name.rpartition(".")

@@ -55,7 +55,7 @@ def rank_parameters(
         info = tensors.info(name)
         result[name] = Parameter((info.dtype.name, info.shape), partial(tensors.read, name))
     for group, fused in rank.compressed() if decoded else ():
-        shape = fused_shape(rank.layout.config, rank.layout.tp, group)
+        shape = fused_shape(group, rank.layout.tp)
         weight = partial(decode_weight, rank.layout, tensors, fused, group, workers)
         result[f"{fused}.weight"] = Parameter(("int8", shape), weight)
         scale = f"{fused}.deq_scale"

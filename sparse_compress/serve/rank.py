@@ -18,8 +18,8 @@ from ms_quant.files.strict_json import read_json
 from ms_quant.formats.companions import config_problems
 from ms_quant.formats.structure import check_kind
 from ms_quant.job.output_directory import RECORD, check_files
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import MAX_DESCRIPTION_BYTES, Layout, Target, find_target, rank_name
 from sparse_compress.layouts.fp16 import FLOAT16

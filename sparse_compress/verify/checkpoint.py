@@ -25,10 +25,11 @@ from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import check_kind
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig, load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.linear import QuantizedLinear, bias_units, int8_linear
+from ms_quant.progress import StepProgress, silent
 from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
 from ms_quant.verify.requantize import Comparison, ScaleRule
@@ -51,7 +52,6 @@ from sparse_compress.verify.msmodelslim import rewriting, slim_problems
 from sparse_compress.verify.record import read_record, recorded_layout, recorded_pruning
 from sparse_compress.verify.reshard import divided_problems
 
-Progress = Callable[[str, float], None]
 ERROR_DIGITS = 1e-9
 
 
@@ -77,7 +77,7 @@ class Subject:
 def verify(
     directory: Path,
     source: Path | None = None,
-    progress: Progress = lambda step, part: None,
+    progress: StepProgress = silent,
     workers: int = CORES,
 ) -> dict[str, Any]:
     """Checks a W8A8SC checkpoint.
@@ -162,7 +162,7 @@ def _other_kind(directory: Path) -> str:
 def _contents(
     directory: Path,
     source: Checkpoint | None,
-    progress: Progress,
+    progress: StepProgress,
     checked: dict[str, int],
     workers: int,
 ) -> list[str]:
@@ -212,7 +212,7 @@ def _group_problems(
     fused = f"{block_prefix(index)}{group.fused}"
     linears = subject.model.group(index, group)
     layout = subject.model.layout
-    tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
+    tiles = tile_count(*fused_shape(group, layout.tp)) * layout.tp
     count(subject.checked, linears=len(linears), tiles=tiles)
     proof.norm(group)
     pruning = recorded_pruning(subject.record)

@@ -13,9 +13,9 @@ from ms_quant.files.strict_json import read_json
 from ms_quant.formats.companions import copy_problems
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.job.unlisted import is_read
+from ms_quant.progress import StepProgress
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
-from sparse_compress.msmodelslim.rewrite import Progress
 from sparse_compress.ranks.summary import COMMAND
 from sparse_compress.verify.check_collector import guard
 from sparse_compress.verify.floats import Counts, count
@@ -36,7 +36,7 @@ def rewriting(directory: Path) -> dict[str, Any] | None:
 def slim_problems(
     directory: Path,
     source: ModelSlimDirectory | None,
-    progress: Progress,
+    progress: StepProgress,
     checked: Counts,
     workers: int,
 ) -> list[str]:

@@ -85,10 +85,10 @@ def recorded_layout(directory: Path, config: ModelConfig, record: dict[str, Any]
     compressed = set()
     for index, group, fused in target.linears(config):
         planned = group.name in {found.name for found in plan.groups(index)}
-        asked = planned and group.fused not in limits
+        asked = planned and fused not in limits
         if planned and not asked and fused not in stated:
-            raise MsQuantError(f"{directory}: {fused}: {limits[group.fused]}")
-        partial = fused_shape(config, tp, group)[0] % TILE_ROWS  # may code too badly to be stored
+            raise MsQuantError(f"{directory}: {fused}: {limits[fused]}")
+        partial = fused_shape(group, tp)[0] % TILE_ROWS  # may code too badly to be stored
         if (fused in stated) == asked and not (asked and partial):
             expected = "compressed" if asked else "uncompressed"
             raise MsQuantError(f"{path}: {fused} is not {expected}, expected it by the arguments")

@@ -10,15 +10,15 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.companions import config_problems, source_problems
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import load_config
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
+from ms_quant.progress import StepProgress
 from sparse_compress.codec.fractal import tile_count
 from sparse_compress.layouts import get_target
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.msmodelslim.reshard import SlimModel
-from sparse_compress.msmodelslim.rewrite import Progress
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.tensors import description_problems, open_ranks, structure_problems
 from sparse_compress.verify.check_collector import guard
@@ -29,7 +29,7 @@ def divided_problems(
     directory: Path,
     record: dict[str, Any],
     source: SlimModel | None,
-    progress: Progress,
+    progress: StepProgress,
     checked: Counts,
     workers: int,
 ) -> list[str]:
@@ -64,7 +64,7 @@ def _group_problems(
 ) -> Iterator[str]:
     layout = model.layout
     linears = model.group(index, group)
-    tiles = tile_count(*fused_shape(layout.config, layout.tp, group)) * layout.tp
+    tiles = tile_count(*fused_shape(group, layout.tp)) * layout.tp
     count(checked, linears=len(linears), tiles=tiles)
     if source is None:
         return

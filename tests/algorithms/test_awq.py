@@ -112,6 +112,7 @@ def make_problem(
         DTYPES["bfloat16"],
         output_error,
         scale_type=scales,
+        scores=frozenset({"q_proj", "k_proj"}),
     )
     return problem, x
 

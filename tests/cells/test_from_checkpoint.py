@@ -23,7 +23,7 @@ from ms_quant.evaluation.float32_forward import LastNorm, load_block
 from ms_quant.formats.opening import ServedModel, open_model
 from ms_quant.models import cache
 from ms_quant.models.block_forward import Positions
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 IDS = np.random.default_rng(0).integers(0, 300, (3, 17)).astype(np.int32)
@@ -46,7 +46,7 @@ def opened(
             return open_model(source)
         static = scheme in ("W8A8", "W8A8_MIX")
         data = {"calib": calib_text, "samples": 2, "seq_len": 16} if static else {}
-        quantize_checkpoint(QuantizeOptions(source, tmp_path / "out", scheme, **data))
+        run_job(QuantizeOptions(source, tmp_path / "out", scheme, **data))
         return open_model(tmp_path / "out")
 
     return make

@@ -284,10 +284,10 @@ def host() -> BlockForward:
 def test_a_search_finds_what_it_finds_for_a_checkpoint(host, group, algorithm):
     """The same block as Cells and as the driver of checkpoints has it."""
     hidden = data(3, LENGTH, 24, seed=7).asnumpy()
-    searched = SearchWindows(hidden.shape, hidden.size)
+    searched = SearchWindows(hidden.shape, 3, hidden.size)
     at = Positions(CONFIG, LENGTH)
-    middle = host.attend(hidden, at)
-    searched.add(0, hidden, middle, host.feed_forward(middle))
+    middle = host.branch(0, hidden, at)
+    searched.add(0, hidden, middle, host.branch(1, middle, at))
     scheme = get_scheme("W8A8_DYNAMIC")
     errors = BlockErrors(host, at, group, searched)
     network = Decoder(host)
@@ -305,6 +305,7 @@ def test_a_search_finds_what_it_finds_for_a_checkpoint(host, group, algorithm):
         dtype=np.dtype(np.float32),
         loss=errors.loss,
         relative_mse=errors.relative_mse,
+        scores=frozenset(path for path, linear in group.linears.items() if linear.scores),
     )
     chain = get_algorithms(algorithm, scheme)
     solution = chain.solve(problem)

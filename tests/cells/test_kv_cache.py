@@ -13,8 +13,9 @@ import mindspore as ms
 from mindspore import Tensor
 
 from ms_quant.cells.kv_cache import Int8KeyValueCache
-from ms_quant.models.families import CACHED
 from ms_quant.numerics import affine, kv_cache
+
+CACHED = ("self_attn.k_proj", "self_attn.v_proj")
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 

@@ -215,10 +215,10 @@ def test_an_input_scale_for_each_channel_is_refused() -> None:
 def test_output_bytes_are_those_of_the_tensors(
     tiny_model: Callable[..., Path], tmp_path: Path, load_tensors: Callable
 ) -> None:
-    from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+    from ms_quant.pipeline.run import QuantizeOptions, run_job
 
     source = tiny_model(hidden_size=64, intermediate_size=64, head_dim=16, shards=1)
-    made = quantize_checkpoint(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP"))
-    assert made["format"] == "ascend"
+    (made,) = run_job(QuantizeOptions(source, tmp_path / "out", "W4A8_MXFP")).outputs
+    assert made.format == "ascend"
     tensors = load_tensors(tmp_path / "out")
-    assert made["tensor_bytes"] == sum(array.nbytes for array in tensors.values())
+    assert made.tensor_bytes == sum(array.nbytes for array in tensors.values())

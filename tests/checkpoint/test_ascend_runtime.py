@@ -22,7 +22,7 @@ from ms_quant.cells import QuantLinear
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import open_model
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
@@ -181,7 +181,7 @@ def test_a_runtime_computes_what_was_quantized(
     if "samples" in options:
         options = {**options, "calib": calib_text}
     output = tmp_path / "out"
-    quantize_checkpoint(QuantizeOptions(source, output, scheme, shard_bytes=40_000, **options))
+    run_job(QuantizeOptions(source, output, scheme, shard_bytes=40_000, **options))
     assert len(list(output.glob("quant_model_weights-0000?-of-0000?.safetensors"))) > 1
     runtime, model = Runtime(output, load_tensors(output)), open_model(output)
     assert runtime.description["lm_head.weight"] == "FLOAT"
@@ -203,8 +203,8 @@ def test_a_runtime_computes_what_was_quantized(
                 if kind == "W8A8" or (kind == "W8A8_MIX" and decode):
                     np.testing.assert_array_equal(found, expected)
     result = verify_checkpoint(output, source)
-    assert result["problems"] == []
-    again = result["made_again"], result["measured"], len(result["unknown"])
+    assert result.problems == ()
+    again = result.made_again, result.measured, len(result.unknown)
     moved = "gptq" if scheme == "W16A16S" else options.get("algorithm")
     assert again == {None: (7, 0, 0), "gptq": (0, 7, 0), "smoothquant": (3, 2, 2)}[moved]
 
@@ -219,7 +219,7 @@ def static_checkpoint(
         source = tiny_model(f"source-{dtype}", family="qwen2", layers=1, **SHAPES)
         choices, output = {"formats": ("ascend",)}, tmp_path / dtype
         request = QuantizeOptions(source, output, "W8A8", **choices, calib=calib_text)
-        quantize_checkpoint(replace(request, dtype=dtype, **CALIBRATED, **options))
+        run_job(replace(request, dtype=dtype, **CALIBRATED, **options))
         return output
 
     return make
@@ -288,7 +288,7 @@ def test_a_layer_without_an_entry_is_a_key_error(
     """Every linear, norm and embedding has one, those that stay float among them."""
     source = tiny_model(layers=2, **SHAPES)
     options = QuantizeOptions(source, tmp_path / "out", "W8A16", exclude=("*.0.*.up_proj",))
-    quantize_checkpoint(options)
+    run_job(options)
     runtime = Runtime(tmp_path / "out", load_tensors(tmp_path / "out"))
     assert runtime.kind("model.layers.0.mlp", "gate_up_proj") == "FLOAT"
     assert runtime.kind("model.layers.1.mlp", "gate_up_proj") == "W8A16"
@@ -308,7 +308,7 @@ def test_sizes_are_read_without_the_record(
     scheme: str, options: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, output = tiny_model(layers=1, **SHAPES), tmp_path / "out"
-    quantize_checkpoint(QuantizeOptions(source, output, scheme, **options))
+    run_job(QuantizeOptions(source, output, scheme, **options))
     path, x = "model.layers.0.mlp.down_proj", np.ones((1, 128), np.float32)
     expected = open_model(output).linear(path)
     (output / "ms_quant.json").unlink()
@@ -331,7 +331,7 @@ def test_inspect(
 ) -> None:
     source = tiny_model(layers=1, **SHAPES)
     request = QuantizeOptions(source, tmp_path / "out", scheme, scheme_options=options)
-    quantize_checkpoint(request)
+    run_job(request)
     found = inspect_checkpoint(tmp_path / "out")
     assert found["format"] == f"ascend {scheme}"
     assert {row["stored_as"] for row in found["linears"]} == {stored}

@@ -14,7 +14,7 @@ from ms_quant.files.companion_files import code_notes, companion_files
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.pipeline.request import QuantizeOptions
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.run import run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 COPIED = (
@@ -161,25 +161,25 @@ def test_outputs_hold_and_compare_them(tiny_model: Callable) -> None:
     modules(source, "1_Pooling"), put(source, "1_Pooling/config.json", '{"a": 1}')
     put(source, "1_Pooling/model.safetensors", "never read")
     output, other = source.with_name("out"), source.with_name("other")
-    quantize_checkpoint(QuantizeOptions(source, output, "W8A8_DYNAMIC", formats=("ascend",)))
+    run_job(QuantizeOptions(source, output, "W8A8_DYNAMIC", formats=("ascend",)))
     convert_checkpoint(output, other, "compressed-tensors")
     assert inspect_checkpoint(output)["files"] == 1
     for directory in (output, other):
         assert (directory / "1_Pooling/config.json").read_text() == '{"a": 1}'
         assert (directory / "modeling_q.py").is_file()
-        assert verify_checkpoint(directory, source)["problems"] == []
+        assert verify_checkpoint(directory, source).problems == ()
     put(source, "1_Pooling/config.json", '{"a": 2}')
     path = output / "1_Pooling/config.json"
-    assert verify_checkpoint(output, source)["problems"] == [f"{path}: differs from the source's"]
+    assert verify_checkpoint(output, source).problems == (f"{path}: differs from the source's",)
 
 
 def test_an_interrupted_output_with_directories_goes_on(tiny_model: Callable) -> None:
     source = tiny_model()
     modules(source, "1_Pooling"), put(source, "1_Pooling/config.json")
     options = QuantizeOptions(source, source.with_name("out"), "W8A8_DYNAMIC", formats=("ascend",))
-    quantize_checkpoint(options)
+    run_job(options)
     partial = options.output.rename(options.output.with_name("out.partial"))
     value = json.loads((partial / "ms_quant.json").read_text())
     (partial / "ms_quant.json").write_text(json.dumps({"record": value["record"]}))
-    quantize_checkpoint(options)
-    assert verify_checkpoint(options.output, source)["problems"] == []
+    run_job(options)
+    assert verify_checkpoint(options.output, source).problems == ()

@@ -15,7 +15,7 @@ from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import open_model
 from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.pipeline.request import QuantizeOptions
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.run import run_job
 from ms_quant.serve.check import serve_check
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -47,8 +47,8 @@ def refusal(directory: Path) -> str:
 def quantized(source: Path, format: str) -> Path:
     output = source.with_name(f"{source.name}-{format}")
     options = QuantizeOptions(source, output, "W8A8_DYNAMIC", formats=(format,))
-    quantize_checkpoint(options)
-    assert verify_checkpoint(output, source)["problems"] == []
+    run_job(options)
+    assert verify_checkpoint(output, source).problems == ()
     return output
 
 
@@ -143,7 +143,7 @@ def test_a_head_that_differs_is_found_by_everything_that_reads_a_source(
     for call in (
         lambda: verify_checkpoint(output, source),
         lambda: open_model(source),
-        lambda: quantize_checkpoint(QuantizeOptions(source, output, "W8A8_DYNAMIC")),
+        lambda: run_job(QuantizeOptions(source, output, "W8A8_DYNAMIC")),
     ):
         with pytest.raises(MsQuantError, match=r"lm_head\.weight': differs from"):
             call()
@@ -250,7 +250,7 @@ def test_a_classifier(
         assert served["problems"] == []
         assert any("gives out labels" in line for line in served["notes"])
     convert_checkpoint(output, output.with_name("back"), "ascend")
-    assert verify_checkpoint(output.with_name("back"), source)["problems"] == []
+    assert verify_checkpoint(output.with_name("back"), source).problems == ()
 
 
 def test_a_classifier_of_another_size_or_without_its_head(tiny_model: Callable) -> None:

@@ -99,7 +99,7 @@ def write(tiny_model: Callable[..., Path], load_tensors: Any, save_tensors: Any)
 def test_a_static_one_is_computed_from_what_it_states(write: Any, load_tensors: Any) -> None:
     out = write("W8A8", intermediate_size=512)
     found = verify_checkpoint(out)
-    assert (found["verdict"], found["problems"]) == ("right as far as can be seen", [])
+    assert (found.verdict, found.problems) == ("right as far as can be seen", ())
     stored, model = load_tensors(out), QuantizedModel(out)
     rounded = 0
     for path in model.plan.quantized():
@@ -120,16 +120,16 @@ def test_a_static_one_is_computed_from_what_it_states(write: Any, load_tensors: 
 
 def test_a_dynamic_one_calls_its_biases_something_else(write: Any) -> None:
     found = verify_checkpoint(write("W8A8_DYNAMIC"))
-    assert (found["verdict"], found["problems"]) == ("right as far as can be seen", [])
-    assert len(found["notes"]) == 3  # q, k and v have one
-    assert all("_proj.bias is 'W4A8_DYNAMIC', the other tensors W8" in n for n in found["notes"])
+    assert (found.verdict, found.problems) == ("right as far as can be seen", ())
+    assert len(found.notes) == 3  # q, k and v have one
+    assert all("_proj.bias is 'W4A8_DYNAMIC', the other tensors W8" in n for n in found.notes)
 
 
 @pytest.mark.parametrize("format", ["ascend", "compressed-tensors", "mindie-sd"])
 def test_a_dynamic_one_is_converted(write: Any, tmp_path: Path, format: str) -> None:
     out = write("W8A8_DYNAMIC")
     convert_checkpoint(out, tmp_path / "other", format)
-    assert verify_checkpoint(tmp_path / "other", tmp_path / "model")["problems"] == []
+    assert verify_checkpoint(tmp_path / "other", tmp_path / "model").problems == ()
     for path in QuantizedModel(out).plan.quantized():
         one, other = (
             QuantizedModel(out).linear(path),
@@ -142,18 +142,18 @@ def test_a_dynamic_one_is_converted(write: Any, tmp_path: Path, format: str) -> 
 def test_against_its_source_linears_are_measured(write: Any, tmp_path: Path) -> None:
     out = write("W8A8_DYNAMIC")
     found = verify_checkpoint(out, tmp_path / "model")
-    assert (found["problems"], found["measured"], found["unknown"]) == ([], 7, [])
-    assert all(layer["output_error"] < 0.05 for layer in found["layers"])
+    assert (found.problems, found.measured, found.unknown) == ((), 7, ())
+    assert all(layer.output_error < 0.05 for layer in found.layers)
 
 
 def test_against_another_model_it_is_wrong(write: Any, tiny_model: Any) -> None:
     out = write("W8A8_DYNAMIC")
     other = tiny_model("other", family="qwen2", layers=1, seed=7)
     found = verify_checkpoint(out, other)
-    assert found["verdict"] == "wrong"
-    assert "no linear gives what those of" in found["problems"][0]
+    assert found.verdict == "wrong"
+    assert "no linear gives what those of" in found.problems[0]
     longer = tiny_model("longer", family="qwen2", layers=2)
-    assert "another model than" in verify_checkpoint(out, longer)["problems"][0]
+    assert "another model than" in verify_checkpoint(out, longer).problems[0]
 
 
 def offset(tensors: Tensors, names: dict[str, str]) -> None:
@@ -197,5 +197,5 @@ def one_scale(tensors: Tensors, names: dict[str, str]) -> None:
     ],
 )
 def test_what_contradicts_itself_is_wrong(write: Any, change: Change, message: str) -> None:
-    problems = verify_checkpoint(write("W8A8", change))["problems"]
+    problems = verify_checkpoint(write("W8A8", change)).problems
     assert any(re.search(message, problem) for problem in problems), problems

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ms_quant.formats.opening import open_model
-from ms_quant.pipeline.run import QuantizeOptions, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, run_job
 
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 SHAPES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -93,7 +93,7 @@ def make(
         if scheme == "W8A8":
             options = {**options, "calib": calib_text, **CALIBRATED}
         request = QuantizeOptions(source, tmp_path / "out", scheme, **options)
-        quantize_checkpoint(request)
+        run_job(request)
         return tmp_path / "out", Native(tmp_path / "out", load_tensors(tmp_path / "out"))
 
     return run

@@ -29,8 +29,8 @@ from mindspore import Tensor, mint, nn
 import ms_quant
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import open_model
-from ms_quant.pipeline.request import QuantizeOptions, split_options
-from ms_quant.pipeline.run import quantize_checkpoint
+from ms_quant.pipeline.options import QuantizeOptions, split_options
+from ms_quant.pipeline.run import run_job
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 BF16, FP16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
@@ -429,7 +429,7 @@ def test_decoders_are_evaluated_as_they_run(
     )
     calibrated = {"calib": calib_text, "samples": 2, "seq_len": 16}
     out = tmp_path / "out"
-    quantize_checkpoint(
+    run_job(
         QuantizeOptions(
             source,
             out,

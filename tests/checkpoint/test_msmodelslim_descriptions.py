@@ -20,7 +20,8 @@ from ms_quant.errors import MsQuantError
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.serve.check import serve_check
-from ms_quant.verify.checkpoint import VERDICTS, verify_checkpoint
+from ms_quant.verify.checkpoint import verify_checkpoint
+from ms_quant.verify.result import VERDICTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "others"
 STATIC, W4A8 = "msmodelslim_w8a8_qwen2_bf16", "msmodelslim_w4a8_dynamic_qwen3_bf16"
@@ -79,9 +80,9 @@ READ: list[tuple[dict[str, Any], str]] = [
 def test_keys_that_are_read(edited: Any, keys: dict[str, Any], note: str) -> None:
     path = edited(keys)
     found = verify_checkpoint(path)
-    assert (found["verdict"], found["problems"]) == (SEEN, [])
-    assert len(found["notes"]) == bool(note) and note in "".join(found["notes"])
-    assert all(len(text) < 300 for text in found["notes"])
+    assert (found.verdict, found.problems) == (SEEN, ())
+    assert len(found.notes) == bool(note) and note in "".join(found.notes)
+    assert all(len(text) < 300 for text in found.notes)
     assert QuantizedModel(path).linear(K_PROJ) is not None
 
 
@@ -107,8 +108,8 @@ def test_keys_that_change_numbers_are_refused_by_name(
 ) -> None:
     path = edited(keys)
     found = verify_checkpoint(path)
-    assert found["verdict"] == WRONG
-    assert any(re.search(message, problem) for problem in found["problems"]), found["problems"]
+    assert found.verdict == WRONG
+    assert any(re.search(message, problem) for problem in found.problems), found.problems
     for use in (
         lambda: QuantizedModel(path),
         lambda: convert_checkpoint(path, tmp_path / "out", "mindie-sd"),
@@ -120,12 +121,12 @@ def test_keys_that_change_numbers_are_refused_by_name(
 def test_w4a8_without_its_version_is_refused(edited: Any) -> None:
     """Older checkpoints do not pack its weights, and nothing else tells."""
     found = verify_checkpoint(edited({"version": DROPPED}, name=W4A8))
-    assert "version is None, expected '1.0.0' with W4A8_DYNAMIC" in found["problems"][0]
+    assert "version is None, expected '1.0.0' with W4A8_DYNAMIC" in found.problems[0]
 
 
 def test_w4a8_calls_its_model_float(edited: Any) -> None:
     assert json.loads((GOLDEN / W4A8 / FILE).read_text())["model_quant_type"] == "FLOAT"
-    assert verify_checkpoint(edited(name=W4A8))["verdict"] == SEEN
+    assert verify_checkpoint(edited(name=W4A8)).verdict == SEEN
 
 
 TABLES = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
@@ -137,14 +138,14 @@ def test_a_float_tensor_without_a_name_is_a_defect_but_can_be_read(
 ) -> None:
     path = edited(dict.fromkeys(missing, DROPPED))
     found = verify_checkpoint(path)
-    assert found["verdict"] == WRONG and len(found["problems"]) == len(missing)
-    for name, problem in zip(sorted(missing), found["problems"], strict=True):
+    assert found.verdict == WRONG and len(found.problems) == len(missing)
+    for name, problem in zip(sorted(missing), found.problems, strict=True):
         assert f"does not name {name!r}, expected 'FLOAT'" in problem
         assert ("KeyError" in problem) == (name != "model.norm.weight")
     assert serve_check(path, "vllm-ascend")["problems"]
     assert QuantizedModel(path).linear(K_PROJ) is not None
     convert_checkpoint(path, tmp_path / "out", "mindie-sd")
-    assert verify_checkpoint(tmp_path / "out")["problems"] == []
+    assert verify_checkpoint(tmp_path / "out").problems == ()
 
 
 def old_scales(tensors: Tensors, description: dict[str, Any]) -> None:
@@ -177,7 +178,7 @@ def wide_deq_scale(tensors: Tensors, description: dict[str, Any]) -> None:
 def test_tensors_of_other_versions_mean_the_same(edited: Any, change: Any) -> None:
     path = edited(tensors=change)
     found = verify_checkpoint(path)
-    assert (found["verdict"], found["problems"]) == (SEEN, [])
+    assert (found.verdict, found.problems) == (SEEN, ())
     x = np.random.default_rng(0).standard_normal((3, 32), np.float32)
     for name in QuantizedModel(path).plan.quantized():
         one, other = QuantizedModel(path).linear(name), QuantizedModel(GOLDEN / STATIC).linear(name)
@@ -216,5 +217,5 @@ def test_tensors_that_contradict_each_other_are_wrong(
     edited: Any, change: Any, message: str
 ) -> None:
     found = verify_checkpoint(edited(tensors=change))
-    assert found["verdict"] == WRONG
-    assert any(re.search(message, problem) for problem in found["problems"]), found["problems"]
+    assert found.verdict == WRONG
+    assert any(re.search(message, problem) for problem in found.problems), found.problems

@@ -12,7 +12,7 @@ import pytest
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.formats.opening import JobModel, open_model, static_linear
-from ms_quant.pipeline.run import QuantizeOptions, prepare, quantize_checkpoint
+from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 
 WEIGHT = np.array([[1, 2], [3, -4]], np.int8)
 ONES = np.ones(2, np.float32)
@@ -61,7 +61,7 @@ def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
         source, tmp_path / "out", calib=calib_text, samples=4, seq_len=16, keep_job=True, **options
     )
     checked = prepare(request)
-    quantize_checkpoint(request, checked=checked)
+    run_job(request, checked=checked)
     tokens = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
     job, written = (
         JobModel(checked.plan, checked.job(), checked.tensors),
@@ -69,7 +69,7 @@ def test_a_job_serves_as_the_checkpoint_that_is_written_from_it(
     )
     ours, theirs = token_losses(job, tokens), token_losses(written, tokens)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert perplexity(job, tokens)["loss"] == pytest.approx(perplexity(written, tokens)["loss"])
+    assert perplexity(job, tokens).loss == pytest.approx(perplexity(written, tokens).loss)
     assert np.abs(ours - token_losses(open_model(source), tokens)).max() > 1e-3
     assert job.format == "W8A8"
     for path in checked.plan.quantized():
@@ -97,7 +97,7 @@ def test_folded_linears_of_a_job_are_those_that_are_written(
     chosen = {"algorithm": "smoothquant", "calib": calib_text, "samples": 2, "seq_len": 16}
     request = QuantizeOptions(source, tmp_path / "out", scheme, keep_job=True, **chosen)
     checked = prepare(request)
-    quantize_checkpoint(request, checked=checked)
+    run_job(request, checked=checked)
     job = JobModel(checked.plan, checked.job(), checked.tensors)
     written = open_model(tmp_path / "out")
     x = np.random.default_rng(0).standard_normal((3, 64), np.float32)

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.models.block_spec import LinearSpec
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.names import parse_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan.layer import LayerPlan

@@ -86,7 +86,7 @@ def test_a_layer_without_positions(native):
         ours = loaded(config, index)
         expected = slow.block(index, x[1].astype(np.float64))
         np.testing.assert_allclose(ours(x, at)[1], expected, rtol=1e-5, atol=1e-5)
-        moved = np.abs(ours.attend(swapped, at)[:, 2:] - ours.attend(x, at)[:, 2:]).max()
+        moved = np.abs(ours.branch(0, swapped, at)[:, 2:] - ours.branch(0, x, at)[:, 2:]).max()
         assert moved < 1e-5 if index else moved > 1e-3
 
 
@@ -121,7 +121,7 @@ def test_linears_in_place_of_its_own(model, native):
     ]
     assert sorted(seen) == sorted(expected)
     silent = {"mlp.down_proj": lambda rows: np.zeros((len(rows), 24), np.float32)}
-    np.testing.assert_array_equal(block.with_linears(silent).feed_forward(x), x)
+    np.testing.assert_array_equal(block.with_linears(silent).branch(1, x, at), x)
     assert block.linears["mlp.down_proj"] is not silent["mlp.down_proj"]
 
 
@@ -134,7 +134,7 @@ def test_the_cache_sees_rotated_keys(native):
         return keys, 0 * values
 
     at = Positions(config, LENGTH)
-    np.testing.assert_array_equal(loaded(config).attend(x, at, cache), x)
+    np.testing.assert_array_equal(loaded(config).branch(0, x, at, cache), x)
     slow = SlowDecoder(config, tensors_of(config))
     for window, *found in zip(x, *seen[0], strict=True):
         expected = slow.queries_keys_values(0, window.astype(np.float64))[1:]
@@ -158,12 +158,13 @@ def test_phases_are_told_apart(smooth, native):
         return QuantizedLinear(grid.round(weight), grid, None, activation, vector)
 
     block = BlockForward.load(config, 0, tensors.__getitem__, quantized)
+    at = Positions(config, LENGTH)
     for which, decode in ((block, False), (block.in_decode(), True)):
         rows = x.reshape(-1, 24)
         linear = quantized("model.layers.0.mlp.up_proj")
         expected = linear.forward(rows, decode)
         np.testing.assert_array_equal(which.linears["mlp.up_proj"](rows), expected)
-    assert not np.array_equal(block.feed_forward(x), block.in_decode().feed_forward(x))
+    assert not np.array_equal(block.branch(1, x, at), block.in_decode().branch(1, x, at))
     plain = block.linears["self_attn.q_proj"]
     assert block.in_decode().linears["self_attn.q_proj"] is plain
 

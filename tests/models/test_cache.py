@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models.cache import Int8KeyValueCache, KeyValueCache
-from ms_quant.models.families import CACHED
 from ms_quant.numerics import affine, kv_cache
+
+CACHED = ("self_attn.k_proj", "self_attn.v_proj")
 
 
 def by_token(x: np.ndarray) -> np.ndarray:

@@ -136,3 +136,14 @@ def test_of_a_lenient_recipe_the_first_rule_holds():
         OUT: "W8A8",
         UP: "W8A16",
     }
+
+
+def test_a_linear_that_a_step_leaves_takes_its_mates_along():
+    key, mates = Q.replace("q_proj", "k_proj"), {Q: [Q], OUT: [OUT], UP: [UP], DOWN: [DOWN]}
+    linears = {**LINEARS, key: "qkv"}
+    mates[Q] = mates[key] = [Q, key]
+    for together in (False, True):
+        step = Step("smoothquant", exclude=(key, UP), together=together)
+        found = assign(Recipe((Rule("W8A8_DYNAMIC"),), (step,)), linears, mates=mates)
+        smoothed = {path for path, choice in found.items() if choice.algorithms}
+        assert smoothed == {OUT, DOWN} | (set() if together else {Q})

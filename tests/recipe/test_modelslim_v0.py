@@ -55,13 +55,12 @@ def test_a_whole_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(WHOLE)
     names = ("lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
-    qkv = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
-    excluded = (*qkv, "model.layers.1.mlp.down_proj")
+    excluded = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
     recipe = load_recipe(path)
     assert recipe == made(
         Rule("W8A8_MIX", {}, ("histogram",), {}, ("*.o_proj",), names),
         Rule("W8A8_MIX", {}, ("histogram",), {}, ("*",), names),
-        steps=(Step("smoothquant", {"alpha": 0.9}, exclude=excluded, groups=ALL),),
+        steps=(Step("smoothquant", {"alpha": 0.9}, exclude=excluded, groups=ALL, together=True),),
         kv_cache="C8",
         calib="prompts.jsonl",
         shard_bytes=4 << 30,
@@ -152,8 +151,9 @@ def test_mixed_kinds_go_by_name_first_and_then_in_order():
             {"anti_method": "m6", "disable_anti_names": ["a.mlp.up_proj", "a.mlp.other"]},
             Step(
                 "flexsmooth",
-                exclude=("a.mlp.gate_proj", "a.mlp.up_proj", "a.mlp.other"),
+                exclude=("a.mlp.up_proj", "a.mlp.other"),
                 groups=ALL,
+                together=True,
             ),
         ),
     ],

@@ -113,7 +113,7 @@ def make(
             source = Path(shutil.move(made_at, base / "source"))
             text = Path(shutil.copy(calib_text, base))
             request = SparseOptions(source, base / "out", text, **{**CALIBRATION, **options})
-            made_before[key] = Made(base / "out", source, request, run(request))
+            made_before[key] = Made(base / "out", source, request, run(request).as_json())
         return made_before[key]
 
     return one

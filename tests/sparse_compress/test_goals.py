@@ -142,8 +142,8 @@ def test_a_ratio_is_reached_at_any_number_of_ranks(make: Make, tmp_path: Path) -
     two, again = replace(whole.options, output=tmp_path / "two", tp=2), Stop("never", 1.0)
     made = run(replace(two, keep_job=False), again)
     assert set(again.steps) == {"compress"}  # the kept job serves any number of ranks
-    assert made["format"] == "W8A8SC TP2" and made["price"] == whole.summary["price"]
-    assert 0.97 * 0.45 <= made["ratio"] <= 0.45
+    assert made.format == "W8A8SC TP2" and made.rate["price"] == whole.summary["price"]
+    assert 0.97 * 0.45 <= made.ratio <= 0.45
     found = verify(two.output, whole.source)
     assert found["problems"] == [] and found["checked"]["measured"] == 5
     assert left(job) == []
@@ -189,8 +189,8 @@ def test_evaluation_opens_it(half: Any, heldout: Path) -> None:
     model = opened(half.output)
     assert model.format == "W8A8SC TP1"
     tokens = np.load(heldout)["tokens"]
-    before = perplexity(open_model(half.source), tokens)["perplexity"]
-    after = perplexity(model, tokens)["perplexity"]
+    before = perplexity(open_model(half.source), tokens).perplexity
+    after = perplexity(model, tokens).perplexity
     assert before < after < 3 * before
 
 
@@ -319,7 +319,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bytes(
         stop.run(options)
         assert set(stop.steps) == seen and left(options.output) == there
     again = Stop("never", 1.0)
-    assert run(options, again)["finished_before"] is False
+    assert run(options, again).finished_before is False
     assert set(again.steps) == {"compress"}
     assert file_contents(options.output) == file_contents(half.output)
     assert left(options.output) == ["out"]
@@ -335,11 +335,11 @@ def kept(half: Any, tmp_path: Path) -> SparseOptions:
 
 
 def test_a_finished_run_says_so_and_removes_what_is_left(kept: SparseOptions) -> None:
-    assert run(kept)["finished_before"] is True
+    assert run(kept).finished_before is True
     assert left(kept.output) == ["out", "out.job", "out.job.measure"]
     seen = []
     again = run(replace(kept, keep_job=False), lambda step, part: seen.append(step))
-    assert again["finished_before"] is True and seen == []
+    assert again.finished_before is True and seen == []
     assert left(kept.output) == ["out"]
 
 
@@ -395,7 +395,7 @@ def test_an_unreachable_ratio_is_refused_and_another_one_needs_no_measuring(
     assert left(options.output) == ["out.job.measure"]
     seen = []
     made = run(replace(options, target_ratio=0.5), lambda step, part: seen.append(step))
-    assert made["ratio"] == half.summary["ratio"] and "measure" not in seen
+    assert made.ratio == half.summary["ratio"] and "measure" not in seen
     assert left(options.output) == ["out"]
 
 
@@ -405,15 +405,20 @@ def test_a_quality_is_kept_and_a_killed_search_goes_on(
     monkeypatch.setattr(search, "CLOSE", 0.5)  # fewer tries
     made = run(lossy)
     assert left(lossy.output) == ["out"]
-    assert made["max_ppl_increase"] == 1.0
-    assert 1 < made["float_perplexity"] < made["perplexity"] <= 2 * made["float_perplexity"]
+    assert made.rate["max_ppl_increase"] == 1.0
+    assert (
+        1
+        < made.rate["float_perplexity"]
+        < made.rate["perplexity"]
+        <= 2 * made.rate["float_perplexity"]
+    )
     assert verify(lossy.output, lossy.model)["problems"] == []
     assert lossy.heldout is not None
     tokens = np.load(lossy.heldout)["tokens"]
-    stated = perplexity(open_model(lossy.model), tokens)["perplexity"]
-    assert made["float_perplexity"] == pytest.approx(stated, rel=1e-6)
-    found = perplexity(opened(lossy.output), tokens)["perplexity"]
-    assert made["perplexity"] == pytest.approx(found, rel=0.01)  # float16 of what stays float
+    stated = perplexity(open_model(lossy.model), tokens).perplexity
+    assert made.rate["float_perplexity"] == pytest.approx(stated, rel=1e-6)
+    found = perplexity(opened(lossy.output), tokens).perplexity
+    assert made.rate["perplexity"] == pytest.approx(found, rel=0.01)  # float16 of what stays float
     again = replace(lossy, output=tmp_path / "again")
     Stop("evaluate", 1.0, 2).run(again)  # in the first try
     second = Stop("quantize", 0.3, 2)
@@ -424,7 +429,7 @@ def test_a_quality_is_kept_and_a_killed_search_goes_on(
     run(again)
     assert file_contents(again.output) == file_contents(lossy.output)
     assert left(again.output) == ["again"]
-    assert run(again)["finished_before"] is True
+    assert run(again).finished_before is True
     with pytest.raises(MsQuantError, match=r"with rate\.max_ppl_increase = 1\.0, now .* is 0\.5"):
         run(replace(again, max_ppl_increase=0.5))
 

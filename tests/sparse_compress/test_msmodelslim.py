@@ -110,7 +110,7 @@ def test_a_tied_head_is_stored_twice_and_stays_tied(slim: Make, damage: Make) ->
     np.testing.assert_array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     assert verify(made.output, made.source)["problems"] == []
     windows = np.random.default_rng(1).integers(0, 300, (1, 8), np.int32)
-    assert perplexity(opened(made.output), windows)["perplexity"] > 0
+    assert perplexity(opened(made.output), windows).perplexity > 0
     copy = damage(made)
     copy.edit(WEIGHTS, lambda tensors: tensors["lm_head.weight"].__setitem__((0, 0), 7))
     copy.reseal()

@@ -9,20 +9,17 @@ import pytest
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig, parse_config
-from ms_quant.models.families import GATED_DECODER_GROUPS, LinearGroup
 from sparse_compress.layouts.partition import (
     check_tp,
     fused_rows,
     fused_shape,
     join,
     padded_vocab,
-    place,
     same_bits,
+    shard,
     vocab_part,
     vocab_rows,
 )
-
-GROUPS = {group.name: group for group in GATED_DECODER_GROUPS}
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -41,10 +38,6 @@ def config(**changes: Any) -> ModelConfig:
     )
 
 
-def group_of(member: str) -> LinearGroup:
-    return next(group for group in GATED_DECODER_GROUPS if member in group.members)
-
-
 # Which heads each rank holds: 8 query heads and 2 key and value heads.
 HEADS = {
     1: ([[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 1]]),
@@ -56,35 +49,33 @@ HEADS = {
 
 @pytest.mark.parametrize("tp", HEADS)
 def test_heads_of_each_rank(tp: int) -> None:
-    model, (query, key_value) = config(), HEADS[tp]
+    linears, (query, key_value) = config().block(0).linears, HEADS[tp]
     for rank in range(tp):
         for name, heads in (("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)):
-            where = place(model, tp, rank, GROUPS["qkv"], f"self_attn.{name}")
+            where = shard(linears[f"self_attn.{name}"], tp, rank)
             rows = [head * 2 + i for head in heads[rank] for i in range(2)]
             assert list(range(100))[where.rows] == rows
             assert where.columns == slice(0, 16)
-        where = place(model, tp, rank, GROUPS["o"], "self_attn.o_proj")
+        where = shard(linears["self_attn.o_proj"], tp, rank)
         assert list(range(100))[where.columns] == [h * 2 + i for h in query[rank] for i in range(2)]
         assert where.rows == slice(0, 16)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_parts_join_to_the_whole(tp: int) -> None:
-    model = config()
-    for member, linear in model.block(0).linears.items():
-        shape = linear.shape
-        whole = np.arange(linear.size).reshape(shape)
-        group = group_of(member)
-        places = [place(model, tp, rank, group, member) for rank in range(tp)]
-        both = [(where.rows, where.columns) for where in places]
+    for member, linear in config().block(0).linears.items():
+        whole = np.arange(linear.size).reshape(linear.shape)
+        shards = [shard(linear, tp, rank) for rank in range(tp)]
+        both = [(part.rows, part.columns) for part in shards]
         parts = [whole[where] for where in both]
-        np.testing.assert_array_equal(join(parts, both, shape, member), whole)
+        np.testing.assert_array_equal(join(parts, both, linear.shape, member), whole)
 
 
 def test_fused_shapes() -> None:
-    shapes = {name: fused_shape(config(), 4, group) for name, group in GROUPS.items()}
+    block = config().block(0)
+    shapes = {group.name: fused_shape(group, 4) for group in block.groups}
     assert shapes == {"qkv": (8, 16), "o": (16, 4), "gate_up": (12, 16), "down": (16, 6)}
-    assert fused_rows(config(), 4, GROUPS["qkv"]) == {
+    assert fused_rows(block.group("qkv"), 4) == {
         "self_attn.q_proj": slice(0, 4),
         "self_attn.k_proj": slice(4, 6),
         "self_attn.v_proj": slice(6, 8),

@@ -250,9 +250,9 @@ def test_the_same_request_gives_the_same_bytes(
 ) -> None:
     made = make(tp=2)
     again = replace(made.options, output=tmp_path / "again")
-    assert run(again)["finished_before"] is False
+    assert run(again).finished_before is False
     assert file_contents(again.output) == file_contents(made.output)
-    assert run(again)["finished_before"] is True
+    assert run(again).finished_before is True
     assert not again.output.with_name("again.job").exists()
 
 
@@ -394,7 +394,7 @@ def test_families_that_the_runtime_does_not_serve_are_named(
 ) -> None:
     options = make({"family": family, "biases": family == "llama"}).options
     assert check(options).not_served_by == sentences
-    assert run(options)["not_served_by"] == sentences
+    assert list(run(options).not_served_by) == sentences
 
 
 def test_the_plan_of_a_dry_run(make: Callable[..., Any], tmp_path: Path) -> None:
@@ -412,8 +412,8 @@ def test_the_plan_of_a_dry_run(make: Callable[..., Any], tmp_path: Path) -> None
     assert "load-format sparse_quant" in plan["served_by"][0] and plan["not_served_by"] == []
     assert plan["estimated_seconds"] >= 0 and plan["memory_bytes"] > 0
     made = run(options)
-    assert 0 < made["tensor_bytes"] <= plan["output_bytes"] < plan["disk_bytes"]
-    assert made["uncompressed"] == plan["uncompressed"]
+    assert 0 < made.tensor_bytes <= plan["output_bytes"] < plan["disk_bytes"]
+    assert made.uncompressed == plan["uncompressed"]
 
 
 def test_a_kept_job_serves_another_number_of_ranks(

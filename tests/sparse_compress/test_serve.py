@@ -17,7 +17,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.models.names import block_prefix
 from ms_quant.serve.records import ServeRequest
 from sparse_compress.layouts import TARGETS
-from sparse_compress.layouts.partition import place
+from sparse_compress.layouts.partition import shard
 from sparse_compress.layouts.vllm_mindspore import DESCRIPTION, TARGET
 from sparse_compress.ranks.reader import open_w8a8sc
 from sparse_compress.serve.check import check_w8a8sc
@@ -274,7 +274,7 @@ def test_decoded_form_is_the_merged_checkpoint(make: Make, algorithm: str, numbe
         for member in group.members:
             linear = whole.linear(f"{block_prefix(0)}{member}")
             assert linear is not None
-            linears.append((place(whole.config, 2, number, group, member), linear))
+            linears.append((shard(group.linears[member], 2, number), linear))
         bias = np.int32(group.parallel == "column" or number == 0)
         expected = {
             "weight": np.concatenate([x.weight[w.rows, w.columns] for w, x in linears]),

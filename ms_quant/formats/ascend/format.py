@@ -21,9 +21,8 @@ from ms_quant.formats.ascend.reading import read_linear
 from ms_quant.formats.ascend.tensors import FLOAT32, WITH_CODES, parts, slices_of
 from ms_quant.formats.flat_description import kinds
 from ms_quant.formats.format import CheckpointFormat, Options, Tensors, is_there
-from ms_quant.models.block_spec import LinearSpec
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.float_grid import FloatFormat
 from ms_quant.numerics.linear import QuantizedLinear

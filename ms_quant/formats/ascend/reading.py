@@ -15,8 +15,7 @@ from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
 from ms_quant.formats.ascend.leeway import BF16_STEPS, check_scale_bias, stated
 from ms_quant.formats.ascend.tensors import narrowed, scale_bias, slices_of
-from ms_quant.models.block_spec import LinearSpec
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.numerics.activation import (
     Activation,
     PerToken,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
 from ms_quant.formats.format import Part
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.numerics import rotation, w4a8
 from ms_quant.numerics.activation import PerToken, Phased, StaticInt8
 from ms_quant.numerics.float_grid import DualMxGrid, FloatFormat, MxFormat, MxGrid

@@ -27,9 +27,8 @@ from ms_quant.formats.compressed_tensors.config import (
 )
 from ms_quant.formats.compressed_tensors.tensors import WITH_CODES, parts, read_linear
 from ms_quant.formats.format import CheckpointFormat, Kinds, Leeway, Options, Tensors
-from ms_quant.models.block_spec import LinearSpec
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear

@@ -13,8 +13,7 @@ from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.ascend.codes import E4M3, no_nan
 from ms_quant.formats.compressed_tensors.config import FLOAT8, PACKED, format_of
 from ms_quant.formats.format import Part, Tensors
-from ms_quant.models.block_spec import LinearSpec
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.numerics.activation import Activation, StaticActivation, StaticInt8
 from ms_quant.numerics.float8_blocks import by_block, by_row
 from ms_quant.numerics.grid import AffineFormat, AffineGrid, WeightFormat

@@ -15,8 +15,7 @@ from ms_quant.formats.companions import model_config
 from ms_quant.formats.flat_description import kinds
 from ms_quant.formats.format import CheckpointFormat, Tensors
 from ms_quant.formats.golden_stick.leeway import LEEWAY, check_extra, stated
-from ms_quant.models.block_spec import LinearSpec
-from ms_quant.models.families import LinearGroup
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.plan.layer import LayerPlan

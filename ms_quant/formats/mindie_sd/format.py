@@ -41,9 +41,8 @@ from ms_quant.formats.mindie_sd.types import (
     model_type,
     weights_name,
 )
-from ms_quant.models.block_spec import LinearSpec
+from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.families import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, folded_bias
