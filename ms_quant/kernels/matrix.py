@@ -87,12 +87,12 @@ def gemv(
     """
     x, y = np.ascontiguousarray(x, np.float32), np.empty(len(table), np.float32)
     pointers = table.ctypes.data, *table.shape, x.ctypes.data, y.ctypes.data
-    call("msq_table_times", number_of(isa), *pointers, threads_of(threads))
+    call("msq_gemv", number_of(isa), *pointers, threads_of(threads))
     return y
 
 
 def syrk(products: np.ndarray, x: np.ndarray, threads: int | None = None) -> bool:
-    """Adds x^T x to the lower triangle of a matrix on AMX; what is above it is anything then.
+    """Adds x^T x to the lower triangle of a matrix on AMX; only that triangle is defined then.
 
     Args:
         products: float32 (columns, columns), changed in place.
@@ -100,12 +100,12 @@ def syrk(products: np.ndarray, x: np.ndarray, threads: int | None = None) -> boo
         threads: at most so many; None for all.
 
     Returns:
-        False where BLAS must do it, as for :func:`product`; if because of a number that is too
-        large, what is there is anything.
+        False where BLAS must do it, as for :func:`product`; where a number is
+        too large, ``products`` is undefined then.
     """
     x = np.ascontiguousarray(x, np.float32)
     arguments = x.ctypes.data, *x.shape, products.ctypes.data, threads_of(threads)
-    return not status_of("msq_add_gram", *arguments, passed=(NO_ISA, NOT_FINITE))
+    return not status_of("msq_syrk", *arguments, passed=(NO_ISA, NOT_FINITE))
 
 
 def column_stats(
@@ -127,7 +127,7 @@ def column_stats(
         isa: a name from ``ISAS``, None for the fastest there is.
 
     Returns:
-        Whether all is finite; else the statistics are anything.
+        Whether all is finite; else the statistics are undefined.
     """
     x = np.ascontiguousarray(x, np.float32)
     pointers = [array.ctypes.data for array in (low, high, squares, sizes)]

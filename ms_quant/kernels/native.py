@@ -30,7 +30,7 @@ FASTEST = "MS_QUANT_ISA"
 """An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 4
+_ABI = 5
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -131,7 +131,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(number, *(pointer,) * 4),
             *(*(size,) * 7, real, pointer, number),
         ]
-        found.msq_table_times.argtypes = [number, pointer, size, size, pointer, pointer, number]
+        found.msq_gemv.argtypes = [number, pointer, size, size, pointer, pointer, number]
         found.msq_product.argtypes = [
             pointer,
             size,
@@ -139,7 +139,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(pointer,) * 2,
             number,
         ]
-        found.msq_add_gram.argtypes = [pointer, size, size, pointer, number]
+        found.msq_syrk.argtypes = [pointer, size, size, pointer, number]
         found.msq_column_stats.argtypes = [number, pointer, size, size, *(pointer,) * 4, number]
     if fastest:
         _limit(found, where, fastest)

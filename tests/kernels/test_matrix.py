@@ -101,7 +101,7 @@ def test_product_leaves_what_is_not_finite_to_others(value, place, which) -> Non
     rows=DEPTHS, columns=SIZES, spread=SPREADS, threads=st.integers(1, 3), seed=st.integers(0, 99)
 )
 @settings(max_examples=40, deadline=None)
-def test_add_gram(rows: int, columns: int, spread: float, threads: int, seed: int) -> None:
+def test_syrk(rows: int, columns: int, spread: float, threads: int, seed: int) -> None:
     x, before = random((rows, columns), seed, spread), random((columns, columns), seed, spread**2)
     found = before.copy()
     assert kernels.syrk(found, x, threads)

@@ -17,7 +17,7 @@ constexpr int64_t kHeldSteps = 8;                   // whose weights are held fo
 constexpr int64_t kHeldInputs = 1 << 20;            // bytes of inputs that all panels meet
 constexpr int64_t kHeldSums = 1 << 22;              // that wait for the next part of the inputs
 
-using Vectors = Linear<Avx512Vnni>;
+using Vectors = IntegerLinear<Avx512Vnni>;
 static_assert(Vectors::kColumns == kWide, "the panels of both");
 
 struct TileCall : Call {
@@ -246,7 +246,7 @@ void many_rows(const Weights& w, const Params& p, const float* x, int64_t rows, 
   else
     w.bits == 8 ? Many<8, true>::run(t, threads) : Many<4, true>::run(t, threads);
   *out_of_memory |= t.failed;
-  if (p.input == MSQ_STATIC) Vectors::keep_nan(t);
+  if (p.input == MSQ_STATIC) Linear<Avx512Vnni>::keep_nan(t);
   if (!integer) without_parts(t, threads, out_of_memory);
 }
 

@@ -9,7 +9,7 @@
 
 #include "amx_tiles.h"
 #include "avx512.h"
-#include "quantize_impl.h"
+#include "linear_call.h"
 
 namespace msq {
 namespace {

@@ -7,14 +7,14 @@
 
 namespace msq {
 
-// y (rows, outputs) = x (rows, inputs) w^T + bias, of w (outputs, inputs); a status. There is
-// something of each.
+// y (rows, outputs) = x (rows, inputs) w^T + bias, of w (outputs, inputs); a status. None of
+// the sizes is 0.
 int amx_product(const float* x, int64_t rows, const float* w, int64_t outputs, int64_t inputs,
                 const float* bias, float* y, int threads);
 
-// Adds x^T x of x (rows, columns) to the lower triangle of `products` (columns, columns); what is
-// above it is anything.
-int amx_add_gram(const float* x, int64_t rows, int64_t columns, float* products, int threads);
+// Adds x^T x of x (rows, columns) to the lower triangle of `products` (columns, columns). Only the
+// lower triangle is defined afterwards.
+int amx_syrk(const float* x, int64_t rows, int64_t columns, float* products, int threads);
 
 }  // namespace msq
 

@@ -1,18 +1,22 @@
-// Attention of many queries, for any instruction set; see linear_impl.h.
+// Attention of many queries: softmax(q k^T * scale + mask) v, head by head.
+//
+// Keys and values are packed once into panels, as weights are that are held as floats. Then 48
+// queries of a head go through them together: scores, softmax and the product with the values, so
+// that no more than 48 rows of scores are ever in memory. The softmax writes its powers in the
+// order in which the second product reads them; one over their sum multiplies the result instead.
 
 #ifndef MS_QUANT_ATTENTION_IMPL_H_
 #define MS_QUANT_ATTENTION_IMPL_H_
 
 #include "block_impl.h"
+#include "linear_impl.h"
 
 namespace msq {
 namespace {
 
-// Keys lie in panels as weights do that are held as floats, and so do values: a product with
-// queries, or with what the softmax made of them, is one of float_rows.
 template <class S>
 struct Attend {
-  using L = Linear<S>;
+  using L = WidenedLinear<S>;
   static constexpr int R = L::R;
   static constexpr int64_t kColumns = L::kColumns;
   static constexpr int64_t kBlocks = 48 / R;  // of queries that go through all keys together
@@ -77,7 +81,8 @@ struct Attend {
     j.seen[index] = most;
   }
 
-  // Rows in blocks as float_rows reads them: [block][16 numbers][row of it][number of the 16].
+  // Rows in blocks as WidenedLinear reads them: [block][16 numbers][row of it][number of the
+  // 16].
   static void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t n, float* out) {
     for (int64_t first = 0; first < rows; first += R) {
       const int64_t count = at_most(R, rows - first);
@@ -120,7 +125,7 @@ struct Attend {
     mix(j, weights, inverse, rows, n, j.values + kv * j.values_of_head(), y);
   }
 
-  // The powers of row r of some, as float_rows reads them; one over their sum.
+  // Writes the powers of row r as WidenedLinear reads them, and returns one over their sum.
   static float soften(const Job& j, float* x, const float* mask, int64_t rows, int64_t r, int64_t n,
                       float* weights) {
     const int64_t first = r / R * R, stride = at_most(R, rows - first) * kWords;
@@ -136,7 +141,7 @@ struct Attend {
     for (int64_t at = 0; at < stride; at += kColumns, keys += j.depth * kColumns)
       for (int64_t first = 0; first < rows; first += R) {
         const int64_t count = at_most(R, rows - first);
-        L::template float_rows_of<R>(count, queries + first * j.depth, keys, j.depth, sums, false);
+        L::template some_rows<R>(count, queries + first * j.depth, keys, j.depth, sums, false);
         for (int64_t r = 0; r < count; ++r)
           put(sums + r * kColumns, 1.0f, kColumns, scores + (first + r) * stride + at);
       }
@@ -150,9 +155,9 @@ struct Attend {
       for (int64_t begin = 0; begin < whole; begin += kMostKeys)
         for (int64_t first = 0; first < rows; first += R) {
           const int64_t count = at_most(R, rows - first);
-          L::template float_rows_of<R>(count, weights + first * whole + begin * count,
-                                       values + begin * kColumns, at_most(kMostKeys, whole - begin),
-                                       sums[first / R], begin > 0);
+          L::template some_rows<R>(count, weights + first * whole + begin * count,
+                                   values + begin * kColumns, at_most(kMostKeys, whole - begin),
+                                   sums[first / R], begin > 0);
         }
       for (int64_t r = 0; r < rows; ++r)
         put(sums[r / R] + r % R * kColumns, inverse[r], at_most(kColumns, j.size - at),
@@ -180,7 +185,7 @@ const Kernels* all_kernels() {
                                 Linear<S>::linear,     Quantize<S>::quantize_rows,
                                 BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
                                 BlockOps<S>::rope,     BlockOps<S>::softmax,
-                                Attend<S>::attend,     BlockOps<S>::table_times,
+                                Attend<S>::attend,     BlockOps<S>::gemv,
                                 column_stats};
   return &found;
 }

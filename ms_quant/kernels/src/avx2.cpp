@@ -8,7 +8,7 @@ namespace {
 struct Avx2 : X86Of256 {
   static constexpr int kRows = 4;
   static constexpr int32_t kBias = 0;
-  static constexpr bool kByDigits = false;
+  static constexpr bool kByteSplit = false;
   struct Pair {
     __m256i even, odd;
   };

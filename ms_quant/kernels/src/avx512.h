@@ -1,4 +1,4 @@
-// The vectors of AVX-512 with VNNI; see linear_impl.h.
+// The vectors of AVX-512 with VNNI; see vectors.h.
 
 #ifndef MS_QUANT_AVX512_H_
 #define MS_QUANT_AVX512_H_
@@ -12,7 +12,7 @@ namespace {
 struct Avx512Vnni {
   static constexpr int kWidth = 16, kVectors = 2, kRows = 12;
   static constexpr int32_t kBias = 128;
-  static constexpr bool kByDigits = true;
+  static constexpr bool kByteSplit = true;
   using F = __m512;
   using I = __m512i;
   using Codes = __m512i;
@@ -35,7 +35,7 @@ struct Avx512Vnni {
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F round(F a) { return _mm512_roundscale_ps(a, 8); }
   static bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
-  static F times_power(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static F ldexp(F a, F n) { return _mm512_scalef_ps(a, n); }
   static F zero_below(F a, F x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(limit), _CMP_NLT_UQ), a);
   }
@@ -59,18 +59,18 @@ struct Avx512Vnni {
     istore(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
   }
 
-  static void store_digits(int8_t* p, const F (&v)[4]) {
-    const I bytes = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  static void store_bytes(int8_t* p, const F (&v)[4]) {
+    const I gather = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int i = 0; i < 4; ++i, p += 16) {
       const I sums = iadd(_mm512_cvtps_epi32(v[i]), iset1(0x00808080));
       const I signs = _mm512_xor_si512(sums, iset1(0x00808080));
-      const I digits = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(signs, bytes));
+      const I rows = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(signs, gather));
       const auto at = reinterpret_cast<__m128i*>(p);  // rows of 64 bytes
-      _mm_storeu_si128(at, _mm512_castsi512_si128(digits));
-      _mm_storeu_si128(at + 4, _mm512_extracti32x4_epi32(digits, 1));
-      _mm_storeu_si128(at + 8, _mm512_extracti32x4_epi32(digits, 2));
-      _mm_storeu_si128(at + 12, _mm512_extracti32x4_epi32(digits, 3));
+      _mm_storeu_si128(at, _mm512_castsi512_si128(rows));
+      _mm_storeu_si128(at + 4, _mm512_extracti32x4_epi32(rows, 1));
+      _mm_storeu_si128(at + 8, _mm512_extracti32x4_epi32(rows, 2));
+      _mm_storeu_si128(at + 12, _mm512_extracti32x4_epi32(rows, 3));
     }
   }
 

@@ -83,8 +83,8 @@ struct Kernels {
   void (*softmax)(float* x, const float* mask, int64_t rows, int64_t columns, int64_t length,
                   int64_t rows_of_mask, float scale, int threads);
   bool (*attention)(const Attention&, int threads);  // false without memory
-  void (*table_times)(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
-                      int threads);
+  void (*gemv)(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
+               int threads);
   void (*column_stats)(ColumnStats&, int threads);
 };
 

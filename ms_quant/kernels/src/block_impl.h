@@ -1,10 +1,16 @@
-// What a decoder block does between its linears, for any instruction set; see linear_impl.h.
+// What a decoder block does between its linears: RMSNorm, the gate of the MLP, rotary positions,
+// softmax, and the product of a bfloat16 table with one token.
+//
+// All go through rows a vector of kWidth numbers at a time, the last of a row filled up. Threads
+// take pieces of about 2^14 numbers, or a row where that is longer; of rotary positions a token, of
+// the table 128 rows.
 
 #ifndef MS_QUANT_BLOCK_IMPL_H_
 #define MS_QUANT_BLOCK_IMPL_H_
 
 #include "column_stats.h"
-#include "linear_impl.h"
+#include "linear_call.h"
+#include "pool.h"
 
 namespace msq {
 namespace {
@@ -15,8 +21,9 @@ struct BlockOps {
   static constexpr int W = S::kWidth;
   static constexpr int64_t kPiece = 1 << 14;  // numbers of one piece of a job
 
-  // e^x, within 2 units in the last place; 0 below -80, where products would become subnormal,
-  // which takes processors a hundred times as long; NaN for NaN and infinities.
+  // e^x = 2^n e^r with the polynomial of Cephes' expf, within 2 units in the last place. It is 0
+  // below -80, where products would become subnormal, which takes processors a hundred times as
+  // long, and NaN for NaN and infinities.
   static F exp(F x) {
     const F inside = S::max(S::min(x, S::set1(88.0f)), S::set1(-88.0f));
     const F n = S::round(S::mul(inside, S::set1(1.44269504f)));
@@ -29,7 +36,7 @@ struct BlockOps {
     p = S::fma(p, r, S::set1(1.6666665459e-1f));
     p = S::fma(p, r, S::set1(5.0000001201e-1f));
     p = S::fma(S::mul(p, r), r, S::add(r, S::set1(1.0f)));
-    return S::add(S::zero_below(S::times_power(p, n), x, -80.0f), S::sub(x, x));
+    return S::add(S::zero_below(S::ldexp(p, n), x, -80.0f), S::sub(x, x));
   }
 
   static F part_of(const float* x, int64_t count, float rest) {
@@ -149,20 +156,20 @@ struct BlockOps {
     share_out(batch * length, threads, rope_piece, &job);
   }
 
-  struct Table {
+  struct Gemv {
     const uint16_t* w;
     const float* x;
     int64_t rows, columns;
     float* y;
   };
 
-  static constexpr int64_t kTableRows = 128;  // of one piece
-  static constexpr int64_t kFar = 2048;       // bytes that are asked for before they are needed
+  static constexpr int64_t kGemvRows = 128;  // of one piece
+  static constexpr int64_t kFar = 2048;      // bytes that are asked for before they are needed
 
-  static void table_piece(void* job, int64_t index) {
-    const Table& c = *static_cast<Table*>(job);
-    const int64_t n = c.columns, end = at_most(c.rows, (index + 1) * kTableRows);
-    for (int64_t row = index * kTableRows; row < end; ++row) {
+  static void gemv_piece(void* job, int64_t index) {
+    const Gemv& c = *static_cast<Gemv*>(job);
+    const int64_t n = c.columns, end = at_most(c.rows, (index + 1) * kGemvRows);
+    for (int64_t row = index * kGemvRows; row < end; ++row) {
       const uint16_t* w = c.w + row * n;
       F sums[4];
       each<4>([&](auto i) __attribute__((always_inline)) { sums[i] = S::set1(0.0f); });
@@ -180,11 +187,11 @@ struct BlockOps {
     }
   }
 
-  // y (rows) = w (rows, columns) x of bfloat16
-  static void table_times(const uint16_t* w, int64_t rows, int64_t columns, const float* x,
-                          float* y, int threads) {
-    Table job = {w, x, rows, columns, y};
-    share_out((rows + kTableRows - 1) / kTableRows, threads, table_piece, &job);
+  // y (rows) = w (rows, columns) x, of w in bfloat16.
+  static void gemv(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
+                   int threads) {
+    Gemv job = {w, x, rows, columns, y};
+    share_out((rows + kGemvRows - 1) / kGemvRows, threads, gemv_piece, &job);
   }
 
   struct Softmax {
@@ -194,7 +201,7 @@ struct BlockOps {
     float scale;
   };
 
-  // x * scale + mask in place; the largest.
+  // Computes x * scale + mask in place and returns the largest.
   static float masked(float* x, const float* mask, int64_t n, float factor) {
     const F scale = S::set1(factor);
     F most = S::set1(-3.0e38f);
@@ -206,7 +213,7 @@ struct BlockOps {
     return S::highest(most);
   }
 
-  // e^(x - top), 16 numbers to each `stride`; their sum. y may be x.
+  // Writes e^(x - top), 16 numbers to each `stride`, and returns their sum. y may be x.
   static float powers(const float* x, int64_t n, float top, float* y, int64_t stride) {
     const F highest = S::set1(top);
     F total = S::set1(0.0f);

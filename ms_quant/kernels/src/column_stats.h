@@ -1,4 +1,8 @@
-// Statistics of the columns of an activation, for any instruction set; see linear_impl.h.
+// Statistics of the columns of an activation: range, squares and magnitudes in one pass.
+//
+// The compiler makes vectors of these loops. A tile of 256 columns keeps its statistics in the
+// first cache while all rows go by, and each column adds its rows in order, so every instruction
+// set gives the same bits.
 
 #ifndef MS_QUANT_COLUMN_STATS_H_
 #define MS_QUANT_COLUMN_STATS_H_

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "linear_impl.h"
+#include "vectors.h"
 
 namespace msq {
 namespace {

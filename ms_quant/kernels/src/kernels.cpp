@@ -215,7 +215,7 @@ const Kernels* kernels_of(int isa) {
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 4; }
+int32_t msq_abi_version(void) { return 5; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
 
@@ -356,11 +356,11 @@ int32_t msq_attention(int32_t isa, const float* q, const float* k, const float* 
   return kernels->attention(attention, threads) ? MSQ_OK : MSQ_NO_MEMORY;
 }
 
-int32_t msq_table_times(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
-                        const float* x, float* y, int32_t threads) {
+int32_t msq_gemv(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns, const float* x,
+                 float* y, int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
   if (!kernels || rows < 0 || columns < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
-  kernels->table_times(w, rows, columns, x, y, threads);
+  kernels->gemv(w, rows, columns, x, y, threads);
   return MSQ_OK;
 }
 
@@ -373,11 +373,10 @@ int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t output
   return MSQ_NO_ISA;
 }
 
-int32_t msq_add_gram(const float* x, int64_t rows, int64_t columns, float* products,
-                     int32_t threads) {
+int32_t msq_syrk(const float* x, int64_t rows, int64_t columns, float* products, int32_t threads) {
   if (rows < 1 || !sizes_fit(columns, columns) || threads < 1) return MSQ_BAD_ARGUMENT;
 #ifdef MSQ_WITH_AMX_PRODUCT
-  if (has_product()) return amx_add_gram(x, rows, columns, products, threads);
+  if (has_product()) return amx_syrk(x, rows, columns, products, threads);
 #endif
   return MSQ_NO_ISA;
 }

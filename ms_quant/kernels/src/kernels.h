@@ -107,8 +107,8 @@ MSQ_API int32_t msq_attention(int32_t isa, const float* q, const float* k, const
                               float scale, float* y, int32_t threads);
 
 // y (rows) = w (rows, columns) x in float32, of w in bfloat16.
-MSQ_API int32_t msq_table_times(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
-                                const float* x, float* y, int32_t threads);
+MSQ_API int32_t msq_gemv(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
+                         const float* x, float* y, int32_t threads);
 
 // x (rows, order, width) in place: the Sylvester matrix of an order 2^k times each row, divided;
 // with the sums of numerics/rotation.py, bit for bit.
@@ -116,14 +116,14 @@ MSQ_API int32_t msq_hadamard(double* x, int64_t rows, int64_t order, int64_t wid
 
 // y (rows, outputs) = x (rows, inputs) w^T + bias in float32, faster than any library without AMX;
 // MSQ_NO_ISA where the machine has it not. `bias` may be null. NaN, infinities and magnitudes above
-// 3.3e38 are refused, and y is anything then.
+// 3.3e38 are refused, and y is undefined then.
 MSQ_API int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t outputs,
                             int64_t inputs, const float* bias, float* y, int32_t threads);
 
 // Adds x^T x of x (rows, columns) to the lower triangle of `products` (columns, columns), in the
-// same way; what is above the diagonal is anything.
-MSQ_API int32_t msq_add_gram(const float* x, int64_t rows, int64_t columns, float* products,
-                             int32_t threads);
+// same way. Only the lower triangle is defined afterwards.
+MSQ_API int32_t msq_syrk(const float* x, int64_t rows, int64_t columns, float* products,
+                         int32_t threads);
 
 // Adds x (rows, columns) to the statistics of its columns: smallest and largest, and the sums of
 // squares and of magnitudes.

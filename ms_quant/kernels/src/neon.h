@@ -1,4 +1,4 @@
-// What NEON with dot products does; with products of matrices it does this too.
+// The vectors of NEON with dot products, which NEON with matrix products has too; see vectors.h.
 
 #ifndef MS_QUANT_NEON_H_
 #define MS_QUANT_NEON_H_
@@ -12,7 +12,7 @@ namespace {
 struct NeonDot {
   static constexpr int kWidth = 4, kVectors = 4, kRows = 6;
   static constexpr int32_t kBias = 0;
-  static constexpr bool kByDigits = true;
+  static constexpr bool kByteSplit = true;
   using F = float32x4_t;
   using I = int32x4_t;
   using Codes = int8x16_t;
@@ -34,7 +34,7 @@ struct NeonDot {
   static F abs(F a) { return vabsq_f32(a); }
   static F round(F a) { return vrndnq_f32(a); }
   static bool any_nan(F a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
-  static F times_power(F a, F n) {  // n within -126 and 127
+  static F ldexp(F a, F n) {  // n within -126 and 127
     const I exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
     return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   }
@@ -61,14 +61,14 @@ struct NeonDot {
       vst1q_s8(p + 4 * i, vcombine_s8(vqmovn_s16(two(v + i)), vqmovn_s16(two(v + i + 2))));
   }
 
-  static void store_digits(int8_t* p, const F (&v)[16]) {
+  static void store_bytes(int8_t* p, const F (&v)[16]) {
     const I carry = iset1(0x00808080);
     for (int i = 0; i < 16; i += 4, p += 16) {
       int32_t words[16];
       for (int j = 0; j < 4; ++j)
         istore(words + 4 * j, veorq_s32(vaddq_s32(vcvtnq_s32_f32(v[i + j]), carry), carry));
-      const int8x16x4_t digits = vld4q_s8(reinterpret_cast<const int8_t*>(words));
-      for (int d = 0; d < 4; ++d) vst1q_s8(p + 64 * d, digits.val[d]);
+      const int8x16x4_t rows = vld4q_s8(reinterpret_cast<const int8_t*>(words));
+      for (int d = 0; d < 4; ++d) vst1q_s8(p + 64 * d, rows.val[d]);
     }
   }
 

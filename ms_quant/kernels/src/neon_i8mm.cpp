@@ -31,7 +31,7 @@ struct NeonI8mm : NeonDot {
     return vreinterpretq_s32_s64(second ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
   }
 
-  // As Linear::tile.
+  // As Panel::tile.
   template <int M, int BITS>
   __attribute__((always_inline)) static void tile(const uint8_t* panel, const int32_t* in,
                                                   int64_t begin, int64_t end, const int32_t* before,

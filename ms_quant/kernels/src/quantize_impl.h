@@ -1,67 +1,23 @@
-// Quantizing inputs, for any instruction set; see linear_impl.h. And what is known of one call.
+// Inputs become integer codes: a row at a time, in blocks of 64 inputs.
 //
-// Each file that includes this is compiled for one instruction set, so nothing here may call a
-// function of the standard library that is not inlined away: the linker would keep one copy of it,
-// compiled for any of them.
+// A code is round(x / scale + offset), limited, with IEEE division: the reference's, bit for bit.
+// Division is slow, so a block is multiplied by the reciprocal instead. Where that lands within
+// 0.0002 of the middle of two codes the nearest integer of the quotient might be the other one, and
+// the block is divided. A row whose scale comes from itself is read twice: for its largest
+// magnitude, then for its codes. A panel's codes may have something added to them (S::kBias,
+// kBias4), which adds that times the sum of the input's codes to each output: those sums are kept
+// for each group, to be subtracted.
 
 #ifndef MS_QUANT_QUANTIZE_IMPL_H_
 #define MS_QUANT_QUANTIZE_IMPL_H_
 
 #include <stdint.h>
 
-#include "blob.h"
+#include "linear_call.h"
 #include "pool.h"
 
 namespace msq {
 namespace {
-
-constexpr int64_t kBlock = 64;  // inputs whose codes lie together, one row after the other
-constexpr int32_t kBias4 = 8;
-
-// Calls f(0), ..., f(N - 1) with indices that are constants before anything is optimized. Arrays
-// that are indexed so are kept in registers; in loops GCC 12 unrolls them too late for that.
-template <int N>
-struct Index {
-  constexpr operator int() const { return N; }
-};
-
-template <int N, class Function>
-__attribute__((always_inline)) inline void each(Function&& f) {
-  if constexpr (N > 0) {
-    each<N - 1>(f);
-    f(Index<N - 1>());
-  }
-}
-
-inline float of_bfloat16(uint16_t half) {
-  const uint32_t bits = uint32_t{half} << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t up_to(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
-
-struct Call {
-  const Weights& w;
-  const Params& p;
-  const float* x;
-  int64_t rows;  // of this chunk
-  float* y;
-  int64_t tall;       // rows of a block
-  int64_t words;      // of a row of codes, or of floats: whole blocks
-  int32_t* codes;     // [block of rows][16 words][row of it][word of the 16]
-  float* floats;      // the same of the inputs themselves
-  float* scales;      // of rows
-  int32_t* sums;      // [row][group]: of codes, times what was added to the weight's
-  float* float_sums;  // [row][group] of inputs
-  bool failed;
-  bool* odd = nullptr;  // of rows of floats: no digits were made
-
-  int64_t blocks() const { return (rows + tall - 1) / tall; }
-  int64_t rows_of(int64_t block) const { return at_most(tall, rows - block * tall); }
-};
 
 template <class S>
 struct Quantize {
@@ -109,7 +65,7 @@ struct Quantize {
     S::store_codes(codes, whole);
   }
 
-  // The codes of a row, a block to each `stride` bytes; those beyond its end are anything.
+  // The codes of a row, a block to each `stride` bytes; those beyond its end are undefined.
   template <bool EACH, bool LIMITED>
   static void row_codes(const Steps& s, const float* x, int64_t n, int8_t* codes, int64_t stride) {
     int64_t k = 0;

@@ -8,7 +8,7 @@ namespace {
 struct Scalar {
   static constexpr int kWidth = 4, kVectors = 2, kRows = 2;
   static constexpr int32_t kBias = 0;
-  static constexpr bool kByDigits = false;
+  static constexpr bool kByteSplit = false;
   struct F {
     float at[kWidth];
   };
@@ -69,7 +69,7 @@ struct Scalar {
   static bool any_nan(F a) {
     return a.at[0] != a.at[0] || a.at[1] != a.at[1] || a.at[2] != a.at[2] || a.at[3] != a.at[3];
   }
-  static F times_power(F a, F n) {
+  static F ldexp(F a, F n) {
     return floats([&](int i) { return ldexpf(a.at[i], static_cast<int>(n.at[i])); });
   }
   static F zero_below(F a, F x, float limit) {

@@ -1,4 +1,4 @@
-// What AVX2 with and without VNNI have in common.
+// The vectors that AVX2 with and without VNNI have in common; see vectors.h.
 
 #ifndef MS_QUANT_X86_256_H_
 #define MS_QUANT_X86_256_H_
@@ -31,7 +31,7 @@ struct X86Of256 {
   static F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
-  static F times_power(F a, F n) {  // n within -126 and 127
+  static F ldexp(F a, F n) {  // n within -126 and 127
     const I exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }

@@ -1,19 +1,25 @@
-// Inputs as integers, for products of floats with codes that are products of bytes; see
-// linear_impl.h.
+// Byte-split fixed point: a row of floats becomes four rows of bytes and a few powers of two.
 //
-// The inputs of a segment are integers below 2^30 times a power of two, an integer four bytes with
-// a sign, its digits. Each digit has a row of its own among the codes of a call, the lowest first.
+// The inputs of a segment, at most 512 of one group, are rounded to integers below 2^30 times one
+// power of two, which the largest of them decides: fixed point. An integer is four bytes with
+// signs, n = b0 + 256 b1 + 256^2 b2 + 256^3 b3, and each byte has a row of its own among the codes
+// of a call, the lowest first. So a product of floats and codes is four exact products of bytes, as
+// in Ozaki's scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer Matrix Multiplication Unit",
+// arXiv:2306.11975), which splits matrices of doubles in this way. A sum of 512 products of bytes
+// is below 2^24, so it is a float exactly. A row is not split if it has NaN, an infinity or a
+// segment whose largest magnitude is below 2^-80 but not 0: the factor that makes integers of it
+// would come close to the end of float32's range.
 
-#ifndef MS_QUANT_DIGITS_IMPL_H_
-#define MS_QUANT_DIGITS_IMPL_H_
+#ifndef MS_QUANT_BYTE_SPLIT_IMPL_H_
+#define MS_QUANT_BYTE_SPLIT_IMPL_H_
 
 #include "quantize_impl.h"
 
 namespace msq {
 namespace {
 
-constexpr int kDigits = 4;
-constexpr int64_t kSegment = 512;  // inputs at most: sums of a digit are exact in float32
+constexpr int kSplit = 4;          // bytes of an input
+constexpr int64_t kSegment = 512;  // inputs at most: sums of products of bytes are exact in float32
 
 struct Segments {
   int64_t group, parts, count;  // inputs and segments of a group; segments of all inputs
@@ -25,7 +31,7 @@ struct Segments {
 };
 
 template <class S>
-struct Digits {
+struct ByteSplit {
   using F = typename S::F;
   static constexpr int W = S::kWidth, kParts = kBlock / W;
 
@@ -54,7 +60,7 @@ struct Digits {
     return found + rest;
   }
 
-  // What takes inputs up to some magnitude below 2^30, a power of two; 0 if there is none.
+  // The power of two that takes inputs of magnitudes up to `most` below 2^30; 0 if there is none.
   static float factor(float most) {
     if (most == 0.0f) return 1.0f;
     if (!(most >= 0x1p-80f)) return 0.0f;
@@ -63,7 +69,7 @@ struct Digits {
     return of_bits((2 * 127 + 29 - (bits >> 23)) << 23);
   }
 
-  // Digits of inputs [k, k + kBlock) of a row.
+  // The bytes of inputs [k, k + kBlock) of a row.
   static void block(const Call& c, const float* x, const float* factors, int64_t k, int8_t* out) {
     const float* mul = c.p.floats(c.p.mul);
     const Segments segments(c.p);
@@ -83,31 +89,32 @@ struct Digits {
                       factors[i / c.p.group * segments.parts + i % c.p.group / kSegment];
       each<kParts>([&](auto i) __attribute__((always_inline)) { v[i] = S::load(some + i * W); });
     }
-    S::store_digits(out, v);
+    S::store_bytes(out, v);
   }
 
-  // The sum of a segment's integers, and of each digit what a weight's bias adds.
-  static float sums(const Call& c, const int8_t* digits, int64_t stride, int64_t begin, int64_t end,
+  // The sum of a segment's integers; `added` gets what a weight's bias adds to each row of bytes.
+  static float sums(const Call& c, const int8_t* bytes, int64_t stride, int64_t begin, int64_t end,
                     int32_t* added) {
     const int32_t bias = c.w.bits == 8 ? S::kBias : kBias4;
     double all = 0;
-    for (int d = 0; d < kDigits; ++d) {
-      const int32_t sum = Quantize<S>::group_sum(digits + d * kBlock, stride, begin, end);
-      added[d] = bias * sum;
+    for (int b = 0; b < kSplit; ++b) {
+      const int32_t sum = Quantize<S>::group_sum(bytes + b * kBlock, stride, begin, end);
+      added[b] = bias * sum;
       all = all / 256 + sum;
     }
     return static_cast<float>(all);
   }
 
-  // One row of a call: of each segment what its integers are times, and its sums.
+  // Splits one row of a call. Afterwards `scales` holds what the upper byte of each segment's
+  // integers is a multiple of, and `sums` and `float_sums` hold its sums.
   static void split(void* job, int64_t row) {
     Call& c = *static_cast<Call*>(job);
     const Segments segments(c.p);
     const float *x = c.x + row * c.p.inputs, *mul = c.p.floats(c.p.mul);
-    const int64_t each_row = c.tall / kDigits, block_of = row / each_row;
+    const int64_t each_row = c.tall / kSplit, block_of = row / each_row;
     const int64_t stride = c.rows_of(block_of) * kBlock;
     int8_t* out = reinterpret_cast<int8_t*>(c.codes + block_of * c.tall * c.words) +
-                  row % each_row * kDigits * kBlock;
+                  row % each_row * kSplit * kBlock;
     c.odd[row] = false;
     float* factors = c.scales + row * segments.count;
     for (int64_t s = 0; s < segments.count; ++s) {
@@ -123,7 +130,7 @@ struct Digits {
     for (int64_t s = 0; s < segments.count; ++s) {
       const int64_t at = row * segments.count + s;
       c.float_sums[at] =
-          sums(c, out, stride, segments.begin(s), segments.end(s), c.sums + kDigits * at);
+          sums(c, out, stride, segments.begin(s), segments.end(s), c.sums + kSplit * at);
       factors[s] = 0x1p24f / factors[s];
     }
   }
@@ -132,4 +139,4 @@ struct Digits {
 }  // namespace
 }  // namespace msq
 
-#endif  // MS_QUANT_DIGITS_IMPL_H_
+#endif  // MS_QUANT_BYTE_SPLIT_IMPL_H_
