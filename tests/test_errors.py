@@ -72,7 +72,7 @@ def test_the_cause_tells_whose_turn_it_is(tiny_model: Callable[..., Path], tmp_p
     with pytest.raises(UnsupportedError, match="no golden-stick checkpoint can hold it"):
         ms_quant.quantize_checkpoint(model, output, "W4A16", formats=("golden-stick",))
     quantized(model, output)
-    with pytest.raises(JobConflictError, match="out: it was made with dtype"):
+    with pytest.raises(JobConflictError, match="out: exists and it was made with dtype"):
         quantized(model, output, dtype="float16")
     (model / "config.json").write_text("{")
     with pytest.raises(BadFileError, match=r"config\.json: not valid JSON"):
