@@ -57,7 +57,8 @@ def compress_checkpoint(
         max_ppl_increase: by how much perplexity may grow; 0.005 is 0.5 %. Needs ``heldout``.
         heldout: text whose first ``samples`` windows perplexity is measured on.
         sparsity: share of each linear's weights to prune; None is 0.5.
-        pruning: ``"activation"`` prunes by ``|W|`` * ||X||, ``"magnitude"`` by |W|; None is the former.
+        pruning: ``"activation"`` prunes by ``|W| * ||X||``, ``"magnitude"`` by ``|W|``; None is the
+            former.
         algorithm: ``"minmax"``, ``"smoothquant"`` or ``"osl"``.
         alpha: smoothing strength of smoothquant; None is 0.5.
         samples: windows of calibration data.
