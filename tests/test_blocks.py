@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.algorithms.problem import Loss, Problem, Solution, checked
+from ms_quant.algorithms.problem import ErrorOf, Problem, Solution, checked
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.numerics.activation import Float
@@ -154,7 +154,7 @@ class SeenWeights:
     def get(self, name: str) -> np.ndarray | None:
         return self.before.get(name)
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
         rows = self.inputs[group.name].astype(np.float32)
 
         def loss(candidate) -> float:

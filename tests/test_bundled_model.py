@@ -40,7 +40,7 @@ def perplexity(directory: Path, tokens: np.ndarray, **options: str) -> float:
     from ms_quant.evaluation.perplexity import perplexity as measure
     from ms_quant.formats.opening import open_model
 
-    return measure(open_model(directory), tokens, **options)["perplexity"]
+    return measure(open_model(directory), tokens, **options).perplexity
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_errors_are_those_of_the_whole_block(name):
             np.testing.assert_array_equal(error, whole - exact)
             assert error.any()
         squares = np.concatenate([error.ravel() for error, _ in found]).astype(np.float64) ** 2
-        assert errors.loss(candidate) == pytest.approx(squares.mean(), rel=1e-6)
+        assert errors.mse(candidate) == pytest.approx(squares.mean(), rel=1e-6)
 
 
 def test_a_token_with_huge_activations_counts_as_any_other(monkeypatch) -> None:

@@ -87,7 +87,7 @@ def make(model: Path, tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
 
 def losses(directory: Path, calib: Path, **more: Any) -> float:
     tokens = eval_windows(calib, directory, 32, 8)
-    return perplexity(open_model(directory), tokens, **more)["loss"]
+    return perplexity(open_model(directory), tokens, **more).loss
 
 
 def test_its_blocks_are_planned(model):
@@ -119,8 +119,8 @@ def test_every_format_holds_it(format, scheme, algorithm, more, make, model, cal
     """Written, read, verified and evaluated."""
     output = make(scheme, algorithm, formats=(format,), **more)
     result = verify_checkpoint(output, model)
-    assert result["problems"] == [] and result["float"] == 1
-    assert result["quantized"] == 7 + 4 + 3 * 3
+    assert not result.problems and result.left_float == 1
+    assert result.quantized == 7 + 4 + 3 * 3
     exact = losses(model, calib_text)
     assert losses(output, calib_text) == pytest.approx(exact, rel=0.02)
 
@@ -188,11 +188,11 @@ def test_verify_finds_a_router_that_was_not_folded(make, model, load_tensors, sa
     tensors, source = load_tensors(output), load_tensors(model)
     assert (tensors[ROUTER] != source[ROUTER]).any()
     result = verify_checkpoint(output, model)
-    assert result["problems"] == []
+    assert not result.problems
     (file,) = output.glob("*.safetensors")
     save_tensors(file, {**tensors, ROUTER: source[ROUTER]})
     seal_again(output)
-    (problem,) = verify_checkpoint(output, model)["problems"]
+    (problem,) = verify_checkpoint(output, model).problems
     assert problem.startswith(f"{ROUTER}: ") and "what the norm before it was" in problem
 
 
@@ -209,7 +209,7 @@ def test_verify_finds_a_router_that_was_not_folded(make, model, load_tensors, sa
 )
 def test_algorithms_know_it(scheme, algorithm, more, make, model, calib_text):
     output = make(scheme, algorithm, **more)
-    assert verify_checkpoint(output, model)["problems"] == []
+    assert not verify_checkpoint(output, model).problems
     exact = losses(model, calib_text)
     assert losses(output, calib_text) == pytest.approx(exact, rel=0.05)
 

@@ -72,16 +72,16 @@ def scale(mean_abs: np.ndarray, share: np.ndarray, exponent: float, duo: bool) -
 
 
 def solve(problem: Problem, solution: Solution, options: AwqOptions) -> Solution:
-    best, best_loss = solution, problem.loss(apply(problem, solution))
+    best, best_mse = solution, problem.mse(apply(problem, solution))
     mean_abs = problem.share(problem.seen.mean_abs)
     share = problem.share(weight_share(problem.weights, problem.scheme.weight.group_size))
     for step in range(options.exponents if problem.smoothing else 0):
         exponent = step / options.exponents
         smooth = scale(mean_abs, share, exponent, options.duo_scaling)
         candidate = replace(solution, smooth=smooth)
-        loss = problem.loss(apply(problem, candidate))
-        if loss < best_loss:
-            best, best_loss = noted(candidate, exponent=exponent), loss
+        mse = problem.mse(apply(problem, candidate))
+        if mse < best_mse:
+            best, best_mse = noted(candidate, exponent=exponent), mse
     if options.clip and problem.scheme.weight.clips:
         best = clip.solve(problem, best, skip=problem.scores)
-    return noted(best, loss=best_loss)
+    return noted(best, loss=best_mse)

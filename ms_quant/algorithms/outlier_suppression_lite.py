@@ -21,15 +21,15 @@ ALPHAS = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
 def solve(problem: Problem, solution: Solution, options: None = None) -> Solution:
-    best, best_loss = solution, problem.loss(apply(problem, solution))
+    best, best_mse = solution, problem.mse(apply(problem, solution))
     for alpha in ALPHAS if problem.smoothing else ():
         candidate = replace(solution, smooth=smoothing_vector(problem, alpha))
-        loss = problem.loss(apply(problem, candidate))
-        if loss < best_loss:
-            best, best_loss = noted(candidate, alpha=alpha), loss
+        mse = problem.mse(apply(problem, candidate))
+        if mse < best_mse:
+            best, best_mse = noted(candidate, alpha=alpha), mse
     if problem.scheme.weight.clips:
         clipped = clip.solve(problem, best)
-        loss = problem.loss(apply(problem, clipped))
-        if loss <= best_loss:  # the clip search sees one linear, not the block
-            best, best_loss = clipped, loss
-    return noted(best, loss=best_loss)
+        mse = problem.mse(apply(problem, clipped))
+        if mse <= best_mse:  # the clip search sees one linear, not the block
+            best, best_mse = clipped, mse
+    return noted(best, loss=best_mse)

@@ -50,7 +50,8 @@ class Solution:
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
-Loss = Callable[[Mapping[str, QuantizedLinear]], float]
+ErrorOf = Callable[[Mapping[str, QuantizedLinear]], float]
+"""The error that candidates in place of float linears make, by the names of the linears."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Problem:
         biases: linear name to float32 (out,), where there is one.
         stats: statistics of the shared input, None when nothing needs them.
         dtype: type that scales in the model's type are stored in.
-        loss: error of the network with the linears of a candidate in place of the float ones;
+        mse: error of the network with the linears of a candidate in place of the float ones;
             a mean squared error over calibration tokens.
         relative_mse: squared error over squared output of each token, in the mean over tokens; a
             token with huge activations counts as any other. None where no block is run.
@@ -83,8 +84,8 @@ class Problem:
     biases: Mapping[str, np.ndarray]
     stats: ActivationStats | None
     dtype: np.dtype
-    loss: Loss
-    relative_mse: Loss | None = None
+    mse: ErrorOf
+    relative_mse: ErrorOf | None = None
     smoothing: bool = True
     shared: tuple[int, int] = (1, 1)
     input_dtype: np.dtype = DTYPES["float32"]

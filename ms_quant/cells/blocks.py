@@ -121,7 +121,7 @@ class BlockErrors:
         self.path, self.policy = path, policy
         self._block, self._calls = get_cell(network, path), calls
 
-    def loss(self, candidate: Candidate) -> float:
+    def mse(self, candidate: Candidate) -> float:
         """Mean squared error of the block's output."""
         squares = [(np.square(e).sum(dtype=np.float64), e.size) for e, _ in self._pairs(candidate)]
         return float(sum(square for square, _ in squares) / sum(size for _, size in squares))

@@ -20,8 +20,8 @@ from ms_quant.cells.layers import (
     Residual,
     RMSNorm,
     Softmax,
-    SwapHeads,
     SwiGLU,
+    TransposeHeads,
     dense,
     project,
     repeat_rows,
@@ -55,7 +55,7 @@ class Attention(nn.Cell):
             spec = linears[f"self_attn.{name}"]
             setattr(self, name, dense(spec.in_features, spec.out_features, spec.bias))
         self.rotate_half = Tensor(rotate_half_matrix(config.head_dim))
-        self.softmax, self.swap_heads = Softmax(), SwapHeads()
+        self.softmax, self.transpose_heads = Softmax(), TransposeHeads()
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.qk_norm = "self_attn.q_norm" in config.block(index).norms
         if self.qk_norm:
@@ -93,13 +93,13 @@ class Attention(nn.Cell):
     ) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = self.by_head(x, decode)
-        q = self.rotate(self.swap_heads(q), cos, sin)
-        k = self.rotate(self.swap_heads(k), cos, sin)
-        v = self.swap_heads(v)
+        q = self.rotate(self.transpose_heads(q), cos, sin)
+        k = self.rotate(self.transpose_heads(k), cos, sin)
+        v = self.transpose_heads(v)
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask)
-        return project(self.o_proj, self.swap_heads(y).reshape(batch, length, -1), decode)
+        return project(self.o_proj, self.transpose_heads(y).reshape(batch, length, -1), decode)
 
     def by_head(self, x: Tensor, decode: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, S, heads, D), before their rotation."""

@@ -68,7 +68,7 @@ def transpose_heads(x: Tensor) -> Tensor:
     return ops.gather(x.reshape(-1, d), _swapped_rows(a, b, c), 0).reshape(a, c, b, d)
 
 
-class SwapHeads(nn.Cell):
+class TransposeHeads(nn.Cell):
     """(B, S, heads, D) to (B, heads, S, D) and back, with a gradient that is fast on CPU."""
 
     def construct(self, x: Tensor) -> Tensor:

@@ -212,21 +212,21 @@ def _check_observed(observed: Observations, path: str, wanted: Wanted) -> None:
     if path not in observed:
         raise BadArgumentError(f"{path}: is not among what calibrate looked at, expected it there")
     group: GroupObservation = observed[path]
-    stats, chain = group.stats, wanted.algorithms
+    stats, algorithms = group.stats, wanted.algorithms
     missing = [
         name
         for name, needed, there in (
-            ("products of channels", chain.any("hessian"), stats.products is not None),
-            ("histogram", chain.any("histogram"), stats.histogram is not None),
-            ("calls of blocks", chain.any("searches"), observed.searched),
-            ("tokens", True, stats.keep_rows >= chain.kept_tokens),
+            ("products of channels", algorithms.any("hessian"), stats.products is not None),
+            ("histogram", algorithms.any("histogram"), stats.histogram is not None),
+            ("calls of blocks", algorithms.any("searches"), observed.searched),
+            ("tokens", True, stats.keep_rows >= algorithms.kept_tokens),
         )
         if needed and not there
     ]
     if missing:
         raise BadArgumentError(
-            f"{path}: calibrate kept too few {missing[0]} for {chain.name}, expected "
-            f"ms_quant.calibrate(network, data, algorithm={chain.name!r})"
+            f"{path}: calibrate kept too few {missing[0]} for {algorithms.name}, expected "
+            f"ms_quant.calibrate(network, data, algorithm={algorithms.name!r})"
         )
     if isinstance(stats, StepStats) != (wanted.by_step is not None):
         what = "no ranges" if wanted.by_step is not None else "ranges"

@@ -262,7 +262,7 @@ def check_format(
 
     Args:
         format: ``"mindie-sd"``.
-        scheme, chain: what linears will be quantized with.
+        scheme, algorithms: what linears will be quantized with.
         cells: the linears by path.
 
     Raises:

@@ -77,7 +77,7 @@ def solve(group: Group) -> dict[str, Found]:
         biases=floats.biases,
         stats=stats,
         dtype=group.dtype,
-        loss=own.loss if group.block is None else group.block.loss,
+        mse=own.mse if group.block is None else group.block.mse,
         relative_mse=None if group.block is None else group.block.relative_mse,
         input_dtype=group.dtype,
         scale_type=network_scale_type(plan.scheme),
@@ -120,7 +120,7 @@ class _OwnErrors:
     policy: TimestepPolicyConfig | None
     _exact: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def loss(self, candidate: Mapping[str, QuantizedLinear]) -> float:
+    def mse(self, candidate: Mapping[str, QuantizedLinear]) -> float:
         """Mean squared error of the outputs."""
         squares, size = np.float64(0), 0
         for name, linear in candidate.items():

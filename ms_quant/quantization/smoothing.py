@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_quant.algorithms.problem import Loss, Problem, Solution
+from ms_quant.algorithms.problem import ErrorOf, Problem, Solution
 from ms_quant.errors import BadFileError
 from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.names import block_prefix
@@ -131,14 +131,14 @@ class BlockSmoothing:
         """One problem of several groups that read one input."""
         problems = [self._problems[group.name] for group in groups]
         linears = {path: spec for group in groups for path, spec in group.linears.items()}
-        loss, relative_mse = self._errors(replace(groups[0], linears=linears))
+        mse, relative_mse = self._errors(replace(groups[0], linears=linears))
         return replace(
             first,
             name=f"{self.prefix}{edge.producer}",
             weights={path: weight for one in problems for path, weight in one.weights.items()},
             biases={path: bias for one in problems for path, bias in one.biases.items()},
             stats=None if self.observations is None else _all_tokens(self.observations, groups),
-            loss=loss,
+            mse=mse,
             relative_mse=relative_mse,
             scores=frozenset(path for one in problems for path in one.scores),
         )
@@ -152,7 +152,7 @@ class BlockSmoothing:
         floors = [seen.ranges.floor(spec, group) for group in groups]
         return replace(solution, smooth=np.maximum.reduce([solution.smooth, *floors]))
 
-    def _errors(self, group: LinearGroup) -> tuple[Loss, Loss]:
+    def _errors(self, group: LinearGroup) -> tuple[ErrorOf, ErrorOf]:
         if self.observations is None:
             return _no_loss, _no_loss
         return self.weights.errors(group, self.observations.windows)
@@ -176,7 +176,7 @@ class BlockSmoothing:
                 biases[member] = bias
         inside = layer.storage.target is not SmoothingTarget.NORM
         edge = None if inside else self.plan.producer(self.index, group)
-        loss, relative_mse = self._errors(group)
+        mse, relative_mse = self._errors(group)
         return Problem(
             name=f"{self.prefix}{group.fused}",
             scheme=layer.scheme,
@@ -184,7 +184,7 @@ class BlockSmoothing:
             biases=biases,
             stats=stats,
             dtype=self.plan.dtype,
-            loss=loss,
+            mse=mse,
             relative_mse=relative_mse,
             smoothing=inside or edge is not None,
             shared=(edge.repeats, edge.size) if edge else (1, 1),
@@ -228,7 +228,7 @@ def _all_tokens(seen: Observations, groups: Sequence[LinearGroup]) -> Activation
 
 
 def _no_loss(candidate: Mapping[str, QuantizedLinear]) -> float:
-    raise AssertionError("an algorithm without calibration asked for a loss")
+    raise AssertionError("an algorithm without calibration asked for an error")
 
 
 def _own_product(layer: LayerPlan) -> bool:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms_quant.algorithms.problem import Loss
+from ms_quant.algorithms.problem import ErrorOf
 from ms_quant.files.reader import FloatTensors
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
@@ -27,7 +27,7 @@ class Weights(Protocol):
     def get(self, name: str) -> np.ndarray | None:
         """A float32 parameter by its name in the block, or None when it has none of that name."""
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
         """Errors of the block's output with candidates in place of a group's float linears: in
         the mean, and relative to the output of each token."""
 
@@ -54,7 +54,7 @@ class StoredWeights:
             return None
         return self.checkpoint.read_float32(full)
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
         raise AssertionError(f"{self.prefix}{group.name}: an error of a block that is not run")
 
     def drop(self, members: Sequence[str]) -> None:
@@ -78,9 +78,9 @@ class LoadedWeights:
     def get(self, name: str) -> np.ndarray | None:
         return self.block.arrays.get(name)
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[Loss, Loss]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
         found = BlockErrors(self.block, self.at, group, windows)
-        return found.loss, found.relative_mse
+        return found.mse, found.relative_mse
 
     def drop(self, members: Sequence[str]) -> None:
         for member in members if self.release else ():

@@ -71,7 +71,7 @@ class BlockErrors:
         self.block, self.at, self.group, self.searched = block, at, group, searched
         self.which = block.spec.branch_of(group)
 
-    def loss(self, candidate: Candidate) -> float:
+    def mse(self, candidate: Candidate) -> float:
         """Mean squared error of the block's output."""
         squares = [(np.square(e).sum(dtype=np.float64), e.size) for e, _ in self.pairs(candidate)]
         return float(sum(square for square, _ in squares) / sum(size for _, size in squares))

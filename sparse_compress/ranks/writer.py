@@ -86,15 +86,15 @@ class Writer:
     def _file(self, rank: int) -> Iterator[FileRecord]:
         """A rank as one file. A file begins with every length, and those of coded weights are
         only known afterwards: so its blocks are written beside it first."""
-        name, spool = self.layout.target.rank_place(rank), layouts.rank_name(rank)
-        paths = layouts.block_files(self.layout.config, spool)[:-1]
+        name, staging = self.layout.target.rank_place(rank), layouts.rank_name(rank)
+        paths = layouts.block_files(self.layout.config, staging)[:-1]
         blocks = [self.output.partial / path for path in paths]
         if (self.output.partial / name).exists():
             self.steps += len(blocks)
         else:
-            list(self._blocks(rank, spool))
+            list(self._blocks(rank, staging))
         yield self._once(name, partial(self._rest, rank, blocks))
-        remove(blocks, self.output.partial / spool)
+        remove(blocks, self.output.partial / staging)
 
     def _blocks(self, rank: int, place: str) -> Iterator[FileRecord]:
         self._make(place)

@@ -31,8 +31,8 @@ from sparse_compress.rate.share import (
     Curve,
     local_prices,
     predict,
-    price_for_damage,
     price_for_ratio,
+    price_for_relative_mse,
 )
 from sparse_compress.rate.steps import choosing, measure
 
@@ -43,11 +43,11 @@ AIM = 0.995
 CLOSE = 0.9
 """A try is good enough when it uses this much of the budget."""
 FARTHEST = 16.0
-"""The predicted damage changes by no more than this factor from one try to the next."""
+"""The predicted relative MSE changes by no more than this factor from one try to the next."""
 INSIDE = 0.1
 """A try between two others keeps this part of their distance, in logarithms, from each."""
 SAME = 0.02
-"""No damage is tried that is nearer than this to one that was, in logarithms."""
+"""No relative MSE is tried that is nearer than this to one that was, in logarithms."""
 
 
 class Found(NamedTuple):
@@ -112,7 +112,7 @@ class Search:
         points: list[tuple[float, float, float]] = []
         relative_mse = budget
         for number in range(MOST_TRIES):
-            price = price_for_damage(curves, relative_mse)
+            price = price_for_relative_mse(curves, relative_mse)
             relative_mse = predict(curves, price).relative_mse
             if any(abs(math.log(relative_mse / tried)) < SAME for _, tried, _ in points):
                 break
@@ -124,7 +124,7 @@ class Search:
             points.append((price, relative_mse, tries["losses"][number] - tries["float"]))
             if CLOSE * budget <= points[-1][2] <= budget:
                 break
-            relative_mse = next_damage([point[1:] for point in points], budget)
+            relative_mse = next_relative_mse([point[1:] for point in points], budget)
         price, _, increase = self._best(points, budget)
         self._forget([other for other, _, _ in points if other != price])
         before = math.exp(tries["float"])
@@ -166,16 +166,16 @@ class Search:
             remove_job(at_price(self.checked, price).job)
 
 
-def next_damage(points: list[tuple[float, float]], budget: float) -> float:
-    """The damage to predict in the next try.
+def next_relative_mse(points: list[tuple[float, float]], budget: float) -> float:
+    """The relative MSE to predict in the next try.
 
-    The increase of the loss is taken as a power of the damage: through the most damage that was
-    within the budget and the next that was not; where there are no such two, through the two tries
-    nearest to the budget; after one try as proportional to it.
+    The increase of the loss is taken as a power of the relative MSE: through the largest one that
+    was within the budget and the next that was not; where there are no such two, through the two
+    tries nearest to the budget; after one try as proportional to it.
 
     Args:
-        points: damage predicted and increase found, of each try so far; none is so near to the
-            budget that no other is wanted.
+        points: relative MSE predicted and increase found, of each try so far; none is so near to
+            the budget that no other is wanted.
         budget: the largest increase.
     """
     goal = budget * (1 + CLOSE) / 2
@@ -197,7 +197,7 @@ def next_damage(points: list[tuple[float, float]], budget: float) -> float:
 
 
 def _power(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """The power of the damage that the increase is between two tries; 0 where it is none."""
+    """The power of the relative MSE that the increase is between two tries; 0 where it is none."""
     if min(a[1], b[1]) <= 0 or a[0] == b[0]:
         return 0.0
     return max(0.0, math.log(b[1] / a[1]) / math.log(b[0] / a[0]))

@@ -1,7 +1,7 @@
 """How a budget is divided among the linears of a model.
 
 Each linear has a curve: its relative error and its size at some prices of a bit. With a
-sensitivity c, the damage to the model is taken as the sum of c * error. The least damage for a
+sensitivity c, the relative MSE of the model is taken as the sum of c * error. The least one for a
 size has one price for all: a linear of n of the model's N weights pays ``price * n / (N * c)`` of
 its relative error for a bit per weight.
 """
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
 
     Attributes:
         weights: how many it has.
-        sensitivity: damage for its relative error.
+        sensitivity: relative MSE for its relative error.
         errors: relative errors.
         ratios: stored bytes over weights.
     """
@@ -70,7 +70,7 @@ def local_prices(curves: Mapping[str, Curve], price: float) -> dict[str, float]:
 
     Args:
         curves: of all linears, by name.
-        price: damage for a bit per weight of the whole model, positive.
+        price: relative MSE for a bit per weight of the whole model, positive.
     """
     total = sum(curve.weights for curve in curves.values())
     found = {}
@@ -113,8 +113,8 @@ def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0)
     return _least_price(lambda price: predict(curves, price).ratio <= wanted)
 
 
-def price_for_damage(curves: Mapping[str, Curve], relative_mse: float) -> float:
-    """The price at which the damage is so much; the nearest where none is."""
+def price_for_relative_mse(curves: Mapping[str, Curve], relative_mse: float) -> float:
+    """The price at which the relative MSE is so much; the nearest where none is."""
     return _least_price(lambda price: predict(curves, price).relative_mse >= relative_mse)
 
 

@@ -25,7 +25,7 @@ from sparse_compress.serve.rank import (
     remedy,
     served_layout,
 )
-from sparse_compress.verify.check_collector import guard
+from sparse_compress.verify.check_collector import collect_problems
 
 ON_310P = {"MS_INTERNAL_ENABLE_CUSTOM_KERNEL_LIST": "RmsNormQuant"}
 
@@ -52,7 +52,7 @@ def check_w8a8sc(request: ServeRequest) -> Served | None:
     else:
         _by_vllm_ascend(request, served)
     if (request.checkpoint / RECORD).exists():
-        served.problems += guard(
+        served.problems += collect_problems(
             partial(unlisted_problems, request.checkpoint, served.notes, serving=True)
         )
     coded = served.device == "310p"

@@ -31,7 +31,7 @@ from sparse_compress.ranks.tensors import (
     rank_places,
     structure_problems,
 )
-from sparse_compress.verify.check_collector import guard
+from sparse_compress.verify.check_collector import collect_problems
 
 INFORMATIVE = ("info", "weight_scale", "weight_offset", "smooth_scale")
 """Suffixes of tensors that say something about a linear and that no runtime loads."""
@@ -177,10 +177,10 @@ def rank_problems(directory: Path, rank: Rank, workers: int = CORES) -> list[str
         workers: how many threads decode a weight.
     """
     problems = structure_problems(rank.layout, [rank.tensors], INFORMATIVE)
-    problems += guard(_length_problems, directory, rank) if not problems else []
+    problems += collect_problems(_length_problems, directory, rank) if not problems else []
     for group, fused in rank.compressed() if not problems else ():
-        problems += guard(_linear_problems, rank, group, fused, workers)
-    return problems or guard(_file_problems, directory, rank)
+        problems += collect_problems(_linear_problems, rank, group, fused, workers)
+    return problems or collect_problems(_file_problems, directory, rank)
 
 
 def _length_problems(directory: Path, rank: Rank) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from ms_quant.errors import MsQuantError
 
 
-def guard(check: Callable[..., Iterable[str]], *arguments: Any) -> list[str]:
+def collect_problems(check: Callable[..., Iterable[str]], *arguments: Any) -> list[str]:
     """The problems that a check finds, the last of which may be that it could not go on."""
     problems: list[str] = []
     try:

@@ -46,7 +46,7 @@ from sparse_compress.ranks.proof import Proof, compressed_groups, weight_error
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.tensors import description_problems, open_ranks, structure_problems
 from sparse_compress.rate.prune import pruned_count
-from sparse_compress.verify.check_collector import guard
+from sparse_compress.verify.check_collector import collect_problems
 from sparse_compress.verify.floats import Counts, count, float_problems, stored_floats
 from sparse_compress.verify.msmodelslim import rewriting, slim_problems
 from sparse_compress.verify.record import read_record, recorded_layout, recorded_pruning
@@ -106,9 +106,12 @@ def verify(
     original = None if source is None else opened(model_directory(source))
     progress("files", 0.0)
     notes: list[str] = []
-    problems = [*guard(check_files, directory), *guard(unlisted_problems, directory, notes)]
+    problems = [
+        *collect_problems(check_files, directory),
+        *collect_problems(unlisted_problems, directory, notes),
+    ]
     progress("files", 1.0)
-    problems += guard(
+    problems += collect_problems(
         partial(
             contents,
             directory,
@@ -170,17 +173,19 @@ def _contents(
     original = None if source is None else _divided(source, config, directory)
     layout = recorded_layout(directory, config, record)
     ranks = open_ranks(directory, layout.target, layout.tp)
-    problems = structure_problems(layout, ranks) + guard(_config_problems, directory, source)
+    problems = structure_problems(layout, ranks) + collect_problems(
+        _config_problems, directory, source
+    )
     if problems:
         return problems
-    problems += guard(description_problems, directory, layout, ranks)
+    problems += collect_problems(description_problems, directory, layout, ranks)
     model = SparseModel(directory, layout, ranks, workers)
     subject = Subject(directory, model, record, original, checked)
     for index in range(config.num_layers):
-        problems += guard(_block_problems, subject, index)
+        problems += collect_problems(_block_problems, subject, index)
         progress("tensors", (index + 1) / (config.num_layers + 1))
     for name in stored_floats(model):
-        problems += guard(float_problems, model, original, name, checked)
+        problems += collect_problems(float_problems, model, original, name, checked)
     progress("tensors", 1.0)
     return problems
 
@@ -203,7 +208,7 @@ def _block_problems(subject: Subject, index: int) -> Iterator[str]:
     layout = subject.model.layout
     proof = Proof(subject.directory, layout, index)
     for group in compressed_groups(layout, index):
-        yield from guard(_group_problems, subject, proof, index, group)
+        yield from collect_problems(_group_problems, subject, proof, index, group)
 
 
 def _group_problems(

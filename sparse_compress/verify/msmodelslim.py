@@ -17,7 +17,7 @@ from ms_quant.progress import StepProgress
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.ranks.summary import COMMAND
-from sparse_compress.verify.check_collector import guard
+from sparse_compress.verify.check_collector import collect_problems
 from sparse_compress.verify.floats import Counts, count
 
 PROOF = "proof"  # only ``run`` makes one
@@ -42,12 +42,12 @@ def slim_problems(
 ) -> list[str]:
     """What is wrong with a directory's tensors, one line each; counts what was looked at."""
     slim = ModelSlimDirectory(directory)
-    problems = [] if source is None else guard(_structure_problems, slim, source)
+    problems = [] if source is None else collect_problems(_structure_problems, slim, source)
     if problems:
         return problems
     names = slim.restored_plans()
     for done, name in enumerate(names, 1):
-        problems += guard(_tensor_problems, slim, source, name, checked, workers)
+        problems += collect_problems(_tensor_problems, slim, source, name, checked, workers)
         progress("tensors", done / len(names))
     if source is not None:
         for name in sorted(filter(is_read, {*slim.companions(), *source.companions()})):

@@ -21,7 +21,7 @@ from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.msmodelslim.reshard import SlimModel
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.tensors import description_problems, open_ranks, structure_problems
-from sparse_compress.verify.check_collector import guard
+from sparse_compress.verify.check_collector import collect_problems
 from sparse_compress.verify.floats import Counts, count, float_problems, stored_floats
 
 
@@ -40,21 +40,23 @@ def divided_problems(
     if record.get("tp") != layout.tp:
         raise BadFileError(f"{directory}: has {layout.tp} ranks, expected {record.get('tp')!r:.80}")
     ranks = open_ranks(directory, target, layout.tp)
-    problems = structure_problems(layout, ranks) + guard(config_problems, directory, FLOAT16)
+    problems = structure_problems(layout, ranks) + collect_problems(
+        config_problems, directory, FLOAT16
+    )
     if problems:
         return problems
-    problems += guard(description_problems, directory, layout, ranks)
+    problems += collect_problems(description_problems, directory, layout, ranks)
     model = SparseModel(directory, layout, ranks, workers)
     for index, group, fused in layout.linears():
         if fused in layout.compressed:
-            problems += guard(_group_problems, model, source, index, group, checked)
+            problems += collect_problems(_group_problems, model, source, index, group, checked)
         elif source is not None and source.quantized(f"{block_prefix(index)}{group.members[0]}"):
             problems.append(f"{directory}: {fused} is float, expected it compressed")
         progress("tensors", (index + 1) / (config.num_layers + 1))
     for name in stored_floats(model):
-        problems += guard(float_problems, model, source, name, checked)
+        problems += collect_problems(float_problems, model, source, name, checked)
     if source is not None:
-        problems += guard(source_problems, directory, source.slim.directory, FLOAT16)
+        problems += collect_problems(source_problems, directory, source.slim.directory, FLOAT16)
     progress("tensors", 1.0)
     return problems
 

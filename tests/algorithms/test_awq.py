@@ -175,7 +175,7 @@ def test_no_scaling_is_a_candidate():
         seen.append(next(iter(candidate.values())).smooth)
         return 0.0 if seen[-1] is None else 1.0
 
-    found = solve(replace(problem, loss=loss), Solution(), AwqOptions(clip=False))
+    found = solve(replace(problem, mse=loss), Solution(), AwqOptions(clip=False))
     assert found.smooth is None and found.note == {"loss": 0.0}
     assert len(seen) == 21 and sum(s is None for s in seen) == 1
     assert len({s.tobytes() for s in seen if s is not None}) == 20
@@ -187,7 +187,7 @@ def test_a_tie_goes_to_the_smaller_exponent():
     def loss(candidate) -> float:
         return float(next(iter(candidate.values())).smooth is None)
 
-    found = solve(replace(problem, loss=loss), Solution(), AwqOptions())
+    found = solve(replace(problem, mse=loss), Solution(), AwqOptions())
     assert found.note["exponent"] == 0.0
 
 
@@ -199,7 +199,7 @@ def test_nothing_is_scaled_where_there_is_no_place():
         calls.append(candidate)
         return 1.0
 
-    found = solve(replace(problem, smoothing=False, loss=loss), Solution(), AwqOptions())
+    found = solve(replace(problem, smoothing=False, mse=loss), Solution(), AwqOptions())
     assert found.smooth is None and len(calls) == 1
     assert set(found.clip) == {"v_proj"}
 
@@ -258,5 +258,5 @@ def test_rounding_after_it_sees_the_scaled_weights():
     errors = []
     for algorithm in ("minmax", "awq", "awq+gptq"):
         solution = get_algorithms(algorithm, problem.scheme, {}).solve(problem)
-        errors.append(problem.loss(apply(problem, solution)))
+        errors.append(problem.mse(apply(problem, solution)))
     assert errors[0] > errors[1] > errors[2]

@@ -88,7 +88,7 @@ def slow_clip(weight: np.ndarray, inputs: np.ndarray) -> np.ndarray:
 def test_chooses_what_brute_force_chooses(seed, outlier):
     problem = make_problem(seed=seed, outlier=outlier)
     vectors = [None] + [slow_smooth(problem, alpha) for alpha in GRID]
-    losses = [problem.loss(candidate(problem, vector)) for vector in vectors]
+    losses = [problem.mse(candidate(problem, vector)) for vector in vectors]
     best = int(np.argmin(losses))
     gap = sorted(losses)[1] / losses[best]
     assert gap > 1 + 1e-5, "two candidates are too close for the oracle to tell"
@@ -106,8 +106,8 @@ def test_chooses_what_brute_force_chooses(seed, outlier):
         name: slow_clip(weight * smooth, problem.stats.rows / smooth)
         for name, weight in problem.weights.items()
     }
-    clipped_loss = problem.loss(candidate(problem, solution.smooth, clip))
-    plain_loss = problem.loss(deployed)
+    clipped_loss = problem.mse(candidate(problem, solution.smooth, clip))
+    plain_loss = problem.mse(deployed)
     if clipped_loss <= plain_loss:
         for name in problem.weights:
             np.testing.assert_array_equal(solution.clip[name], clip[name])
@@ -180,8 +180,8 @@ def test_clipping_is_kept_if_the_blocks_error_does_not_grow(clipped_loss, kept):
 def test_never_worse_than_minmax_by_its_own_measure(seed):
     problem = make_problem(seed=seed, outlier=[1.0, 1e-3, 300.0][seed % 3])
     minmax = get_algorithms("minmax", problem.scheme).solve(problem)
-    found = problem.loss(apply(problem, solve(problem, Solution())))
-    assert found <= problem.loss(apply(problem, minmax))
+    found = problem.mse(apply(problem, solve(problem, Solution())))
+    assert found <= problem.mse(apply(problem, minmax))
 
 
 def test_dead_channels_and_columns():
@@ -194,7 +194,7 @@ def test_dead_channels_and_columns():
     stats = ActivationStats(12, len(x))
     stats.update(x)
     falling = iter(range(20, 0, -1))
-    problem = replace(problem, stats=stats, loss=lambda linears: float(next(falling)))
+    problem = replace(problem, stats=stats, mse=lambda linears: float(next(falling)))
     smoothed = solve(problem, Solution()).smooth
     assert smoothed is not None
     assert smoothed[2] == smoothed[7] == 1

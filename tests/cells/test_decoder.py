@@ -161,7 +161,7 @@ def test_softmax_and_swap_gradients_match_mindspore(hidden):
     x = ms.Tensor(hidden.reshape(2, LENGTH, 6, 4))
     weight = ms.Tensor(np.random.default_rng(2).normal(size=x.shape).astype(np.float32))
     swapped = ms.Tensor(weight.asnumpy().transpose(0, 2, 1, 3).copy())
-    softmax, swap = layers.Softmax(), layers.SwapHeads()
+    softmax, swap = layers.Softmax(), layers.TransposeHeads()
     found = ms.grad(lambda x: (softmax(x) * weight).sum())(x).asnumpy()
     expected = ms.grad(lambda x: (ms.ops.softmax(x, -1) * weight).sum())(x).asnumpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

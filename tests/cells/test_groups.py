@@ -303,7 +303,7 @@ def test_a_search_finds_what_it_finds_for_a_checkpoint(host, group, algorithm):
         biases={},
         stats=observed[paths[0]].stats,
         dtype=np.dtype(np.float32),
-        loss=errors.loss,
+        mse=errors.mse,
         relative_mse=errors.relative_mse,
         scores=frozenset(path for path, linear in group.linears.items() if linear.scores),
     )

@@ -26,7 +26,7 @@ from sparse_compress.rate.search import (
     at_price,
     measuring_directory,
     measuring_job,
-    next_damage,
+    next_relative_mse,
     read_tries,
     remove_job,
     remove_measured,
@@ -61,10 +61,10 @@ FUNCTIONS: dict[str, Increase] = {
 
 
 def tries_of(increase: Increase, first: float, most: int) -> list[tuple[float, float]]:
-    """The tries that ``next_damage`` leads to."""
+    """The tries that ``next_relative_mse`` leads to."""
     points = [(first, increase(first))]
     while len(points) < most and not CLOSE * BUDGET <= points[-1][1] <= BUDGET:
-        relative_mse = next_damage(points, BUDGET)
+        relative_mse = next_relative_mse(points, BUDGET)
         points.append((relative_mse, increase(relative_mse)))
     return points
 
@@ -122,7 +122,7 @@ def test_a_step_is_narrowed_down() -> None:
     ],
 )
 def test_any_points_lead_to_a_positive_damage(points: list[tuple[float, float]]) -> None:
-    assert 0.1 / FARTHEST <= next_damage(points, BUDGET) <= 0.2 * FARTHEST
+    assert 0.1 / FARTHEST <= next_relative_mse(points, BUDGET) <= 0.2 * FARTHEST
 
 
 class World:

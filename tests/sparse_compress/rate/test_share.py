@@ -20,8 +20,8 @@ from sparse_compress.rate.share import (
     Prediction,
     local_prices,
     predict,
-    price_for_damage,
     price_for_ratio,
+    price_for_relative_mse,
 )
 
 
@@ -100,7 +100,7 @@ def test_a_prediction_is_what_the_curves_say(price: float) -> None:
 
 @pytest.mark.parametrize("price", WITHIN)
 def test_a_bit_saved_costs_its_price(price: float) -> None:
-    """The price is the slope: damage for a bit per weight of the whole model."""
+    """The price is the slope: relative MSE for a bit per weight of the whole model."""
     step = 1e-4
     before, after = predict(CURVES, price * (1 - step)), predict(CURVES, price * (1 + step))
     slope = (after.relative_mse - before.relative_mse) / (8 * (before.ratio - after.ratio))
@@ -116,7 +116,7 @@ def test_the_price_for_a_ratio_reaches_it(ratio: float) -> None:
     assert price == float(f"{price:.6g}")
 
 
-def test_a_ratio_that_asks_for_nothing_has_the_least_damage() -> None:
+def test_a_ratio_that_asks_for_nothing_has_the_least_relative_mse() -> None:
     price = price_for_ratio(CURVES, 0.99)
     assert predict(CURVES, price).relative_mse == predict(CURVES, 0.0).relative_mse
     assert set(local_prices(CURVES, price).values()) == {PRICES[0]}
@@ -147,15 +147,15 @@ def test_an_unreachable_ratio_is_refused_with_the_smallest_one() -> None:
 
 
 @pytest.mark.parametrize("relative_mse", [0.005, 0.02, 0.1])
-def test_the_price_for_a_damage_leads_there(relative_mse: float) -> None:
-    price = price_for_damage(CURVES, relative_mse)
+def test_the_price_for_a_relative_mse_leads_there(relative_mse: float) -> None:
+    price = price_for_relative_mse(CURVES, relative_mse)
     assert predict(CURVES, price).relative_mse == pytest.approx(relative_mse, rel=1e-5)
 
 
-def test_the_price_for_a_damage_that_no_price_leads_to_is_the_nearest() -> None:
+def test_the_price_for_a_relative_mse_that_no_price_leads_to_is_the_nearest() -> None:
     least, most = predict(CURVES, 0.0).relative_mse, predict(CURVES, 1e9).relative_mse
-    assert predict(CURVES, price_for_damage(CURVES, least / 10)).relative_mse == least
-    assert predict(CURVES, price_for_damage(CURVES, most * 10)).relative_mse == most
+    assert predict(CURVES, price_for_relative_mse(CURVES, least / 10)).relative_mse == least
+    assert predict(CURVES, price_for_relative_mse(CURVES, most * 10)).relative_mse == most
 
 
 def test_one_linear_only() -> None:
