@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.timestep import (
     STRATEGIES,
     TimestepManager,
@@ -140,7 +140,7 @@ def test_a_thread_begins_unset_and_is_held_to_the_count():
     thread = threading.Thread(target=contextvars.Context().run, args=(work,))
     thread.start()
     thread.join()
-    assert seen == [None, MsQuantError]
+    assert seen == [None, BadArgumentError]
 
 
 def test_tasks_do_not_see_each_others_index():
@@ -262,10 +262,10 @@ def test_refused_registrations_change_nothing(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((None,), MsQuantError, r"step: None \(NoneType\), expected an int of at least 0$"),
-        ((True,), MsQuantError, r"step: True \(bool\), expected an int of at least 0$"),
-        ((1.0,), MsQuantError, r"step: 1.0 \(float\), expected an int of at least 0$"),
-        ((-1,), MsQuantError, r"step: -1 \(int\), expected an int of at least 0$"),
+        ((None,), BadArgumentError, r"step: None \(NoneType\), expected an int of at least 0$"),
+        ((True,), BadArgumentError, r"step: True \(bool\), expected an int of at least 0$"),
+        ((1.0,), BadArgumentError, r"step: 1.0 \(float\), expected an int of at least 0$"),
+        ((-1,), BadArgumentError, r"step: -1 \(int\), expected an int of at least 0$"),
         ((0, "linear"), ValueError, r"target: 'linear', expected one of w8a8_.*, w4a4_linear, fa$"),
         ((0, 0), TypeError, r"target: 0 \(int\), expected a str$"),
     ],

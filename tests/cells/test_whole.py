@@ -403,7 +403,8 @@ def test_a_refusal_after_calibration_names_the_file_that_holds_it(tmp_path: Path
 
 def test_the_documents_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[2] / "docs" / "networks.md"
-    parts = page.read_text().split("```python\n")[1:]
+    networks, _, _ = page.read_text().partition("## A decoder from a checkpoint")
+    parts = networks.split("```python\n")[1:]
     code = "".join(part.partition("```")[0] for part in parts)
     monkeypatch.chdir(tmp_path)
     made: list[nn.Cell] = []
