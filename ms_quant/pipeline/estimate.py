@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
-from ms_quant.data.calibration import reading_bytes
 from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
 from ms_quant.models.attention import QUERIES
@@ -62,6 +61,8 @@ def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
             memory += FACTOR_COPIES * 8 * max(map(max, sizes)) ** 2
         options = checked.options
         assert options.calib is not None
+        from ms_quant.data.calibration import reading_bytes
+
         memory = max(memory, IMPORT_BYTES + reading_bytes(options.calib, options.model))
     return {
         "output": str(output),

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ms_quant import __version__
-from ms_quant.data.calibration import few_tokens, load_tokens
 from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
@@ -366,6 +365,8 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
             f"{what} needs calibration data, expected --calib FILE (text, JSON records, .parquet "
             "or .npz)"
         )
+    from ms_quant.data.calibration import load_tokens  # whose libraries data-free jobs do without
+
     return load_tokens(options.calib, options.model, *options.windows)
 
 
@@ -374,6 +375,8 @@ def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
     notes, (count, length) = [], tokens.shape
     if count < options.windows.samples:
         notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
+    from ms_quant.data.calibration import few_tokens
+
     if poor := few_tokens(tokens):
         notes.append(f"{options.calib}: {poor}")
     return notes

@@ -24,7 +24,7 @@ Options = dict[str, Annotated[Any, AfterValidator(_scalar)]]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
 
 class _Step(_Strict):
