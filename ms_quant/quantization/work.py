@@ -82,6 +82,8 @@ class BlockWork:
         see = partial(observe, block, at, wanted=kept, shape=self._shape)
         following = self._following(index)
         seen = see(hidden=self._hidden(index), following=following.append if following else _drop)
+        if following:
+            following.commit()  # dividing changes no output
         if plan.dtype.name == "float16":
             divided = seen.ranges.divisions(self.config)
             if divided:
@@ -90,8 +92,6 @@ class BlockWork:
                 seen = see(hidden=self._hidden(index))
                 seen.divided = divided
             seen.ranges.check_float16()
-        if following:
-            following.commit()
         return seen
 
     def finish(self, index: int, observations: Observations | None) -> None:
