@@ -19,6 +19,7 @@ from ms_quant.cells.same_input import Groups, SharedInputs, stated_groups
 from ms_quant.cells.sites import Show, Site, sites
 from ms_quant.cells.tree import is_linear, replaced
 from ms_quant.errors import BadArgumentError
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
@@ -57,7 +58,7 @@ def calibrate(
     network: nn.Cell,
     data: Iterable,
     *,
-    algorithm: str = PLAIN,
+    algorithm: str = DEFAULTS.algorithm,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     groups: Groups | None = None,
@@ -81,8 +82,10 @@ def calibrate(
 
     Returns:
         Observations, which ``ms_quant.quantize(network, ..., calibration=observations)`` takes in
-        place of data. Printed, it is a table: which linears read one input, how many tokens, the
-        smallest and largest value, and how much larger the largest channel is than the median one.
+        place of data. Those of several parts of the data can be merged, and kept in files
+        (:class:`ms_quant.Observations`). Printed, it is a table: which linears read one input, how
+        many tokens, the smallest and largest value, and how much larger the largest channel is than
+        the median one.
 
     Raises:
         MsQuantError: `network` holds no linear, a pattern matches nothing, an algorithm is unknown,
