@@ -1,8 +1,9 @@
 """What calibration has seen of a network: mergeable over parts of the data, and kept in a file.
 
-Beside the statistics of its groups, which are those of :mod:`ms_quant.statistics.observations`,
-it has calls of blocks: what those of a checkpoint are called with are hidden states alone, what
-Cells are called with is anything.
+The statistics of groups are those of :mod:`ms_quant.statistics.observations`, by the same code.
+The record is another one: that is of one block, whose windows are hidden states in one array; this
+is of a whole network, whose groups are found only while it is called, and whose blocks are called
+with anything.
 """
 
 from __future__ import annotations
@@ -108,11 +109,10 @@ class Observations:
         """What calibration with this data and then other data would have seen.
 
         Ranges, histograms and groups are the same, bit for bit: linears that read one input in
-        one part of the data and not in the other are told apart. Sums, which are added in another
-        order, may differ in their last bits (:meth:`ActivationStats.followed_by
-        <ms_quant.statistics.observers.ActivationStats.followed_by>` has the bound). As many tokens
-        and calls of blocks are kept as of all data together, evenly spread: the same ones where
-        both parts have them, else those nearest to them.
+        one part of the data and not in the other are told apart. Sums are added in another order:
+        either way one of n terms is within n * 2^-53 (products of channels n * 2^-24) of the sum of
+        their magnitudes. As many tokens and calls of blocks are kept as of all data together,
+        evenly spread: the same ones where the parts have them, else those nearest to them.
 
         Args:
             other (Observations): of the same linears of the same network, with the same
@@ -295,9 +295,10 @@ def _groups(
                 f"groups: block {short(block)} of {paths[0]} has no calls or is not around it, "
                 "expected one with calls, or none"
             )
-        if paths[0] not in stats:
-            raise BadFileError(f"groups: {paths[0]} has no statistics, expected some")
-        found.append(GroupObservation(tuple(paths), stats[paths[0]], block))
+        seen_by = stats.get(paths[0])
+        if seen_by is None or seen_by.total_tokens is None or seen_by.start:
+            raise BadFileError(f"groups: {paths[0]} has no statistics of all tokens, expected some")
+        found.append(GroupObservation(tuple(paths), seen_by, block))
     return tuple(found)
 
 

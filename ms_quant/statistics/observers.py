@@ -183,6 +183,8 @@ class ActivationStats:
         ends, size = bool(self.tokens), (self.channels,)
         self.low = array(arrays, "low", np.float32, size, finite=ends)
         self.high = array(arrays, "high", np.float32, size, finite=ends)
+        if ends and (self.low > self.high).any():
+            raise BadFileError("low: is above high, expected at most that")
         self.sum_squares = array(arrays, "sum_squares", np.float64, size)
         self.sum_abs = array(arrays, "sum_abs", np.float64, size)
         if "products" in arrays:

@@ -16,7 +16,7 @@ KINDS = {
     dict: "an object",
     list: "a list",
 }
-LARGEST = 1 << 62
+LARGEST = 1 << 53
 
 
 def fact(
@@ -58,7 +58,7 @@ def array(
         name: its name.
         dtype: its type.
         shape: its sizes; None for any.
-        finite: whether inf and NaN are refused.
+        finite: whether inf is refused as NaN is.
         below: its values are from 0 to below this; None for any.
 
     Raises:
@@ -74,7 +74,7 @@ def array(
         raise BadFileError(
             f"{name}: is {found.dtype} {list(found.shape)}, expected {np.dtype(dtype)} {wanted}"
         )
-    if finite and not np.isfinite(found).all():
+    if np.isnan(found).any() or (finite and not np.isfinite(found).all()):
         raise BadFileError(f"{name}: holds NaN or inf, expected numbers")
     if below is not None and found.size and not 0 <= found.min() <= found.max() < below:
         raise BadFileError(
