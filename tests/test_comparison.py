@@ -22,6 +22,7 @@ from ms_quant.cli.main import app
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation import comparison
+from ms_quant.evaluation.comparable import require_one_tokenizer
 from ms_quant.evaluation.comparison import Comparison, paired_difference
 from ms_quant.evaluation.perplexity import Measurement, Perplexity, measure
 
@@ -274,6 +275,9 @@ def test_added_tokens_that_the_text_does_not_hold_are_no_other_vocabulary(
     found = ms_quant.compare(quantized, other, calib_text, seq_len=16, windows=3)
     assert found.as_json() == expected.as_json()
     (other / "tokenizer.json").unlink()  # then the sizes alone are compared
+    tokens = eval_windows(calib_text, quantized, 16, 3)
+    said = require_one_tokenizer(quantized, other, calib_text, tokens, 3)
+    assert said == f"{other}: has no tokenizer to compare with that of the other model"
     found = ms_quant.compare(quantized, other, calib_text, seq_len=16, windows=3)
     assert found.as_json() == expected.as_json()
 
