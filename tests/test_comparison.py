@@ -360,5 +360,16 @@ def test_what_the_command_refuses(
             evaluate(quantized, "--text", calib_text, "--seq-len", 16, "--against", against)
 
 
+def test_an_overflow_of_the_other_names_it(
+    models: tuple[Path, Path], tiny_model: Callable[..., Path], calib_text: Path
+):
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"][:] = 1e38
+
+    other = tiny_model("other", dtype="float32", change=change)
+    with pytest.raises(MsQuantError, match=r"^--against \S+other: model\.layers\.0: output: "):
+        evaluate(models[0], "--text", calib_text, "--seq-len", 16, "--against", other)
+
+
 def as_classifier(tensors: dict[str, np.ndarray]) -> None:
     tensors["score.weight"] = tensors.pop("lm_head.weight")[:2]

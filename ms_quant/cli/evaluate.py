@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from ms_quant.cli.console import (
     note,
     show_fields,
 )
-from ms_quant.errors import BadArgumentError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.pipeline.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def evaluate(
 ) -> None:
     """Perplexity of a float or quantized checkpoint."""
     from ms_quant.data.calibration import eval_windows
-    from ms_quant.evaluation.perplexity import measure
     from ms_quant.formats.inspection import cache_name
 
     if against is not None and kv_cache is None and not float16:
@@ -61,20 +61,7 @@ def evaluate(
     tokens = eval_windows(text, checkpoint, seq_len, windows)
     if against is not None and other is not None:
         _require_comparable((model, other), (checkpoint, against), text, tokens, windows)
-    layers, problems = model.config.num_layers, []
-    with block_progress("evaluating", layers) as progress:
-        found = {"": measure(model, tokens, progress, kv_cache=kv_cache)}
-    if model.phased:
-        with block_progress("evaluating decode", layers) as progress:
-            found["_decode"] = measure(model, tokens, progress, decode=True, kv_cache=kv_cache)
-    if float16:
-        from ms_quant.evaluation.float16_forward import Float16OverflowError
-
-        try:
-            with block_progress("evaluating float16", layers) as progress:
-                found["_float16"] = measure(model, tokens, progress, float16=True)
-        except Float16OverflowError as error:
-            problems.append(str(error))
+    found, problems = _measured(model, tokens, kv_cache, float16)
     result = {
         "checkpoint": str(checkpoint),
         "format": model.format,
@@ -88,9 +75,45 @@ def evaluate(
         result["float16_overflow"] = problems[0]
     if other is not None:
         result |= {"against": str(against), "against_format": other.format}
-        result |= _differences(found, other)
+        with _naming(f"--against {against}"):
+            result |= _differences(found, other)
     emit(result, as_json, _show)
     exit_if_problems(problems)
+
+
+def _measured(
+    model: ServedModel, tokens: np.ndarray, kv_cache: str | None, float16: bool
+) -> tuple[dict[str, Measurement], list[str]]:
+    """The losses of each way to compute a checkpoint, by what its keys in the result end with.
+
+    Second, where its activations do not fit float16, if they do not.
+    """
+    from ms_quant.evaluation.perplexity import measure
+
+    layers = model.config.num_layers
+    with block_progress("evaluating", layers) as progress:
+        found = {"": measure(model, tokens, progress, kv_cache=kv_cache)}
+    if model.phased:
+        with block_progress("evaluating decode", layers) as progress:
+            found["_decode"] = measure(model, tokens, progress, decode=True, kv_cache=kv_cache)
+    if float16:
+        from ms_quant.evaluation.float16_forward import Float16OverflowError
+
+        try:
+            with block_progress("evaluating float16", layers) as progress:
+                found["_float16"] = measure(model, tokens, progress, float16=True)
+        except Float16OverflowError as error:
+            return found, [str(error)]
+    return found, []
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Says of which of two checkpoints an error is."""
+    try:
+        yield
+    except MsQuantError as error:
+        raise type(error)(f"{place}: {error}") from None
 
 
 def _opened(checkpoint: Path) -> ServedModel:
@@ -123,14 +146,14 @@ def _require_comparable(
     require_same_text(*models, tokens.shape[1], names)
     unknown = require_one_tokenizer(*places, text, tokens, windows)
     if unknown:
-        note(f"note: {unknown}; only the sizes of their vocabularies were")
+        note(f"note: {unknown}, so only the sizes of their vocabularies were compared")
 
 
 def _differences(found: Mapping[str, Measurement], other: ServedModel) -> dict[str, Any]:
     """How each way to compute a checkpoint compares with another checkpoint in float32.
 
     Args:
-        found: the losses of each way, by what its keys in the result end with.
+        found: the losses of each way, as ``_measured`` returns them.
         other: the other checkpoint.
     """
     from ms_quant.evaluation.comparison import Comparison
