@@ -48,9 +48,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     part: tuple[str, str] | None = None
     source: str = ""
-    make: Callable[[TensorPlan, Any], Array] | None = field(
-        default=None, compare=False, repr=False
-    )
+    make: Callable[[TensorPlan, Any], Array] | None = field(default=None, compare=False, repr=False)
 
     @property
     def bytes(self) -> int:
