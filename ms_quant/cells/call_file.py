@@ -49,7 +49,7 @@ def stated_calls(store: CallStore, name: str, what: str) -> tuple[list[Any], lis
                 "file holds, expected tensors, arrays, numbers and strings"
             )
         plan = TensorPlan(
-            f"{name}.{len(plans)}", value.dtype, value.shape, make=lambda _: store.array(value)
+            f"{name}.{len(plans)}", value.dtype, value.shape, make=lambda *_: store.array(value)
         )
         plans.append(plan)
         return {"tensor" if value.is_tensor else "array": len(plans) - 1}

@@ -53,16 +53,11 @@ def write_observations(
     free_space_check(path.parent, sum(plan.bytes for plan in plans))
     path.parent.mkdir(parents=True, exist_ok=True)
     said = {"version": VERSION, **facts, "stats": stats_facts(stats), "block_calls": calls}
-    write_file(path, plans, _value, {KEY: json.dumps(said, allow_nan=False)})
+    write_file(path, plans, lambda plan: plan.value(None), {KEY: json.dumps(said, allow_nan=False)})
 
 
 def _plan(name: str, array: np.ndarray) -> TensorPlan:
-    return TensorPlan(name, array.dtype, array.shape, make=lambda _: array)
-
-
-def _value(plan: TensorPlan) -> Any:
-    assert plan.make is not None
-    return plan.make(None)
+    return TensorPlan(name, array.dtype, array.shape, make=lambda *_: array)
 
 
 def read_observations(
