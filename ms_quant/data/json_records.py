@@ -18,6 +18,7 @@ MAX_RECORD_CHARS = 8 << 20
 LIST_KEYS = ("data", "train", "rows", "records", "examples", "samples", "instances", "items")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEGUN = re.compile(r"""\{\s*["']|\[\s*'|\[\s*\{\s*["']""")
+WHITE = " \t\r\n"
 _NEAR = 20  # characters; an error this close to the end of what was read may be its end
 _JUDGED = ("{", "[", '"')
 
@@ -58,7 +59,7 @@ class JsonReader:
         self.path = path
         self.parts = open_text(path)
         self.text, self.at = "", 0
-        self.line, self.passed = 1, 0
+        self.line, self.line_start, self.passed = 1, 0, 0
         self.decoder = json.JSONDecoder(object_pairs_hook=without_duplicates)
 
     @property
@@ -118,14 +119,34 @@ class JsonReader:
         held = len(self.text) - self.at
         if cut and held > MAX_RECORD_CHARS:
             raise _too_long(where)
-        line = self.line + self.text.count("\n", self.at, error.pos)
-        column = error.pos - max(self.at - 1, self.text.rfind("\n", self.at, error.pos))
-        place = f"character {column}" if line == self.line else f"line {line}, character {column}"
+        reason, at = self._reason(error)
+        place = self._place(at, where)
         if not cut or not self._more(min(held, MAX_RECORD_CHARS + 1 - held)):
-            raise NotJsonError(f"{where} is not valid JSON ({error.msg}: {place})") from None
+            raise NotJsonError(f"{where} is not valid JSON ({reason}: {place})") from None
+
+    def _reason(self, error: json.JSONDecodeError) -> tuple[str, int]:
+        """What is wrong with a value, and where in the text that is held."""
+        before = self.text[self.at : error.pos].rstrip(WHITE)
+        found = self.text[error.pos :].lstrip(WHITE)[:1]
+        if error.pos == self.at and found == ",":
+            return "a comma between records, expected them without, or in one list [...]", error.pos
+        if before.endswith(",") and found and found in "}]":
+            return f"a comma before {found}", self.at + len(before) - 1
+        return error.msg, error.pos
+
+    def _place(self, at: int, where: str) -> str:
+        """Line and character of the text that is held; without the line where `where` has it."""
+        line = self.line + self.text.count("\n", self.at, at)
+        start = self.text.rfind("\n", self.at, at) + 1
+        column = self.passed + at - self.line_start if not start else at - start
+        place = f"character {column + 1}"
+        return place if where.endswith(f": line {line}") else f"line {line}, {place}"
 
     def _advance(self, end: int) -> None:
-        self.line += self.text.count("\n", self.at, end)
+        newlines = self.text.count("\n", self.at, end)
+        if newlines:
+            self.line += newlines
+            self.line_start = self.passed + self.text.rfind("\n", self.at, end) + 1
         self.at = end
 
     def _more(self, least: int = 1) -> bool:
@@ -265,6 +286,11 @@ def _elements(reader: JsonReader) -> Iterator[Value]:
             found = repr(char) if char else "the end of the file"
             raise BadFileError(
                 f"{where} is not followed by , or ] but by {found} (line {line}), expected JSON"
+            )
+        line = reader.line
+        if reader.peek() == "]":
+            raise NotJsonError(
+                f"{where} is the last, expected no comma after it (line {line}) but ] alone"
             )
 
 

@@ -18,6 +18,7 @@ from ms_quant.data.tokenizer_files import (
 )
 from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
+from ms_quant.models.spellings import canonical
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def load_tokenizer(directory: Path | str) -> ModelTokenizer:
 def model_vocab_size(directory: Path) -> int | None:
     """``vocab_size`` of a model directory's ``config.json``, if it has one."""
     path = directory / "config.json"
-    value = read_json(path).get("vocab_size") if path.is_file() else None
+    value = canonical(read_json(path)).get("vocab_size") if path.is_file() else None
     return value if type(value) is int and value > 0 else None
 
 
