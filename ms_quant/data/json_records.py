@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -169,7 +170,9 @@ def _too_long(where: str) -> TooLongError:
     )
 
 
-def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
+def read_values(
+    path: Path, keys: Collection[str], unused: Counter[str] | None = None
+) -> Iterator[Value]:
     """The records of a file, in order.
 
     They stand one after the other, are the elements of one list, or of one list inside an object.
@@ -177,11 +180,13 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
     Args:
         path (Path): the file.
         keys (Collection[str]): an object with any of them is a record itself.
+        unused (Counter, optional): gets what stands in an object beside its list. Default:
+            ``None``, nobody asks.
 
     Raises:
         MsQuantError: the file is not JSON of such a kind.
     """
-    reader = JsonReader(path)
+    reader, unused = JsonReader(path), Counter() if unused is None else unused
     if reader.peek() == "[" and _is_list_of_records(path):
         yield from _elements(reader)
         if reader.peek():
@@ -196,7 +201,7 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
         except TooLongError:
             if not first:
                 raise
-            yield from _members(JsonReader(path), keys)
+            yield from _members(JsonReader(path), keys, unused)
             return
         first = False
         inner = _inner_list(found, keys)
@@ -204,6 +209,7 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
             yield found
             continue
         key, values = inner
+        unused.update(f"{k} beside the list" for k, v in found.value.items() if k != key and v)
         share = found.length // max(1, len(values))
         for number, value in enumerate(values):
             where = f"{found.where}, {key}, record {number + 1}"
@@ -249,7 +255,7 @@ def _is_list_of_records(path: Path) -> bool:
     return not is_message(reader.value(f"{path}: record 1").value)
 
 
-def _members(reader: JsonReader, keys: Collection[str]) -> Iterator[Value]:
+def _members(reader: JsonReader, keys: Collection[str], unused: Counter[str]) -> Iterator[Value]:
     """The elements of the list of an object that is the whole file, and too long for one value.
 
     Raises:
@@ -265,7 +271,8 @@ def _members(reader: JsonReader, keys: Collection[str]) -> Iterator[Value]:
             lists += 1
             yield from _elements(reader)
         else:
-            reader.value(f"{where}, {name!r:.40}")
+            value = reader.value(f"{where}, {name!r:.40}").value
+            unused.update([f"{name} beside the list"] if value else [])
         char = reader.take()
     if char != "}" or lists != 1 or reader.peek():
         raise _too_long(where)

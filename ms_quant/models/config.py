@@ -105,6 +105,12 @@ class ModelConfig:
         original = self.rope["original_max_position_embeddings"]
         return max(self.max_position, int(original * self.rope["factor"]))
 
+    def beyond(self, positions: int) -> str | None:
+        """A sentence where a text has more positions than the model was made for."""
+        if positions <= self.longest:
+            return None
+        return f"the model was made for {self.longest} positions (max_position_embeddings)"
+
     @property
     def has_head(self) -> bool:
         """Whether there is a head of its own, ``lm_head.weight``."""
