@@ -173,7 +173,9 @@ def test_refusals(record: Any, message: str) -> None:
 
 def test_records_are_counted(tmp_path: Path, model: Path) -> None:
     path, notes = tmp_path / "x.jsonl", []
-    records = [{"text": f"w1 w{i % 7} w2", "id": i, **({"url": "u"} if i % 2 else {})} for i in range(1200)]
+    records = [
+        {"text": f"w1 w{i % 7} w2", "id": i, **({"url": "u"} if i % 2 else {})} for i in range(1200)
+    ]
     path.write_text("\r\n\n".join(map(json.dumps, records)))
     said = f"{path}: keys that are not used, and in how many records: id (1,200), url (600)"
     load_tokens(path, model, 2, 4, 0, notes.append)

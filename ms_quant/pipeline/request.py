@@ -382,7 +382,7 @@ def _data_notes(options: QuantizeOptions, plan: Plan, tokens: np.ndarray) -> lis
     if not plan.needs_calibration:
         notes.append(
             f"{options.calib}: scheme {plan.scheme_name} with {plan.algorithm} is not calibrated; "
-            "the data only check that the activations fit float16"
+            "the data only show whether float16 holds the activations"
         )
     if beyond := plan.config.beyond(length):
         notes.append(f"{options.model}: {beyond}, the windows of {options.calib} have {length}")
