@@ -76,6 +76,7 @@ def test_values_spelled_in_another_way_are_the_same_model(changes: dict[str, Any
     [
         ({"torch_dtype": "torch.bfloat16", "dtype": "float16"}, "'bfloat16' and|'float16' and"),
         ({"torch_dtype": "torch.int8"}, "'int8' is not supported"),
+        ({"torch_dtype": ""}, "'' is not supported"),
         ({"quantization_config": {"bits": 4}}, "quant_method None"),
         ({"hidden_size": "64.0"}, "hidden_size is 64.0, expected a positive integer"),
         ({"hidden_size": "0x40"}, "hidden_size is '0x40', expected a positive integer"),

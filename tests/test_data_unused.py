@@ -72,6 +72,12 @@ def read(record: Any) -> tuple[Any, list[str]]:
         ({"question": "q", "answers": [{"text": "a", "score": 2}]}, "q\na", ["answers.score"]),
         ({"question": "q", "answers": [3]}, "q", ["answers"]),
         ({"question": "q", "context": ["c", "d"], "answer": "a"}, "q\nc\nd\na", []),
+        ({"kind": "NLI", "input": "q", "target": "a"}, "q\na", ["kind"]),  # Firefly
+        (  # of the hub's viewer, which cuts long texts
+            {"row_idx": 1, "row": {"text": "a"}, "truncated_cells": ["text"]},
+            "a",
+            ["truncated_cells beside row"],
+        ),
         # C-Eval
         ({"question": "q", "A": "1", "B": "2", "answer": "A"}, "q\nA", ["A", "B"]),
         # ModelScope, LLaMA-Factory, OpenOrca
@@ -187,6 +193,20 @@ def test_records_are_counted(tmp_path: Path, model: Path) -> None:
     path.write_text('{"text": "w1 w2"}')
     load_tokens(path, model, 1, 2, 0, notes.append)
     assert len(notes) == 3
+
+
+def test_keys_of_messages_that_the_template_passes_over(tmp_path: Path, model: Path) -> None:
+    """Templates skip what they do not know without an error."""
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %} {{ m.content }} {{ m.reasoning_content }}{% endfor %}"
+    )
+    path, notes = tmp_path / "x.jsonl", list[str]()
+    told = {"role": "assistant", "content": "w2", "reasoning_content": "w3", "loss": True}
+    user = {"role": "user", "content": "w1"}
+    path.write_text(json.dumps({"messages": [user, told], "tools": [{"name": "f"}]}))
+    load_tokens(path, model, 1, 3, 0, notes.append)
+    assert notes[0].endswith("records: messages[].loss (1), tools (1)")
+    (model / "chat_template.jinja").unlink()
 
 
 def test_columns_that_are_not_read_are_named(tmp_path: Path, model: Path) -> None:

@@ -195,6 +195,16 @@ class _Encoder:
             raise BadFileError(f"{where} holds half of a surrogate pair, expected text") from None
         return content
 
+    def passed_over(self, content: Content) -> set[str]:
+        """Keys of a conversation whose names its template does not have, and so does not write."""
+        if not isinstance(content, Conversation) or self.tokenizer is None:
+            return set()
+        found = {key for message in content.messages for key in message}
+        names = {key: f"messages[].{key}" for key in found - {"role", "content"}}
+        names |= {"tools": "tools"} if content.tools else {}
+        template = self.tokenizer.template(content.tools is not None) if names else ""
+        return {name for key, name in names.items() if key not in template}
+
     def check(self, ids: np.ndarray) -> np.ndarray:
         """The ids as int32.
 
@@ -293,4 +303,4 @@ def _open(path: Path, directory: Path) -> _Data:
         )
     tokenizer = None if holds_ids(read) else load_tokenizer(directory)
     encoder = _Encoder(path, directory, tokenizer)
-    return _Data(path, encoder, RecordSource(path, size, read, encoder.read))
+    return _Data(path, encoder, RecordSource(path, size, read, encoder.read, encoder.passed_over))

@@ -30,7 +30,7 @@ from ms_quant.errors import BadFileError
 
 CONTEXT_KEYS = ("input", "context")
 ANSWER_KEYS = ("answer", "completion", "response", "output")
-ELSE_ANSWER_KEYS = ("answers", "chosen")
+ELSE_ANSWER_KEYS = ("answers", "target", "chosen")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
 MOST_SHOWN = 8
@@ -93,9 +93,12 @@ def parse_record(value: Any, where: str, unused: Counter[str] | None = None) -> 
         value = _as_object(value, where)
     if not isinstance(value, dict):
         raise BadFileError(f"{where} is a JSON {json_type(value)}, expected an object or a string")
+    beside: set[str] = set()
     if "row_idx" in value and isinstance(value.get("row"), dict):
-        value = value["row"]
+        around, value = value, value["row"]
+        beside = {f"{k} beside row" for k in around.keys() - {"row", "row_idx"} if around[k]}
     record = Record(value, where)
+    record.parts_unused |= beside
     known = [kind for kind in KINDS for key in kind.keys if key in value]
     if not known:
         raise BadFileError(
@@ -310,8 +313,8 @@ KINDS = (
         ("instruction", "question", "query", "prompt", "input"),
         _question,
         "`system`, `system_prompt` or `system_message`, the turns of `history`, it, `input` or "
-        "`context`, and one of `answer`, `completion`, `response`, `output`, `answers`, `chosen`, "
-        "each on a line of its own; where one of them is messages, a conversation",
+        "`context`, and one of `answer`, `completion`, `response`, `output`, `answers`, `target`, "
+        "`chosen`, each on a line of its own; where one of them is messages, a conversation",
     ),
     RecordKind(("inputs_pretokenized",), _text, "running text (msModelSlim)"),
     RecordKind(("content",), _text, "running text"),
@@ -321,7 +324,10 @@ KINDS = (
     RecordKind(("chosen",), _preferred, "running text, or a conversation: the better of two"),
 )
 RECORD_KEYS = tuple(key for kind in KINDS for key in kind.keys)
-BESIDE = ("context", *ANSWER_KEYS, "answers", *SYSTEM_KEYS, "history", "tools", "attention_mask")
+BESIDE = (
+    *("context", *ANSWER_KEYS, "answers", "target", *SYSTEM_KEYS),
+    *("history", "tools", "attention_mask"),
+)
 COLUMNS = (*RECORD_KEYS, *BESIDE)
 
 

@@ -45,6 +45,7 @@ class RecordSource:
         size (int): its characters; 0 is not known.
         records (Reader): reads it from the beginning.
         render (Callable): what a record holds, and where it is, to a text or ids.
+        passed_over (Callable): keys of what a record holds that `render` does not write.
 
     Attributes:
         unused: how many of the records that were read last hold something under a key that is no
@@ -57,8 +58,10 @@ class RecordSource:
         size: int,
         records: Reader,
         render: Callable[[Content, str], str | np.ndarray],
+        passed_over: Callable[[Content], set[str]],
     ):
         self.path, self.records, self.render = path, records, render
+        self.passed_over = passed_over
         self.unused: Counter[str] = Counter()
         self.size = size or sum(value.length for value in records(Counter()))
 
@@ -69,6 +72,7 @@ class RecordSource:
             content = parse_record(value.value, value.where, unused)
             if content is None:
                 continue
+            unused.update(self.passed_over(content))
             if kind is not None and (kind is np.ndarray) != isinstance(content, np.ndarray):
                 raise BadFileError(
                     f"{value.where}: only some records are token ids, expected all or none"

@@ -71,6 +71,14 @@ class ModelTokenizer:
         """Ids of a text as a server sees it."""
         return np.concatenate([self.first_ids, self.encode(text)])
 
+    def template(self, tools: bool) -> str:
+        """The chat template of a conversation with tools or without, "" where there is none.
+
+        Raises:
+            MsQuantError: several have names, and none of them is the default.
+        """
+        return choose_template(self.templates, tools, self.directory) if self.templates else ""
+
     def render(
         self,
         messages: list[dict[str, Any]],
@@ -103,9 +111,8 @@ class ModelTokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = choose_template(self.templates, tools is not None, self.directory)
         try:
-            return render_template(template, names)
+            return render_template(self.template(tools is not None), names)
         except ValueError as error:
             raise BadFileError(f"{self.directory}: the chat template failed ({error})") from error
 

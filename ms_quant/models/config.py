@@ -365,7 +365,8 @@ def _flag(rule: bool | str, raw: dict[str, Any], where: str) -> bool:
 
 
 def _dtype(raw: dict[str, Any], where: str) -> str:
-    value = read_dtype(raw, where) or "float32"
+    value = read_dtype(raw, where)
+    value = "float32" if value is None else value
     if value not in ("bfloat16", "float16", "float32"):
         raise UnsupportedError(
             f"{where}: dtype {value!r:.80} is not supported, expected bfloat16, float16 or float32"
