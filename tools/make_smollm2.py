@@ -113,7 +113,9 @@ def make_config(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special_ids(field: dict[str, Any]) -> dict[str, int]:
-    ids = {f"{role}_token_id": field[f"tokenizer.ggml.{word}_token_id"] for word, role in ROLES.items()}
+    ids = {
+        f"{role}_token_id": field[f"tokenizer.ggml.{word}_token_id"] for word, role in ROLES.items()
+    }
     del ids["unk_token_id"]
     return ids
 
@@ -162,8 +164,8 @@ def make_tokenizer_config(field: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json."""
     tokens = field["tokenizer.ggml.tokens"]
     return {
-        "tokenizer_class": "GPT2Tokenizer",
-        "add_prefix_space": False,
+        # The GPT2Tokenizer of transformers 5 has a pre-tokenizer of its own, which joins digits.
+        "tokenizer_class": "PreTrainedTokenizerFast",
         **{
             f"{role}_token": tokens[field[f"tokenizer.ggml.{word}_token_id"]]
             for word, role in ROLES.items()
