@@ -14,8 +14,8 @@ the number of their weights; ``seconds`` are of quantizing, ``cpu`` of all its t
 the standard error of the loss's difference from float's, of its means over windows.
 
 Rows that the JSON file already holds are not measured again, unless the float perplexities differ
-by more than rounding, or the windows or the version differ. A row that cannot be is kept as the
-sentence that refuses it.
+by more than rounding, or the windows or the version differ. Of a row that is refused the table has
+the sentence that refuses it, and the next run tries it again.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def measure(name: str, model: Path, row: tuple[str, str, Row], data: Data) -> Ro
             scheme_options=options,
             kv_cache=held,
             calib=data.calib if calibrated else None,
-            samples=data.samples,
+            samples=data.samples if calibrated else None,
         )
         try:
             checked = prepare(request)
@@ -269,14 +269,20 @@ def main() -> None:
 def measure_all(models: dict[str, Path], data: Data, arguments: argparse.Namespace) -> None:
     """Measures the rows that are asked for and not kept, and writes the table."""
     floats = {name: math.exp(losses.mean()) for name, losses in data.losses.items()}
-    of = {"windows": len(data.tokens), "samples": data.samples, "version": __version__}
+    of: Row = {"windows": len(data.tokens), "samples": data.samples, "version": __version__}
     of["float"] = floats
-    kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    results = kept.get("rows", {}) if _same(kept.get("of"), of) else {}
+    results = _kept(arguments.json, of)
     every = list(rows(FloatModel(arguments.model).config))
-    listed = [key(*row) for row in every]
     twin = f" (twin {floats['twin']:.4f})" if "twin" in floats else ""
     head = f"{data.losses['model'].size} held-out tokens; float perplexity {floats['model']:.4f}"
+
+    def write() -> str:
+        lines = table(results, floats, [key(*row) for row in every])
+        text = "\n".join([head + twin, "", *lines, ""])
+        if arguments.table:
+            arguments.table.write_text(text)
+        return text
+
     for pattern in arguments.only:  # in the order asked for
         for row in sorted(every, key=_searches):
             if key(*row) in results or not fnmatch(f"{row[0]} {row[1]}", pattern):
@@ -285,10 +291,15 @@ def measure_all(models: dict[str, Path], data: Data, arguments: argparse.Namespa
             results[key(*row)] = found
             print(row, found, flush=True)
             write_json(arguments.json, {"of": of, "rows": results})
-            text = "\n".join([head + twin, "", *table(results, floats, listed), ""])
-            if arguments.table:
-                arguments.table.write_text(text)
-    print("\n".join([head + twin, "", *table(results, floats, listed)]))
+            write()
+    print(write())
+
+
+def _kept(path: Path, of: Row) -> dict[str, Row]:
+    """The rows of an earlier run of the same that were not refused."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    found = kept.get("rows", {}) if _same(kept.get("of"), of) else {}
+    return {entry: row for entry, row in found.items() if "refused" not in row["model"]}
 
 
 if __name__ == "__main__":
