@@ -11,7 +11,7 @@ no twin: tools/make_smollm2.py makes one.
 
 ``bytes`` are those of the quantized linears' tensors as the scheme's checkpoint holds them, over
 the number of their weights; ``seconds`` are of quantizing, ``cpu`` of all its threads. ``error`` is
-the standard error of the loss's difference from float's, of its means over windows.
+the standard error of the loss's difference from float's, as ``compare`` says it.
 
 Rows that the JSON file already holds are not measured again, unless the float perplexities differ
 by more than rounding, or the windows or the version differ. Of a row that is refused the table has
@@ -39,7 +39,8 @@ from ms_quant.algorithms import ALGORITHMS, PLAIN
 from ms_quant.cli.console import use_mindspore
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
-from ms_quant.evaluation.perplexity import token_losses
+from ms_quant.evaluation.comparison import Comparison, compare
+from ms_quant.evaluation.perplexity import Measurement, measure
 from ms_quant.files.atomic import write_json
 from ms_quant.formats.checks import format_of
 from ms_quant.formats.opening import FloatModel, JobModel
@@ -109,16 +110,16 @@ class Data:
         calib: calibration file.
         samples: windows of it.
         tokens: int32 (windows, tokens), held out.
-        losses: of the float model by name, of every predicted token.
+        floats: what the float models predict of them, by name.
     """
 
     calib: Path
     samples: int
     tokens: np.ndarray
-    losses: dict[str, np.ndarray]
+    floats: dict[str, Measurement]
 
 
-def measure(name: str, model: Path, row: tuple[str, str, Row], data: Data) -> Row:
+def measure_row(name: str, model: Path, row: tuple[str, str, Row], data: Data) -> Row:
     """Quantizes one model in one way and evaluates it."""
     scheme, algorithm, options = row
     options = dict(options)
@@ -149,20 +150,16 @@ def measure(name: str, model: Path, row: tuple[str, str, Row], data: Data) -> Ro
                 "cpu": round(time.process_time() - cpu, 1),
             }
             served = JobModel(checked.plan, job, checked.tensors)
-            losses = token_losses(served, data.tokens, kv_cache=cache)
-            found |= against(losses, data.losses[name])
+            before = data.floats[name]
+            found |= _result(compare(served, before, data.tokens, kv_cache=cache))
             if served.phased:
-                losses = token_losses(served, data.tokens, decode=True)
-                found["decode"] = against(losses, data.losses[name])
+                found["decode"] = _result(compare(served, before, data.tokens, decode=True))
             job.remove()
     return found
 
 
-def against(losses: np.ndarray, before: np.ndarray) -> Row:
-    """Perplexity, and the standard error of the loss's difference."""
-    differences = (losses - before).mean(1)
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return {"perplexity": math.exp(min(losses.mean(), 700.0)), "error": float(error)}
+def _result(found: Comparison) -> Row:
+    return {"perplexity": found.model.perplexity, "error": found.loss_difference_error}
 
 
 def bytes_per_weight(plan: Plan) -> float:
@@ -200,10 +197,10 @@ def table(results: dict[str, Row], floats: dict[str, float], chosen: list[str]) 
         if "refused" in first:
             refused.append(f"{scheme} {named} {algorithm}: {first['refused']}")
             continue
+        cpu = f"{first['cpu']:.0f}" if "cpu" in first else "-"
         cells = " | ".join(_cell(found[name], floats[name]) for name in names)
         lines.append(
-            f"| {scheme} | {named} | {algorithm} | {first['bytes']:.3f} | {cells} "
-            f"| {first.get('cpu', math.nan):.0f} |"
+            f"| {scheme} | {named} | {algorithm} | {first['bytes']:.3f} | {cells} | {cpu} |"
         )
     return [*lines, *([""] if refused else []), *refused]
 
@@ -218,7 +215,8 @@ def _cell(found: Row, before: float) -> str:
 
 def _change(found: Row, before: float) -> str:
     ratio = found["perplexity"] / before
-    error = f" ± {100 * ratio * found['error']:.2f}" if "error" in found else ""
+    known = found.get("error")
+    error = "" if known is None else f" ± {100 * ratio * known:.2f}"
     return f"{found['perplexity']:.3f} ({100 * (ratio - 1):+.2f}{error} %)"
 
 
@@ -228,11 +226,10 @@ def key(scheme: str, algorithm: str, options: Row) -> str:
 
 def _same(kept: Row | None, of: Row) -> bool:
     """Whether rows of an earlier run are of the same models and text."""
-    if kept is None or {**kept, "float": 0} != {**of, "float": 0}:
+    if kept is None or {**kept, "float": set(kept["float"])} != {**of, "float": set(of["float"])}:
         return False
-    return all(
-        math.isclose(kept["float"][name], of["float"][name], rel_tol=1e-5) for name in of["float"]
-    )
+    pairs = ((kept["float"][name], value) for name, value in of["float"].items())
+    return all(math.isclose(before, now, rel_tol=1e-5) for before, now in pairs)
 
 
 def parse() -> argparse.Namespace:
@@ -261,20 +258,21 @@ def main() -> None:
         if not arguments.no_twin:
             models["twin"] = Path(directory) / "twin"
             runpy.run_path(str(INJECT))["inject"](arguments.model, models["twin"])
-        losses = {name: token_losses(FloatModel(path), tokens) for name, path in models.items()}
-        data = Data(arguments.calib, arguments.samples, tokens, losses)
+        floats = {name: measure(FloatModel(path), tokens) for name, path in models.items()}
+        data = Data(arguments.calib, arguments.samples, tokens, floats)
         measure_all(models, data, arguments)
 
 
 def measure_all(models: dict[str, Path], data: Data, arguments: argparse.Namespace) -> None:
     """Measures the rows that are asked for and not kept, and writes the table."""
-    floats = {name: math.exp(losses.mean()) for name, losses in data.losses.items()}
+    floats = {name: each.found.perplexity for name, each in data.floats.items()}
     of: Row = {"windows": len(data.tokens), "samples": data.samples, "version": __version__}
     of["float"] = floats
     results = _kept(arguments.json, of)
     every = list(rows(FloatModel(arguments.model).config))
     twin = f" (twin {floats['twin']:.4f})" if "twin" in floats else ""
-    head = f"{data.losses['model'].size} held-out tokens; float perplexity {floats['model']:.4f}"
+    count = data.floats["model"].found.tokens
+    head = f"{count} held-out tokens; float perplexity {floats['model']:.4f}"
 
     def write() -> str:
         lines = table(results, floats, [key(*row) for row in every])
@@ -287,7 +285,7 @@ def measure_all(models: dict[str, Path], data: Data, arguments: argparse.Namespa
         for row in sorted(every, key=_searches):
             if key(*row) in results or not fnmatch(f"{row[0]} {row[1]}", pattern):
                 continue
-            found = {name: measure(name, path, row, data) for name, path in models.items()}
+            found = {name: measure_row(name, path, row, data) for name, path in models.items()}
             results[key(*row)] = found
             print(row, found, flush=True)
             write_json(arguments.json, {"of": of, "rows": results})
