@@ -242,7 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
     parser.add_argument("--no-twin", action="store_true", help="only the model itself")
     parser.add_argument(
-        "--only", nargs="+", default=["*"], help='rows to measure: "SCHEME ALGORITHMS" patterns'
+        "--only", nargs="+", default=["*"], help='"SCHEME ALGORITHMS [OPTION=VALUE]" patterns'
     )
     parser.add_argument("--json", type=Path, default=Path("accuracy.json"))
     parser.add_argument("--table", type=Path, help="Markdown file, written after each row")
@@ -283,7 +283,7 @@ def measure_all(models: dict[str, Path], data: Data, arguments: argparse.Namespa
 
     for pattern in arguments.only:  # in the order asked for
         for row in sorted(every, key=_searches):
-            if key(*row) in results or not fnmatch(f"{row[0]} {row[1]}", pattern):
+            if key(*row) in results or not _asked(row, pattern):
                 continue
             found = {name: measure_row(name, path, row, data) for name, path in models.items()}
             results[key(*row)] = found
@@ -291,6 +291,11 @@ def measure_all(models: dict[str, Path], data: Data, arguments: argparse.Namespa
             write_json(arguments.json, {"of": of, "rows": results})
             write()
     print(write())
+
+
+def _asked(row: tuple[str, str, Row], pattern: str) -> bool:
+    name, options = f"{row[0]} {row[1]}", [f"{key}={value}" for key, value in row[2].items()]
+    return fnmatch(name, pattern) or fnmatch(" ".join([name, *options]), pattern)
 
 
 def _kept(path: Path, of: Row) -> dict[str, Row]:
