@@ -88,8 +88,8 @@ def quantize_checkpoint(
             or another number of threads.
 
     Returns:
-        Result: what was made in each format, what was chosen for each group of linears, and what
-        to know about it.
+        Result: what was made in each format, what was chosen for each group of linears and how long
+        that took, and what to know about it.
 
     Raises:
         MsQuantError: something that is asked for cannot be done, which is found before the work

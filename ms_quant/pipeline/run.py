@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ms_quant.errors import DiskError, MsQuantError
@@ -13,6 +14,7 @@ from ms_quant.files.reader import ChangedSourceError
 from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.names import GroupId
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.request import CheckedJob, prepare
 from ms_quant.pipeline.result import Result, output_of
@@ -49,13 +51,26 @@ def run_job(
     """
     started = time.monotonic()
     checked = checked or prepare(options)
-    finished_before = complete(checked, progress, _write, reading=reading, executor=executor)
+    done = complete(checked, progress, _write, reading=reading, executor=executor)
     outputs = tuple(
-        output_of(one.plan, one.options.output, finished_before, measured=True)
-        for one in checked.all
+        output_of(one.plan, one.options.output, done.before, measured=True, seconds=seconds)
+        for one, seconds in zip(checked.all, done.seconds, strict=True)
     )
     notes = dict.fromkeys(line for one in checked.all for line in one.notes)
     return Result(outputs, tuple(notes), time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A job that has nothing left to do.
+
+    Attributes:
+        before: whether every output was finished before.
+        seconds: for each output what its groups took; nothing where all were finished before.
+    """
+
+    before: bool
+    seconds: tuple[Mapping[GroupId, float], ...]
 
 
 def complete(
@@ -65,7 +80,7 @@ def complete(
     hooks: BlockHooks = NO_HOOKS,
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
-) -> bool:
+) -> Completed:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
     Args:
@@ -76,16 +91,13 @@ def complete(
         reading: told how much of the model's first pass is done, 0 to 1.
         executor: what maps the work over the blocks.
 
-    Returns:
-        True when every output was finished before.
-
     Raises:
         MsQuantError: the request cannot be served, or another process works on it.
     """
     if all(request.output().finished for request in checked.all):
         if not checked.options.keep_job:
             _remove_leftover(checked)
-        return True
+        return Completed(True, tuple({} for _ in checked.all))
     job = checked.job()
     with job.open():
         # Another process may have finished an output just now.
@@ -99,9 +111,10 @@ def complete(
                 run_blocks(checked, job, progress, hooks, executor)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
+        seconds = tuple(checked.job(target).seconds() for target in range(len(checked.all)))
         if not checked.options.keep_job:
             job.remove()
-    return not left
+    return Completed(not left, seconds)
 
 
 def prove_source(checked: CheckedJob, job: JobDirectory, reading: PartProgress) -> None:
