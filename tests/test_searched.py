@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import parse_config
 from ms_quant.models.linear_forward import QuantizedForward
@@ -42,7 +43,7 @@ def test_searched_windows_are_spread_over_all(count, length, tokens, chosen):
         for start in range(0, count, batch):
             searched.add(start, *states[:, start : start + batch])
         assert list(searched.chosen) == chosen
-        found = np.concatenate([states[:, :0], *searched.batches()], axis=1)
+        found = np.concatenate([states[:, :0], *searched.batches(BUDGET)], axis=1)
         assert np.array_equal(found, states[:, chosen])
 
 
@@ -57,7 +58,12 @@ def test_errors_are_those_of_the_whole_block(name):
     at, searched = Positions(config, 7), SearchWindows((5, 7, 24), 3, 21)
     group = config.block(0).group(name)
     rng, shapes = np.random.default_rng(0), config.parameter_shapes()
-    block = BlockForward.load(config, 0, lambda name: rng.normal(1, 0.1, shapes[name]).astype("f4"))
+    block = BlockForward.load(
+        config,
+        0,
+        lambda name: rng.normal(1, 0.1, shapes[name]).astype("f4"),
+        budget=Budget(batch_tokens=14),
+    )
     for start in range(0, 5, 2):
         hidden = rng.normal(size=(min(2, 5 - start), 7, 24)).astype("f4")
         middle = block.branch(0, hidden, at)
@@ -74,7 +80,7 @@ def test_errors_are_those_of_the_whole_block(name):
         other = block.with_linears(linears)
         found = list(errors.pairs(candidate))
         assert sum(len(error) for error, _ in found) == 3
-        for (error, exact), states in zip(found, searched.batches(), strict=True):
+        for (error, exact), states in zip(found, searched.batches(block.budget), strict=True):
             attended = other.branch(0, states[0], at)
             if name in ("gate_up", "down"):
                 np.testing.assert_allclose(states[1], attended, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.errors import DiskError, MsQuantError
 from ms_quant.files.first_pass import read_source
 from ms_quant.files.reader import ChangedSourceError
@@ -35,6 +36,7 @@ def run_job(
     checked: CheckedJob | None = None,
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
+    budget: Budget = BUDGET,
 ) -> Result:
     """Makes quantized checkpoints, or goes on making them.
 
@@ -45,13 +47,14 @@ def run_job(
             caller has it already.
         reading: told how much of the model's first pass is done.
         executor: what maps the work over the blocks.
+        budget: what bounds the memory of a forward.
 
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     started = time.monotonic()
     checked = checked or prepare(options)
-    done = complete(checked, progress, _write, reading=reading, executor=executor)
+    done = complete(checked, progress, _write, reading=reading, executor=executor, budget=budget)
     outputs = tuple(
         output_of(one.plan, one.options.output, done.before, measured=True, seconds=seconds)
         for one, seconds in zip(checked.all, done.seconds, strict=True)
@@ -80,6 +83,7 @@ def complete(
     hooks: BlockHooks = NO_HOOKS,
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
+    budget: Budget = BUDGET,
 ) -> Completed:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -90,6 +94,7 @@ def complete(
         hooks: what is done around the algorithm.
         reading: told how much of the model's first pass is done, 0 to 1.
         executor: what maps the work over the blocks.
+        budget: what bounds the memory of a forward.
 
     Raises:
         MsQuantError: the request cannot be served, or another process works on it.
@@ -108,7 +113,7 @@ def complete(
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(checked, job, progress, hooks, executor)
+                run_blocks(checked, job, progress, hooks, executor, budget)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
         seconds = tuple(checked.job(target).seconds() for target in range(len(checked.all)))
@@ -153,12 +158,13 @@ def run_blocks(
     progress: BlockProgress,
     hooks: BlockHooks = NO_HOOKS,
     executor: Executor = IN_ORDER,
+    budget: Budget = BUDGET,
 ) -> None:
     """Finishes every block of a job."""
     targets = [(checked.plan, job)]
     for target, request in enumerate(checked.others, 1):
         targets.append((request.plan, checked.job(target)))
-    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks)
+    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks, budget)
     executor.run(work)
 
 
