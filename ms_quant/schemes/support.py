@@ -184,8 +184,8 @@ def store(
     if target is not None and target not in row.targets:
         places = " or ".join(place.value for place in row.targets)
         raise UnsupportedError(
-            f"fold {target.value}: {row.format} checkpoints of scheme {scheme.name} cannot hold a "
-            f"smoothing vector there, expected {places}"
+            f"smoothing target {target.value}: {row.format} checkpoints of scheme {scheme.name} "
+            f"cannot hold a smoothing vector there, expected {places}"
         )
     target = target or next(iter(row.targets))
     scheme = replace(scheme, activation=row.targets[target] or scheme.activation)
