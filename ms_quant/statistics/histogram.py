@@ -112,11 +112,11 @@ class Histogram:
 
     def _count(self, values: np.ndarray) -> None:
         # In float32 a subnormal quotient below 0 could round to 0, into the wrong bin.
-        places = values.astype(np.float64)
-        places *= 2.0**-self.exponent
-        np.floor(places, out=places)
-        places -= self.first
-        self.counts += np.bincount(places.astype(np.intp), minlength=self.counts.size)
+        bins = values.astype(np.float64)
+        bins *= 2.0**-self.exponent
+        np.floor(bins, out=bins)
+        bins -= self.first
+        self.counts += np.bincount(bins.astype(np.intp), minlength=self.counts.size)
 
     def merge(self, other: Histogram) -> None:
         """Adds the counts of another histogram, as if its values had been counted here.
@@ -144,9 +144,9 @@ class Histogram:
         """The counts in a grid of bins that are as wide or wider and cover these."""
         # |i| <= 2^24: shifts of 63 and more would give the same 0 or -1 as 63.
         shift = min(exponent - self.exponent, 63)
-        places = (self.first + np.arange(self.counts.size)) >> shift
+        bins = (self.first + np.arange(self.counts.size)) >> shift
         counts = np.zeros(size, np.int64)
-        np.add.at(counts, places - first, self.counts)
+        np.add.at(counts, bins - first, self.counts)
         return counts
 
     def percentile_range(self, share: float) -> tuple[np.float32, np.float32]:

@@ -62,13 +62,13 @@ class BlockErrors:
         block: the float block.
         at: the positions of a window's tokens.
         group: the group.
-        searched: the activations that are looked at.
+        windows: the activations that are looked at.
     """
 
     def __init__(
-        self, block: BlockForward, at: Positions, group: LinearGroup, searched: SearchWindows
+        self, block: BlockForward, at: Positions, group: LinearGroup, windows: SearchWindows
     ):
-        self.block, self.at, self.group, self.searched = block, at, group, searched
+        self.block, self.at, self.group, self.windows = block, at, group, windows
         self.which = block.spec.branch_of(group)
 
     def mse(self, candidate: Candidate) -> float:
@@ -102,7 +102,7 @@ class BlockErrors:
         return [self._made(self.block, states) for states in self._batches()]
 
     def _batches(self) -> Iterator[np.ndarray]:
-        return self.searched.batches(self.block.budget)
+        return self.windows.batches(self.block.budget)
 
     def _made(self, block: BlockForward, states: np.ndarray) -> Any:
         return block.inner(self.which, states[self.which], self.at)

@@ -23,7 +23,7 @@ from ms_quant.cli.console import (
 from ms_quant.models.names import short_name
 from sparse_compress.cli.arguments import DryRunOption, OutputOption, WorkersOption, note_backend
 from sparse_compress.codec import CORES
-from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
+from sparse_compress.layouts.msmodelslim import TARGET as MSMODELSLIM
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="Directory of a compressed checkpoint.", callback=given_model)
@@ -40,7 +40,7 @@ def compress(
     output: OutputOption,
     target: Annotated[
         str, typer.Option(help="msmodelslim: any model; or, of known families, a runtime.")
-    ] = SLIM_TARGET.name,
+    ] = MSMODELSLIM.name,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks of a runtime.", min=1)] = 1,
     workers: WorkersOption = CORES,
     dry_run: DryRunOption = False,

@@ -76,35 +76,35 @@ def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:
     target = find_target(directory)
     if target not in (None, TARGET):
         return None
-    slim = ModelSlimDirectory(directory)
-    if not slim.coded:
-        raise BadFileError(f"{slim.path}: names no compressed weight, expected some")
-    weights = {f"{path}.weight": path for path in slim.coded}
-    plans = slim.restored_plans()
+    model = ModelSlimDirectory(directory)
+    if not model.coded:
+        raise BadFileError(f"{model.path}: names no compressed weight, expected some")
+    weights = {f"{path}.weight": path for path in model.coded}
+    plans = model.restored_plans()
     return Rewrite(
         command="decompress",
         source=directory,
         output=output,
-        kind=slim.kind(PLAIN),
-        versioned=slim.versioned,
-        sharded=slim.versioned,
+        kind=model.kind(PLAIN),
+        versioned=model.versioned,
+        sharded=model.versioned,
         made_from={
-            "source": fingerprint(slim.checkpoint),
-            "description_sha256": sha256_file(slim.path),
+            "source": fingerprint(model.checkpoint),
+            "description_sha256": sha256_file(model.path),
         },
         parts=[
-            partial(lambda name, path: {name: slim.decode(path, workers)}, name, path)
+            partial(lambda name, path: {name: model.decode(path, workers)}, name, path)
             for name, path in weights.items()
         ],
         kept={
-            name: (plan, partial(slim.rows, name))
+            name: (plan, partial(model.rows, name))
             for name, plan in plans.items()
             if name not in weights
         },
-        describe=lambda names: slim.restored(),
+        describe=lambda names: model.restored(),
         part_bytes=sum(plans[name].bytes for name in weights),
-        companions=slim.companions(),
-        metadata=slim.metadata,
+        companions=model.companions(),
+        metadata=model.metadata,
     )
 
 

@@ -12,17 +12,17 @@ from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.ranks.sizes import Coded, linear_sizes, totals
 
 
-def msmodelslim_linears(slim: ModelSlimDirectory, workers: int) -> Iterator[Coded]:
+def msmodelslim_linears(model: ModelSlimDirectory, workers: int) -> Iterator[Coded]:
     """The compressed linears of a directory of msModelSlim."""
-    for path, coding in slim.coded.items():
-        n, k = slim.shape(path)
-        length = slim.info(f"{path}.weight").shape[0]
-        index = slim.checkpoint.read(f"{path}.index")
+    for path, coding in model.coded.items():
+        n, k = model.shape(path)
+        length = model.info(f"{path}.weight").shape[0]
+        index = model.checkpoint.read(f"{path}.index")
         sizes = linear_sizes(path, 0, [n, k], n * k * coding.dtype.itemsize, length, index)
-        yield sizes, partial(slim.decode, path, workers)
+        yield sizes, partial(model.decode, path, workers)
 
 
-def msmodelslim_summary(slim: ModelSlimDirectory) -> dict[str, Any]:
+def msmodelslim_summary(model: ModelSlimDirectory) -> dict[str, Any]:
     """What a directory of msModelSlim is, from its description and its headers.
 
     Returns:
@@ -31,21 +31,21 @@ def msmodelslim_summary(slim: ModelSlimDirectory) -> dict[str, Any]:
         compressed linears; ``tensor_bytes`` of all tensors; ``codec_note``. Of one that is not
         compressed only ``output``, ``format``, ``quantized_linears`` and ``tensor_bytes``.
     """
-    codings = [*slim.coded.values()] or [*slim.plain.values()]
-    infos = map(slim.info, slim.checkpoint.names)
+    codings = [*model.coded.values()] or [*model.plain.values()]
+    infos = map(model.info, model.checkpoint.names)
     found = {
-        "output": str(slim.directory),
-        "format": "+".join(sorted({c.coded if slim.coded else c.plain for c in codings})),
+        "output": str(model.directory),
+        "format": "+".join(sorted({c.coded if model.coded else c.plain for c in codings})),
         "tensor_bytes": sum(info.stop - info.start for info in infos),
     }
-    if not slim.coded:
-        return {**found, "quantized_linears": len(slim.plain)}
-    plain = {path: slim.info(f"{path}.weight").shape for path in slim.plain}
+    if not model.coded:
+        return {**found, "quantized_linears": len(model.plain)}
+    plain = {path: model.info(f"{path}.weight").shape for path in model.plain}
     return {
         **found,
         "target": TARGET.name,
-        "compressed_linears": len(slim.coded),
-        "uncompressed": {path: slim.plain[path].left(shape) for path, shape in plain.items()},
-        **totals([sizes for sizes, _ in msmodelslim_linears(slim, 1)]),
+        "compressed_linears": len(model.coded),
+        "uncompressed": {path: model.plain[path].left(shape) for path, shape in plain.items()},
+        **totals([sizes for sizes, _ in msmodelslim_linears(model, 1)]),
         "codec_note": backend_note(),
     }

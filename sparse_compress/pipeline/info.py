@@ -42,8 +42,8 @@ def info(directory: Path, plot: Path | None = None, workers: int = CORES) -> dic
     if plot is not None:
         report.check_page(plot, directory)
     if is_msmodelslim(directory):
-        slim = ModelSlimDirectory(directory)
-        result, coded = msmodelslim_summary(slim), msmodelslim_linears(slim, workers)
+        model = ModelSlimDirectory(directory)
+        result, coded = msmodelslim_summary(model), msmodelslim_linears(model, workers)
     else:
         result, coded = (
             summary(directory).as_json(),

@@ -41,16 +41,16 @@ from sparse_compress.layouts import (
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
-from sparse_compress.msmodelslim.reshard import SlimModel
+from sparse_compress.msmodelslim.reshard import ModelSlimModel
 from sparse_compress.ranks.proof import Proof, compressed_groups, weight_error
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.tensors import description_problems, open_ranks, structure_problems
 from sparse_compress.rate.prune import pruned_count
 from sparse_compress.verify.check_collector import collect_problems
 from sparse_compress.verify.floats import Counts, count, float_problems, stored_floats
-from sparse_compress.verify.msmodelslim import rewriting, slim_problems
+from sparse_compress.verify.msmodelslim import msmodelslim_problems, rewriting
 from sparse_compress.verify.record import read_record, recorded_layout, recorded_pruning
-from sparse_compress.verify.reshard import divided_problems
+from sparse_compress.verify.reshard import resharded_problems
 
 ERROR_DIGITS = 1e-9
 
@@ -138,8 +138,8 @@ def _check_of(
     if record is None:
         return _contents, lambda source: open_float(model_directory(source)).checkpoint
     if "target" in record:
-        return partial(divided_problems, record=record), SlimModel
-    return slim_problems, ModelSlimDirectory
+        return partial(resharded_problems, record=record), ModelSlimModel
+    return msmodelslim_problems, ModelSlimDirectory
 
 
 def _require_checkpoint(directory: Path) -> None:

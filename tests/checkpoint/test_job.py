@@ -24,7 +24,7 @@ from ms_quant.job.directory import (
     read_hidden,
 )
 from ms_quant.models.names import GroupId
-from ms_quant.numerics.activation import Seen
+from ms_quant.numerics.activation import ObservedRange
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.quantization.block import QuantizedBlock
@@ -295,7 +295,7 @@ def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
     (scheme, scales), rng = usual(name), np.random.default_rng(0)
     weight = rng.standard_normal((6, 128), np.float32)
     x = rng.standard_normal((5, 128), np.float32)
-    seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
+    seen = ObservedRange(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
     grid = scheme.weight.fit(weight, "w", scales.dtype(DTYPES["bfloat16"]))
     linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
     job = JobDirectory(tmp_path / "job", RECORD, scheme_of=lambda path: scheme)
