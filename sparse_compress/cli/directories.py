@@ -61,9 +61,9 @@ def compress(
         note_backend()
         with step_progress() as progress:
             result = code(request, progress)
-    for name, reason in result["uncompressed"].items():
+    for name, reason in result.summary.uncompressed.items():
         note(f"note: {name} stays as it is: {reason}")
-    emit(result, as_json, show_fields)
+    emit(result.as_json(), as_json, show_fields)
 
 
 def decompress(
@@ -84,7 +84,7 @@ def decompress(
         note_backend()
         with step_progress() as progress:
             result = restore(request, progress)
-    emit(result, as_json, show_fields)
+    emit(result.as_json(), as_json, show_fields)
 
 
 def verify(
@@ -105,8 +105,8 @@ def verify(
     note_backend()
     with step_progress() as progress:
         result = prove(checkpoint, source, progress, workers)
-    emit(result, as_json, _show_verification)
-    exit_if_problems(result["problems"])
+    emit(result.as_json(), as_json, _show_verification)
+    exit_if_problems(result.problems)
 
 
 def info(

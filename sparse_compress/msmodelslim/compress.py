@@ -23,9 +23,9 @@ from sparse_compress.msmodelslim import reshard
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.reshard import Division
 from sparse_compress.msmodelslim.rewrite import Rewrite
-from sparse_compress.msmodelslim.summary import msmodelslim_summary
+from sparse_compress.msmodelslim.summary import CompressedDirectory, Rewritten, compressed_summary
 from sparse_compress.ranks.staging import Arrays
-from sparse_compress.ranks.summary import summary
+from sparse_compress.ranks.summary import RankSummary, summary
 
 INFO_BYTES = 40
 
@@ -119,7 +119,9 @@ def check(
     return Compression(model, left, job)
 
 
-def compress(request: Compression | Division, progress: StepProgress = silent) -> dict[str, Any]:
+def compress(
+    request: Compression | Division, progress: StepProgress = silent
+) -> Rewritten[RankSummary] | Rewritten[CompressedDirectory]:
     """Compresses a directory, or goes on with it.
 
     Args:
@@ -127,20 +129,16 @@ def compress(request: Compression | Division, progress: StepProgress = silent) -
         progress: told how far the step ``"compress"`` is.
 
     Returns:
-        JSON: see :func:`sparse_compress.msmodelslim.summary.msmodelslim_summary` and
-        :func:`sparse_compress.ranks.summary.summary`; and ``"finished_before"``, True when there
-        was nothing left to do.
+        Rewritten: what was made.
 
     Raises:
         MsQuantError: the directory cannot be compressed; no output is left behind.
     """
     if isinstance(request, Division):
         done = request.run(progress)
-        found = {**summary(request.output).as_json(), "not_served_by": request.not_served_by}
-    else:
-        done = request.job.run(progress)
-        found = msmodelslim_summary(ModelSlimDirectory(request.job.output))
-    return {**found, "finished_before": done}
+        return Rewritten(summary(request.output), done, tuple(request.not_served_by))
+    done = request.job.run(progress)
+    return Rewritten(compressed_summary(ModelSlimDirectory(request.job.output)), done)
 
 
 def _part(model: ModelSlimDirectory, path: str, workers: int) -> Arrays:

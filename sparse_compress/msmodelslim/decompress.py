@@ -25,7 +25,7 @@ from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.files import companions
 from sparse_compress.msmodelslim.rewrite import Rewrite
-from sparse_compress.msmodelslim.summary import msmodelslim_summary
+from sparse_compress.msmodelslim.summary import PlainDirectory, Rewritten, plain_summary
 from sparse_compress.ranks.pack import deq_bits
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.staging import Arrays, Tensors
@@ -50,7 +50,7 @@ def check(directory: Path, output: Path, workers: int = CORES) -> Rewrite:
     return job
 
 
-def decompress(request: Rewrite, progress: StepProgress = silent) -> dict[str, Any]:
+def decompress(request: Rewrite, progress: StepProgress = silent) -> Rewritten[PlainDirectory]:
     """Restores the quantized checkpoint, or goes on with it.
 
     Args:
@@ -58,17 +58,13 @@ def decompress(request: Rewrite, progress: StepProgress = silent) -> dict[str, A
         progress: told how far the step ``"decompress"`` is.
 
     Returns:
-        JSON: see :func:`~sparse_compress.msmodelslim.summary.msmodelslim_summary`; and
-        ``"finished_before"``, True when there was nothing left to do.
+        Rewritten: what was made.
 
     Raises:
         MsQuantError: a tile cannot be decoded; no output is left behind.
     """
     finished_before = request.run(progress)
-    return {
-        **msmodelslim_summary(ModelSlimDirectory(request.output)),
-        "finished_before": finished_before,
-    }
+    return Rewritten(plain_summary(ModelSlimDirectory(request.output)), finished_before)
 
 
 def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:

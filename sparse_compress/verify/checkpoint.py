@@ -51,6 +51,7 @@ from sparse_compress.verify.floats import Counts, count, float_problems, stored_
 from sparse_compress.verify.msmodelslim import msmodelslim_problems, rewriting
 from sparse_compress.verify.record import read_record, recorded_layout, recorded_pruning
 from sparse_compress.verify.reshard import resharded_problems
+from sparse_compress.verify.result import SparseVerification
 
 ERROR_DIGITS = 1e-9
 
@@ -79,7 +80,7 @@ def verify(
     source: Path | None = None,
     progress: StepProgress = silent,
     workers: int = CORES,
-) -> dict[str, Any]:
+) -> SparseVerification:
     """Checks a W8A8SC checkpoint.
 
     Args:
@@ -90,10 +91,7 @@ def verify(
         workers: how many threads decode a linear.
 
     Returns:
-        JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
-        checkpoint is right), ``notes`` about files that nothing reads, and ``checked``: counts of
-        ``linears``, ``tiles``, ``float_tensors`` and, with a source, ``recomputed`` or
-        ``measured`` linears or ``compared`` tensors.
+        SparseVerification: what was found.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
@@ -121,14 +119,7 @@ def verify(
             workers=workers,
         )
     )
-    where = None if source is None else str(source)
-    return {
-        "checkpoint": str(directory),
-        "source": where,
-        "problems": problems,
-        "notes": notes,
-        "checked": checked,
-    }
+    return SparseVerification(directory, source, tuple(problems), tuple(notes), checked)
 
 
 def _check_of(

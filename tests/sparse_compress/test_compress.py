@@ -80,11 +80,11 @@ def test_there_and_back(
 ) -> None:
     plain, coded, back = source(kind, layout), tmp_path / "coded", tmp_path / "back"
     compress(plain, coded)
-    assert verify(coded, plain)["problems"] == []
+    assert verify(coded, plain).problems == ()
     decompress(coded, back)
     same(plain_models.tensors_of(back), plain_models.tensors_of(plain))
     assert plain_models.description_of(back) == plain_models.description_of(plain)
-    assert verify(back, coded)["problems"] == []
+    assert verify(back, coded).problems == ()
     short = kind.removesuffix("s")
     names = [path.name.format(short) for path in map(Path, LAYOUTS[layout])]
     assert (coded / names[0]).is_file() and (back / names[1]).is_file()
@@ -110,9 +110,9 @@ def test_what_hubs_add_on_either_side_is_a_note(source: Any, tmp_path: Path) -> 
             (directory / name).write_text(f"{{}} {directory}")
     for made, origin in ((coded, plain), (back, coded)):
         found = verify(made, origin)
-        assert found["problems"] == [] and "README.md" in found["notes"][0]
+        assert found.problems == () and "README.md" in found.notes[0]
     (coded / "tokenizer.json").write_text("{}")
-    problems = verify(coded, plain)["problems"]
+    problems = verify(coded, plain).problems
     assert any("tokenizer.json: not listed in" in text for text in problems)
 
 
@@ -155,7 +155,7 @@ def test_what_is_left_of_a_float_model_is_not_looked_at(source: Any, tmp_path: P
     (plain / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
     (plain / "model.safetensors").write_text("no tensors")
     compress(plain, tmp_path / "out")
-    assert verify(tmp_path / "out", plain)["problems"] == []
+    assert verify(tmp_path / "out", plain).problems == ()
 
 
 def test_companions_are_copied(source: Any, tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_companions_are_copied(source: Any, tmp_path: Path) -> None:
 def test_a_weight_that_the_hardware_cannot_take_is_named(source: Any, tmp_path: Path) -> None:
     result = compress(source(), tmp_path / "out")
     reason = "n = 64 output channels; a compressed linear needs at least 128"
-    assert result["uncompressed"] == {"mixer.0.gate": reason}
-    assert result["compressed_linears"] == 3
+    assert result.summary.uncompressed == {"mixer.0.gate": reason}
+    assert result.summary.compressed_linears == 3
 
 
 def noise(path: str) -> Callable[[Tensors, dict[str, Any]], None]:
@@ -189,8 +189,8 @@ def test_a_weight_that_codes_too_badly_is_named_and_kept(
     plain = source("w8a8s", "v0", noise(OUT))
     result = compress(plain, tmp_path / "out")
     sentence = "compressed, it takes more than the 163840 bytes that the runtimes accept"
-    assert result["uncompressed"][OUT] == sentence
-    assert verify(tmp_path / "out", plain)["problems"] == []
+    assert result.summary.uncompressed[OUT] == sentence
+    assert verify(tmp_path / "out", plain).problems == ()
     assert plain_models.description_of(tmp_path / "out")[f"{OUT}.weight"] == "W8A8S"
     decompress(tmp_path / "out", tmp_path / "back")
     same(plain_models.tensors_of(tmp_path / "back"), plain_models.tensors_of(plain))
@@ -231,7 +231,7 @@ def test_the_same_bytes_whatever_the_workers_and_the_order(
     compress(plain, tmp_path / "one", workers=1)
     compress(plain, tmp_path / "two", workers=7)
     assert file_contents(tmp_path / "one") == file_contents(tmp_path / "two")
-    assert compress(plain, tmp_path / "one")["finished_before"]
+    assert compress(plain, tmp_path / "one").finished_before
 
 
 CHILD = """
@@ -354,7 +354,7 @@ def test_files_of_a_versioned_directory_are_of_bounded_size(
         -1
     ] == f"{len(files):05d}-of-{len(files):05d}.safetensors"
     same(plain_models.tensors_of(tmp_path / "back"), plain_models.tensors_of(plain))
-    assert verify(tmp_path / "back", plain)["problems"] == []
+    assert verify(tmp_path / "back", plain).problems == ()
 
 
 def test_one_weight_is_in_memory_at_a_time(
@@ -373,7 +373,7 @@ def test_one_weight_is_in_memory_at_a_time(
     monkeypatch.setattr("sparse_compress.msmodelslim.directory.row_chunks", rows)
     compress(plain, tmp_path / "out")
     assert set(pieces) == {"embed.weight", "mixer.0.gate.weight"}
-    assert verify(tmp_path / "out", plain)["problems"] == []
+    assert verify(tmp_path / "out", plain).problems == ()
 
 
 def test_the_plan(source: Any, tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_a_directory_without_our_record_is_read_too(source: Any, tmp_path: Path)
     (tmp_path / "out" / "ms_quant.json").unlink()
     assert len(info(tmp_path / "out")["rows"]) == 3
     decompress(tmp_path / "out", tmp_path / "back")
-    assert verify(tmp_path / "back", tmp_path / "plain")["problems"] == []
+    assert verify(tmp_path / "back", tmp_path / "plain").problems == ()
 
 
 def test_evaluation_says_what_it_cannot_read(source: Any, tmp_path: Path) -> None:
@@ -649,7 +649,7 @@ def test_defects_of_coded_tensors_are_named(source: Any, tmp_path: Path, number:
     change(tensors)
     path.unlink()
     save_file(tensors, path)
-    problems = verify(coded)["problems"]
+    problems = verify(coded).problems
     assert any(message in problem for problem in problems), problems
     for work in (lambda: decompress(coded, tmp_path / "back"), lambda: info(coded)):
         with pytest.raises(MsQuantError) as caught:
@@ -696,13 +696,13 @@ def test_verification_compares_with_the_source(
     path.unlink()
     save_file(tensors, path)
     (plain / "modeling_odd.py").write_text("# other")
-    problems = verify(tmp_path / "out", plain)["problems"]
+    problems = verify(tmp_path / "out", plain).problems
     assert len(problems) == 3
     assert problems[0].startswith("embed.weight: 1 values differ from those of")
     assert problems[1].startswith(f"{WIDE}.weight: 1 values differ from those of")
     assert "modeling_odd.py: differs from the source's" in problems[2]
     plain_models.edit(plain, lambda types: types.update({"norm.weight": "X"}))
-    (problem,) = verify(tmp_path / "out", plain)["problems"]
+    (problem,) = verify(tmp_path / "out", plain).problems
     assert "norm.weight stands for 'FLOAT', expected 'X'" in problem
 
 
@@ -714,10 +714,10 @@ def test_every_flipped_byte_of_every_file_is_found(source: Any, tmp_path: Path) 
             changed = bytearray(content)
             changed[place] ^= 1
             path.write_bytes(changed)
-            assert verify(tmp_path / "out")["problems"], f"{path.name} byte {place}"
+            assert verify(tmp_path / "out").problems, f"{path.name} byte {place}"
         path.write_bytes(content)
     (tmp_path / "out" / "extra.py").write_text("")
-    assert "extra.py: not listed in" in verify(tmp_path / "out")["problems"][0]
+    assert "extra.py: not listed in" in verify(tmp_path / "out").problems[0]
 
 
 def test_a_float_source_is_refused(source: Any, tiny_model: Any, tmp_path: Path) -> None:

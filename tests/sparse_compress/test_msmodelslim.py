@@ -58,7 +58,7 @@ def test_a_bias_is_folded_into_quant_bias(msmodelslim: Make, model: dict[str, An
     assert units.any()
     np.testing.assert_array_equal(tensors[f"{name}.quant_bias"], expected)
     assert f"{name}.bias" not in tensors
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
 
 
 def test_a_folded_bias_is_what_evaluation_adds(msmodelslim: Make, make: Make) -> None:
@@ -83,9 +83,9 @@ def test_a_wrong_folded_bias_is_found_with_the_source(msmodelslim: Make, damage:
 
     copy.edit(WEIGHTS, change)
     copy.reseal()
-    assert verify(copy.directory)["problems"] == []
+    assert verify(copy.directory).problems == ()
     sentence = f"{LAYER}.self_attn.v_proj.quant_bias: 1 of 128 values do not hold the source's bias"
-    assert verify(copy.directory, made.source)["problems"] == [sentence]
+    assert verify(copy.directory, made.source).problems == (sentence,)
 
 
 def test_a_bias_that_int32_cannot_hold_is_refused(msmodelslim: Make) -> None:
@@ -101,21 +101,21 @@ def test_the_vocabulary_is_not_padded(msmodelslim: Make) -> None:
     made = msmodelslim()
     tensors = load_file(made.output / WEIGHTS)
     assert tensors["model.embed_tokens.weight"].shape == (310, 320)
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
 
 
 def test_a_tied_head_is_stored_twice_and_stays_tied(msmodelslim: Make, damage: Make) -> None:
     made = msmodelslim({"tied": True})
     tensors = load_file(made.output / WEIGHTS)
     np.testing.assert_array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
     windows = np.random.default_rng(1).integers(0, 300, (1, 8), np.int32)
     assert perplexity(opened(made.output), windows).perplexity > 0
     copy = damage(made)
     copy.edit(WEIGHTS, lambda tensors: tensors["lm_head.weight"].__setitem__((0, 0), 7))
     copy.reseal()
     sentence = "lm_head.weight: differs from model.embed_tokens.weight, to which it is tied"
-    assert verify(copy.directory)["problems"] == [sentence]
+    assert verify(copy.directory).problems == (sentence,)
 
 
 def test_a_linear_stays_uncompressed_on_its_own(msmodelslim: Make) -> None:
@@ -127,14 +127,14 @@ def test_a_linear_stays_uncompressed_on_its_own(msmodelslim: Make) -> None:
     tensors = load_file(made.output / WEIGHTS)
     assert tensors[f"{narrow[0]}.weight"].dtype == np.float16
     assert f"{LAYER}.self_attn.q_proj.index" in tensors
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
 
 
 def test_an_excluded_linear_takes_its_group_with_it(msmodelslim: Make) -> None:
     made = msmodelslim(exclude=("*.k_proj",))
     names = {name.rpartition(".")[2] for name in made.summary["uncompressed"]}
     assert names == {"q_proj", "k_proj", "v_proj"}
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
 
 
 def test_an_offset_is_a_whole_number_of_int8(msmodelslim: Make, damage: Make) -> None:
@@ -143,8 +143,7 @@ def test_an_offset_is_a_whole_number_of_int8(msmodelslim: Make, damage: Make) ->
     copy.edit(WEIGHTS, lambda tensors: tensors[name].__setitem__(0, 3.5))
     copy.reseal()
     assert (
-        f"{name}: 1280 of 1280 values are not those of an int8"
-        in verify(copy.directory)["problems"]
+        f"{name}: 1280 of 1280 values are not those of an int8" in verify(copy.directory).problems
     )
 
 
