@@ -37,6 +37,7 @@ CONTENTS = {
         Your network in MindSpore <networks>
         Recipes <recipes>
         Sparse compression <sparse>
+        Evaluation <evaluation>
         Serve <serving>
         Concepts and glossary <concepts>
     """,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         MsQuantError,
         UnsupportedError,
     )
+    from ms_quant.evaluation.comparison import compare
     from ms_quant.evaluation.generation import generate
     from ms_quant.evaluation.perplexity import perplexity
     from ms_quant.formats.opening import open_model
@@ -54,6 +55,7 @@ __all__ = [
     "TimestepPolicyConfig",
     "UnsupportedError",
     "calibrate",
+    "compare",
     "convert_checkpoint",
     "from_ptq_config",
     "generate",
@@ -77,6 +79,7 @@ _MODULES = {
         *("BadArgumentError", "BadFileError", "DiskError", "JobConflictError", "MsQuantError"),
         "UnsupportedError",
     ),
+    "ms_quant.evaluation.comparison": ("compare",),
     "ms_quant.evaluation.generation": ("generate",),
     "ms_quant.evaluation.perplexity": ("perplexity",),
     "ms_quant.formats.opening": ("open_model",),

@@ -23,7 +23,7 @@ FUNCTIONS = {
     name: getattr(ms_quant, name)
     for name in (
         *("quantize_checkpoint", "convert_checkpoint", "verify_checkpoint", "open_model"),
-        *("perplexity", "generate", "load_recipe", "from_ptq_config"),
+        *("perplexity", "compare", "generate", "load_recipe", "from_ptq_config"),
     )
 }
 FUNCTIONS["compress_checkpoint"] = sparse_compress.compress_checkpoint

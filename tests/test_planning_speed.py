@@ -3,6 +3,7 @@ seconds. No weight exists."""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,16 @@ class Headers:
         return self.tensors[name]
 
 
+@pytest.fixture
+def own_heap() -> Iterator[None]:
+    """Python's garbage collector does not visit what thousands of tests before have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("own_heap")
 @pytest.mark.parametrize("format", FORMATS)
 def test_30_000_groups_are_planned_described_and_checked(
     format: str, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ reveal_type(ms_quant.quantize_checkpoint("a", "b").outputs[0].report[0].chosen)
 reveal_type(ms_quant.verify_checkpoint("a").problems)
 reveal_type(ms_quant.convert_checkpoint("a", "b", "ascend").path)
 reveal_type(ms_quant.perplexity("a", "b.txt").loss)
+reveal_type(ms_quant.compare("a", "b", "c.txt").loss_difference_error)
 reveal_type(ms_quant.generate("a", "b").tokens)
 reveal_type(ms_quant.open_model("a").linear("b"))
 reveal_type(sparse_compress.compress_checkpoint("a", "b", calibration="c").ratio)
@@ -81,16 +82,17 @@ def test_a_user_s_type_checker_sees_the_types(tmp_path):
     assert lines[6].startswith('Argument 2 to "register" of "TimestepPolicyConfig" has incompat')
     assert "calibration: " in lines[7] and lines[7].endswith('ms_quant.pipeline.result.Result"')
     assert "Any" not in lines[7].replace("Mapping[str, Any]", "")
-    assert [line.removeprefix("Revealed type is ").strip('"') for line in lines[8:15]] == [
+    assert [line.removeprefix("Revealed type is ").strip('"') for line in lines[8:16]] == [
         "typing.Mapping[str, Any]",
         "tuple[str, ...]",
         "pathlib.Path",
         "float",
+        "float | None",
         "tuple[int, ...]",
         "ms_quant.numerics.linear.QuantizedLinear | None",
         "float",
     ]
-    assert lines[15].startswith('Argument "samples" to "quantize_checkpoint" has incompatible type')
+    assert lines[16].startswith('Argument "samples" to "quantize_checkpoint" has incompatible type')
 
 
 @pytest.mark.parametrize("package", [ms_quant, sparse_compress])

@@ -1,4 +1,4 @@
-"""What quantization cost: perplexity of a checkpoint, block by block in bounded memory."""
+"""How well a checkpoint predicts a text, block by block in bounded memory."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ class Perplexity:
     def as_json(self) -> dict[str, Any]:
         """What the command prints of it."""
         return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The loss of every token that a model predicted.
+
+    Attributes:
+        found: what :func:`perplexity` returns of them.
+        tokens: the text, int32 (windows, seq_len).
+        losses: negative log likelihoods, float32 (windows, seq_len - 1).
+    """
+
+    found: Perplexity
+    tokens: np.ndarray
+    losses: np.ndarray
 
 
 def perplexity(
@@ -97,27 +112,66 @@ def perplexity(
     """
     served = opened(model)
     require_head(served)
+    tokens = text_windows(model, data, seq_len, windows, tokenizer)
+    return measure(
+        served,
+        tokens,
+        progress,
+        decode=decode,
+        kv_cache=kv_cache,
+        float16=float16,
+        budget=Budget(batch_tokens=batch_tokens),
+    ).found
+
+
+def text_windows(
+    model: ServedModel | AnyPath,
+    data: np.ndarray | AnyPath,
+    seq_len: int,
+    windows: int | None,
+    tokenizer: AnyPath | None,
+) -> np.ndarray:
+    """Windows of token ids, int32 (windows, tokens), from the arguments of :func:`perplexity`.
+
+    Raises:
+        MsQuantError: the file cannot be read, or nothing says where the tokenizer is.
+    """
     if isinstance(data, np.ndarray):
-        tokens = data
-    else:
-        place = tokenizer_directory(model, tokenizer)
-        tokens = eval_windows(Path(data), place, seq_len, windows)
+        return data
+    return eval_windows(Path(data), tokenizer_directory(model, tokenizer), seq_len, windows)
+
+
+def measure(
+    model: ServedModel,
+    tokens: np.ndarray,
+    progress: BlockProgress | None = None,
+    *,
+    decode: bool = False,
+    kv_cache: str | None = None,
+    float16: bool = False,
+    budget: Budget = BUDGET,
+) -> Measurement:
+    """The loss of every token, to be compared with another model's by ``Comparison.of``.
+
+    Arguments and errors are those of :func:`perplexity`.
+    """
+    require_head(model)
     if tokens.shape[1] < 2:
         raise BadArgumentError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    budget = Budget(batch_tokens=batch_tokens)
-    losses = token_losses(served, tokens, progress or silent, decode, kv_cache, float16, budget)
+    losses = token_losses(model, tokens, progress or silent, decode, kv_cache, float16, budget)
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise BadArgumentError(
             f"the loss is {loss}: the activations of this model overflow float32"
         )
-    return Perplexity(
+    found = Perplexity(
         perplexity=math.exp(min(loss, 700.0)),
         loss=loss,
         tokens=int(losses.size),
         seconds=round(time.monotonic() - started, 1),
     )
+    return Measurement(found, tokens, losses.astype(np.float32))
 
 
 def token_losses(

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """What a tensor will be, known before its numbers are.
 
@@ -40,7 +40,7 @@ class TensorPlan:
         shape: as stored.
         part: of a quantized linear, its path and what of it this is; else None.
         source: the model's own float tensor that this is, where that has another name; or "".
-        make: its value, whole or in pieces along the rows, from what holds the model's numbers.
+        make: its value from this and from what holds the model's numbers; many tensors share one.
     """
 
     name: str
@@ -48,12 +48,17 @@ class TensorPlan:
     shape: tuple[int, ...]
     part: tuple[str, str] | None = None
     source: str = ""
-    make: Callable[[Any], Array] | None = field(default=None, compare=False, repr=False)
+    make: Callable[[TensorPlan, Any], Array] | None = field(default=None, compare=False, repr=False)
 
     @property
     def bytes(self) -> int:
         """The size of the tensor's data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def value(self, numbers: Any) -> Array:
+        """Its value, whole or in pieces along the rows, from what holds the model's numbers."""
+        assert self.make is not None, self.name
+        return self.make(self, numbers)
 
 
 def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:

@@ -160,6 +160,7 @@ class CheckpointFormat:
 
     def _block(self, plan: Plan, block: BlockSpec) -> Iterator[TensorPlan]:
         prefix = block_prefix(block.index)
+        parts: dict[tuple[str, LinearSpec], Tensors] = {}  # those of gate and up are often one
         for name, shape in block.tensors.items():
             member, _, suffix = name.rpartition(".")
             group, path = block.group_of(member), prefix + member
@@ -167,37 +168,40 @@ class CheckpointFormat:
             if group is None or layer is None:
                 yield self._float(plan, prefix + name, shape)
             elif suffix == "weight":
-                parts = self.linear_plan(layer, group, block.linears[member])
-                for key, part in parts.items():
-                    make = partial(self._part, layer, group, path, key)
-                    yield TensorPlan(f"{path}.{key}", *part, part=(path, key), make=make)
+                one = group.name, block.linears[member]
+                if one not in parts:
+                    parts[one] = self.linear_plan(layer, group, one[1])
+                make = partial(self._part, layer, group)
+                for key, (dtype, shape) in parts[one].items():
+                    yield TensorPlan(f"{path}.{key}", dtype, shape, (path, key), make=make)
             else:
                 yield self._bias(layer, path, shape)
             if plan.kv_cache and suffix == "weight" and member in block.cached:
                 yield from kv_cache.tensor_plans(path, shape[0])
 
     def _part(
-        self, layer: LayerPlan, group: LinearGroup, path: str, key: str, numbers: Numbers
+        self, layer: LayerPlan, group: LinearGroup, tensor: TensorPlan, numbers: Numbers
     ) -> np.ndarray:
+        assert tensor.part is not None
+        path, key = tensor.part
         linear = numbers.linear(path, key in self.with_codes)
         return self.linear_tensor(layer, group, linear, key)
 
     def _float(self, plan: Plan, name: str, shape: tuple[int, ...]) -> TensorPlan:
-        return TensorPlan(name, plan.dtype, shape, make=_floats(name, plan.dtype))
+        return TensorPlan(name, plan.dtype, shape, make=_floats)
 
     def _bias(self, layer: LayerPlan, path: str, shape: tuple[int, ...]) -> TensorPlan:
         """The bias that the model itself has."""
-        source, dtype = f"{path}.bias", self.bias_dtype(layer, path)
-        make = _floats(source, dtype)
-        return TensorPlan(self.bias_name(layer, path), dtype, shape, (path, "bias"), source, make)
+        name, dtype = self.bias_name(layer, path), self.bias_dtype(layer, path)
+        return TensorPlan(name, dtype, shape, (path, "bias"), f"{path}.bias", _floats)
 
     def description(self, plan: Plan) -> dict[str, Any]:
         """The description itself."""
         return self.describe(plan, self.tensor_plans(plan))
 
 
-def _floats(name: str, dtype: np.dtype) -> Callable[[Numbers], Array]:
-    return lambda numbers: numbers.floats(name, dtype)
+def _floats(tensor: TensorPlan, numbers: Numbers) -> Array:
+    return numbers.floats(tensor.source or tensor.name, tensor.dtype)
 
 
 def is_there(name: str) -> Callable[[Path], list[Path]]:

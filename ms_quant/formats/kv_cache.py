@@ -18,7 +18,7 @@ SUFFIXES = (SCALE, OFFSET)
 def tensor_plans(path: str, channels: int) -> list[TensorPlan]:
     """Of one linear whose outputs are cached."""
     zeros = np.zeros(channels, np.float32)
-    makes = (lambda numbers: numbers.cache_scale(path), lambda numbers: zeros)
+    makes = (lambda tensor, numbers: numbers.cache_scale(path), lambda tensor, numbers: zeros)
     return [
         TensorPlan(f"{path}.{suffix}", zeros.dtype, (channels,), make=make)
         for suffix, make in zip(SUFFIXES, makes, strict=True)

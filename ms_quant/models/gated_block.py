@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,9 +131,7 @@ class GatedMlp(Branch):
     ):
         self.path, self.norm = path, norm
         gate, up, down = (f"{path}.{name}_proj" for name in ("gate", "up", "down"))
-        column, row = Division("column", unit, size), Division("row", unit, size)
-        inner = LinearSpec(size, hidden, bias, column, reads_stream=True)
-        outer = LinearSpec(hidden, size, bias, row, writes_stream=True)
+        inner, outer = _mlp_linears(hidden, size, bias, unit)
         self.modules = {
             norm: NormSpec(hidden),
             gate: inner,
@@ -162,6 +161,14 @@ class GatedMlp(Branch):
     def outer(self, ops: Operators, inner: np.ndarray) -> np.ndarray:
         """down_proj of it."""
         return ops.linear(f"{self.path}.down_proj", inner)
+
+
+@lru_cache
+def _mlp_linears(hidden: int, size: int, bias: bool, unit: str) -> tuple[LinearSpec, LinearSpec]:
+    """gate_proj and up_proj, and down_proj: one record for all experts of one size."""
+    column, row = Division("column", unit, size), Division("row", unit, size)
+    inner = LinearSpec(size, hidden, bias, column, reads_stream=True)
+    return inner, LinearSpec(hidden, size, bias, row, writes_stream=True)
 
 
 def gated_block(config: ModelConfig, index: int) -> BlockSpec:

@@ -57,8 +57,7 @@ def write_output(
         nonlocal done
         done += tensor.bytes
         progress(done / total)
-        assert tensor.make is not None
-        return tensor.make(numbers)
+        return tensor.value(numbers)
 
     def write_shard(path: Path) -> FileRecord:
         return write_file(path, named[path.name], make, mode=format.mode)

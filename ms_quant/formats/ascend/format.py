@@ -107,9 +107,8 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """Tensor name to scheme, a head that is none included, and what is said of the whole model."""
     quantized, result = set(plan.quantized()), {}
     for tensor in tensors:
-        path, _, suffix = tensor.name.rpartition(".")
-        layer = plan.layer_of(path)
-        scheme = layer.scheme if layer else None
+        suffix = tensor.name.rpartition(".")[2]
+        scheme = plan.quantized_layer(tensor.part[0]).scheme if tensor.part else None
         kind = scheme.name if scheme and not _is_float(scheme, suffix) else "FLOAT"
         result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
     if not plan.config.has_head:

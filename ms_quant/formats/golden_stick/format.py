@@ -136,8 +136,10 @@ def static_linear(
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """Tensor name to scheme. All tensors of a module carry one value, its bias included."""
-    layers = {tensor.name: plan.layer_of(tensor.name.rpartition(".")[0]) for tensor in tensors}
-    return {name: layer.scheme.name if layer else "FLOAT" for name, layer in layers.items()}
+    return {
+        tensor.name: plan.quantized_layer(tensor.part[0]).scheme.name if tensor.part else "FLOAT"
+        for tensor in tensors
+    }
 
 
 FORMAT = CheckpointFormat(
