@@ -497,7 +497,7 @@ def test_an_unreadable_source_is_refused(make: Callable[..., Any], tmp_path: Pat
 def test_the_result_is_json_and_progress_is_told(make: Callable[..., Any]) -> None:
     made, told = make(tp=2), []
     result = verify(made.output, made.source, lambda step, part: told.append((step, part)))
-    json.dumps(result, allow_nan=False)
+    json.dumps(result.as_json(), allow_nan=False)
     assert told[0] == ("files", 0.0) and told[-1] == ("tensors", 1.0)
     tiles = 2 * (4 * 2 + 3 * 2 + 10 * 2 + 3 * 3)
     expected = {"linears": 7, "tiles": tiles, "recomputed": 7, "float_tensors": 7}
