@@ -78,7 +78,7 @@ class Attention(Branch):
             Edge(norm, ("qkv",), norm=True),
             Edge(v, ("o",), repeats=heads // kv_heads, size=self.head_dim, averaged=True),
         )
-        self.last, self.cached = (o,), (k, v)
+        self.last, self.cached = (o,), {k: "k", v: "v"}
 
     def inner(
         self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None

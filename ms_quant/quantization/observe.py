@@ -96,19 +96,19 @@ def observe(
     stats = {
         name: _stats(block, name, group, shape, first) for name, group in wanted.groups.items()
     }
-    ranges, cache = (
-        BlockRanges(index),
-        CacheRange(prefix, block.spec.cached) if wanted.cache else None,
-    )
+    ranges, cache = BlockRanges(index), CacheRange(prefix) if wanted.cache else None
     windows = SearchWindows(shape, len(block.spec.hidden), wanted.search_tokens)
     states: list[np.ndarray] = []
     taps: dict[str, list[Observer]] = {place: [states.append] for place in block.spec.hidden}
     for place in block.spec.hidden[index > 0 :]:  # what a block reads, the one before it has shown
         taps[place].append(partial(ranges.add, place))
+    if cache is not None:
+        for path, tap in block.spec.cached.items():
+            taps.setdefault(tap, []).append(partial(cache.add, path))
     shown = block.with_linears(_watched(block, stats, ranges)).with_taps(taps)
     for batch in hidden:
         states.clear()
-        output = shown.run(batch, at, cache)
+        output = shown.run(batch, at)
         windows.add(start, *states)
         following(output)
         start += len(batch)

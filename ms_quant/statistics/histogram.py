@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.errors import BadArgumentError
+from ms_quant.errors import BadArgumentError, BadFileError, short
 from ms_quant.numerics.affine import LIMITS, asymmetric_parameters, check_finite
+from ms_quant.statistics.stated import fact
 
 QUANTILE_STEPS = 100_000  # a step of the search gives up 1e-5 of the values
 SMALLEST_EXPONENT = -149  # every float32 number is a multiple of 2^-149
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 _CHUNK = 1 << 16  # values at a time: their float64 copy stays in the cache
 _BLOCK = 32  # ranges whose errors are computed together
 
@@ -67,11 +69,26 @@ class Histogram:
 
     @classmethod
     def restore(cls, counts: np.ndarray, facts: Mapping[str, Any]) -> Histogram:
-        """The histogram of these counts and :meth:`facts`."""
-        made = cls(facts["bins"], facts["name"])
-        made.exponent, made.first, made.counts = facts["exponent"], facts["first"], counts
-        if facts["ends"][0] is not None:
-            made.low, made.high = facts["ends"]
+        """The histogram of these counts and :meth:`facts`.
+
+        Raises:
+            MsQuantError: they are not those of one histogram.
+        """
+        made = cls(fact(facts, "bins", int, 2), fact(facts, "name", str))
+        ends, made.counts = fact(facts, "ends", list), counts
+        expected = SMALLEST_EXPONENT, 0, 0
+        if ends != [None, None]:
+            within = len(ends) == 2 and all(type(end) is float for end in ends)
+            if not within or not -FLOAT32_MAX <= ends[0] <= ends[1] <= FLOAT32_MAX:
+                raise BadFileError(f"ends: are {short(ends)}, expected two ascending float32")
+            made.low, made.high = ends
+            expected = _grid(made.low, made.high, made.bins)
+        made.exponent, made.first, _ = expected
+        found = fact(facts, "exponent"), fact(facts, "first"), len(counts)
+        if found != expected:
+            raise BadFileError(
+                f"histogram: exponent, first bin and bins are {short(found)}, expected {expected}"
+            )
         return made
 
     @property

@@ -13,6 +13,7 @@ from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.statistics.kept import spread
 
 SMALLEST = np.finfo(np.float64).tiny
 
@@ -31,7 +32,7 @@ class SearchWindows:
         count, self.length, hidden = shape
         self.shape, self.tokens = shape, tokens
         wanted = min(count, max(1, tokens // self.length)) if tokens else 0
-        self.chosen = np.arange(wanted) * count // wanted
+        self.chosen = spread(count, wanted)
         self.states = np.empty((states, wanted, self.length, hidden), np.float32)
 
     def add(self, start: int, *states: np.ndarray) -> None:
