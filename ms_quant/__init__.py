@@ -1,8 +1,8 @@
 """MindSpore-native quantization for Ascend, on any machine.
 
 The public names are imported when they are first used: those of networks (``quantize``,
-``calibrate``, ``summary``, ``save_quantized``, ``load_quantized``, ``QuantLinear``) need MindSpore,
-the others do not.
+``calibrate``, ``Observations``, ``summary``, ``save_quantized``, ``load_quantized``,
+``QuantLinear``) need MindSpore, the others do not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ms_quant.algorithms import ALGORITHMS
     from ms_quant.cells import (
+        Observations,
         QuantLinear,
         calibrate,
         load_quantized,
@@ -49,6 +50,7 @@ __all__ = [
     "DiskError",
     "JobConflictError",
     "MsQuantError",
+    "Observations",
     "QuantLinear",
     "Recipe",
     "TimestepManager",
@@ -73,7 +75,8 @@ __all__ = [
 _MODULES = {
     "ms_quant.algorithms": ("ALGORITHMS",),
     "ms_quant.cells": (
-        *("QuantLinear", "calibrate", "load_quantized", "quantize", "save_quantized", "summary"),
+        *("Observations", "QuantLinear", "calibrate", "load_quantized", "quantize"),
+        *("save_quantized", "summary"),
     ),
     "ms_quant.errors": (
         *("BadArgumentError", "BadFileError", "DiskError", "JobConflictError", "MsQuantError"),

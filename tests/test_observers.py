@@ -159,11 +159,11 @@ def random_heads(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_ranges_of_cached_keys_and_values():
-    cache = CacheRange("block.", PATHS)
+    cache = CacheRange("block.")
     batches = [(random_heads(i, (2, 3, 4, 5)), random_heads(9 + i, (2, 3, 4, 5))) for i in range(3)]
-    for keys, values in batches:
-        returned = cache(keys, values)
-        assert returned[0] is keys and returned[1] is values
+    for both in batches:
+        for path, heads in zip(PATHS, both, strict=True):
+            cache.add(path, heads)
     for path, arrays in zip(PATHS, zip(*batches, strict=True), strict=True):
         for head, channel in np.ndindex(3, 5):
             expected = max(float(np.abs(a[:, head, :, channel]).max()) for a in arrays)
@@ -172,9 +172,8 @@ def test_ranges_of_cached_keys_and_values():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_cached_values_that_are_not_finite_are_refused_by_name(value):
-    keys = random_heads(0, (1, 2, 3, 4))
-    values = keys.copy()
+    values = random_heads(0, (1, 2, 3, 4))
     values[0, 1, 2, 3] = value
     message = r"layers\.4\.self_attn\.v_proj: calibration output: 1 of"
     with pytest.raises(MsQuantError, match=message):
-        CacheRange("layers.4.", PATHS)(keys, values)
+        CacheRange("layers.4.").add(PATHS[1], values)

@@ -100,7 +100,7 @@ def test_packages_say_that_they_are_typed(package):
     assert (Path(package.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name", [*OF_NETWORKS, "QuantLinear"])
+@pytest.mark.parametrize("name", [*OF_NETWORKS, "Observations", "QuantLinear"])
 def test_the_examples_of_a_docstring_run(name, tmp_path, monkeypatch, request):
     pytest.importorskip("mindspore")
     request.getfixturevalue("blocking_mindspore")

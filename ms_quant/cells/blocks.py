@@ -18,6 +18,7 @@ from ms_quant.errors import BadArgumentError
 from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.recipe.patterns import matches, unmatched
+from ms_quant.statistics.kept import spread
 from ms_quant.statistics.search_windows import SMALLEST
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
@@ -65,20 +66,47 @@ def enclosing(paths: Iterable[str], blocks: Iterable[str]) -> str:
     return max(around, key=len, default="")
 
 
+def blocks_of(
+    groups: Sequence[tuple[str, ...]], kept: Mapping[str, CallStore], *, stated: bool
+) -> dict[tuple[str, ...], str]:
+    """The block whose output counts for each group; one of a list only if some of its linears
+    share an input, as those of attention do.
+
+    Args:
+        groups: paths of the linears of each.
+        kept: path of a block to its kept calls.
+        stated: whether the user said which Cells are blocks.
+    """
+    blocks = [path for path, calls in kept.items() if len(calls)]
+    found = {group: enclosing(group, blocks) for group in groups}
+    if stated:
+        return found
+    shares = {block for g in groups if len(g) > 1 for block in blocks if enclosing(g, [block])}
+    return {group: block if block in shares else "" for group, block in found.items()}
+
+
+def chosen_calls(count: int, tokens: int) -> np.ndarray:
+    """The calls of a network from which those of blocks are kept: of ``count`` calls over
+    ``tokens`` tokens some that are evenly spread, at least one."""
+    return spread(count, min(count, max(1, SEARCH_TOKENS * count // max(1, tokens))))
+
+
 class BlockCalls:
     """Keeps calls of blocks, for searches, while the network is called.
 
     Args:
         network: what is called.
         blocks: paths of its blocks.
-        calls: of the network; those that are kept are spread evenly over them.
+        calls: of the network.
+
+    Attributes:
+        chosen: which of them the kept ones are of.
+        kept: path of a block to its kept calls.
     """
 
     def __init__(self, network: nn.Cell, blocks: Iterable[str], calls: CallStore):
-        count = len(calls)
-        wanted = min(count, max(1, SEARCH_TOKENS * count // max(1, calls.tokens)))
-        self._chosen = frozenset((np.arange(wanted) * count // max(1, wanted)).tolist())
-        self._active = False
+        self.chosen = chosen_calls(len(calls), calls.tokens).tolist()
+        self._index = 0
         paths = list(blocks)
         self.kept = {path: CallStore(IN_MEMORY // len(paths)) for path in paths}
         self._hooks = [
@@ -87,7 +115,7 @@ class BlockCalls:
         ]
 
     def begin_call(self, index: int) -> None:
-        self._active = index in self._chosen
+        self._index = index
 
     def remove(self) -> None:
         """Leaves the blocks as they were."""
@@ -95,9 +123,12 @@ class BlockCalls:
             hook.remove()
 
     def _keeper(self, store: CallStore) -> Callable[[nn.Cell, tuple, dict[str, Any]], None]:
+        chosen = frozenset(self.chosen)
+
         def keep(cell: nn.Cell, arguments: tuple, named: dict[str, Any]) -> None:
-            if self._active:
-                store.append(Call(arguments, named, TimestepManager.get_timestep_idx()))
+            if self._index in chosen:
+                step = TimestepManager.get_timestep_idx()
+                store.append(Call(arguments, named, step, self._index))
 
         return keep
 

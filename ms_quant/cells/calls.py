@@ -6,8 +6,8 @@ than memory, and may come from a generator, which gives each item once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from tempfile import SpooledTemporaryFile
 from typing import Any, NamedTuple
 
@@ -38,11 +38,13 @@ class Call:
     Attributes:
         arguments, named: the arguments.
         step: the timestep that was set, or None.
+        index: which call of the network it is, or is part of.
     """
 
     arguments: tuple
     named: Mapping[str, Any]
     step: int | None
+    index: int = 0
 
     @property
     def tokens(self) -> int:
@@ -75,6 +77,11 @@ class CallStore:
         return (_changed(call, self._read) for call in self._calls)
 
     @property
+    def stored(self) -> Sequence[Call]:
+        """The calls with places in the file, where tensors and arrays are there."""
+        return self._calls
+
+    @property
     def steps(self) -> list[int | None]:
         """The timestep of each call."""
         return [call.step for call in self._calls]
@@ -99,25 +106,32 @@ class CallStore:
             raise BadArgumentError(
                 f"calibration inputs: cannot be kept in a file ({error})"
             ) from error
-        place = _Place(self._end, array.dtype, array.shape, isinstance(value, Tensor))
+        place = Place(self._end, array.dtype, array.shape, isinstance(value, Tensor))
         self._end += array.nbytes
         return place
 
+    def array(self, place: Place) -> np.ndarray:
+        """What lies at a place, which may not be changed."""
+        self._file.seek(place.start)
+        data = self._file.read(int(np.prod(place.shape)) * place.dtype.itemsize)
+        return np.frombuffer(data, place.dtype).reshape(place.shape)
+
     def _read(self, value: Any) -> Any:
-        if not isinstance(value, _Place):
+        if not isinstance(value, Place):
             return value
-        self._file.seek(value.start)
-        data = self._file.read(int(np.prod(value.shape)) * value.dtype.itemsize)
-        array = np.frombuffer(data, value.dtype).reshape(value.shape)
-        if not value.is_tensor:
-            return array.copy()
-        if value.dtype == DTYPES["bfloat16"]:
-            return Tensor(array.astype(np.float32), ms.bfloat16)
-        return Tensor(array)
+        array = self.array(value)
+        return to_tensor(array) if value.is_tensor else array.copy()
 
 
-class _Place(NamedTuple):
-    """Where an array lies in the file."""
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A copy of an array as a tensor of the same type."""
+    if array.dtype == DTYPES["bfloat16"]:
+        return Tensor(array.astype(np.float32), ms.bfloat16)
+    return Tensor(array)
+
+
+class Place(NamedTuple):
+    """Where an array lies in the file of a :class:`CallStore`."""
 
     start: int
     dtype: np.dtype
@@ -133,7 +147,7 @@ def _plain(tensor: Tensor, array: np.ndarray) -> bool:
 def _changed(call: Call, change: Callable[[Any], Any]) -> Call:
     """A call with the leaves of its arguments changed."""
     arguments, named = _mapped((call.arguments, dict(call.named)), change)
-    return Call(arguments, named, call.step)
+    return replace(call, arguments=arguments, named=named)
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -13,6 +13,7 @@ from ms_quant.algorithms import PLAIN, AlgorithmPipeline, get_algorithms
 from ms_quant.cells.sites import Site
 from ms_quant.cells.tree import linears
 from ms_quant.errors import BadArgumentError, MsQuantError
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, load_recipe
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import VALUES, get_scheme
@@ -59,7 +60,7 @@ class Common:
         options: of schemes and algorithms.
     """
 
-    algorithm: str = PLAIN
+    algorithm: str = DEFAULTS.algorithm
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, name: str) -> LinearPlan:
@@ -98,7 +99,8 @@ def plans_of(
         return dict.fromkeys(chosen, common.plan(wish))
     if isinstance(wish, str | PathLike | Recipe):
         if common != Common():
-            given = "algorithm" if common.algorithm != PLAIN else next(iter(common.options))
+            named = common.algorithm != DEFAULTS.algorithm
+            given = "algorithm" if named else next(iter(common.options))
             raise BadArgumentError(
                 f"{given}: given with a recipe, which says all, expected it there"
             )

@@ -10,15 +10,16 @@ from mindspore import Tensor, nn
 
 from ms_quant.algorithms import ALGORITHMS, PLAIN, AlgorithmPipeline
 from ms_quant.cells import timesteps
-from ms_quant.cells.blocks import BlockCalls, enclosing, listed_blocks, stated_blocks
+from ms_quant.cells.blocks import BlockCalls, blocks_of, enclosing, listed_blocks, stated_blocks
 from ms_quant.cells.calls import CallStore, Progress, collect, silent
 from ms_quant.cells.float_forward import in_float32
-from ms_quant.cells.observations import GroupObservation, Observations
+from ms_quant.cells.observations import GroupObservation, Observations, input_name
 from ms_quant.cells.recorder import float32
 from ms_quant.cells.same_input import Groups, SharedInputs, stated_groups
 from ms_quant.cells.sites import Show, Site, sites
 from ms_quant.cells.tree import is_linear, replaced
 from ms_quant.errors import BadArgumentError
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig, kept_timesteps
 
@@ -57,7 +58,7 @@ def calibrate(
     network: nn.Cell,
     data: Iterable,
     *,
-    algorithm: str = PLAIN,
+    algorithm: str = DEFAULTS.algorithm,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     groups: Groups | None = None,
@@ -81,8 +82,10 @@ def calibrate(
 
     Returns:
         Observations, which ``ms_quant.quantize(network, ..., calibration=observations)`` takes in
-        place of data. Printed, it is a table: which linears read one input, how many tokens, the
-        smallest and largest value, and how much larger the largest channel is than the median one.
+        place of data. Those of several parts of the data can be merged, and kept in files
+        (:class:`ms_quant.Observations`). Printed, it is a table: which linears read one input, how
+        many tokens, the smallest and largest value, and how much larger the largest channel is than
+        the median one.
 
     Raises:
         MsQuantError: `network` holds no linear, a pattern matches nothing, an algorithm is unknown,
@@ -227,22 +230,17 @@ class _Run:
                     self.progress("calibrate", index + 1, len(self.calls))
         finally:
             kept.remove()
-        blocks = self._block_of(shared.groups, kept.kept)
-        found = tuple(GroupObservation(g, stats[g[0]], blocks[g]) for g in shared.groups)
-        windows = {path: calls for path, calls in kept.kept.items() if path in blocks.values()}
-        return Observations(found, len(self.calls), searched, windows)
-
-    def _block_of(
-        self, groups: Sequence[tuple[str, ...]], kept: Mapping[str, CallStore]
-    ) -> dict[tuple[str, ...], str]:
-        """The block whose output counts for each group; one of a list only if some of its linears
-        share an input, as those of attention do."""
-        blocks = [path for path, calls in kept.items() if len(calls)]
-        found = {group: enclosing(group, blocks) for group in groups}
-        if self.structure.blocks is not None:
-            return found
-        shares = {block for g in groups if len(g) > 1 for block in blocks if enclosing(g, [block])}
-        return {group: block if block in shares else "" for group, block in found.items()}
+        stated = self.structure.blocks is not None
+        blocks = blocks_of(shared.groups, kept.kept, stated=stated)
+        return Observations(
+            tuple(GroupObservation(g, stats[g[0]], blocks[g]) for g in shared.groups),
+            len(self.calls),
+            searched,
+            {path: calls for path, calls in kept.kept.items() if path in blocks.values()},
+            self.calls.tokens,
+            tuple(kept.chosen),
+            stated,
+        )
 
     def _stats(self, tap: str) -> ActivationStats:
         path = self.site_of[tap]
@@ -252,7 +250,7 @@ class _Run:
             "keep_rows": want.algorithms.kept_tokens,
             "with_hessian": want.algorithms.any("hessian"),
             "with_histogram": want.algorithms.any("histogram"),
-            "name": f"{tap} input",
+            "name": input_name(tap),
         }
         if want.by_step is not None:
             return StepStats(channels, steps=self.steps, **more)

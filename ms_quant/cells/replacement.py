@@ -90,7 +90,7 @@ class Replacement:
                     f"{what}: given with observations, expected it for calibrate"
                 )
             for path, want in wanted.items():
-                _check_observed(calibration, path, want)
+                _check_observed(calibration, self.sites[path], want)
             return calibration
         if not wanted:
             return Observations()
@@ -203,16 +203,22 @@ def _policy(
     return None
 
 
-def _check_observed(observed: Observations, path: str, wanted: Wanted) -> None:
+def _check_observed(observed: Observations, site: Site, wanted: Wanted) -> None:
     """Refuses observations that lack what a linear needs.
 
     Raises:
         MsQuantError: names the linear and what is missing.
     """
+    path, channels = site.path, site.taps[site.path]
     if path not in observed:
         raise BadArgumentError(f"{path}: is not among what calibrate looked at, expected it there")
     group: GroupObservation = observed[path]
     stats, algorithms = group.stats, wanted.algorithms
+    if stats.channels != channels:
+        raise BadArgumentError(
+            f"{path}: calibrate saw {stats.channels} channels, expected the {channels} that it "
+            "reads, of the same network"
+        )
     missing = [
         name
         for name, needed, there in (

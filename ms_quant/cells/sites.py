@@ -14,6 +14,9 @@ from ms_quant.cells.tree import linears
 from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import check_finite
 
+SCORES = "*q_proj", "*k_proj"
+"""What the linears of queries and keys are called where nobody says it."""
+
 Show = Callable[[str, Tensor], None]
 """Called with the name of a tap and the tensor that comes there."""
 
@@ -30,6 +33,7 @@ class Site:
         path: of the Cell.
         cell: the float Cell that is there.
         taps: name of each tap, unlike any other of the network, to its channels.
+        scores: whether its outputs are multiplied into attention scores: queries or keys.
         watch: gives the Cell that stands in this one's place while the network is observed: it
             shows each tap's tensor and computes the same.
     """
@@ -37,22 +41,32 @@ class Site:
     path: str
     cell: nn.Cell
     taps: Mapping[str, int]
+    scores: bool
     watch: Callable[[Show], nn.Cell]
 
 
-def linear_site(path: str, cell: nn.Cell) -> Site:
+def linear_site(path: str, cell: nn.Cell, scores: bool = False) -> Site:
     """The site of a linear."""
 
     def watch(show: Show) -> nn.Cell:
         return Recorder(cell, lambda x: show(path, x))
 
-    return Site(path, cell, {path: int(cell.weight.shape[1])}, watch)
+    return Site(path, cell, {path: int(cell.weight.shape[1])}, scores, watch)
 
 
 def sites(
-    network: nn.Cell, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    network: nn.Cell,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    scores: Sequence[str] = SCORES,
 ) -> dict[str, Site]:
     """The chosen sites of a network by path, in definition order.
+
+    Args:
+        network: it.
+        include, exclude: patterns of those that are chosen and of those that are not.
+        scores: patterns of linears whose outputs are multiplied into attention scores. Nothing
+            need be called as the default says.
 
     Raises:
         MsQuantError: there are none, or a pattern matches nothing.
@@ -60,7 +74,9 @@ def sites(
     cells = dict(linears(network))
     if not cells:
         raise BadArgumentError(f"{network.cls_name}: holds no Dense or Linear, nothing to quantize")
-    return {path: linear_site(path, cells[path]) for path in select(cells, include, exclude)}
+    chosen = select(cells, include, exclude)
+    _refuse_unmatched(cells, () if tuple(scores) == SCORES else scores)
+    return {path: linear_site(path, cells[path], _is_of(path, scores)) for path in chosen}
 
 
 def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
@@ -70,18 +86,22 @@ def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str])
         MsQuantError: a pattern matches nothing.
     """
     names = list(names)
-    for pattern in (*include, *exclude):
+    _refuse_unmatched(names, (*include, *exclude))
+    return [name for name in names if _is_of(name, include) and not _is_of(name, exclude)]
+
+
+def _is_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse_unmatched(names: Iterable[str], patterns: Sequence[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(names[:4])
             raise BadArgumentError(
                 f"pattern {pattern!r} matches no linear, expected one of: {shown}, ..."
             )
-    return [
-        name
-        for name in names
-        if any(fnmatchcase(name, p) for p in include)
-        and not any(fnmatchcase(name, p) for p in exclude)
-    ]
 
 
 def weight_and_bias(site: Site) -> tuple[np.ndarray, np.ndarray | None]:

@@ -21,8 +21,6 @@ from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.statistics.observers import ActivationStats, StepStats
 from ms_quant.timestep import TimestepPolicyConfig
 
-SCORES = "q_proj", "k_proj"  # names are all that a network says of attention scores
-
 
 @dataclass(frozen=True)
 class Group:
@@ -81,7 +79,7 @@ def solve(group: Group) -> dict[str, Found]:
         relative_mse=None if group.block is None else group.block.relative_mse,
         input_dtype=group.dtype,
         scale_type=network_scale_type(plan.scheme),
-        scores=frozenset(n for n in floats.weights if n.removesuffix(WEIGHT).endswith(SCORES)),
+        scores=frozenset(f"{site.path}{WEIGHT}" for site in group.sites if site.scores),
     )
     solution = plan.algorithms.first(problem)
     if solution.smooth is not None and not plan.scheme.activation.holds_smoothing:

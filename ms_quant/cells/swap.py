@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mindspore import nn
 
-from ms_quant.algorithms import PLAIN
 from ms_quant.cells.calls import Progress, silent
 from ms_quant.cells.choice import Common, Predicate, is_file, plans_of
 from ms_quant.cells.load import load, wanted_dtype
@@ -17,34 +17,25 @@ from ms_quant.cells.observations import Observations
 from ms_quant.cells.observe import Structure
 from ms_quant.cells.replacement import Replacement
 from ms_quant.cells.same_input import Groups
-from ms_quant.cells.sites import sites
+from ms_quant.cells.sites import SCORES, sites
 from ms_quant.cells.tree import is_linear, replace_cell
 from ms_quant.errors import BadArgumentError
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.recipe import Recipe
 from ms_quant.timestep import TimestepPolicyConfig
-
-DEFAULTS: dict[str, Any] = {
-    "calibration": None,
-    "algorithm": PLAIN,
-    "include": ("*",),
-    "exclude": (),
-    "groups": None,
-    "blocks": None,
-    "for_format": None,
-    "progress": None,
-}
 
 
 def quantize(
     network: nn.Cell,
-    scheme: str | PathLike[str] | Recipe | Predicate = "W8A8",
+    scheme: str | PathLike[str] | Recipe | Predicate = DEFAULTS.scheme,
     *,
     calibration: Iterable | Observations | None = None,
-    algorithm: str = PLAIN,
+    algorithm: str = DEFAULTS.algorithm,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     groups: Groups | None = None,
     blocks: Sequence[str] | None = None,
+    scores: Sequence[str] = SCORES,
     timestep_policy: TimestepPolicyConfig | None = None,
     dtype: Any = None,
     for_format: str | None = None,
@@ -71,8 +62,8 @@ def quantize(
         calibration (Iterable, Observations, optional): what to call the network with: for each call
             a Tensor or array, a tuple or list of arguments, or a dict of named ones, as MindSpore's
             dataset iterators give them. It is gone through once, and is not held in memory. Or what
-            :func:`ms_quant.calibrate` returned. Needed by static schemes and most algorithms.
-            Default: ``None``.
+            :func:`ms_quant.calibrate` returned, maybe merged or from a file. Needed by static
+            schemes and most algorithms. Default: ``None``.
         algorithm (str): names from ``ms_quant.ALGORITHMS`` joined with ``+``, such as
             ``"osl+gptq"``. A smoothing vector stays with the linear, as one more division of its
             input. Default: ``"minmax"``.
@@ -89,6 +80,10 @@ def quantize(
             none: then it is the output of the group's own linears. Default: ``None``: elements of a
             ``CellList`` or ``SequentialCell`` in which linears share an input, as those of
             attention do.
+        scores (Sequence[str]): glob patterns of the paths of linears whose outputs are multiplied
+            into attention scores: queries and keys. ``"awq"`` does not clip their weights.
+            Default: ``("*q_proj", "*k_proj")``, as most networks call them; those that call them
+            otherwise have none unless it is said here.
         timestep_policy (TimestepPolicyConfig, optional): which timesteps of a diffusion model are
             static and which are dynamic, for W8A8_TIMESTEP. `calibration` sets
             ``TimestepManager.set_timestep_idx(t)`` before it gives inputs of step t; dynamic steps
@@ -162,6 +157,7 @@ def quantize(
         "exclude": tuple(exclude),
         "groups": groups,
         "blocks": blocks,
+        "scores": tuple(scores),
         "for_format": for_format,
         "progress": progress,
     }
@@ -172,7 +168,7 @@ def quantize(
     if is_linear(network):
         for_linear = {**given, "timestep_policy": timestep_policy, "dtype": dtype, **options}
         return _quantized_alone(network, scheme, for_linear)
-    runs_in, chosen = wanted_dtype(dtype), sites(network, include, exclude)
+    runs_in, chosen = wanted_dtype(dtype), sites(network, include, exclude, scores)
     plans = plans_of(scheme, network, chosen, Common(algorithm, options))
     job = Replacement(network, chosen, plans, timestep_policy, runs_in, progress or silent)
     if for_format is not None:
@@ -185,7 +181,7 @@ def quantize(
 
 def _refuse_given(scheme: object, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Refuses what a file of quantized linears says already."""
-    refused = [n for n, value in given.items() if value is not None and value != DEFAULTS[n]]
+    refused = [n for n, value in given.items() if value is not None and value != _default(n)]
     if refused or options:
         raise BadArgumentError(
             f"{[*refused, *options][0]}: given with {scheme}, which says all, expected "
@@ -193,15 +189,20 @@ def _refuse_given(scheme: object, given: Mapping[str, Any], options: Mapping[str
         )
 
 
+def _default(name: str) -> Any:
+    """What an argument of :func:`quantize` is where it is not given."""
+    return signature(quantize).parameters[name].default
+
+
 def _quantized_alone(linear: nn.Cell, scheme: Any, given: Mapping[str, Any]) -> nn.Cell:
     """What a linear that is no part of a network becomes."""
-    if any(given[name] != DEFAULTS[name] for name in ("include", "exclude")):
+    if any(given[name] != _default(name) for name in ("include", "exclude")):
         raise BadArgumentError(
             f"{linear.cls_name}: is a linear itself, expected include and exclude only with a "
             "network of several"
         )
-    for name in ("groups", "blocks", "for_format"):
-        if given[name] is not None:
+    for name in ("groups", "blocks", "scores", "for_format"):
+        if given[name] != _default(name):
             raise BadArgumentError(
                 f"{name}: given with {linear.cls_name}, which is a linear itself, expected a "
                 "network of them"

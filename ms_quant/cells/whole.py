@@ -16,10 +16,9 @@ from ms_quant.cells.tree import host_array, linears, replace_cell
 from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.atomic import free_space_check
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
-from ms_quant.files.strict_json import parse_json
 from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.mindie_sd.choice import network_scheme
-from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen, StaticActivation
+from ms_quant.numerics.activation import ObservedRange, PerToken, PhasedActivation, StaticActivation
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
@@ -150,12 +149,7 @@ def load_whole(
 
 def _schemes(file: SafetensorsFile) -> dict[str, tuple[Scheme, np.dtype]]:
     where = f"{file.path}: {KEY} in the header"
-    if KEY not in file.metadata:
-        raise BadFileError(f"{where}: missing, expected a file of save_quantized(format='network')")
-    try:
-        stated = parse_json(file.metadata[KEY].encode())
-    except ValueError as error:
-        raise BadFileError(f"{where}: not valid JSON ({error})") from None
+    stated = file.stated(KEY, "save_quantized(format='network')")
     rows = stated.get("linears") if isinstance(stated, dict) else None
     if not isinstance(rows, dict) or not rows or stated.get("version") != VERSION:
         raise BadFileError(f"{where}: {stated!r:.80}, expected linears of version {VERSION}")
@@ -221,7 +215,7 @@ def _blank(
             )
         activation = TimestepActivation(np.zeros(steps, np.float32), np.zeros(steps, np.int8))
     else:
-        activation = scheme.activation.fit(Seen(*ends, dtype, name), None)
+        activation = scheme.activation.fit(ObservedRange(*ends, dtype, name), None)
     if isinstance(activation, PerToken) and "clip_ratio" in parts:
         activation = replace(activation, clip=0.5)
     codes = grid.round(np.zeros(shape, np.float32))

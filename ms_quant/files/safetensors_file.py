@@ -99,6 +99,24 @@ class SafetensorsFile:
             raise BadFileError(f"{self.path}: has no tensor {name!r}")
         return self.tensors[name]
 
+    def stated(self, key: str, maker: str) -> Any:
+        """What the header's metadata states as JSON.
+
+        Args:
+            key (str): its name there.
+            maker (str): what writes such files, for errors.
+
+        Raises:
+            MsQuantError: it is missing, or is no JSON.
+        """
+        where = f"{self.path}: {key} in the header"
+        if key not in self.metadata:
+            raise BadFileError(f"{where}: missing, expected a file of {maker}")
+        try:
+            return parse_json(self.metadata[key].encode())
+        except ValueError as error:
+            raise BadFileError(f"{where}: not valid JSON ({error})") from None
+
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor.
 

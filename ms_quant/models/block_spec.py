@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from typing import Self
 
+    from ms_quant.budget import Budget
     from ms_quant.models.attention import Cache
     from ms_quant.models.block_forward import Positions
 
@@ -187,7 +189,13 @@ class Edge:
 
 
 class Operators(Protocol):
-    """What a branch computes with: the block's norms and linears, and who looks on."""
+    """What a branch computes with: the block's norms and linears, and who looks on.
+
+    Attributes:
+        budget: what bounds its memory.
+    """
+
+    budget: Budget
 
     def norm(self, path: str, x: np.ndarray) -> np.ndarray:
         """The norm at a path, float32 of the same shape."""
@@ -212,7 +220,8 @@ class Branch(ABC):
         edges: what makes the inputs of its linears.
         last: paths of the linears that ``outer`` computes.
         taps: what ``show`` is called with.
-        cached: paths of the linears whose outputs a generation caches.
+        cached: path of each linear whose outputs a generation caches, to the tap that shows what
+            is cached of them.
         rotary: whether it has a rotary embedding.
     """
 
@@ -222,7 +231,7 @@ class Branch(ABC):
     edges: tuple[Edge, ...]
     last: tuple[str, ...]
     taps: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
+    cached: Mapping[str, str] = MappingProxyType({})
     rotary: bool = False
 
     @abstractmethod
@@ -303,9 +312,10 @@ class BlockSpec:
         return (edge for edge in self.edges if not edge.norm)
 
     @cached_property
-    def cached(self) -> tuple[str, ...]:
-        """Paths of the linears whose outputs a generation caches: of the keys, of the values."""
-        return tuple(path for branch in self.branches for path in branch.cached)
+    def cached(self) -> dict[str, str]:
+        """Path of each linear whose outputs a generation caches, of the keys, then of the values,
+        to the tap that shows what is cached."""
+        return {path: tap for branch in self.branches for path, tap in branch.cached.items()}
 
     @cached_property
     def taps(self) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ class Attention(Branch):
             Edge(norm, ("qkv",), norm=True),
             Edge(v, ("o",), repeats=heads // kv_heads, size=self.head_dim, averaged=True),
         )
-        self.last, self.cached = (o,), (k, v)
+        self.last, self.cached = (o,), {k: "k", v: "v"}
 
     def inner(
         self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None
@@ -93,7 +93,7 @@ class Attention(Branch):
         if self.qk_norm:
             q, k = ops.norm(f"{self.path}.q_norm", q), ops.norm(f"{self.path}.k_norm", k)
         angles = at.angles(self.rotary)
-        y = attention(q, k, v, angles, at.mask, cache, show=ops.show)
+        y = attention(q, k, v, angles, at.mask, cache, budget=ops.budget, show=ops.show)
         ops.show(self.taps[-1], y)
         return ops.between(f"{self.path}.o_proj input", y)
 

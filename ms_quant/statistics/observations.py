@@ -12,8 +12,9 @@ import numpy as np
 from ms_quant.statistics.activation_range import BlockRanges, Divided
 from ms_quant.statistics.observers import ActivationStats
 from ms_quant.statistics.search_windows import SearchWindows
+from ms_quant.statistics.stats_file import restored_stats, stats_arrays, stats_facts
 
-STATS, RANGES, CACHE, DIVIDED, WINDOWS = "stats.", "ranges.", "cache.", "divided.", "windows"
+RANGES, CACHE, DIVIDED, WINDOWS = "ranges.", "cache.", "divided.", "windows"
 
 
 @dataclass
@@ -54,9 +55,7 @@ class Observations:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was seen, by names; :meth:`facts` says the rest."""
-        found = {WINDOWS: self.windows.states}
-        for name, stats in self.stats.items():
-            found |= {f"{STATS}{name}.{key}": value for key, value in stats.arrays().items()}
+        found = {WINDOWS: self.windows.states, **stats_arrays(self.stats)}
         for start, parts in (
             (RANGES, self.ranges.absmax),
             (CACHE, self.cache or {}),
@@ -71,7 +70,7 @@ class Observations:
             {
                 "index": self.index,
                 "first": self.first,
-                "stats": {name: stats.facts() for name, stats in self.stats.items()},
+                "stats": stats_facts(self.stats),
                 "shape": self.windows.shape,
                 "search_tokens": self.windows.tokens,
                 "caches": self.cache is not None,
@@ -82,10 +81,7 @@ class Observations:
     def restore(cls, arrays: Mapping[str, np.ndarray], text: str) -> Observations:
         """The observations that were written as :meth:`arrays` and :meth:`facts`."""
         facts: dict[str, Any] = json.loads(text)
-        stats = {
-            name: ActivationStats.restore(_under(arrays, f"{STATS}{name}."), said)
-            for name, said in facts["stats"].items()
-        }
+        stats = restored_stats(arrays, facts["stats"])
         states = arrays[WINDOWS]
         windows = SearchWindows(tuple(facts["shape"]), len(states), facts["search_tokens"])
         windows.states = states

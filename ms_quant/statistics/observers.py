@@ -6,14 +6,21 @@ Those of several parts of the data are merged, and written as arrays and facts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms_quant import kernels
+from ms_quant.errors import BadFileError
 from ms_quant.numerics.affine import check_finite
 from ms_quant.statistics.histogram import Histogram
+from ms_quant.statistics.kept import KeptRows
+from ms_quant.statistics.stated import array, fact
+
+if TYPE_CHECKING:
+    from typing import Self
 
 KEPT_TOKENS = 512
 
@@ -55,16 +62,14 @@ class ActivationStats:
     products: np.ndarray | None = field(init=False, default=None)
     histogram: Histogram | None = field(init=False, default=None)
     tokens: int = 0
-    _rows: list[np.ndarray] = field(default_factory=list, repr=False)
-    _stride: int = field(default=1, repr=False)
+    _kept: KeptRows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.low = np.full(self.channels, np.inf, np.float32)
         self.high = np.full(self.channels, -np.inf, np.float32)
         self.sum_squares = np.zeros(self.channels, np.float64)
         self.sum_abs = np.zeros(self.channels, np.float64)
-        if self.total_tokens is not None:
-            self._stride = max(1, -(-self.total_tokens // self.keep_rows))
+        self._kept = KeptRows(self.channels, self.total_tokens, self.keep_rows, self.start)
         if self.with_hessian:
             self.products = np.zeros((self.channels, self.channels), np.float32)
         if self.with_histogram:
@@ -76,7 +81,9 @@ class ActivationStats:
         Raises:
             MsQuantError: a value is NaN or inf.
         """
-        rows = x.reshape(-1, self.channels)
+        self._update(x.reshape(-1, self.channels))
+
+    def _update(self, rows: np.ndarray, label: int = 0) -> None:
         if not len(rows):
             return
         self._add_columns(rows)
@@ -84,17 +91,10 @@ class ActivationStats:
             self._add_products(self.products, rows)
         if self.histogram is not None:
             self.histogram.update(rows)
-        first = -(self.start + self.tokens) % self._stride
-        self._rows.append(rows[first :: self._stride].copy())
+        self._kept.add(rows, self.tokens, label)
         self.tokens += len(rows)
-        self._thin()
 
-    def _thin(self) -> None:
-        """Keeps every second row, as often as there are too many of an unknown number."""
-        while self.total_tokens is None and sum(map(len, self._rows)) > self.keep_rows:
-            self._rows, self._stride = [np.concatenate(self._rows)[::2]], 2 * self._stride
-
-    def merge(self, other: ActivationStats) -> None:
+    def merge(self, other: Self) -> None:
         """Adds what another part of the data has shown, the part after this one."""
         np.minimum(self.low, other.low, out=self.low)
         np.maximum(self.high, other.high, out=self.high)
@@ -104,11 +104,30 @@ class ActivationStats:
             self.products += other.products
         if self.histogram is not None and other.histogram is not None:
             self.histogram.merge(other.histogram)
-        while self._stride < other._stride:
-            self._rows, self._stride = [self.rows[::2]], 2 * self._stride
-        self._rows.append(other.rows[:: self._stride // other._stride])
+        self._kept.merge(other._kept)
         self.tokens += other.tokens
-        self._thin()
+
+    def followed_by(self, other: Self) -> Self:
+        """The statistics of two parts together, each of which took its own tokens for all.
+
+        All but sums and kept rows is as one pass would have it, bit for bit. Sums are added in
+        another order: either way the one of n terms is within n * u of the sum of their
+        magnitudes, u = 2^-53 (float64), of products 2^-24. For each row that one pass would have
+        kept there is the same where a part has it, else the nearest.
+        """
+        assert self.total_tokens is not None and other.total_tokens is not None
+        total = self.total_tokens + other.total_tokens
+        first, second = deepcopy(self), copy(other)
+        first.total_tokens, first._kept = total, self._kept.moved(self.tokens, total, 0)
+        second._kept = other._kept.moved(other.tokens, total, self.tokens)
+        first.merge(second)
+        return first
+
+    def rename(self, name: str) -> None:
+        """Changes what errors call it."""
+        self.name = name
+        if self.histogram is not None:
+            self.histogram.name = name
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was seen; :meth:`facts` says the rest."""
@@ -117,7 +136,8 @@ class ActivationStats:
             "high": self.high,
             "sum_squares": self.sum_squares,
             "sum_abs": self.sum_abs,
-            "rows": self.rows,
+            "rows": self._kept.rows,
+            "row_places": self._kept.places,
         }
         if self.products is not None:
             found["products"] = self.products
@@ -130,20 +150,68 @@ class ActivationStats:
         names = ("channels", "total_tokens", "keep_rows", "name", "start", "tokens")
         histogram = None if self.histogram is None else self.histogram.facts()
         found = {name: getattr(self, name) for name in names}
-        return {**found, "stride": self._stride, "histogram": histogram}
+        return {**found, "stride": self._kept.stride, "histogram": histogram}
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> ActivationStats:
-        """The statistics that were written as :meth:`arrays` and :meth:`facts`."""
-        names = ("channels", "total_tokens", "keep_rows", "name", "start")
-        made = cls(**{name: facts[name] for name in names})
-        made.low, made.high = arrays["low"], arrays["high"]
-        made.sum_squares, made.sum_abs = arrays["sum_squares"], arrays["sum_abs"]
-        made.products, made.tokens = arrays.get("products"), facts["tokens"]
-        made._rows, made._stride = [arrays["rows"]], facts["stride"]
-        if facts["histogram"] is not None:
-            made.histogram = Histogram.restore(arrays["counts"], facts["histogram"])
+    def restore(cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Self:
+        """The statistics that were written as :meth:`arrays` and :meth:`facts`.
+
+        Raises:
+            MsQuantError: one of them is missing or is not what it should be.
+        """
+        channels = fact(facts, "channels", int, 1)
+        array(arrays, "low", np.float32, (channels,), finite=False)  # so many are there
+        total = fact(facts, "total_tokens")
+        if total is not None:
+            total = fact(facts, "total_tokens", int)
+        made = cls(channels, total, **cls._arguments(arrays, facts))
+        made.tokens = fact(facts, "tokens", int)
+        made._take(arrays, facts)
         return made
+
+    @classmethod
+    def _arguments(
+        cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "keep_rows": fact(facts, "keep_rows", int, 1),
+            "name": fact(facts, "name", str),
+            "start": fact(facts, "start", int),
+        }
+
+    def _take(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        ends, size = bool(self.tokens), (self.channels,)
+        self.low = array(arrays, "low", np.float32, size, finite=ends)
+        self.high = array(arrays, "high", np.float32, size, finite=ends)
+        if ends and (self.low > self.high).any():
+            raise BadFileError("low: is above high, expected at most that")
+        self.sum_squares = array(arrays, "sum_squares", np.float64, size)
+        self.sum_abs = array(arrays, "sum_abs", np.float64, size)
+        if "products" in arrays:
+            square = (self.channels, self.channels)
+            self.products = array(arrays, "products", np.float32, square)
+        if fact(facts, "histogram") is not None:
+            counts = array(arrays, "counts", np.int64, (None,), below=self.tokens * size[0] + 1)
+            self.histogram = Histogram.restore(counts, fact(facts, "histogram", dict))
+            if self.histogram.total != self.tokens * self.channels:
+                raise BadFileError(
+                    f"counts: are of {self.histogram.total} values, expected those of "
+                    f"{self.tokens} tokens"
+                )
+        rows = array(arrays, "rows", np.float32, (None, self.channels))
+        end = self.start + self.tokens
+        places = array(arrays, "row_places", np.int64, (len(rows),), below=end)
+        if (np.diff(places) <= 0).any():
+            raise BadFileError("row_places: do not ascend, expected each place once, in order")
+        self._kept.stride = fact(facts, "stride", int, 1)
+        if self.tokens > 4 * self._kept.stride * (len(rows) + 1):  # merging goes over all places
+            raise BadFileError(
+                f"tokens: is {self.tokens}, expected fewer for {len(rows)} kept rows"
+            )
+        self._kept.put(rows, places, self._labels(arrays, len(rows)))
+
+    def _labels(self, arrays: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
 
     def _add_columns(self, rows: np.ndarray) -> None:
         sums = self.low, self.high, self.sum_squares, self.sum_abs
@@ -190,7 +258,7 @@ class ActivationStats:
     @property
     def rows(self) -> np.ndarray:
         """float32 (<= keep_rows, K), the kept tokens."""
-        return np.concatenate(self._rows) if self._rows else np.zeros((0, self.channels), "f4")
+        return self._kept.rows
 
 
 @dataclass
@@ -207,7 +275,6 @@ class StepStats(ActivationStats):
     steps: int = 1
     step_low: np.ndarray = field(init=False)
     step_high: np.ndarray = field(init=False)
-    _row_steps: list[int] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,10 +290,47 @@ class StepStats(ActivationStats):
         rows = x.reshape(-1, self.channels)
         if not len(rows):
             return
-        self.update(rows)
+        self._update(rows, step)
         self.step_low[step] = np.minimum(self.step_low[step], rows.min(axis=0))
         self.step_high[step] = np.maximum(self.step_high[step], rows.max(axis=0))
-        self._row_steps += [step] * len(self._rows[-1])
+
+    def merge(self, other: Self) -> None:
+        """Adds what another part of the data has shown, the part after this one."""
+        super().merge(other)
+        self.steps = max(self.steps, other.steps)
+        lows = _padded(self.step_low, self.steps, np.inf), other.step_low
+        highs = _padded(self.step_high, self.steps, -np.inf), other.step_high
+        self.step_low = np.minimum(lows[0], _padded(lows[1], self.steps, np.inf))
+        self.step_high = np.maximum(highs[0], _padded(highs[1], self.steps, -np.inf))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See :meth:`ActivationStats.arrays`."""
+        return super().arrays() | {
+            "step_low": self.step_low,
+            "step_high": self.step_high,
+            "row_steps": self.row_steps,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """See :meth:`ActivationStats.facts`."""
+        return super().facts() | {"steps": self.steps}
+
+    @classmethod
+    def _arguments(
+        cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        steps = fact(facts, "steps", int, 1)
+        array(arrays, "step_low", np.float32, (steps, None), finite=False)  # so many are there
+        return super()._arguments(arrays, facts) | {"steps": steps}
+
+    def _take(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        super()._take(arrays, facts)
+        size = (self.steps, self.channels)
+        self.step_low = array(arrays, "step_low", np.float32, size, finite=False)
+        self.step_high = array(arrays, "step_high", np.float32, size, finite=False)
+
+    def _labels(self, arrays: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+        return array(arrays, "row_steps", np.int64, (count,), below=self.steps)
 
     @property
     def ranges(self) -> tuple[np.ndarray, np.ndarray]:
@@ -241,33 +345,36 @@ class StepStats(ActivationStats):
     @property
     def row_steps(self) -> np.ndarray:
         """int64 (len(rows),), the step of each kept token."""
-        return np.array(self._row_steps, np.int64)
+        return self._kept.labels
+
+
+def _padded(ranges: np.ndarray, steps: int, fill: float) -> np.ndarray:
+    """The ends of more steps."""
+    missing = np.full((steps - len(ranges), ranges.shape[1]), fill, np.float32)
+    return np.concatenate([ranges, missing])
 
 
 class CacheRange:
-    """The ranges of keys and values that would be cached.
+    """The ranges of what would be cached, as of keys and values.
 
     Args:
         name: what errors call the attention.
-        paths: of the linears that make the keys and the values.
 
     Attributes:
-        absmax: float32 (kv heads * head_dim,), largest magnitude of each channel of keys and
-            values by the linears that make them.
+        absmax: path of the linear that makes it to float32 (kv heads * head_dim,), the largest
+            magnitude of each channel.
     """
 
-    def __init__(self, name: str, paths: tuple[str, ...]):
-        self.name, self.paths = name, paths
+    def __init__(self, name: str):
+        self.name = name
         self.absmax: dict[str, np.ndarray] = {}
 
-    def __call__(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Looks at (B, heads, S, D) keys and values, and gives them back.
+    def add(self, path: str, x: np.ndarray) -> None:
+        """Looks at (B, heads, S, D) keys or values.
 
         Raises:
             MsQuantError: a value is NaN or inf.
         """
-        for path, x in zip(self.paths, (keys, values), strict=True):
-            check_finite(x, f"{self.name}{path}: calibration output")
-            absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
-            self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)
-        return keys, values
+        check_finite(x, f"{self.name}{path}: calibration output")
+        absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
+        self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)

@@ -92,7 +92,7 @@ def test_a_dense_block(family, on):
         ("down", "down", "mlp.down_proj", "row"),
     ]
     assert {group.kind for group in block.groups} <= set(FAMILIES[family].kinds)
-    assert block.cached == ("self_attn.k_proj", "self_attn.v_proj") and block.rotary
+    assert block.cached == {"self_attn.k_proj": "k", "self_attn.v_proj": "v"} and block.rotary
 
 
 def test_roles_in_a_dense_block():
