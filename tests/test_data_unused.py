@@ -201,11 +201,18 @@ def test_keys_of_messages_that_the_template_passes_over(tmp_path: Path, model: P
         "{% for m in messages %} {{ m.content }} {{ m.reasoning_content }}{% endfor %}"
     )
     path, notes = tmp_path / "x.jsonl", list[str]()
-    told = {"role": "assistant", "content": "w2", "reasoning_content": "w3", "loss": True}
+    told = {
+        "role": "assistant",
+        "content": "w2",
+        "reasoning_content": "w3",
+        "loss": True,
+        "reasoning": "w4",
+        "tool_calls": [],
+    }
     user = {"role": "user", "content": "w1"}
     path.write_text(json.dumps({"messages": [user, told], "tools": [{"name": "f"}]}))
     load_tokens(path, model, 1, 3, 0, notes.append)
-    assert notes[0].endswith("records: messages[].loss (1), tools (1)")
+    assert notes[0].endswith("records: messages[].loss (1), messages[].reasoning (1), tools (1)")
     (model / "chat_template.jinja").unlink()
 
 

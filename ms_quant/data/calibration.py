@@ -8,6 +8,7 @@ tokenized as the windows need, see ``data_windows``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant.data.files import Kind, count_chars, find_kind, read_ids, unpacked_bytes
-from ms_quant.data.messages import Conversation
+from ms_quant.data.messages import Conversation, is_empty
 from ms_quant.data.records import Content, unused_keys
 from ms_quant.data.sources import RecordSource, TextSource, holds_ids, record_reader
 from ms_quant.data.tokenizer import ModelTokenizer, load_tokenizer, model_vocab_size
@@ -154,6 +155,7 @@ class _Encoder:
 
     def __init__(self, path: Path, directory: Path, tokenizer: ModelTokenizer | None):
         self.path, self.tokenizer = path, tokenizer
+        self.written: dict[tuple[str, bool], bool] = {}
         if tokenizer is None:
             known = model_vocab_size(directory)
             self.vocab_size, self.first_ids = known or load_tokenizer(directory).vocab_size, NO_IDS
@@ -199,11 +201,19 @@ class _Encoder:
         """Keys of a conversation whose names its template does not have, and so does not write."""
         if not isinstance(content, Conversation) or self.tokenizer is None:
             return set()
-        found = {key for message in content.messages for key in message}
+        found = {k for message in content.messages for k, v in message.items() if not is_empty(v)}
         names = {key: f"messages[].{key}" for key in found - {"role", "content"}}
         names |= {"tools": "tools"} if content.tools else {}
-        template = self.tokenizer.template(content.tools is not None) if names else ""
-        return {name for key, name in names.items() if key not in template}
+        tools = content.tools is not None
+        return {name for key, name in names.items() if not self._writes(key, tools)}
+
+    def _writes(self, key: str, tools: bool) -> bool:
+        """Whether the chat template has the name of a key, as a word."""
+        if (key, tools) not in self.written:
+            assert self.tokenizer is not None
+            word = re.compile(rf"\b{re.escape(key)}\b")
+            self.written[key, tools] = bool(word.search(self.tokenizer.template(tools)))
+        return self.written[key, tools]
 
     def check(self, ids: np.ndarray) -> np.ndarray:
         """The ids as int32.
