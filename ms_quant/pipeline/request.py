@@ -173,7 +173,7 @@ def _with_recipe(options: QuantizeOptions, recipe: Recipe) -> QuantizeOptions:
 def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     """The calibration data that the recipe names, if the plan needs any and none was given."""
     recipe = options.recipe
-    if recipe is None or not plan.needs_calibration:
+    if recipe is None or not (plan.needs_calibration or options.calib):
         return options
     given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
     found = {name: getattr(recipe, name) for name in given}
@@ -205,8 +205,10 @@ def _prepare(
         options = replace(options, shard_bytes=options.most_shard_bytes)
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
-    tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
-    notes += [] if tokens is None else _data_notes(options, tokens)
+    tokens = None
+    if plan.needs_calibration or options.calib is not None:
+        tokens = _calibration_tokens(options, plan, notes.append)
+        notes += _data_notes(options, plan, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     return CheckedJob(
         options,
@@ -314,13 +316,15 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     Raises:
         MsQuantError: names the option.
     """
-    if plan.needs_calibration:
+    float16 = plan.dtype.name == "float16"
+    if plan.needs_calibration or (float16 and options.calib is not None):
         return
     for name in ("calib", "samples", "seq_len", "seed"):
         if getattr(options, name) is not None:
+            also = " unless --calib FILE gives some to check float16 by" if float16 else ""
             raise BadArgumentError(
                 f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
-                f"expected no --{name.replace('_', '-')}"
+                f"expected no --{name.replace('_', '-')}{also}"
             )
 
 
@@ -351,7 +355,9 @@ def _require_mindspore(why: str) -> None:
         )
 
 
-def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
+def _calibration_tokens(
+    options: QuantizeOptions, plan: Plan, note: Callable[[str], None]
+) -> np.ndarray:
     what = f"kv cache {plan.kv_cache}"
     if plan.any("calibrated"):
         what = f"algorithm {plan.algorithm}"
@@ -367,12 +373,19 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         )
     from ms_quant.data.calibration import load_tokens  # whose libraries data-free jobs do without
 
-    return load_tokens(options.calib, options.model, *options.windows)
+    return load_tokens(options.calib, options.model, *options.windows, note)
 
 
-def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
-    """Sentences about calibration data that are used, but less or poorer than asked for."""
+def _data_notes(options: QuantizeOptions, plan: Plan, tokens: np.ndarray) -> list[str]:
+    """Sentences about calibration data: what for, and where less or poorer than asked for."""
     notes, (count, length) = [], tokens.shape
+    if not plan.needs_calibration:
+        notes.append(
+            f"{options.calib}: scheme {plan.scheme_name} with {plan.algorithm} is not calibrated; "
+            "the data only show whether float16 holds the activations"
+        )
+    if beyond := plan.config.beyond(length):
+        notes.append(f"{options.model}: {beyond}, the windows of {options.calib} have {length}")
     if count < options.windows.samples:
         notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
     from ms_quant.data.calibration import few_tokens
