@@ -43,8 +43,17 @@ def test_searched_windows_are_spread_over_all(count, length, tokens, chosen):
         for start in range(0, count, batch):
             windows.add(start, *states[:, start : start + batch])
         assert list(windows.chosen) == chosen
+        held = windows.holds(1, count)
+        assert held.tolist() == [index in chosen for index in range(1, count + 1)]
         found = np.concatenate([states[:, :0], *windows.batches(BUDGET)], axis=1)
         assert np.array_equal(found, states[:, chosen])
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(1, [0]), (2, [0]), (3, [0, 1]), (7, [0, 1, 3, 5]), (16, range(0, 16, 2))]
+)
+def test_half_of_them_make_the_ranges(count: int, chosen: list[int]) -> None:
+    assert list(SearchWindows((count, 256, 2), 3, 2048, apart=True).chosen) == list(chosen)
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])

@@ -72,14 +72,15 @@ def scale(mean_abs: np.ndarray, share: np.ndarray, exponent: float, duo: bool) -
 
 
 def solve(problem: Problem, solution: Solution, options: AwqOptions) -> Solution:
-    best, best_mse = solution, problem.mse(apply(problem, solution))
+    trial = problem.held_out()
+    best, best_mse = solution, problem.mse(apply(trial, solution))
     mean_abs = problem.share(problem.seen.mean_abs)
     share = problem.share(weight_share(problem.weights, problem.scheme.weight.group_size))
     for step in range(options.exponents if problem.smoothing else 0):
         exponent = step / options.exponents
         smooth = scale(mean_abs, share, exponent, options.duo_scaling)
         candidate = replace(solution, smooth=smooth)
-        mse = problem.mse(apply(problem, candidate))
+        mse = problem.mse(apply(trial, candidate))
         if mse < best_mse:
             best, best_mse = noted(candidate, exponent=exponent), mse
     if options.clip and problem.scheme.weight.clips:

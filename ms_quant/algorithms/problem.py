@@ -76,6 +76,8 @@ class Problem:
             by long blocks, where they run; what is folded elsewhere is not rounded so.
         scale_type: of the weights' scales.
         scores: names of the linears whose outputs are multiplied into attention scores.
+        unsearched: (low, high) of the input over the tokens that errors are not measured on; None
+            where nobody tells them apart.
     """
 
     name: str
@@ -91,6 +93,17 @@ class Problem:
     input_dtype: np.dtype = DTYPES["float32"]
     scale_type: ScaleType = ScaleType.FLOAT32
     scores: frozenset[str] = frozenset()
+    unsearched: tuple[np.ndarray, np.ndarray] | None = None
+
+    def held_out(self) -> Problem:
+        """The problem with the input's range over the tokens that errors are not measured on.
+
+        Candidates are tried so: what was made of a token never clips it, and a candidate that
+        clips in other texts would look good.
+        """
+        if self.unsearched is None:
+            return self
+        return replace(self, stats=self.seen.within(*self.unsearched))
 
     @property
     def scale_dtype(self) -> np.dtype:

@@ -172,7 +172,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         _smoothed_and_clipped,
         smooths=True,
         clips=True,
-        searches=len(outlier_suppression_lite.ALPHAS) + 2,
+        searches=len(outlier_suppression_lite.ALPHAS) + 3,
     ),
     "awq": Algorithm(
         Stage.SMOOTHING,

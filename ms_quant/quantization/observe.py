@@ -18,6 +18,7 @@ from ms_quant.statistics.activation_range import BlockRanges, Divided, input_of,
 from ms_quant.statistics.observations import Observations
 from ms_quant.statistics.observers import ActivationStats, CacheRange
 from ms_quant.statistics.search_windows import SearchWindows
+from ms_quant.statistics.unsearched import UnsearchedRange
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class Wanted:
         groups: those of the groups that are quantized, by name.
         search_tokens: searches look at this many.
         cache: the ranges of keys and values that are cached.
+        apart: candidates are tried on other windows than their ranges are made of.
     """
 
     groups: Mapping[str, GroupWanted]
     search_tokens: int
     cache: bool
+    apart: bool = False
 
 
 def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
@@ -65,7 +68,16 @@ def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
             )
     searches = rounds or any(plan.any("searches") for plan in plans)
     tokens = plans[0].search_tokens if searches else 0
-    return Wanted(groups, tokens, bool(plans[0].kv_cache))
+    apart = bool(tokens) and any(_static_search(plan) for plan in plans)
+    return Wanted(groups, tokens, bool(plans[0].kv_cache), apart)
+
+
+def _static_search(plan: Plan) -> bool:
+    """Whether static ranges of inputs are among what is searched for."""
+    return any(
+        layer.scheme.needs_calibration and layer.algorithms.any("searches")
+        for layer in plan.distinct
+    )
 
 
 def observe(
@@ -97,7 +109,10 @@ def observe(
         name: _stats(block, name, group, shape, first) for name, group in wanted.groups.items()
     }
     ranges, cache = BlockRanges(index), CacheRange(prefix) if wanted.cache else None
-    windows = SearchWindows(shape, len(block.spec.hidden), wanted.search_tokens)
+    states_of_block, tokens = len(block.spec.hidden), wanted.search_tokens
+    windows = SearchWindows(shape, states_of_block, tokens, apart=wanted.apart)
+    unsearched = _unsearched(block, wanted)
+    searched: list[np.ndarray] = []
     states: list[np.ndarray] = []
     taps: dict[str, list[Observer]] = {place: [states.append] for place in block.spec.hidden}
     for place in block.spec.hidden[index > 0 :]:  # what a block reads, the one before it has shown
@@ -105,15 +120,19 @@ def observe(
     if cache is not None:
         for path, tap in block.spec.cached.items():
             taps.setdefault(tap, []).append(partial(cache.add, path))
-    shown = block.with_linears(_watched(block, stats, ranges)).with_taps(taps)
+    looks: dict[str, list[Observer]] = {name: [seen.update] for name, seen in stats.items()}
+    for name, found in unsearched.items():
+        looks[name].append(partial(_add, found, searched))
+    shown = block.with_linears(_watched(block, looks, ranges)).with_taps(taps)
     for batch in hidden:
         states.clear()
+        searched[:] = [windows.holds(start, len(batch))]
         output = shown.run(batch, at)
         windows.add(start, *states)
         following(output)
         start += len(batch)
     absmax = None if cache is None else cache.absmax
-    return Observations(stats, windows, ranges, absmax, first=first)
+    return Observations(stats, windows, ranges, absmax, first=first, unsearched=unsearched)
 
 
 def divide(block: BlockForward, divided: Divided) -> None:
@@ -141,8 +160,18 @@ def _stats(
     )
 
 
+def _unsearched(block: BlockForward, wanted: Wanted) -> dict[str, UnsearchedRange]:
+    """Of groups that see every token: which token a row of a routed group is, nobody says."""
+    groups = {name: block.spec.group(name) for name in wanted.groups if wanted.apart}
+    return {n: UnsearchedRange(g.in_features) for n, g in groups.items() if not g.routed}
+
+
+def _add(range: UnsearchedRange, searched: Sequence[np.ndarray], rows: np.ndarray) -> None:
+    range.add(rows, searched[0])
+
+
 def _watched(
-    block: BlockForward, stats: Mapping[str, ActivationStats], ranges: BlockRanges
+    block: BlockForward, looks: Mapping[str, Sequence[Observer]], ranges: BlockRanges
 ) -> dict[str, Linear]:
     """The linears of a block, which show what they read and write."""
     watched = {
@@ -152,8 +181,8 @@ def _watched(
     for group in block.spec.groups:
         path = group.members[0]
         watched[path] = _shows_input(watched[path], partial(ranges.add, input_of(group)))
-        if group.name in stats:
-            watched[path] = _shows_input(watched[path], stats[group.name].update)
+        for look in looks.get(group.name, ()):
+            watched[path] = _shows_input(watched[path], look)
     return watched
 
 

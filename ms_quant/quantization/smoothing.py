@@ -103,8 +103,10 @@ class BlockSmoothing:
         solution = layer.algorithms.first(problem)
         if layer.storage.target is not SmoothingTarget.INPUT_SCALE:
             solution = self._floored(solution, [group])
-        if layer.storage.target is SmoothingTarget.MUL_SCALE and solution.smooth is not None:
-            solution = replace(solution, smooth=stable_smooth(solution.smooth, self.plan.dtype))
+        if layer.storage.target is SmoothingTarget.MUL_SCALE and layer.algorithms.any("smooths"):
+            smooth = solution.smooth  # where none was best, the linear multiplies by ones
+            smooth = np.ones(group.in_features, np.float32) if smooth is None else smooth
+            solution = replace(solution, smooth=stable_smooth(smooth, self.plan.dtype))
         return solution
 
     def _joint(self, edge: Edge) -> Solution:
@@ -141,6 +143,7 @@ class BlockSmoothing:
             mse=mse,
             relative_mse=relative_mse,
             scores=frozenset(path for one in problems for path in one.scores),
+            unsearched=next((p.unsearched for p in problems if p.unsearched is not None), None),
         )
 
     def _floored(self, solution: Solution, groups: Sequence[LinearGroup]) -> Solution:
@@ -191,7 +194,12 @@ class BlockSmoothing:
             scores=frozenset(path for path, linear in group.linears.items() if linear.scores),
             input_dtype=self.plan.dtype if _own_product(layer) else DTYPES["float32"],
             scale_type=layer.storage.scale_type,
+            unsearched=self._unsearched(group),
         )
+
+    def _unsearched(self, group: LinearGroup) -> tuple[np.ndarray, np.ndarray] | None:
+        found = self.observations.unsearched if self.observations is not None else {}
+        return found[group.name].range if group.name in found else None
 
     def _fold(self, edge: Edge, smooth: np.ndarray) -> np.ndarray:
         """Divides what makes an input by a vector.

@@ -13,8 +13,10 @@ from ms_quant.statistics.activation_range import BlockRanges, Divided
 from ms_quant.statistics.observers import ActivationStats
 from ms_quant.statistics.search_windows import SearchWindows
 from ms_quant.statistics.stats_file import restored_stats, stats_arrays, stats_facts
+from ms_quant.statistics.unsearched import UnsearchedRange
 
 RANGES, CACHE, DIVIDED, WINDOWS = "ranges.", "cache.", "divided.", "windows"
+UNSEARCHED = "unsearched."
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Observations:
             of each; None where nothing is cached.
         divided: the rows of linears that were divided before, so that everything fits float16.
         first: the first window that was seen.
+        unsearched: group to the range of its input over the windows that searches do not look at;
+            empty where no static range is searched for.
     """
 
     stats: dict[str, ActivationStats]
@@ -37,6 +41,7 @@ class Observations:
     cache: dict[str, np.ndarray] | None = None
     divided: Divided = field(default_factory=dict)
     first: int = 0
+    unsearched: dict[str, UnsearchedRange] = field(default_factory=dict)
 
     @property
     def index(self) -> int:
@@ -47,6 +52,8 @@ class Observations:
         """Adds what the windows after these have shown."""
         for name, stats in self.stats.items():
             stats.merge(other.stats[name])
+        for name, unsearched in self.unsearched.items():
+            unsearched.merge(other.unsearched[name])
         self.windows.merge(other.windows, other.first)
         self.ranges.merge(other.ranges)
         for path, absmax in (other.cache or {}).items():
@@ -62,6 +69,9 @@ class Observations:
             (DIVIDED, self.divided),
         ):
             found |= {f"{start}{path}": value for path, value in parts.items()}
+        for name, unsearched in self.unsearched.items():
+            ends = unsearched.arrays().items()
+            found |= {f"{UNSEARCHED}{name}.{end}": value for end, value in ends}
         return found
 
     def facts(self) -> str:
@@ -73,7 +83,9 @@ class Observations:
                 "stats": stats_facts(self.stats),
                 "shape": self.windows.shape,
                 "search_tokens": self.windows.tokens,
+                "apart": self.windows.apart,
                 "caches": self.cache is not None,
+                "unsearched": list(self.unsearched),
             }
         )
 
@@ -83,11 +95,17 @@ class Observations:
         facts: dict[str, Any] = json.loads(text)
         stats = restored_stats(arrays, facts["stats"])
         states = arrays[WINDOWS]
-        windows = SearchWindows(tuple(facts["shape"]), len(states), facts["search_tokens"])
+        shape, tokens = tuple(facts["shape"]), facts["search_tokens"]
+        windows = SearchWindows(shape, len(states), tokens, apart=facts["apart"])
         windows.states = states
         ranges = BlockRanges(facts["index"], _under(arrays, RANGES))
         cache = _under(arrays, CACHE) if facts["caches"] else None
-        return cls(stats, windows, ranges, cache, _under(arrays, DIVIDED), facts["first"])
+        unsearched = {
+            name: UnsearchedRange.restore(_under(arrays, f"{UNSEARCHED}{name}."))
+            for name in facts["unsearched"]
+        }
+        divided = _under(arrays, DIVIDED)
+        return cls(stats, windows, ranges, cache, divided, facts["first"], unsearched)
 
 
 def _under(arrays: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:

@@ -123,6 +123,12 @@ class ActivationStats:
         first.merge(second)
         return first
 
+    def within(self, low: np.ndarray, high: np.ndarray) -> Self:
+        """The same with another range of each channel, float32 (K,)."""
+        other = copy(self)
+        other.low, other.high = low, high
+        return other
+
     def rename(self, name: str) -> None:
         """Changes what errors call it."""
         self.name = name

@@ -26,14 +26,22 @@ class SearchWindows:
         states: how many there are of a block: its input, and what each branch gives.
         tokens: searches look at this many tokens at most, but at one window at least, unless it is
             0; the windows are spread evenly over all.
+        apart: at half of the windows at most: the others make the ranges of candidates.
     """
 
-    def __init__(self, shape: tuple[int, int, int], states: int, tokens: int):
+    def __init__(
+        self, shape: tuple[int, int, int], states: int, tokens: int, *, apart: bool = False
+    ):
         count, self.length, hidden = shape
-        self.shape, self.tokens = shape, tokens
-        wanted = min(count, max(1, tokens // self.length)) if tokens else 0
+        self.shape, self.tokens, self.apart = shape, tokens, apart
+        most = (count + 1) // 2 if apart else count
+        wanted = min(most, max(1, tokens // self.length)) if tokens else 0
         self.chosen = spread(count, wanted)
         self.states = np.empty((states, wanted, self.length, hidden), np.float32)
+
+    def holds(self, start: int, count: int) -> np.ndarray:
+        """bool (count,): which of the windows from ``start`` on searches look at."""
+        return np.isin(np.arange(start, start + count), self.chosen)
 
     def add(self, start: int, *states: np.ndarray) -> None:
         """Keeps what was chosen of a batch that begins with window ``start``."""

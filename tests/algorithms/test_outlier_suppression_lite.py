@@ -116,6 +116,26 @@ def test_chooses_what_brute_force_chooses(seed, outlier):
     assert solution.note["loss"] == pytest.approx(min(clipped_loss, plain_loss), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_strength_is_tried_with_ranges_of_other_tokens(seed):
+    """Brute force over candidates of those ranges; what is deployed is made of all tokens."""
+    problem = make_problem(seed=seed)
+    rng = np.random.default_rng(seed + 10)
+    others = problem.seen.rows[:20] * rng.uniform(0.2, 0.8, 12).astype("f4")
+    low, high = others.min(axis=0), others.max(axis=0)
+    apart = replace(problem, unsearched=(low, high))
+    tried = replace(problem, stats=problem.seen.within(low, high))
+    vectors = [None] + [slow_smooth(tried, alpha) for alpha in GRID]
+    losses = [problem.mse(candidate(tried, vector)) for vector in vectors]
+    best = int(np.argmin(losses))
+    solution = solve(apart, Solution())
+    assert best and solution.note["alpha"] == GRID[best - 1]
+    deployed = slow_smooth(problem, GRID[best - 1])
+    np.testing.assert_allclose(solution.smooth, deployed, rtol=2.0**-22)
+    plain = problem.mse(candidate(problem, solution.smooth))
+    assert solution.note["loss"] <= plain * (1 + 1e-9)
+
+
 def test_grid_is_golden_sticks():
     assert list(ALPHAS) == GRID
 

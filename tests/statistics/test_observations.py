@@ -53,6 +53,7 @@ WANTED = Wanted(
     },
     search_tokens=4 * LENGTH,
     cache=True,
+    apart=True,
 )
 
 
