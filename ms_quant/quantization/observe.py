@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
@@ -78,6 +79,7 @@ def observe(
     *,
     first: int = 0,
     following: Callable[[np.ndarray], None] = lambda output: None,
+    inputs: Mapping[str, Observer] = MappingProxyType({}),
 ) -> Observations:
     """Runs a float block on windows and keeps what is wanted.
 
@@ -89,6 +91,7 @@ def observe(
         wanted: what is kept.
         first: the first window of ``hidden``.
         following: takes the outputs, in order.
+        inputs: who else is shown the inputs of groups, by name.
 
     Raises:
         MsQuantError: an activation is NaN or infinite.
@@ -106,7 +109,7 @@ def observe(
     if cache is not None:
         for path, tap in block.spec.cached.items():
             taps.setdefault(tap, []).append(partial(cache.add, path))
-    shown = block.with_linears(_watched(block, stats, ranges)).with_taps(taps)
+    shown = block.with_linears(_watched(block, stats, ranges, inputs)).with_taps(taps)
     for batch in hidden:
         states.clear()
         output = shown.run(batch, at)
@@ -143,7 +146,10 @@ def _stats(
 
 
 def _watched(
-    block: BlockForward, stats: Mapping[str, ActivationStats], ranges: BlockRanges
+    block: BlockForward,
+    stats: Mapping[str, ActivationStats],
+    ranges: BlockRanges,
+    inputs: Mapping[str, Observer],
 ) -> dict[str, Linear]:
     """The linears of a block, which show what they read and write."""
     watched = {
@@ -152,9 +158,11 @@ def _watched(
     }
     for group in block.spec.groups:
         path = group.members[0]
-        watched[path] = _shows_input(watched[path], partial(ranges.add, places.input_of(group)))
+        watched[path] = shows_input(watched[path], partial(ranges.add, places.input_of(group)))
         if group.name in stats:
-            watched[path] = _shows_input(watched[path], stats[group.name].update)
+            watched[path] = shows_input(watched[path], stats[group.name].update)
+        if group.name in inputs:
+            watched[path] = shows_input(watched[path], inputs[group.name])
     return watched
 
 
@@ -167,7 +175,9 @@ def _shows_output(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
     return watched
 
 
-def _shows_input(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
+def shows_input(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
+    """The same linear, which shows what it reads."""
+
     def watched(rows: np.ndarray) -> np.ndarray:
         look(rows)
         return linear(rows)

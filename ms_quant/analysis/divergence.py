@@ -1,0 +1,52 @@
+"""How far what a model predicts is from what it predicts in float.
+
+In the mean over texts that a model predicts as well as it can, the divergence is what quantizing
+adds to the loss. Unlike a difference of losses it is never negative and needs few tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.budget import LOGIT_BYTES
+from ms_quant.models.embedding import Chunks
+
+
+def divergences(head: Chunks, exact: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """Kullback-Leibler divergence of softmax(changed @ head.T) from softmax(exact @ head.T).
+
+    Args:
+        head: float32 (vocab, hidden), in pieces.
+        exact: float32 (tokens, hidden).
+        changed: float32 (variants, tokens, hidden), an array or a memory map.
+
+    Returns:
+        float64 (variants, tokens), natural logarithm. Logits are float32, all else float64.
+    """
+    tokens, shape = len(exact), (len(changed), len(exact))
+    top, total = np.full(tokens, -np.inf), np.zeros(tokens)
+    tops, totals, gaps = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape)
+    for start, rows in head:
+        step = max(1, LOGIT_BYTES // (8 * tokens))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            logits = kernels.matmul(exact, part).astype(np.float64)
+            shrink, weights = _exponentials(top, logits)
+            total = total * shrink + weights.sum(axis=-1)
+            gaps *= shrink
+            for k, variant in enumerate(changed):
+                others = kernels.matmul(np.ascontiguousarray(variant), part).astype(np.float64)
+                gaps[k] += np.einsum("tv,tv->t", weights, logits - others)
+                shrink, powers = _exponentials(tops[k], others)
+                totals[k] = totals[k] * shrink + powers.sum(axis=-1)
+    found = gaps / total - (top + np.log(total)) + (tops + np.log(totals))
+    return np.maximum(found, 0)
+
+
+def _exponentials(top: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What to multiply earlier sums by, and the exponentials; ``top`` becomes the new maximum."""
+    higher = np.maximum(top, logits.max(axis=-1))
+    shrink = np.exp(top - higher)
+    top[:] = higher
+    return shrink, np.exp(logits - higher[:, None])
