@@ -13,7 +13,7 @@ ROOMS = {
     "ms_quant": (
         *("native_library", "errors", "timestep", "budget", "progress", "numerics", "kernels"),
         *("files", "schemes", "models", "statistics", "algorithms", "data", "recipe", "plan"),
-        *("job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation"),
+        *("job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation", "analysis"),
         *("cells", "cli"),
     ),
     "sparse_compress": (

@@ -196,13 +196,17 @@ class Sensitivity:
                 f"{found[1]}; expected an analysis of this one"
             )
 
+    def as_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        return asdict(self)
+
     def save(self, path: Path | str) -> None:
         """Writes a JSON file, which appears when it is whole.
 
         Raises:
             MsQuantError: it cannot be written.
         """
-        write_json(path, asdict(self))
+        write_json(path, self.as_json())
 
     @classmethod
     def load(cls, path: Path | str) -> Sensitivity:
