@@ -13,8 +13,8 @@ ROOMS = {
     "ms_quant": (
         *("native_library", "errors", "timestep", "budget", "progress", "numerics", "kernels"),
         *("files", "schemes", "models", "statistics", "algorithms", "data", "recipe", "plan"),
-        *("job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation", "analysis"),
-        *("cells", "cli"),
+        *("job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation"),
+        *("analysis", "cells", "cli"),
     ),
     "sparse_compress": (
         *("codec", "rate", "layouts", "ranks", "msmodelslim", "verify", "serve", "pipeline"),

@@ -27,7 +27,7 @@ def divergences(head: Chunks, exact: np.ndarray, changed: np.ndarray) -> np.ndar
     tokens, shape = len(exact), (len(changed), len(exact))
     top, total = np.full(tokens, -np.inf), np.zeros(tokens)
     tops, totals, gaps = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape)
-    for start, rows in head:
+    for _, rows in head:
         step = max(1, LOGIT_BYTES // (8 * tokens))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]

@@ -82,15 +82,15 @@ class InputWatch:
         if not count or not absmax:
             return 0.0, 0.0, 0.0
         mean, square, cube, fourth = (total / count for total in sums)
-        variance = max(square - mean**2, np.finfo(np.float64).tiny)
+        variance = max(float(square - mean**2), float(np.finfo(np.float64).tiny))
         central = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
         low, high = np.quantile(np.concatenate(self._values), (0.25, 0.75))
-        step, between = 2 * absmax / 254, max(float(high - low), np.finfo(np.float32).tiny)
-        return absmax / variance**0.5, step / between, float(central / variance**2 - 3)
+        between = max(float(high - low), float(np.finfo(np.float32).tiny))
+        return absmax / variance**0.5, absmax / 127 / between, float(central / variance**2 - 3)
 
 
 def describe_input(facts: InputFacts) -> str:
-    """"3,275 at channels 1229, 1487, first token; median 1.6"."""
+    """ "3,275 at channels 1229, 1487, first token; median 1.6"."""
     places = []
     if facts.channels:
         some = "channel" if len(facts.channels) == 1 else "channels"

@@ -27,9 +27,7 @@ def errors(made: np.ndarray, exact: np.ndarray) -> Errors:
     powers = np.square(wide).sum(axis=-1)
     if not squares.size:
         return 0.0, 0.0
-    return float((squares / np.maximum(powers, SMALLEST)).mean()), float(
-        squares.sum() / wide.size
-    )
+    return float((squares / np.maximum(powers, SMALLEST)).mean()), float(squares.sum() / wide.size)
 
 
 class FloatBlock:
@@ -58,7 +56,8 @@ class FloatBlock:
             for group in block.spec.groups
         }
         self.output = block.with_linears(watched).with_taps(taps).run(x, at)
-        self._windows = SearchWindows(x.shape, len(states), x.shape[0] * x.shape[1])
+        windows, length, hidden = x.shape
+        self._windows = SearchWindows((windows, length, hidden), len(states), windows * length)
         self._windows.add(0, *states)
 
     def _take(self, name: str, rows: np.ndarray) -> None:
@@ -94,7 +93,9 @@ class FloatBlock:
 
 def _joined(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(B, tokens, channels) of (B, heads, tokens, D) keys and values."""
-    parts = (np.moveaxis(part, 1, 2).reshape(len(part), part.shape[2], -1) for part in (keys, values))
+    parts = (
+        np.moveaxis(part, 1, 2).reshape(len(part), part.shape[2], -1) for part in (keys, values)
+    )
     return np.concatenate(list(parts), axis=-1)
 
 

@@ -92,7 +92,8 @@ def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
     base = next(iter(plans.values()), None) or _plan(config, BASE, replace(options, format=""))
     tokens = _tokens(job)
     begin = [len(variants_of(plans, caches, block)) for block in config.blocks]
-    probe = probe_of(config, begin, tokens.shape, options.probe_tokens)
+    shape = len(tokens), tokens.shape[1]
+    probe = probe_of(config, begin, shape, options.probe_tokens)
     subject = Subject(plans, caches, base, probe)
     record = _record(options, model, subject, schemes, tokens)
     checked = CheckedJob(job, base, model.checkpoint, model.checkpoint, tokens, record, {}, 0)

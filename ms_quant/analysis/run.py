@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,7 @@ def _finished(asked: CheckedAnalysis, path: Path) -> Sensitivity:
     different = explain_difference(found.request, asked.checked.record, "made", True)
     if different:
         raise JobConflictError(
-            f"{path}: holds another analysis: {different[1]}; expected another output, or delete "
-            "it"
+            f"{path}: holds another analysis: {different[1]}; expected another output, or delete it"
         )
     return found
 
@@ -201,8 +201,8 @@ def _group(
         if phase == DECODE:
             continue
         other = found.get(f"{scheme}/{DECODE}")
-        decode = None if other is None else SchemeError(**other)
-        schemes[scheme] = SchemeError(**values, decode=decode)
+        decode = None if other is None else _error(other)
+        schemes[scheme] = replace(_error(values), decode=decode)
     prefix = block_prefix(block.index)
     if name == CACHE_GROUP:
         paths = tuple(f"{prefix}{path}" for path in block.cached)
@@ -217,3 +217,7 @@ def _group(
         facts,
         schemes,
     )
+
+
+def _error(values: Mapping[str, Any]) -> SchemeError:
+    return SchemeError(**values)

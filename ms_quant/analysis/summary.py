@@ -52,7 +52,7 @@ def summary(found: Sensitivity, metric: str = "loss_increase", top: int = 10) ->
 
 
 def title(group: GroupSensitivity) -> str:
-    """"down of block 11"."""
+    """ "down of block 11"."""
     return f"{group.name} of block {group.block}"
 
 
@@ -73,7 +73,7 @@ def advice(found: Sensitivity, scheme: str) -> str:
     other = SCALES.get(scheme)
     instead = f", or choose {other} for them" if other else ""
     return (
-        f"{cost} of perplexity, and {len(worst)} of them make it: {_names(worst)}; leave them float "
+        f"{cost} of perplexity, most of it in {len(worst)}, {_names(worst)}; leave them float "
         f"({_excluded(worst)}){instead}, then the others cost about {rest:+.2g} %."
     )
 
@@ -123,8 +123,7 @@ def _table(found: Sensitivity, scheme: str, metric: str, top: int) -> Iterator[s
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
-    return (f"{name:<26.26}" + "".join(f"{cell:>12}" for cell in cells[:4])
-            + "".join(f" {cell:>10}" for cell in cells[4:])).rstrip()[:WIDTH]
+    return (f"{name:<24.24}" + "".join(f"{cell:>11}" for cell in cells)).rstrip()
 
 
 def _by_kind(found: Sensitivity) -> Iterator[str]:

@@ -203,9 +203,7 @@ class AnalysisWork(BlockWork):
             own, output = exact.with_cache(self._cache(kind, block.spec, observations))
             yield (CACHE_GROUP, kind, PREFILL), own, output
 
-    def _cache(
-        self, kind: str, spec: BlockSpec, seen: Observations
-    ) -> Callable[[], KeyValueCache]:
+    def _cache(self, kind: str, spec: BlockSpec, seen: Observations) -> Callable[[], KeyValueCache]:
         """What makes an empty cache of a kind."""
         if kind == DYNAMIC_CACHE:
             return Int8KeyValueCache
@@ -219,9 +217,7 @@ class AnalysisWork(BlockWork):
 
     def _inputs(self, observations: Observations) -> dict[str, Any]:
         watched = self._watches.items()
-        return {
-            name: asdict(watch.facts(observations.stats[name])) for name, watch in watched
-        }
+        return {name: asdict(watch.facts(observations.stats[name])) for name, watch in watched}
 
 
 def _facts(own: Errors, block: Errors) -> dict[str, float]:

@@ -4,7 +4,7 @@
     block-00000.safetensors  the quantized linears of a finished block; further formats of the same
                              job have block-00000.1.safetensors and so on
     hidden-00001.npy         float32 (windows, tokens, hidden), the input of a block
-    probe-00001.npy          of an analysis, what enters a block when something before it is quantized
+    probe-00001.npy          of an analysis, the inputs of a block, some group before it quantized
     source.json              the hash of every tensor of the source, as the first pass read it
     ms_quant.lock            empty; locked by the process that works here
 
