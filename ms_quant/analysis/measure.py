@@ -46,6 +46,8 @@ class FloatBlock:
         self.block, self.at, self.x = block, at, x
         states: list[np.ndarray] = []
         self._rows: dict[str, np.ndarray] = {}
+        self._exact: dict[str, np.ndarray] = {}
+        self._errors: dict[str, BlockErrors] = {}
         taps: dict[str, list[Observer]] = {
             place: [lambda state: states.append(state.copy())] for place in block.spec.hidden
         }
@@ -68,14 +70,15 @@ class FloatBlock:
         rows = self._rows.get(group.name)
         if rows is None:  # no token of the probe reaches it
             return 0.0, 0.0
-        exact = [self.block.linears[path](rows) for path in group.members]
-        made = [linears[path](rows) for path in group.members]
-        return errors(np.concatenate(made, axis=-1), np.concatenate(exact, axis=-1))
+        if group.name not in self._exact:
+            self._exact[group.name] = _outputs(self.block.linears, group, rows)
+        return errors(_outputs(linears, group, rows), self._exact[group.name])
 
     def outputs(self, group: LinearGroup, linears: Mapping[str, Linear]) -> np.ndarray:
         """The block's output with other linears in place of a group's."""
-        found = BlockErrors(self.block, self.at, group, self._windows)
-        return np.concatenate(list(found.outputs(linears)))
+        if group.name not in self._errors:
+            self._errors[group.name] = BlockErrors(self.block, self.at, group, self._windows)
+        return np.concatenate(list(self._errors[group.name].outputs(linears)))
 
     def with_cache(self, new: Callable[[], KeyValueCache]) -> tuple[Errors, np.ndarray]:
         """The errors of what is cached, and the block's output when it reads that."""
@@ -89,6 +92,10 @@ class FloatBlock:
 
         output = self.block.run(self.x, self.at, extend)
         return errors(*found[0]), output
+
+
+def _outputs(linears: Mapping[str, Linear], group: LinearGroup, rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([linears[path](rows) for path in group.members], axis=-1)
 
 
 def _joined(keys: np.ndarray, values: np.ndarray) -> np.ndarray:

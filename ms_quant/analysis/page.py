@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.analysis.records import Sensitivity, percent
+from ms_quant.analysis.request import check_file
 from ms_quant.analysis.summary import summary
 from ms_quant.errors import BadArgumentError
 from ms_quant.files.atomic import write_bytes
@@ -28,10 +29,7 @@ def check_page(path: Path) -> None:
         raise BadArgumentError(
             "--plot needs plotly, which is missing: pip install 'ms-quant[report]'"
         )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BadArgumentError(
-            f"{path}: cannot be made, expected a file name in a directory there is"
-        )
+    check_file(path)
 
 
 def write_page(path: Path, found: Sensitivity, metric: str = "loss_increase") -> None:

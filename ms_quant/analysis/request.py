@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
     """
     job = replace(options.job, model=model_directory(options.job.model))
     schemes = _distinct(options.schemes)
+    check_file(job.output)
     check_paths(job.model, job.output, job.job_directory)
     model = open_float(job.model)
     config = model.config
@@ -107,6 +109,18 @@ def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
     if poor := few_tokens(tokens):
         notes.append(f"{job.calib}: {poor}")
     return CheckedAnalysis(checked, model, subject, schemes, tuple(notes))
+
+
+def check_file(path: Path) -> None:
+    """Refuses what would fail when all work is done.
+
+    Raises:
+        MsQuantError: a directory is there, or none for the file.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadArgumentError(
+            f"{path}: cannot be made, expected a file name in a directory there is"
+        )
 
 
 def _distinct(schemes: Sequence[str]) -> tuple[str, ...]:

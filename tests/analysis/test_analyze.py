@@ -282,6 +282,15 @@ def test_the_command_prints_tables_of_80_columns_and_makes_file_and_page(
     assert run.returncode == 1 and "error: metric 'loss' is unknown" in run.stderr
 
 
+def test_a_file_needs_a_directory(
+    tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    for output in (tmp_path, tmp_path / "no" / "a.json", model / "a.json"):
+        with pytest.raises(BadArgumentError, match=r"cannot be made|lies in the model directory"):
+            analyze(model, calib_text, ["W8A8"], **DATA, output=output)
+
+
 def test_a_page_needs_plotly_and_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
