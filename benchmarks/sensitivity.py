@@ -37,6 +37,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.quantize import quantize_checkpoint
 from ms_quant.pipeline.request import QuantizeOptions, prepare
 from ms_quant.pipeline.run import run_blocks
+from ms_quant.schemes.table import SCHEMES
 
 INJECT = Path(__file__).parent.parent / "tools" / "inject_outliers.py"
 FINE = "W8A8_DYNAMIC"  # whose propagated error gives the factors of `linear`
@@ -65,12 +66,8 @@ def increases(
     standard error of that."""
     exact = measure(FloatModel(model), tokens).losses
     with tempfile.TemporaryDirectory() as directory:
-        data = None if scheme in (FINE, "W8A16", "W4A16") else calib
-        options = QuantizeOptions(model, Path(directory) / "out", scheme, calib=data)
-        if data is not None:
-            options = QuantizeOptions(
-                model, Path(directory) / "out", scheme, calib=data, samples=samples
-            )
+        data = {"calib": calib, "samples": samples} if SCHEMES[scheme].needs_calibration else {}
+        options = QuantizeOptions(model, Path(directory) / "out", scheme, **data)
         checked = prepare(options)
         job = checked.job()
         with job.open():
