@@ -6,6 +6,8 @@ adds to the loss. Unlike a difference of losses it is never negative and needs f
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from ms_quant import kernels
@@ -13,13 +15,22 @@ from ms_quant.budget import LOGIT_BYTES
 from ms_quant.models.embedding import Chunks
 
 
-def divergences(head: Chunks, exact: np.ndarray, changed: np.ndarray) -> np.ndarray:
+class Changed(Protocol):
+    """The last hidden states of variants, an array or what makes one when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, variant: int, /) -> np.ndarray:
+        """float32 (tokens, hidden)."""
+
+
+def divergences(head: Chunks, exact: np.ndarray, changed: Changed) -> np.ndarray:
     """Kullback-Leibler divergence of softmax(changed @ head.T) from softmax(exact @ head.T).
 
     Args:
         head: float32 (vocab, hidden), in pieces.
         exact: float32 (tokens, hidden).
-        changed: float32 (variants, tokens, hidden), an array or a memory map.
+        changed: the same of each variant, which is asked for once for each piece of the head.
 
     Returns:
         float64 (variants, tokens), natural logarithm. Logits are float32, all else float64.
@@ -35,8 +46,8 @@ def divergences(head: Chunks, exact: np.ndarray, changed: np.ndarray) -> np.ndar
             shrink, weights = _exponentials(top, logits)
             total = total * shrink + weights.sum(axis=-1)
             gaps *= shrink
-            for k, variant in enumerate(changed):
-                others = kernels.matmul(np.ascontiguousarray(variant), part).astype(np.float64)
+            for k in range(len(changed)):
+                others = kernels.matmul(changed[k], part).astype(np.float64)
                 gaps[k] += np.einsum("tv,tv->t", weights, logits - others)
                 shrink, powers = _exponentials(tops[k], others)
                 totals[k] = totals[k] * shrink + powers.sum(axis=-1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,16 +151,12 @@ class AnalysisWork(BlockWork):
 
     def loss_increases(self, model: FloatCheckpoint) -> dict[tuple[int, Variant], float]:
         """Block and variant to the mean divergence of what the model predicts in the end."""
-        count, last = len(self.probe.windows), self.config.num_layers
-        states = np.load(self.job.probe_file(last), mmap_mode="r", allow_pickle=False)
+        last = self.config.num_layers
         gain = self.checkpoint.read_float32("model.norm.weight")
-        begun, hidden = self._begun(last), self.config.hidden_size
-        normed = np.empty((1 + len(begun), self.probe.tokens, hidden), np.float32)
-        for k in range(len(normed)):
-            rows = np.array(states[k * count : (k + 1) * count])
-            normed[k] = kernels.rms_norm(rows, gain, self.config.rms_norm_eps).reshape(-1, hidden)
+        ends = _Ends(self.job.probe_file(last), self.probe, gain, self.config.rms_norm_eps)
         head = self.checkpoint.float32_chunks(head_name(model))
-        means = divergences(head, normed[0], normed[1:]).mean(axis=1)
+        begun = self._begun(last)
+        means = divergences(head, ends.of(0), ends).mean(axis=1)
         return dict(zip(begun, means.tolist(), strict=True))
 
     def _begun(self, index: int) -> list[tuple[int, Variant]]:
@@ -218,6 +215,25 @@ class AnalysisWork(BlockWork):
     def _inputs(self, observations: Observations) -> dict[str, Any]:
         watched = self._watches.items()
         return {name: asdict(watch.facts(observations.stats[name])) for name, watch in watched}
+
+
+class _Ends:
+    """What the last norm makes of the states of each variant, read when it is asked for."""
+
+    def __init__(self, path: Path, probe: Probe, gain: np.ndarray, eps: float):
+        self.count, self.gain, self.eps = len(probe.windows), gain, eps
+        self.states = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def __len__(self) -> int:
+        return len(self.states) // self.count - 1
+
+    def __getitem__(self, variant: int) -> np.ndarray:
+        return self.of(variant + 1)
+
+    def of(self, row: int) -> np.ndarray:
+        """float32 (tokens, hidden) of a row of states: 0 is the float model."""
+        states = np.array(self.states[row * self.count : (row + 1) * self.count])
+        return kernels.rms_norm(states, self.gain, self.eps).reshape(-1, states.shape[-1])
 
 
 def _facts(own: Errors, block: Errors) -> dict[str, float]:
