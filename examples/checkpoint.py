@@ -52,7 +52,8 @@ def main() -> None:
     (made,) = result.outputs
     print(f"\n{made.path}: {made.scheme} as {made.format}, {made.quantized_linears} linears")
     for row in made.report[:4]:
-        print(f"  {row.group}: {row.scheme} by {row.algorithm} {dict(row.chosen) or ''}")
+        print(f"  {row.group}: {row.scheme} by {row.algorithm} {dict(row.chosen) or ''}", end="")
+        print("" if row.seconds is None else f" in {row.seconds:.2f} s")
     for line in (*made.served_by, *made.not_served_by):
         print(f"  {line}")
 

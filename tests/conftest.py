@@ -195,13 +195,13 @@ def _save_model(directory: Path, tensors: Mapping[str, np.ndarray], shards: int)
     if shards == 1:
         _save_tensors(directory / "model.safetensors", tensors)
         return
-    names, places = list(tensors), {}
+    names, shard_of = list(tensors), {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         mine = names[number::shards]  # every block is spread over every shard
         _save_tensors(directory / file, {name: tensors[name] for name in mine})
-        places.update(dict.fromkeys(mine, file))
-    index = {"metadata": {}, "weight_map": places}
+        shard_of.update(dict.fromkeys(mine, file))
+    index = {"metadata": {}, "weight_map": shard_of}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

@@ -192,7 +192,7 @@ def folded(
     hooks: BlockHooks = BlockHooks(rounding=keep),  # noqa: B008 - it does not change
     dtype: np.dtype = BF16,
     exclude: tuple[str, ...] = (),
-    fold: str = "",
+    target: str = "",
     scheme_options: dict[str, Any] | None = None,
     algorithm_options: dict[str, Any] | None = None,
     change: Callable[[Tensors], None] = lambda tensors: None,
@@ -202,8 +202,8 @@ def folded(
     config = config_of(**more)
     before, x = random_block(config), tokens()
     change(before)
-    if not fold and "_PER_" in scheme:  # which hold their smoothing else
-        fold = "norm"
+    if not target and "_PER_" in scheme:  # which hold their smoothing else
+        target = "norm"
     plan = make_plan(
         config,
         scheme,
@@ -212,7 +212,7 @@ def folded(
         exclude=exclude,
         scheme_options=scheme_options,
         algorithm_options=algorithm_options,
-        fold=fold,
+        smoothing_target=target,
     )
     block = quantize(plan, *seen_by(config, before, x, cached), hooks)
     return Case(plan, before, block, x)
@@ -249,7 +249,9 @@ ALGORITHMS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("scheme", "algorithm", "more"), ALGORITHMS, ids=str)
 def test_the_block_computes_what_it_did(scheme, algorithm, more, kv_heads):
-    case = folded(scheme, algorithm, scheme_options=more, fold="norm", num_key_value_heads=kv_heads)
+    case = folded(
+        scheme, algorithm, scheme_options=more, target="norm", num_key_value_heads=kv_heads
+    )
     assert_same_function(case)
     changed = {name for name in case.before if (case.after[name] != case.before[name]).any()}
     assert changed, "nothing was smoothed"
@@ -277,7 +279,7 @@ def test_gains_are_what_is_stored_and_weights_make_up_for_it(alpha, dtype):
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl"])
 def test_a_vector_of_its_own_leaves_everything_else(algorithm):
     """Its reciprocal is stored, and tells the vector exactly."""
-    case = folded("W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), fold="mul-scale")
+    case = folded("W8A8_PER_CHANNEL", algorithm, hooks=BlockHooks(), target="mul-scale")
     assert not case.block.floats
     for path, made in case.block.linears.items():
         again = (1 / made.mul_scale.astype("f8")).astype("f4")

@@ -166,5 +166,5 @@ def test_rounding_for_a_size_reaches_it_at_a_fraction_of_what_pruning_costs(
     assert 0.44 < result.ratio <= 0.45
     assert perplexity(tmp_path / "made", tokens) < 1.015 * exact
     verified = verify(tmp_path / "made", MODEL)
-    assert verified["problems"] == []
-    assert verified["checked"]["measured"] == 21
+    assert verified.problems == ()
+    assert verified.checked["measured"] == 21

@@ -79,6 +79,9 @@ def test_every_number_of_formats_gives_the_same_kind_of_result(tiny_model, tmp_p
     assert [row.group for row in one.outputs[0].report][:2] == [
         *("model.layers.0.qkv", "model.layers.0.o"),
     ]
+    assert all(row.seconds is not None for output in two.outputs for row in output.report)
+    again = ms_quant.quantize_checkpoint(model, tmp_path / "one", "W8A8_DYNAMIC")
+    assert {row.seconds for row in again.outputs[0].report} == {None}  # its job is gone
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.outputs[0].scheme = "W8A16"  # type: ignore[misc]
 

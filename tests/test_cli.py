@@ -376,8 +376,8 @@ def test_other_refusals(
     calib_text: Path,
     tmp_path: Path,
 ) -> None:
-    places = {"model": tiny_model(layers=1), "calib": calib_text, "out": tmp_path / "out"}
-    run = ms_quant_command(*(argument.format(**places) for argument in arguments))
+    paths = {"model": tiny_model(layers=1), "calib": calib_text, "out": tmp_path / "out"}
+    run = ms_quant_command(*(argument.format(**paths) for argument in arguments))
     assert message in error(run)
     assert not (tmp_path / "out").exists()
 

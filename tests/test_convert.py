@@ -34,7 +34,7 @@ CALIBRATED = {"samples": 2, "seq_len": 16}
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, format: str, model: dict | None = None, **options: Any) -> Path:
         source = tiny_model(**{"family": "qwen2", "layers": 2, **SHAPE, **(model or {})})
-        settings = {"fold": options.pop("fold", ""), "kv_cache": options.pop("kv_cache", "")}
+        settings = {name: options.pop(name, "") for name in ("smoothing_target", "kv_cache")}
         dtype, algorithm = options.pop("dtype", None), options.pop("algorithm", "minmax")
         choices = {**split_options(options), "formats": (format,), **settings}
         static = SCHEMES[scheme].needs_calibration or algorithm != "minmax"
@@ -78,7 +78,7 @@ def assert_same_linears(one: Path, other: Path) -> None:
 ROUNDS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("W8A8", "golden-stick", "ascend", {}),
     ("W8A8", "golden-stick", "mindie-sd", {"dtype": "float16"}),
-    ("W8A8", "golden-stick", "ascend", {"fold": "norm", "algorithm": "smoothquant"}),
+    ("W8A8", "golden-stick", "ascend", {"smoothing_target": "norm", "algorithm": "smoothquant"}),
     ("W8A8", "ascend", "golden-stick", {"algorithm": "gptq"}),
     ("W8A8", "ascend", "mindie-sd", {"dtype": "float16"}),
     ("W8A8", "ascend", "mindie-sd", {"algorithm": "smoothquant"}),
@@ -151,7 +151,7 @@ def test_what_is_converted_is_what_would_have_been_made(make, tmp_path, file_con
     [
         (("W8A8", "golden-stick", {}), "compressed-tensors", r"deq_scale: is not input_scale tim"),
         (("W8A8", "golden-stick", {"algorithm": "smoothquant"}), "ascend", r"0\.qkv: its smoothin"),
-        (("W8A8", "mindie-sd", {"algorithm": "smoothquant"}), "ascend", r"is in the mul-scale; fo"),
+        (("W8A8", "mindie-sd", {"algorithm": "smoothquant"}), "ascend", r"is in the mul-scale; sm"),
         (("W8A8_DYNAMIC", "golden-stick", {"dtype": "float16"}), "ascend", r"not exact in float16"),
         (("W8A16", "ascend", {}), "golden-stick", r"W8A16: no golden-stick checkpoint can hold it"),
         (

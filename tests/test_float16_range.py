@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from slow_decoder import SlowDecoder
 
+from ms_quant.budget import BUDGET
 from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.float16_forward import Float16Block, Float16OverflowError
@@ -228,7 +229,7 @@ def test_float16_forward_is_float16_between_operators(
     model = open_model(tiny_model(tied=tied, biases=True))
     rng = np.random.default_rng(0)
     x = (20 * rng.standard_normal((1, 6, 16))).astype(np.float16).astype(np.float32)
-    ours = Float16Block.of(model, 1)(x, Positions(model.config, 6))
+    ours = Float16Block.of(model, 1, BUDGET)(x, Positions(model.config, 6))
 
     def half(y: np.ndarray) -> np.ndarray:
         return y.astype(np.float16).astype(np.float64)

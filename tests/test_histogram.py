@@ -339,12 +339,12 @@ def slow_search(h: Histogram, bits: int, quantile_steps: int) -> tuple[float, fl
     return best
 
 
-def test_moves_by_hand(monkeypatch):
+def test_moves_by_hand():
     """Both tails are as sparse: the upper one first; then steps in which nothing moves."""
-    monkeypatch.setattr(histogram, "QUANTILE_STEPS", 8)  # a step is one of the values
     h = histogram_of([-3.5, *[-0.5] * 3, *[0.5] * 3, 3.5], bins=8)
     assert h.width == 1
-    assert list(h._moves()) == [(-3.5, 1), (-1, 1), (-1, 0)]
+    moves = h._moves(steps=8)  # a step is one of the values
+    assert list(moves) == [(-3.5, 1), (-1, 1), (-1, 0)]
 
 
 @given(
@@ -357,13 +357,11 @@ def test_moves_by_hand(monkeypatch):
 def test_search_against_single_steps(start, counts, steps, bits):
     assume(sum(counts))
     h = histogram_of(np.repeat(np.arange(len(counts)) + start + 0.25, counts), bins=len(counts) + 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(histogram, "QUANTILE_STEPS", steps)
-        try:
-            expected = slow_search(h, bits, steps)
-        except TieError:
-            reject()
-        assert h.least_error_range(bits) == expected
+    try:
+        expected = slow_search(h, bits, steps)
+    except TieError:
+        reject()
+    assert h.least_error_range(bits, steps) == expected
 
 
 def test_search_against_single_steps_of_1e_5():

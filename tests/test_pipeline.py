@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import MsQuantError
 from ms_quant.job.directory import JobDirectory
@@ -32,11 +33,11 @@ Tensors = dict[str, np.ndarray]
 def quantize(tmp_path: Path, calib_text: Path) -> Callable[..., Path]:
     """Quantizes with four windows of sixteen tokens."""
 
-    def run(model: Path, name: str = "out", **options: Any) -> Path:
+    def run(model: Path, name: str = "out", budget: Budget = BUDGET, **options: Any) -> Path:
         wanted = {"calib": calib_text, "samples": 4, "seq_len": 16}
         if options.get("scheme") == "W8A8_DYNAMIC":
             wanted = {}
-        run_job(QuantizeOptions(model, tmp_path / name, **{**wanted, **options}))
+        run_job(QuantizeOptions(model, tmp_path / name, **{**wanted, **options}), budget=budget)
         return tmp_path / name
 
     return run
@@ -132,12 +133,10 @@ def test_calibrated_tensors_are_those_of_the_oracle(
     quantize: Callable[..., Path],
     calib_text: Path,
     load_tensors: Callable[[Path], Tensors],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ms_quant.quantization.work.BATCH_TOKENS", batch * 16)
     model = tiny_model(**family)
     source = load_tensors(model)
-    found = load_tensors(quantize(model, **options))
+    found = load_tensors(quantize(model, budget=Budget(batch_tokens=batch * 16), **options))
     given = options.get("dtype") or family.get("dtype", "bfloat16")
     dtype = np.dtype(np.float16 if given == "float16" else BF16)
     tokens = load_tokens(calib_text, model, 4, 16, 0)

@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
 def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> Callable[..., Any]:
     def run(scheme: str, algorithm: str, model: dict | None = None, **options: Any) -> Any:
         source = tiny_model(**{"family": "qwen3", "layers": 2, **SHAPE, **(model or {})})
-        format, fold = options.pop("format", ""), options.pop("fold", "")
+        format, target = options.pop("format", ""), options.pop("smoothing_target", "")
         formats = (format,) if format else ()
         request = QuantizeOptions(
             source,
@@ -44,7 +44,7 @@ def make(tiny_model: Callable[..., Path], tmp_path: Path, calib_text: Path) -> C
             scheme,
             algorithm,
             **split_options(options),
-            fold=fold,
+            smoothing_target=target,
             formats=formats,
             keep_job=True,
         )
@@ -73,7 +73,7 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W8A8", "osl+gptq", {}),
         ("W8A8", "histogram", {}),
         ("W8A8", "percentile+clip", {"share": 0.999}),
-        ("W8A8", "osl", {"fold": "norm"}),
+        ("W8A8", "osl", {"smoothing_target": "norm"}),
         ("W8A8_MIX", "flexsmooth", {}),
         ("W8A8", "smoothquant+gptq", {"format": "ascend"}),
         ("W8A8_DYNAMIC", "awq", {"format": "ascend"}),
@@ -90,7 +90,7 @@ def prepare_needs(request: QuantizeOptions) -> bool:
         ("W4A8_DYNAMIC", "smoothquant+clip", {"group_size": 32}),
         ("W4A4_DYNAMIC", "quarot+smoothquant+gptq", {}),
         ("W4A4_MXFP4", "quarot+gptq", {"rule": "mxfp4_cann0"}),
-        ("W4A4_MXFP4_DUALSCALE", "smoothquant", {"fold": "norm"}),
+        ("W4A4_MXFP4_DUALSCALE", "smoothquant", {"smoothing_target": "norm"}),
         ("W4A4_MXFP4_DUALSCALE", "smoothquant", {}),
         ("W8A8", "smoothquant+gptq", {"format": "mindie-sd"}),
         ("W8A8_PER_TENSOR", "osl", {}),

@@ -122,15 +122,23 @@ def test_refused(options, message):
     ("scheme", "choices", "message"),
     [
         ("W8A8", {"format": "gguf"}, r"^format 'gguf' is unknown, expected one of golden-stick, "),
-        ("W8A8", {"fold": "bias"}, r"^fold 'bias' is unknown, expected one of input-scale, norm"),
+        (
+            "W8A8",
+            {"smoothing_target": "bias"},
+            r"^smoothing target 'bias' is unknown, expected one of input-scale, norm",
+        ),
         ("W4A16", {"format": "golden-stick"}, r"^scheme W4A16: no golden-stick checkpoint can ho"),
         ("W4A4_MXFP4_SVD", {"format": "ascend"}, r"served by no runtime .* expected no --format$"),
         (
             "W8A8",
-            {"format": "ascend", "fold": "input-scale"},
-            r"^fold input-scale: ascend checkpoints of scheme W8A8 cannot hold .* expected norm$",
+            {"format": "ascend", "smoothing_target": "input-scale"},
+            r"^smoothing target input-scale: ascend checkpoints of scheme W8A8 .* expected norm$",
         ),
-        ("W8A8_DYNAMIC", {"fold": "mul-scale"}, r"^fold mul-scale: golden-stick checkpoints of"),
+        (
+            "W8A8_DYNAMIC",
+            {"smoothing_target": "mul-scale"},
+            r"^smoothing target mul-scale: golden-stick checkpoints of",
+        ),
         (
             "W8A16",
             {"format": "ascend", "scheme_options": {"group_size": 64}},
@@ -148,9 +156,11 @@ def test_places_that_nothing_serves(scheme, choices, message):
         plan(scheme, **choices)
 
 
-def test_a_fold_of_nothing_is_refused():
-    with pytest.raises(MsQuantError, match=r"^fold norm: no algorithm smooths, expected no"):
-        plan(fold="norm")
+def test_a_smoothing_target_of_nothing_is_refused():
+    with pytest.raises(
+        MsQuantError, match=r"^smoothing target norm: no algorithm smooths, expected no"
+    ):
+        plan(smoothing_target="norm")
 
 
 def test_formats_of_a_scheme():
@@ -159,7 +169,7 @@ def test_formats_of_a_scheme():
     assert chosen.format == "ascend" and chosen.record()["format"] == "ascend"
     activation = chosen.distinct[0].scheme.activation
     assert activation.folds_bias and not activation.per_channel
-    folded = plan(algorithm="smoothquant", fold="norm")
+    folded = plan(algorithm="smoothquant", smoothing_target="norm")
     assert folded.record()["fold"] == "norm"
     assert not folded.distinct[0].scheme.activation.per_channel
     half = DTYPES["float16"]

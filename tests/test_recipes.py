@@ -325,7 +325,7 @@ def smoothing(rules: list[dict[str, Any]], *groups: str, **more: Any) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("recipe", "format", "fold"),
+    ("recipe", "format", "target"),
     [
         (
             smoothing([rule("W8A8_DYNAMIC", "*attn*"), rule("W8A8", "*.mlp.*")]),
@@ -347,8 +347,8 @@ def smoothing(rules: list[dict[str, Any]], *groups: str, **more: Any) -> dict[st
         ),
     ],
 )
-def test_each_group_has_a_fold_of_its_own(make, tmp_path, recipe, format, fold, file_contents):
-    made = make(recipe, formats=(format,), fold=fold, **make.calibrated)
+def test_each_group_has_a_target_of_its_own(make, tmp_path, recipe, format, target, file_contents):
+    made = make(recipe, formats=(format,), smoothing_target=target, **make.calibrated)
     assert_written_as_made(made)
     if format == "compressed-tensors":
         convert_checkpoint(made.options.output, tmp_path / "two", "golden-stick")

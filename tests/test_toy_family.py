@@ -112,7 +112,7 @@ def test_its_blocks_are_planned(model):
     [
         ("W8A8_DYNAMIC", "minmax", {}),
         ("W8A8", "minmax", {}),
-        ("W8A8_DYNAMIC", "smoothquant", {"fold": "norm"}),
+        ("W8A8_DYNAMIC", "smoothquant", {"smoothing_target": "norm"}),
     ],
     ids=["data-free", "static", "smoothed"],
 )
@@ -166,7 +166,7 @@ def test_all_that_reads_one_norm_is_smoothed_together(algorithm, exclude):
         dtype=np.dtype(BF16),
         exclude=exclude,
         scheme_options=options,
-        fold="norm",
+        smoothing_target="norm",
     )
     hooks = BlockHooks(rounding=keep)
     seen = observe(block, at, [hidden], hidden.shape, wanted([plan], 1, hooks))
@@ -230,7 +230,7 @@ def test_a_float16_runtime_computes_it(make, calib_text):
 def planned(model: Path, *steps: Step) -> dict[str, str]:
     """The algorithms of the groups of the second block."""
     recipe = Recipe((Rule("W8A8_DYNAMIC"),), steps)
-    plan = plan_of_recipe(load_config(model), recipe, np.dtype(BF16), fold="norm")
+    plan = plan_of_recipe(load_config(model), recipe, np.dtype(BF16), smoothing_target="norm")
     found = {str(group): layer.algorithms.name for group, layer in plan.layers.items() if layer}
     prefix = "model.layers.1."
     return {n.removeprefix(prefix): name for n, name in found.items() if n.startswith(prefix)}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.numerics import rotation
-from ms_quant.numerics.activation import Activation, PerToken, Seen, StaticActivation
+from ms_quant.numerics.activation import Activation, ObservedRange, PerToken, StaticActivation
 from ms_quant.numerics.grid import Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
@@ -125,7 +125,7 @@ def input_quantization(problem: Problem, solution: Solution) -> Activation:
     if solution.input_range is not None:
         inside = np.ones_like(low) if smooth is None else smooth
         low, high = (np.float32(bound) * inside for bound in solution.input_range)
-    return format.fit(Seen(low, high, problem.dtype, problem.name), smooth)
+    return format.fit(ObservedRange(low, high, problem.dtype, problem.name), smooth)
 
 
 def smoothing(problem: Problem, solution: Solution) -> np.ndarray | None:

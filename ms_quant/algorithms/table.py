@@ -56,7 +56,7 @@ class Algorithm:
     rotates: whether it changes the whole model before anything is quantized.
     smooths: whether it answers with a smoothing vector.
     clips: whether the weights' ranges may have factors of ``clip.RATIOS``.
-    places: whether codes may be others than the nearest ones, or scales than the ranges say.
+    moves_codes: whether codes may be others than the nearest ones, or scales than the ranges say.
     searches: how many candidates it tries for a group; each takes a forward of the block.
     kept_tokens: it looks at this many of the tokens' inputs themselves, at most.
     trains: whether it needs gradients, which MindSpore computes.
@@ -74,7 +74,7 @@ class Algorithm:
     rotates: bool = False
     smooths: bool = False
     clips: bool = False
-    places: bool = False
+    moves_codes: bool = False
     searches: int = 0
     kept_tokens: int = KEPT_TOKENS
     trains: bool = False
@@ -201,7 +201,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         svd.SvdOptions(),
         _own("svd"),
         calibrated=False,
-        places=True,
+        moves_codes=True,
         adds="branch",
     ),
     "clip": Algorithm(
@@ -219,7 +219,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         low_bits.LowBitsOptions(),
         _own("low_bits"),
         calibrated=False,
-        places=True,
+        moves_codes=True,
     ),
     "ssz": Algorithm(
         Stage.RANGE,
@@ -228,7 +228,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ssz.SszOptions(),
         _affine,
         calibrated=False,
-        places=True,
+        moves_codes=True,
     ),
     "gptq": Algorithm(
         Stage.ROUNDING,
@@ -237,7 +237,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         gptq.GptqOptions(),
         _rounded,
         hessian=True,
-        places=True,
+        moves_codes=True,
     ),
     "admm": Algorithm(
         Stage.ROUNDING,
@@ -246,6 +246,6 @@ ALGORITHMS: dict[str, Algorithm] = {
         admm.AdmmOptions(),
         _own("admm"),
         hessian=True,
-        places=True,
+        moves_codes=True,
     ),
 }

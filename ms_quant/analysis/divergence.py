@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.budget import LOGIT_BYTES
+from ms_quant.budget import BUDGET
 from ms_quant.models.embedding import Chunks
 
 
@@ -24,13 +24,16 @@ class Changed(Protocol):
         """float32 (tokens, hidden)."""
 
 
-def divergences(head: Chunks, exact: np.ndarray, changed: Changed) -> np.ndarray:
+def divergences(
+    head: Chunks, exact: np.ndarray, changed: Changed, logit_bytes: int = BUDGET.logit_bytes
+) -> np.ndarray:
     """Kullback-Leibler divergence of softmax(changed @ head.T) from softmax(exact @ head.T).
 
     Args:
         head: float32 (vocab, hidden), in pieces.
         exact: float32 (tokens, hidden).
         changed: the same of each variant, which is asked for once for each piece of the head.
+        logit_bytes: of the logits of one variant that are held.
 
     Returns:
         float64 (variants, tokens), natural logarithm. Logits are float32, all else float64.
@@ -39,7 +42,7 @@ def divergences(head: Chunks, exact: np.ndarray, changed: Changed) -> np.ndarray
     top, total = np.full(tokens, -np.inf), np.zeros(tokens)
     tops, totals, gaps = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape)
     for _, rows in head:
-        step = max(1, LOGIT_BYTES // (8 * tokens))
+        step = max(1, logit_bytes // (8 * tokens))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             logits = kernels.matmul(exact, part).astype(np.float64)

@@ -16,7 +16,6 @@ from ms_quant.analysis.divergence import divergences
 from ms_quant.analysis.inputs import InputWatch
 from ms_quant.analysis.measure import Errors, FloatBlock, errors, phases
 from ms_quant.analysis.probe import Probe
-from ms_quant.budget import BATCH_TOKENS
 from ms_quant.evaluation.head import EMBEDDING, head_name
 from ms_quant.files.reader import FloatTensors
 from ms_quant.formats.float_model import FloatCheckpoint
@@ -131,7 +130,7 @@ class AnalysisWork(BlockWork):
         states = self._states(index + 1, old + len(new))
         exact = FloatBlock(block, self._positions, source(0, count))
         states.append(exact.output)
-        batch, total = max(1, BATCH_TOKENS // self.probe.length), count * (1 + old)
+        batch, total = self.budget.windows(self.probe.length), count * (1 + old)
         for start in range(count, total, batch):
             states.append(block.run(source(start, min(start + batch, total)), self._positions))
             self.progress(index, 0.5 + 0.25 * min(1.0, (start + batch) / total))

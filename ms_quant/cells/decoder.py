@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ms_quant.budget import SCORE_BYTES
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.cells.direct import as_type, calls_directly, floats, has_kernels, threads
 from ms_quant.cells.layers import (
     Embedding,
@@ -37,6 +37,11 @@ from ms_quant.models.rope import rope_table, still_table
 class Attention(nn.Cell):
     """Causal self-attention with grouped key-value heads, rotary positions and optional q/k norm.
 
+    Args:
+        config: the model's shape.
+        index: the layer.
+        budget: what bounds its memory.
+
     Inputs:
         - **x** - (B, S, hidden).
         - **cos**, **sin** - (S, head_dim).
@@ -46,8 +51,9 @@ class Attention(nn.Cell):
           quantize their input in another way.
     """
 
-    def __init__(self, config: ModelConfig, index: int = 0):
+    def __init__(self, config: ModelConfig, index: int = 0, budget: Budget = BUDGET):
         super().__init__()
+        self.budget, self.score_bytes = budget, budget.score_bytes
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         linears = config.block(index).linears
@@ -79,7 +85,7 @@ class Attention(nn.Cell):
         """The same as ``construct`` in NumPy and native kernels."""
         q, k, v = map(floats, self.by_head(x, decode))
         angles, kept = (floats(cos), floats(sin)), None if cache is None else cache.extend
-        y = attention.attention(q, k, v, angles, floats(mask), kept, threads())
+        y = attention.attention(q, k, v, angles, floats(mask), kept, threads(), self.budget)
         return project(self.o_proj, as_type(y, x.dtype), decode)
 
     def construct(
@@ -114,7 +120,7 @@ class Attention(nn.Cell):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """(B, heads, S, D) queries to values of that shape, in as few slices as memory allows."""
         batch, heads, length, _ = q.shape
-        step = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
+        step = max(1, self.score_bytes // (4 * batch * heads * k.shape[2]))
         if step >= length:
             return self.attend_slice(q, k, v, mask)
         parts = []
@@ -167,11 +173,16 @@ class MLP(nn.Cell):
 class DecoderBlock(nn.Cell):
     """One decoder layer: x + attention(norm(x)), then + mlp(norm(.)).
 
+    Args:
+        config: the model's shape.
+        index: the layer.
+        budget: what bounds its memory.
+
     Raises:
         MsQuantError: the layer is made of something else.
     """
 
-    def __init__(self, config: ModelConfig, index: int = 0):
+    def __init__(self, config: ModelConfig, index: int = 0, budget: Budget = BUDGET):
         super().__init__()
         other = set(config.block(index).linears) ^ set(gated_block(config, index).linears)
         if other:
@@ -180,7 +191,7 @@ class DecoderBlock(nn.Cell):
                 f"{min(other)}, expected those of attention and one MLP: no Cells compute others"
             )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config, index, budget)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, index)
         self.add = Residual()

@@ -18,7 +18,7 @@ from ms_quant.files.atomic import free_space_check
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.mindie_sd.choice import network_scheme
-from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen, StaticActivation
+from ms_quant.numerics.activation import ObservedRange, PerToken, PhasedActivation, StaticActivation
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
@@ -215,7 +215,7 @@ def _blank(
             )
         activation = TimestepActivation(np.zeros(steps, np.float32), np.zeros(steps, np.int8))
     else:
-        activation = scheme.activation.fit(Seen(*ends, dtype, name), None)
+        activation = scheme.activation.fit(ObservedRange(*ends, dtype, name), None)
     if isinstance(activation, PerToken) and "clip_ratio" in parts:
         activation = replace(activation, clip=0.5)
     codes = grid.round(np.zeros(shape, np.float32))

@@ -110,9 +110,9 @@ def naming_leftovers(
             raise
         job = job or output.with_name(f"{output.name}.job")
         outputs = [output / name for name in formats] if len(formats) > 1 else [output]
-        places = [job, job.with_name(f"{job.name}.measure")]
-        places += [place.with_name(f"{place.name}.partial") for place in outputs]
-        left = [str(place) for place in places if place.name and place.is_dir()]
+        directories = [job, job.with_name(f"{job.name}.measure")]
+        directories += [path.with_name(f"{path.name}.partial") for path in outputs]
+        left = [str(path) for path in directories if path.name and path.is_dir()]
         if left:
             verb, them = ("stays", "it") if len(left) == 1 else ("stay", "them")
             note(

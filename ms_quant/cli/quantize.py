@@ -70,9 +70,10 @@ def quantize(
         list[str] | None,
         typer.Option(help="Checkpoint format; several share one calibration. Default: one served"),
     ] = None,
-    fold: Annotated[
-        str, typer.Option(help="Where smoothing goes: input-scale, norm or mul-scale.")
-    ] = DEFAULTS.fold,
+    smoothing_target: Annotated[
+        str,
+        typer.Option("--fold", help="Target of smoothing: input-scale, norm or mul-scale."),
+    ] = DEFAULTS.smoothing_target,
     alpha: Annotated[
         float | None, typer.Option(help=f"Smoothing strength of smoothquant. Default: {ALPHA}")
     ] = None,
@@ -135,7 +136,7 @@ def quantize(
         **split_options(named, setting or []),
         float_undivided=float_undivided,
         kv_cache=kv_cache,
-        fold=fold,
+        smoothing_target=smoothing_target,
         recipe=None if recipe is None else read_recipe(recipe),
         formats=tuple(format or ()),
         calib=calib,

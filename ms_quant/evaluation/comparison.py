@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.budget import BATCH_TOKENS
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.arguments import AnyPath, opened
 from ms_quant.evaluation.comparable import require_one_tokenizer, require_same_text
@@ -137,7 +137,7 @@ def compare(
     decode: bool = False,
     kv_cache: str | None = None,
     float16: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = BUDGET.batch_tokens,
 ) -> Comparison:
     """How much worse a checkpoint predicts a text than another, such as the float model.
 
@@ -184,7 +184,7 @@ def compare(
             ours, theirs = model_directory(Path(place)), model_directory(Path(against))
             text = None if isinstance(data, np.ndarray) else Path(data)
             require_one_tokenizer(ours, theirs, text, tokens, windows)
-    told = progress or silent
+    told, budget = progress or silent, Budget(batch_tokens=batch_tokens)
     measured = measure(
         served,
         tokens,
@@ -192,11 +192,11 @@ def compare(
         decode=decode,
         kv_cache=kv_cache,
         float16=float16,
-        batch_tokens=batch_tokens,
+        budget=budget,
     )
     if not isinstance(other, Measurement):
         blocks = of_blocks(told, "evaluating reference", other.config.num_layers)
-        other = measure(other, tokens, blocks, decode=decode, batch_tokens=batch_tokens)
+        other = measure(other, tokens, blocks, decode=decode, budget=budget)
     return Comparison.of(measured, other)
 
 

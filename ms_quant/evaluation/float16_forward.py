@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from ms_quant import kernels
+from ms_quant.budget import Budget
 from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.formats.opening import ServedModel
 from ms_quant.models.block_forward import BlockForward, Positions
@@ -40,13 +41,13 @@ class Float16Block(BlockForward):
     """
 
     @classmethod
-    def of(cls, model: ServedModel, index: int) -> Float16Block:
+    def of(cls, model: ServedModel, index: int, budget: Budget) -> Float16Block:
         """A block of a checkpoint with its parameters in float16."""
 
         def read(name: str) -> np.ndarray:
             return to_float16(model.tensor(name))
 
-        return cls.load(model.config, index, read, model.linear)
+        return cls.load(model.config, index, read, model.linear, budget)
 
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         rounded = to_float16(x)
@@ -64,17 +65,18 @@ class Float16Block(BlockForward):
 class Float16Forward:
     """The parts of a checkpoint that perplexity runs, in float16."""
 
-    def __init__(self, model: ServedModel, length: int):
+    def __init__(self, model: ServedModel, length: int, budget: Budget):
         if any(model.cache_scales(index) for index in range(model.config.num_layers)):
             raise BadArgumentError(
                 "--float16 computes keys and values in float16, expected a checkpoint without C8"
             )
-        self.model, self.positions = model, Positions(model.config, length)
+        self.model, self.budget = model, budget
+        self.positions = Positions(model.config, length)
         self.gain = to_float16(model.tensor("model.norm.weight"))
 
     def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
         """The output of a block, float32 (B, S, hidden) of the same."""
-        return partial(Float16Block.of(self.model, index), at=self.positions)
+        return partial(Float16Block.of(self.model, index, self.budget), at=self.positions)
 
     def norm(self, x: np.ndarray) -> np.ndarray:
         """The last norm, float32 (B, S, hidden) of the same."""

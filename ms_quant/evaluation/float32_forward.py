@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ms_quant import kernels
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.evaluation.caches import new_caches
 from ms_quant.formats.opening import ServedModel
 from ms_quant.models.block_forward import BlockForward, Positions
@@ -14,9 +15,9 @@ from ms_quant.models.names import block_prefix
 from ms_quant.numerics.affine import check_finite
 
 
-def load_block(model: ServedModel, index: int) -> BlockForward:
+def load_block(model: ServedModel, index: int, budget: Budget = BUDGET) -> BlockForward:
     """One decoder block of a checkpoint with its quantized linears."""
-    return BlockForward.load(model.config, index, model.tensor, model.linear)
+    return BlockForward.load(model.config, index, model.tensor, model.linear, budget)
 
 
 class LastNorm:
@@ -43,14 +44,21 @@ def check_output(hidden: np.ndarray, index: int) -> np.ndarray:
 class Float32Forward:
     """What perplexity runs. Arguments are those of :func:`ms_quant.evaluation.perplexity`."""
 
-    def __init__(self, model: ServedModel, length: int, decode: bool, kv_cache: str | None):
-        self.model, self.decode = model, decode
+    def __init__(
+        self,
+        model: ServedModel,
+        length: int,
+        decode: bool,
+        kv_cache: str | None,
+        budget: Budget,
+    ):
+        self.model, self.decode, self.budget = model, decode, budget
         self.new_caches = new_caches(model, kv_cache)
         self.positions, self.norm = Positions(model.config, length), LastNorm(model)
 
     def block(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
         """The output of a block, float32 (B, S, hidden) of the same, all values finite."""
-        block = load_block(self.model, index)
+        block = load_block(self.model, index, self.budget)
         if self.decode:
             block = block.in_decode()
 

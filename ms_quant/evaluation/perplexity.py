@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ms_quant.budget import BATCH_TOKENS
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
@@ -74,7 +74,7 @@ def perplexity(
     decode: bool = False,
     kv_cache: str | None = None,
     float16: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = BUDGET.batch_tokens,
 ) -> Perplexity:
     """Perplexity of a float or quantized checkpoint on a text.
 
@@ -120,7 +120,7 @@ def perplexity(
         decode=decode,
         kv_cache=kv_cache,
         float16=float16,
-        batch_tokens=batch_tokens,
+        budget=Budget(batch_tokens=batch_tokens),
     ).found
 
 
@@ -149,7 +149,7 @@ def measure(
     decode: bool = False,
     kv_cache: str | None = None,
     float16: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
+    budget: Budget = BUDGET,
 ) -> Measurement:
     """The loss of every token, to be compared with another model's by ``Comparison.of``.
 
@@ -159,9 +159,7 @@ def measure(
     if tokens.shape[1] < 2:
         raise BadArgumentError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    losses = token_losses(
-        model, tokens, progress or silent, decode, kv_cache, float16, batch_tokens
-    )
+    losses = token_losses(model, tokens, progress or silent, decode, kv_cache, float16, budget)
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise BadArgumentError(
@@ -183,16 +181,16 @@ def token_losses(
     decode: bool = False,
     kv_cache: str | None = None,
     float16: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
+    budget: Budget = BUDGET,
 ) -> np.ndarray:
     """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
     forward: Forward
     if float16:
-        forward = Float16Forward(model, tokens.shape[1])
+        forward = Float16Forward(model, tokens.shape[1], budget)
     else:
-        forward = Float32Forward(model, tokens.shape[1], decode, kv_cache)
+        forward = Float32Forward(model, tokens.shape[1], decode, kv_cache, budget)
     with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
-        return _losses(model, forward, tokens, Path(directory), progress, batch_tokens)
+        return _losses(model, forward, tokens, Path(directory), progress, budget)
 
 
 class Forward(Protocol):
@@ -211,14 +209,14 @@ def _losses(
     tokens: np.ndarray,
     directory: Path,
     progress: BlockProgress,
-    batch_tokens: int,
+    budget: Budget,
 ) -> np.ndarray:
     count, length = tokens.shape
     shape = (count, length, model.config.hidden_size)
     free_space_check(directory, 2 * 4 * math.prod(shape))
     source = directory / "hidden-0.npy"
     _write(source, shape, map(used_rows(model.chunks(EMBEDDING), tokens), tokens))
-    batch = max(1, batch_tokens // length)
+    batch = budget.windows(length)
 
     def outputs(source: Path, index: int) -> Iterator[np.ndarray]:
         block = forward.block(index)
@@ -236,7 +234,7 @@ def _losses(
         last[start : start + batch] = forward.norm(last[start : start + batch])
     # A copy without each window's last token would not fit in memory: its loss is dropped instead.
     rows, targets = last.reshape(-1, shape[2]), np.roll(tokens, -1, axis=1).ravel()
-    losses = cross_entropy(model.chunks(head_name(model)), rows, targets)
+    losses = cross_entropy(model.chunks(head_name(model)), rows, targets, budget.logit_bytes)
     return losses.reshape(count, length)[:, :-1]
 
 

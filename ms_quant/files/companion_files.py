@@ -44,7 +44,7 @@ def companion_files(directory: Path) -> tuple[str, ...]:
     found = [name for name in own if is_companion(name)]
     if custom_code(directory):
         found += [path.name for path in directory.glob("*.py") if _is_file(path)]
-    for place in (*_module_places(directory), TEMPLATES):
+    for place in (*_module_paths(directory), TEMPLATES):
         found += [f"{place}/{path.name}" for path in _inside(directory / place)]
     for name in found:
         limit, size = _limit(name), (directory / name).stat().st_size
@@ -88,7 +88,7 @@ def _inside(place: Path) -> Iterator[Path]:
             yield path
 
 
-def _module_places(directory: Path) -> list[str]:
+def _module_paths(directory: Path) -> list[str]:
     """Directories of the modules after the model itself, as sentence-transformers lists them.
 
     Raises:
@@ -105,23 +105,23 @@ def _module_places(directory: Path) -> list[str]:
         raise BadFileError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(modules, list) or not all(isinstance(item, Mapping) for item in modules):
         raise BadFileError(f"{path}: is {modules!r:.80}, expected a list of modules")
-    places = []
+    paths = []
     for module in modules:
-        place, kind = module.get("path", ""), str(module.get("type", ""))
-        if place == "":
+        found, kind = module.get("path", ""), str(module.get("type", ""))
+        if found == "":
             continue
-        if not isinstance(place, str) or not _PLACE.fullmatch(place):
+        if not isinstance(found, str) or not _PLACE.fullmatch(found):
             raise BadFileError(
-                f"{path}: a module has the path {place!r:.80}, expected the name of a directory "
+                f"{path}: a module has the path {found!r:.80}, expected the name of a directory "
                 "of the model"
             )
         if kind.rpartition(".")[2] == "Transformer":
             raise BadFileError(
-                f"{path}: the model itself is in {place}, expected it beside {MODULES}: give "
-                f"{directory / place}"
+                f"{path}: the model itself is in {found}, expected it beside {MODULES}: give "
+                f"{directory / found}"
             )
-        places.append(place)
-    return places
+        paths.append(found)
+    return paths
 
 
 def custom_code(directory: Path) -> dict[str, list[str]]:
@@ -130,30 +130,30 @@ def custom_code(directory: Path) -> dict[str, list[str]]:
     for name in CONFIGS:
         path = directory / name
         named = read_json(path, MAX_BYTES).get("auto_map") if path.is_file() else None
-        for kind, places in named.items() if isinstance(named, Mapping) else ():
-            for place in places if isinstance(places, list) else [places]:
-                if isinstance(place, str):
-                    found.setdefault(name, []).append(f"{kind} {place}")
+        for kind, classes in named.items() if isinstance(named, Mapping) else ():
+            for spelled in classes if isinstance(classes, list) else [classes]:
+                if isinstance(spelled, str):
+                    found.setdefault(name, []).append(f"{kind} {spelled}")
     return found
 
 
 def code_notes(directory: Path) -> list[str]:
     """What to know of custom code, one sentence each."""
     notes = []
-    for name, places in custom_code(directory).items():
-        listed = ", ".join(places[:4])
+    for name, classes in custom_code(directory).items():
+        listed = ", ".join(classes[:4])
         notes.append(
             f"{directory / name}: auto_map names custom code ({listed:.200}), which is copied, "
             "neither read nor run; what is computed here is the family's own"
         )
-        for place in places:
-            module = place.partition(" ")[2].rpartition(".")[0]
+        for named in classes:
+            module = named.partition(" ")[2].rpartition(".")[0]
             if "--" in module:
                 notes.append(
-                    f"{directory / name}: {place:.120} is in another repository, and not copied"
+                    f"{directory / name}: {named:.120} is in another repository, and not copied"
                 )
             elif not (directory / f"{module}.py").is_file():
                 notes.append(
-                    f"{directory / name}: auto_map names {place:.120}, but there is no {module}.py"
+                    f"{directory / name}: auto_map names {named:.120}, but there is no {module}.py"
                 )
     return notes

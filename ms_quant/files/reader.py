@@ -301,16 +301,16 @@ class Checkpoint:
                 )
 
     def _scan(self, prefix: str) -> dict[str, str]:
-        places: dict[str, str] = {}
+        shard_of: dict[str, str] = {}
         for shard in _unindexed_files(self.directory, prefix):
             for name in self.shard(shard).tensors:
-                if name in places:
+                if name in shard_of:
                     raise BadFileError(
                         f"{self.directory / shard}: holds tensor {name!r}, expected it only in "
-                        f"{places[name]}"
+                        f"{shard_of[name]}"
                     )
-                places[name] = shard
-        return places
+                shard_of[name] = shard
+        return shard_of
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -386,12 +386,12 @@ def _unindexed_files(directory: Path, prefix: str) -> list[str]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    places = read_json(path, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise BadFileError(f"{path}: weight_map is {places!r:.80}, expected file names by tensor")
-    for name, shard in places.items():
+    shard_of = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise BadFileError(f"{path}: weight_map is {shard_of!r:.80}, expected file names by tensor")
+    for name, shard in shard_of.items():
         _check_shard_name(shard, f"{path}: the shard of {name!r}")
-    shards = sorted(set(places.values()))
+    shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
         raise BadFileError(
@@ -399,7 +399,7 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{len(missing)} of its {len(shards)} files are missing: get the rest of the model "
             "(hf download goes on where it stopped)"
         )
-    return places
+    return shard_of
 
 
 def _check_shard_name(shard: Any, where: str) -> None:

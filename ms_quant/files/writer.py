@@ -164,8 +164,8 @@ def write_index(
     """
     path = Path(directory) / name
     _refuse_duplicates([plan for plans in shards.values() for plan in plans], str(path))
-    places = {plan.name: shard for shard, plans in shards.items() for plan in plans}
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(places.items()))}
+    shard_of = {plan.name: shard for shard, plans in shards.items() for plan in plans}
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(shard_of.items()))}
     return write_json(path, index)
 
 

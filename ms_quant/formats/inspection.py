@@ -26,8 +26,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     directory = model_directory(directory)
     model = open_model(directory)
     beside = {directory / name for name in companion_files(directory)}  # a module after the model
-    places = sorted(set(directory.rglob("*.safetensors")) - beside)
-    files = [path for path in places if path.is_file()]
+    paths = sorted(set(directory.rglob("*.safetensors")) - beside)
+    files = [path for path in paths if path.is_file()]
     if isinstance(model, FloatModel):  # whose files may have other names
         tensors = [(name, model.checkpoint.info(name)) for name in model.checkpoint.names]
     else:

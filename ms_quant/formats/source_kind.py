@@ -428,16 +428,16 @@ def _models_below(directory: Path) -> list[Path]:
 
 def _configs(directory: Path, depth: int) -> Iterator[Path]:
     """The first config.json files below a directory; not all of a large disk is looked at."""
-    places, looked_at = [(directory, 0)], 0
-    while places and looked_at < MAX_LOOKED_AT:
-        place, level = places.pop(0)
+    directories, looked_at = [(directory, 0)], 0
+    while directories and looked_at < MAX_LOOKED_AT:
+        place, level = directories.pop(0)
         looked_at += 1
         if level and (place / "config.json").is_file():
             yield place / "config.json"
         elif level < depth:
             with suppress(OSError):
                 inner = sorted(item for item in place.iterdir() if item.is_dir())
-                places += [(p, level + 1) for p in inner if p.name != ".git"]
+                directories += [(p, level + 1) for p in inner if p.name != ".git"]
 
 
 def _step(name: str) -> int:

@@ -214,7 +214,7 @@ def _layer(
 ) -> LayerPlan:
     """What a group is, as far as one can tell: algorithms leave no trace but what they add."""
     chosen = {key: value for key, value in options.items() if key in SCHEMES[name].options}
-    target = _fold(options.get("fold"))
+    target = _target(options.get("fold"))
     scheme, storage = store(get_scheme(name, **chosen), dtype, format.name, target)
     settings = {key: value for key, value in options.items() if key.startswith(scheme.algorithm)}
     algorithms = get_algorithms(PLAIN, scheme, settings if scheme.algorithm else {})
@@ -225,7 +225,7 @@ def _layer(
     return LayerPlan(scheme, storage, algorithms)
 
 
-def _fold(value: Any) -> SmoothingTarget | None:
+def _target(value: Any) -> SmoothingTarget | None:
     """Where smoothing went, of a record.
 
     Raises:

@@ -34,7 +34,7 @@ from ms_quant.files.lock import locked
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.models.names import block_prefix, in_block
+from ms_quant.models.names import GroupId, block_prefix, in_block
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
 from ms_quant.schemes.records import Scheme
 
@@ -146,6 +146,7 @@ class FinishedBlock(Protocol):
     notes: group to what was chosen.
     cache: path to float32 scales of a linear's outputs in a cache of int8.
     ranges: how large activations get.
+    seconds: group to what it took.
     """
 
     linears: dict[str, QuantizedLinear]
@@ -153,6 +154,7 @@ class FinishedBlock(Protocol):
     notes: dict[str, dict[str, Any]]
     cache: dict[str, np.ndarray]
     ranges: dict[str, Any]
+    seconds: dict[str, float]
 
 
 class JobDirectory:
@@ -271,7 +273,8 @@ class JobDirectory:
         block: FinishedBlock,
         statistics: Mapping[str, np.ndarray],
     ) -> None:
-        """Commits a block: its linears, what folding changed, statistics and what was chosen."""
+        """Commits a block: its linears, what folding changed, statistics, what was chosen, and
+        what it took."""
         tensors = dict(statistics)
         tensors.update({f"{CHANGED}{name}": value for name, value in block.floats.items()})
         tensors.update({f"{CACHE}{path}": scale for path, scale in block.cache.items()})
@@ -280,6 +283,7 @@ class JobDirectory:
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
+        metadata["seconds"] = json.dumps(block.seconds, sort_keys=True)
         write_file(self.block_file(index), plans, lambda plan: tensors[plan.name], metadata)
         self._opened = None
 
@@ -333,6 +337,14 @@ class JobDirectory:
         """How large the activations of each finished block get; empty without calibration."""
         blocks = sorted(self.finished())
         return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
+
+    def seconds(self) -> dict[GroupId, float]:
+        """What each group of the finished blocks took, in whatever process."""
+        found = {}
+        for index in sorted(self.finished()):
+            said = json.loads(self._block(index).metadata.get("seconds", "{}"))
+            found.update({GroupId(index, group): seconds for group, seconds in said.items()})
+        return found
 
     def remove(self) -> None:
         """Deletes the job's own files, and the directory when nothing else is in it.

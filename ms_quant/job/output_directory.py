@@ -74,8 +74,8 @@ class OutputDirectory:
         check_output_name(path)
         self.copied = copied
         names = "|".join([_MADE, *(re.escape(Path(name).name) for name in copied)])
-        places = sorted({Path(name).parent.as_posix() for name in copied} - {"."})
-        self._directory = re.compile("|".join([_DIRECTORY.pattern, *map(re.escape, places)]))
+        directories = sorted({Path(name).parent.as_posix() for name in copied} - {"."})
+        self._directory = re.compile("|".join([_DIRECTORY.pattern, *map(re.escape, directories)]))
         inside = rf"(({self._directory.pattern})/)?"
         self._temporary = re.compile(rf"{inside}\.({names})\.\d+\.tmp")
         self._ours = re.compile(rf"{inside}({names})|{self._temporary.pattern}")

@@ -89,9 +89,9 @@ class Computed:
         """The same for the library; it holds addresses of the arrays, which must stay."""
         for name, array in self.arrays.items():
             assert array.dtype == _TYPES.get(name, np.float32) and array.flags.c_contiguous, name
-        places = [self.arrays[n].ctypes.data if n in self.arrays else None for n in _POINTERS]
+        pointers = [self.arrays[n].ctypes.data if n in self.arrays else None for n in _POINTERS]
         numbers = (*self.shape, self.group, self.input, *self.limits, self.clip, self.offset)
-        return Linear(*numbers, *places)
+        return Linear(*numbers, *pointers)
 
 
 @lru_cache(maxsize=1)

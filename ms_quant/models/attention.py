@@ -8,11 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.budget import SCORE_BYTES
+from ms_quant.budget import BUDGET, Budget
 
 MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
 HIDDEN = -1e29  # masked keys have less, and no weight at all
-QUERIES = 128  # that attend at a time in NumPy: keys after the last of them are left out
 MANY_QUERIES = 16  # from which the kernel is faster: it packs keys and values first
 
 TAPS = "q", "k", "v"
@@ -47,6 +46,7 @@ def attention(
     mask: np.ndarray,
     cache: Cache | None = None,
     threads: int | None = None,
+    budget: Budget = BUDGET,
     show: Callable[[str, np.ndarray], None] = lambda tap, x: None,
 ) -> np.ndarray:
     """What the heads give, of queries and keys before their rotation.
@@ -58,6 +58,7 @@ def attention(
         mask: additive float32 (B or 1, 1, S, T).
         cache: keeps keys and values, or None.
         threads: at most so many; None for all.
+        budget: what bounds its memory.
         show: is shown what attention reads of the new tokens, by the names of ``TAPS``.
 
     Returns:
@@ -70,11 +71,16 @@ def attention(
         show(tap, heads)
     if cache is not None:
         keys, values = cache(keys, values)
-    return attend(turned, keys, values, mask, threads).reshape(batch, length, -1)
+    return attend(turned, keys, values, mask, threads, budget).reshape(batch, length, -1)
 
 
 def attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, threads: int | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    threads: int | None = None,
+    budget: Budget = BUDGET,
 ) -> np.ndarray:
     """Attention: of many queries by the kernel, else in NumPy.
 
@@ -83,6 +89,7 @@ def attend(
         k, v: float32 (B, kv heads, T, D).
         mask: additive float32 (B or 1, 1, S, T).
         threads: at most so many; None for all.
+        budget: what bounds its memory.
 
     Returns:
         float32 (B, S, heads, D), contiguous.
@@ -90,7 +97,7 @@ def attend(
     batch, heads, length, size = q.shape
     if length >= MANY_QUERIES and kernels.available():
         return kernels.attention(q, k, v, mask[:, 0], 1.0 / math.sqrt(size), threads)
-    step = min(QUERIES, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2])))
+    step = min(budget.queries, max(1, budget.score_bytes // (4 * batch * heads * k.shape[2])))
     y = np.empty((batch, length, heads, size), np.float32)
     for start in range(0, length, step):
         part = slice(start, start + step)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ms_quant import kernels
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.models.attention import Cache, causal_mask
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward
@@ -68,6 +69,7 @@ class BlockForward:
         index: which of the model's blocks it is.
         arrays: the block's float32 parameters by their names within it.
         linears: what computes the linears by their paths, where that is not in `arrays`.
+        budget: what bounds its memory.
 
     Attributes:
         spec: what the block is made of.
@@ -81,8 +83,9 @@ class BlockForward:
         index: int,
         arrays: dict[str, np.ndarray],
         linears: Mapping[str, Linear],
+        budget: Budget = BUDGET,
     ):
-        self.config, self.index, self.arrays = config, index, arrays
+        self.config, self.index, self.arrays, self.budget = config, index, arrays, budget
         self.spec = config.block(index)
         self.taps: Mapping[str, Sequence[Observer]] = {}
         floats = {
@@ -99,6 +102,7 @@ class BlockForward:
         index: int,
         read: Callable[[str], np.ndarray],
         quantized: Callable[[str], QuantizedLinear | None] = _all_float,
+        budget: Budget = BUDGET,
     ) -> Self:
         """A block of a checkpoint.
 
@@ -107,6 +111,7 @@ class BlockForward:
             index: which block it is.
             read: gives a float32 parameter by its name in a checkpoint.
             quantized: gives the quantized linear at a path in a checkpoint; None for a float one.
+            budget: what bounds its memory.
         """
         prefix, linears = block_prefix(index), dict[str, Linear]()
         for path in config.block(index).linears:
@@ -118,7 +123,7 @@ class BlockForward:
             for name in config.block(index).tensors
             if name.rpartition(".")[0] not in linears
         }
-        return cls(config, index, arrays, linears)
+        return cls(config, index, arrays, linears, budget)
 
     def with_linears(self, linears: Mapping[str, Linear]) -> Self:
         """The same block with other linears at some paths; what it holds is shared."""

@@ -15,6 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from typing import Self
 
+    from ms_quant.budget import Budget
     from ms_quant.models.attention import Cache
     from ms_quant.models.block_forward import Positions
 
@@ -188,7 +189,13 @@ class Edge:
 
 
 class Operators(Protocol):
-    """What a branch computes with: the block's norms and linears, and who looks on."""
+    """What a branch computes with: the block's norms and linears, and who looks on.
+
+    Attributes:
+        budget: what bounds its memory.
+    """
+
+    budget: Budget
 
     def norm(self, path: str, x: np.ndarray) -> np.ndarray:
         """The norm at a path, float32 of the same shape."""

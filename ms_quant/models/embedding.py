@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.budget import LOGIT_BYTES
+from ms_quant.budget import BUDGET
 from ms_quant.numerics.storage import DTYPES
 
 Chunks = Iterable[tuple[int, np.ndarray]]
@@ -61,7 +61,7 @@ class Table:
 
 
 def cross_entropy(
-    head: Chunks, rows: np.ndarray, targets: np.ndarray, logit_bytes: int = LOGIT_BYTES
+    head: Chunks, rows: np.ndarray, targets: np.ndarray, logit_bytes: int = BUDGET.logit_bytes
 ) -> np.ndarray:
     """Negative log likelihood of each target under softmax(rows @ head.T).
 

@@ -93,7 +93,7 @@ class Attention(Branch):
         if self.qk_norm:
             q, k = ops.norm(f"{self.path}.q_norm", q), ops.norm(f"{self.path}.k_norm", k)
         angles = at.angles(self.rotary)
-        y = attention(q, k, v, angles, at.mask, cache, show=ops.show)
+        y = attention(q, k, v, angles, at.mask, cache, budget=ops.budget, show=ops.show)
         ops.show(self.taps[-1], y)
         return ops.between(f"{self.path}.o_proj input", y)
 

@@ -33,7 +33,7 @@ from ms_quant.numerics.reciprocal import round_up_for_reciprocal, rounded_recipr
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedRange:
     """What calibration saw of an input.
 
     Attributes:
@@ -72,7 +72,7 @@ class ActivationFormat(Protocol):
     def holds_smoothing(self) -> bool:
         """Whether its input scale has a value for each channel, and so room for smoothing."""
 
-    def fit(self, seen: Seen | None, smooth: np.ndarray | None) -> Activation:
+    def fit(self, seen: ObservedRange | None, smooth: np.ndarray | None) -> Activation:
         """Its parameters for one input.
 
         Args:
@@ -91,7 +91,7 @@ class _Dynamic:
     def restore(self, static: StaticActivation):
         return self
 
-    def fit(self, seen: Seen | None, smooth: np.ndarray | None):
+    def fit(self, seen: ObservedRange | None, smooth: np.ndarray | None):
         return self
 
 
@@ -250,7 +250,7 @@ def static_activation(
     return StaticActivation(np.float32(scale), int(offset), stored.astype(np.float32))
 
 
-def tensor_activation(seen: Seen, multiplies: bool = False) -> StaticActivation:
+def tensor_activation(seen: ObservedRange, multiplies: bool = False) -> StaticActivation:
     """Parameters with one stored step for all channels, as ascend checkpoints hold them.
 
     The step itself is rounded up to the stored type before anything follows from it: no smoothing
@@ -293,7 +293,7 @@ class StaticInt8:
     def holds_smoothing(self) -> bool:
         return self.per_channel
 
-    def fit(self, seen: Seen | None, smooth: np.ndarray | None) -> StaticActivation:
+    def fit(self, seen: ObservedRange | None, smooth: np.ndarray | None) -> StaticActivation:
         assert seen is not None
         if self.per_channel:
             return static_activation(seen.low, seen.high, smooth, seen.dtype, seen.name)
@@ -333,7 +333,7 @@ class Phased:
     holds_smoothing = False
     bits = 8
 
-    def fit(self, seen: Seen | None, smooth: np.ndarray | None) -> PhasedActivation:
+    def fit(self, seen: ObservedRange | None, smooth: np.ndarray | None) -> PhasedActivation:
         assert seen is not None and smooth is None
         return PhasedActivation(tensor_activation(seen, self.multiplies))
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ms_quant.errors import BadArgumentError
-from ms_quant.numerics.activation import PerToken, Seen, StaticActivation, tensor_activation
+from ms_quant.numerics.activation import (
+    ObservedRange,
+    PerToken,
+    StaticActivation,
+    tensor_activation,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Timestep:
     dynamic = False
     holds_smoothing = False
 
-    def fit(self, seen: Seen | None, smooth: np.ndarray | None) -> TimestepActivation:
+    def fit(self, seen: ObservedRange | None, smooth: np.ndarray | None) -> TimestepActivation:
         """Parameters of each step from ranges (T, in); a step without any has low > high."""
         assert seen is not None and smooth is None
         lows, highs = np.atleast_2d(seen.low), np.atleast_2d(seen.high)

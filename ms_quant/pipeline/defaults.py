@@ -17,7 +17,7 @@ class Defaults:
     seq_len: tokens of a window, of calibration and of evaluation.
     seed: of the choice of windows.
     shard_bytes: largest data size of an output file.
-    fold: where smoothing vectors go; "" is the format's first choice.
+    smoothing_target: where smoothing vectors go; "" is the format's first choice.
     kv_cache: how keys and values are cached.
     max_tokens: how many new tokens a generation makes at most.
     """
@@ -28,7 +28,7 @@ class Defaults:
     seq_len: int = 256
     seed: int = 0
     shard_bytes: int = 4 << 30
-    fold: str = ""
+    smoothing_target: str = ""
     kv_cache: str = FLOAT_CACHE
     max_tokens: int = 64
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.budget import BATCH_TOKENS, SCORE_BYTES
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
-from ms_quant.models.attention import QUERIES
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
@@ -31,7 +30,7 @@ FACTOR_COPIES = 4  # of a Hessian in float64, while it is factored
 SEARCHED_GROUPS = 2.5  # of four: candidates share what comes before them
 
 
-def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
+def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict[str, Any]:
     """The plan of a job.
 
     Time and memory are rough: from the sizes, and the speed of one matrix product measured now.
@@ -39,6 +38,7 @@ def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
     Args:
         checked: the checked request.
         output: where it would be written.
+        budget: what bounds the memory of a forward.
     """
     plan, config = checked.plan, checked.plan.config
     weights = sum(block.size for block in config.blocks)
@@ -53,7 +53,7 @@ def estimate(checked: CheckedJob, output: Path) -> dict[str, Any]:
     memory = IMPORT_BYTES + DATA_FREE_COPIES * 4 * largest
     if checked.tokens is not None:
         memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * largest
-        memory += _activation_bytes(checked.tokens, config)
+        memory += _activation_bytes(checked.tokens, config, budget)
         memory += MINDSPORE_BYTES if plan.any("trains") else 0
         if plan.any("hessian"):
             sizes = [_inputs(block) for block in config.blocks]
@@ -101,13 +101,13 @@ def _hessian_flops(plan: Plan, tokens: int) -> float:
     return steps + inverses
 
 
-def _activation_bytes(tokens: np.ndarray, config: ModelConfig) -> float:
+def _activation_bytes(tokens: np.ndarray, config: ModelConfig, budget: Budget) -> float:
     """A batch in a block, its attention scores, and the embedding rows that occur."""
     length = tokens.shape[1]
-    batch = max(1, BATCH_TOKENS // length)
+    batch, queries = budget.windows(length), min(length, budget.queries)
     widest = max(max(_inputs(block)) for block in config.blocks)
     states = batch * length * (config.hidden_size + widest)
-    scores = min(SCORE_BYTES, 4 * batch * config.num_heads * length * min(length, QUERIES))
+    scores = min(budget.score_bytes, 4 * batch * config.num_heads * length * queries)
     rows = min(config.vocab_size, tokens.size) * config.hidden_size
     return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
 

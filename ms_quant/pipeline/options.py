@@ -43,8 +43,8 @@ class QuantizeOptions:
         float_undivided: leave linears float whose inputs groups do not divide, instead of
             refusing.
         kv_cache: how keys and values are cached: ``"float"`` or one of ``KV_CACHES``.
-        fold: where smoothing vectors go, by a name of ``SmoothingTarget``; "" is the format's first
-            choice.
+        smoothing_target: where smoothing vectors go, by a name of ``SmoothingTarget``; "" is the
+            format's first choice.
         calib: calibration file; needed by static schemes and most algorithms.
         samples: how many windows of it to use; None is as ``DEFAULTS`` or the recipe says, as are
             the next two.
@@ -72,7 +72,7 @@ class QuantizeOptions:
     algorithm_options: Mapping[str, Any] = field(default_factory=dict)
     float_undivided: bool = False
     kv_cache: str = DEFAULTS.kv_cache
-    fold: str = DEFAULTS.fold
+    smoothing_target: str = DEFAULTS.smoothing_target
     calib: Path | None = None
     samples: int | None = None
     seq_len: int | None = None

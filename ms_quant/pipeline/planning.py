@@ -59,7 +59,7 @@ def make_plan(
     scheme_options: Mapping[str, Any] | None = None,
     algorithm_options: Mapping[str, Any] | None = None,
     format: str = "",
-    fold: str = "",
+    smoothing_target: str = "",
     kv_cache: str = "",
     float_undivided: bool = False,
 ) -> Plan:
@@ -75,8 +75,8 @@ def make_plan(
         scheme_options: options of the scheme's weights, such as ``group_size``.
         algorithm_options: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
         format: the checkpoint format; "" is the one that the scheme has by default.
-        fold: where smoothing vectors go, by a name of :class:`SmoothingTarget`; "" is the format's
-            first choice.
+        smoothing_target: where smoothing vectors go, by a name of :class:`SmoothingTarget`; "" is
+            the format's first choice.
         kv_cache: how keys and values are cached: one of ``KV_CACHES``, or "" for as they are.
         float_undivided: leave linears float whose inputs groups do not divide, instead of refusing.
 
@@ -88,7 +88,7 @@ def make_plan(
     if kv_cache in KV_CACHES and not format and scheme in SCHEMES:
         served = served_formats(scheme, **options)
         format = next((name for name in served if FORMATS[name].holds_cache), "")
-    asked = _Asked(dtype, format, _target(fold), kv_cache, float_undivided, must_serve)
+    asked = _Asked(dtype, format, _target(smoothing_target), kv_cache, float_undivided, must_serve)
     layer = _layer(LayerChoice(scheme, options, (algorithm,), algorithm_options or {}), asked)
     unseen, layers = set(exclude), {}
     for group, members in _groups(config).items():
@@ -113,7 +113,7 @@ def plan_of_recipe(
     dtype: np.dtype,
     *,
     format: str = "",
-    fold: str = "",
+    smoothing_target: str = "",
     float_undivided: bool = False,
 ) -> Plan:
     """The plan of a recipe.
@@ -122,7 +122,8 @@ def plan_of_recipe(
         config: the model.
         recipe: a checked one.
         dtype: bfloat16 or float16.
-        format, fold, float_undivided: as of :func:`make_plan`; the rest is the recipe's.
+        format, smoothing_target, float_undivided: as of :func:`make_plan`; the rest is the
+            recipe's.
 
     Raises:
         MsQuantError: a pattern matches nothing, fused linears would differ, no format holds all
@@ -133,7 +134,9 @@ def plan_of_recipe(
     wanted = _choices(config, recipe)
     must_serve = format not in ("", *recipe.formats)  # a recipe may be for a compressor
     format = format or _common_format(wanted.values(), recipe.kv_cache)
-    asked = _Asked(dtype, format, _target(fold), recipe.kv_cache, float_undivided, must_serve)
+    asked = _Asked(
+        dtype, format, _target(smoothing_target), recipe.kv_cache, float_undivided, must_serve
+    )
     made: list[tuple[LayerChoice, LayerPlan]] = []  # a choice holds mappings, it cannot be a key
     layers: dict[GroupId, LayerPlan | None] = dict.fromkeys(_groups(config))
     for group, choice in wanted.items():
@@ -145,11 +148,13 @@ def plan_of_recipe(
     return _plan(config, layers, asked)
 
 
-def _target(fold: str) -> SmoothingTarget | None:
+def _target(name: str) -> SmoothingTarget | None:
     known = [target.value for target in SmoothingTarget]
-    if fold and fold not in known:
-        raise BadArgumentError(f"fold {fold!r} is unknown, expected one of {', '.join(known)}")
-    return SmoothingTarget(fold) if fold else None
+    if name and name not in known:
+        raise BadArgumentError(
+            f"smoothing target {name!r} is unknown, expected one of {', '.join(known)}"
+        )
+    return SmoothingTarget(name) if name else None
 
 
 def _choices(config: ModelConfig, recipe: Recipe) -> dict[GroupId, LayerChoice]:
@@ -290,7 +295,7 @@ def _plan(config: ModelConfig, layers: Mapping[GroupId, LayerPlan | None], asked
     plan = Plan(config, first.storage.format, layers, asked.dtype, kv_cache=asked.kv_cache)
     if asked.target and not plan.any("smooths"):
         raise BadArgumentError(
-            f"fold {asked.target.value}: no algorithm smooths, expected no --fold"
+            f"smoothing target {asked.target.value}: no algorithm smooths, expected no --fold"
         )
     _check_cache(first, asked.kv_cache)
     undivided = set(_undivided(plan, asked))

@@ -35,7 +35,7 @@ def quantize_checkpoint(
     exclude: Sequence[str] = (),
     float_undivided: bool = False,
     kv_cache: str = DEFAULTS.kv_cache,
-    fold: str = DEFAULTS.fold,
+    smoothing_target: str = DEFAULTS.smoothing_target,
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
@@ -72,8 +72,8 @@ def quantize_checkpoint(
         float_undivided: leave linears float that groups do not divide or the format's runtime fails
             on, instead of refusing.
         kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel.
-        fold: where smoothing vectors go: ``"input-scale"``, ``"norm"`` or ``"mul-scale"``; "" is
-            the format's first choice.
+        smoothing_target: where smoothing vectors go: ``"input-scale"``, ``"norm"`` or
+            ``"mul-scale"``; "" is the format's first choice.
         samples: windows of calibration data; None is as the recipe says, else 64.
         seq_len: tokens of a window; None is as the recipe says, else 256.
         seed: seed of the choice of windows; None is as the recipe says, else 0.
@@ -88,8 +88,8 @@ def quantize_checkpoint(
             or another number of threads.
 
     Returns:
-        Result: what was made in each format, what was chosen for each group of linears, and what
-        to know about it.
+        Result: what was made in each format, what was chosen for each group of linears and how long
+        that took, and what to know about it.
 
     Raises:
         MsQuantError: something that is asked for cannot be done, which is found before the work
@@ -122,7 +122,7 @@ def quantize_checkpoint(
         algorithm_options=algorithm_options or {},
         float_undivided=float_undivided,
         kv_cache=kv_cache,
-        fold=fold,
+        smoothing_target=smoothing_target,
         calib=None if calibration is None else Path(calibration),
         samples=samples,
         seq_len=seq_len,

@@ -258,7 +258,7 @@ def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
     dtype, format = output_dtype(config, options.dtype), next(iter(options.formats), "")
     shared: dict[str, Any] = {
         "format": format,
-        "fold": options.fold,
+        "smoothing_target": options.smoothing_target,
         "float_undivided": options.float_undivided,
     }
     if options.recipe is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
+from ms_quant.models.names import GroupId
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import FLOAT_CACHE
@@ -26,12 +27,16 @@ class GroupReport:
         algorithm: how their numbers were chosen; "" for those that stay float.
         chosen: what the algorithms chose, by name: ``alpha`` and ``loss`` of a smoothing search,
             ``range`` of a searched input range, and so on.
+        seconds: what choosing and rounding took, in whatever call it was done; the forward of its
+            block, which all groups share, is not in it. None of those that stay float, and where
+            the job is gone.
     """
 
     group: str
     scheme: str
     algorithm: str
     chosen: Mapping[str, Any]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,14 @@ class Result:
         return tuple(dict.fromkeys(line for one in self.outputs for line in one.not_served_by))
 
 
-def output_of(plan: Plan, directory: Path, finished_before: bool, *, measured: bool) -> Output:
+def output_of(
+    plan: Plan,
+    directory: Path,
+    finished_before: bool,
+    *,
+    measured: bool,
+    seconds: Mapping[GroupId, float],
+) -> Output:
     """The record of a finished checkpoint.
 
     Args:
@@ -141,6 +153,7 @@ def output_of(plan: Plan, directory: Path, finished_before: bool, *, measured: b
         finished_before: whether it was there already.
         measured: whether its activations were looked at; of a model for float16 the record says
             then how large they get.
+        seconds: what groups took, as far as that is known.
 
     Raises:
         MsQuantError: its record is malformed.
@@ -160,12 +173,12 @@ def output_of(plan: Plan, directory: Path, finished_before: bool, *, measured: b
         served_by=tuple(served_by(plan)),
         not_served_by=tuple(not_served_by(plan)),
         finished_before=finished_before,
-        report=tuple(_reports(plan, record.get("chosen"))),
+        report=tuple(_reports(plan, record.get("chosen"), seconds)),
         float16=_float16(record, path) if measured and plan.dtype.name == "float16" else None,
     )
 
 
-def _reports(plan: Plan, chosen: Any) -> Iterator[GroupReport]:
+def _reports(plan: Plan, chosen: Any, seconds: Mapping[GroupId, float]) -> Iterator[GroupReport]:
     """What a record says of each group; of a checkpoint that others made it says nothing."""
     blocks = chosen if isinstance(chosen, Mapping) else {}
     for group, layer in plan.layers.items():
@@ -175,7 +188,8 @@ def _reports(plan: Plan, chosen: Any) -> Iterator[GroupReport]:
         if layer is None:
             yield GroupReport(str(group), "FLOAT", "", {})
         else:
-            yield GroupReport(str(group), layer.scheme.name, layer.algorithms.name, said)
+            scheme, algorithm = layer.scheme.name, layer.algorithms.name
+            yield GroupReport(str(group), scheme, algorithm, said, seconds.get(group))
 
 
 def _float16(record: Mapping[str, Any], path: Path) -> Float16Facts:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.errors import DiskError, MsQuantError
 from ms_quant.files.first_pass import read_source
 from ms_quant.files.reader import ChangedSourceError
 from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.names import GroupId
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.request import CheckedJob, prepare
 from ms_quant.pipeline.result import Result, output_of
@@ -33,6 +36,7 @@ def run_job(
     checked: CheckedJob | None = None,
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
+    budget: Budget = BUDGET,
 ) -> Result:
     """Makes quantized checkpoints, or goes on making them.
 
@@ -43,19 +47,33 @@ def run_job(
             caller has it already.
         reading: told how much of the model's first pass is done.
         executor: what maps the work over the blocks.
+        budget: what bounds the memory of a forward.
 
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
     """
     started = time.monotonic()
     checked = checked or prepare(options)
-    finished_before = complete(checked, progress, _write, reading=reading, executor=executor)
+    done = complete(checked, progress, _write, reading=reading, executor=executor, budget=budget)
     outputs = tuple(
-        output_of(one.plan, one.options.output, finished_before, measured=True)
-        for one in checked.all
+        output_of(one.plan, one.options.output, done.before, measured=True, seconds=seconds)
+        for one, seconds in zip(checked.all, done.seconds, strict=True)
     )
     notes = dict.fromkeys(line for one in checked.all for line in one.notes)
     return Result(outputs, tuple(notes), time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A job that has nothing left to do.
+
+    Attributes:
+        before: whether every output was finished before.
+        seconds: for each output what its groups took; nothing where all were finished before.
+    """
+
+    before: bool
+    seconds: tuple[Mapping[GroupId, float], ...]
 
 
 def complete(
@@ -65,7 +83,8 @@ def complete(
     hooks: BlockHooks = NO_HOOKS,
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
-) -> bool:
+    budget: Budget = BUDGET,
+) -> Completed:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
     Args:
@@ -75,9 +94,7 @@ def complete(
         hooks: what is done around the algorithm.
         reading: told how much of the model's first pass is done, 0 to 1.
         executor: what maps the work over the blocks.
-
-    Returns:
-        True when every output was finished before.
+        budget: what bounds the memory of a forward.
 
     Raises:
         MsQuantError: the request cannot be served, or another process works on it.
@@ -85,7 +102,7 @@ def complete(
     if all(request.output().finished for request in checked.all):
         if not checked.options.keep_job:
             _remove_leftover(checked)
-        return True
+        return Completed(True, tuple({} for _ in checked.all))
     job = checked.job()
     with job.open():
         # Another process may have finished an output just now.
@@ -96,12 +113,13 @@ def complete(
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(checked, job, progress, hooks, executor)
+                run_blocks(checked, job, progress, hooks, executor, budget)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
+        seconds = tuple(checked.job(target).seconds() for target in range(len(checked.all)))
         if not checked.options.keep_job:
             job.remove()
-    return not left
+    return Completed(not left, seconds)
 
 
 def prove_source(checked: CheckedJob, job: JobDirectory, reading: PartProgress) -> None:
@@ -140,12 +158,13 @@ def run_blocks(
     progress: BlockProgress,
     hooks: BlockHooks = NO_HOOKS,
     executor: Executor = IN_ORDER,
+    budget: Budget = BUDGET,
 ) -> None:
     """Finishes every block of a job."""
     targets = [(checked.plan, job)]
     for target, request in enumerate(checked.others, 1):
         targets.append((request.plan, checked.job(target)))
-    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks)
+    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks, budget)
     executor.run(work)
 
 

@@ -7,7 +7,8 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +36,8 @@ class QuantizedBlock:
         notes: group to what was chosen.
         cache: path to float32 scales of a linear's outputs in a cache of int8.
         ranges: how large activations get, see :mod:`ms_quant.statistics.activation_range`.
+        seconds: group to what its smoothing and rounding took. Smoothing that groups share counts
+            for the first of them.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -42,6 +45,7 @@ class QuantizedBlock:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     cache: dict[str, np.ndarray] = field(default_factory=dict)
     ranges: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def quantize(
@@ -63,12 +67,13 @@ def quantize(
     index, smoothing = weights.index, BlockSmoothing(plan, weights, observations, hooks)
     block, count = QuantizedBlock(floats=smoothing.floats), len(plan.groups(index))
     several = bool(smoothing.folded)  # then weights wait for the smoothing of what they feed
-    pending: Iterable[Smoothed] = smoothing.groups()
+    pending: Iterable[Smoothed] = _timed(smoothing.groups(), block.seconds)
     divisors: dict[str, np.ndarray] = {}
     if several:
         pending = _all(pending, lambda done: progress(done / count / 2))
         divisors = smoothing.divisors(pending)
     for done, (group, problem, solution) in enumerate(pending):
+        started = time.perf_counter()
         problem = smoothing.with_scaled_rows(problem, divisors)
         if hooks.rounding is None:
             solution = plan.layer(index, group).algorithms.rest(problem, solution)
@@ -81,6 +86,7 @@ def quantize(
         block.linears.update(linears)
         block.notes[group.name] = note
         weights.drop(group.members)
+        block.seconds[group.name] += time.perf_counter() - started
         progress((done + 1) / count if not several else (1 + (done + 1) / count) / 2)
     if observations is not None:
         for path, absmax in (observations.cache or {}).items():
@@ -89,6 +95,15 @@ def quantize(
             block.cache[path] = kv_cache.channel_scale(absmax, plan.dtype, name)
         block.ranges = observations.ranges.facts(observations.divided)
     return block
+
+
+def _timed(groups: Iterable[Smoothed], seconds: dict[str, float]) -> Iterator[Smoothed]:
+    """The groups; notes what it took to decide the smoothing of each."""
+    started = time.perf_counter()
+    for smoothed in groups:
+        seconds[smoothed.group.name] = time.perf_counter() - started
+        yield smoothed
+        started = time.perf_counter()
 
 
 def _all(groups: Iterable[Smoothed], progress: Callable[[int], None]) -> list[Smoothed]:

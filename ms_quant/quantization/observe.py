@@ -15,8 +15,7 @@ from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.divided import factors
 from ms_quant.quantization.hooks import BlockHooks
-from ms_quant.statistics import activation_range as places
-from ms_quant.statistics.activation_range import BlockRanges, Divided
+from ms_quant.statistics.activation_range import BlockRanges, Divided, input_of, output_of
 from ms_quant.statistics.observations import Observations
 from ms_quant.statistics.observers import ActivationStats, CacheRange
 from ms_quant.statistics.search_windows import SearchWindows
@@ -153,12 +152,12 @@ def _watched(
 ) -> dict[str, Linear]:
     """The linears of a block, which show what they read and write."""
     watched = {
-        path: _shows_output(linear, partial(ranges.add, places.output_of(path)))
+        path: _shows_output(linear, partial(ranges.add, output_of(path)))
         for path, linear in block.linears.items()
     }
     for group in block.spec.groups:
         path = group.members[0]
-        watched[path] = shows_input(watched[path], partial(ranges.add, places.input_of(group)))
+        watched[path] = shows_input(watched[path], partial(ranges.add, input_of(group)))
         if group.name in stats:
             watched[path] = shows_input(watched[path], stats[group.name].update)
         if group.name in inputs:

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from ms_quant.budget import BATCH_TOKENS
+from ms_quant.budget import BUDGET, Budget
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import BlockForward, Observer, Positions
@@ -44,6 +44,7 @@ class BlockWork:
         tokens: int32 (windows, tokens) calibration data; None where nothing is calibrated.
         progress: told how far each block is.
         hooks: what is done around the algorithms.
+        budget: what bounds its memory.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class BlockWork:
         tokens: np.ndarray | None,
         progress: BlockProgress,
         hooks: BlockHooks = NO_HOOKS,
+        budget: Budget = BUDGET,
     ):
         self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
-        self.progress, self.hooks = progress, hooks
+        self.progress, self.hooks, self.budget = progress, hooks, budget
         self.config, self.job = targets[0][0].config, targets[0][1]
         self._at = None if tokens is None else Positions(self.config, tokens.shape[1])
         self._loaded: tuple[BlockForward, Divided] | None = None
@@ -148,7 +150,8 @@ class BlockWork:
             if block.index == index and found.keys() == divided.keys():
                 return block
         self._loaded = None
-        block = BlockForward.load(self.config, index, self.checkpoint.read_float32)
+        read = self.checkpoint.read_float32
+        block = BlockForward.load(self.config, index, read, budget=self.budget)
         divide(block, divided)
         self._loaded = block, divided
         return block
@@ -156,7 +159,7 @@ class BlockWork:
     def _hidden(self, index: int) -> Iterator[np.ndarray]:
         """The inputs of a block, some windows at a time."""
         windows, length, _ = self._shape
-        batch, path = max(1, BATCH_TOKENS // length), self.job.hidden_file(index)
+        batch, path = self.budget.windows(length), self.job.hidden_file(index)
         for start in range(0, windows, batch):
             yield read_hidden(path, start, start + batch)
             self.progress(index, min(1.0, (start + batch) / windows) / 2)

@@ -42,10 +42,8 @@ def _ascend(*served_by: str, kernels: str = "", **more: Any) -> FormatSupport:
 
 
 def _mindie_sd(kernels: str, smooths: bool = True, **more: Any) -> FormatSupport:
-    places = (
-        (SmoothingTarget.MUL_SCALE, SmoothingTarget.NORM) if smooths else (SmoothingTarget.NORM,)
-    )
-    targets = dict.fromkeys(places, more.pop("activation", None))
+    able = (SmoothingTarget.MUL_SCALE, SmoothingTarget.NORM) if smooths else (SmoothingTarget.NORM,)
+    targets = dict.fromkeys(able, more.pop("activation", None))
     scales = more.pop("scale_type", ScaleType.MODEL)
     return FormatSupport(
         "mindie-sd", (_MINDIE_SD,), kernels, scale_type=scales, targets=targets, **more
@@ -182,10 +180,10 @@ def store(
         raise UnsupportedError(f"scheme {scheme.name}: {why_not_held(scheme.name, format)}")
     row = next((row for row in fitting if row.served_by), fitting[0])
     if target is not None and target not in row.targets:
-        places = " or ".join(place.value for place in row.targets)
+        able = " or ".join(known.value for known in row.targets)
         raise UnsupportedError(
-            f"fold {target.value}: {row.format} checkpoints of scheme {scheme.name} cannot hold a "
-            f"smoothing vector there, expected {places}"
+            f"smoothing target {target.value}: {row.format} checkpoints of scheme {scheme.name} "
+            f"cannot hold a smoothing vector there, expected {able}"
         )
     target = target or next(iter(row.targets))
     scheme = replace(scheme, activation=row.targets[target] or scheme.activation)

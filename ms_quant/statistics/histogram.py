@@ -129,11 +129,11 @@ class Histogram:
 
     def _count(self, values: np.ndarray) -> None:
         # In float32 a subnormal quotient below 0 could round to 0, into the wrong bin.
-        places = values.astype(np.float64)
-        places *= 2.0**-self.exponent
-        np.floor(places, out=places)
-        places -= self.first
-        self.counts += np.bincount(places.astype(np.intp), minlength=self.counts.size)
+        bins = values.astype(np.float64)
+        bins *= 2.0**-self.exponent
+        np.floor(bins, out=bins)
+        bins -= self.first
+        self.counts += np.bincount(bins.astype(np.intp), minlength=self.counts.size)
 
     def merge(self, other: Histogram) -> None:
         """Adds the counts of another histogram, as if its values had been counted here.
@@ -161,9 +161,9 @@ class Histogram:
         """The counts in a grid of bins that are as wide or wider and cover these."""
         # |i| <= 2^24: shifts of 63 and more would give the same 0 or -1 as 63.
         shift = min(exponent - self.exponent, 63)
-        places = (self.first + np.arange(self.counts.size)) >> shift
+        bins = (self.first + np.arange(self.counts.size)) >> shift
         counts = np.zeros(size, np.int64)
-        np.add.at(counts, places - first, self.counts)
+        np.add.at(counts, bins - first, self.counts)
         return counts
 
     def percentile_range(self, share: float) -> tuple[np.float32, np.float32]:
@@ -245,7 +245,9 @@ class Histogram:
         thrice = cubes @ falls + 0.25 * (levels @ falls)
         return np.maximum(thrice, 0) * (scale**3 / (3 * self.width))
 
-    def least_error_range(self, bits: int = 8) -> tuple[np.float32, np.float32]:
+    def least_error_range(
+        self, bits: int = 8, steps: int = QUANTILE_STEPS
+    ) -> tuple[np.float32, np.float32]:
         """The range at which a greedy search for the least quantization error stops.
 
         It begins with the exact minimum and maximum, made to include 0. A step gives up another
@@ -260,6 +262,7 @@ class Histogram:
 
         Args:
             bits: 8 or 4.
+            steps: a step gives up one value in so many.
 
         Returns:
             (low, high) float32, low <= 0 <= high, without rounding: ends are the exact minimum and
@@ -272,7 +275,7 @@ class Histogram:
         _check_bits(bits)
         best = min(self.low, 0.0), max(self.high, 0.0)
         least = self._squared_errors(np.array([best[0]]), np.array([best[1]]), bits)[0]
-        moves = self._moves()
+        moves = self._moves(steps)
         while block := list(islice(moves, _BLOCK)):
             lows, highs = np.array(block).T
             for ends, error in zip(block, self._squared_errors(lows, highs, bits), strict=True):
@@ -281,15 +284,15 @@ class Histogram:
                 best, least = ends, error
         return np.float32(best[0]), np.float32(best[1])
 
-    def _moves(self) -> Iterator[tuple[float, float]]:
+    def _moves(self, steps: int = QUANTILE_STEPS) -> Iterator[tuple[float, float]]:
         """The ranges that the search goes through, after the first."""
-        lower = _End(self.counts, -self.first)
-        upper = _End(self.counts[::-1], self.first + self.counts.size)
+        lower = _End(self.counts, -self.first, steps)
+        upper = _End(self.counts[::-1], self.first + self.counts.size, steps)
         while True:
             idle = min(lower.idle_steps(), upper.idle_steps())
             lower.steps += idle
             upper.steps += idle
-            if lower.steps + upper.steps >= QUANTILE_STEPS - 1:  # the next step would leave nothing
+            if lower.steps + upper.steps >= steps - 1:  # the next step would leave nothing
                 return
             moved = lower if lower.gain() > upper.gain() else upper
             moved.steps += 1
@@ -320,16 +323,17 @@ class _End:
     Args:
         counts: of the bins, from this end inwards.
         outermost: bins between 0 and the end of the whole range, negative when 0 lies outside it.
+        total: a step gives up one value in so many.
 
     Attributes:
-        steps: how many 1e-5 of the values have been given up at this end.
+        steps: how many have been taken at this end.
     """
 
-    def __init__(self, counts: np.ndarray, outermost: int) -> None:
+    def __init__(self, counts: np.ndarray, outermost: int, total: int) -> None:
         self.steps = 0
-        self._outermost = outermost
+        self._outermost, self._total = outermost, total
         # After so many steps the values up to each bin have been given up.
-        passed = -(-np.cumsum(counts) * QUANTILE_STEPS // counts.sum())
+        passed = -(-np.cumsum(counts) * total // counts.sum())
         self._passed: list[int] = passed.tolist()
 
     def reach(self, further: int = 0) -> int:
@@ -343,7 +347,7 @@ class _End:
     def idle_steps(self) -> int:
         """How many steps from now do not move this end."""
         if not self.reach():
-            return QUANTILE_STEPS
+            return self._total
         return self._passed[bisect_right(self._passed, self.steps)] - self.steps - 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.budget import BATCH_TOKENS
+from ms_quant.budget import Budget
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.linear_forward import Linear, QuantizedForward
@@ -46,9 +46,9 @@ class SearchWindows:
         begin = int(np.searchsorted(self.chosen, first))
         self.states[:, begin:] = other.states[:, begin:]
 
-    def batches(self) -> Iterator[np.ndarray]:
+    def batches(self, budget: Budget) -> Iterator[np.ndarray]:
         """The states of some windows at a time."""
-        step = max(1, BATCH_TOKENS // self.length)
+        step = budget.windows(self.length)
         for start in range(0, len(self.chosen), step):
             yield self.states[:, start : start + step]
 
@@ -63,13 +63,13 @@ class BlockErrors:
         block: the float block.
         at: the positions of a window's tokens.
         group: the group.
-        searched: the activations that are looked at.
+        windows: the activations that are looked at.
     """
 
     def __init__(
-        self, block: BlockForward, at: Positions, group: LinearGroup, searched: SearchWindows
+        self, block: BlockForward, at: Positions, group: LinearGroup, windows: SearchWindows
     ):
-        self.block, self.at, self.group, self.searched = block, at, group, searched
+        self.block, self.at, self.group, self.windows = block, at, group, windows
         self.which = block.spec.branch_of(group)
 
     def mse(self, candidate: Candidate) -> float:
@@ -89,13 +89,13 @@ class BlockErrors:
     def pairs(self, candidate: Candidate) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Error and float output, of some windows at a time."""
         outputs = self.outputs({path: QuantizedForward(one) for path, one in candidate.items()})
-        for states, output in zip(self.searched.batches(), outputs, strict=True):
+        for states, output in zip(self._batches(), outputs, strict=True):
             yield output - states[-1], states[-1]
 
     def outputs(self, linears: Mapping[str, Linear]) -> Iterator[np.ndarray]:
         """The block's output with what computes some linears, of some windows at a time."""
         block = self.block.with_linears(linears)
-        for states, inputs in zip(self.searched.batches(), self._inputs, strict=True):
+        for states, inputs in zip(self._batches(), self._inputs, strict=True):
             yield self._output(block, states, inputs)
 
     @cached_property
@@ -104,8 +104,11 @@ class BlockErrors:
         candidate changes it."""
         last = self.block.spec.branches[self.which].last
         if not set(self.group.members) <= set(last):
-            return [None for _ in self.searched.batches()]
-        return [self._made(self.block, states) for states in self.searched.batches()]
+            return [None for _ in self._batches()]
+        return [self._made(self.block, states) for states in self._batches()]
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        return self.windows.batches(self.block.budget)
 
     def _made(self, block: BlockForward, states: np.ndarray) -> Any:
         return block.inner(self.which, states[self.which], self.at)

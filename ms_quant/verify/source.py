@@ -1,6 +1,6 @@
 """A checkpoint against the float model it was made from: what can be made again is, bit for bit.
 
-Where an algorithm places codes, or smoothing was folded where it cannot be read, the error of the
+Where an algorithm moves codes, or smoothing was folded where it cannot be read, the error of the
 linear's output is measured instead; where not even that can be known, the linear is left out, and
 the result says so.
 """
@@ -125,8 +125,8 @@ class SourceProof:
         except MsQuantError as error:
             yield str(error)
             return
-        places, entry = (ours.directory, self.source.directory), format_of(plan).entry
-        yield from source_problems(*places, plan.dtype, config, entry)
+        directories, entry = (ours.directory, self.source.directory), format_of(plan).entry
+        yield from source_problems(*directories, plan.dtype, config, entry)
         self.folding = Folding(plan, ours, self.source, subject.folded(), subject.model.stored_name)
         changed, quantized = self.folding.changed(), set(plan.quantized())
         types = {t.source or t.name: t.dtype for t in format_of(plan).tensor_plans(plan)}
@@ -214,7 +214,7 @@ class _Compared:
         self.error = OutputError(self.linear.activation, self.linear.weight.shape[1])
         format = self.layer.scheme.weight
         shared = isinstance(format, AffineFormat) and format.per_tensor and self._has("clips")
-        moved = self._has("places") or self._has("adds")
+        moved = self._has("moves_codes") or self._has("adds")
         self.made_again = not (moved or self.scaled or shared)
 
     def _has(self, attribute: str) -> bool:

@@ -23,7 +23,7 @@ from ms_quant.cli.console import (
 from ms_quant.models.names import short_name
 from sparse_compress.cli.arguments import DryRunOption, OutputOption, WorkersOption, note_backend
 from sparse_compress.codec import CORES
-from sparse_compress.layouts.msmodelslim import TARGET as SLIM_TARGET
+from sparse_compress.layouts.msmodelslim import TARGET as MSMODELSLIM
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="Directory of a compressed checkpoint.", callback=given_model)
@@ -40,7 +40,7 @@ def compress(
     output: OutputOption,
     target: Annotated[
         str, typer.Option(help="msmodelslim: any model; or, of known families, a runtime.")
-    ] = SLIM_TARGET.name,
+    ] = MSMODELSLIM.name,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks of a runtime.", min=1)] = 1,
     workers: WorkersOption = CORES,
     dry_run: DryRunOption = False,
@@ -61,9 +61,9 @@ def compress(
         note_backend()
         with step_progress() as progress:
             result = code(request, progress)
-    for name, reason in result["uncompressed"].items():
+    for name, reason in result.summary.uncompressed.items():
         note(f"note: {name} stays as it is: {reason}")
-    emit(result, as_json, show_fields)
+    emit(result.as_json(), as_json, show_fields)
 
 
 def decompress(
@@ -84,7 +84,7 @@ def decompress(
         note_backend()
         with step_progress() as progress:
             result = restore(request, progress)
-    emit(result, as_json, show_fields)
+    emit(result.as_json(), as_json, show_fields)
 
 
 def verify(
@@ -105,8 +105,8 @@ def verify(
     note_backend()
     with step_progress() as progress:
         result = prove(checkpoint, source, progress, workers)
-    emit(result, as_json, _show_verification)
-    exit_if_problems(result["problems"])
+    emit(result.as_json(), as_json, _show_verification)
+    exit_if_problems(result.problems)
 
 
 def info(

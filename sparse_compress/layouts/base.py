@@ -74,7 +74,7 @@ class Target:
         families: those that the runtime is known to serve.
         description: name of the description file.
         ranks: glob of what holds the ranks' tensors.
-        rank_place: path of a rank's directory, or of its file where it has only one.
+        rank_path: path of a rank's directory, or of its file where it has only one.
         one_file: whether a rank is one file; otherwise a directory, with a file for each block.
         per_channel_input: whether ``input_scale`` and ``input_offset`` have a value for each
             input channel, or a single one.
@@ -96,7 +96,7 @@ class Target:
     families: tuple[str, ...]
     description: str
     ranks: str
-    rank_place: Callable[[int], str]
+    rank_path: Callable[[int], str]
     one_file: bool
     per_channel_input: bool
     info: bool
@@ -121,7 +121,7 @@ class Target:
         Raises:
             MsQuantError: names the target and the reason.
         """
-        if is_known(algorithm) and has(algorithm, "places"):
+        if is_known(algorithm) and has(algorithm, "moves_codes"):
             raise BadArgumentError(
                 f"algorithm {algorithm} chooses codes or scales itself, which sparse compression "
                 "does, expected minmax, smoothquant, osl, awq or clip"
@@ -160,8 +160,8 @@ class Target:
     def rank_files(self, config: ModelConfig, rank: int) -> list[str]:
         """Paths of a rank's files."""
         if self.one_file:
-            return [self.rank_place(rank)]
-        return block_files(config, self.rank_place(rank))
+            return [self.rank_path(rank)]
+        return block_files(config, self.rank_path(rank))
 
     def linear_specs(self, n: int, k: int) -> dict[str, TensorSpec]:
         """Suffix to specification of a compressed linear's tensors on a rank, less its bias."""

@@ -19,13 +19,13 @@ from sparse_compress.codec.fractal import tile_count
 from sparse_compress.codec.index import RECORD as INDEX_RECORD
 from sparse_compress.layouts.coding import CODED, PLAIN
 from sparse_compress.layouts.msmodelslim import TARGET
-from sparse_compress.msmodelslim import reshard as divide
+from sparse_compress.msmodelslim import reshard
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.reshard import Division
 from sparse_compress.msmodelslim.rewrite import Rewrite
-from sparse_compress.msmodelslim.summary import msmodelslim_summary
+from sparse_compress.msmodelslim.summary import CompressedDirectory, Rewritten, compressed_summary
 from sparse_compress.ranks.staging import Arrays
-from sparse_compress.ranks.summary import summary
+from sparse_compress.ranks.summary import RankSummary, summary
 
 INFO_BYTES = 40
 
@@ -35,12 +35,12 @@ class Compression:
     """A checked request.
 
     Attributes:
-        slim: the directory to compress.
+        model: the directory to compress.
         left: path of a linear to the reason why it stays as it is, known from its shape.
         job: what will be made.
     """
 
-    slim: ModelSlimDirectory
+    model: ModelSlimDirectory
     left: dict[str, str]
     job: Rewrite
 
@@ -49,7 +49,7 @@ class Compression:
         return {
             "output": str(self.job.output),
             "format": self.job.kind,
-            "compressed": [path for path in self.slim.plain if path not in self.left],
+            "compressed": [path for path in self.model.plain if path not in self.left],
             "uncompressed": self.left,
             "output_bytes": self.job.most_bytes,
             "disk_bytes": self.job.most_bytes + self.job.part_bytes,
@@ -77,49 +77,51 @@ def check(
             the output cannot be made, or the target cannot hold it.
     """
     if target != TARGET.name:
-        return divide.check(directory, output, target, tp, workers)
+        return reshard.check(directory, output, target, tp, workers)
     if tp != 1:
         raise BadFileError(f"target {target} is not split over ranks, tp is {tp}, expected 1")
-    slim = ModelSlimDirectory(directory)
-    if slim.coded:
-        raise BadFileError(f"{slim.path}: {next(iter(slim.coded))}.weight is compressed already")
-    if not slim.plain:
-        raise BadFileError(f"{slim.path}: names no weight of type {' or '.join(PLAIN)}")
-    shapes = {path: slim.info(f"{path}.weight").shape for path in slim.plain}
-    reasons = {path: coding.reason(shapes[path]) for path, coding in slim.plain.items()}
+    model = ModelSlimDirectory(directory)
+    if model.coded:
+        raise BadFileError(f"{model.path}: {next(iter(model.coded))}.weight is compressed already")
+    if not model.plain:
+        raise BadFileError(f"{model.path}: names no weight of type {' or '.join(PLAIN)}")
+    shapes = {path: model.info(f"{path}.weight").shape for path in model.plain}
+    reasons = {path: coding.reason(shapes[path]) for path, coding in model.plain.items()}
     left = {path: reason for path, reason in reasons.items() if reason}
     if len(left) == len(reasons):
-        raise _nothing(slim, left)
-    paths = [path for path in slim.plain if path not in left]
+        raise _nothing(model, left)
+    paths = [path for path in model.plain if path not in left]
     weights = {f"{path}.weight" for path in paths}
-    kept = (name for name in slim.checkpoint.names if name not in weights)
-    infos = {name: slim.info(name) for name in kept}
+    kept = (name for name in model.checkpoint.names if name not in weights)
+    infos = {name: model.info(name) for name in kept}
     job = Rewrite(
         command="compress",
-        source=slim.directory,
+        source=model.directory,
         output=Path(output),
-        kind=slim.kind(CODED),
-        versioned=slim.versioned,
+        kind=model.kind(CODED),
+        versioned=model.versioned,
         sharded=False,
         made_from={
-            "source": fingerprint(slim.checkpoint),
-            "description_sha256": sha256_file(slim.path),
+            "source": fingerprint(model.checkpoint),
+            "description_sha256": sha256_file(model.path),
         },
-        parts=[partial(_part, slim, path, workers) for path in paths],
+        parts=[partial(_part, model, path, workers) for path in paths],
         kept={
-            name: (TensorPlan(name, info.dtype, info.shape), partial(slim.rows, name))
+            name: (TensorPlan(name, info.dtype, info.shape), partial(model.rows, name))
             for name, info in infos.items()
         },
-        describe=partial(_describe, slim, paths),
-        part_bytes=sum(_most_bytes(slim, path) for path in paths),
-        companions=slim.companions(),
-        metadata=slim.metadata,
+        describe=partial(_describe, model, paths),
+        part_bytes=sum(_most_bytes(model, path) for path in paths),
+        companions=model.companions(),
+        metadata=model.metadata,
     )
     job.directory()  # refuses a place that is taken
-    return Compression(slim, left, job)
+    return Compression(model, left, job)
 
 
-def compress(request: Compression | Division, progress: StepProgress = silent) -> dict[str, Any]:
+def compress(
+    request: Compression | Division, progress: StepProgress = silent
+) -> Rewritten[RankSummary] | Rewritten[CompressedDirectory]:
     """Compresses a directory, or goes on with it.
 
     Args:
@@ -127,50 +129,46 @@ def compress(request: Compression | Division, progress: StepProgress = silent) -
         progress: told how far the step ``"compress"`` is.
 
     Returns:
-        JSON: see :func:`sparse_compress.msmodelslim.summary.msmodelslim_summary` and
-        :func:`sparse_compress.ranks.summary.summary`; and ``"finished_before"``, True when there
-        was nothing left to do.
+        Rewritten: what was made.
 
     Raises:
         MsQuantError: the directory cannot be compressed; no output is left behind.
     """
     if isinstance(request, Division):
         done = request.run(progress)
-        found = {**summary(request.output).as_json(), "not_served_by": request.not_served_by}
-    else:
-        done = request.job.run(progress)
-        found = msmodelslim_summary(ModelSlimDirectory(request.job.output))
-    return {**found, "finished_before": done}
+        return Rewritten(summary(request.output), done, tuple(request.not_served_by))
+    done = request.job.run(progress)
+    return Rewritten(compressed_summary(ModelSlimDirectory(request.job.output)), done)
 
 
-def _part(slim: ModelSlimDirectory, path: str, workers: int) -> Arrays:
+def _part(model: ModelSlimDirectory, path: str, workers: int) -> Arrays:
     """A weight, compressed where that pays."""
     name = f"{path}.weight"
-    weight = slim.checkpoint.read(name)
+    weight = model.checkpoint.read(name)
     try:
-        mode = slim.plain[path].mode
+        mode = model.plain[path].mode
         coded = compress_matrix(weight.view(np.int8), mode, threads=workers)
     except TooLongError:
         return {name: weight}
     return {name: coded.weight, f"{path}.index": coded.index, f"{path}.info": coded.info}
 
 
-def _describe(slim: ModelSlimDirectory, paths: list[str], names: set[str]) -> dict[str, Any]:
+def _describe(model: ModelSlimDirectory, paths: list[str], names: set[str]) -> dict[str, Any]:
     compressed = {path for path in paths if f"{path}.index" in names}
     if not compressed:
-        shapes = {path: slim.info(f"{path}.weight").shape for path in paths}
-        raise _nothing(slim, {path: slim.plain[path].left(shapes[path]) for path in paths})
-    return slim.compressed(compressed)
+        shapes = {path: model.info(f"{path}.weight").shape for path in paths}
+        raise _nothing(model, {path: model.plain[path].left(shapes[path]) for path in paths})
+    return model.compressed(compressed)
 
 
-def _nothing(slim: ModelSlimDirectory, left: dict[str, str]) -> MsQuantError:
+def _nothing(model: ModelSlimDirectory, left: dict[str, str]) -> MsQuantError:
     path, reason = next(iter(left.items()))
     return BadFileError(
-        f"{slim.directory}: none of {len(slim.plain)} weights can be compressed; {path}: {reason}"
+        f"{model.directory}: none of {len(model.plain)} weights can be compressed; {path}: {reason}"
     )
 
 
-def _most_bytes(slim: ModelSlimDirectory, path: str) -> int:
-    coding, (n, k) = slim.plain[path], slim.info(f"{path}.weight").shape
+def _most_bytes(model: ModelSlimDirectory, path: str) -> int:
+    coding, (n, k) = model.plain[path], model.info(f"{path}.weight").shape
     tiles = tile_count(n, k * coding.dtype.itemsize)
     return coding.most_bytes((n, k)) + INDEX_RECORD * tiles + INFO_BYTES

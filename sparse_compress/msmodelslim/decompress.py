@@ -25,7 +25,7 @@ from sparse_compress.layouts.typed import FLOAT, KIND_KEY, PARAMETER
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.files import companions
 from sparse_compress.msmodelslim.rewrite import Rewrite
-from sparse_compress.msmodelslim.summary import msmodelslim_summary
+from sparse_compress.msmodelslim.summary import PlainDirectory, Rewritten, plain_summary
 from sparse_compress.ranks.pack import deq_bits
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.staging import Arrays, Tensors
@@ -50,7 +50,7 @@ def check(directory: Path, output: Path, workers: int = CORES) -> Rewrite:
     return job
 
 
-def decompress(request: Rewrite, progress: StepProgress = silent) -> dict[str, Any]:
+def decompress(request: Rewrite, progress: StepProgress = silent) -> Rewritten[PlainDirectory]:
     """Restores the quantized checkpoint, or goes on with it.
 
     Args:
@@ -58,17 +58,13 @@ def decompress(request: Rewrite, progress: StepProgress = silent) -> dict[str, A
         progress: told how far the step ``"decompress"`` is.
 
     Returns:
-        JSON: see :func:`~sparse_compress.msmodelslim.summary.msmodelslim_summary`; and
-        ``"finished_before"``, True when there was nothing left to do.
+        Rewritten: what was made.
 
     Raises:
         MsQuantError: a tile cannot be decoded; no output is left behind.
     """
     finished_before = request.run(progress)
-    return {
-        **msmodelslim_summary(ModelSlimDirectory(request.output)),
-        "finished_before": finished_before,
-    }
+    return Rewritten(plain_summary(ModelSlimDirectory(request.output)), finished_before)
 
 
 def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:
@@ -76,35 +72,35 @@ def _whole(directory: Path, output: Path, workers: int) -> Rewrite | None:
     target = find_target(directory)
     if target not in (None, TARGET):
         return None
-    slim = ModelSlimDirectory(directory)
-    if not slim.coded:
-        raise BadFileError(f"{slim.path}: names no compressed weight, expected some")
-    weights = {f"{path}.weight": path for path in slim.coded}
-    plans = slim.restored_plans()
+    model = ModelSlimDirectory(directory)
+    if not model.coded:
+        raise BadFileError(f"{model.path}: names no compressed weight, expected some")
+    weights = {f"{path}.weight": path for path in model.coded}
+    plans = model.restored_plans()
     return Rewrite(
         command="decompress",
         source=directory,
         output=output,
-        kind=slim.kind(PLAIN),
-        versioned=slim.versioned,
-        sharded=slim.versioned,
+        kind=model.kind(PLAIN),
+        versioned=model.versioned,
+        sharded=model.versioned,
         made_from={
-            "source": fingerprint(slim.checkpoint),
-            "description_sha256": sha256_file(slim.path),
+            "source": fingerprint(model.checkpoint),
+            "description_sha256": sha256_file(model.path),
         },
         parts=[
-            partial(lambda name, path: {name: slim.decode(path, workers)}, name, path)
+            partial(lambda name, path: {name: model.decode(path, workers)}, name, path)
             for name, path in weights.items()
         ],
         kept={
-            name: (plan, partial(slim.rows, name))
+            name: (plan, partial(model.rows, name))
             for name, plan in plans.items()
             if name not in weights
         },
-        describe=lambda names: slim.restored(),
+        describe=lambda names: model.restored(),
         part_bytes=sum(plans[name].bytes for name in weights),
-        companions=slim.companions(),
-        metadata=slim.metadata,
+        companions=model.companions(),
+        metadata=model.metadata,
     )
 
 

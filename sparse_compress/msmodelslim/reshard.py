@@ -35,7 +35,7 @@ from sparse_compress.ranks.summary import COMMAND
 from sparse_compress.ranks.writer import Writer, finish
 
 
-class SlimModel:
+class ModelSlimModel:
     """A W8A8S directory of a known family, as a finished job and its source are seen.
 
     Args:
@@ -43,14 +43,14 @@ class SlimModel:
 
     Attributes:
         config: the model.
-        slim: its files.
+        files: its files.
 
     Raises:
         MsQuantError: a file is malformed, or the tensors are not those of the model.
     """
 
     def __init__(self, directory: Path):
-        self.slim, self.config = ModelSlimDirectory(directory), load_config(directory)
+        self.files, self.config = ModelSlimDirectory(directory), load_config(directory)
         known = set[str]()
         for block in self.config.blocks:
             for member, spec in block.linears.items():
@@ -60,29 +60,29 @@ class SlimModel:
                     self._check_linear(path, spec.shape)
         for name, size in self.config.parameter_shapes().items():
             if name not in known:
-                check_tensor(self.slim.checkpoint, name, size)
+                check_tensor(self.files.checkpoint, name, size)
         known |= {HEAD, *self.config.parameter_shapes()}
-        unknown = [name for name in self.slim.checkpoint.names if name not in known]
+        unknown = [name for name in self.files.checkpoint.names if name not in known]
         if unknown:
             raise BadFileError(
-                f"{self.slim.directory}: {unknown[0]!r} is not a tensor of a W8A8S "
+                f"{self.files.directory}: {unknown[0]!r} is not a tensor of a W8A8S "
                 f"{self.config.model_type} model of {self.config.num_layers} layers"
             )
 
     def quantized(self, path: str) -> bool:
         """Whether a linear is W8A8S."""
-        return self.slim.description.get(f"{path}.weight") == PARAMETER
+        return self.files.description.get(f"{path}.weight") == PARAMETER
 
     def linear(self, index: int, path: str) -> QuantizedLinear:
         """An int8 linear. The activation scale is taken as 1, as its share of deq_scale is not
         stored; the bias is what was folded into quant_bias."""
         name = f"{block_prefix(index)}{path}"
-        weight = self.slim.checkpoint.read(f"{name}.weight")
+        weight = self.files.checkpoint.read(f"{name}.weight")
         scale, offset = self.activation(name)
         one = StaticActivation(np.float32(1), offset, np.full(weight.shape[1], scale, np.float32))
         deq = self._deq_scale(name)
         bias = unfold_bias(
-            self.slim.checkpoint.read(f"{name}.quant_bias"), weight, np.array([offset]), deq
+            self.files.checkpoint.read(f"{name}.quant_bias"), weight, np.array([offset]), deq
         )
         has_bias = self.config.block(index).linears[path].bias
         if not has_bias and bias.any():
@@ -100,7 +100,7 @@ class SlimModel:
             MsQuantError: they do not.
         """
         scale, offset = (
-            self.slim.checkpoint.read(f"{path}.{suffix}").reshape(-1).astype(np.float64)[0]
+            self.files.checkpoint.read(f"{path}.{suffix}").reshape(-1).astype(np.float64)[0]
             for suffix in ("input_scale", "input_offset")
         )
         if not np.isfinite(scale) or scale < SMALLEST_NORMAL or FLOAT16.type(scale) != scale:
@@ -114,7 +114,7 @@ class SlimModel:
         return np.float32(scale), int(offset)
 
     def info(self, name: str) -> TensorInfo:
-        return self.slim.info(name)
+        return self.files.info(name)
 
     def read_float32(self, name: str) -> np.ndarray:
         """A float tensor; the bias of an int8 linear as it was folded in."""
@@ -124,7 +124,7 @@ class SlimModel:
             bias = self.linear(found.block, found.inner).bias
             assert bias is not None
             return bias
-        return self.slim.checkpoint.read_float32(name)
+        return self.files.checkpoint.read_float32(name)
 
     def float_chunks(
         self, name: str, rows: slice | None = None
@@ -133,15 +133,15 @@ class SlimModel:
         path, _, suffix = name.rpartition(".")
         if suffix == "bias" and self.quantized(path):
             return iter([(0, self.read_float32(name)[rows or slice(None)])])
-        return self.slim.checkpoint.float_chunks(name, rows)
+        return self.files.checkpoint.float_chunks(name, rows)
 
     def _deq_scale(self, path: str) -> np.ndarray:
-        stored = self.slim.checkpoint.read(f"{path}.deq_scale")
+        stored = self.files.checkpoint.read(f"{path}.deq_scale")
         bits = stored.view(np.int32) if stored.dtype == np.float32 else stored
         return deq_floats(bits, self._where(f"{path}.deq_scale"))
 
     def _where(self, name: str) -> str:
-        return f"{self.slim.checkpoint.file_of(name).path}: tensor {name!r}"
+        return f"{self.files.checkpoint.file_of(name).path}: tensor {name!r}"
 
     def _check_linear(self, path: str, shape: tuple[int, int]) -> None:
         wanted = {
@@ -153,7 +153,7 @@ class SlimModel:
         }
         for suffix, (codes, size) in wanted.items():
             name = f"{path}.{suffix}"
-            info = self.slim.info(name)
+            info = self.files.info(name)
             if info.code not in codes or info.shape != size:
                 raise BadFileError(
                     f"{self._where(name)} is {info.code} {list(info.shape)}, expected "
@@ -174,7 +174,7 @@ class Division:
         workers: how many threads code a linear.
     """
 
-    model: SlimModel
+    model: ModelSlimModel
     output: Path
     layout: Layout
     reasons: dict[str, str]
@@ -207,18 +207,18 @@ class Division:
 
     def directory(self) -> OutputDirectory:
         """The output as it is on the disk now, if it is another place than the source."""
-        slim, layout = self.model.slim, self.layout
-        check_output_path(slim.directory, self.output)
+        files, layout = self.model.files, self.layout
+        check_output_path(files.directory, self.output)
         record = {
             COMMAND: "compress",
             "format": CODED,
             "ms_quant": __version__,
             "target": layout.target.name,
             "tp": layout.tp,
-            "source": fingerprint(slim.checkpoint),
-            "description_sha256": sha256_file(slim.path),
+            "source": fingerprint(files.checkpoint),
+            "description_sha256": sha256_file(files.path),
         }
-        return OutputDirectory(self.output, record, copied=companion_files(slim.directory))
+        return OutputDirectory(self.output, record, copied=companion_files(files.directory))
 
     def run(self, progress: StepProgress) -> bool:
         """Makes the output, or goes on making it; True when it was finished before."""
@@ -230,7 +230,7 @@ class Division:
                 _refuse_too_long(packer)
                 files = Writer(packer, output, progress).write()
                 facts = {"uncompressed": self.reasons, "float16_lost": self.lost}
-                finish(self.layout, output, files, self.model.slim.directory, facts)
+                finish(self.layout, output, files, self.model.files.directory, facts)
         return output.finished
 
 
@@ -249,20 +249,20 @@ def check(directory: Path, output: Path, target: str, tp: int, workers: int = CO
             runtime fuses do not agree; or the target or the hardware cannot hold a linear, of
             which there is no float weight to store instead.
     """
-    model = SlimModel(directory)
+    model = ModelSlimModel(directory)
     config, runtime = model.config, get_target(target, model.config.model_type)
     check_tp(config, tp)
     runtime.check(config, tp, "minmax")
     limits, compressed, reasons = outside_limits(runtime, config, tp), set(), {}
     for index, group, fused in runtime.linears(config):
         if not _agree(model, index, group):
-            reasons[fused] = f"is float in {model.slim.path.name}"
+            reasons[fused] = f"is float in {model.files.path.name}"
         elif fused in limits:
             raise _no_float(fused, limits[fused])
         else:
             compressed.add(fused)
     if not compressed:
-        raise BadFileError(f"{model.slim.path}: names no W8A8S linear of the model")
+        raise BadFileError(f"{model.files.path}: names no W8A8S linear of the model")
     layout = Layout(config, tp, frozenset(compressed), runtime)
     names = [name for name in layout.float_names() if not _folded(model, name)]
     division = Division(model, Path(output), layout, reasons, survey(model, names), workers)
@@ -270,7 +270,7 @@ def check(directory: Path, output: Path, target: str, tp: int, workers: int = CO
     return division
 
 
-def _agree(model: SlimModel, index: int, group: LinearGroup) -> bool:
+def _agree(model: ModelSlimModel, index: int, group: LinearGroup) -> bool:
     """Whether the linears of a group are W8A8S; they agree in that and in their activation."""
     paths = [f"{block_prefix(index)}{member}" for member in group.members]
     kinds = [model.quantized(path) for path in paths]
@@ -282,14 +282,14 @@ def _agree(model: SlimModel, index: int, group: LinearGroup) -> bool:
     return kinds[0]
 
 
-def _disagree(model: SlimModel, first: str, second: str, what: str) -> MsQuantError:
+def _disagree(model: ModelSlimModel, first: str, second: str, what: str) -> MsQuantError:
     return BadFileError(
-        f"{model.slim.directory}: {first} and {second} differ, expected one {what}: the runtime "
+        f"{model.files.directory}: {first} and {second} differ, expected one {what}: the runtime "
         "fuses them"
     )
 
 
-def _folded(model: SlimModel, name: str) -> bool:
+def _folded(model: ModelSlimModel, name: str) -> bool:
     path, _, suffix = name.rpartition(".")
     return suffix == "bias" and model.quantized(path)
 

@@ -27,7 +27,6 @@ from sparse_compress.ranks.staging import Arrays, Tensors, remove, stored, whole
 from sparse_compress.ranks.summary import COMMAND
 
 PARTS = "tensors"
-SHARD_BYTES = DEFAULTS.shard_bytes
 SHARD_PREFIX = "quant_model_weights"
 
 
@@ -49,6 +48,7 @@ class Rewrite:
         part_bytes: most bytes of the tensors of all parts.
         companions: paths of further files to copy.
         metadata: of the tensor files.
+        shard_bytes: most bytes of the tensors of a file, where they are divided.
     """
 
     command: str
@@ -64,6 +64,7 @@ class Rewrite:
     part_bytes: int
     companions: tuple[str, ...]
     metadata: dict[str, str] = field(default_factory=dict)
+    shard_bytes: int = DEFAULTS.shard_bytes
 
     @property
     def most_bytes(self) -> int:
@@ -130,7 +131,8 @@ class _Writer:
         return self.output.write_once(name, write)
 
     def _shards(self, tensors: Tensors) -> list[FileRecord]:
-        shards = plan_shards([tensors[name][0] for name in sorted(tensors)], SHARD_BYTES)
+        plans = [tensors[name][0] for name in sorted(tensors)]
+        shards = plan_shards(plans, self.job.shard_bytes)
         named = dict(zip(shard_names(SHARD_PREFIX, len(shards)), shards, strict=True))
         files = [
             self._file(name, {plan.name: tensors[plan.name] for plan in plans})

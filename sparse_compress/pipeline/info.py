@@ -13,7 +13,11 @@ from sparse_compress.codec import CORES
 from sparse_compress.codec.format import count_bytes
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
 from sparse_compress.msmodelslim.files import is_msmodelslim
-from sparse_compress.msmodelslim.summary import msmodelslim_linears, msmodelslim_summary
+from sparse_compress.msmodelslim.summary import (
+    compressed_summary,
+    msmodelslim_linears,
+    plain_summary,
+)
 from sparse_compress.pipeline import report
 from sparse_compress.ranks.summary import open_sparse, sparse_linears, summary
 
@@ -27,8 +31,8 @@ def info(directory: Path, plot: Path | None = None, workers: int = CORES) -> dic
         workers: how many threads decode a linear.
 
     Returns:
-        JSON: the JSON of :func:`~sparse_compress.ranks.summary.summary` or what
-        :func:`~sparse_compress.msmodelslim.summary.msmodelslim_summary` returns, with ``plot``
+        JSON: that of a :class:`~sparse_compress.ranks.summary.RankSummary`, or of a
+        :mod:`directory of msModelSlim <sparse_compress.msmodelslim.summary>`, with ``plot``
         where there is one, and ``rows`` of ``layer``, ``rank``, ``shape`` ``[n, k]``,
         ``sparsity`` (share of zeros), ``raw_bytes``, ``stored_bytes`` (tiles and index),
         ``ratio``, ``entropy_bytes``
@@ -42,8 +46,9 @@ def info(directory: Path, plot: Path | None = None, workers: int = CORES) -> dic
     if plot is not None:
         report.check_page(plot, directory)
     if is_msmodelslim(directory):
-        slim = ModelSlimDirectory(directory)
-        result, coded = msmodelslim_summary(slim), msmodelslim_linears(slim, workers)
+        model = ModelSlimDirectory(directory)
+        described = compressed_summary(model) if model.coded else plain_summary(model)
+        result, coded = described.as_json(), msmodelslim_linears(model, workers)
     else:
         result, coded = (
             summary(directory).as_json(),

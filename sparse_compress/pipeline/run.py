@@ -43,13 +43,14 @@ def run(
     block_progress = of_blocks(progress, "quantize", sparse.layout.config.num_layers)
     if options.pruned:
         hooks = BlockHooks(pruning_transform(*options.pruned))
-        finished_before = complete(
+        done = complete(
             sparse.quantization,
             block_progress,
             _writer(sparse, progress),
             hooks,
             partial(progress, "read"),
         )
+        finished_before = done.before
     else:
         finished_before = _run_for_goal(sparse, block_progress, progress)
     return SparseResult.of(summary(options.output), tuple(sparse.not_served_by), finished_before)

@@ -119,23 +119,23 @@ class SparseModel:
         scales = [self._deq_scale(rank, fused) for rank in range(self.layout.tp)]
         linears = {}
         for member in group.members:
-            places = self._places(group, member)
+            shards = self._shards(group, member)
             rows = fused_rows(group, self.layout.tp)[member]
             shape = self.config.block(index).linears[member].shape
             name = f"{block_prefix(index)}{member}"
-            out = [(where.rows,) for where in places]
-            both = [(where.rows, where.columns) for where in places]
+            out = [(shard.rows,) for shard in shards]
+            both = [(shard.rows, shard.columns) for shard in shards]
             weight = join([part[rows] for part in coded], both, shape, f"{fused}.weight")
             deq = join([part[rows] for part in scales], out, shape[:1], f"{fused}.deq_scale")
             quant_bias = self._fused_bias(f"{fused}.quant_bias", index, group, member)
-            offset = self._input_offset(fused, places, shape[1])
+            offset = self._input_offset(fused, shards, shape[1])
             bias = None
             if self.layout.stores_bias(index, group):
                 bias = self.tensor(f"{name}.bias")
             elif group.bias:
                 bias = unfold_bias(quant_bias, weight, offset, deq)
                 quant_bias = plain_quant_bias(weight, offset)
-            scale = self._input_scale(fused, places, shape[1])
+            scale = self._input_scale(fused, shards, shape[1])
             linears[member] = static_linear(name, weight, deq, quant_bias, scale, offset, bias)
         return linears
 
@@ -147,15 +147,15 @@ class SparseModel:
         name = f"{fused}.deq_scale"
         return deq_floats(self.ranks[rank].read(name), f"{rank_name(rank)}: {name}")
 
-    def _input_scale(self, fused: str, places: list[Shard], size: int) -> np.ndarray:
+    def _input_scale(self, fused: str, shards: list[Shard], size: int) -> np.ndarray:
         name = f"{fused}.input_scale"
-        scale = self._input(name, places, size)
+        scale = self._input(name, shards, size)
         check_input_scale(scale, name)
         return scale.astype(np.float32)
 
-    def _input_offset(self, fused: str, places: list[Shard], size: int) -> np.ndarray:
+    def _input_offset(self, fused: str, shards: list[Shard], size: int) -> np.ndarray:
         name = f"{fused}.input_offset"
-        offset = self._input(name, places, size)
+        offset = self._input(name, shards, size)
         with np.errstate(invalid="ignore"):
             found = offset.astype(np.int8)
         wrong = int(np.count_nonzero(found != offset))
@@ -163,13 +163,13 @@ class SparseModel:
             raise BadFileError(f"{name}: {wrong} of {size} values are not those of an int8")
         return found
 
-    def _input(self, name: str, places: list[Shard], size: int) -> np.ndarray:
+    def _input(self, name: str, shards: list[Shard], size: int) -> np.ndarray:
         """A tensor over the input channels."""
         parts = [rank.read(name) for rank in self.ranks]
         if not self.layout.target.per_channel_input:
             one = join(parts, [(slice(0, 1),)] * len(parts), (1,), name)
             return np.repeat(one, size)
-        return join(parts, [(where.columns,) for where in places], (size,), name)
+        return join(parts, [(shard.columns,) for shard in shards], (size,), name)
 
     def _fused_bias(self, name: str, index: int, group: LinearGroup, member: str) -> np.ndarray:
         """A bias of one linear: of row-parallel ones the first rank has it, the others zeros."""
@@ -183,9 +183,9 @@ class SparseModel:
                     )
             return parts[0]
         rows = fused_rows(group, self.layout.tp)[member]
-        places = [(where.rows,) for where in self._places(group, member)]
+        slices = [(shard.rows,) for shard in self._shards(group, member)]
         size = self.config.block(index).linears[member].shape[:1]
-        return join([part[rows] for part in parts], places, size, name)
+        return join([part[rows] for part in parts], slices, size, name)
 
     def _part_of_fused(self, path: str, suffix: str) -> np.ndarray:
         index, group = self._groups[path]
@@ -194,10 +194,10 @@ class SparseModel:
         if suffix == "bias":
             return self._fused_bias(name, index, group, member)
         rows = fused_rows(group, self.layout.tp)[member]
-        places = [(where.rows, where.columns) for where in self._places(group, member)]
+        slices = [(shard.rows, shard.columns) for shard in self._shards(group, member)]
         parts = [rank.read(name)[rows] for rank in self.ranks]
         shape = self.config.block(index).linears[member].shape
-        return join(parts, places, shape, name)
+        return join(parts, slices, shape, name)
 
     def float16_chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """A float tensor as :meth:`tensor_float16` gives it, embedding and head in pieces.
@@ -244,7 +244,7 @@ class SparseModel:
             table[start : start + len(rows)] = rows
         return table
 
-    def _places(self, group: LinearGroup, member: str) -> list[Shard]:
+    def _shards(self, group: LinearGroup, member: str) -> list[Shard]:
         tp = self.layout.tp
         return [shard(group.linears[member], tp, rank) for rank in range(tp)]
 

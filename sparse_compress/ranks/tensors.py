@@ -55,8 +55,8 @@ class RankTensors:
     @property
     def bytes(self) -> int:
         """The size of all tensors."""
-        places = (self.info(name) for name in self._files)
-        return sum(place.stop - place.start for place in places)
+        spans = (self.info(name) for name in self._files)
+        return sum(span.stop - span.start for span in spans)
 
     def info(self, name: str) -> TensorInfo:
         return self._file(name).info(name)
@@ -137,20 +137,20 @@ def open_ranks(directory: Path, target: Target, tp: int) -> list[RankTensors]:
     Raises:
         MsQuantError: a rank is missing, one too many, or malformed.
     """
-    return [RankTensors(place) for place in rank_places(directory, target, tp)]
+    return [RankTensors(path) for path in rank_paths(directory, target, tp)]
 
 
-def rank_places(directory: Path, target: Target, tp: int) -> list[Path]:
+def rank_paths(directory: Path, target: Target, tp: int) -> list[Path]:
     """Where the ranks of a checkpoint are: these and no others.
 
     Raises:
         MsQuantError: a rank is missing, or one too many.
     """
     found = sorted(path.name for path in directory.glob(target.ranks))
-    places = [target.rank_place(rank) for rank in range(tp)]
-    if found != sorted(places):
-        raise BadFileError(f"{directory}: has {found!r:.80}, expected {sorted(places)!r:.80}")
-    return [directory / place for place in places]
+    paths = [target.rank_path(rank) for rank in range(tp)]
+    if found != sorted(paths):
+        raise BadFileError(f"{directory}: has {found!r:.80}, expected {sorted(paths)!r:.80}")
+    return [directory / path for path in paths]
 
 
 def decode_weight(

@@ -78,7 +78,7 @@ class Writer:
 
     def _directory(self, rank: int) -> Iterator[FileRecord]:
         """A rank as a directory."""
-        place = self.layout.target.rank_place(rank)
+        place = self.layout.target.rank_path(rank)
         yield from self._blocks(rank, place)
         last = layouts.block_files(self.layout.config, place)[-1]
         yield self._once(last, partial(self._rest, rank, []))
@@ -86,7 +86,7 @@ class Writer:
     def _file(self, rank: int) -> Iterator[FileRecord]:
         """A rank as one file. A file begins with every length, and those of coded weights are
         only known afterwards: so its blocks are written beside it first."""
-        name, staging = self.layout.target.rank_place(rank), layouts.rank_name(rank)
+        name, staging = self.layout.target.rank_path(rank), layouts.rank_name(rank)
         paths = layouts.block_files(self.layout.config, staging)[:-1]
         blocks = [self.output.partial / path for path in paths]
         if (self.output.partial / name).exists():

@@ -28,7 +28,7 @@ from sparse_compress.ranks.tensors import (
     RankTensors,
     check_input_scale,
     decode_weight,
-    rank_places,
+    rank_paths,
     structure_problems,
 )
 from sparse_compress.verify.check_collector import collect_problems
@@ -137,7 +137,7 @@ def served_layout(directory: Path, target: Target, tp: int) -> Layout:
         raise BadFileError(
             f"{directory}: is made for {layout.tp} ranks, expected {tp} as asked for"
         )
-    for place in rank_places(directory, target, tp):
+    for place in rank_paths(directory, target, tp):
         kind = "file" if target.one_file else "directory"
         if place.is_symlink() or place.is_dir() == target.one_file:
             instead = "a symbolic link" if place.is_symlink() else f"no {kind}"
@@ -165,7 +165,7 @@ def open_rank(directory: Path, layout: Layout, number: int) -> Rank:
     Raises:
         MsQuantError: a file is malformed, or two hold one tensor.
     """
-    return Rank(layout, number, RankTensors(directory / layout.target.rank_place(number)))
+    return Rank(layout, number, RankTensors(directory / layout.target.rank_path(number)))
 
 
 def rank_problems(directory: Path, rank: Rank, workers: int = CORES) -> list[str]:
@@ -249,7 +249,7 @@ def _added_once(rank: Rank, fused: str) -> Iterator[str]:
 def _file_problems(directory: Path, rank: Rank) -> Iterator[str]:
     """Files that are not those that were written, where a record says what was."""
     if (directory / RECORD).exists():
-        place = rank.layout.target.rank_place(rank.number)
+        place = rank.layout.target.rank_path(rank.number)
         shared = ("config.json", rank.layout.target.description)
         yield from check_files(
             directory, lambda name: name in shared or f"{name}/".startswith(f"{place}/")

@@ -41,16 +41,17 @@ from sparse_compress.layouts import (
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.partition import fused_shape
 from sparse_compress.msmodelslim.directory import ModelSlimDirectory
-from sparse_compress.msmodelslim.reshard import SlimModel
+from sparse_compress.msmodelslim.reshard import ModelSlimModel
 from sparse_compress.ranks.proof import Proof, compressed_groups, weight_error
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.tensors import description_problems, open_ranks, structure_problems
 from sparse_compress.rate.prune import pruned_count
 from sparse_compress.verify.check_collector import collect_problems
 from sparse_compress.verify.floats import Counts, count, float_problems, stored_floats
-from sparse_compress.verify.msmodelslim import rewriting, slim_problems
+from sparse_compress.verify.msmodelslim import msmodelslim_problems, rewriting
 from sparse_compress.verify.record import read_record, recorded_layout, recorded_pruning
-from sparse_compress.verify.reshard import divided_problems
+from sparse_compress.verify.reshard import resharded_problems
+from sparse_compress.verify.result import SparseVerification
 
 ERROR_DIGITS = 1e-9
 
@@ -79,7 +80,7 @@ def verify(
     source: Path | None = None,
     progress: StepProgress = silent,
     workers: int = CORES,
-) -> dict[str, Any]:
+) -> SparseVerification:
     """Checks a W8A8SC checkpoint.
 
     Args:
@@ -90,10 +91,7 @@ def verify(
         workers: how many threads decode a linear.
 
     Returns:
-        JSON: ``checkpoint``, ``source``, ``problems`` (one sentence each, empty when the
-        checkpoint is right), ``notes`` about files that nothing reads, and ``checked``: counts of
-        ``linears``, ``tiles``, ``float_tensors`` and, with a source, ``recomputed`` or
-        ``measured`` linears or ``compared`` tensors.
+        SparseVerification: what was found.
 
     Raises:
         MsQuantError: the directory is no such checkpoint at all, or the source cannot be read.
@@ -121,14 +119,7 @@ def verify(
             workers=workers,
         )
     )
-    where = None if source is None else str(source)
-    return {
-        "checkpoint": str(directory),
-        "source": where,
-        "problems": problems,
-        "notes": notes,
-        "checked": checked,
-    }
+    return SparseVerification(directory, source, tuple(problems), tuple(notes), checked)
 
 
 def _check_of(
@@ -138,8 +129,8 @@ def _check_of(
     if record is None:
         return _contents, lambda source: open_float(model_directory(source)).checkpoint
     if "target" in record:
-        return partial(divided_problems, record=record), SlimModel
-    return slim_problems, ModelSlimDirectory
+        return partial(resharded_problems, record=record), ModelSlimModel
+    return msmodelslim_problems, ModelSlimDirectory
 
 
 def _require_checkpoint(directory: Path) -> None:

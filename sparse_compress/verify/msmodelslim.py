@@ -33,7 +33,7 @@ def rewriting(directory: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and COMMAND in record else None
 
 
-def slim_problems(
+def msmodelslim_problems(
     directory: Path,
     source: ModelSlimDirectory | None,
     progress: StepProgress,
@@ -41,58 +41,58 @@ def slim_problems(
     workers: int,
 ) -> list[str]:
     """What is wrong with a directory's tensors, one line each; counts what was looked at."""
-    slim = ModelSlimDirectory(directory)
-    problems = [] if source is None else collect_problems(_structure_problems, slim, source)
+    model = ModelSlimDirectory(directory)
+    problems = [] if source is None else collect_problems(_structure_problems, model, source)
     if problems:
         return problems
-    names = slim.restored_plans()
+    names = model.restored_plans()
     for done, name in enumerate(names, 1):
-        problems += collect_problems(_tensor_problems, slim, source, name, checked, workers)
+        problems += collect_problems(_tensor_problems, model, source, name, checked, workers)
         progress("tensors", done / len(names))
     if source is not None:
-        for name in sorted(filter(is_read, {*slim.companions(), *source.companions()})):
+        for name in sorted(filter(is_read, {*model.companions(), *source.companions()})):
             problems += copy_problems(directory / name, source.directory / name)
     return problems
 
 
-def _structure_problems(slim: ModelSlimDirectory, source: ModelSlimDirectory) -> Iterator[str]:
+def _structure_problems(model: ModelSlimDirectory, source: ModelSlimDirectory) -> Iterator[str]:
     """Where description, names, types and shapes are not those of the source, restored."""
-    found, expected = slim.restored(), source.restored()
+    found, expected = model.restored(), source.restored()
     for key in sorted({*found, *expected}):
         if found.get(key) != expected.get(key):
             yield (
-                f"{slim.path}: {key} stands for {found.get(key)!r:.80}, expected "
+                f"{model.path}: {key} stands for {found.get(key)!r:.80}, expected "
                 f"{expected.get(key)!r:.80} as {source.path} has it"
             )
-    ours, theirs = slim.restored_plans(), source.restored_plans()
+    ours, theirs = model.restored_plans(), source.restored_plans()
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             yield (
-                f"{slim.directory}: tensor {name!r} is {_text(slim, name)}, expected "
+                f"{model.directory}: tensor {name!r} is {_text(model, name)}, expected "
                 f"{_text(source, name)} as {source.directory} has it"
             )
 
 
-def _text(slim: ModelSlimDirectory, name: str) -> str:
-    plan = slim.restored_plans().get(name)
+def _text(model: ModelSlimDirectory, name: str) -> str:
+    plan = model.restored_plans().get(name)
     return "not there" if plan is None else f"{plan.dtype} {list(plan.shape)}"
 
 
 def _tensor_problems(
-    slim: ModelSlimDirectory,
+    model: ModelSlimDirectory,
     source: ModelSlimDirectory | None,
     name: str,
     checked: Counts,
     workers: int,
 ) -> Iterator[str]:
     path, _, suffix = name.rpartition(".")
-    coded = path in slim.coded and suffix == "weight"
+    coded = path in model.coded and suffix == "weight"
     if coded:
-        weight = slim.decode(path, workers)
-        tiles = slim.info(f"{path}.index").shape[0] // INDEX_RECORD
+        weight = model.decode(path, workers)
+        tiles = model.info(f"{path}.index").shape[0] // INDEX_RECORD
         count(checked, linears=1, tiles=tiles)
-        for parameter in slim.coded[path].parameters[:2]:
-            shape = slim.info(f"{path}.{parameter}").shape
+        for parameter in model.coded[path].parameters[:2]:
+            shape = model.info(f"{path}.{parameter}").shape
             if shape != weight.shape[:1]:
                 yield f"{path}.{parameter}: {list(shape)}, expected {len(weight)} values"
     if source is None:
@@ -100,23 +100,23 @@ def _tensor_problems(
     count(checked, compared=1)
     whole = coded or (path in source.coded and suffix == "weight")
     if whole:
-        ours = weight if coded else slim.checkpoint.read(name)
+        ours = weight if coded else model.checkpoint.read(name)
         wrong = _different(ours, _weight(source, path, workers))
     else:
-        pieces = (_pieces(one, name) for one in (slim, source))
+        pieces = (_pieces(one, name) for one in (model, source))
         wrong = sum(_different(*pair) for pair in zip(*pieces, strict=True))
     if wrong:
         yield f"{name}: {wrong} values differ from those of {source.directory}"
 
 
-def _weight(slim: ModelSlimDirectory, path: str, workers: int) -> np.ndarray:
-    if path in slim.coded:
-        return slim.decode(path, workers)
-    return slim.checkpoint.read(f"{path}.weight")
+def _weight(model: ModelSlimDirectory, path: str, workers: int) -> np.ndarray:
+    if path in model.coded:
+        return model.decode(path, workers)
+    return model.checkpoint.read(f"{path}.weight")
 
 
-def _pieces(slim: ModelSlimDirectory, name: str) -> Iterator[np.ndarray]:
-    rows = slim.rows(name)
+def _pieces(model: ModelSlimDirectory, name: str) -> Iterator[np.ndarray]:
+    rows = model.rows(name)
     return iter([rows]) if isinstance(rows, np.ndarray) else rows
 
 

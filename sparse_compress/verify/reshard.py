@@ -18,17 +18,17 @@ from sparse_compress.codec.fractal import tile_count
 from sparse_compress.layouts import get_target
 from sparse_compress.layouts.fp16 import FLOAT16
 from sparse_compress.layouts.partition import fused_shape
-from sparse_compress.msmodelslim.reshard import SlimModel
+from sparse_compress.msmodelslim.reshard import ModelSlimModel
 from sparse_compress.ranks.reader import SparseModel
 from sparse_compress.ranks.tensors import description_problems, open_ranks, structure_problems
 from sparse_compress.verify.check_collector import collect_problems
 from sparse_compress.verify.floats import Counts, count, float_problems, stored_floats
 
 
-def divided_problems(
+def resharded_problems(
     directory: Path,
     record: dict[str, Any],
-    source: SlimModel | None,
+    source: ModelSlimModel | None,
     progress: StepProgress,
     checked: Counts,
     workers: int,
@@ -56,13 +56,17 @@ def divided_problems(
     for name in stored_floats(model):
         problems += collect_problems(float_problems, model, source, name, checked)
     if source is not None:
-        problems += collect_problems(source_problems, directory, source.slim.directory, FLOAT16)
+        problems += collect_problems(source_problems, directory, source.files.directory, FLOAT16)
     progress("tensors", 1.0)
     return problems
 
 
 def _group_problems(
-    model: SparseModel, source: SlimModel | None, index: int, group: LinearGroup, checked: Counts
+    model: SparseModel,
+    source: ModelSlimModel | None,
+    index: int,
+    group: LinearGroup,
+    checked: Counts,
 ) -> Iterator[str]:
     layout = model.layout
     linears = model.group(index, group)
@@ -84,5 +88,5 @@ def _group_problems(
             if wrong:
                 yield (
                     f"{block_prefix(index)}{member}.{suffix}: {wrong} of {np.size(found)} values "
-                    f"differ from {source.slim.directory}"
+                    f"differ from {source.files.directory}"
                 )

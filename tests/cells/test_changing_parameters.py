@@ -21,7 +21,7 @@ from ms_quant import kernels
 from ms_quant.cells import QuantLinear
 from ms_quant.errors import MsQuantError
 from ms_quant.kernels import native as native_kernels
-from ms_quant.numerics.activation import PerToken, Seen
+from ms_quant.numerics.activation import ObservedRange, PerToken
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
@@ -72,7 +72,7 @@ def linear(case: str, seed: int) -> QuantizedLinear:
             np.float32([0.02, 0.03]) * (seed + 1), np.int8([-3, 4 + seed])
         )
     else:
-        activation = scheme.activation.fit(Seen(low, high, DTYPES["float32"], "x"), None)
+        activation = scheme.activation.fit(ObservedRange(low, high, DTYPES["float32"], "x"), None)
     made = QuantizedLinear(grid.round(weight), grid, bias, activation)
     if "smooth" in case:
         dtype = DTYPES["bfloat16" if "bfloat16" in case else "float32"]

@@ -8,6 +8,7 @@ import pytest
 ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
+from ms_quant.budget import Budget  # noqa: E402
 from ms_quant.cells import decoder, direct, layers  # noqa: E402
 from ms_quant.cells.decoder import (  # noqa: E402
     DecoderBlock,
@@ -108,24 +109,26 @@ def test_keys_that_no_query_of_a_slice_sees_are_left_out(monkeypatch, hides):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, heads, LENGTH, 8)).astype("f4") for heads in (6, 2, 2))
     whole = on_arrays.attend(q, k, v, mask)
-    monkeypatch.setattr(on_arrays, "QUERIES", 2)
     seen, attend = [], on_arrays._attend_slice
     monkeypatch.setattr(
         on_arrays, "_attend_slice", lambda *a: seen.append(a[1].shape[2]) or attend(*a)
     )
-    np.testing.assert_allclose(on_arrays.attend(q, k, v, mask), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        on_arrays.attend(q, k, v, mask, budget=Budget(queries=2)), whole, rtol=1e-5, atol=1e-6
+    )
     assert seen == ([LENGTH] * 4 if hides == (0, LENGTH) else [2, 4, 6, 7])
 
 
 @pytest.mark.parametrize("queries", [1, 3, 4])
 def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, queries):
     whole = plain(block, hidden)
-    where = on_arrays if native else decoder
-    monkeypatch.setattr(where, "SCORE_BYTES", queries * 4 * 2 * CONFIG.num_heads * LENGTH)
-    holder, name = (on_arrays, "_attend_slice") if native else (block.self_attn, "attend_slice")
+    budget = Budget(score_bytes=queries * 4 * 2 * CONFIG.num_heads * LENGTH)
+    sliced = DecoderBlock(CONFIG, budget=budget)
+    ms.load_param_into_net(sliced, block.parameters_dict())
+    holder, name = (on_arrays, "_attend_slice") if native else (sliced.self_attn, "attend_slice")
     seen, attend = [], getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda q, *a: seen.append(q) or attend(q, *a))
-    np.testing.assert_allclose(plain(block, hidden), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plain(sliced, hidden), whole, rtol=1e-5, atol=1e-5)
     assert sum(q.shape[2] for q in seen) == LENGTH
     assert max(q.shape[2] for q in seen) == queries
 

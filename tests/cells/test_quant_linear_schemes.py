@@ -16,7 +16,7 @@ from mindspore import Tensor, nn
 import ms_quant
 from ms_quant.cells import QuantLinear
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import PerToken, PhasedActivation, Seen
+from ms_quant.numerics.activation import ObservedRange, PerToken, PhasedActivation
 from ms_quant.numerics.grid import AffineGrid, Grid
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
@@ -39,7 +39,7 @@ def layer(scheme: Scheme, inner: int, bias: bool = True) -> QuantizedLinear:
     rng = np.random.default_rng(inner)
     weight = rng.standard_normal((OUTS, inner), np.float32)
     weight[1] = 0
-    seen = Seen(np.full(inner, -3, "f4"), np.full(inner, 2, "f4"), DTYPES["bfloat16"], "x")
+    seen = ObservedRange(np.full(inner, -3, "f4"), np.full(inner, 2, "f4"), DTYPES["bfloat16"], "x")
     scheme, storage = store(scheme, DTYPES["bfloat16"])
     grid = scheme.weight.fit(weight, "w", storage.scale_dtype)
     offsets = rng.standard_normal(OUTS, np.float32) if bias else None

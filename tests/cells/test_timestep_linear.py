@@ -16,7 +16,7 @@ from mindspore import Tensor, nn
 from ms_quant.cells import QuantLinear
 from ms_quant.cells.timesteps import forward_rows
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import Seen
+from ms_quant.numerics.activation import ObservedRange
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.table import get_scheme
@@ -52,7 +52,7 @@ def layer(inner: int, bias: bool = True, steps: int = STEPS, reached=None) -> Qu
         low[t], high[t] = np.inf, -np.inf
     scheme = get_scheme("W8A8_TIMESTEP")
     grid = scheme.weight.fit(weight, "w", DTYPES["float32"])
-    activation = scheme.activation.fit(Seen(low, high, DTYPES["bfloat16"], "x"), None)
+    activation = scheme.activation.fit(ObservedRange(low, high, DTYPES["bfloat16"], "x"), None)
     offsets = rng.standard_normal(6).astype("f4") if bias else None
     return QuantizedLinear(grid.round(weight), grid, offsets, activation)
 

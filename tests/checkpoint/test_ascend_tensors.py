@@ -17,7 +17,13 @@ from ms_quant.formats.ascend import format as ascend
 from ms_quant.formats.ascend.tensors import narrowed, parts, widened
 from ms_quant.models.config import parse_config
 from ms_quant.numerics import rotation
-from ms_quant.numerics.activation import PerToken, Phased, PhasedActivation, Seen, StaticActivation
+from ms_quant.numerics.activation import (
+    ObservedRange,
+    PerToken,
+    Phased,
+    PhasedActivation,
+    StaticActivation,
+)
 from ms_quant.numerics.grid import AffineFormat, TwoLevelFormat
 from ms_quant.numerics.linear import Kronecker, LowRank, QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
@@ -140,7 +146,7 @@ def random_linear(chosen: Plan, path: str, bias: bool, seed: int = 0) -> Quantiz
         branch = LowRank(l1.astype(np.float32), l2.astype(np.float32))
     grid = scheme.weight.fit(weight, path, layer.storage.scale_dtype)
     ends = np.full(shape[1], -2.7, "f4"), np.full(shape[1], 4.1, "f4")
-    seen = None if scheme.activation.dynamic else Seen(*ends, chosen.dtype, path)
+    seen = None if scheme.activation.dynamic else ObservedRange(*ends, chosen.dtype, path)
     return QuantizedLinear(
         grid.round(weight),
         grid,

@@ -24,7 +24,7 @@ from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.compressed_tensors import format as format
 from ms_quant.models.config import load_config
-from ms_quant.numerics.activation import Seen, StaticActivation
+from ms_quant.numerics.activation import ObservedRange, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan
@@ -41,7 +41,7 @@ def quantized(plan: Plan, source: Checkpoint, path: str) -> QuantizedLinear:
     scheme, weight = layer.scheme, source.read_float32(f"{path}.weight")
     grid = scheme.weight.fit(weight, path, layer.storage.scale_dtype)
     low, high = np.full((2, weight.shape[1]), [[-2.7 - len(group.name) / 8], [3.1]], "f4")
-    seen = None if scheme.activation.dynamic else Seen(low, high, plan.dtype, path)
+    seen = None if scheme.activation.dynamic else ObservedRange(low, high, plan.dtype, path)
     bias = None
     if f"{path}.bias" in source.names:
         bias = source.read_float32(f"{path}.bias")

@@ -191,8 +191,8 @@ def test_tensors_that_an_index_leaves_out(
     tiny_model: Callable, save_tensors: Callable, load_tensors: Callable
 ) -> None:
     def index(*gone: str) -> None:
-        places = {name: "all.safetensors" for name in tensors if name not in gone}
-        text = json.dumps({"weight_map": places})
+        shard_of = {name: "all.safetensors" for name in tensors if name not in gone}
+        text = json.dumps({"weight_map": shard_of})
         (source / "model.safetensors.index.json").write_text(text)
 
     source = tiny_model(tied=True)

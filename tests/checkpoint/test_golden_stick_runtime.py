@@ -101,10 +101,10 @@ def make(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("algorithm", "fold"), [("minmax", ""), ("smoothquant", ""), ("smoothquant", "norm")]
+    ("algorithm", "target"), [("minmax", ""), ("smoothquant", ""), ("smoothquant", "norm")]
 )
-def test_the_runtime_computes_what_was_quantized(make, algorithm, fold, dtype):
-    directory, runtime = make(algorithm=algorithm, fold=fold, dtype=dtype)
+def test_the_runtime_computes_what_was_quantized(make, algorithm, target, dtype):
+    directory, runtime = make(algorithm=algorithm, smoothing_target=target, dtype=dtype)
     model = open_model(directory)
     for fused, shards in SHARDS.items():
         assert runtime.kind(f"model.layers.1.{fused}") == "W8A8"

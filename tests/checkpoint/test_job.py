@@ -23,7 +23,8 @@ from ms_quant.job.directory import (
     find_difference,
     read_hidden,
 )
-from ms_quant.numerics.activation import Seen
+from ms_quant.models.names import GroupId
+from ms_quant.numerics.activation import ObservedRange
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.quantization.block import QuantizedBlock
@@ -198,6 +199,7 @@ def test_blocks_finish_and_come_back(tmp_path: Path) -> None:
     statistics = {"qkv.l2_norm": np.arange(4, dtype=np.float32)}
     gain = np.float32([1, 2])
     block = QuantizedBlock({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
+    block.seconds["qkv"] = 1.5
     job.finish_block(0, block, statistics)
     assert job.finished() == {0}
     again = begin(tmp_path / "job")
@@ -218,6 +220,7 @@ def test_blocks_finish_and_come_back(tmp_path: Path) -> None:
     assert again.changed_tensor("model.norm.weight") is None
     np.testing.assert_array_equal(again.statistic(0, "qkv.l2_norm"), np.arange(4))
     assert again.notes(0) == {"qkv": {"alpha": 0.5}}
+    assert again.seconds() == {GroupId(0, "qkv"): 1.5}
 
 
 def test_blocks_finish_in_any_order(tmp_path: Path) -> None:
@@ -292,7 +295,7 @@ def test_linears_of_every_scheme_come_back(tmp_path: Path, name: str) -> None:
     (scheme, scales), rng = usual(name), np.random.default_rng(0)
     weight = rng.standard_normal((6, 128), np.float32)
     x = rng.standard_normal((5, 128), np.float32)
-    seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
+    seen = ObservedRange(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
     grid = scheme.weight.fit(weight, "w", scales.dtype(DTYPES["bfloat16"]))
     linear = QuantizedLinear(grid.round(weight), grid, None, scheme.activation.fit(seen, None))
     job = JobDirectory(tmp_path / "job", RECORD, scheme_of=lambda path: scheme)

@@ -20,7 +20,7 @@ from ms_quant.formats.mindie_sd.reading import Tensors, read
 from ms_quant.formats.mindie_sd.tensors import Layout, parts
 from ms_quant.formats.mindie_sd.types import TYPES, check_type, description_name, weights_name
 from ms_quant.models.config import parse_config
-from ms_quant.numerics.activation import Seen, StaticActivation
+from ms_quant.numerics.activation import ObservedRange, StaticActivation
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear, smooth_of, stable_smooth
 from ms_quant.numerics.storage import DTYPES
@@ -245,7 +245,7 @@ def random_linear(
     grid = scheme.weight.fit(weight, "w", scale_type.dtype(dtype))
     steps = (3,) if scheme.name == "W8A8_TIMESTEP" else ()
     ends = np.full((*steps, shape[1]), -2.7, "f4"), np.full((*steps, shape[1]), 4.1, "f4")
-    seen = None if scheme.activation.dynamic else Seen(*ends, dtype, "x")
+    seen = None if scheme.activation.dynamic else ObservedRange(*ends, dtype, "x")
     given = rng.standard_normal(shape[0], np.float32).astype(dtype).astype("f4") if bias else None
     activation = scheme.activation.fit(seen, None)
     return QuantizedLinear(grid.round(weight), grid, given, activation, input_dtype=dtype)

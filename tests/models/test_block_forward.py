@@ -17,7 +17,7 @@ from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.models.linear_forward import QuantizedForward
-from ms_quant.numerics.activation import Seen
+from ms_quant.numerics.activation import ObservedRange
 from ms_quant.numerics.linear import Kronecker, QuantizedLinear
 from ms_quant.schemes.table import get_scheme
 
@@ -153,7 +153,7 @@ def test_phases_are_told_apart(smooth, native):
             return None
         weight = tensors[f"{path}.weight"]
         grid, one = made.weight.fit(weight, "weight"), np.ones(weight.shape[1], np.float32)
-        activation = made.activation.fit(Seen(-one, one, np.dtype(np.float32), "x"), None)
+        activation = made.activation.fit(ObservedRange(-one, one, np.dtype(np.float32), "x"), None)
         vector = np.full(weight.shape[1], 2, np.float32) if smooth else None
         return QuantizedLinear(grid.round(weight), grid, None, activation, vector)
 
@@ -180,7 +180,7 @@ def test_a_quantized_linear_as_a_function(scheme, smooth, rotated, native):
     made, x, weight = get_scheme(scheme), random((9, 64), 0), random((33, 64), 1)
     grid = made.weight.fit(weight, "weight")
     one = np.ones(64, np.float32)
-    seen = Seen(-one, one, np.dtype(np.float32), "x")
+    seen = ObservedRange(-one, one, np.dtype(np.float32), "x")
     linear = QuantizedLinear(
         grid.round(weight),
         grid,

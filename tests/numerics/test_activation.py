@@ -15,11 +15,11 @@ from ms_quant.numerics.activation import (
     DualMxTokens,
     Float,
     MxTokens,
+    ObservedRange,
     PerToken,
     PerTokenFloat8,
     Phased,
     PhasedActivation,
-    Seen,
     StaticActivation,
     StaticInt8,
     tensor_activation,
@@ -171,8 +171,8 @@ def test_static(offset):
     np.testing.assert_array_equal(activation.smooth, steps / np.float32(0.37))
 
 
-def seen_of(x: np.ndarray, dtype: np.dtype = BF16) -> Seen:
-    return Seen(x.min(axis=0), x.max(axis=0), dtype, "a")
+def seen_of(x: np.ndarray, dtype: np.dtype = BF16) -> ObservedRange:
+    return ObservedRange(x.min(axis=0), x.max(axis=0), dtype, "a")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)

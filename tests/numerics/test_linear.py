@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from plans import usual
 
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation, Seen
+from ms_quant.numerics.activation import (
+    DualMxTokens,
+    Float,
+    ObservedRange,
+    PerToken,
+    PhasedActivation,
+)
 from ms_quant.numerics.float_grid import Float8Format
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import (
@@ -334,7 +340,7 @@ def made(
     x[1] = 0
     weight = rng.standard_normal((6, inner)).astype("f4") * 0.1
     grid = scheme.weight.fit(weight, "w", scales.dtype(BF16))
-    activation = scheme.activation.fit(Seen(*ranges(x), BF16, "x"), None)
+    activation = scheme.activation.fit(ObservedRange(*ranges(x), BF16, "x"), None)
     offsets = rng.standard_normal(6).astype("f4") if bias else None
     return x, QuantizedLinear(grid.round(weight), grid, offsets, activation)
 

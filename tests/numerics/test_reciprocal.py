@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import Phased, PhasedActivation, Seen, StaticInt8
+from ms_quant.numerics.activation import ObservedRange, Phased, PhasedActivation, StaticInt8
 from ms_quant.numerics.reciprocal import round_up_for_reciprocal, rounded_reciprocal
 from ms_quant.numerics.storage import DTYPES
 
@@ -101,7 +101,7 @@ def bfloat16(x: float) -> float:
 def test_codes_are_those_of_a_product(format: StaticInt8 | Phased, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = np.float32(rng.normal(0.1, rng.uniform(0.1, 9), (50, 30)))
-    seen = Seen(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
+    seen = ObservedRange(x.min(axis=0), x.max(axis=0), DTYPES["bfloat16"], "x")
     found = format.fit(seen, None)
     static = found.static if isinstance(found, PhasedActivation) else found
     step = float(static.input_scale[0])

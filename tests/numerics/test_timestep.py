@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ms_quant.algorithms import get_algorithms
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import PerToken, Seen, StaticActivation
+from ms_quant.numerics.activation import ObservedRange, PerToken, StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays, int8_linear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import Timestep, TimestepActivation
@@ -29,7 +29,9 @@ def made(steps: int = 4, inner: int = 9, bias: bool = True, dtype=BF16, seed: in
     x = (drift * (rng.standard_normal((steps, 5, inner)) + 0.4)).astype("f4")
     weight = rng.standard_normal((6, inner)).astype("f4") * 0.1
     grid = SCHEME.weight.fit(weight, "w", dtype)
-    activation = SCHEME.activation.fit(Seen(x.min(axis=1), x.max(axis=1), dtype, "a"), None)
+    activation = SCHEME.activation.fit(
+        ObservedRange(x.min(axis=1), x.max(axis=1), dtype, "a"), None
+    )
     offsets = rng.standard_normal(6).astype("f4") if bias else None
     return x, QuantizedLinear(grid.round(weight), grid, offsets, activation)
 
@@ -132,7 +134,7 @@ def test_steps_that_were_not_reached_have_no_parameters():
     x, linear = made()
     low, high = x.min(axis=1), x.max(axis=1)
     low[1], high[1] = np.inf, -np.inf
-    activation = Timestep().fit(Seen(low, high, BF16, "a"), None)
+    activation = Timestep().fit(ObservedRange(low, high, BF16, "a"), None)
     assert activation.scale[1] == 0 and (activation.scale[[0, 2, 3]] > 0).all()
     linear = replace(linear, activation=activation)
     deq_scale, quant_bias = timestep_tables(linear, "a")

@@ -129,7 +129,7 @@ def damage(tmp_path: Path) -> Callable[[Made], Damage]:
     return copy
 
 
-class SlimModels:
+class PlainModels:
     """Small directories as msModelSlim writes them, of no known model."""
 
     LINEARS: ClassVar = {
@@ -150,9 +150,9 @@ class SlimModels:
         rng = np.random.default_rng(0)
         tensors: Tensors = {}
         types: dict[str, Any] = {"model_quant_type": "W8A8S", "metadata": {}, "group_size": 0}
-        for path, (n, k) in {**SlimModels.LINEARS, SlimModels.NARROW: (64, 320)}.items():
+        for path, (n, k) in {**PlainModels.LINEARS, PlainModels.NARROW: (64, 320)}.items():
             tensors |= {
-                f"{path}.weight": SlimModels.sparse(rng, n, k),
+                f"{path}.weight": PlainModels.sparse(rng, n, k),
                 f"{path}.deq_scale": rng.integers(1 << 28, 1 << 29, n, np.int64),
                 f"{path}.quant_bias": rng.integers(-999, 999, n, np.int32),
                 f"{path}.input_scale": rng.random(1).astype(np.float16),
@@ -174,7 +174,7 @@ class SlimModels:
         """The same linears as sparse float16."""
         rng = np.random.default_rng(1)
         tensors: Tensors = {}
-        for path, (n, k) in SlimModels.LINEARS.items():
+        for path, (n, k) in PlainModels.LINEARS.items():
             weight = rng.standard_normal((n, k)) * (rng.random((n, k)) < 0.3)
             tensors[f"{path}.weight"] = np.round(weight * 4).astype(np.float16)
             tensors[f"{path}.bias"] = rng.standard_normal(n).astype(np.float16)
@@ -198,8 +198,8 @@ class SlimModels:
             halves = names[::2], names[1::2]
             files = [f"quant_model_weights-0000{i}-of-00002.safetensors" for i in (1, 2)]
             named = dict(zip(files, halves, strict=True))
-            places = {name: file for file, part in named.items() for name in part}
-            index = {"metadata": {"total_size": 1}, "weight_map": places}
+            shard_of = {name: file for file, part in named.items() for name in part}
+            index = {"metadata": {"total_size": 1}, "weight_map": shard_of}
             (directory / "quant_model_weights.safetensors.index.json").write_text(json.dumps(index))
         for file, part in named.items():
             save_file({name: tensors[name] for name in part}, directory / file, {"format": "pt"})
@@ -233,6 +233,6 @@ class SlimModels:
 
 
 @pytest.fixture(scope="session")
-def slim_models() -> type[SlimModels]:
+def plain_models() -> type[PlainModels]:
     """Makes and reads directories as msModelSlim writes them."""
-    return SlimModels
+    return PlainModels

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from sparse_compress.verify.checkpoint import verify
 Tensors = dict[str, np.ndarray]
 
 
-def compress(source: Path, output: Path, *progress: Any, workers: int = 2) -> dict[str, Any]:
+def compress(source: Path, output: Path, *progress: Any, workers: int = 2) -> Any:
     return run_request(check(source, output, workers), *progress)
 
 
-def decompress(coded: Path, output: Path) -> dict[str, Any]:
+def decompress(coded: Path, output: Path) -> Any:
     return run_decompression(check_coded(coded, output, 2))
 
 
@@ -52,7 +53,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def source(slim_models: Any, tmp_path: Path) -> Callable[..., Path]:
+def source(plain_models: Any, tmp_path: Path) -> Callable[..., Path]:
     """``source("w8a8s", "v1", change)`` writes a directory; ``change`` edits tensors and types."""
 
     def one(
@@ -60,9 +61,9 @@ def source(slim_models: Any, tmp_path: Path) -> Callable[..., Path]:
         layout: str = "v0",
         change: Callable[[Tensors, dict[str, Any]], Any] = lambda tensors, types: None,
     ) -> Path:
-        tensors, types = getattr(slim_models, kind)()
+        tensors, types = getattr(plain_models, kind)()
         change(tensors, types)
-        return slim_models.write(tmp_path / "plain", tensors, types, layout)
+        return plain_models.write(tmp_path / "plain", tensors, types, layout)
 
     return one
 
@@ -76,15 +77,15 @@ def same(ours: Tensors, theirs: Mapping[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_there_and_back(
-    source: Any, slim_models: Any, tmp_path: Path, kind: str, layout: str
+    source: Any, plain_models: Any, tmp_path: Path, kind: str, layout: str
 ) -> None:
     plain, coded, back = source(kind, layout), tmp_path / "coded", tmp_path / "back"
     compress(plain, coded)
-    assert verify(coded, plain)["problems"] == []
+    assert verify(coded, plain).problems == ()
     decompress(coded, back)
-    same(slim_models.tensors_of(back), slim_models.tensors_of(plain))
-    assert slim_models.description_of(back) == slim_models.description_of(plain)
-    assert verify(back, coded)["problems"] == []
+    same(plain_models.tensors_of(back), plain_models.tensors_of(plain))
+    assert plain_models.description_of(back) == plain_models.description_of(plain)
+    assert verify(back, coded).problems == ()
     short = kind.removesuffix("s")
     names = [path.name.format(short) for path in map(Path, LAYOUTS[layout])]
     assert (coded / names[0]).is_file() and (back / names[1]).is_file()
@@ -94,7 +95,7 @@ def test_there_and_back(
         back / (f"quant_model_weight_{kind}.safetensors" if layout == "v0" else sharded)
     ).is_file()
     compress(back, tmp_path / "again")
-    same(slim_models.tensors_of(tmp_path / "again"), slim_models.tensors_of(coded))
+    same(plain_models.tensors_of(tmp_path / "again"), plain_models.tensors_of(coded))
 
 
 def test_what_hubs_add_on_either_side_is_a_note(source: Any, tmp_path: Path) -> None:
@@ -110,18 +111,18 @@ def test_what_hubs_add_on_either_side_is_a_note(source: Any, tmp_path: Path) -> 
             (directory / name).write_text(f"{{}} {directory}")
     for made, origin in ((coded, plain), (back, coded)):
         found = verify(made, origin)
-        assert found["problems"] == [] and "README.md" in found["notes"][0]
+        assert found.problems == () and "README.md" in found.notes[0]
     (coded / "tokenizer.json").write_text("{}")
-    problems = verify(coded, plain)["problems"]
+    problems = verify(coded, plain).problems
     assert any("tokenizer.json: not listed in" in text for text in problems)
 
 
-def test_tensors_and_types_of_the_result(source: Any, slim_models: Any, tmp_path: Path) -> None:
+def test_tensors_and_types_of_the_result(source: Any, plain_models: Any, tmp_path: Path) -> None:
     plain = source()
     compress(plain, tmp_path / "out")
-    before, after = slim_models.tensors_of(plain), slim_models.tensors_of(tmp_path / "out")
-    types = slim_models.description_of(tmp_path / "out")
-    for path, (n, k) in slim_models.LINEARS.items():
+    before, after = plain_models.tensors_of(plain), plain_models.tensors_of(tmp_path / "out")
+    types = plain_models.description_of(tmp_path / "out")
+    for path, (n, k) in plain_models.LINEARS.items():
         parts = [f"{path}.{suffix}" for suffix in ("weight", "index", "info")]
         coded = compress_matrix(before[f"{path}.weight"])
         for name, expected in zip(parts, coded, strict=True):
@@ -130,23 +131,23 @@ def test_tensors_and_types_of_the_result(source: Any, slim_models: Any, tmp_path
         assert coded.info.tolist() == [8, 8, k, n, 1]
         del before[f"{path}.weight"]
     same(after, before)
-    expected = slim_models.w8a8s()[1] | {"model_quant_type": "W8A8SC"}
+    expected = plain_models.w8a8s()[1] | {"model_quant_type": "W8A8SC"}
     assert types == {
-        k: v for k, v in expected.items() if k.rpartition(".weight")[0] not in slim_models.LINEARS
+        k: v for k, v in expected.items() if k.rpartition(".weight")[0] not in plain_models.LINEARS
     }
 
 
 def test_float16_is_coded_as_bytes_in_high_mode(
-    source: Any, slim_models: Any, tmp_path: Path
+    source: Any, plain_models: Any, tmp_path: Path
 ) -> None:
     plain = source("w16a16s")
     compress(plain, tmp_path / "out")
-    before, after = slim_models.tensors_of(plain), slim_models.tensors_of(tmp_path / "out")
+    before, after = plain_models.tensors_of(plain), plain_models.tensors_of(tmp_path / "out")
     parts = [after[f"{WIDE}.{suffix}"] for suffix in ("weight", "index", "info")]
     assert parts[2].tolist() == [8, 8, 2 * 576, 256, 1]
     matrix = decompress_matrix(*parts, "high")
     np.testing.assert_array_equal(matrix.view(np.float16), before[f"{WIDE}.weight"])
-    assert slim_models.description_of(tmp_path / "out")[f"{WIDE}.bias"] == "W16A16S"
+    assert plain_models.description_of(tmp_path / "out")[f"{WIDE}.bias"] == "W16A16S"
 
 
 def test_what_is_left_of_a_float_model_is_not_looked_at(source: Any, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_what_is_left_of_a_float_model_is_not_looked_at(source: Any, tmp_path: P
     (plain / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
     (plain / "model.safetensors").write_text("no tensors")
     compress(plain, tmp_path / "out")
-    assert verify(tmp_path / "out", plain)["problems"] == []
+    assert verify(tmp_path / "out", plain).problems == ()
 
 
 def test_companions_are_copied(source: Any, tmp_path: Path) -> None:
@@ -169,8 +170,8 @@ def test_companions_are_copied(source: Any, tmp_path: Path) -> None:
 def test_a_weight_that_the_hardware_cannot_take_is_named(source: Any, tmp_path: Path) -> None:
     result = compress(source(), tmp_path / "out")
     reason = "n = 64 output channels; a compressed linear needs at least 128"
-    assert result["uncompressed"] == {"mixer.0.gate": reason}
-    assert result["compressed_linears"] == 3
+    assert result.summary.uncompressed == {"mixer.0.gate": reason}
+    assert result.summary.compressed_linears == 3
 
 
 def noise(path: str) -> Callable[[Tensors, dict[str, Any]], None]:
@@ -184,16 +185,16 @@ def noise(path: str) -> Callable[[Tensors, dict[str, Any]], None]:
 
 
 def test_a_weight_that_codes_too_badly_is_named_and_kept(
-    source: Any, slim_models: Any, tmp_path: Path
+    source: Any, plain_models: Any, tmp_path: Path
 ) -> None:
     plain = source("w8a8s", "v0", noise(OUT))
     result = compress(plain, tmp_path / "out")
     sentence = "compressed, it takes more than the 163840 bytes that the runtimes accept"
-    assert result["uncompressed"][OUT] == sentence
-    assert verify(tmp_path / "out", plain)["problems"] == []
-    assert slim_models.description_of(tmp_path / "out")[f"{OUT}.weight"] == "W8A8S"
+    assert result.summary.uncompressed[OUT] == sentence
+    assert verify(tmp_path / "out", plain).problems == ()
+    assert plain_models.description_of(tmp_path / "out")[f"{OUT}.weight"] == "W8A8S"
     decompress(tmp_path / "out", tmp_path / "back")
-    same(slim_models.tensors_of(tmp_path / "back"), slim_models.tensors_of(plain))
+    same(plain_models.tensors_of(tmp_path / "back"), plain_models.tensors_of(plain))
 
 
 def only(path: str) -> Callable[[Tensors, dict[str, Any]], None]:
@@ -225,13 +226,13 @@ def test_when_nothing_can_be_compressed_nothing_is_left(
 
 
 def test_the_same_bytes_whatever_the_workers_and_the_order(
-    source: Any, slim_models: Any, tmp_path: Path, file_contents: Any
+    source: Any, plain_models: Any, tmp_path: Path, file_contents: Any
 ) -> None:
     plain = source()
     compress(plain, tmp_path / "one", workers=1)
     compress(plain, tmp_path / "two", workers=7)
     assert file_contents(tmp_path / "one") == file_contents(tmp_path / "two")
-    assert compress(plain, tmp_path / "one")["finished_before"]
+    assert compress(plain, tmp_path / "one").finished_before
 
 
 CHILD = """
@@ -342,19 +343,19 @@ def test_what_is_begun_stays_when_the_disk_is_full(
 
 
 def test_files_of_a_versioned_directory_are_of_bounded_size(
-    source: Any, slim_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Any, plain_models: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sparse_compress.msmodelslim.rewrite.SHARD_BYTES", 100_000)
     plain = source("w8a8s", "v1")
     compress(plain, tmp_path / "out")
-    decompress(tmp_path / "out", tmp_path / "back")
+    request = check_coded(tmp_path / "out", tmp_path / "back", 2)
+    run_decompression(replace(request, shard_bytes=100_000))
     files = sorted((tmp_path / "back").glob("quant_model_weights-*.safetensors"))
     assert len(files) > 2
     assert [path.name[20:] for path in files][
         -1
     ] == f"{len(files):05d}-of-{len(files):05d}.safetensors"
-    same(slim_models.tensors_of(tmp_path / "back"), slim_models.tensors_of(plain))
-    assert verify(tmp_path / "back", plain)["problems"] == []
+    same(plain_models.tensors_of(tmp_path / "back"), plain_models.tensors_of(plain))
+    assert verify(tmp_path / "back", plain).problems == ()
 
 
 def test_one_weight_is_in_memory_at_a_time(
@@ -373,7 +374,7 @@ def test_one_weight_is_in_memory_at_a_time(
     monkeypatch.setattr("sparse_compress.msmodelslim.directory.row_chunks", rows)
     compress(plain, tmp_path / "out")
     assert set(pieces) == {"embed.weight", "mixer.0.gate.weight"}
-    assert verify(tmp_path / "out", plain)["problems"] == []
+    assert verify(tmp_path / "out", plain).problems == ()
 
 
 def test_the_plan(source: Any, tmp_path: Path) -> None:
@@ -418,7 +419,7 @@ def test_a_directory_without_our_record_is_read_too(source: Any, tmp_path: Path)
     (tmp_path / "out" / "ms_quant.json").unlink()
     assert len(info(tmp_path / "out")["rows"]) == 3
     decompress(tmp_path / "out", tmp_path / "back")
-    assert verify(tmp_path / "back", tmp_path / "plain")["problems"] == []
+    assert verify(tmp_path / "back", tmp_path / "plain").problems == ()
 
 
 def test_evaluation_says_what_it_cannot_read(source: Any, tmp_path: Path) -> None:
@@ -539,11 +540,11 @@ def test_an_output_that_overlaps_the_source_is_refused(
 
 
 def test_another_source_is_refused_by_a_finished_output(
-    source: Any, slim_models: Any, tmp_path: Path
+    source: Any, plain_models: Any, tmp_path: Path
 ) -> None:
     plain = source()
     compress(plain, tmp_path / "out")
-    slim_models.edit(plain, lambda types: types.update(group_size=1))
+    plain_models.edit(plain, lambda types: types.update(group_size=1))
     with pytest.raises(MsQuantError, match=r"out: exists and it was made with description_sha256"):
         compress(plain, tmp_path / "out")
 
@@ -649,7 +650,7 @@ def test_defects_of_coded_tensors_are_named(source: Any, tmp_path: Path, number:
     change(tensors)
     path.unlink()
     save_file(tensors, path)
-    problems = verify(coded)["problems"]
+    problems = verify(coded).problems
     assert any(message in problem for problem in problems), problems
     for work in (lambda: decompress(coded, tmp_path / "back"), lambda: info(coded)):
         with pytest.raises(MsQuantError) as caught:
@@ -669,11 +670,13 @@ def test_an_odd_row_of_bytes_is_no_float16(source: Any, tmp_path: Path) -> None:
         decompress(tmp_path / "out", tmp_path / "back")
 
 
-def test_a_tile_of_the_other_mode_is_refused(source: Any, slim_models: Any, tmp_path: Path) -> None:
+def test_a_tile_of_the_other_mode_is_refused(
+    source: Any, plain_models: Any, tmp_path: Path
+) -> None:
     compress(source(), tmp_path / "out")
     path = tmp_path / "out" / "quant_model_weight_w8a8sc.safetensors"
     tensors = load_file(path)
-    weight = slim_models.w8a8s()[0][f"{WIDE}.weight"]
+    weight = plain_models.w8a8s()[0][f"{WIDE}.weight"]
     high = compress_matrix(weight, "high")
     tensors |= {f"{WIDE}.weight": high.weight, f"{WIDE}.index": high.index}
     path.unlink()
@@ -683,7 +686,7 @@ def test_a_tile_of_the_other_mode_is_refused(source: Any, slim_models: Any, tmp_
 
 
 def test_verification_compares_with_the_source(
-    source: Any, slim_models: Any, tmp_path: Path
+    source: Any, plain_models: Any, tmp_path: Path
 ) -> None:
     plain = source()
     compress(plain, tmp_path / "out")
@@ -694,13 +697,13 @@ def test_verification_compares_with_the_source(
     path.unlink()
     save_file(tensors, path)
     (plain / "modeling_odd.py").write_text("# other")
-    problems = verify(tmp_path / "out", plain)["problems"]
+    problems = verify(tmp_path / "out", plain).problems
     assert len(problems) == 3
     assert problems[0].startswith("embed.weight: 1 values differ from those of")
     assert problems[1].startswith(f"{WIDE}.weight: 1 values differ from those of")
     assert "modeling_odd.py: differs from the source's" in problems[2]
-    slim_models.edit(plain, lambda types: types.update({"norm.weight": "X"}))
-    (problem,) = verify(tmp_path / "out", plain)["problems"]
+    plain_models.edit(plain, lambda types: types.update({"norm.weight": "X"}))
+    (problem,) = verify(tmp_path / "out", plain).problems
     assert "norm.weight stands for 'FLOAT', expected 'X'" in problem
 
 
@@ -712,10 +715,10 @@ def test_every_flipped_byte_of_every_file_is_found(source: Any, tmp_path: Path) 
             changed = bytearray(content)
             changed[place] ^= 1
             path.write_bytes(changed)
-            assert verify(tmp_path / "out")["problems"], f"{path.name} byte {place}"
+            assert verify(tmp_path / "out").problems, f"{path.name} byte {place}"
         path.write_bytes(content)
     (tmp_path / "out" / "extra.py").write_text("")
-    assert "extra.py: not listed in" in verify(tmp_path / "out")["problems"][0]
+    assert "extra.py: not listed in" in verify(tmp_path / "out").problems[0]
 
 
 def test_a_float_source_is_refused(source: Any, tiny_model: Any, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_every_target_gives_the_same_directory(
 ) -> None:
     decompress(make_for("msmodelslim", 1).output, tmp_path / "whole")
     result = decompress(make_for(target, tp).output, tmp_path / "merged")
-    assert result["format"] == "W8A8S"
+    assert result.summary.format == "W8A8S"
     same(tmp_path / "merged" / WEIGHTS, tmp_path / "whole" / WEIGHTS)
     ours, theirs = (
         json.loads((tmp_path / name / DESCRIPTION).read_text()) for name in ("merged", "whole")
@@ -65,7 +65,7 @@ def test_every_target_gives_the_same_directory(
     for name in ("config.json", "tokenizer.json"):
         copy = (tmp_path / "merged" / name).read_bytes()
         assert copy == (make_for(target, tp).output / name).read_bytes()
-    assert verify(tmp_path / "merged", tmp_path / "whole")["problems"] == []
+    assert verify(tmp_path / "merged", tmp_path / "whole").problems == ()
 
 
 def test_compressed_again_it_is_what_run_wrote(make_for: Make, tmp_path: Path) -> None:

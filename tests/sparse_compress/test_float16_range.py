@@ -52,7 +52,7 @@ def test_a_gated_product_is_brought_down(
     sizes = {"intermediate_size": 640, "vocab_size": 320}
     made = make({**sizes, "change": large_gate_up}, **options)
     assert "divided by powers of two" in made.summary["float16_warnings"][-1]
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
     record = json.loads((made.output / "ms_quant.json").read_text())
     largest = record["activation_ranges"][0]["largest"]
     assert max(value for value, _ in largest.values()) <= LARGEST
@@ -69,7 +69,7 @@ def test_another_division_fails_verification(
 
     damaged.edit_json("ms_quant.json", forge)
     damaged.reseal()
-    problems = verify(damaged.directory, made.source)["problems"]
+    problems = verify(damaged.directory, made.source).problems
     assert any("up_proj" in problem for problem in problems)
 
 

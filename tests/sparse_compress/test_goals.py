@@ -145,15 +145,15 @@ def test_a_ratio_is_reached_at_any_number_of_ranks(make: Make, tmp_path: Path) -
     assert made.format == "W8A8SC TP2" and made.rate["price"] == whole.summary["price"]
     assert 0.97 * 0.45 <= made.ratio <= 0.45
     found = verify(two.output, whole.source)
-    assert found["problems"] == [] and found["checked"]["measured"] == 5
+    assert found.problems == () and found.checked["measured"] == 5
     assert left(job) == []
 
 
 def test_it_is_proven_and_its_rows_are_its_ratio(half: Any) -> None:
     found = verify(half.output, half.source)
-    assert found["problems"] == []
-    assert found["checked"]["measured"] == 5 and "recomputed" not in found["checked"]
-    assert verify(half.output)["problems"] == []
+    assert found.problems == ()
+    assert found.checked["measured"] == 5 and "recomputed" not in found.checked
+    assert verify(half.output).problems == ()
     described = info(half.output)
     assert (described["ratio"], described["price"]) == (
         half.summary["ratio"],
@@ -240,8 +240,8 @@ def test_one_changed_weight_is_found_with_the_source(half: Any, damage: Make) ->
     description = "quant_model_description_w8a8sc.json"
     copy.edit_json(description, lambda value: relist(copy.directory, value))
     copy.reseal()
-    assert verify(copy.directory)["problems"] == []
-    (problem,) = verify(copy.directory, half.source)["problems"]
+    assert verify(copy.directory).problems == ()
+    (problem,) = verify(copy.directory, half.source).problems
     assert problem.startswith(f"{LAYER}.mlp.gate_proj.weight: its relative squared error from the")
     assert problem.endswith(f"as {copy.directory / PROOF} states")
 
@@ -250,11 +250,11 @@ def test_a_changed_scale_is_found_with_the_source(half: Any, damage: Make) -> No
     copy = damage(half)
     copy.edit(f"rank_0/{BLOCK}", double_scale)
     copy.reseal()
-    assert "gate_up_proj: deq_scale differs from" in verify(copy.directory)["problems"][0]
+    assert "gate_up_proj: deq_scale differs from" in verify(copy.directory).problems[0]
     copy.edit(PROOF, double_proof_scale)
     copy.reseal()
-    assert verify(copy.directory)["problems"] == []
-    (problem,) = verify(copy.directory, half.source)["problems"]
+    assert verify(copy.directory).problems == ()
+    (problem,) = verify(copy.directory, half.source).problems
     assert f"{LAYER}.mlp.gate_proj.weight: its relative squared error" in problem
 
 
@@ -290,7 +290,7 @@ def test_a_changed_error_in_the_proof_is_named(
     copy = damage(half)
     restate(copy.directory / PROOF, change)
     copy.reseal()
-    problems = verify(copy.directory, half.source)["problems"]
+    problems = verify(copy.directory, half.source).problems
     assert any(message in problem for problem in problems), problems
 
 
@@ -298,7 +298,7 @@ def test_another_source_is_found(half: Any, make: Make, tiny_model: Make) -> Non
     config = json.loads((half.source / "config.json").read_text())
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size")
     other = tiny_model("other", layers=1, seed=1, change=quieten, **{k: config[k] for k in keys})
-    problems = verify(half.output, other)["problems"]
+    problems = verify(half.output, other).problems
     assert any("q_proj.weight: its relative squared error" in problem for problem in problems)
 
 
@@ -412,7 +412,7 @@ def test_a_quality_is_kept_and_a_killed_search_goes_on(
         < made.rate["perplexity"]
         <= 2 * made.rate["float_perplexity"]
     )
-    assert verify(lossy.output, lossy.model)["problems"] == []
+    assert verify(lossy.output, lossy.model).problems == ()
     assert lossy.heldout is not None
     tokens = np.load(lossy.heldout)["tokens"]
     stated = perplexity(open_model(lossy.model), tokens).perplexity

@@ -108,8 +108,8 @@ def test_a_description_without_lengths_is_written_as_it_is(make_for: Make, targe
 def test_round_trip(make_for: Make, target: str, tp: int) -> None:
     made = make_for(target, tp=tp)
     result = verify(made.output, made.source)
-    assert result["problems"] == []
-    assert result["checked"]["recomputed"] == 7
+    assert result.problems == ()
+    assert result.checked["recomputed"] == 7
     assert (made.summary["target"], made.summary["format"]) == (target, f"W8A8SC TP{tp}")
     found = info(made.output)
     assert len(found["rows"]) == (4 if TARGETS[target].fused else 7) * tp
@@ -213,7 +213,7 @@ def test_defects_of_a_rank_file_are_named(
     copy = damage(make_for("vllm-ascend"))
     copy.edit(RANK.format(1), change)
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any(message in problem for problem in problems), problems
 
 
@@ -239,7 +239,7 @@ def test_defects_of_the_description_are_named(
     copy = damage(make_for("vllm-ascend"))
     copy.edit_json("quant_model_description.json", change)
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any(message in problem for problem in problems), problems
     with pytest.raises(MsQuantError) as caught:
         open_w8a8sc(copy.directory)
@@ -266,7 +266,7 @@ def test_a_record_of_another_target_is_found(make_for: Make, damage: Make) -> No
     copy = damage(make_for("vllm-mindspore"))
     copy.edit_json("ms_quant.json", lambda r: r["record"].update(target="vllm-ascend"))
     copy.reseal()
-    assert "has [], expected ['model-rank-0-part-0" in verify(copy.directory)["problems"][0]
+    assert "has [], expected ['model-rank-0-part-0" in verify(copy.directory).problems[0]
 
 
 def test_an_output_for_another_target_is_refused(make_for: Make) -> None:
@@ -352,6 +352,6 @@ def test_the_command_takes_a_target(make_for: Make, tmp_path: Path) -> None:
 
 def test_families_that_vllm_ascend_does_not_document_are_named(make_for: Make) -> None:
     made = make_for("vllm-ascend", {"family": "llama"})
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
     sentence = "vllm-ascend documents W8A8SC only for qwen3, not llama"
     assert made.summary["not_served_by"] == [sentence]

@@ -148,7 +148,7 @@ def test_defects_of_tensors_are_named(
     if "weight" in message or "index" in message or defect[0] in ("dense", "weight"):
         copy.edit_json(DESCRIPTION, lambda value: relist(copy.directory, value))
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any(message in problem for problem in problems), problems
 
 
@@ -171,8 +171,9 @@ def test_a_shared_key_value_head_must_agree(
     copy = damage(make(tp=4))
     copy.edit(f"rank_3/{BLOCK}", copied_head)
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
-    assert problems == [f"rank_3: {QKV}.deq_scale: differs from rank_2, expected a copy of it"]
+    problems = verify(copy.directory).problems
+    sentence = f"rank_3: {QKV}.deq_scale: differs from rank_2, expected a copy of it"
+    assert problems == (sentence,)
 
 
 def test_a_float_slice_must_be_the_sources(
@@ -182,8 +183,8 @@ def test_a_float_slice_must_be_the_sources(
     copy = damage(made)
     copy.edit(f"rank_1/{BLOCK}", flip(f"{DOWN}.weight", 0))
     copy.reseal()
-    assert verify(copy.directory)["problems"] == []
-    problems = verify(copy.directory, made.source)["problems"]
+    assert verify(copy.directory).problems == ()
+    problems = verify(copy.directory, made.source).problems
     expected = "model.layers.0.mlp.down_proj.weight: 1 of 409600 values differ from the source's"
     assert [problem[: len(expected)] for problem in problems] == [expected]
 
@@ -205,8 +206,8 @@ def test_a_consistent_change_is_found_with_the_source(
         copy.edit(f"rank_{rank}/{BLOCK}", change)
     copy.edit_json(DESCRIPTION, lambda value: relist(copy.directory, value))
     copy.reseal()
-    assert verify(copy.directory)["problems"] == []
-    problems = verify(copy.directory, made.source)["problems"]
+    assert verify(copy.directory).problems == ()
+    problems = verify(copy.directory, made.source).problems
     assert len(problems) == 1 and message in problems[0], problems
 
 
@@ -223,7 +224,7 @@ def test_a_forged_weight_scale_is_found_with_the_source(
     for rank in (0, 1):  # doubling a float32 adds one to its exponent
         copy.edit(f"rank_{rank}/{BLOCK}", double_scale)
     copy.reseal()
-    problems = verify(copy.directory, made.source)["problems"]
+    problems = verify(copy.directory, made.source).problems
     assert any("1 of 320 rows do not follow from the source" in text for text in problems), problems
 
 
@@ -235,7 +236,7 @@ def test_malformed_counts_are_refused(
     path = copy.directory / "proof/block-00000.proof"
     save_file(load_file(path), path, {"counts": counts})
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any("metadata 'counts' is malformed" in problem for problem in problems), problems
 
 
@@ -251,7 +252,7 @@ def test_the_vocabulary_is_compared_in_pieces(
 
     monkeypatch.setattr(RankTensors, "read", record)
     monkeypatch.setattr("sparse_compress.ranks.reader.CHUNK_ELEMENTS", 320 * 7)
-    assert verify(made.output, made.source)["problems"] == []
+    assert verify(made.output, made.source).problems == ()
     assert not whole & {"lm_head.weight", "model.embed_tokens.weight"}
     assert NORM in whole
 
@@ -307,7 +308,7 @@ def test_defects_of_json_files_are_named(
     copy = damage(make(tp=2))
     copy.edit_json(name, change)
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any(message in problem for problem in problems), problems
 
 
@@ -320,7 +321,7 @@ def test_text_config_of_any_type(
     copy.edit_json("config.json", lambda config: config.update(text_config=value))
     copy.reseal()
     for source in (None, made.source):
-        (found,) = verify(copy.directory, source)["problems"]
+        (found,) = verify(copy.directory, source).problems
         assert "text_config is" in found
 
 
@@ -331,8 +332,8 @@ def test_a_tokenizer_file_that_the_source_does_not_have(
     copy = damage(made)
     (copy.directory / "vocab.json").write_text("{}")
     copy.reseal()
-    problems = verify(copy.directory, made.source)["problems"]
-    assert problems == [
+    problems = verify(copy.directory, made.source).problems
+    assert list(problems) == [
         f"{copy.directory / 'vocab.json'}: expected no such file, the source has none"
     ]
 
@@ -361,7 +362,7 @@ def test_defects_of_the_record_are_named(
     copy = damage(make(tp=2))
     copy.edit_json("ms_quant.json", change)
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any(message in problem for problem in problems), problems
 
 
@@ -371,7 +372,7 @@ def test_a_missing_rank_is_refused_and_not_replaced_by_the_first(
     copy = damage(make(tp=2))
     shutil.rmtree(copy.directory / "rank_1")
     copy.reseal()
-    assert "has ['rank_0'], expected ['rank_0', 'rank_1']" in verify(copy.directory)["problems"][0]
+    assert "has ['rank_0'], expected ['rank_0', 'rank_1']" in verify(copy.directory).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +384,7 @@ def test_a_file_too_many_is_found(
     copy = damage(make(tp=2))
     (copy.directory / name).parent.mkdir(exist_ok=True)
     (copy.directory / name).write_bytes(b"x")
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert (
         f"{copy.directory / name}: not listed in ms_quant.json, expected no other file that a "
         "runtime reads" in problems
@@ -396,7 +397,7 @@ def test_a_tensor_in_two_files_is_refused(
     copy = damage(make(tp=2))
     copy.edit(f"rank_0/{REST}", add(NORM, np.ones(320, np.float16)))
     copy.reseal()
-    assert "expected it only in" in verify(copy.directory)["problems"][0]
+    assert "expected it only in" in verify(copy.directory).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -417,12 +418,12 @@ def test_defects_of_the_proof_are_named(
     copy = damage(make(tp=2))
     copy.edit("proof/block-00000.proof", change)
     copy.reseal()
-    problems = verify(copy.directory)["problems"]
+    problems = verify(copy.directory).problems
     assert any(message in problem for problem in problems), problems
 
 
 def test_another_source_is_found(make: Callable[..., Any]) -> None:
-    problems = verify(make(tp=2).output, make({"seed": 1}).source)["problems"]
+    problems = verify(make(tp=2).output, make({"seed": 1}).source).problems
     assert any("q_proj.weight" in problem for problem in problems)
     assert any("model.norm.weight" in problem for problem in problems)
 
@@ -439,9 +440,9 @@ def test_a_single_flipped_byte_is_found_in_every_file(
             damaged = bytearray(content)
             damaged[place] ^= 1 << int(rng.integers(8))
             path.write_bytes(damaged)
-            assert verify(copy.directory)["problems"], f"{path} at {place}"
+            assert verify(copy.directory).problems, f"{path} at {place}"
         path.write_bytes(content)
-    assert verify(copy.directory)["problems"] == []
+    assert verify(copy.directory).problems == ()
 
 
 def test_every_byte_of_the_record_counts(
@@ -470,9 +471,9 @@ def test_truncated_and_deleted_files_are_named(
         path = copy.directory / name
         content = path.read_bytes()
         path.write_bytes(content[:-1])
-        assert any(name in problem for problem in verify(copy.directory)["problems"]), name
+        assert any(name in problem for problem in verify(copy.directory).problems), name
         path.unlink()
-        assert any(name in problem for problem in verify(copy.directory)["problems"]), name
+        assert any(name in problem for problem in verify(copy.directory).problems), name
         path.write_bytes(content)
 
 
@@ -496,8 +497,8 @@ def test_an_unreadable_source_is_refused(make: Callable[..., Any], tmp_path: Pat
 def test_the_result_is_json_and_progress_is_told(make: Callable[..., Any]) -> None:
     made, told = make(tp=2), []
     result = verify(made.output, made.source, lambda step, part: told.append((step, part)))
-    json.dumps(result, allow_nan=False)
+    json.dumps(result.as_json(), allow_nan=False)
     assert told[0] == ("files", 0.0) and told[-1] == ("tensors", 1.0)
     tiles = 2 * (4 * 2 + 3 * 2 + 10 * 2 + 3 * 3)
     expected = {"linears": 7, "tiles": tiles, "recomputed": 7, "float_tensors": 7}
-    assert result["checked"] == expected
+    assert result.checked == expected

@@ -69,9 +69,9 @@ def test_directories_that_overlap_are_refused(
         (tmp_path / "home").mkdir()
         model = Path(shutil.move(model, tmp_path / "home" / "model"))
     before = sorted(tmp_path.rglob("*"))
-    places = {"output": tmp_path / output, "job": job and tmp_path / job}
+    paths = {"output": tmp_path / output, "job": job and tmp_path / job}
     with pytest.raises(MsQuantError, match=message):
-        run_job(QuantizeOptions(model, scheme="W8A8_DYNAMIC", **places))
+        run_job(QuantizeOptions(model, scheme="W8A8_DYNAMIC", **paths))
     assert sorted(tmp_path.rglob("*")) == before
 
 

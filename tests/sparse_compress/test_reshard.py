@@ -73,7 +73,7 @@ def test_the_files_are_those_that_run_writes(
 ) -> None:
     source, output = plain(), tmp_path / "out"
     result = compress(check(source, output, 2, target, tp))
-    assert (result["format"], result["target"]) == (f"W8A8SC TP{tp}", target)
+    assert (result.summary.format, result.summary.target) == (f"W8A8SC TP{tp}", target)
     ours, theirs = file_contents(output), file_contents(made_for(target, tp).output)
     own = {"ms_quant.json", "proof/block-00000.proof"}
     assert ours.keys() | own == theirs.keys()
@@ -81,7 +81,7 @@ def test_the_files_are_those_that_run_writes(
         assert ours[name] == theirs[name], name
     assert len(info(output)["rows"]) == 4 * tp
     found = verify(output, source)
-    assert found["problems"] == [] and found["checked"]["compared"] == 7
+    assert found.problems == () and found.checked["compared"] == 7
     decompress(output, tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
 
@@ -89,7 +89,7 @@ def test_the_files_are_those_that_run_writes(
 def test_a_folded_bias_comes_out_again(made_for: Make, plain: Make, tmp_path: Path) -> None:
     source, output = plain(family="qwen2"), tmp_path / "out"
     compress(check(source, output, 2, "vllm-mindspore", 2))
-    assert verify(output, source)["problems"] == []
+    assert verify(output, source).problems == ()
     ours = open_w8a8sc(output).linear(KEY)
     theirs = open_w8a8sc(made_for("vllm-mindspore", 2, family="qwen2").output).linear(KEY)
     # Half a step of folding, and two roundings to float16.
@@ -100,7 +100,7 @@ def test_a_folded_bias_comes_out_again(made_for: Make, plain: Make, tmp_path: Pa
 def test_floats_and_tied_heads(plain: Make, tmp_path: Path) -> None:
     source, output = plain(tied=True), tmp_path / "out"
     compress(check(source, output, 2, "vllm-mindspore", 2))
-    assert verify(output, source)["problems"] == []
+    assert verify(output, source).problems == ()
 
 
 def test_a_group_that_is_float_stays_so(plain: Make, tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_a_group_that_is_float_stays_so(plain: Make, tmp_path: Path) -> None:
 
     source, output = plain(change), tmp_path / "out"
     result = compress(check(source, output, 2, "vllm-ascend", 2))
-    assert result["uncompressed"] == {path: f"is float in {DESCRIPTION}"}
-    assert verify(output, source)["problems"] == []
+    assert result.summary.uncompressed == {path: f"is float in {DESCRIPTION}"}
+    assert verify(output, source).problems == ()
 
 
 def test_an_interrupted_one_goes_on(plain: Make, tmp_path: Path, file_contents: Make) -> None:
@@ -129,7 +129,7 @@ def test_an_interrupted_one_goes_on(plain: Make, tmp_path: Path, file_contents: 
         compress(check(source, tmp_path / "out", 2, "vllm-ascend", 2), stop)
     compress(check(source, tmp_path / "out", 2, "vllm-ascend", 2))
     assert file_contents(tmp_path / "out") == file_contents(tmp_path / "whole")
-    assert compress(check(source, tmp_path / "out", 2, "vllm-ascend", 2))["finished_before"]
+    assert compress(check(source, tmp_path / "out", 2, "vllm-ascend", 2)).finished_before
 
 
 def put(name: str, array: Any, place: int = 0) -> Callable[[Tensors, dict[str, Any]], None]:
@@ -211,8 +211,8 @@ def test_a_changed_source_or_tile_is_found(plain: Make, tmp_path: Path, damage: 
     tensors["model.norm.weight"][3] += 1
     (source / WEIGHTS).unlink()
     save_file(tensors, source / WEIGHTS)
-    problems = verify(output, source)["problems"]
-    assert problems == [
+    problems = verify(output, source).problems
+    assert list(problems) == [
         f"{name}.weight: 2 of 409600 values differ from {source}",
         "model.norm.weight: 1 of 320 values differ from the source's as float16",
     ]
@@ -220,7 +220,7 @@ def test_a_changed_source_or_tile_is_found(plain: Make, tmp_path: Path, damage: 
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert any("was changed" in problem for problem in verify(output)["problems"])
+    assert any("was changed" in problem for problem in verify(output).problems)
     shutil.rmtree(output)
 
 
