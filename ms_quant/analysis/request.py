@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ms_quant import __version__
 from ms_quant.algorithms import PLAIN
 from ms_quant.analysis.probe import probe_of
 from ms_quant.analysis.work import Subject, variants_of
-from ms_quant.data.calibration import few_tokens, load_tokens
+from ms_quant.data.calibration import load_tokens
 from ms_quant.errors import BadArgumentError, UnsupportedError
 from ms_quant.evaluation.head import require_head
 from ms_quant.files.atomic import free_spaces_check
@@ -26,7 +25,7 @@ from ms_quant.models.config import ModelConfig
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.pipeline.request import CheckedJob, output_dtype
+from ms_quant.pipeline.request import CheckedJob, data_notes, data_record, output_dtype
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import KV_CACHES, SCHEMES
 
@@ -66,7 +65,7 @@ class CheckedAnalysis:
     model: FloatCheckpoint
     subject: Subject
     schemes: tuple[str, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
     @property
     def tokens(self) -> np.ndarray:
@@ -101,14 +100,8 @@ def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
     checked = CheckedJob(job, base, model.checkpoint, model.checkpoint, tokens, record, {}, 0)
     states = probe.tokens * config.hidden_size * 4 * (1 + sum(begin))
     free_spaces_check({job.job_directory: 2 * (states + 4 * tokens.size * config.hidden_size)})
-    notes = [*model_notes(config, model.checkpoint), *_float_notes(plans)]
-    if len(tokens) < job.windows.samples:
-        notes.append(
-            f"{job.calib}: holds {len(tokens)} windows of {tokens.shape[1]} tokens, using all"
-        )
-    if poor := few_tokens(tokens):
-        notes.append(f"{job.calib}: {poor}")
-    return CheckedAnalysis(checked, model, subject, schemes, tuple(notes))
+    notes = *model_notes(config, model.checkpoint), *_float_notes(plans), *data_notes(job, tokens)
+    return CheckedAnalysis(checked, model, subject, schemes, notes)
 
 
 def check_file(path: Path) -> None:
@@ -193,12 +186,7 @@ def _record(
         "dtype": subject.base.dtype.name,
         "probe": {"windows": list(subject.probe.windows), "tokens": subject.probe.length},
         "source": fingerprint(model.checkpoint),
-        "calibration": {
-            "samples": len(tokens),
-            "seq_len": tokens.shape[1],
-            "seed": options.job.windows.seed,
-            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        },
+        "calibration": data_record(options.job, tokens),
         "environment": {"ms_quant": __version__, **environment()},
     }
 

@@ -206,7 +206,7 @@ def _prepare(
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
     tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
-    notes += [] if tokens is None else _data_notes(options, tokens)
+    notes += [] if tokens is None else data_notes(options, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     return CheckedJob(
         options,
@@ -298,14 +298,19 @@ def _record(
     if plan.config.no_head:
         record["head"] = NO_HEAD
     if tokens is not None:
-        record["calibration"] = {
-            "samples": len(tokens),
-            "seq_len": tokens.shape[1],
-            "seed": options.windows.seed,
-            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        }
+        record["calibration"] = data_record(options, tokens)
         record["environment"] |= environment(plan.any("trains"))
     return record
+
+
+def data_record(options: QuantizeOptions, tokens: np.ndarray) -> dict[str, Any]:
+    """Which calibration data it is."""
+    return {
+        "samples": len(tokens),
+        "seq_len": tokens.shape[1],
+        "seed": options.windows.seed,
+        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
 
 
 def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
@@ -370,7 +375,7 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
     return load_tokens(options.calib, options.model, *options.windows)
 
 
-def _data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
+def data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
     """Sentences about calibration data that are used, but less or poorer than asked for."""
     notes, (count, length) = [], tokens.shape
     if count < options.windows.samples:
