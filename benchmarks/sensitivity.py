@@ -5,11 +5,12 @@
 
 MODEL (with --twin its outlier twin, tools/inject_outliers.py) is analysed, and quantized once in
 each scheme. Then one group at a time has its quantized linears in the float model, and the
-held-out text is predicted. The table has the rank correlation (Spearman) of each measure with the
-increase of the loss, over the groups that were measured, and over all schemes together where there
-are several. `linear` is the linearity theorem of HIGGS (arXiv 2411.17525): the group's relative
-error times a factor that a finer scheme's propagated error gives. With --repeats the CPU
-seconds of the analysis and of a min-max quantization with the same data are printed, too.
+held-out text is predicted. The tables have the rank correlation (Spearman) of each measure with
+the increase of the loss, over all groups and schemes that were measured, and over those whose
+increase is more than two standard errors: the ranks of the others are noise. `linear` is the
+linearity theorem of HIGGS (arXiv 2411.17525): the group's relative error times a factor that a
+finer scheme's propagated error gives. With --repeats the CPU seconds of the analysis and of a
+min-max quantization with the same data are printed, too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 from ms_quant.analysis.records import METRICS, GroupSensitivity, Sensitivity
 from ms_quant.analysis.run import analyze
 from ms_quant.data.calibration import eval_windows
-from ms_quant.evaluation.comparison import paired_difference
+from ms_quant.evaluation.comparison import STANDARD_ERRORS, paired_difference
 from ms_quant.evaluation.perplexity import measure
 from ms_quant.files.atomic import write_json
 from ms_quant.formats.opening import FloatModel, JobModel
@@ -132,10 +133,16 @@ def costs(model: Path, calib: Path, schemes: list[str], samples: int, repeats: i
 
 
 def correlations(rows: list[dict[str, Any]], schemes: list[str]) -> Iterator[tuple[str, ...]]:
-    """Metric and its correlation over the groups of each scheme, and of all together."""
+    """Metric and its correlation over the groups of each scheme, and of all together; how many
+    groups there are stands first."""
+    names = [*schemes, *(["all"] if len(schemes) > 1 else [])]
+    yield (
+        "measure",
+        *(f"{name}, {sum(name in (r['scheme'], 'all') for r in rows)}" for name in names),
+    )
     for metric in [*METRICS, "linear"]:
         cells = []
-        for name in [*schemes, *(["all"] if len(schemes) > 1 else [])]:
+        for name in names:
             chosen = [row for row in rows if name in (row["scheme"], "all")]
             if all(metric in row["predicted"] for row in chosen):
                 values = [row["predicted"][metric] for row in chosen]
@@ -168,10 +175,12 @@ def main() -> None:
         result = run(model, args)
     if args.json:
         write_json(args.json, result)
-    names = result["measured"]
-    print("| measure | " + " | ".join([*names, *(["all"] if len(names) > 1 else [])]) + " |")
-    for cells in correlations(result["rows"], names):
-        print("| " + " | ".join(cells) + " |")
+    rows = result["rows"]
+    real = [row for row in rows if row["measured"] > STANDARD_ERRORS * row["measured_error"]]
+    for title, chosen in (("all groups", rows), ("those told apart from noise", real)):
+        print(f"\n{title}:")
+        for cells in correlations(chosen, result["measured"]):
+            print("| " + " | ".join(cells) + " |")
     print(json.dumps(result["seconds"]))
 
 
