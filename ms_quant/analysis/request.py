@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ms_quant.algorithms import PLAIN
 from ms_quant.analysis.probe import probe_of
 from ms_quant.analysis.work import Subject, variants_of
 from ms_quant.data.calibration import load_tokens
-from ms_quant.errors import BadArgumentError, UnsupportedError
+from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.evaluation.head import require_head
 from ms_quant.files.atomic import free_spaces_check
 from ms_quant.files.reader import fingerprint
@@ -133,16 +134,32 @@ def _distinct(schemes: Sequence[str]) -> tuple[str, ...]:
 
 def _plan(config: ModelConfig, scheme: str, options: AnalyzeOptions) -> Plan:
     job = options.job
-    taken = {k: v for k, v in job.scheme_options.items() if k in SCHEMES[scheme].options}
-    plan = make_plan(
+    make = partial(
+        make_plan,
         config,
         scheme,
         PLAIN,
         dtype=output_dtype(config, job.dtype),
-        scheme_options=taken,
+        scheme_options={
+            name: value
+            for name, value in job.scheme_options.items()
+            if name in SCHEMES[scheme].options
+        },
         format=options.format,
-        float_undivided=True,
     )
+    try:
+        plan = make(float_undivided=True)
+    except BadArgumentError as error:
+        try:
+            make()
+        except MsQuantError as reason:
+            if str(reason) == str(error):
+                raise
+            raise BadArgumentError(
+                f"scheme {scheme}: no linear can take it, as {reason.found}; expected another "
+                "group size or scheme"
+            ) from None
+        raise
     if plan.any("trains"):
         raise UnsupportedError(
             f"scheme {scheme} trains each group, which costs many times what an analysis may, "

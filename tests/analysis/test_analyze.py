@@ -136,6 +136,25 @@ def _compare(slow: Slow, exact: list, block: int, linears: dict, error: Any) -> 
     assert error.output_mse == pytest.approx(float(np.square(own - right).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", [{"dtype": "float16"}, {"tied": True, "family": "qwen2"}])
+def test_models_of_other_kinds(
+    tiny_model: Callable[..., Path], calib_text: Path, kind: dict[str, Any]
+) -> None:
+    found = analyze(tiny_model(**kind), calib_text, ["W8A8"], **DATA)
+    assert all(group.schemes["W8A8"].loss_increase > 0 for group in found.groups)
+
+
+def test_a_model_that_predicts_no_tokens_is_refused(
+    tiny_model: Callable[..., Path], calib_text: Path
+) -> None:
+    def headless(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["lm_head.weight"]
+
+    model = tiny_model(change=headless, architectures=["Qwen3Model"])
+    with pytest.raises(BadArgumentError, match="expected one that predicts tokens"):
+        analyze(model, calib_text, ["W8A8"], **DATA)
+
+
 def test_a_cache_of_int8_is_measured(
     tiny_model: Callable[..., Path], calib_text: Path, quantized: Callable
 ) -> None:
@@ -239,7 +258,11 @@ def test_a_finished_file_is_read_and_another_is_left(
         (["W8A8", "W8A8"], {}, "W8A8, W8A8: expected each once"),
         (["W8A8_TIMESTEP"], {}, "is for networks and not for checkpoints"),
         (["W4A4_FLATQUANT_DYNAMIC"], {}, "trains each group"),
-        (["W4A16"], {}, "every linear stays float"),  # of 16 and 24 inputs, in groups of 128
+        (
+            ["W8A8", "W4A16"],
+            {},
+            "scheme W4A16: no linear can take it, as model.layers.0.self_attn",
+        ),  # of 16 and 24 inputs, in groups of 128
         (["W8A8"], {"scheme_options": {"group_size": 64}}, "no scheme of W8A8 takes group_size"),
         (["W8A8"], {"format": "none"}, "format 'none' is unknown"),
         (["W8A8"], {"dtype": "int8"}, "dtype 'int8' is not supported"),
