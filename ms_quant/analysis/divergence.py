@@ -14,6 +14,8 @@ from ms_quant import kernels
 from ms_quant.budget import BUDGET
 from ms_quant.models.embedding import Chunks
 
+ROWS = 512  # of one product with a piece of the head, which is read once for all of them
+
 
 class Changed(Protocol):
     """The last hidden states of variants, an array or what makes one when it is asked for."""
@@ -33,7 +35,7 @@ def divergences(
         head: float32 (vocab, hidden), in pieces.
         exact: float32 (tokens, hidden).
         changed: the same of each variant, which is asked for once for each piece of the head.
-        logit_bytes: of the logits of one variant that are held.
+        logit_bytes: of logits that are held at a time.
 
     Returns:
         float64 (variants, tokens), natural logarithm. Logits are float32, all else float64.
@@ -41,19 +43,23 @@ def divergences(
     tokens, shape = len(exact), (len(changed), len(exact))
     top, total = np.full(tokens, -np.inf), np.zeros(tokens)
     tops, totals, gaps = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape)
+    together = max(1, ROWS // tokens)
     for _, rows in head:
-        step = max(1, logit_bytes // (8 * tokens))
+        step = max(1, logit_bytes // (8 * tokens * together))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             logits = kernels.matmul(exact, part).astype(np.float64)
             shrink, weights = _exponentials(top, logits)
             total = total * shrink + weights.sum(axis=-1)
             gaps *= shrink
-            for k in range(len(changed)):
-                others = kernels.matmul(changed[k], part).astype(np.float64)
-                gaps[k] += np.einsum("tv,tv->t", weights, logits - others)
-                shrink, powers = _exponentials(tops[k], others)
-                totals[k] = totals[k] * shrink + powers.sum(axis=-1)
+            for start in range(0, len(changed), together):
+                some = slice(start, start + together)
+                states = np.concatenate([changed[k] for k in range(*some.indices(len(changed)))])
+                others = kernels.matmul(states, part).astype(np.float64)
+                others = others.reshape(-1, tokens, len(part))
+                gaps[some] += np.einsum("tv,ktv->kt", weights, logits - others)
+                shrink, powers = _exponentials(tops[some], others)
+                totals[some] = totals[some] * shrink + powers.sum(axis=-1)
     found = gaps / total - (top + np.log(total)) + (tops + np.log(totals))
     return np.maximum(found, 0)
 
@@ -63,4 +69,4 @@ def _exponentials(top: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.n
     higher = np.maximum(top, logits.max(axis=-1))
     shrink = np.exp(top - higher)
     top[:] = higher
-    return shrink, np.exp(logits - higher[:, None])
+    return shrink, np.exp(logits - higher[..., None])
