@@ -14,7 +14,7 @@ from ms_quant.statistics.kept import spread
 from ms_quant.statistics.observers import ActivationStats
 
 MASSIVE = 20  # times the median: int8 has 6 steps left for the median channel or token
-NAMED = 8
+NAMED, SHOWN = 8, 4
 MOMENT_TOKENS = 2048  # whose moments are summed up, in whole windows spread over all
 QUARTILE_VALUES = 1 << 16
 
@@ -107,5 +107,5 @@ def _tokens(facts: InputFacts) -> str:
     count = f"{facts.massive_tokens} of {facts.tokens} tokens"
     if not facts.positions:
         return count
-    more = ", ..." if len(facts.positions) == NAMED else ""
-    return f"{count} (positions {', '.join(map(str, facts.positions))}{more})"
+    shown, more = facts.positions[:SHOWN], ", ..." if len(facts.positions) > SHOWN else ""
+    return f"{count} (positions {', '.join(map(str, shown))}{more})"

@@ -12,7 +12,7 @@ WIDTH = 80
 NEGLIGIBLE = 0.5  # percent of perplexity that all groups of a scheme may cost together
 MOST_OF = 0.8  # of what they cost
 FEW = 0.2  # of the groups
-NAMED = 4
+MOST = 12  # groups that are named to be left float
 SCALES = {  # what scales its inputs by fixed numbers, to what does so per token
     "W8A8": "W8A8_MIX or W8A8_DYNAMIC",
     "W8A8_MIX": "W8A8_DYNAMIC",
@@ -60,21 +60,21 @@ def advice(found: Sensitivity, scheme: str) -> str:
     """One sentence: what to do about a scheme."""
     ranked = found.ranked(scheme)
     total = found.loss_increase(scheme)
-    cost = f"{scheme}: all {len(ranked)} groups together cost about {percent(total):+.2g} %"
+    cost = f"{scheme}: all {len(ranked)} groups together cost about {_cost(total)}"
     if percent(total) < NEGLIGIBLE:
         return f"{cost} of perplexity; nothing stands out, quantize them all."
     worst = _fewest(found, scheme)
-    if len(worst) > max(1, FEW * len(ranked)):
+    if len(worst) > max(1, min(MOST, FEW * len(ranked))):
         better = "an algorithm that smooths or searches (--algorithm osl), or a finer scheme"
         return f"{cost} of perplexity, spread over many groups; take {better}."
     if scheme.startswith("C8"):
         return f"{cost} of perplexity, most of it in {_names(worst)}; keep the cache float."
-    rest = percent(total - found.loss_increase(scheme, worst))
+    rest = _cost(total - found.loss_increase(scheme, worst))
     other = SCALES.get(scheme)
     instead = f", or choose {other} for them" if other else ""
     return (
-        f"{cost} of perplexity, most of it in {len(worst)}, {_names(worst)}; leave them float "
-        f"({_excluded(worst)}){instead}, then the others cost about {rest:+.2g} %."
+        f"{cost} of perplexity, most of it in {_names(worst)}; leave them float "
+        f"({_excluded(worst)}){instead}, then the others cost about {rest}."
     )
 
 
@@ -90,15 +90,24 @@ def _fewest(found: Sensitivity, scheme: str) -> list[GroupSensitivity]:
 
 
 def _names(groups: Sequence[GroupSensitivity]) -> str:
-    named = ", ".join(map(title, groups[:NAMED]))
-    return named + (f" and {len(groups) - NAMED} more" if len(groups) > NAMED else "")
+    """ "down of blocks 28, 11 and gate_up of block 29": each name once."""
+    blocks: dict[str, list[str]] = {}
+    for group in groups:
+        blocks.setdefault(group.name, []).append(str(group.block))
+    return " and ".join(
+        f"{name} of block{'s' if len(found) > 1 else ''} {', '.join(found)}"
+        for name, found in blocks.items()
+    )
 
 
 def _excluded(groups: Sequence[GroupSensitivity]) -> str:
     """The options that leave groups float; one linear of each is enough."""
-    return " ".join(f"--exclude {group.linears[0]}" for group in groups[:NAMED]) + (
-        " ..." if len(groups) > NAMED else ""
-    )
+    return " ".join(f"--exclude {group.linears[0]}" for group in groups)
+
+
+def _cost(loss: float) -> str:
+    value = percent(loss)
+    return f"{value:+,.0f} %" if abs(value) >= 100 else f"{value:+.2g} %"
 
 
 def _table(found: Sensitivity, scheme: str, metric: str, top: int) -> Iterator[str]:

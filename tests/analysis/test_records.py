@@ -130,7 +130,7 @@ def test_the_summary_says_what_hurts_and_what_to_do(found: Sensitivity) -> None:
     ]
     text = " ".join(" ".join(lines).split())
     assert "down of block 3: 3,275 at channels 1229, 1487, first token; median 1.6" in text
-    assert "most of it in 1, down of block 3; leave them float" in text
+    assert "most of it in down of block 3; leave them float" in text
     assert "--exclude model.layers.3.down_proj" in text and "the others cost about +0.09 %" in text
 
 
