@@ -17,7 +17,7 @@ from ms_quant.models.config import ModelConfig
 from ms_quant.statistics.kept import spread
 
 WINDOW_TOKENS = 64  # of a window: the first token and those that read it
-LEAST, MOST = 32, 1024
+LEAST, MOST = 16, 1024
 SHARE = 0.25  # of the products of calibration
 
 

@@ -14,7 +14,7 @@ MOST_OF = 0.8  # of what they cost
 FEW = 0.2  # of the groups
 MOST = 12  # groups that are named to be left float
 SCALES = {  # what scales its inputs by fixed numbers, to what does so per token
-    "W8A8": "W8A8_MIX or W8A8_DYNAMIC",
+    "W8A8": "W8A8_DYNAMIC",
     "W8A8_MIX": "W8A8_DYNAMIC",
 }
 COLUMNS = ("loss_increase", "output_error", "block_error")
