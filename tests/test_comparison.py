@@ -223,8 +223,8 @@ REFUSED = [
     ),
     (
         change_config(max_position_embeddings=8),
-        "against: max_position_embeddings is 8, that of the other model 64: windows have 16 "
-        "tokens, expected at most 8",
+        r"against: was made for 8 positions \(max_position_embeddings\), the other model for 64: "
+        "windows have 16 tokens, expected at most 8",
     ),
 ]
 

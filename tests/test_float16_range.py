@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from ms_quant.formats.opening import open_model
 from ms_quant.job.output_directory import seal
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import load_config
+from ms_quant.pipeline.request import prepare
 from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.quantization.divided import DividedTensors
+from ms_quant.recipe import load_recipe
 from ms_quant.statistics.activation_range import LARGEST, BlockRanges, float16_facts, read_divided
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -202,6 +205,59 @@ def test_without_calibration_it_says_so(
     none = {"calib": None, "samples": None, "seq_len": None}
     _, result = quantize(tiny_model(change=large_residual), scheme="W8A8_DYNAMIC", **none)
     assert result["float16_range"].startswith("not looked at")
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "quarot"])
+def test_data_of_a_scheme_without_calibration_check_the_range(
+    tiny_model: Callable[..., Path], quantize: Callable[..., Any], algorithm: str
+) -> None:
+    """The output differs in nothing but what is known of the activations."""
+    asked = {"scheme": "W8A8_DYNAMIC", "algorithm": algorithm}
+    none = {"calib": None, "samples": None, "seq_len": None}
+    model = tiny_model(head_dim=8)
+    checked, result = quantize(model, **asked)
+    plain, _ = quantize(model, **asked, **none)
+    assert result["float16_range"].startswith("model.layers.")
+    for path in plain.glob("*.safetensors"):
+        assert (checked / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_scheme_without_calibration_is_refused_or_divided(
+    tiny_model: Callable[..., Path], quantize: Callable[..., Any]
+) -> None:
+    with pytest.raises(
+        MsQuantError, match=r"model\.layers\.1: mlp.down_proj output .*at most 65,504"
+    ):
+        quantize(tiny_model("large", change=large_residual), scheme="W8A8_DYNAMIC")
+    model = tiny_model(change=large_gate_up)
+    output, result = quantize(model, scheme="W8A8_DYNAMIC")
+    assert "divided by powers of two" in result["float16_warnings"][-1]
+    assert verify_checkpoint(output, model).problems == ()
+
+
+def test_what_data_are_for_is_said(tiny_model: Callable[..., Path], calib_text: Path) -> None:
+    model = tiny_model()
+    asked = QuantizeOptions(model, model.with_name("out"), "W8A8_DYNAMIC", dtype="float16")
+    checked = prepare(replace(asked, calib=calib_text, samples=3, seq_len=8, seed=1))
+    (said,) = checked.notes
+    assert said.startswith(f"{calib_text}: scheme W8A8_DYNAMIC with minmax is not calibrated; the")
+    assert checked.tokens is not None and checked.tokens.shape == (3, 8)
+    for name in ("samples", "seq_len", "seed"):
+        option = name.replace("_", "-")
+        with pytest.raises(MsQuantError, match=f"no --{option} unless --calib FILE gives some"):
+            prepare(replace(asked, **{name: 2}))
+    with pytest.raises(MsQuantError, match=r"expected no --calib$"):
+        prepare(replace(asked, dtype="bfloat16", calib=calib_text))
+    recipe = load_recipe(
+        {
+            "apiversion": "ms_quant_v1",
+            "rules": [{"scheme": "W8A8_DYNAMIC"}],
+            "samples": 2,
+            "seq_len": 4,
+        }
+    )
+    checked = prepare(replace(asked, recipe=recipe, calib=calib_text))
+    assert checked.tokens is not None and checked.tokens.shape == (2, 4)
 
 
 def test_ranges_are_those_of_the_activations() -> None:

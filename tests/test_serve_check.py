@@ -179,6 +179,10 @@ def test_a_config_that_only_transformers_5_reads(make: Make) -> None:
     ("rope", "pattern"),
     [
         ({"type": "yarn", "factor": 2.0}, "no original_max_position_embeddings, expected"),
+        (
+            {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+            "embeddings is 4: transformers 4.51.3 computes with the latter, 4.57.1, vLLM and eval",
+        ),
         ({"type": "dynamic", "factor": 2.0}, "scales the dynamic rotary embedding for the longest"),
         (
             {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 1.1},

@@ -14,7 +14,7 @@ from ms_quant import __version__
 from ms_quant.algorithms import PLAIN
 from ms_quant.analysis.probe import probe_of
 from ms_quant.analysis.work import Subject, variants_of
-from ms_quant.data.calibration import load_tokens
+from ms_quant.data.calibration import Note, load_tokens
 from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.evaluation.head import require_head
 from ms_quant.files.atomic import free_spaces_check
@@ -23,10 +23,11 @@ from ms_quant.formats.float_model import FloatCheckpoint, model_notes, open_floa
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.job.directory import environment
 from ms_quant.models.config import ModelConfig
+from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.pipeline.request import CheckedJob, data_notes, data_record, output_dtype
+from ms_quant.pipeline.request import CheckedJob, output_dtype
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import KV_CACHES, SCHEMES
 
@@ -92,7 +93,8 @@ def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
     plans = {name: _plan(config, name, options) for name in schemes if name not in caches}
     _refuse_idle_options(job.scheme_options, plans)
     base = next(iter(plans.values()), None) or _plan(config, BASE, replace(options, format=""))
-    tokens = _tokens(job)
+    heard: list[str] = []
+    tokens = _tokens(job, heard.append)
     begin = [len(variants_of(plans, caches, block)) for block in config.blocks]
     shape = len(tokens), tokens.shape[1]
     probe = probe_of(config, begin, shape, options.probe_tokens)
@@ -101,8 +103,9 @@ def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
     checked = CheckedJob(job, base, model.checkpoint, model.checkpoint, tokens, record, {}, 0)
     states = probe.tokens * config.hidden_size * 4 * (1 + sum(begin))
     free_spaces_check({job.job_directory: 2 * (states + 4 * tokens.size * config.hidden_size)})
-    notes = *model_notes(config, model.checkpoint), *_float_notes(plans), *data_notes(job, tokens)
-    return CheckedAnalysis(checked, model, subject, schemes, notes)
+    notes = [*model_notes(config, model.checkpoint), *_float_notes(plans), *heard]
+    notes += data_notes(job, None, config, tokens)
+    return CheckedAnalysis(checked, model, subject, schemes, tuple(notes))
 
 
 def check_file(path: Path) -> None:
@@ -177,13 +180,13 @@ def _refuse_idle_options(asked: Mapping[str, Any], plans: Mapping[str, Plan]) ->
             )
 
 
-def _tokens(job: QuantizeOptions) -> np.ndarray:
+def _tokens(job: QuantizeOptions, note: Note) -> np.ndarray:
     if job.calib is None:
         raise BadArgumentError(
             "an analysis needs calibration data, expected --calib FILE (text, JSON records, "
             ".parquet or .npz)"
         )
-    tokens = load_tokens(job.calib, job.model, *job.windows)
+    tokens = load_tokens(job.calib, job.model, *job.windows, note)
     if tokens.shape[1] < 2:
         raise BadArgumentError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     return tokens

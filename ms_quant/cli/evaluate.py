@@ -58,9 +58,11 @@ def evaluate(
         _require_another(checkpoint, against)
     model = _opened(checkpoint)
     other = None if against is None else _opened(against)
-    tokens = eval_windows(text, checkpoint, seq_len, windows)
+    tokens = eval_windows(text, checkpoint, seq_len, windows, lambda said: note(f"note: {said}"))
+    _note_length(model, checkpoint, tokens.shape[1])
     if against is not None and other is not None:
         _require_comparable((model, other), (checkpoint, against), text, tokens, windows)
+        _note_length(other, against, tokens.shape[1])
     found, problems = _measured(model, tokens, kv_cache, float16)
     result = {
         "checkpoint": str(checkpoint),
@@ -198,6 +200,12 @@ def _with_error(value: float, error: float | None, unit: str) -> str:
     return found if error is None else f"{found} ± {scale * error:.{digits}f}{unit}"
 
 
+def _note_length(model: ServedModel, place: Path, positions: int) -> None:
+    """Says so where a text is longer than those that a model was made for."""
+    if beyond := model.config.beyond(positions):
+        note(f"note: {place}: {beyond}, the text has {positions}")
+
+
 def _note_oddities(model: Any) -> None:
     """What is wrong or odd in the files of a checkpoint that can be read all the same."""
     structure = getattr(model, "structure", None)
@@ -219,4 +227,5 @@ def generate(
 
     model = _opened(checkpoint)
     found = text_of(model, prompt, max_tokens=max_tokens, kv_cache=kv_cache, tokenizer=checkpoint)
+    _note_length(model, checkpoint, found.positions)
     emit(found.as_json(), as_json, lambda result: print(prompt + result["text"]))

@@ -8,13 +8,16 @@ tokenized as the windows need, see ``data_windows``.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ms_quant.data.files import Kind, count_chars, find_kind, read_ids, unpacked_bytes
-from ms_quant.data.records import Content, Conversation
+from ms_quant.data.messages import Conversation, is_empty
+from ms_quant.data.records import Content, unused_keys
 from ms_quant.data.sources import RecordSource, TextSource, holds_ids, record_reader
 from ms_quant.data.tokenizer import ModelTokenizer, load_tokenizer, model_vocab_size
 from ms_quant.data.windows import draw, needs_whole, stream
@@ -33,10 +36,21 @@ FEW_TOKENS, JUDGED_TOKENS = 16, 64  # fewer of all tokens say nothing
 REPEATED = 0.98
 TEXT_BYTES, TOKENIZER_COPIES = 64 << 20, 12
 NO_IDS = np.zeros(0, np.int32)
+Note = Callable[[str], object]
+"""Told what to know of a file, one sentence each."""
+
+
+def _unheard(_: str) -> None:
+    pass
 
 
 def load_tokens(
-    path: Path | str, tokenizer_dir: Path | str, samples: int, seq_len: int, seed: int
+    path: Path | str,
+    tokenizer_dir: Path | str,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    note: Note = _unheard,
 ) -> np.ndarray:
     """Chooses calibration windows from a file.
 
@@ -52,6 +66,7 @@ def load_tokens(
         samples (int): how many windows to draw.
         seq_len (int): the length of a window.
         seed (int): of the draw.
+        note (Callable): told of keys of records that are not used.
 
     Returns:
         numpy.ndarray, int32 of shape ``(n, seq_len)``; n is less than `samples` if the file has
@@ -73,11 +88,15 @@ def load_tokens(
     if len(windows) > samples:
         chosen = np.random.default_rng(seed).choice(len(windows), samples, replace=False)
         windows = windows[np.sort(chosen)]
-    return data.finish(windows)
+    return data.finish(windows, note)
 
 
 def eval_windows(
-    path: Path | str, tokenizer_dir: Path | str, seq_len: int, limit: int | None = None
+    path: Path | str,
+    tokenizer_dir: Path | str,
+    seq_len: int,
+    limit: int | None = None,
+    note: Note = _unheard,
 ) -> np.ndarray:
     """The windows of a file, in order, without overlap; the rest of the stream is dropped.
 
@@ -86,6 +105,7 @@ def eval_windows(
         tokenizer_dir (Path | str): the model directory.
         seq_len (int): the length of a window.
         limit (int | None): only the first ones; no more is tokenized. Default: ``None``, all.
+        note (Callable): told of keys of records that are not used.
 
     Returns:
         numpy.ndarray, int32 of shape ``(n, seq_len)``, n at least 1.
@@ -94,7 +114,7 @@ def eval_windows(
         MsQuantError: as :func:`load_tokens`.
     """
     data = _open(Path(path), Path(tokenizer_dir))
-    return data.finish(data.windows(data.step(seq_len), limit))
+    return data.finish(data.windows(data.step(seq_len), limit), note)
 
 
 def load_stream(path: Path | str, tokenizer_dir: Path | str) -> np.ndarray:
@@ -135,6 +155,7 @@ class _Encoder:
 
     def __init__(self, path: Path, directory: Path, tokenizer: ModelTokenizer | None):
         self.path, self.tokenizer = path, tokenizer
+        self.written: dict[tuple[str, bool], bool] = {}
         if tokenizer is None:
             known = model_vocab_size(directory)
             self.vocab_size, self.first_ids = known or load_tokenizer(directory).vocab_size, NO_IDS
@@ -175,6 +196,24 @@ class _Encoder:
         except UnicodeEncodeError:
             raise BadFileError(f"{where} holds half of a surrogate pair, expected text") from None
         return content
+
+    def passed_over(self, content: Content) -> set[str]:
+        """Keys of a conversation whose names its template does not have, and so does not write."""
+        if not isinstance(content, Conversation) or self.tokenizer is None:
+            return set()
+        found = {k for message in content.messages for k, v in message.items() if not is_empty(v)}
+        names = {key: f"messages[].{key}" for key in found - {"role", "content"}}
+        names |= {"tools": "tools"} if content.tools else {}
+        tools = content.tools is not None
+        return {name for key, name in names.items() if not self._writes(key, tools)}
+
+    def _writes(self, key: str, tools: bool) -> bool:
+        """Whether the chat template has the name of a key, as a word."""
+        if (key, tools) not in self.written:
+            assert self.tokenizer is not None
+            word = re.compile(rf"\b{re.escape(key)}\b")
+            self.written[key, tools] = bool(word.search(self.tokenizer.template(tools)))
+        return self.written[key, tools]
 
     def check(self, ids: np.ndarray) -> np.ndarray:
         """The ids as int32.
@@ -240,8 +279,10 @@ class _Data:
             )
         return ids[:, : length - length % step].reshape(-1, step)[:limit]
 
-    def finish(self, windows: np.ndarray) -> np.ndarray:
+    def finish(self, windows: np.ndarray, note: Note) -> np.ndarray:
         """The windows with what each begins with, if they are no repetition of one token.
+
+        Notes what the records hold beyond them.
 
         Raises:
             MsQuantError: they are.
@@ -253,6 +294,8 @@ class _Data:
                 f"{self.path}: {share:.0%} of its tokens are the id {found[counts.argmax()]}, "
                 f"expected data like what the model will read"
             )
+        if isinstance(self.source, RecordSource) and (said := unused_keys(self.source.unused)):
+            note(f"{self.path}: {said}")
         first = np.tile(self.encoder.first_ids, (len(windows), 1))
         return np.concatenate([first, windows], axis=1)
 
@@ -270,4 +313,4 @@ def _open(path: Path, directory: Path) -> _Data:
         )
     tokenizer = None if holds_ids(read) else load_tokenizer(directory)
     encoder = _Encoder(path, directory, tokenizer)
-    return _Data(path, encoder, RecordSource(path, size, read, encoder.read))
+    return _Data(path, encoder, RecordSource(path, size, read, encoder.read, encoder.passed_over))

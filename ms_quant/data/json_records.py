@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +19,7 @@ MAX_RECORD_CHARS = 8 << 20
 LIST_KEYS = ("data", "train", "rows", "records", "examples", "samples", "instances", "items")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEGUN = re.compile(r"""\{\s*["']|\[\s*'|\[\s*\{\s*["']""")
+WHITE = " \t\r\n"
 _NEAR = 20  # characters; an error this close to the end of what was read may be its end
 _JUDGED = ("{", "[", '"')
 
@@ -58,7 +60,7 @@ class JsonReader:
         self.path = path
         self.parts = open_text(path)
         self.text, self.at = "", 0
-        self.line, self.passed = 1, 0
+        self.line, self.line_start, self.passed = 1, 0, 0
         self.decoder = json.JSONDecoder(object_pairs_hook=without_duplicates)
 
     @property
@@ -118,14 +120,34 @@ class JsonReader:
         held = len(self.text) - self.at
         if cut and held > MAX_RECORD_CHARS:
             raise _too_long(where)
-        line = self.line + self.text.count("\n", self.at, error.pos)
-        column = error.pos - max(self.at - 1, self.text.rfind("\n", self.at, error.pos))
-        place = f"character {column}" if line == self.line else f"line {line}, character {column}"
+        reason, at = self._reason(error)
+        place = self._place(at, where)
         if not cut or not self._more(min(held, MAX_RECORD_CHARS + 1 - held)):
-            raise NotJsonError(f"{where} is not valid JSON ({error.msg}: {place})") from None
+            raise NotJsonError(f"{where} is not valid JSON ({reason}: {place})") from None
+
+    def _reason(self, error: json.JSONDecodeError) -> tuple[str, int]:
+        """What is wrong with a value, and where in the text that is held."""
+        before = self.text[self.at : error.pos].rstrip(WHITE)
+        found = self.text[error.pos :].lstrip(WHITE)[:1]
+        if error.pos == self.at and found == ",":
+            return "a comma between records, expected them without, or in one list [...]", error.pos
+        if before.endswith(",") and found and found in "}]":
+            return f"a comma before {found}", self.at + len(before) - 1
+        return error.msg, error.pos
+
+    def _place(self, at: int, where: str) -> str:
+        """Line and character of the text that is held; without the line where `where` has it."""
+        line = self.line + self.text.count("\n", self.at, at)
+        start = self.text.rfind("\n", self.at, at) + 1
+        column = self.passed + at - self.line_start if not start else at - start
+        place = f"character {column + 1}"
+        return place if where.endswith(f": line {line}") else f"line {line}, {place}"
 
     def _advance(self, end: int) -> None:
-        self.line += self.text.count("\n", self.at, end)
+        newlines = self.text.count("\n", self.at, end)
+        if newlines:
+            self.line += newlines
+            self.line_start = self.passed + self.text.rfind("\n", self.at, end) + 1
         self.at = end
 
     def _more(self, least: int = 1) -> bool:
@@ -148,7 +170,9 @@ def _too_long(where: str) -> TooLongError:
     )
 
 
-def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
+def read_values(
+    path: Path, keys: Collection[str], unused: Counter[str] | None = None
+) -> Iterator[Value]:
     """The records of a file, in order.
 
     They stand one after the other, are the elements of one list, or of one list inside an object.
@@ -156,11 +180,13 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
     Args:
         path (Path): the file.
         keys (Collection[str]): an object with any of them is a record itself.
+        unused (Counter, optional): gets what stands in an object beside its list. Default:
+            ``None``, nobody asks.
 
     Raises:
         MsQuantError: the file is not JSON of such a kind.
     """
-    reader = JsonReader(path)
+    reader, unused = JsonReader(path), Counter() if unused is None else unused
     if reader.peek() == "[" and _is_list_of_records(path):
         yield from _elements(reader)
         if reader.peek():
@@ -175,7 +201,7 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
         except TooLongError:
             if not first:
                 raise
-            yield from _members(JsonReader(path), keys)
+            yield from _members(JsonReader(path), keys, unused)
             return
         first = False
         inner = _inner_list(found, keys)
@@ -183,6 +209,7 @@ def read_values(path: Path, keys: Collection[str]) -> Iterator[Value]:
             yield found
             continue
         key, values = inner
+        unused.update(f"{k} beside the list" for k, v in found.value.items() if k != key and v)
         share = found.length // max(1, len(values))
         for number, value in enumerate(values):
             where = f"{found.where}, {key}, record {number + 1}"
@@ -228,7 +255,7 @@ def _is_list_of_records(path: Path) -> bool:
     return not is_message(reader.value(f"{path}: record 1").value)
 
 
-def _members(reader: JsonReader, keys: Collection[str]) -> Iterator[Value]:
+def _members(reader: JsonReader, keys: Collection[str], unused: Counter[str]) -> Iterator[Value]:
     """The elements of the list of an object that is the whole file, and too long for one value.
 
     Raises:
@@ -244,7 +271,8 @@ def _members(reader: JsonReader, keys: Collection[str]) -> Iterator[Value]:
             lists += 1
             yield from _elements(reader)
         else:
-            reader.value(f"{where}, {name!r:.40}")
+            value = reader.value(f"{where}, {name!r:.40}").value
+            unused.update([f"{name} beside the list"] if value else [])
         char = reader.take()
     if char != "}" or lists != 1 or reader.peek():
         raise _too_long(where)
@@ -265,6 +293,11 @@ def _elements(reader: JsonReader) -> Iterator[Value]:
             found = repr(char) if char else "the end of the file"
             raise BadFileError(
                 f"{where} is not followed by , or ] but by {found} (line {line}), expected JSON"
+            )
+        line = reader.line
+        if reader.peek() == "]":
+            raise NotJsonError(
+                f"{where} is the last, expected no comma after it (line {line}) but ] alone"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ MAX_GROUP_BYTES = 1 << 30
 BATCH_ROWS = 64
 
 
-def read_rows(path: Path) -> Iterator[Value]:
+def read_rows(path: Path, unused: Counter[str] | None = None) -> Iterator[Value]:
     """The rows of a file as records.
+
+    Args:
+        path (Path): the file.
+        unused (Counter, optional): gets the columns that are not read. Default: ``None``, nobody
+            asks.
 
     Raises:
         MsQuantError: pyarrow is missing, the file is malformed, has none of the columns, or a row
@@ -33,6 +39,9 @@ def read_rows(path: Path) -> Iterator[Value]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = _columns(file, path)
+            if unused is not None:
+                others = set(file.schema_arrow.names).difference(names)
+                unused.update(dict.fromkeys(others, file.metadata.num_rows))
             rows = file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
             for number, value in enumerate((row for b in rows for row in b.to_pylist()), 1):
                 size = _chars(value) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,8 @@ from ms_quant.data.records import RECORD_KEYS, Content, parse_record
 from ms_quant.data.windows import Passage, text_passages
 from ms_quant.errors import BadFileError
 
-Reader = Callable[[], Iterator[Value]]
+Reader = Callable[[Counter[str]], Iterator[Value]]
+"""Reads a file from its beginning, and counts by their keys values that are in no record."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class RecordSource:
         size (int): its characters; 0 is not known.
         records (Reader): reads it from the beginning.
         render (Callable): what a record holds, and where it is, to a text or ids.
+        passed_over (Callable): keys of what a record holds that `render` does not write.
+
+    Attributes:
+        unused: how many of the records that were read last hold something under a key that is no
+            part of the text, by key.
     """
 
     def __init__(
@@ -51,16 +58,21 @@ class RecordSource:
         size: int,
         records: Reader,
         render: Callable[[Content, str], str | np.ndarray],
+        passed_over: Callable[[Content], set[str]],
     ):
         self.path, self.records, self.render = path, records, render
-        self.size = size or sum(value.length for value in records())
+        self.passed_over = passed_over
+        self.unused: Counter[str] = Counter()
+        self.size = size or sum(value.length for value in records(Counter()))
 
     def passages(self) -> Iterator[Passage]:
         kind: type | None = None
-        for value in self.records():
-            content = parse_record(value.value, value.where)
+        unused = self.unused = Counter[str]()
+        for value in self.records(unused):
+            content = parse_record(value.value, value.where, unused)
             if content is None:
                 continue
+            unused.update(self.passed_over(content))
             if kind is not None and (kind is np.ndarray) != isinstance(content, np.ndarray):
                 raise BadFileError(
                     f"{value.where}: only some records are token ids, expected all or none"
@@ -83,5 +95,5 @@ def record_reader(path: Path, kind: Kind) -> Reader | None:
 
 def holds_ids(records: Reader) -> bool:
     """Whether the first record that is not empty holds token ids."""
-    found = (parse_record(value.value, value.where) for value in records())
+    found = (parse_record(value.value, value.where) for value in records(Counter()))
     return isinstance(next((content for content in found if content is not None), None), np.ndarray)

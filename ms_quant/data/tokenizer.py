@@ -18,6 +18,7 @@ from ms_quant.data.tokenizer_files import (
 )
 from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
+from ms_quant.models.spellings import canonical
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ class ModelTokenizer:
         """Ids of a text as a server sees it."""
         return np.concatenate([self.first_ids, self.encode(text)])
 
+    def template(self, tools: bool) -> str:
+        """The chat template of a conversation with tools or without, "" where there is none.
+
+        Raises:
+            MsQuantError: several have names, and none of them is the default.
+        """
+        return choose_template(self.templates, tools, self.directory) if self.templates else ""
+
     def render(
         self,
         messages: list[dict[str, Any]],
@@ -102,9 +111,8 @@ class ModelTokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = choose_template(self.templates, tools is not None, self.directory)
         try:
-            return render_template(template, names)
+            return render_template(self.template(tools is not None), names)
         except ValueError as error:
             raise BadFileError(f"{self.directory}: the chat template failed ({error})") from error
 
@@ -147,7 +155,7 @@ def load_tokenizer(directory: Path | str) -> ModelTokenizer:
 def model_vocab_size(directory: Path) -> int | None:
     """``vocab_size`` of a model directory's ``config.json``, if it has one."""
     path = directory / "config.json"
-    value = read_json(path).get("vocab_size") if path.is_file() else None
+    value = canonical(read_json(path)).get("vocab_size") if path.is_file() else None
     return value if type(value) is int and value > 0 else None
 
 

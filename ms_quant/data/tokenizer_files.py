@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ms_quant.errors import BadFileError
-from ms_quant.files.strict_json import read_json, require_file
+from ms_quant.files.strict_json import read_json, require_file, without_mark
 
 MAX_TOKENIZER_BYTES = 256 << 20
 SPECIAL_KEYS = (
@@ -53,7 +53,7 @@ def load_backend(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     if path.exists():
         check_file(path, MAX_TOKENIZER_BYTES)
         try:
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_buffer(without_mark(path.read_bytes()))
         except Exception as error:  # the library raises nothing more precise
             raise BadFileError(f"{path}: not a tokenizer ({error})") from error
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():

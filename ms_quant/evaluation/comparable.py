@@ -46,13 +46,14 @@ def require_same_text(
             f"{other}: has a vocabulary of {size} tokens, expected the {expected} of {name}: their "
             "losses are not of the same choices"
         )
-    most = {name: model.config.max_position, other: against.config.max_position}
+    most = {name: model.config.longest, other: against.config.longest}
     short = [which for which in most if most[which] < length]
     if len(short) == 1:
         longest = min(most.values())
         raise BadArgumentError(
-            f"{short[0]}: max_position_embeddings is {longest}, that of the other model "
-            f"{max(most.values())}: windows have {length} tokens, expected at most {longest}"
+            f"{short[0]}: was made for {longest} positions (max_position_embeddings), the other "
+            f"model for {max(most.values())}: windows have {length} tokens, expected at most "
+            f"{longest}"
         )
 
 

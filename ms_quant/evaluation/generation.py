@@ -29,11 +29,13 @@ class Generation:
         prompt: what it began with.
         text: what came after that.
         tokens: the ids of ``text``.
+        positions: how many there are, with those of the prompt.
     """
 
     prompt: str
     text: str
     tokens: tuple[int, ...]
+    positions: int
 
     def as_json(self) -> dict[str, Any]:
         """What the command prints of it."""
@@ -78,7 +80,7 @@ def generate(
     stops = [] if words.eos_id is None else [words.eos_id]
     generator = Generator(opened(model), kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
-    return Generation(prompt, words.decode(new), tuple(new))
+    return Generation(prompt, words.decode(new), tuple(new), len(ids) + len(new))
 
 
 class Generator:

@@ -1,7 +1,8 @@
 """Files that go with a model's tensors: tokenizer, templates, pooling, custom code, licence.
 
-They are copied as they are and never executed. A file is found by its name, or because another
-names it: ``auto_map`` the Python files, ``modules.json`` the directories of sentence-transformers.
+They are copied as they are, JSON without a byte order mark, and never executed. A file is found by
+its name, or because another names it: ``auto_map`` the Python files, ``modules.json`` the
+directories of sentence-transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ms_quant.errors import BadFileError
-from ms_quant.files.strict_json import parse_json, read_json
+from ms_quant.files.strict_json import parse_json, read_json, without_mark
 
 MAX_BYTES, MAX_CODE_BYTES, MAX_FILES = 256 << 20, 4 << 20, 512
 MODULES, TEMPLATES = "modules.json", "additional_chat_templates"
@@ -59,6 +60,12 @@ def companion_files(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
+def companion_bytes(path: Path) -> bytes:
+    """The content of a file as it is copied: runtimes read no JSON behind a byte order mark."""
+    content = path.read_bytes()
+    return without_mark(content) if path.suffix.lower() == ".json" else content
+
+
 def is_companion(name: str) -> bool:
     """Whether a file of this name goes with a model's tensors."""
     return bool(_NAMES.fullmatch(name))
@@ -100,7 +107,7 @@ def _module_paths(directory: Path) -> list[str]:
     if path.stat().st_size > MAX_MODULES_BYTES:
         raise BadFileError(f"{path}: expected at most {MAX_MODULES_BYTES} bytes")
     try:
-        modules = parse_json(path.read_bytes())
+        modules = parse_json(without_mark(path.read_bytes()))
     except ValueError as error:
         raise BadFileError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(modules, list) or not all(isinstance(item, Mapping) for item in modules):

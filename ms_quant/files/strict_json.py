@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -30,7 +31,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         size = path.stat().st_size
         if size > limit:
             raise BadFileError(f"{path}: {size} bytes, expected at most {limit}")
-        content = path.read_bytes()
+        content = without_mark(path.read_bytes())
     except OSError as error:
         raise BadFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
@@ -40,6 +41,11 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadFileError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def without_mark(content: bytes) -> bytes:
+    """UTF-8 without the byte order mark that editors of Windows put before it."""
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def require_file(path: Path) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ms_quant.files.atomic import sha256_file
-from ms_quant.files.companion_files import companion_files
+from ms_quant.files.companion_files import companion_bytes, companion_files
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import find_difference
 from ms_quant.job.unlisted import is_read
 from ms_quant.models.config import ModelConfig, load_config, written_config
-from ms_quant.models.spellings import DTYPE_KEYS, spelling_problems
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+from ms_quant.models.spellings import DTYPE_KEYS, QUANTIZATION_KEYS, spelling_problems
 
 
 def model_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -90,5 +89,5 @@ def copy_problems(copy: Path, original: Path) -> Iterator[str]:
             yield f"{copy}: expected no such file, the source has none"
     elif not copy.is_file():
         yield f"{copy}: no such file, expected a copy of the source's"
-    elif sha256_file(copy) != sha256_file(original):
+    elif sha256_file(copy) != sha256(companion_bytes(original)).hexdigest():
         yield f"{copy}: differs from the source's"

@@ -22,9 +22,11 @@ from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.families import CLASSIFIES, EMBEDS
 from ms_quant.models.rope import frequencies
+from ms_quant.models.spellings import asks_tensors
 from ms_quant.models.weights import check_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OF_CODE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OUTER = ("lm_head.", "score.")
 BUFFER = "rotary_emb.inv_freq"
 BUFFER_TOLERANCE = 2**-7  # twice the rounding of bfloat16, in which some exports hold it
@@ -61,6 +63,8 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
             "hidden states"
         )
     check_model(checkpoint, config)
+    if asks_tensors(config.raw, f"{directory}: config.json"):
+        config = replace(config, dtype=OF_CODE[checkpoint.info(EMBEDDING).code])
     for name, path in left_out(checkpoint):
         if name == HEAD or name in config.parameter_shapes():
             raise BadFileError(

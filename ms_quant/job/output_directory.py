@@ -26,6 +26,7 @@ from ms_quant.files.atomic import (
     write_bytes,
     write_json,
 )
+from ms_quant.files.companion_files import companion_bytes
 from ms_quant.files.lock import locked
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import explain_difference
@@ -229,7 +230,7 @@ class OutputDirectory:
         path = self.partial / name
         with disk_errors(path, "its directory"):
             path.parent.mkdir(exist_ok=True)
-        return replace(write_bytes(path, (source / name).read_bytes()), name=name)
+        return replace(write_bytes(path, companion_bytes(source / name)), name=name)
 
     @contextmanager
     def open_or_discard(self) -> Iterator[None]:

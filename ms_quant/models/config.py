@@ -16,7 +16,13 @@ from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import check_rope, unknown_rope_keys
 from ms_quant.models.sliding_window import check_windows, without_windows
-from ms_quant.models.spellings import ROPE_KEYS, read_dtype, read_rope, rope_spellings
+from ms_quant.models.spellings import (
+    ROPE_KEYS,
+    canonical,
+    read_dtype,
+    read_rope,
+    rope_spellings,
+)
 
 MAX_LAYERS = 4096  # what is done for every layer must end before its tensors are looked at
 
@@ -92,6 +98,20 @@ class ModelConfig:
         return index not in self.unrotated
 
     @property
+    def longest(self) -> int:
+        """How many positions it was made for, with what its rotary embedding extends them to."""
+        if self.rope["rope_type"] not in ("linear", "dynamic", "yarn"):
+            return self.max_position
+        original = self.rope["original_max_position_embeddings"]
+        return max(self.max_position, int(original * self.rope["factor"]))
+
+    def beyond(self, positions: int) -> str | None:
+        """A sentence where a text has more positions than the model was made for."""
+        if positions <= self.longest:
+            return None
+        return f"the model was made for {self.longest} positions (max_position_embeddings)"
+
+    @property
     def has_head(self) -> bool:
         """Whether there is a head of its own, ``lm_head.weight``."""
         return not (self.tied or self.no_head or self.labels)
@@ -148,6 +168,7 @@ def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
 
 
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    raw = canonical(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
@@ -344,7 +365,8 @@ def _flag(rule: bool | str, raw: dict[str, Any], where: str) -> bool:
 
 
 def _dtype(raw: dict[str, Any], where: str) -> str:
-    value = read_dtype(raw, where) or "float32"
+    value = read_dtype(raw, where)
+    value = "float32" if value is None else value
     if value not in ("bfloat16", "float16", "float32"):
         raise UnsupportedError(
             f"{where}: dtype {value!r:.80} is not supported, expected bfloat16, float16 or float32"

@@ -3,11 +3,13 @@
 transformers 5 writes one ``rope_parameters`` and ``dtype``; transformers 4, and vLLM with it,
 reads ``rope_theta`` beside ``rope_scaling``, and ``torch_dtype``. A runtime that finds its own
 spelling absent takes a default without a word, so what is written says everything in both, and
-what is read may not say two things.
+what is read may not say two things. Values that real files spell in more than one way are read as
+one, and written so.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,11 +17,50 @@ from ms_quant.errors import BadFileError
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+AUTO = "auto"
 ANYWHERE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Rotary keys that stand beside the rotary object or in it."""
 THETA = 10000.0
 READ_BY_OLD = ("rope_theta", "rope_scaling", "torch_dtype")
 READ_BY_NEW = ("rope_parameters", "dtype")
+
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_NUMBERS = """
+hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+vocab_size max_position_embeddings rms_norm_eps rope_theta partial_rotary_factor
+original_max_position_embeddings no_rope_layer_interval num_labels sliding_window max_window_layers
+factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow mscale mscale_all_dim
+"""
+NUMBERS = frozenset(_NUMBERS.split())
+"""Keys whose values are numbers, in config.json and in a rotary object."""
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def canonical(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose values are spelled in the one way that is read and written.
+
+    ``"torch.bfloat16"`` becomes ``"bfloat16"`` and a number in quotes the number; an empty
+    quantization entry, which says nothing, is left out.
+    """
+    found = {key: _number(value) if key in NUMBERS else value for key, value in raw.items()}
+    for key in ROPE_KEYS:
+        if isinstance(found.get(key), dict):
+            rope = found[key]
+            found[key] = {k: _number(v) if k in NUMBERS else v for k, v in rope.items()}
+    for key in DTYPE_KEYS:
+        if isinstance(found.get(key), str):
+            found[key] = found[key].removeprefix("torch.")
+    empty = {key for key in QUANTIZATION_KEYS if key in found and found[key] in (None, {})}
+    return {key: value for key, value in found.items() if key not in empty}
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is; anything else as it is."""
+    if not isinstance(value, str) or len(value) > 32 or not _DECIMAL.fullmatch(value.strip()):
+        return value
+    text = value.strip()
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
 def read_rope(raw: Mapping[str, Any], where: str, theta: float = THETA) -> dict[str, Any]:
@@ -84,12 +125,18 @@ def agreed(places: Mapping[str, Any], where: str) -> Any:
 
 
 def read_dtype(raw: Mapping[str, Any], where: str) -> Any:
-    """The type of the weights by either key, None where neither says it.
+    """The type of the weights by either key, None where neither says it or both leave it open.
 
     Raises:
         MsQuantError: they differ.
     """
-    return agreed({key: raw.get(key) for key in DTYPE_KEYS}, where)
+    said = {key: raw.get(key) for key in DTYPE_KEYS}
+    return agreed({key: None if value == AUTO else value for key, value in said.items()}, where)
+
+
+def asks_tensors(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether a config says that the tensors say their type."""
+    return AUTO in [raw.get(key) for key in DTYPE_KEYS] and read_dtype(raw, where) is None
 
 
 def rope_spellings(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:

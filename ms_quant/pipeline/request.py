@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.job.unlisted import is_read
 from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import CALIB_DIRECTORY, QuantizeOptions
 from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
 from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
@@ -173,7 +173,7 @@ def _with_recipe(options: QuantizeOptions, recipe: Recipe) -> QuantizeOptions:
 def _with_data(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
     """The calibration data that the recipe names, if the plan needs any and none was given."""
     recipe = options.recipe
-    if recipe is None or not plan.needs_calibration:
+    if recipe is None or not (plan.needs_calibration or options.calib):
         return options
     given = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
     found = {name: getattr(recipe, name) for name in given}
@@ -205,8 +205,10 @@ def _prepare(
         options = replace(options, shard_bytes=options.most_shard_bytes)
         extension = Extension({}, {"shard_bytes": options.shard_bytes}, output_bytes(plan))
         check_fits(checkpoint, float_tensors(original), plan.dtype)
-    tokens = _calibration_tokens(options, plan) if plan.needs_calibration else None
-    notes += [] if tokens is None else data_notes(options, tokens)
+    tokens = None
+    if plan.needs_calibration or options.calib is not None:
+        tokens = _calibration_tokens(options, plan, notes.append)
+        notes += data_notes(options, plan, config, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     return CheckedJob(
         options,
@@ -303,29 +305,21 @@ def _record(
     return record
 
 
-def data_record(options: QuantizeOptions, tokens: np.ndarray) -> dict[str, Any]:
-    """Which calibration data it is."""
-    return {
-        "samples": len(tokens),
-        "seq_len": tokens.shape[1],
-        "seed": options.windows.seed,
-        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }
-
-
 def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     """Refuses what was asked for and would change nothing.
 
     Raises:
         MsQuantError: names the option.
     """
-    if plan.needs_calibration:
+    float16 = plan.dtype.name == "float16"
+    if plan.needs_calibration or (float16 and options.calib is not None):
         return
     for name in ("calib", "samples", "seq_len", "seed"):
         if getattr(options, name) is not None:
+            also = " unless --calib FILE gives some to check float16 by" if float16 else ""
             raise BadArgumentError(
                 f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
-                f"expected no --{name.replace('_', '-')}"
+                f"expected no --{name.replace('_', '-')}{also}"
             )
 
 
@@ -356,7 +350,9 @@ def _require_mindspore(why: str) -> None:
         )
 
 
-def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
+def _calibration_tokens(
+    options: QuantizeOptions, plan: Plan, note: Callable[[str], None]
+) -> np.ndarray:
     what = f"kv cache {plan.kv_cache}"
     if plan.any("calibrated"):
         what = f"algorithm {plan.algorithm}"
@@ -372,19 +368,7 @@ def _calibration_tokens(options: QuantizeOptions, plan: Plan) -> np.ndarray:
         )
     from ms_quant.data.calibration import load_tokens  # whose libraries data-free jobs do without
 
-    return load_tokens(options.calib, options.model, *options.windows)
-
-
-def data_notes(options: QuantizeOptions, tokens: np.ndarray) -> list[str]:
-    """Sentences about calibration data that are used, but less or poorer than asked for."""
-    notes, (count, length) = [], tokens.shape
-    if count < options.windows.samples:
-        notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
-    from ms_quant.data.calibration import few_tokens
-
-    if poor := few_tokens(tokens):
-        notes.append(f"{options.calib}: {poor}")
-    return notes
+    return load_tokens(options.calib, options.model, *options.windows, note)
 
 
 def float_tensors(plan: Plan) -> list[str]:

@@ -44,6 +44,14 @@ def config_findings(served: Served, request: ServeRequest, config: ModelConfig) 
             f"{path}: the yarn rotary embedding has no original_max_position_embeddings, expected "
             "the length that the model was trained with: vLLM fails without"
         )
+    original = rope.get("original_max_position_embeddings")
+    if kind == "yarn" and original and config.max_position / original != rope["factor"]:
+        served.notes.append(
+            f"{path}: the yarn rotary embedding has factor {rope['factor']}, but "
+            f"max_position_embeddings / original_max_position_embeddings is "
+            f"{config.max_position / original:g}: transformers 4.51.3 computes with the latter, "
+            "4.57.1, vLLM and eval with the factor"
+        )
     own = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
     if kind == "yarn" and own:
         served.notes.append(

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ms_quant.data.calibration import eval_windows
+from ms_quant.data.calibration import Note, eval_windows
 from ms_quant.errors import BadArgumentError
 from ms_quant.formats.float_model import open_float
 from ms_quant.formats.source_kind import model_directory
@@ -153,7 +153,8 @@ def check(options: SparseOptions) -> CheckedSparseJob:
     options = replace(options, model=model_directory(options.model))
     plain = options.quantization(options.exclude)
     check_paths(options.model, options.output, plain.job_directory)
-    goal = _goal(options)
+    notes: list[str] = []
+    goal = _goal(options, notes.append)
     pruned = options.pruned
     model = open_float(options.model)
     config, checkpoint = model
@@ -185,11 +186,16 @@ def check(options: SparseOptions) -> CheckedSparseJob:
     lost = survey(checkpoint, layout.float_names())
     exclude = (*options.exclude, *_members(target, config, limits))
     checked = prepare(options.quantization(exclude), extension, model)
+    checked = replace(checked, notes=(*notes, *checked.notes))
     return CheckedSparseJob(options, checked, layout, reasons, lost, goal)
 
 
-def _goal(options: SparseOptions) -> Goal | None:
+def _goal(options: SparseOptions, note: Note) -> Goal | None:
     """The goal, or None where weights are pruned.
+
+    Args:
+        options: what is asked.
+        note: told what to know of the held-out text.
 
     Raises:
         MsQuantError: two ways are asked for at once, or one is out of its range.
@@ -215,7 +221,7 @@ def _goal(options: SparseOptions) -> Goal | None:
         return Goal(float(options.target_ratio))
     assert options.max_ppl_increase is not None and options.heldout is not None
     check_increase(options.max_ppl_increase)
-    tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples)
+    tokens = eval_windows(options.heldout, options.model, options.seq_len, options.samples, note)
     if tokens.shape[1] < 2:
         raise BadArgumentError(
             f"seq_len is {options.seq_len}, expected at least 2 to predict a token of --heldout"

@@ -25,7 +25,7 @@ from ms_quant.formats.opening import ServedModel, open_model
 from sparse_compress.cli import app
 from sparse_compress.codec import compress_matrix, decompress_matrix, matrix_info
 from sparse_compress.pipeline.info import info
-from sparse_compress.pipeline.request import SparseOptions
+from sparse_compress.pipeline.request import SparseOptions, check
 from sparse_compress.pipeline.run import run
 from sparse_compress.ranks.reader import open_w8a8sc
 from sparse_compress.rate import levels, search, share, steps
@@ -98,6 +98,16 @@ def lossy(half: Any, heldout: Path, tmp_path: Path) -> SparseOptions:
     """A request for a loss of quality, of one fused linear."""
     options = replace(half.options, output=tmp_path / "out", exclude=(*EXCLUDE, "*.q_proj"))
     return replace(options, target_ratio=None, max_ppl_increase=1.0, heldout=heldout)
+
+
+def test_what_heldout_records_hold_beyond_the_text_is_said(lossy: SparseOptions) -> None:
+    path = lossy.output.with_name("heldout.jsonl")
+    assert lossy.heldout is not None
+    ids = np.load(lossy.heldout)["tokens"].tolist()
+    path.write_text("\n".join(json.dumps({"input_ids": row, "labels": row}) for row in ids))
+    notes = check(replace(lossy, heldout=path)).quantization.notes
+    (said,) = [line for line in notes if "labels" in line]
+    assert said == f"{path}: keys that are not used, and in how many records: labels ({len(ids)})"
 
 
 def opened(directory: Path) -> ServedModel:
