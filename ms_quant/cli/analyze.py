@@ -69,8 +69,8 @@ def analyze(
     probe_tokens: Annotated[
         int | None,
         typer.Option(
-            help="About how many tokens one quantized group at a time runs on. Default: what costs "
-            "half of a quantization",
+            help="About how many tokens one quantized group at a time runs on. Default: as many as "
+            "cost a quarter of calibration, 16 at least",
             min=1,
         ),
     ] = None,
