@@ -27,7 +27,8 @@ def errors(made: np.ndarray, exact: np.ndarray) -> Errors:
     powers = np.square(wide).sum(axis=-1)
     if not squares.size:
         return 0.0, 0.0
-    return float((squares / np.maximum(powers, SMALLEST)).mean()), float(squares.sum() / wide.size)
+    powers = np.where(powers > 0, powers, np.maximum(squares, SMALLEST))  # of zeros: all or none
+    return float((squares / powers).mean()), float(squares.sum() / wide.size)
 
 
 class FloatBlock:

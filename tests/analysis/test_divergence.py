@@ -1,4 +1,4 @@
-"""The divergence of predictions, beside a slow oracle."""
+"""The divergence of predictions and relative errors, beside slow oracles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ms_quant.analysis.divergence import divergences
+from ms_quant.analysis.measure import errors
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -42,3 +43,12 @@ def test_equal_predictions_do_not_diverge() -> None:
     exact = exact.astype(np.float32)
     found = divergences([(0, head.astype(np.float32))], exact, exact[None])
     assert (found >= 0).all() and found.max() < 1e-12
+
+
+def test_errors_are_relative_to_each_token() -> None:
+    exact = np.array([[3.0, 4.0], [1000.0, 0.0], [0.0, 0.0], [0.0, 0.0]], np.float32)
+    made = exact + np.array([[0.0, 5.0], [0.0, 10.0], [0.0, 0.0], [0.0, 2.0]], np.float32)
+    relative, mean = errors(made, exact)
+    assert relative == pytest.approx((1 + 1e-4 + 0 + 1) / 4)
+    assert mean == pytest.approx((25 + 100 + 0 + 4) / 8)
+    assert errors(exact[:0], exact[:0]) == (0, 0)
