@@ -38,6 +38,7 @@ CONTENTS = {
         Recipes <recipes>
         Sparse compression <sparse>
         Evaluation <evaluation>
+        Find what hurts <analysis>
         Serve <serving>
         Concepts and glossary <concepts>
     """,

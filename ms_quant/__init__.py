@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ms_quant.algorithms import ALGORITHMS
+    from ms_quant.analysis.records import Sensitivity
+    from ms_quant.analysis.run import analyze
     from ms_quant.cells import (
         Observations,
         QuantLinear,
@@ -53,9 +55,11 @@ __all__ = [
     "Observations",
     "QuantLinear",
     "Recipe",
+    "Sensitivity",
     "TimestepManager",
     "TimestepPolicyConfig",
     "UnsupportedError",
+    "analyze",
     "calibrate",
     "compare",
     "convert_checkpoint",
@@ -74,6 +78,8 @@ __all__ = [
 
 _MODULES = {
     "ms_quant.algorithms": ("ALGORITHMS",),
+    "ms_quant.analysis.records": ("Sensitivity",),
+    "ms_quant.analysis.run": ("analyze",),
     "ms_quant.cells": (
         *("Observations", "QuantLinear", "calibrate", "load_quantized", "quantize"),
         *("save_quantized", "summary"),

@@ -17,7 +17,7 @@ from ms_quant.schemes.table import SCHEMES
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ["quantize", "verify", "eval", "generate", "inspect", "schemes"]
+COMMANDS = ["quantize", "analyze", "verify", "eval", "generate", "inspect", "schemes"]
 NO_IMPORT = """
 import sys
 class Finder:

@@ -14,7 +14,7 @@ ROOMS = {
         *("native_library", "errors", "timestep", "budget", "progress", "numerics", "kernels"),
         *("files", "schemes", "models", "statistics", "algorithms", "data", "recipe", "plan"),
         *("job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation"),
-        *("cells", "cli"),
+        *("analysis", "cells", "cli"),
     ),
     "sparse_compress": (
         *("codec", "rate", "layouts", "ranks", "msmodelslim", "verify", "serve", "pipeline"),

@@ -19,6 +19,7 @@ import toy_family
 from sealed import seal_again
 
 from ms_quant.algorithms.problem import Problem, Solution, checked
+from ms_quant.analysis.run import analyze
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.generation import Generator
@@ -275,3 +276,15 @@ def test_taps_are_shown():
         "attention output": [(6, 24, 64)],
         "router scores": [(6 * 24, 2)],
     }
+
+
+def test_each_expert_is_analysed(model: Path, calib_text: Path) -> None:
+    found = analyze(model, calib_text, ["W8A8", "W8A16"], **DATA)
+    names = [group.name for group in found.groups if group.block == 1]
+    assert len(names) == 8 and {"experts.1.gate_up", "shared.down"} <= set(names)
+    for group in found.groups:
+        error = group.schemes["W8A8"]
+        assert error.output_error > 0 and error.block_error > 0 and error.loss_increase > 0
+        assert group.input is not None
+        routed = group.name.startswith("experts")
+        assert (group.input.tokens < DATA["samples"] * DATA["seq_len"]) == routed

@@ -9,6 +9,7 @@ import typer
 
 from ms_quant import __version__
 from ms_quant.cli import checkpoints, evaluate
+from ms_quant.cli.analyze import analyze
 from ms_quant.cli.arguments import example
 from ms_quant.cli.console import run
 from ms_quant.cli.quantize import quantize
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("quantize", quantize, "Qwen3-8B -o Qwen3-8B-W8A8 --algorithm osl --calib text.jsonl"),
+    ("analyze", analyze, "Qwen3-8B --calib text.jsonl --schemes W8A8,W8A8_MIX -o hurts.json"),
     ("convert", checkpoints.convert, "Qwen3-8B-dynamic -o Qwen3-8B-ascend --format ascend"),
     ("verify", checkpoints.verify, "Qwen3-8B-W8A8 --source Qwen3-8B"),
     ("serve-check", checkpoints.serve_check, "Qwen3-8B-W8A8SC --runtime vllm-mindspore --tp 2"),

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from ms_quant.errors import BadArgumentError
-from ms_quant.formats.opening import ServedModel
+from ms_quant.models.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def require_head(model: ServedModel) -> None:
+class Configured(Protocol):
+    """Attributes:
+    config: what the model is.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+def require_head(model: Configured) -> None:
     """Refuses a model that predicts no tokens.
 
     Raises:
@@ -22,6 +33,6 @@ def require_head(model: ServedModel) -> None:
         )
 
 
-def head_name(model: ServedModel) -> str:
+def head_name(model: Configured) -> str:
     """The tensor whose rows are multiplied with the last hidden states."""
     return EMBEDDING if model.config.tied else "lm_head.weight"

@@ -4,6 +4,7 @@
     block-00000.safetensors  the quantized linears of a finished block; further formats of the same
                              job have block-00000.1.safetensors and so on
     hidden-00001.npy         float32 (windows, tokens, hidden), the input of a block
+    probe-00001.npy          of an analysis, the inputs of a block, some group before it quantized
     source.json              the hash of every tensor of the source, as the first pass read it
     ms_quant.lock            empty; locked by the process that works here
 
@@ -40,7 +41,7 @@ from ms_quant.schemes.records import Scheme
 LOCK = "ms_quant.lock"
 CHANGED = "changed."  # before the names of float tensors in a block's file
 CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
-_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|hidden-\d{5,}\.npy|source\.json)"
+_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|(hidden|probe)-\d{5,}\.npy|source\.json)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (
@@ -250,6 +251,9 @@ class JobDirectory:
 
     def hidden_file(self, index: int) -> Path:
         return self.directory / f"hidden-{index:05d}.npy"
+
+    def probe_file(self, index: int) -> Path:
+        return self.directory / f"probe-{index:05d}.npy"
 
     def finished(self) -> set[int]:
         """The blocks that are finished, in whatever order."""

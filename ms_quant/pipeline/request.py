@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.job.unlisted import is_read
 from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.storage import DTYPES
+from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import CALIB_DIRECTORY, QuantizeOptions
 from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
 from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
@@ -208,7 +208,7 @@ def _prepare(
     tokens = None
     if plan.needs_calibration or options.calib is not None:
         tokens = _calibration_tokens(options, plan, notes.append)
-        notes += _data_notes(options, plan, tokens)
+        notes += data_notes(options, plan, config, tokens)
     record = {**_record(options, plan, checkpoint, tokens), **extension.numbers}
     return CheckedJob(
         options,
@@ -300,12 +300,7 @@ def _record(
     if plan.config.no_head:
         record["head"] = NO_HEAD
     if tokens is not None:
-        record["calibration"] = {
-            "samples": len(tokens),
-            "seq_len": tokens.shape[1],
-            "seed": options.windows.seed,
-            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        }
+        record["calibration"] = data_record(options, tokens)
         record["environment"] |= environment(plan.any("trains"))
     return record
 
@@ -374,25 +369,6 @@ def _calibration_tokens(
     from ms_quant.data.calibration import load_tokens  # whose libraries data-free jobs do without
 
     return load_tokens(options.calib, options.model, *options.windows, note)
-
-
-def _data_notes(options: QuantizeOptions, plan: Plan, tokens: np.ndarray) -> list[str]:
-    """Sentences about calibration data: what for, and where less or poorer than asked for."""
-    notes, (count, length) = [], tokens.shape
-    if not plan.needs_calibration:
-        notes.append(
-            f"{options.calib}: scheme {plan.scheme_name} with {plan.algorithm} is not calibrated; "
-            "the data only show whether float16 holds the activations"
-        )
-    if beyond := plan.config.beyond(length):
-        notes.append(f"{options.model}: {beyond}, the windows of {options.calib} have {length}")
-    if count < options.windows.samples:
-        notes.append(f"{options.calib}: holds {count} windows of {length} tokens, using all")
-    from ms_quant.data.calibration import few_tokens
-
-    if poor := few_tokens(tokens):
-        notes.append(f"{options.calib}: {poor}")
-    return notes
 
 
 def float_tensors(plan: Plan) -> list[str]:

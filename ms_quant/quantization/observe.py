@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
@@ -89,6 +90,7 @@ def observe(
     *,
     first: int = 0,
     following: Callable[[np.ndarray], None] = lambda output: None,
+    inputs: Mapping[str, Observer] = MappingProxyType({}),
 ) -> Observations:
     """Runs a float block on windows and keeps what is wanted.
 
@@ -100,6 +102,7 @@ def observe(
         wanted: what is kept.
         first: the first window of ``hidden``.
         following: takes the outputs, in order.
+        inputs: who else is shown the inputs of groups, by name.
 
     Raises:
         MsQuantError: an activation is NaN or infinite.
@@ -123,6 +126,8 @@ def observe(
     looks: dict[str, list[Observer]] = {name: [seen.update] for name, seen in stats.items()}
     for name, found in unsearched.items():
         looks[name].append(partial(_add, found, searched))
+    for name, look in inputs.items():
+        looks.setdefault(name, []).append(look)
     shown = block.with_linears(_watched(block, looks, ranges)).with_taps(taps)
     for batch in hidden:
         states.clear()
@@ -180,9 +185,9 @@ def _watched(
     }
     for group in block.spec.groups:
         path = group.members[0]
-        watched[path] = _shows_input(watched[path], partial(ranges.add, input_of(group)))
+        watched[path] = shows_input(watched[path], partial(ranges.add, input_of(group)))
         for look in looks.get(group.name, ()):
-            watched[path] = _shows_input(watched[path], look)
+            watched[path] = shows_input(watched[path], look)
     return watched
 
 
@@ -195,7 +200,9 @@ def _shows_output(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
     return watched
 
 
-def _shows_input(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
+def shows_input(linear: Linear, look: Callable[[np.ndarray], None]) -> Linear:
+    """The same linear, which shows what it reads."""
+
     def watched(rows: np.ndarray) -> np.ndarray:
         look(rows)
         return linear(rows)

@@ -10,7 +10,7 @@ made to fit by dividing what a linear makes and multiplying what reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,13 +18,13 @@ import numpy as np
 from ms_quant.budget import BUDGET, Budget
 from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
-from ms_quant.models.block_forward import BlockForward, Positions
+from ms_quant.models.block_forward import BlockForward, Observer, Positions
 from ms_quant.models.embedding import used_rows
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import BlockProgress
 from ms_quant.quantization.block import QuantizedBlock, quantize
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
-from ms_quant.quantization.observe import divide, observe, wanted
+from ms_quant.quantization.observe import Wanted, divide, observe, wanted
 from ms_quant.quantization.weights import LoadedWeights, StoredWeights, Weights
 from ms_quant.statistics.activation_range import Divided
 from ms_quant.statistics.observations import Observations
@@ -79,11 +79,13 @@ class BlockWork:
         self._make_hidden(index)
         block, at = self._block(index, {}), self._at
         assert at is not None
-        plans, plan = [plan for plan, _ in self.targets], self.targets[0][0]
-        kept = wanted(plans, index, self.hooks)
-        see = partial(observe, block, at, wanted=kept, shape=self._shape)
-        following = self._following(index)
-        seen = see(hidden=self._hidden(index), following=following.append if following else _drop)
+        plan, following = self.targets[0][0], self._following(index)
+        see = partial(observe, block, at, wanted=self.wanted(index), shape=self._shape)
+        seen = see(
+            hidden=self._hidden(index),
+            following=following.append if following else _drop,
+            inputs=self.watchers(index),
+        )
         if following:
             following.commit()  # dividing changes no output
         if plan.dtype.name == "float16":
@@ -95,6 +97,14 @@ class BlockWork:
                 seen.divided = divided
             seen.ranges.check_float16()
         return seen
+
+    def wanted(self, index: int) -> Wanted:
+        """What must be kept of a block."""
+        return wanted([plan for plan, _ in self.targets], index, self.hooks)
+
+    def watchers(self, index: int) -> Mapping[str, Observer]:
+        """Who else is shown the inputs of a block's groups, by name."""
+        return {}
 
     def finish(self, index: int, observations: Observations | None) -> None:
         """Quantizes a block for each format from the same observations, and commits it.

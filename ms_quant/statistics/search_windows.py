@@ -11,7 +11,7 @@ import numpy as np
 from ms_quant.budget import Budget
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
-from ms_quant.models.linear_forward import QuantizedForward
+from ms_quant.models.linear_forward import Linear, QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.statistics.kept import spread
 
@@ -96,10 +96,15 @@ class BlockErrors:
 
     def pairs(self, candidate: Candidate) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Error and float output, of some windows at a time."""
-        linears = {path: QuantizedForward(linear) for path, linear in candidate.items()}
+        outputs = self.outputs({path: QuantizedForward(one) for path, one in candidate.items()})
+        for states, output in zip(self._batches(), outputs, strict=True):
+            yield output - states[-1], states[-1]
+
+    def outputs(self, linears: Mapping[str, Linear]) -> Iterator[np.ndarray]:
+        """The block's output with what computes some linears, of some windows at a time."""
         block = self.block.with_linears(linears)
         for states, inputs in zip(self._batches(), self._inputs, strict=True):
-            yield self._output(block, states, inputs) - states[-1], states[-1]
+            yield self._output(block, states, inputs)
 
     @cached_property
     def _inputs(self) -> list[Any]:

@@ -1,0 +1,224 @@
+"""Checking what ``ms-quant analyze`` is asked: every refusal that needs no work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant import __version__
+from ms_quant.algorithms import PLAIN
+from ms_quant.analysis.probe import probe_of
+from ms_quant.analysis.work import Subject, variants_of
+from ms_quant.data.calibration import Note, load_tokens
+from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
+from ms_quant.evaluation.head import require_head
+from ms_quant.files.atomic import free_spaces_check
+from ms_quant.files.reader import fingerprint
+from ms_quant.formats.float_model import FloatCheckpoint, model_notes, open_float
+from ms_quant.formats.source_kind import model_directory
+from ms_quant.job.directory import environment
+from ms_quant.models.config import ModelConfig
+from ms_quant.pipeline.calibration import data_notes, data_record
+from ms_quant.pipeline.options import QuantizeOptions
+from ms_quant.pipeline.paths import check_paths
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.pipeline.request import CheckedJob, output_dtype
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.table import KV_CACHES, SCHEMES
+
+BASE = "W8A8_DYNAMIC"  # its plan says the types where only caches are analysed
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """What a user asks of ``ms-quant analyze``.
+
+    Attributes:
+        job: the model, the calibration data, where the result and the work go.
+        schemes: names of schemes and kinds of cache.
+        format: the checkpoint format whose numerics count; "" is each scheme's first.
+        probe_tokens: about how many tokens variants run on; None is as many as cost little.
+    """
+
+    job: QuantizeOptions
+    schemes: Sequence[str]
+    format: str = ""
+    probe_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class CheckedAnalysis:
+    """A checked request.
+
+    Attributes:
+        checked: the model, the tokens and the job.
+        model: the opened model.
+        subject: what is analysed.
+        schemes: in the order that they were asked for.
+        notes: what to know, one sentence each.
+    """
+
+    checked: CheckedJob
+    model: FloatCheckpoint
+    subject: Subject
+    schemes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 (windows, tokens) calibration data."""
+        assert self.checked.tokens is not None
+        return self.checked.tokens
+
+
+def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
+    """Checks a request against the model and the data.
+
+    Raises:
+        MsQuantError: anything that would make the work fail later.
+    """
+    job = replace(options.job, model=model_directory(options.job.model))
+    schemes = _distinct(options.schemes)
+    check_file(job.output)
+    check_paths(job.model, job.output, job.job_directory)
+    model = open_float(job.model)
+    config = model.config
+    require_head(model)
+    caches = [name for name in schemes if name in KV_CACHES]
+    plans = {name: _plan(config, name, options) for name in schemes if name not in caches}
+    _refuse_idle_options(job.scheme_options, plans)
+    base = next(iter(plans.values()), None) or _plan(config, BASE, replace(options, format=""))
+    heard: list[str] = []
+    tokens = _tokens(job, heard.append)
+    begin = [len(variants_of(plans, caches, block)) for block in config.blocks]
+    shape = len(tokens), tokens.shape[1]
+    probe = probe_of(config, begin, shape, options.probe_tokens)
+    subject = Subject(plans, caches, base, probe)
+    record = _record(options, model, subject, schemes, tokens)
+    checked = CheckedJob(job, base, model.checkpoint, model.checkpoint, tokens, record, {}, 0)
+    states = probe.tokens * config.hidden_size * 4 * (1 + sum(begin))
+    free_spaces_check({job.job_directory: 2 * (states + 4 * tokens.size * config.hidden_size)})
+    notes = [*model_notes(config, model.checkpoint), *_float_notes(plans), *heard]
+    notes += data_notes(job, None, config, tokens)
+    return CheckedAnalysis(checked, model, subject, schemes, tuple(notes))
+
+
+def check_file(path: Path) -> None:
+    """Refuses what would fail when all work is done.
+
+    Raises:
+        MsQuantError: a directory is there, or none for the file.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadArgumentError(
+            f"{path}: cannot be made, expected a file name in a directory there is"
+        )
+
+
+def _distinct(schemes: Sequence[str]) -> tuple[str, ...]:
+    """The names, each known and there once."""
+    if isinstance(schemes, str):
+        raise BadArgumentError(f"schemes is {schemes!r:.80}, expected a list of names")
+    if not schemes:
+        raise BadArgumentError("no scheme is asked for, expected at least one")
+    for name in schemes:
+        if name not in SCHEMES and name not in KV_CACHES:
+            known = ", ".join([*SCHEMES, *KV_CACHES])
+            raise BadArgumentError(f"scheme {name!r} is unknown, expected one of {known}")
+    if len(set(schemes)) < len(schemes):
+        raise BadArgumentError(f"schemes {', '.join(schemes)}: expected each once")
+    return tuple(schemes)
+
+
+def _plan(config: ModelConfig, scheme: str, options: AnalyzeOptions) -> Plan:
+    job = options.job
+    make = partial(
+        make_plan,
+        config,
+        scheme,
+        PLAIN,
+        dtype=output_dtype(config, job.dtype),
+        scheme_options={
+            name: value
+            for name, value in job.scheme_options.items()
+            if name in SCHEMES[scheme].options
+        },
+        format=options.format,
+    )
+    try:
+        plan = make(float_undivided=True)
+    except BadArgumentError as error:
+        try:
+            make()
+        except MsQuantError as reason:
+            if str(reason) == str(error):
+                raise
+            raise BadArgumentError(
+                f"scheme {scheme}: no linear can take it, as {reason.found}; expected another "
+                "group size or scheme"
+            ) from None
+        raise
+    if plan.any("trains"):
+        raise UnsupportedError(
+            f"scheme {scheme} trains each group, which costs many times what an analysis may, "
+            "expected another"
+        )
+    return plan
+
+
+def _refuse_idle_options(asked: Mapping[str, Any], plans: Mapping[str, Plan]) -> None:
+    for name in asked:
+        if not any(name in SCHEMES[scheme].options for scheme in plans):
+            raise BadArgumentError(
+                f"no scheme of {', '.join(plans) or 'a cache'} takes {name}, expected no such "
+                "option"
+            )
+
+
+def _tokens(job: QuantizeOptions, note: Note) -> np.ndarray:
+    if job.calib is None:
+        raise BadArgumentError(
+            "an analysis needs calibration data, expected --calib FILE (text, JSON records, "
+            ".parquet or .npz)"
+        )
+    tokens = load_tokens(job.calib, job.model, *job.windows, note)
+    if tokens.shape[1] < 2:
+        raise BadArgumentError(f"seq_len is {tokens.shape[1]}, expected at least 2")
+    return tokens
+
+
+def _record(
+    options: AnalyzeOptions,
+    model: FloatCheckpoint,
+    subject: Subject,
+    schemes: Sequence[str],
+    tokens: np.ndarray,
+) -> dict[str, Any]:
+    """What decides the numbers."""
+    plans = {name: plan.record() for name, plan in subject.plans.items()}
+    return {
+        "analysis": {name: plans.get(name, name) for name in schemes},
+        "dtype": subject.base.dtype.name,
+        "probe": {"windows": list(subject.probe.windows), "tokens": subject.probe.length},
+        "source": fingerprint(model.checkpoint),
+        "calibration": data_record(options.job, tokens),
+        "environment": {"ms_quant": __version__, **environment()},
+    }
+
+
+def _float_notes(plans: Mapping[str, Plan]) -> list[str]:
+    """Sentences about what a scheme cannot take."""
+    notes = []
+    for name, plan in plans.items():
+        left = plan.float_linears()
+        if left:
+            notes.append(
+                f"{name}: its groups do not divide the inputs of {len(left)} linears, such as "
+                f"{left[0]}, which are not analysed with it"
+            )
+    return notes
