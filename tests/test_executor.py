@@ -121,13 +121,13 @@ def test_a_job_with_some_blocks_finished_goes_on_in_any_order(options, tmp_path,
         run_job(request, executor=executor)
     checked = prepare(request)
     assert checked.job().finished() == set(executor.finished)
-    before = checked.job().seconds()
+    before = checked.job().measured()
     result = run_job(request, executor=Reversed() if stop % 2 else InOrder())
     assert contents(request.output) == contents(whole.output)
-    found = {row.group: row.seconds for row in result.outputs[0].report}
+    found = {row.group: (row.seconds, row.error) for row in result.outputs[0].report}
     assert len(before) == stop * 4 and len(found) == LAYERS * 4
-    assert {str(group): took for group, took in before.items()}.items() <= found.items()
-    assert all(seconds is not None and seconds > 0 for seconds in found.values())
+    assert {str(group): tuple(known) for group, known in before.items()}.items() <= found.items()
+    assert all(seconds and error and error < 0.1 for seconds, error in found.values())
 
 
 def test_hidden_states_stay_until_no_unfinished_block_begins_with_them(options, tmp_path):

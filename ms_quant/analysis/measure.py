@@ -13,22 +13,8 @@ from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.linear_forward import Linear, QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.quantization.observe import shows_input
+from ms_quant.statistics.errors import Errors, errors
 from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
-
-Errors = tuple[float, float]
-"""The relative error in the mean over tokens, and the mean squared error."""
-SMALLEST = np.finfo(np.float64).tiny
-
-
-def errors(made: np.ndarray, exact: np.ndarray) -> Errors:
-    """How far (..., channels) is from what it should be."""
-    wide = exact.astype(np.float64)
-    squares = np.square(made - wide).sum(axis=-1)
-    powers = np.square(wide).sum(axis=-1)
-    if not squares.size:
-        return 0.0, 0.0
-    powers = np.where(powers > 0, powers, np.maximum(squares, SMALLEST))  # of zeros: all or none
-    return float((squares / powers).mean()), float(squares.sum() / wide.size)
 
 
 class FloatBlock:

@@ -175,6 +175,8 @@ def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
         )
     for line in result.not_served_by:
         note(f"note: {line}")
+    for line in dict.fromkeys(text for output in result.outputs for text in output.warnings):
+        note(f"warning: {line}")
     _emit_all([output.as_json() for output in result.outputs], as_json)
 
 

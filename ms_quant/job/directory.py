@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from ms_quant.files.lock import locked
 from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.job.finished import FinishedBlock, Measured
 from ms_quant.models.names import GroupId, block_prefix, in_block
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
 from ms_quant.schemes.records import Scheme
@@ -137,24 +138,6 @@ def _changed_file(old: Any, new: Any) -> str:
         if before.get(name) != after.get(name):
             return name
     return "config.json"
-
-
-class FinishedBlock(Protocol):
-    """Attributes:
-    linears: path to quantized linear.
-    floats: float32 tensors that folding has changed, by name.
-    notes: group to what was chosen.
-    cache: path to float32 scales of a linear's outputs in a cache of int8.
-    ranges: how large activations get.
-    seconds: group to what it took.
-    """
-
-    linears: dict[str, QuantizedLinear]
-    floats: dict[str, np.ndarray]
-    notes: dict[str, dict[str, Any]]
-    cache: dict[str, np.ndarray]
-    ranges: dict[str, Any]
-    seconds: dict[str, float]
 
 
 class JobDirectory:
@@ -284,6 +267,7 @@ class JobDirectory:
         metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
         metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
         metadata["seconds"] = json.dumps(block.seconds, sort_keys=True)
+        metadata["errors"] = json.dumps(block.errors, sort_keys=True)
         write_file(self.block_file(index), plans, lambda plan: tensors[plan.name], metadata)
         self._opened = None
 
@@ -338,12 +322,14 @@ class JobDirectory:
         blocks = sorted(self.finished())
         return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
 
-    def seconds(self) -> dict[GroupId, float]:
-        """What each group of the finished blocks took, in whatever process."""
+    def measured(self) -> dict[GroupId, Measured]:
+        """What is known of each group of the finished blocks, whoever did them."""
         found = {}
         for index in sorted(self.finished()):
-            said = json.loads(self._block(index).metadata.get("seconds", "{}"))
-            found.update({GroupId(index, group): seconds for group, seconds in said.items()})
+            metadata = self._block(index).metadata
+            errors = json.loads(metadata.get("errors", "{}"))
+            for group, seconds in json.loads(metadata.get("seconds", "{}")).items():
+                found[GroupId(index, group)] = Measured(seconds, errors.get(group))
         return found
 
     def remove(self) -> None:

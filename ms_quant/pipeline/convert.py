@@ -129,7 +129,7 @@ def convert_checkpoint(
             )
         with made.open_or_discard():
             write_output(plan, converted, made, size, directory, facts, progress or silent)
-    return output_of(plan, output, finished, measured=False, seconds={})
+    return output_of(plan, output, finished, calibrated=False, measured={})
 
 
 def _open(directory: Path) -> tuple[QuantizedModel, dict[str, Any]]:

@@ -9,8 +9,10 @@ from typing import Any
 
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.checks import not_served_by, served_by
+from ms_quant.job.finished import Measured
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.names import GroupId
+from ms_quant.pipeline.warnings import quality_warnings
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.table import FLOAT_CACHE
@@ -30,6 +32,9 @@ class GroupReport:
         seconds: what choosing and rounding took, in whatever call it was done; the forward of its
             block, which all groups share, is not in it. None of those that stay float, and where
             the job is gone.
+        error: squared error over squared output of its linears together, in the mean over the
+            calibration tokens that were kept; in decode, where that is worse. None of those that
+            stay float, without calibration, and where the job is gone.
     """
 
     group: str
@@ -37,6 +42,7 @@ class GroupReport:
     algorithm: str
     chosen: Mapping[str, Any]
     seconds: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ class Output:
     report: tuple[GroupReport, ...] = field(repr=False)
     float16: Float16Facts | None = None
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is bad about it, in sentences."""
+        return tuple(quality_warnings(self.report))
+
     def as_json(self) -> dict[str, Any]:
         """What the command prints of it."""
         found: dict[str, Any] = {
@@ -104,6 +115,8 @@ class Output:
             "not_served_by": list(self.not_served_by),
             "finished_before": self.finished_before,
         }
+        if self.warnings:
+            found["warnings"] = list(self.warnings)
         if self.float16 is not None:
             found["float16_range"] = self.float16.range
             if self.float16.warnings:
@@ -142,8 +155,8 @@ def output_of(
     directory: Path,
     finished_before: bool,
     *,
-    measured: bool,
-    seconds: Mapping[GroupId, float],
+    calibrated: bool,
+    measured: Mapping[GroupId, Measured],
 ) -> Output:
     """The record of a finished checkpoint.
 
@@ -151,9 +164,9 @@ def output_of(
         plan: what it holds.
         directory: where it is.
         finished_before: whether it was there already.
-        measured: whether its activations were looked at; of a model for float16 the record says
+        calibrated: whether its activations were looked at; of a model for float16 the record says
             then how large they get.
-        seconds: what groups took, as far as that is known.
+        measured: what is known of its groups.
 
     Raises:
         MsQuantError: its record is malformed.
@@ -173,12 +186,14 @@ def output_of(
         served_by=tuple(served_by(plan)),
         not_served_by=tuple(not_served_by(plan)),
         finished_before=finished_before,
-        report=tuple(_reports(plan, record.get("chosen"), seconds)),
-        float16=_float16(record, path) if measured and plan.dtype.name == "float16" else None,
+        report=tuple(_reports(plan, record.get("chosen"), measured)),
+        float16=_float16(record, path) if calibrated and plan.dtype.name == "float16" else None,
     )
 
 
-def _reports(plan: Plan, chosen: Any, seconds: Mapping[GroupId, float]) -> Iterator[GroupReport]:
+def _reports(
+    plan: Plan, chosen: Any, measured: Mapping[GroupId, Measured]
+) -> Iterator[GroupReport]:
     """What a record says of each group; of a checkpoint that others made it says nothing."""
     blocks = chosen if isinstance(chosen, Mapping) else {}
     for group, layer in plan.layers.items():
@@ -189,7 +204,7 @@ def _reports(plan: Plan, chosen: Any, seconds: Mapping[GroupId, float]) -> Itera
             yield GroupReport(str(group), "FLOAT", "", {})
         else:
             scheme, algorithm = layer.scheme.name, layer.algorithms.name
-            yield GroupReport(str(group), scheme, algorithm, said, seconds.get(group))
+            yield GroupReport(str(group), scheme, algorithm, said, *measured.get(group, ()))
 
 
 def _float16(record: Mapping[str, Any], path: Path) -> Float16Facts:

@@ -14,6 +14,7 @@ from ms_quant.files.first_pass import read_source
 from ms_quant.files.reader import ChangedSourceError
 from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
+from ms_quant.job.finished import Measured
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.options import QuantizeOptions
@@ -56,8 +57,8 @@ def run_job(
     checked = checked or prepare(options)
     done = complete(checked, progress, _write, reading=reading, executor=executor, budget=budget)
     outputs = tuple(
-        output_of(one.plan, one.options.output, done.before, measured=True, seconds=seconds)
-        for one, seconds in zip(checked.all, done.seconds, strict=True)
+        output_of(one.plan, one.options.output, done.before, calibrated=True, measured=measured)
+        for one, measured in zip(checked.all, done.measured, strict=True)
     )
     notes = dict.fromkeys(line for one in checked.all for line in one.notes)
     return Result(outputs, tuple(notes), time.monotonic() - started)
@@ -69,11 +70,12 @@ class Completed:
 
     Attributes:
         before: whether every output was finished before.
-        seconds: for each output what its groups took; nothing where all were finished before.
+        measured: for each output what is known of its groups; nothing where all were finished
+            before.
     """
 
     before: bool
-    seconds: tuple[Mapping[GroupId, float], ...]
+    measured: tuple[Mapping[GroupId, Measured], ...]
 
 
 def complete(
@@ -116,10 +118,10 @@ def complete(
                 run_blocks(checked, job, progress, hooks, executor, budget)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
-        seconds = tuple(checked.job(target).seconds() for target in range(len(checked.all)))
+        measured = tuple(checked.job(target).measured() for target in range(len(checked.all)))
         if not checked.options.keep_job:
             job.remove()
-    return Completed(not left, seconds)
+    return Completed(not left, measured)
 
 
 def prove_source(checked: CheckedJob, job: JobDirectory, reading: PartProgress) -> None:

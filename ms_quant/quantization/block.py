@@ -21,6 +21,7 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
+from ms_quant.quantization.output_error import output_error
 from ms_quant.quantization.smoothing import BlockSmoothing, Smoothed
 from ms_quant.quantization.weights import Weights
 from ms_quant.statistics.observations import Observations
@@ -38,6 +39,8 @@ class QuantizedBlock:
         ranges: how large activations get, see :mod:`ms_quant.statistics.activation_range`.
         seconds: group to what its smoothing and rounding took. Smoothing that groups share counts
             for the first of them.
+        errors: group to the relative error of its outputs on calibration tokens, see
+            :func:`~ms_quant.quantization.output_error.output_error`; none without calibration.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -46,6 +49,7 @@ class QuantizedBlock:
     cache: dict[str, np.ndarray] = field(default_factory=dict)
     ranges: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def quantize(
@@ -81,6 +85,9 @@ def quantize(
         else:
             linears, note = hooks.rounding(problem, solution)
             note = {**solution.note, **note}
+        error = output_error(problem, linears)
+        if error is not None:
+            block.errors[group.name] = error
         if group.name in smoothing.folded:
             linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
         block.linears.update(linears)

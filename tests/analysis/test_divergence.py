@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ms_quant.analysis.divergence import divergences
-from ms_quant.analysis.measure import errors
+from ms_quant.statistics.errors import errors
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

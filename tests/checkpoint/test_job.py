@@ -199,7 +199,7 @@ def test_blocks_finish_and_come_back(tmp_path: Path) -> None:
     statistics = {"qkv.l2_norm": np.arange(4, dtype=np.float32)}
     gain = np.float32([1, 2])
     block = QuantizedBlock({"a.b": linear}, {"norm.weight": gain}, {"qkv": {"alpha": 0.5}})
-    block.seconds["qkv"] = 1.5
+    block.seconds["qkv"], block.errors["qkv"] = 1.5, 0.25
     job.finish_block(0, block, statistics)
     assert job.finished() == {0}
     again = begin(tmp_path / "job")
@@ -220,7 +220,7 @@ def test_blocks_finish_and_come_back(tmp_path: Path) -> None:
     assert again.changed_tensor("model.norm.weight") is None
     np.testing.assert_array_equal(again.statistic(0, "qkv.l2_norm"), np.arange(4))
     assert again.notes(0) == {"qkv": {"alpha": 0.5}}
-    assert again.seconds() == {GroupId(0, "qkv"): 1.5}
+    assert again.measured() == {GroupId(0, "qkv"): (1.5, 0.25)}
 
 
 def test_blocks_finish_in_any_order(tmp_path: Path) -> None:
