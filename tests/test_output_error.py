@@ -83,3 +83,15 @@ def test_groups_beyond_the_limit_are_named_worst_first() -> None:
     (line,) = quality_warnings(report(0.2, 0.3, 0.4, 0.5, 0.6))
     worst = ", ".join(f"model.layers.{i}.down ({10 * i + 20} %)" for i in (4, 3, 2))
     assert f"{worst} and 2 more; " in line
+
+
+def test_some_of_many_tokens_are_enough() -> None:
+    """They are spread over all: the first half of the text alone would not show the second."""
+    of = problem("W8A16", tokens=500)
+    rows = of.seen.rows[:: -(-len(of.seen.rows) // 64)]
+    linears = apply(of, Solution())
+    exact = np.concatenate([rows @ of.weights[name].T for name in linears], axis=-1)
+    made = np.concatenate(
+        [one.forward(rows) - of.biases.get(name, 0) for name, one in linears.items()], axis=-1
+    )
+    assert output_error(of, linears) == pytest.approx(errors(made, exact)[0], rel=0.02)

@@ -32,9 +32,9 @@ class GroupReport:
         seconds: what choosing and rounding took, in whatever call it was done; the forward of its
             block, which all groups share, is not in it. None of those that stay float, and where
             the job is gone.
-        error: squared error over squared output of its linears together, in the mean over the
-            calibration tokens that were kept; in decode, where that is worse. None of those that
-            stay float, without calibration, and where the job is gone.
+        error: squared error over squared output of its linears together, in the mean over some
+            calibration tokens; in decode, where that is worse. None of those that stay float,
+            without calibration, and where the job is gone.
     """
 
     group: str
