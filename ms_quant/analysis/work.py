@@ -14,7 +14,7 @@ import numpy as np
 from ms_quant import kernels
 from ms_quant.analysis.divergence import divergences
 from ms_quant.analysis.inputs import InputWatch
-from ms_quant.analysis.measure import Errors, FloatBlock, errors, phases
+from ms_quant.analysis.measure import FloatBlock, phases
 from ms_quant.analysis.probe import Probe
 from ms_quant.evaluation.head import EMBEDDING, head_name
 from ms_quant.files.reader import FloatTensors
@@ -33,6 +33,7 @@ from ms_quant.quantization.observe import GroupWanted, Wanted
 from ms_quant.quantization.weights import LoadedWeights
 from ms_quant.quantization.work import BlockWork
 from ms_quant.schemes.table import DYNAMIC_CACHE, STATIC_CACHE
+from ms_quant.statistics.errors import Errors, errors
 from ms_quant.statistics.observations import Observations
 
 CACHE_GROUP = "kv_cache"
