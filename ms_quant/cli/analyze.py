@@ -10,7 +10,20 @@ import typer
 
 from ms_quant import kernels
 from ms_quant.cli.arguments import ModelArgument
-from ms_quant.cli.console import JsonOption, emit, naming_leftovers, note, step_progress
+from ms_quant.cli.console import (
+    AnyEnvironmentOption,
+    CalibOption,
+    DtypeOption,
+    JobOption,
+    JsonOption,
+    KeepJobOption,
+    SamplesOption,
+    SeedOption,
+    emit,
+    naming_leftovers,
+    note,
+    step_progress,
+)
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import QuantizeOptions, split_options
 from ms_quant.pipeline.quantize import READING
@@ -24,9 +37,7 @@ if TYPE_CHECKING:
 def analyze(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to make.")],
-    calib: Annotated[
-        Path | None, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
-    ] = None,
+    calib: CalibOption = None,
     schemes: Annotated[
         str,
         typer.Option(
@@ -55,17 +66,11 @@ def analyze(
     format: Annotated[
         str, typer.Option(help="Checkpoint format whose numerics count. Default: each one's first")
     ] = "",
-    samples: Annotated[
-        int | None,
-        typer.Option(help=f"Windows of calibration data. Default: {DEFAULTS.samples}", min=1),
-    ] = None,
+    samples: SamplesOption = None,
     seq_len: Annotated[
         int | None, typer.Option(help=f"Tokens of a window. Default: {DEFAULTS.seq_len}", min=2)
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help=f"Seed of the choice of windows. Default: {DEFAULTS.seed}", min=0),
-    ] = None,
+    seed: SeedOption = None,
     probe_tokens: Annotated[
         int | None,
         typer.Option(
@@ -74,15 +79,10 @@ def analyze(
             min=1,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
-    ] = None,
-    job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
-    keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
-    any_environment: Annotated[
-        bool,
-        typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
-    ] = False,
+    dtype: DtypeOption = None,
+    job: JobOption = None,
+    keep_job: KeepJobOption = False,
+    any_environment: AnyEnvironmentOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find what hurts: what each group of linears costs in each scheme, from one calibration."""

@@ -27,11 +27,31 @@ from rich.text import Text
 from ms_quant.errors import MsQuantError
 from ms_quant.files.lock import BusyError
 from ms_quant.formats.source_kind import find_model
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.progress import BlockProgress, StepProgress, of_blocks
 
 STDERR = Console(stderr=True)
 INTERRUPTED = 130
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON result on standard output.")]
+CalibOption = Annotated[
+    Path | None, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(help=f"Windows of calibration data. Default: {DEFAULTS.samples}", min=1),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(help=f"Seed of the choice of windows. Default: {DEFAULTS.seed}", min=0),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
+]
+JobOption = Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")]
+KeepJobOption = Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")]
+AnyEnvironmentOption = Annotated[
+    bool, typer.Option("--any-environment", help="Resume under other versions, CPU or threads.")
+]
 
 
 class Interrupted(BaseException):

@@ -11,7 +11,14 @@ import typer
 from ms_quant import kernels
 from ms_quant.cli.arguments import ALPHA, ModelArgument
 from ms_quant.cli.console import (
+    AnyEnvironmentOption,
+    CalibOption,
+    DtypeOption,
+    JobOption,
     JsonOption,
+    KeepJobOption,
+    SamplesOption,
+    SeedOption,
     emit,
     human_bytes,
     naming_leftovers,
@@ -81,20 +88,12 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="Another option of the scheme or algorithm, NAME=VALUE."),
     ] = None,
-    calib: Annotated[
-        Path | None, typer.Option(help="Calibration data: text, JSON records, .parquet, .npz.")
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(help=f"Windows of calibration data. Default: {DEFAULTS.samples}", min=1),
-    ] = None,
+    calib: CalibOption = None,
+    samples: SamplesOption = None,
     seq_len: Annotated[
         int | None, typer.Option(help=f"Tokens of a window. Default: {DEFAULTS.seq_len}", min=1)
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help=f"Seed of the choice of windows. Default: {DEFAULTS.seed}", min=0),
-    ] = None,
+    seed: SeedOption = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Glob pattern of linears that stay float; whole fused groups do."),
@@ -103,21 +102,16 @@ def quantize(
         int | None,
         typer.Option(help="Tensor-parallel ranks that will serve it: checked now.", min=1),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of what stays float: bfloat16 or float16.")
-    ] = None,
+    dtype: DtypeOption = None,
     shard_bytes: Annotated[
         int | None,
         typer.Option(
             help=f"Largest output file. Default: {human_bytes(DEFAULTS.shard_bytes)}", min=1
         ),
     ] = None,
-    job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
-    keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
-    any_environment: Annotated[
-        bool,
-        typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
-    ] = False,
+    job: JobOption = None,
+    keep_job: KeepJobOption = False,
+    any_environment: AnyEnvironmentOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -9,7 +9,10 @@ import typer
 
 from ms_quant.cli.arguments import ALPHA, ModelArgument
 from ms_quant.cli.console import (
+    AnyEnvironmentOption,
+    JobOption,
     JsonOption,
+    KeepJobOption,
     emit,
     naming_leftovers,
     note,
@@ -71,12 +74,9 @@ def run(
         list[str] | None,
         typer.Option(help="Glob pattern of linears that stay float16; whole fused groups do."),
     ] = None,
-    job: Annotated[Path | None, typer.Option(help="Job directory. Default: OUTPUT.job")] = None,
-    keep_job: Annotated[bool, typer.Option("--keep-job", help="Leave the job directory.")] = False,
-    any_environment: Annotated[
-        bool,
-        typer.Option("--any-environment", help="Resume under other versions, CPU or threads."),
-    ] = False,
+    job: JobOption = None,
+    keep_job: KeepJobOption = False,
+    any_environment: AnyEnvironmentOption = False,
     workers: WorkersOption = CORES,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
