@@ -10,9 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from ms_quant.errors import JobConflictError
+from ms_quant.pipeline.quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -233,3 +237,20 @@ def test_data_free_job_killed_at_random_moments(
         job.run_for(rng.uniform(0, 0.05))
     assert job.run()
     job.finish(expected, file_contents)
+
+
+def test_a_job_is_not_resumed_with_a_recipe_that_leaves_others_float(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def recipe(block: int) -> dict[str, Any]:
+        rule = {"scheme": "W8A8_DYNAMIC", "exclude": [f"model.layers.{block}.mlp.down_proj"]}
+        return {"apiversion": "ms_quant_v1", "rules": [rule]}
+
+    model = tiny_model()
+    quantize_checkpoint(
+        model, tmp_path / "a", recipe=recipe(0), job=tmp_path / "job", keep_job=True
+    )
+    with pytest.raises(JobConflictError, match="float"):
+        quantize_checkpoint(model, tmp_path / "b", recipe=recipe(1), job=tmp_path / "job")
+    with pytest.raises(JobConflictError, match="float"):
+        quantize_checkpoint(model, tmp_path / "a", recipe=recipe(1))

@@ -198,7 +198,7 @@ def _prepare(
     refuse_unused(options, plan)
     if options.tp is not None:
         refuse_ranks(plan, options.tp)
-    plan, tensors = _rotated(plan, checkpoint)
+    plan, tensors = rotated(plan, checkpoint)
     notes = float_notes(options.exclude, linear_paths(config), config)
     if extension is None:
         notes += rank_notes(plan) if options.tp is None else []
@@ -278,7 +278,7 @@ def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
     )
 
 
-def _rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
+def rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     """The plan and the tensors of the model that is quantized."""
     options = plan.distinct[0].algorithms.options.get("quarot")
     if options is None:
@@ -297,6 +297,9 @@ def _record(
         "source": fingerprint(checkpoint),
         "environment": {"ms_quant": __version__},
     }
+    floats = [str(group) for group, layer in plan.layers.items() if layer is None]
+    if options.recipe is not None and floats:
+        record["float"] = floats
     if plan.config.no_head:
         record["head"] = NO_HEAD
     if tokens is not None:
