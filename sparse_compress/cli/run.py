@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ms_quant.allocation.increase import parse_share
 from ms_quant.cli.arguments import ALPHA, ModelArgument
 from ms_quant.cli.console import (
     AnyEnvironmentOption,
@@ -24,7 +25,6 @@ from sparse_compress.cli.arguments import DryRunOption, OutputOption, WorkersOpt
 from sparse_compress.codec import CORES
 from sparse_compress.layouts import DEFAULT, TARGETS
 from sparse_compress.pipeline.request import TP, SparseOptions, check
-from sparse_compress.rate.goal import parse_share
 from sparse_compress.rate.prune import PRUNINGS, SPARSITY
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ms_quant.allocation.increase import check_increase
 from ms_quant.data.calibration import Note, eval_windows
 from ms_quant.errors import BadArgumentError
 from ms_quant.formats.float_model import open_float
@@ -23,7 +24,7 @@ from sparse_compress.layouts import DEFAULT, Layout, Target, get_target
 from sparse_compress.layouts.fp16 import survey
 from sparse_compress.layouts.limits import most_bytes, outside_limits, staging_bytes
 from sparse_compress.layouts.partition import check_tp
-from sparse_compress.rate.goal import Goal, check_increase, check_ratio
+from sparse_compress.rate.goal import Goal, check_ratio
 from sparse_compress.rate.prune import PRUNINGS, SPARSITY, Pruning, check_pruning
 
 TP = 2

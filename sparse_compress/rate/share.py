@@ -9,19 +9,16 @@ its relative error for a bit per weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ms_quant.allocation.price import HIGHEST, Point, price_for_cost, price_for_loss, total
 from ms_quant.errors import BadArgumentError
 
 PRICES = tuple(2.0**power for power in range(-13, -1))
 """Of a bit per weight, in relative error, at which a linear is measured."""
-LOWEST, HIGHEST = 2.0**-40, 2.0**20
-SEARCH_STEPS = 60
-ROUNDED = 5e-7
-"""Prices are rounded up to six digits: the last ones differ between processors."""
 
 
 class Curve(NamedTuple):
@@ -65,6 +62,39 @@ class Prediction(NamedTuple):
     relative_mse: float
 
 
+class _Share(NamedTuple):
+    """A linear as one of all.
+
+    Attributes:
+        curve: of the linear.
+        weights: how many all linears have.
+    """
+
+    curve: Curve
+    weights: int
+
+    def local_price(self, price: float) -> float:
+        """What it pays for a bit per weight, in its relative error."""
+        wanted = price * self.curve.weights / (self.weights * self.curve.sensitivity)
+        return min(max(wanted, PRICES[0]), PRICES[-1])
+
+    def at(self, price: float) -> Point:
+        """Its stored bytes and its part of the relative MSE, from the curve."""
+        curve, at = self.curve, np.log(self.local_price(price))
+        ratio = float(np.interp(at, np.log(PRICES), curve.ratios))
+        error = np.exp(np.interp(at, np.log(PRICES), np.log(np.maximum(curve.errors, 1e-30))))
+        return Point(curve.weights * ratio, curve.sensitivity * float(error))
+
+
+def _shares(curves: Mapping[str, Curve]) -> dict[str, _Share]:
+    weights = _weights(curves)
+    return {name: _Share(curve, weights) for name, curve in curves.items()}
+
+
+def _weights(curves: Mapping[str, Curve]) -> int:
+    return sum(curve.weights for curve in curves.values())
+
+
 def local_prices(curves: Mapping[str, Curve], price: float) -> dict[str, float]:
     """What each linear pays for a bit per weight, in its relative error.
 
@@ -72,24 +102,13 @@ def local_prices(curves: Mapping[str, Curve], price: float) -> dict[str, float]:
         curves: of all linears, by name.
         price: relative MSE for a bit per weight of the whole model, positive.
     """
-    total = sum(curve.weights for curve in curves.values())
-    found = {}
-    for name, curve in curves.items():
-        wanted = price * curve.weights / (total * curve.sensitivity)
-        found[name] = min(max(wanted, PRICES[0]), PRICES[-1])
-    return found
+    return {name: share.local_price(price) for name, share in _shares(curves).items()}
 
 
 def predict(curves: Mapping[str, Curve], price: float) -> Prediction:
     """What a price leads to, from the curves."""
-    total = sum(curve.weights for curve in curves.values())
-    stored = relative_mse = 0.0
-    for name, local in local_prices(curves, price).items():
-        curve, at = curves[name], np.log(local)
-        stored += curve.weights * float(np.interp(at, np.log(PRICES), curve.ratios))
-        error = np.exp(np.interp(at, np.log(PRICES), np.log(np.maximum(curve.errors, 1e-30))))
-        relative_mse += curve.sensitivity * float(error)
-    return Prediction(stored / total, relative_mse)
+    stored, relative_mse = total(_shares(curves).values(), price)
+    return Prediction(stored / _weights(curves), relative_mse)
 
 
 def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0) -> float:
@@ -103,24 +122,16 @@ def price_for_ratio(curves: Mapping[str, Curve], ratio: float, aim: float = 1.0)
     Raises:
         MsQuantError: no price leads to the ratio.
     """
-    least = predict(curves, HIGHEST).ratio
-    if least > ratio:
+    shares, weights = _shares(curves).values(), _weights(curves)
+    least = total(shares, HIGHEST).cost
+    if least / weights > ratio:
         raise BadArgumentError(
             f"target ratio {ratio:g} cannot be reached: the smallest that this model's linears "
-            f"are predicted to take is {least:.3f}"
+            f"are predicted to take is {least / weights:.3f}"
         )
-    wanted = max(aim * ratio, least)
-    return _least_price(lambda price: predict(curves, price).ratio <= wanted)
+    return price_for_cost(shares, max(aim * ratio * weights, least))
 
 
 def price_for_relative_mse(curves: Mapping[str, Curve], relative_mse: float) -> float:
     """The price at which the relative MSE is so much; the nearest where none is."""
-    return _least_price(lambda price: predict(curves, price).relative_mse >= relative_mse)
-
-
-def _least_price(enough: Callable[[float], bool]) -> float:
-    low, high = np.log(LOWEST), np.log(HIGHEST)
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(float(np.exp(middle))) else (middle, high)
-    return float(f"{np.exp(high) * (1 + ROUNDED):.6g}")
+    return price_for_loss(_shares(curves).values(), relative_mse)

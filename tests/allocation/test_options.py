@@ -1,0 +1,101 @@
+"""One price over parts with a few ways each, beside all combinations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ms_quant.allocation.options import Options, all_prices, choices_within
+from ms_quant.allocation.price import HIGHEST, Point, price_for_cost, price_for_loss, total
+
+NUMBERS = st.integers(0, 12).map(float)
+PARTS = st.lists(
+    st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=4), min_size=1, max_size=4
+)
+
+
+def made(parts: list[list[tuple[float, float]]]) -> dict[str, Options]:
+    return {
+        f"p{k}": Options({f"w{j}": Point(*point) for j, point in enumerate(points)})
+        for k, points in enumerate(parts)
+    }
+
+
+def combinations(parts: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    return [
+        (math.fsum(p[0] for p in way), math.fsum(p[1] for p in way))
+        for way in itertools.product(*parts)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(PARTS)
+def test_nothing_that_costs_no_more_loses_less(parts: list[list[tuple[float, float]]]) -> None:
+    options, every = made(parts), combinations(parts)
+    for price in all_prices(options.values()):
+        found = total(options.values(), price)
+        best = min(loss for cost, loss in every if cost <= found.cost + 1e-9)
+        assert found.loss == pytest.approx(best)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PARTS, st.integers(0, 40))
+def test_a_budget_is_kept_and_nothing_more_fits(
+    parts: list[list[tuple[float, float]]], budget: int
+) -> None:
+    options, every = made(parts), combinations(parts)
+    if total(options.values(), math.inf).cost > budget:
+        return
+    price = next(
+        p
+        for p in reversed(all_prices(options.values()))
+        if total(options.values(), p).cost <= budget
+    )
+    chosen = choices_within(options, budget, price)
+    points = [options[name].points[way] for name, way in chosen.items()]
+    cost, loss = (math.fsum(values) for values in zip(*points, strict=True))
+    assert cost <= budget
+    assert loss <= total(options.values(), price).loss + 1e-9
+    least = min(other for spent, other in every if spent <= budget)
+    assert loss >= least - 1e-9
+    for name, part in options.items():
+        own = part.points[chosen[name]]
+        for way in part.hull:
+            point = part.points[way]
+            assert point.loss >= own.loss or cost - own.cost + point.cost > budget
+
+
+def test_from_the_cheapest_to_the_best() -> None:
+    part = Options({"a": Point(1, 8), "b": Point(2, 4), "c": Point(3, 3), "d": Point(3, 9)})
+    assert part.hull == ["a", "b", "c"] and part.prices() == [4, 1]
+    assert [part.choice(price) for price in (math.inf, 4, 2, 1, 0)] == ["a", "b", "b", "c", "c"]
+
+
+def test_what_is_never_worth_its_price_is_never_chosen() -> None:
+    part = Options({"a": Point(0, 10), "dear": Point(4, 9), "b": Point(5, 0)})
+    assert part.hull == ["a", "b"]
+
+
+def test_of_equal_ways_one_counts() -> None:
+    assert Options({"a": Point(1, 1), "b": Point(1, 1)}).hull == ["a"]
+    assert Options({"a": Point(1, 1), "b": Point(1, 0)}).hull == ["b"]
+
+
+def test_prices_of_a_budget_and_of_a_loss() -> None:
+    rng = np.random.default_rng(0)
+    parts = [
+        Options({str(bits): Point(bits, float(rng.random() * 4.0**-bits)) for bits in (2, 4, 8)})
+        for _ in range(20)
+    ]
+    for cost in (40, 80, 120, 160):
+        price = price_for_cost(parts, cost)
+        assert total(parts, price).cost <= cost
+        assert total(parts, price * (1 - 1e-5)).cost >= total(parts, price).cost
+    worst, best = (total(parts, price).loss for price in (HIGHEST, 0))
+    price = price_for_loss(parts, (worst + best) / 2)
+    assert total(parts, price).loss >= (worst + best) / 2 > total(parts, price * 0.99).loss - 1e-3
