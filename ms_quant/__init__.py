@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ms_quant.evaluation.generation import generate
     from ms_quant.evaluation.perplexity import perplexity
     from ms_quant.formats.opening import open_model
+    from ms_quant.mixed_precision.run import quantize_mixed
     from ms_quant.pipeline.convert import convert_checkpoint
     from ms_quant.pipeline.quantize import quantize_checkpoint
     from ms_quant.recipe import Recipe, from_ptq_config, load_recipe
@@ -71,6 +72,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "quantize_checkpoint",
+    "quantize_mixed",
     "save_quantized",
     "summary",
     "verify_checkpoint",
@@ -92,6 +94,7 @@ _MODULES = {
     "ms_quant.evaluation.generation": ("generate",),
     "ms_quant.evaluation.perplexity": ("perplexity",),
     "ms_quant.formats.opening": ("open_model",),
+    "ms_quant.mixed_precision.run": ("quantize_mixed",),
     "ms_quant.pipeline.convert": ("convert_checkpoint",),
     "ms_quant.pipeline.quantize": ("quantize_checkpoint",),
     "ms_quant.recipe": ("Recipe", "from_ptq_config", "load_recipe"),

@@ -157,6 +157,36 @@ def _options(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def suiting(text: str, scheme: Scheme, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Of algorithms that are meant for several schemes, those that one of them can have.
+
+    Args:
+        text: names joined with ``+``, or ``"minmax"``.
+        scheme: the one.
+        settings: options of all of them, by name.
+
+    Returns:
+        The names joined, and of the settings those that these algorithms take.
+
+    Raises:
+        MsQuantError: an unknown name.
+    """
+    names = [] if text == PLAIN else text.split("+")
+    for name in names:
+        if name not in ALGORITHMS:
+            raise BadArgumentError(
+                f"algorithm {name!r} is unknown, expected one of {', '.join(ALGORITHMS)}"
+            )
+    names = [name for name in names if not ALGORITHMS[name].suits(scheme)]
+    taken = {key for name in names for key in vars(ALGORITHMS[name].options or _NOTHING)}
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if (key.partition(".")[0] in names if "." in key else key in taken)
+    }
+    return "+".join(names) or PLAIN, kept
+
+
 def has(text: str, attribute: str) -> bool:
     """Whether an algorithm of a joined name has a flag of :class:`Algorithm`."""
     return any(getattr(ALGORITHMS[name], attribute) for name in text.split("+") if name != PLAIN)

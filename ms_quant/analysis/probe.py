@@ -61,12 +61,9 @@ def affordable_tokens(config: ModelConfig, variants: Sequence[int], tokens: int)
     return int(SHARE * calibration / each)
 
 
-def probe_of(
-    config: ModelConfig, variants: Sequence[int], shape: tuple[int, int], asked: int | None = None
-) -> Probe:
-    """The probe for a calibration of (windows, tokens); ``asked``: of about so many tokens."""
+def probe_of(shape: tuple[int, int], wanted: int) -> Probe:
+    """The probe of about so many tokens, of windows of shape (windows, tokens)."""
     count, length = shape
-    wanted = asked or affordable_tokens(config, variants, count * length)
     wanted = min(max(wanted, LEAST), MOST, count * length)
     windows = min(count, max(1, wanted // min(length, WINDOW_TOKENS)))
     tokens = min(length, wanted // windows)

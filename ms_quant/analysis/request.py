@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +13,14 @@ import numpy as np
 
 from ms_quant import __version__
 from ms_quant.algorithms import PLAIN
-from ms_quant.analysis.probe import probe_of
+from ms_quant.algorithms.pipeline import suiting
+from ms_quant.analysis.probe import affordable_tokens, probe_of
 from ms_quant.analysis.work import Subject, variants_of
 from ms_quant.data.calibration import Note, load_tokens
 from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.evaluation.head import require_head
 from ms_quant.files.atomic import free_spaces_check
-from ms_quant.files.reader import fingerprint
+from ms_quant.files.reader import Checkpoint, fingerprint
 from ms_quant.formats.float_model import FloatCheckpoint, model_notes, open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.job.directory import environment
@@ -27,8 +29,9 @@ from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.planning import make_plan
-from ms_quant.pipeline.request import CheckedJob, output_dtype
+from ms_quant.pipeline.request import CheckedJob, output_dtype, rotated
 from ms_quant.plan.plan import Plan
+from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import KV_CACHES, SCHEMES
 
 BASE = "W8A8_DYNAMIC"  # its plan says the types where only caches are analysed
@@ -43,12 +46,18 @@ class AnalyzeOptions:
         schemes: names of schemes and kinds of cache.
         format: the checkpoint format whose numerics count; "" is each scheme's first.
         probe_tokens: about how many tokens variants run on; None is as many as cost little.
+        effort: how many times as many.
+        probed: int32 (windows, tokens) that variants run on; None is calibration data.
+        made_later: the directory that the result goes to is not there yet.
     """
 
     job: QuantizeOptions
     schemes: Sequence[str]
     format: str = ""
     probe_tokens: int | None = None
+    effort: int = 1
+    probed: np.ndarray | None = None
+    made_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,12 @@ class CheckedAnalysis:
 
     Attributes:
         checked: the model, the tokens and the job.
-        model: the opened model.
         subject: what is analysed.
         schemes: in the order that they were asked for.
         notes: what to know, one sentence each.
     """
 
     checked: CheckedJob
-    model: FloatCheckpoint
     subject: Subject
     schemes: tuple[str, ...]
     notes: tuple[str, ...]
@@ -76,36 +83,49 @@ class CheckedAnalysis:
         return self.checked.tokens
 
 
-def prepare_analysis(options: AnalyzeOptions) -> CheckedAnalysis:
+def prepare_analysis(
+    options: AnalyzeOptions, model: FloatCheckpoint | None = None
+) -> CheckedAnalysis:
     """Checks a request against the model and the data.
+
+    Args:
+        options: the request.
+        model: the opened model, where the caller has it.
 
     Raises:
         MsQuantError: anything that would make the work fail later.
     """
     job = replace(options.job, model=model_directory(options.job.model))
     schemes = _distinct(options.schemes)
-    check_file(job.output)
+    if not options.made_later:
+        check_file(job.output)
     check_paths(job.model, job.output, job.job_directory)
-    model = open_float(job.model)
+    model = model or open_float(job.model)
     config = model.config
     require_head(model)
     caches = [name for name in schemes if name in KV_CACHES]
+    plain = replace(options, format="")
     plans = {name: _plan(config, name, options) for name in schemes if name not in caches}
-    _refuse_idle_options(job.scheme_options, plans)
-    base = next(iter(plans.values()), None) or _plan(config, BASE, replace(options, format=""))
+    refuse_idle([SCHEMES[name] for name in plans], job)
+    base, tensors = rotated(
+        next(iter(plans.values()), None) or _plan(config, BASE, plain), model.checkpoint
+    )
+    config = base.config
+    plans = {name: replace(plan, config=config) for name, plan in plans.items()}
     heard: list[str] = []
     tokens = _tokens(job, heard.append)
     begin = [len(variants_of(plans, caches, block)) for block in config.blocks]
-    shape = len(tokens), tokens.shape[1]
-    probe = probe_of(config, begin, shape, options.probe_tokens)
-    subject = Subject(plans, caches, base, probe)
-    record = _record(options, model, subject, schemes, tokens)
-    checked = CheckedJob(job, base, model.checkpoint, model.checkpoint, tokens, record, {}, 0)
+    probed = tokens if options.probed is None else options.probed
+    wanted = options.probe_tokens or options.effort * affordable_tokens(config, begin, tokens.size)
+    probe = probe_of((len(probed), probed.shape[1]), wanted)
+    subject = Subject(plans, caches, base, probe, probe.of(probed))
+    record = _record(options, model.checkpoint, subject, schemes, tokens)
+    checked = CheckedJob(job, base, model.checkpoint, tensors, tokens, record, {}, 0)
     states = probe.tokens * config.hidden_size * 4 * (1 + sum(begin))
     free_spaces_check({job.job_directory: 2 * (states + 4 * tokens.size * config.hidden_size)})
     notes = [*model_notes(config, model.checkpoint), *_float_notes(plans), *heard]
     notes += data_notes(job, None, config, tokens)
-    return CheckedAnalysis(checked, model, subject, schemes, tuple(notes))
+    return CheckedAnalysis(checked, subject, schemes, tuple(notes))
 
 
 def check_file(path: Path) -> None:
@@ -137,11 +157,13 @@ def _distinct(schemes: Sequence[str]) -> tuple[str, ...]:
 
 def _plan(config: ModelConfig, scheme: str, options: AnalyzeOptions) -> Plan:
     job = options.job
+    algorithm, settings = suiting(job.algorithm, SCHEMES[scheme], job.algorithm_options)
     make = partial(
         make_plan,
         config,
         scheme,
-        PLAIN,
+        algorithm,
+        algorithm_options=settings,
         dtype=output_dtype(config, job.dtype),
         scheme_options={
             name: value
@@ -171,12 +193,26 @@ def _plan(config: ModelConfig, scheme: str, options: AnalyzeOptions) -> Plan:
     return plan
 
 
-def _refuse_idle_options(asked: Mapping[str, Any], plans: Mapping[str, Plan]) -> None:
-    for name in asked:
-        if not any(name in SCHEMES[scheme].options for scheme in plans):
+def refuse_idle(schemes: Sequence[Scheme], job: QuantizeOptions) -> None:
+    """Refuses an algorithm or an option that none of some schemes takes.
+
+    Raises:
+        MsQuantError: names it.
+    """
+    listed = ", ".join(scheme.name for scheme in schemes) or "a cache"
+    for name in job.scheme_options:
+        if not any(name in scheme.options for scheme in schemes):
+            raise BadArgumentError(f"no scheme of {listed} takes {name}, expected no such option")
+    kept = [suiting(job.algorithm, scheme, job.algorithm_options) for scheme in schemes]
+    for name in job.algorithm.split("+"):
+        if name != PLAIN and not any(name in names.split("+") for names, _ in kept):
             raise BadArgumentError(
-                f"no scheme of {', '.join(plans) or 'a cache'} takes {name}, expected no such "
-                "option"
+                f"algorithm {name} suits no scheme of {listed}, expected none that changes nothing"
+            )
+    for name in job.algorithm_options:
+        if not any(name in settings for _, settings in kept):
+            raise BadArgumentError(
+                f"no algorithm of {job.algorithm} takes {name}, expected no such option"
             )
 
 
@@ -194,7 +230,7 @@ def _tokens(job: QuantizeOptions, note: Note) -> np.ndarray:
 
 def _record(
     options: AnalyzeOptions,
-    model: FloatCheckpoint,
+    checkpoint: Checkpoint,
     subject: Subject,
     schemes: Sequence[str],
     tokens: np.ndarray,
@@ -204,8 +240,12 @@ def _record(
     return {
         "analysis": {name: plans.get(name, name) for name in schemes},
         "dtype": subject.base.dtype.name,
-        "probe": {"windows": list(subject.probe.windows), "tokens": subject.probe.length},
-        "source": fingerprint(model.checkpoint),
+        "probe": {
+            "windows": list(subject.probe.windows),
+            "tokens": subject.probe.length,
+            "sha256": hashlib.sha256(subject.probed.tobytes()).hexdigest(),
+        },
+        "source": fingerprint(checkpoint),
         "calibration": data_record(options.job, tokens),
         "environment": {"ms_quant": __version__, **environment()},
     }

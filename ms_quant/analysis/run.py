@@ -23,6 +23,7 @@ from ms_quant.errors import JobConflictError
 from ms_quant.job.directory import JobDirectory, explain_difference
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.names import block_prefix
+from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.quantize import READING
 from ms_quant.pipeline.run import prove_source
@@ -39,9 +40,11 @@ def analyze(
     calibration: str | PathLike[str],
     schemes: Sequence[str] = ("W8A8",),
     *,
+    algorithm: str = DEFAULTS.algorithm,
     output: str | PathLike[str] | None = None,
     progress: StepProgress | None = None,
     scheme_options: Mapping[str, Any] | None = None,
+    algorithm_options: Mapping[str, Any] | None = None,
     format: str = "",
     dtype: str | None = None,
     samples: int | None = None,
@@ -54,8 +57,8 @@ def analyze(
 ) -> Sensitivity:
     """How sensitive a model is to each scheme, group by group, from one calibration.
 
-    Every group of linears that read one input is quantized alone, in each scheme, by its range
-    (min-max). It is measured what that changes at the group's own output, at the block's, and,
+    Every group of linears that read one input is quantized alone, in each scheme. It is measured
+    what that changes at the group's own output, at the block's, and,
     through all blocks after it, in what the model predicts.
 
     Args:
@@ -63,10 +66,13 @@ def analyze(
         calibration: file of calibration data (text, JSON records, .parquet or .npz).
         schemes: names of ``ms_quant.SCHEMES``, and ``"C8"`` or ``"C8_DYNAMIC"`` for the cache of
             keys and values.
+        algorithm: names of ``ms_quant.ALGORITHMS``, joined with ``+``; each scheme is prepared by
+            those that suit it.
         output: JSON file to make; None only returns what it would hold.
         progress: told how far the steps ``"reading the model"`` and ``"analyzing"`` are.
         scheme_options: options of the weights, for those schemes that take them:
             ``{"group_size": 64}``.
+        algorithm_options: options of the algorithms: ``{"alpha": 0.7}``.
         format: the checkpoint format whose numerics count; "" is each scheme's first.
         dtype: type of what stays float; None is the model's.
         samples: windows of calibration data; None is 64.
@@ -100,7 +106,9 @@ def analyze(
             QuantizeOptions(
                 model=Path(model),
                 output=Path(directory) / "sensitivity.json" if output is None else Path(output),
+                algorithm=algorithm,
                 scheme_options=scheme_options or {},
+                algorithm_options=algorithm_options or {},
                 calib=Path(calibration),
                 samples=samples,
                 seq_len=seq_len,
@@ -117,7 +125,7 @@ def analyze(
         checked, told = prepare_analysis(options), progress or silent
         return run_analysis(
             checked,
-            of_blocks(told, ANALYZING, checked.model.config.num_layers),
+            of_blocks(told, ANALYZING, checked.checked.plan.config.num_layers),
             lambda part: told(READING, part),
         )
 
@@ -137,8 +145,7 @@ def run_analysis(
     job = checked.job()
     with job.open():
         prove_source(checked, job, reading)
-        tensors, tokens = asked.model.checkpoint, asked.tokens
-        work = AnalysisWork(asked.subject, job, tensors, tokens, progress)
+        work = AnalysisWork(asked.subject, job, checked.tensors, asked.tokens, progress)
         InOrder().run(work)
         groups = _groups(asked, job, work)
         seconds = round(time.monotonic() - started, 1)
@@ -172,16 +179,17 @@ def _groups(
     """Every group with its measures, in model order."""
     measures: Found = {}
     inputs: dict[tuple[int, str], InputFacts] = {}
-    for index in range(asked.model.config.num_layers):
+    config = asked.checked.plan.config
+    for index in range(config.num_layers):
         notes = job.notes(index)
         measures |= {(index, name): found for name, found in notes["errors"].items()}
         for name, facts in notes["inputs"].items():
             lists = {key: tuple(facts[key]) for key in ("channels", "positions")}
             inputs[index, name] = InputFacts(**{**facts, **lists})
-    for (index, (name, scheme, phase)), value in work.loss_increases(asked.model).items():
+    for (index, (name, scheme, phase)), value in work.loss_increases().items():
         measures[index, name][f"{scheme}/{phase}"]["loss_increase"] = value
     made = []
-    for block in asked.model.config.blocks:
+    for block in config.blocks:
         for name in [*(group.name for group in block.groups), CACHE_GROUP]:
             found = measures.get((block.index, name))
             if found:

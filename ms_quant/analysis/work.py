@@ -18,7 +18,6 @@ from ms_quant.analysis.measure import FloatBlock, phases
 from ms_quant.analysis.probe import Probe
 from ms_quant.evaluation.head import EMBEDDING, head_name
 from ms_quant.files.reader import FloatTensors
-from ms_quant.formats.float_model import FloatCheckpoint
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import Observer, Positions
 from ms_quant.models.block_spec import BlockSpec
@@ -49,13 +48,15 @@ class Subject:
         plans: scheme to the plan of the whole model.
         caches: kinds of cache.
         base: a plan that says the type of what stays float.
-        probe: the tokens that variants run on.
+        probe: which tokens variants run on.
+        probed: int32 (windows, tokens), these tokens.
     """
 
     plans: Mapping[str, Plan]
     caches: Sequence[str]
     base: Plan
     probe: Probe
+    probed: np.ndarray
 
     @property
     def all(self) -> list[Plan]:
@@ -149,12 +150,12 @@ class AnalysisWork(BlockWork):
         self._loaded = None
         self._drop_hidden()
 
-    def loss_increases(self, model: FloatCheckpoint) -> dict[tuple[int, Variant], float]:
+    def loss_increases(self) -> dict[tuple[int, Variant], float]:
         """Block and variant to the mean divergence of what the model predicts in the end."""
         last = self.config.num_layers
         gain = self.checkpoint.read_float32("model.norm.weight")
         ends = _Ends(self.job.probe_file(last), self.probe, gain, self.config.rms_norm_eps)
-        head = self.checkpoint.float32_chunks(head_name(model))
+        head = self.checkpoint.float32_chunks(head_name(self))
         begun = self._begun(last)
         means = divergences(head, ends.of(0), ends).mean(axis=1)
         return dict(zip(begun, means.tolist(), strict=True))
@@ -172,8 +173,7 @@ class AnalysisWork(BlockWork):
         """What gives some of the states that enter a block."""
         if index:
             return partial(read_hidden, self.job.probe_file(index))
-        assert self.tokens is not None
-        tokens = self.probe.of(self.tokens)
+        tokens = self.subject.probed
         rows = used_rows(self.checkpoint.float32_chunks(EMBEDDING), tokens)
         embedded = rows(tokens)
         return lambda start, stop: embedded[start:stop]
@@ -190,7 +190,7 @@ class AnalysisWork(BlockWork):
         block, at = exact.block, self._at
         assert at is not None
         for scheme, plan in self.subject.plans.items():
-            made = quantize(plan, LoadedWeights(block, at), observations)
+            made = quantize(plan, LoadedWeights(block, at), observations, alone=True)
             for group in plan.groups(block.index):
                 linears = {path: made.linears.pop(path) for path in group.members}
                 for phase, forward in zip((PREFILL, DECODE), phases(linears), strict=False):

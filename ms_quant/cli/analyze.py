@@ -45,6 +45,10 @@ def analyze(
             "of keys and values."
         ),
     ] = DEFAULTS.scheme,
+    algorithm: Annotated[
+        str,
+        typer.Option(help="Joined with +: quarot+osl. Each scheme takes those that suit it."),
+    ] = DEFAULTS.algorithm,
     metric: Annotated[
         str,
         typer.Option(
@@ -71,6 +75,9 @@ def analyze(
         int | None, typer.Option(help=f"Tokens of a window. Default: {DEFAULTS.seq_len}", min=2)
     ] = None,
     seed: SeedOption = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of an algorithm, NAME=VALUE.")
+    ] = None,
     probe_tokens: Annotated[
         int | None,
         typer.Option(
@@ -98,7 +105,8 @@ def analyze(
     options = QuantizeOptions(
         model=model,
         output=output,
-        scheme_options=split_options(chosen)["scheme_options"],
+        algorithm=algorithm,
+        **split_options(chosen, setting or []),
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -127,5 +135,5 @@ def _analyzed(options: AnalyzeOptions) -> Sensitivity:
     if kernels.note():
         note(f"note: {kernels.note()}")
     with step_progress() as step:
-        blocks = of_blocks(step, ANALYZING, checked.model.config.num_layers)
+        blocks = of_blocks(step, ANALYZING, checked.checked.plan.config.num_layers)
         return run_analysis(checked, blocks, partial(step, READING))

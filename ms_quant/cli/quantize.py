@@ -27,6 +27,7 @@ from ms_quant.cli.console import (
     step_progress,
     use_mindspore,
 )
+from ms_quant.errors import BadArgumentError
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import (
     QuantizeOptions,
@@ -112,6 +113,29 @@ def quantize(
     job: JobOption = None,
     keep_job: KeepJobOption = False,
     any_environment: AnyEnvironmentOption = False,
+    choose: Annotated[
+        str | None,
+        typer.Option(
+            help="Schemes with commas, and FLOAT: each group of linears gets the one that pays for "
+            "the goal, see the next two."
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="By how much perplexity may grow, such as 0.5%.")
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Or: stored bits of a weight in the mean, such as 6.0.")
+    ] = None,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text that perplexity is measured on. Default: other windows of the calibration "
+            "data, and verse that comes with the package"
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="What ms-quant analyze made of the model. Default: made now")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -145,8 +169,56 @@ def quantize(
         any_environment=any_environment,
         tp=tp,
     )
+    goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
+    mixed = {"choose": choose, **goal, "heldout": heldout, "sensitivity": sensitivity}
     with naming_leftovers(output, job, options.formats):
-        _quantize(options, dry_run, as_json)
+        if not any(value is not None for value in mixed.values()):
+            _quantize(options, dry_run, as_json)
+            return
+        if choose is not None:
+            _refuse("--choose says which schemes there are", scheme=scheme)
+        _refuse("a goal chooses what each linear becomes", recipe=recipe, dry_run=dry_run or None)
+        from ms_quant.allocation.increase import parse_share
+
+        most = None if max_ppl_increase is None else parse_share(max_ppl_increase)
+        names = [name.strip() for name in (choose or "").split(",") if name.strip()]
+        _quantize_mixed(options, names, most, target_bits, heldout, sensitivity, as_json)
+
+
+def _refuse(reason: str, **said: Any) -> None:
+    """Refuses options that something else decides."""
+    for name, value in said.items():
+        if value is not None:
+            raise BadArgumentError(f"--{name.replace('_', '-')}: {reason}, expected one of the two")
+
+
+def _quantize_mixed(
+    options: QuantizeOptions,
+    choose: list[str],
+    max_ppl_increase: float | None,
+    target_bits: float | None,
+    heldout: Path | None,
+    sensitivity: Path | None,
+    as_json: bool,
+) -> None:
+    from ms_quant.mixed_precision.request import MixedOptions, prepare_mixed
+    from ms_quant.mixed_precision.run import run_mixed
+
+    asked = MixedOptions(options, choose, max_ppl_increase, target_bits, heldout, sensitivity)
+    checked = prepare_mixed(asked)
+    for line in dict.fromkeys(checked.notes):
+        note(f"note: {line}")
+    if kernels.note():
+        note(f"note: {kernels.note()}")
+    with step_progress() as step:
+        found = run_mixed(checked, step)
+    for line in found.moved:
+        note(f"note: {line}")
+    for line in found.result.not_served_by:
+        note(f"note: {line}")
+    for line in found.result.outputs[0].warnings:
+        note(f"warning: {line}")
+    emit(found.as_json(), as_json, show_fields)
 
 
 def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:

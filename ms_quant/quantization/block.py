@@ -58,6 +58,8 @@ def quantize(
     observations: Observations | None,
     hooks: BlockHooks = NO_HOOKS,
     progress: PartProgress = silent,
+    *,
+    alone: bool = False,
 ) -> QuantizedBlock:
     """The quantized linears of one block, and what the algorithms chose.
 
@@ -67,6 +69,8 @@ def quantize(
         observations: what calibration has seen of it; None without calibration.
         hooks: what is done around the algorithms.
         progress: told how much is done, 0 to 1.
+        alone: each group is for a float block: nothing is folded into what makes its input, and
+            its linears smooth it themselves.
     """
     index, smoothing = weights.index, BlockSmoothing(plan, weights, observations, hooks)
     block, count = QuantizedBlock(floats=smoothing.floats), len(plan.groups(index))
@@ -75,7 +79,7 @@ def quantize(
     divisors: dict[str, np.ndarray] = {}
     if several:
         pending = _all(pending, lambda done: progress(done / count / 2))
-        divisors = smoothing.divisors(pending)
+        divisors = {} if alone else smoothing.divisors(pending)
     for done, (group, problem, solution) in enumerate(pending):
         started = time.perf_counter()
         problem = smoothing.with_scaled_rows(problem, divisors)
@@ -88,7 +92,7 @@ def quantize(
         error = output_error(problem, linears)
         if error is not None:
             block.errors[group.name] = error
-        if group.name in smoothing.folded:
+        if group.name in smoothing.folded and not alone:
             linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
         block.linears.update(linears)
         block.notes[group.name] = note

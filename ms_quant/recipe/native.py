@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+)
 
 from ms_quant.errors import BadFileError
 from ms_quant.recipe.records import EVERYTHING, Recipe, Rule, Step
@@ -59,6 +66,7 @@ class _Document(_Strict):
     shard_bytes: int | None = None
     lenient: bool = False
     not_for: dict[str, str] = {}
+    made: dict[str, JsonValue] = {}
 
 
 _SETTINGS = ("kv_cache", "calib", "samples", "seq_len", "seed", "shard_bytes")
@@ -84,6 +92,7 @@ def from_native(document: Mapping[str, Any]) -> Recipe:
         formats=tuple(read.formats),
         lenient=read.lenient,
         not_for=read.not_for,
+        made=read.made,
         **{name: getattr(read, name) for name in _SETTINGS},
     )
 
@@ -98,7 +107,8 @@ def to_native(recipe: Recipe) -> dict[str, Any]:
     settings = {name: getattr(recipe, name) for name in _SETTINGS}
     document |= {name: v for name, v in settings.items() if v not in ("", None)}
     document |= {"lenient": True} if recipe.lenient else {}
-    return document | ({"not_for": dict(recipe.not_for)} if recipe.not_for else {})
+    document |= {"not_for": dict(recipe.not_for)} if recipe.not_for else {}
+    return document | ({"made": dict(recipe.made)} if recipe.made else {})
 
 
 def _plain(record: Rule | Step) -> dict[str, Any]:

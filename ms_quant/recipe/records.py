@@ -77,6 +77,7 @@ class Recipe:
             first holds, and a pattern that matches nothing is no error. Linears that runtimes fuse
             stay float together if one of them does.
         not_for: model types that it is refused for, each with the reason.
+        made: how it was made, where a program did; nothing follows from it.
         notes: what it says that is read and changes nothing here.
     """
 
@@ -91,4 +92,5 @@ class Recipe:
     shard_bytes: int | None = None
     lenient: bool = False
     not_for: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)

@@ -1,0 +1,1 @@
+"""Automatic mixed precision: which group of linears gets which scheme."""

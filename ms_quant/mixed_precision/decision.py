@@ -1,0 +1,150 @@
+"""Which group gets which scheme: by the estimates, and by what trials measure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ms_quant.allocation.options import choices_within
+from ms_quant.allocation.price import price_for_cost, total
+from ms_quant.analysis.inputs import describe_input
+from ms_quant.analysis.records import Sensitivity, percent
+from ms_quant.analysis.summary import title
+from ms_quant.errors import BadArgumentError
+from ms_quant.mixed_precision.candidates import Candidates, Choice, candidates
+from ms_quant.mixed_precision.costs import FLOAT, Cost
+from ms_quant.mixed_precision.request import CheckedMixed
+from ms_quant.mixed_precision.search import cheapest_within
+from ms_quant.mixed_precision.trials import Increase, Trials
+from ms_quant.models.names import GroupId
+
+MOST_LINES = 12
+"""Of groups that are named; the recipe has all."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Attributes:
+    choice: every group to its scheme.
+    bits: stored bits of a weight in the mean.
+    estimate: the increase of the loss by the analysis.
+    increase: what was measured, if there was a text.
+    trials: how many choices were measured.
+    """
+
+    choice: Choice
+    bits: float
+    estimate: float
+    increase: Increase | None = None
+    trials: int = 0
+
+    def facts(self, found: Sensitivity, order: Sequence[str]) -> dict[str, Any]:
+        """What the recipe says of it, as JSON; ``order``: of the schemes, wanted most first."""
+        facts: dict[str, Any] = {
+            "groups": dict(Counter(self.choice.values()).most_common()),
+            "bits_per_weight": self.bits,
+            "estimated_increase": math.expm1(self.estimate),
+        }
+        if self.increase is not None:
+            facts["perplexity_increase"] = self.increase.perplexity
+            facts["perplexity_increase_error"] = self.increase.perplexity_error
+            facts["phase"] = self.increase.phase
+            facts["trials"] = self.trials
+        return {**facts, "moved": list(self.moved(found, order))}
+
+    def moved(self, found: Sensitivity, order: Sequence[str]) -> Iterator[str]:
+        """A sentence for each group without the scheme that is wanted most, the worst first."""
+        usual = next(scheme for scheme in order if scheme in self.choice.values())
+        scheme_of = {
+            group.path: self.choice.get(GroupId(group.block, group.name), usual)
+            for group in found.groups
+        }
+        groups = [group for group in found.groups if scheme_of[group.path] != usual]
+        if usual in found.schemes:
+            groups = [group for group in groups if usual in group.schemes]
+            groups.sort(key=lambda group: -group.score(usual, "loss_increase"))
+        for group in groups[:MOST_LINES]:
+            line = f"{title(group)} is {scheme_of[group.path]}"
+            if usual in group.schemes:
+                cost = percent(group.score(usual, "loss_increase"))
+                line += f", as {usual} of it alone costs about {cost:+.2g} %"
+            if group.input is not None and group.input.massive:
+                line += f" (its largest input is {describe_input(group.input)})"
+            yield line
+        if len(groups) > MOST_LINES:
+            yield f"and {len(groups) - MOST_LINES} more groups, see the recipe"
+
+
+def decide(asked: CheckedMixed, found: Sensitivity, trials: Trials) -> Decision:
+    """The choice that the goal asks for.
+
+    Raises:
+        MsQuantError: no choice is within the budget, or all that is stays float.
+    """
+    with_float = FLOAT in asked.options.choose
+    if asked.options.target_bits is not None:
+        known = candidates(found, asked.costs, with_float, _bits)
+        decision = _of_size(known, asked)
+        if asked.heldout is None:
+            return decision
+        return replace(decision, increase=trials.increase(decision.choice), trials=1)
+    return _of_increase(candidates(found, asked.costs, with_float, _work), asked, trials)
+
+
+def _bits(cost: Cost) -> float:
+    return cost.bits
+
+
+def _work(cost: Cost) -> float:
+    return cost.work
+
+
+def _of_size(known: Candidates, asked: CheckedMixed) -> Decision:
+    assert asked.options.target_bits is not None
+    weights = sum(next(iter(costs.values())).weights for costs in known.costs.values())
+    budget = asked.options.target_bits * weights
+    price = price_for_cost(known.parts.values(), budget)
+    if total(known.parts.values(), price).cost > budget:
+        price = math.inf
+    choice = known.choice(choices_within(known.parts, budget, price))
+    _refuse_float(choice, asked)
+    return Decision(choice, known.bits(choice), known.loss(choice))
+
+
+def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Decision:
+    assert asked.options.max_ppl_increase is not None
+    budget = math.log1p(asked.options.max_ppl_increase)
+    row = [choice for choice in map(known.at, known.prices()) if set(choice.values()) != {FLOAT}]
+    tried: dict[int, Increase] = {}
+    best: list[int] = []
+
+    def measure(place: int) -> float:
+        tried[place] = trials.increase(row[place])
+        within = tried[place].loss <= budget
+        for other in [*best] if within else [place]:
+            trials.forget(row[other])
+        if within:
+            best[:] = [place]
+        return tried[place].loss
+
+    place, measured = cheapest_within([known.loss(choice) for choice in row], budget, measure)
+    if place == len(row):
+        least = min(measured.values(), default=math.inf)
+        raise BadArgumentError(
+            f"max ppl increase {100 * asked.options.max_ppl_increase:g} % cannot be reached with "
+            f"{', '.join(asked.options.choose)}: the least that was found is {percent(least):.3g} "
+            "%, expected a larger budget, other schemes, or another algorithm"
+        )
+    choice = row[place]
+    return Decision(choice, known.bits(choice), known.loss(choice), tried[place], len(tried))
+
+
+def _refuse_float(choice: Choice, asked: CheckedMixed) -> None:
+    if set(choice.values()) == {FLOAT}:
+        raise BadArgumentError(
+            f"target bits {asked.options.target_bits:g}: every linear stays float, nothing is "
+            "left to quantize; expected fewer"
+        )

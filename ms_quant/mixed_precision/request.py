@@ -1,0 +1,379 @@
+"""Checking what automatic mixed precision is asked: every refusal that needs no work."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant import data
+from ms_quant.algorithms.pipeline import suiting
+from ms_quant.allocation.increase import check_increase
+from ms_quant.analysis.records import Sensitivity
+from ms_quant.analysis.request import AnalyzeOptions, CheckedAnalysis, prepare_analysis, refuse_idle
+from ms_quant.data.calibration import Note, eval_windows, load_tokens
+from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
+from ms_quant.formats.float_model import FloatCheckpoint, open_float
+from ms_quant.formats.source_kind import model_directory
+from ms_quant.mixed_precision.costs import FLOAT, Cost, costs
+from ms_quant.models.names import GroupId
+from ms_quant.pipeline.options import QuantizeOptions
+from ms_quant.pipeline.paths import check_paths
+from ms_quant.pipeline.planning import make_plan
+from ms_quant.pipeline.request import output_dtype
+from ms_quant.plan.plan import Plan
+from ms_quant.schemes.records import Scheme
+from ms_quant.schemes.support import served_formats, store
+from ms_quant.schemes.table import FLOAT_CACHE, SCHEMES, get_scheme
+
+ANALYSIS, ANALYSIS_JOB = "analysis.json", "analysis.job"
+OTHER_WINDOWS, BUNDLED_WINDOWS = 12, 24
+"""Of the calibration data and of a bundled text, where no held-out text is given. Other windows of
+the same book flatter static ranges, which fit it."""
+BUNDLED = Path(data.__file__).parent / "heldout.txt"
+LEAST_WINDOWS = 8
+EFFORT = 4
+"""How many times as many tokens are analysed as by ``ms-quant analyze``: trials cost more."""
+OTHER_SEED = 1_000_003
+PER_TOKEN = {"W8A8": "W8A8_DYNAMIC", "W8A8_MIX": "W8A8_DYNAMIC"}
+ANY_DTYPE = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class MixedOptions:
+    """What a user asks of automatic mixed precision.
+
+    Attributes:
+        job: the model, the output, the calibration data, the algorithms and the options of all
+            schemes.
+        choose: names of schemes, and ``"FLOAT"``; none is the job's scheme, the same per token
+            where every runtime that serves the one serves both, and float.
+        max_ppl_increase: by how much perplexity may grow; 0.005 is 0.5 %.
+        target_bits: stored bits of a weight in the mean, scales and all.
+        heldout: the text that perplexity is measured on; None is other windows of the calibration
+            data, and a text that comes with the package.
+        sensitivity: file of an analysis that was made before; None makes one.
+    """
+
+    job: QuantizeOptions
+    choose: Sequence[str]
+    max_ppl_increase: float | None = None
+    target_bits: float | None = None
+    heldout: Path | None = None
+    sensitivity: Path | None = None
+
+
+@dataclass(frozen=True)
+class CheckedMixed:
+    """A checked request.
+
+    Attributes:
+        options: what was asked, with the model's directory.
+        model: the opened model.
+        format: the checkpoint format.
+        schemes: those that are chosen from, but float.
+        costs: group to what it costs in each scheme that it can take.
+        heldout: int32 (windows, tokens); None where nothing is measured.
+        analysis: what is to be analysed; None where a file holds that.
+        sensitivity: what a file holds.
+        asked: what decides the choice, as JSON.
+        notes: what to know, one sentence each.
+    """
+
+    options: MixedOptions
+    model: FloatCheckpoint
+    format: str
+    schemes: tuple[str, ...]
+    costs: dict[GroupId, dict[str, Cost]]
+    heldout: np.ndarray | None
+    analysis: CheckedAnalysis | None
+    sensitivity: Sensitivity | None
+    asked: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def directory(self) -> Path:
+        """Where the work in progress is."""
+        return self.options.job.job_directory
+
+    @property
+    def recipe_path(self) -> Path:
+        """Where the recipe goes."""
+        output = self.options.job.output
+        return output.with_name(f"{output.name}.recipe.yaml")
+
+
+def prepare_mixed(options: MixedOptions) -> CheckedMixed:
+    """Checks a request against the model and the data.
+
+    Raises:
+        MsQuantError: anything that would make the work fail later.
+    """
+    _check_goal(options)
+    job = replace(options.job, model=model_directory(options.job.model))
+    options = replace(options, job=job, choose=options.choose or _usual(job))
+    schemes = _schemes(options.choose)
+    check_paths(job.model, job.output, job.job_directory)
+    refuse_idle([SCHEMES[name] for name in schemes], job)
+    format = _common_format(schemes, job)
+    model = open_float(job.model)
+    plans = {name: _plan(model, name, options, format) for name in schemes}
+    known = costs(plans)
+    _check_size(options, known)
+    analysis, found = None, None
+    notes: list[str] = []
+    heldout = _heldout(options, notes.append)
+    if options.sensitivity is None:
+        analysis = prepare_analysis(_analysis(options, schemes, format, heldout), model)
+        notes += analysis.notes
+    else:
+        found = Sensitivity.load(options.sensitivity)
+        _require(found, model, schemes, options.sensitivity)
+        notes += _other_algorithm(found, plans, options.sensitivity)
+    return CheckedMixed(
+        options,
+        model,
+        format,
+        schemes,
+        known,
+        heldout,
+        analysis,
+        found,
+        _asked(options, format, heldout),
+        tuple(notes),
+    )
+
+
+def _check_goal(options: MixedOptions) -> None:
+    increase, bits = options.max_ppl_increase, options.target_bits
+    if (increase is None) == (bits is None):
+        raise BadArgumentError(
+            "choosing schemes needs a goal, expected one of --max-ppl-increase and --target-bits"
+        )
+    if increase is not None:
+        check_increase(increase)
+    if bits is not None and not 1 <= bits <= 16:
+        raise BadArgumentError(f"target bits is {bits:g}, expected 1 to 16 bits of a weight")
+
+
+def _check_size(options: MixedOptions, known: Mapping[GroupId, Mapping[str, Cost]]) -> None:
+    """Refuses a size that no choice has, and one at which all stays float."""
+    target = options.target_bits
+    if target is None:
+        return
+    weights = sum(next(iter(costs.values())).weights for costs in known.values())
+    least = sum(min(cost.bits for cost in costs.values()) for costs in known.values()) / weights
+    if least > target:
+        raise BadArgumentError(
+            f"target bits {target:g} cannot be reached: the smallest that "
+            f"{', '.join(options.choose)} take, scales and all, is {least:.3f} bits of a weight"
+        )
+    floats = sum(costs[FLOAT].bits for costs in known.values()) / weights
+    if FLOAT in options.choose and target >= floats:
+        raise BadArgumentError(
+            f"target bits {target:g}: every linear may stay float, nothing is left to quantize; "
+            f"expected fewer than {floats:g}"
+        )
+
+
+def _usual(job: QuantizeOptions) -> tuple[str, ...]:
+    """What there is to choose from for a scheme."""
+    scheme = get_scheme(job.scheme, **_own(job.scheme, job))
+    format = next(iter(job.formats), "")
+    runtimes, token = _runtimes(scheme, format), PER_TOKEN.get(scheme.name)
+    if token is not None:
+        own = store(scheme, ANY_DTYPE, format)[1].format
+        both = set(_runtimes(get_scheme(token), own))
+        if runtimes and both.issuperset(runtimes):
+            return scheme.name, token, FLOAT
+    return scheme.name, FLOAT
+
+
+def _runtimes(scheme: Scheme, format: str) -> tuple[str, ...]:
+    """Who serves a scheme in a format; nobody where it cannot hold it."""
+    try:
+        return store(scheme, ANY_DTYPE, format)[1].support.served_by
+    except MsQuantError:
+        return ()
+
+
+def _schemes(choose: Sequence[str]) -> tuple[str, ...]:
+    """The schemes that are chosen from, but float."""
+    if isinstance(choose, str):
+        raise BadArgumentError(f"choose is {choose!r:.80}, expected a list of names")
+    for name in choose:
+        if name not in SCHEMES and name != FLOAT:
+            known = ", ".join([*SCHEMES, FLOAT])
+            raise BadArgumentError(f"scheme {name!r:.80} is unknown, expected one of {known}")
+    schemes = tuple(name for name in choose if name != FLOAT)
+    if len(set(choose)) < len(choose) or len(choose) < 2:
+        raise BadArgumentError(
+            f"choose is {', '.join(choose) or 'empty'}, expected two names or more, each once"
+        )
+    return schemes
+
+
+def _common_format(schemes: Sequence[str], job: QuantizeOptions) -> str:
+    """The checkpoint format that is asked for, or the first in which one runtime serves all.
+
+    Raises:
+        MsQuantError: no runtime serves all of them.
+    """
+    if len(job.formats) > 1:
+        raise BadArgumentError(
+            f"formats {', '.join(job.formats)}: what is served differs, expected one"
+        )
+    made = [get_scheme(name, **_own(name, job)) for name in schemes]
+    reasons = []
+    able = job.formats or served_formats(schemes[0], **_own(schemes[0], job))
+    for format in able:
+        try:
+            rows = [store(scheme, ANY_DTYPE, format)[1].support for scheme in made]
+        except MsQuantError as error:
+            reasons.append(str(error))
+            continue
+        common = set(rows[0].served_by).intersection(*(row.served_by for row in rows))
+        if common:
+            return format
+        reasons.append(f"no runtime serves {format} checkpoints of {', '.join(schemes)} together")
+    raise UnsupportedError(
+        f"{'; '.join(reasons) or f'no runtime serves {schemes[0]}'}; expected schemes that one "
+        "runtime mixes"
+    )
+
+
+def _own(scheme: str, job: QuantizeOptions) -> dict[str, Any]:
+    """Of the options of all schemes, those that one takes."""
+    known = SCHEMES[scheme].options
+    return {name: value for name, value in job.scheme_options.items() if name in known}
+
+
+def _plan(model: FloatCheckpoint, scheme: str, options: MixedOptions, format: str) -> Plan:
+    """The plan of the whole model in one scheme."""
+    job = options.job
+    algorithm, settings = suiting(job.algorithm, SCHEMES[scheme], job.algorithm_options)
+    return make_plan(
+        model.config,
+        scheme,
+        algorithm,
+        algorithm_options=settings,
+        scheme_options=_own(scheme, job),
+        dtype=output_dtype(model.config, job.dtype),
+        exclude=job.exclude,
+        format=format,
+        smoothing_target=job.smoothing_target,
+        kv_cache="" if job.kv_cache == FLOAT_CACHE else job.kv_cache,
+        float_undivided=job.float_undivided,
+    )
+
+
+def _analysis(
+    options: MixedOptions, schemes: Sequence[str], format: str, heldout: np.ndarray | None
+) -> AnalyzeOptions:
+    directory = options.job.job_directory
+    job = replace(
+        options.job,
+        output=directory / ANALYSIS,
+        job=directory / ANALYSIS_JOB,
+        keep_job=False,
+        kv_cache=FLOAT_CACHE,
+    )
+    return AnalyzeOptions(job, schemes, format, effort=EFFORT, probed=heldout, made_later=True)
+
+
+def _require(
+    found: Sensitivity, model: FloatCheckpoint, schemes: Sequence[str], path: Path
+) -> None:
+    """Refuses an analysis that does not say what is needed."""
+    found.require_model(model.checkpoint)
+    for scheme in schemes:
+        if scheme not in found.schemes:
+            raise BadArgumentError(
+                f"{path}: has no scheme {scheme}, expected an analysis of {', '.join(schemes)}"
+            )
+
+
+def _other_algorithm(found: Sensitivity, plans: Mapping[str, Plan], path: Path) -> list[str]:
+    """A note where an analysis is of other numbers than what is made."""
+    of = found.request.get("analysis")
+    for scheme, plan in plans.items():
+        record = of.get(scheme) if isinstance(of, Mapping) else None
+        before = record.get("algorithm") if isinstance(record, Mapping) else None
+        if before != plan.algorithm:
+            return [
+                f"{path}: is an analysis of {scheme} with {before}, and it is made with "
+                f"{plan.algorithm}; its estimates are the other's"
+            ]
+    return []
+
+
+def _heldout(options: MixedOptions, note: Note) -> np.ndarray | None:
+    """The tokens that perplexity is measured on; None where a size is the goal and there are few.
+
+    Raises:
+        MsQuantError: the file cannot be read, or perplexity is the goal and there are few.
+    """
+    job = options.job
+    samples, length, _ = job.windows
+    if length < 2:
+        raise BadArgumentError(f"seq_len is {length}, expected at least 2 to predict a token")
+    if options.heldout is not None:
+        return eval_windows(options.heldout, job.model, length, samples, note)
+    others = bundled = np.zeros((0, length), np.int32)
+    if job.calib is not None:
+        others = _others(job)
+        bundled = _bundled(job)
+    if len(others) + len(bundled) >= LEAST_WINDOWS:
+        note(
+            f"perplexity is measured on {len(others)} other windows of {job.calib} and "
+            f"{len(bundled)} of English verse; --heldout FILE with what the model will read says "
+            "more"
+        )
+        return np.concatenate([windows for windows in (others, bundled) if len(windows)])
+    if options.target_bits is not None:
+        return None
+    raise BadArgumentError(
+        f"{job.calib}: has {len(others)} windows of {length} tokens beside those that calibration "
+        f"takes, expected at least {LEAST_WINDOWS} to measure perplexity on, or --heldout FILE"
+    )
+
+
+def _others(job: QuantizeOptions) -> np.ndarray:
+    """Windows of the calibration data that calibration does not take."""
+    assert job.calib is not None
+    samples, length, seed = job.windows
+    load = partial(load_tokens, job.calib, job.model)
+    used = {window.tobytes() for window in load(samples, length, seed)}
+    drawn = load(samples + 2 * OTHER_WINDOWS, length, seed + OTHER_SEED)
+    return np.array([window for window in drawn if window.tobytes() not in used][:OTHER_WINDOWS])
+
+
+def _bundled(job: QuantizeOptions) -> np.ndarray:
+    """Windows of a text that comes with the package; none where the model has no tokenizer."""
+    try:
+        return eval_windows(BUNDLED, job.model, job.windows.seq_len, BUNDLED_WINDOWS)
+    except MsQuantError:
+        return np.zeros((0, job.windows.seq_len), np.int32)
+
+
+def _asked(options: MixedOptions, format: str, heldout: np.ndarray | None) -> dict[str, Any]:
+    job = options.job
+    found: dict[str, Any] = {
+        "choose": list(options.choose),
+        "max_ppl_increase": options.max_ppl_increase,
+        "target_bits": options.target_bits,
+        "format": format,
+        "algorithm": job.algorithm,
+        "scheme_options": dict(job.scheme_options),
+        "algorithm_options": dict(job.algorithm_options),
+        "exclude": list(job.exclude),
+    }
+    if heldout is not None:
+        found["heldout_windows"] = len(heldout)
+        found["heldout_sha256"] = hashlib.sha256(heldout.tobytes()).hexdigest()
+    return {name: value for name, value in found.items() if value not in (None, {}, [])}
