@@ -4,12 +4,13 @@
         [--samples 16] [--blocks 1,2,11] [--plot FILE.svg]
 
 The float model runs block by block on the calibration windows. The first table names what is
-massive in the inputs of down_proj of some blocks. The second has the crest factors (largest
-magnitude over root mean square) of the inputs of each kind of group, before and after rotation.
-Then MODEL is quantized to static W8A8 with each remedy: the third table has how many int8 steps the
-largest value of the median token gets, the last, with --heldout, what perplexity costs when only
-the down_proj, only the other linears, and all are quantized. The plot needs matplotlib; it shows
-the inputs of down_proj of all blocks, and those of one around its largest value.
+massive in the inputs of down_proj of some blocks, the second what their outputs make of the
+residual stream, the third has the crest factors (largest magnitude over root mean square) of the
+inputs of each kind of group, before and after rotation. Then MODEL is quantized to static W8A8 with
+each remedy: the fourth table has how many int8 steps the largest value of the median token gets,
+the last, with --heldout, what perplexity costs when only the down_proj, only the other linears, and
+all are quantized. The plot needs matplotlib; it shows the inputs of down_proj of all blocks, and
+those of one around its largest value.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class Seen(NamedTuple):
     Attributes:
         facts: of the input of down_proj, for each block.
         stream: the largest magnitude of each block's output, and its channel.
+        weights: the largest weight of down_proj that multiplies the largest input's channel, for
+            each block.
         peaks: float32 (blocks, windows, tokens), largest magnitude of each token in it.
         crests: kind of group to the crest factors of its inputs, for each block.
         around: block, window, first channel and float32 (tokens, channels) magnitudes, around the
@@ -108,6 +111,7 @@ class Seen(NamedTuple):
 
     facts: list[InputFacts]
     stream: list[tuple[float, int]]
+    weights: list[float]
     peaks: np.ndarray
     crests: dict[str, list[float]]
     around: tuple[int, int, int, np.ndarray]
@@ -117,12 +121,16 @@ def see(checked: CheckedJob) -> Seen:
     """Runs the float model of a request."""
     assert checked.tokens is not None
     windows, length = checked.tokens.shape
-    found, stream, peaks, largest = [], [], [], 0.0
+    found, stream, weights, peaks, largest = [], [], [], [], 0.0
     around: tuple[int, int, int, np.ndarray] = 0, 0, 0, np.zeros((1, 1))
     crests: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for index, rows in inputs(checked):
         down = np.abs(rows["down"]).reshape(windows, length, -1)
         found.append(facts(rows["down"], windows))
+        window, _, channel = np.unravel_index(down.argmax(), down.shape)
+        path = checked.plan.config.block(index).group("down").members[0]
+        weight = checked.tensors.read_float32(f"{block_prefix(index)}{path}.weight")
+        weights.append(float(np.abs(weight[:, channel]).max()))
         made = np.abs(rows[STREAM])
         stream.append((float(made.max()), int(made.argmax() % made.shape[-1])))
         peaks.append(down.max(axis=2))
@@ -130,11 +138,10 @@ def see(checked: CheckedJob) -> Seen:
             values.append(crest(rows[kind]))
         if found[-1].absmax > largest:
             largest = found[-1].absmax
-            window, _, channel = np.unravel_index(down.argmax(), down.shape)
             first = max(0, int(channel) - SHOWN_CHANNELS)
             part = down[window, :SHOWN_TOKENS, first : int(channel) + SHOWN_CHANNELS + 1]
             around = index, int(window), first, part.copy()
-    return Seen(found, stream, np.stack(peaks), crests, around)
+    return Seen(found, stream, weights, np.stack(peaks), crests, around)
 
 
 class Part(JobModel):
@@ -319,10 +326,12 @@ def tell_massive(seen: Seen, rotated: Seen, texts: np.ndarray, blocks: str) -> N
         counts += Counter(texts[:, 1:][which[:, 1:]].tolist()).most_common()
         tokens = ", ".join(f"{count} {text!r}" for text, count in counts if count) or "none"
         row(index, *named(found), tokens, f"{rotated.facts[index].absmax:,.4g}")
-    head(STREAM, "largest", "channel", "rotated")
+    weights = "largest weight of that input", "rotated"
+    head("after block", f"{STREAM}, largest", "channel", "rotated", *weights)
     for index in chosen:
         (largest, channel), (other, _) = seen.stream[index], rotated.stream[index]
-        row(f"after block {index}", f"{largest:,.0f}", channel, f"{other:,.0f}")
+        columns = (f"{one.weights[index]:.3g}" for one in (seen, rotated))
+        row(index, f"{largest:,.0f}", channel, f"{other:,.0f}", *columns)
 
 
 if __name__ == "__main__":
