@@ -23,13 +23,15 @@ from ms_quant.files.atomic import free_spaces_check
 from ms_quant.files.reader import Checkpoint, fingerprint
 from ms_quant.formats.float_model import FloatCheckpoint, model_notes, open_float
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.job.directory import environment
+from ms_quant.job.directory import JobDirectory, environment
 from ms_quant.models.config import ModelConfig
+from ms_quant.pipeline.best import resolved
 from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.planning import make_plan
 from ms_quant.pipeline.request import CheckedJob, output_dtype, rotated
+from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.table import KV_CACHES, SCHEMES
@@ -48,6 +50,7 @@ class AnalyzeOptions:
         probe_tokens: about how many tokens variants run on; None is as many as cost little.
         effort: how many times as many.
         probed: int32 (windows, tokens) that variants run on; None is calibration data.
+        keeps_linears: the job keeps the quantized linears of each scheme.
         made_later: the directory that the result goes to is not there yet.
     """
 
@@ -57,6 +60,7 @@ class AnalyzeOptions:
     probe_tokens: int | None = None
     effort: int = 1
     probed: np.ndarray | None = None
+    keeps_linears: bool = False
     made_later: bool = False
 
 
@@ -82,6 +86,17 @@ class CheckedAnalysis:
         assert self.checked.tokens is not None
         return self.checked.tokens
 
+    def job(self, target: int) -> JobDirectory:
+        """The job as it is on the disk now, with the linears of one of the plans."""
+        options, plan = self.checked.options, self.subject.all[target]
+        return JobDirectory(
+            options.job_directory,
+            self.checked.record,
+            options.any_environment,
+            scheme_of=lambda path: plan.quantized_layer(path).scheme,
+            target=target,
+        )
+
 
 def prepare_analysis(
     options: AnalyzeOptions, model: FloatCheckpoint | None = None
@@ -103,6 +118,8 @@ def prepare_analysis(
     model = model or open_float(job.model)
     config = model.config
     require_head(model)
+    job = replace(job, algorithm=resolved(job.algorithm, schemes, config))
+    options = replace(options, job=job)
     caches = [name for name in schemes if name in KV_CACHES]
     plain = replace(options, format="")
     plans = {name: _plan(config, name, options) for name in schemes if name not in caches}
@@ -118,11 +135,14 @@ def prepare_analysis(
     probed = tokens if options.probed is None else options.probed
     wanted = options.probe_tokens or options.effort * affordable_tokens(config, begin, tokens.size)
     probe = probe_of((len(probed), probed.shape[1]), wanted)
-    subject = Subject(plans, caches, base, probe, probe.of(probed))
+    keeps = options.keeps_linears
+    subject = Subject(plans, caches, base, probe, probe.of(probed), keeps)
     record = _record(options, model.checkpoint, subject, schemes, tokens)
     checked = CheckedJob(job, base, model.checkpoint, tensors, tokens, record, {}, 0)
     states = probe.tokens * config.hidden_size * 4 * (1 + sum(begin))
-    free_spaces_check({job.job_directory: 2 * (states + 4 * tokens.size * config.hidden_size)})
+    needed = 2 * (states + 4 * tokens.size * config.hidden_size)
+    needed += sum(output_bytes(plan) for plan in plans.values()) if keeps else 0
+    free_spaces_check({job.job_directory: needed})
     notes = [*model_notes(config, model.checkpoint), *_float_notes(plans), *heard]
     notes += data_notes(job, None, config, tokens)
     return CheckedAnalysis(checked, subject, schemes, tuple(notes))

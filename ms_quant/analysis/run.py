@@ -145,7 +145,8 @@ def run_analysis(
     job = checked.job()
     with job.open():
         prove_source(checked, job, reading)
-        work = AnalysisWork(asked.subject, job, checked.tensors, asked.tokens, progress)
+        jobs = [job, *map(asked.job, range(1, len(asked.subject.all)))]
+        work = AnalysisWork(asked.subject, jobs, checked.tensors, asked.tokens, progress)
         InOrder().run(work)
         groups = _groups(asked, job, work)
         seconds = round(time.monotonic() - started, 1)

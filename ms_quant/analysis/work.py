@@ -50,6 +50,7 @@ class Subject:
         base: a plan that says the type of what stays float.
         probe: which tokens variants run on.
         probed: int32 (windows, tokens), these tokens.
+        keeps: the job keeps the quantized linears of each scheme, as those of a format of its own.
     """
 
     plans: Mapping[str, Plan]
@@ -57,6 +58,7 @@ class Subject:
     base: Plan
     probe: Probe
     probed: np.ndarray
+    keeps: bool = False
 
     @property
     def all(self) -> list[Plan]:
@@ -88,7 +90,7 @@ class AnalysisWork(BlockWork):
 
     Args:
         subject: what is analysed.
-        job: where results and states are.
+        jobs: where results and states are, as the job is for each plan.
         checkpoint: the float model.
         tokens: int32 (windows, tokens) calibration data.
         progress: told how far each block is.
@@ -97,12 +99,13 @@ class AnalysisWork(BlockWork):
     def __init__(
         self,
         subject: Subject,
-        job: JobDirectory,
+        jobs: Sequence[JobDirectory],
         checkpoint: FloatTensors,
         tokens: np.ndarray,
         progress: BlockProgress,
     ):
-        super().__init__([(plan, job) for plan in subject.all], checkpoint, tokens, progress)
+        targets = list(zip(subject.all, jobs, strict=True))
+        super().__init__(targets, checkpoint, tokens, progress)
         self.subject, self.probe = subject, subject.probe
         self._positions = Positions(self.config, self.probe.length)
         self._watches: dict[str, InputWatch] = {}
@@ -137,15 +140,17 @@ class AnalysisWork(BlockWork):
             states.append(block.run(source(start, min(start + batch, total)), self._positions))
             self.progress(index, 0.5 + 0.25 * min(1.0, (start + batch) / total))
         found: dict[str, dict[str, Any]] = {}
-        for done, (variant, own, output) in enumerate(self._changed(exact, observations), 1):
+        kept = QuantizedBlock()
+        for done, (variant, own, output) in enumerate(self._changed(exact, observations, kept), 1):
             states.append(output)
             found.setdefault(variant[0], {})["/".join(variant[1:])] = _facts(
                 own, errors(output, exact.output)
             )
             self.progress(index, 0.75 + 0.25 * done / len(new))
         states.commit()
-        notes = {"errors": found, "inputs": self._inputs(observations)}
-        self.job.finish_block(index, QuantizedBlock(notes=notes), {})
+        kept.notes = {"errors": found, "inputs": self._inputs(observations)}
+        kept.ranges = observations.ranges.facts(observations.divided)
+        self.job.finish_block(index, kept, {})
         self.job.probe_file(index).unlink(missing_ok=True)
         self._loaded = None
         self._drop_hidden()
@@ -184,13 +189,20 @@ class AnalysisWork(BlockWork):
         return HiddenStates(self.job.probe_file(index), shape)
 
     def _changed(
-        self, exact: FloatBlock, observations: Observations
+        self, exact: FloatBlock, observations: Observations, kept: QuantizedBlock
     ) -> Iterator[tuple[Variant, Errors, np.ndarray]]:
-        """Each variant that begins in a block, the errors of its group, and its output."""
+        """Each variant that begins in a block, the errors of its group, and its output.
+
+        What is to be kept of the first plan's linears goes to ``kept``, that of others to disk.
+        """
         block, at = exact.block, self._at
         assert at is not None
-        for scheme, plan in self.subject.plans.items():
+        for (scheme, plan), (_, job) in zip(self.subject.plans.items(), self.targets, strict=False):
             made = quantize(plan, LoadedWeights(block, at), observations, alone=True)
+            if self.subject.keeps and job is self.job:
+                kept.linears |= made.linears
+            elif self.subject.keeps:
+                job.finish_block(block.index, QuantizedBlock(dict(made.linears)), {})
             for group in plan.groups(block.index):
                 linears = {path: made.linears.pop(path) for path in group.members}
                 for phase, forward in zip((PREFILL, DECODE), phases(linears), strict=False):

@@ -28,6 +28,7 @@ from ms_quant.cli.console import (
     use_mindspore,
 )
 from ms_quant.errors import BadArgumentError
+from ms_quant.pipeline.best import BEST, BEST_INCREASE
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import (
     QuantizeOptions,
@@ -39,6 +40,7 @@ from ms_quant.pipeline.quantize import QUANTIZING, READING
 from ms_quant.pipeline.request import prepare
 from ms_quant.pipeline.run import run_job
 from ms_quant.progress import of_blocks
+from ms_quant.schemes.table import SCHEMES
 
 
 def quantize(
@@ -50,8 +52,8 @@ def quantize(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq. "
-            f"Default: {DEFAULTS.algorithm}"
+            help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq; or best, which keeps static "
+            f"schemes within {BEST_INCREASE} of perplexity. Default: {DEFAULTS.algorithm}"
         ),
     ] = None,
     recipe: Annotated[
@@ -169,6 +171,9 @@ def quantize(
         any_environment=any_environment,
         tp=tp,
     )
+    static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
+    if algorithm == BEST and static and target_bits is None and not dry_run:
+        max_ppl_increase = max_ppl_increase or BEST_INCREASE
     goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
     mixed = {"choose": choose, **goal, "heldout": heldout, "sensitivity": sensitivity}
     with naming_leftovers(output, job, options.formats):

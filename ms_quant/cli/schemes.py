@@ -14,6 +14,7 @@ from ms_quant.schemes.storage import FormatSupport
 def schemes(as_json: JsonOption = False) -> None:
     """The schemes and algorithms there are, and which runtime serves them."""
     from ms_quant.algorithms import ALGORITHMS, PLAIN
+    from ms_quant.pipeline.best import BEST
     from ms_quant.schemes.support import support_of
     from ms_quant.schemes.table import KV_CACHES, SCHEMES
 
@@ -32,7 +33,8 @@ def schemes(as_json: JsonOption = False) -> None:
             for scheme in SCHEMES.values()
         ],
         "algorithms": [
-            {"name": name, "summary": algorithm.summary} for name, algorithm in ALGORITHMS.items()
+            *({"name": name, "summary": row.summary} for name, row in ALGORITHMS.items()),
+            {"name": BEST, "summary": "what did best on real models for the scheme"},
         ],
         "kv_caches": [{"name": name, "summary": what} for name, what in KV_CACHES.items()],
     }

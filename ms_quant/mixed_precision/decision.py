@@ -21,6 +21,8 @@ from ms_quant.mixed_precision.search import cheapest_within
 from ms_quant.mixed_precision.trials import Increase, Trials
 from ms_quant.models.names import GroupId
 
+MOST_REFUSALS = 4
+"""Times that what is written may be over the budget where what was put together was within."""
 MOST_LINES = 12
 """Of groups that are named; the recipe has all."""
 
@@ -118,28 +120,29 @@ def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Deci
     assert asked.options.max_ppl_increase is not None
     budget = math.log1p(asked.options.max_ppl_increase)
     row = [choice for choice in map(known.at, known.prices()) if set(choice.values()) != {FLOAT}]
-    tried: dict[int, Increase] = {}
-    best: list[int] = []
-
-    def measure(place: int) -> float:
-        tried[place] = trials.increase(row[place])
-        within = tried[place].loss <= budget
-        for other in [*best] if within else [place]:
-            trials.forget(row[other])
-        if within:
-            best[:] = [place]
-        return tried[place].loss
-
-    place, measured = cheapest_within([known.loss(choice) for choice in row], budget, measure)
-    if place == len(row):
-        least = min(measured.values(), default=math.inf)
-        raise BadArgumentError(
-            f"max ppl increase {100 * asked.options.max_ppl_increase:g} % cannot be reached with "
-            f"{', '.join(asked.options.choose)}: the least that was found is {percent(least):.3g} "
-            "%, expected a larger budget, other schemes, or another algorithm"
+    estimates = [known.loss(choice) for choice in row]
+    measured: dict[int, float] = {}
+    least, margin = math.inf, 0.0
+    for _ in range(MOST_REFUSALS):
+        place, found = cheapest_within(
+            estimates, budget - margin, lambda place: trials.estimate(row[place]).loss
         )
-    choice = row[place]
-    return Decision(choice, known.bits(choice), known.loss(choice), tried[place], len(tried))
+        measured |= found
+        if place == len(row):
+            break
+        increase = trials.increase(row[place])
+        if increase.loss <= budget:
+            choice = row[place]
+            count = len(measured) + 1
+            return Decision(choice, known.bits(choice), known.loss(choice), increase, count)
+        trials.forget(row[place])
+        least, margin = min(least, increase.loss), max(margin, increase.loss - found[place])
+    least = min(least, *measured.values()) if measured else least
+    raise BadArgumentError(
+        f"max ppl increase {100 * asked.options.max_ppl_increase:g} % cannot be reached with "
+        f"{', '.join(asked.options.choose)}: the least that was found is {percent(least):.3g} "
+        "%, expected a larger budget, other schemes, or another algorithm"
+    )
 
 
 def _refuse_float(choice: Choice, asked: CheckedMixed) -> None:

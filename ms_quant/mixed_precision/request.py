@@ -22,6 +22,7 @@ from ms_quant.formats.float_model import FloatCheckpoint, open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.mixed_precision.costs import FLOAT, Cost, costs
 from ms_quant.models.names import GroupId
+from ms_quant.pipeline.best import resolved
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.planning import make_plan
@@ -116,12 +117,14 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     """
     _check_goal(options)
     job = replace(options.job, model=model_directory(options.job.model))
-    options = replace(options, job=job, choose=options.choose or _usual(job))
+    options = replace(options, choose=options.choose or _usual(job))
     schemes = _schemes(options.choose)
     check_paths(job.model, job.output, job.job_directory)
-    refuse_idle([SCHEMES[name] for name in schemes], job)
     format = _common_format(schemes, job)
     model = open_float(job.model)
+    job = replace(job, algorithm=resolved(job.algorithm, schemes, model.config))
+    options = replace(options, job=job)
+    refuse_idle([SCHEMES[name] for name in schemes], job)
     plans = {name: _plan(model, name, options, format) for name in schemes}
     known = costs(plans)
     _check_size(options, known)
@@ -280,10 +283,12 @@ def _analysis(
         options.job,
         output=directory / ANALYSIS,
         job=directory / ANALYSIS_JOB,
-        keep_job=False,
+        keep_job=True,
         kv_cache=FLOAT_CACHE,
     )
-    return AnalyzeOptions(job, schemes, format, effort=EFFORT, probed=heldout, made_later=True)
+    return AnalyzeOptions(
+        job, schemes, format, effort=EFFORT, probed=heldout, keeps_linears=True, made_later=True
+    )
 
 
 def _require(

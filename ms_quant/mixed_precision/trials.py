@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from ms_quant.evaluation.perplexity import measure
 from ms_quant.files.atomic import write_json
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
+from ms_quant.mixed_precision.assembled import AssembledModel
 from ms_quant.mixed_precision.candidates import Choice
 from ms_quant.mixed_precision.recipe import recipe_of
 from ms_quant.mixed_precision.request import CheckedMixed
@@ -83,18 +85,34 @@ class Trials:
         job = replace(plain_request(asked, recipe), job=self._directory(recipe))
         return prepare(job, model=asked.model)
 
+    def estimate(self, choice: Choice) -> Increase:
+        """How much worse a choice predicts the held-out text than the float model.
+
+        It is put together from what the analysis has quantized, where that was kept.
+        """
+        if self.asked.analysis is None:
+            return self.increase(choice)
+        kept, key = self.asked.analysis, _digest([sorted(choice.items()), self._text])
+        return self._found(key, lambda title: self._phases(AssembledModel(kept, choice), title))
+
     def increase(self, choice: Choice) -> Increase:
-        """How much worse a choice predicts the held-out text than the float model."""
+        """The same of what is quantized as it will be written."""
         checked = self.job(choice)
-        key = _digest([checked.record, self.asked.asked.get("heldout_sha256")])
+        key = _digest([checked.record, self._text])
+        return self._found(key, lambda title: self._quantized(checked, title))
+
+    @property
+    def _text(self) -> Any:
+        return self.asked.asked.get("heldout_sha256")
+
+    def _found(self, key: str, measured: Callable[[str], Losses]) -> Increase:
         if key not in self.measured:
             self.count += 1
-            self.measured[key] = self._measure(checked)
+            self.measured[key] = measured(f"trial {self.count}")
             write_json(self.path, self.measured)
-        exact = self._float()
-        found = []
+        exact, found = _column(self._float()["prefill"]), []
         for phase, losses in self.measured[key].items():
-            loss, error = paired_difference(_column(losses), _column(exact["prefill"]))
+            loss, error = paired_difference(_column(losses), exact)
             found.append(Increase(loss, error, phase))
         return max(found)
 
@@ -111,16 +129,17 @@ class Trials:
         rules = [[rule.scheme, rule.include, rule.exclude] for rule in recipe.rules]
         return self.asked.directory / f"{TRIAL}{_digest(rules)[:12]}"
 
-    def _measure(self, checked: CheckedJob) -> Losses:
-        job, title = checked.job(), f"trial {self.count}"
-        blocks = checked.plan.config.num_layers
+    def _quantized(self, checked: CheckedJob, title: str) -> Losses:
+        job, blocks = checked.job(), checked.plan.config.num_layers
         told = of_blocks(self.progress, f"{title}: {QUANTIZING}", blocks)
         with job.open():
             prove_source(checked, job, partial(self.progress, READING))
             run_blocks(checked, job, told)
-            model = JobModel(checked.plan, job, checked.tensors)
-            phases = PHASES[: 1 + checked.plan.phased]
-            return {phase: self._losses(model, phase, title) for phase in phases}
+            return self._phases(JobModel(checked.plan, job, checked.tensors), title)
+
+    def _phases(self, model: ServedModel, title: str) -> Losses:
+        phases = PHASES[: 1 + model.phased]
+        return {phase: self._losses(model, phase, title) for phase in phases}
 
     def _float(self) -> Losses:
         if FLOAT_LOSSES not in self.measured:

@@ -1,0 +1,149 @@
+"""A choice as a recipe and as a model, and what groups cost."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ms_quant.analysis.run import run_analysis
+from ms_quant.formats.float_model import open_float
+from ms_quant.mixed_precision.costs import AT_RUN_TIME, FLOAT, costs
+from ms_quant.mixed_precision.recipe import recipe_of
+from ms_quant.mixed_precision.request import CheckedMixed, MixedOptions, prepare_mixed
+from ms_quant.mixed_precision.trials import Trials
+from ms_quant.models.names import GroupId
+from ms_quant.numerics.storage import DTYPES
+from ms_quant.pipeline.best import resolved
+from ms_quant.pipeline.options import QuantizeOptions
+from ms_quant.pipeline.planning import make_plan, plan_of_recipe
+from ms_quant.plan.plan import all_groups
+from ms_quant.recipe import from_native, to_native
+from ms_quant.recipe.checks import checked
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL, TEXT = ROOT / "models" / "stdlib-qwen3-6m", ROOT / "models" / "text"
+BF16 = DTYPES["bfloat16"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("schemes", "algorithm", "options"),
+    [
+        (("W8A8", FLOAT), "quarot+smoothquant", {"alpha": 0.7}),
+        (("W8A8_MIX", "W8A8_DYNAMIC", "W8A16", FLOAT), "osl+gptq", {"gptq.damping": 0.05}),
+        (("W8A8", "W8A16"), "histogram", {}),
+    ],
+)
+def test_a_recipe_gives_each_group_its_scheme(
+    seed: int, schemes: tuple[str, ...], algorithm: str, options: dict[str, Any]
+) -> None:
+    config, rng = open_float(MODEL).config, np.random.default_rng(seed)
+    groups = [group for group, _ in all_groups(config)]
+    choice = {group: str(rng.choice(schemes)) for group in groups}
+    choice[groups[0]] = schemes[0]
+    job = QuantizeOptions(
+        MODEL, Path("out"), algorithm=algorithm, algorithm_options=options, calib=Path("c.txt")
+    )
+    recipe = recipe_of(config, choice, job, "ascend", {"asked": {"choose": list(schemes)}})
+    again = from_native(to_native(recipe))
+    assert checked(again) == recipe and again.made == recipe.made
+    plan = plan_of_recipe(config, again, BF16)
+    for group in groups:
+        layer = plan.layers[group]
+        assert (FLOAT if layer is None else layer.scheme.name) == choice[group]
+        if layer is None:
+            continue
+        rotated = "quarot" in algorithm
+        assert ("quarot" in layer.algorithms.names) == rotated
+        smooths = layer.scheme.name != "W8A16" and algorithm != "histogram"
+        assert layer.algorithms.any("smooths") == smooths
+        assert layer.algorithms.any("histogram") == (
+            algorithm == "histogram" and layer.scheme.name == "W8A8"
+        )
+        if "gptq" in algorithm:
+            assert layer.algorithms.options["gptq"].damping == 0.05
+        if "alpha" in options:
+            assert layer.algorithms.options["smoothquant"].alpha == 0.7
+
+
+def test_a_recipe_of_schemes_without_calibration_names_no_data() -> None:
+    config = open_float(MODEL).config
+    choice = {group: "W8A16" for group, _ in all_groups(config)}
+    job = QuantizeOptions(MODEL, Path("out"), calib=Path("c.txt"), samples=4)
+    recipe = recipe_of(config, choice, job, "ascend", {})
+    assert recipe.calib is None and recipe.samples is None
+
+
+def test_costs_are_ordered_as_runtimes_work() -> None:
+    config = open_float(MODEL).config
+    names = ["W8A8", "W8A8_MIX", "W8A8_DYNAMIC", "W8A16"]
+    plans = {name: make_plan(config, name, "minmax", dtype=BF16, format="ascend") for name in names}
+    for group, known in costs(plans).items():
+        work = [known[name].work for name in [*names, FLOAT]]
+        assert work == sorted(work), group
+        assert known[FLOAT].bits == 16 * known[FLOAT].weights
+        assert known["W8A8_DYNAMIC"].product == 8 + AT_RUN_TIME
+        assert 8 < known["W8A8"].bits / known["W8A8"].weights < 8.5
+
+
+def _asked(model: Path, tmp_path: Path, algorithm: str, format: str) -> CheckedMixed:
+    job = QuantizeOptions(
+        model,
+        tmp_path / "out",
+        algorithm=algorithm,
+        calib=TEXT / "calibration.txt",
+        samples=8,
+        seq_len=64,
+        formats=(format,),
+    )
+    choose = ["W8A8", FLOAT] if format == "golden-stick" else ["W8A8", "W8A8_DYNAMIC", FLOAT]
+    return prepare_mixed(
+        MixedOptions(job, choose, max_ppl_increase=0.01, heldout=TEXT / "heldout.txt")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "format"),
+    [("minmax", "golden-stick"), ("smoothquant", "ascend"), ("quarot+smoothquant", "ascend")],
+)
+def test_what_is_put_together_is_what_is_written(
+    tmp_path: Path, algorithm: str, format: str
+) -> None:
+    """But for the rounding of norms that smoothing is folded into."""
+    model = tmp_path / "twin"
+    runpy.run_path(str(ROOT / "tools" / "inject_outliers.py"))["inject"](MODEL, model)
+    asked = _asked(model, tmp_path, algorithm, format)
+    assert asked.analysis is not None
+    asked.directory.mkdir()
+    run_analysis(asked.analysis)
+    trials, rng = Trials(asked, lambda step, part: None), np.random.default_rng(3)
+    choice = {group: str(rng.choice(asked.options.choose)) for group in asked.costs}
+    assembled, made = trials.estimate(choice), trials.increase(choice)
+    near = 1e-6 if format == "golden-stick" else 3e-3
+    assert assembled.loss == pytest.approx(made.loss, abs=near)
+    assert assembled.error and made.error and made.loss != 0
+    assert trials.estimate(choice) == assembled  # what was measured is not measured again
+
+
+def test_best_is_what_a_scheme_has_and_a_model_can(tiny_model: Callable[..., Path]) -> None:
+    config = open_float(MODEL).config
+    assert resolved("osl", ["W8A8"], config) == "osl"
+    assert resolved("best", ["W8A8"], config).startswith("quarot+")
+    assert resolved("best", ["W8A16"], config) == "minmax"
+    assert resolved("best", [FLOAT, "W8A8_DYNAMIC"], config) == "quarot"
+    odd = open_float(tiny_model(hidden_size=92, num_attention_heads=2, num_key_value_heads=2)).config
+    assert "quarot" not in resolved("best", ["W8A8"], odd)
+
+
+def test_group_ids_are_kept(tiny_model: Callable[..., Path]) -> None:
+    config = open_float(tiny_model()).config
+    plans = {"W8A8": make_plan(config, "W8A8", "minmax", dtype=BF16, exclude=["*.0.*down_proj"])}
+    known = costs(plans)
+    assert set(known[GroupId(0, "down")]) == {FLOAT}
+    assert set(known[GroupId(1, "down")]) == {FLOAT, "W8A8"}
