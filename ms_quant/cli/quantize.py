@@ -52,8 +52,8 @@ def quantize(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq; or best, which keeps static "
-            f"schemes within {BEST_INCREASE} of perplexity. Default: {DEFAULTS.algorithm}"
+            help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq; or best, which keeps "
+            f"static schemes within {BEST_INCREASE} of perplexity. Default: {DEFAULTS.algorithm}"
         ),
     ] = None,
     recipe: Annotated[

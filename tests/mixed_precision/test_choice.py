@@ -137,7 +137,9 @@ def test_best_is_what_a_scheme_has_and_a_model_can(tiny_model: Callable[..., Pat
     assert resolved("best", ["W8A8"], config).startswith("quarot+")
     assert resolved("best", ["W8A16"], config) == "minmax"
     assert resolved("best", [FLOAT, "W8A8_DYNAMIC"], config) == "quarot"
-    odd = open_float(tiny_model(hidden_size=92, num_attention_heads=2, num_key_value_heads=2)).config
+    odd = open_float(
+        tiny_model(hidden_size=92, num_attention_heads=2, num_key_value_heads=2)
+    ).config
     assert "quarot" not in resolved("best", ["W8A8"], odd)
 
 
