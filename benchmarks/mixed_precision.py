@@ -36,6 +36,7 @@ from ms_quant.formats.opening import FloatModel
 from ms_quant.mixed_precision.assembled import AssembledModel
 from ms_quant.mixed_precision.candidates import Candidates, Choice, candidates
 from ms_quant.mixed_precision.costs import FLOAT, costs
+from ms_quant.mixed_precision.request import EFFORT
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.options import QuantizeOptions
 
@@ -82,7 +83,9 @@ def opened(arguments: argparse.Namespace, schemes: Sequence[str], directory: Pat
         samples=arguments.samples,
         keep_job=True,
     )
-    options = AnalyzeOptions(job, schemes, arguments.format, effort=4, keeps_linears=True)
+    options = AnalyzeOptions(
+        job, schemes, arguments.format, arguments.probe_tokens, effort=EFFORT, keeps_linears=True
+    )
     analysis = prepare_analysis(options)
     found = run_analysis(analysis)
     tokens = eval_windows(arguments.heldout, model, 256, arguments.windows)
@@ -139,9 +142,8 @@ def bits(bench: Bench, schemes: tuple[str, str], sizes: int, seed: int) -> Itera
 
 
 def _allocated(known: Candidates, size: float) -> Choice:
-    budget = size * sum(next(iter(own.values())).weights for own in known.costs.values())
-    price = price_for_cost(known.parts.values(), budget)
-    return known.choice(choices_within(known.parts, budget, price))
+    price = price_for_cost(known.parts.values(), size)
+    return known.choice(choices_within(known.parts, size, price))
 
 
 def _from_ends(known: Candidates) -> list[GroupId]:
@@ -228,6 +230,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=5)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--probe-tokens", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

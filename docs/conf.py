@@ -39,6 +39,7 @@ CONTENTS = {
         Sparse compression <sparse>
         Evaluation <evaluation>
         Find what hurts <analysis>
+        Mixed precision <mixed_precision>
         Serve <serving>
         Concepts and glossary <concepts>
     """,

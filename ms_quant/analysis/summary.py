@@ -65,8 +65,8 @@ def advice(found: Sensitivity, scheme: str) -> str:
         return f"{cost} of perplexity; nothing stands out, quantize them all."
     worst = _fewest(found, scheme)
     if len(worst) > max(1, min(MOST, FEW * len(ranked))):
-        better = "an algorithm that smooths or searches (--algorithm osl), or a finer scheme"
-        return f"{cost} of perplexity, spread over many groups; take {better}."
+        better = "another algorithm (--algorithm best), a budget (--max-ppl-increase 1%)"
+        return f"{cost} of perplexity, spread over many groups; take {better}, or a finer scheme."
     if scheme.startswith("C8"):
         return f"{cost} of perplexity, most of it in {_names(worst)}; keep the cache float."
     rest = _cost(total - found.loss_increase(scheme, worst))
@@ -74,7 +74,8 @@ def advice(found: Sensitivity, scheme: str) -> str:
     instead = f", or choose {other} for them" if other else ""
     return (
         f"{cost} of perplexity, most of it in {_names(worst)}; leave them float "
-        f"({_excluded(worst)}){instead}, then the others cost about {rest}."
+        f"({_excluded(worst)}){instead}, then the others cost about {rest}; or say how much there "
+        "may be, and ms-quant quantize --max-ppl-increase finds the groups."
     )
 
 

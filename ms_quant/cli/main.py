@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
-    ("quantize", quantize, "Qwen3-8B -o Qwen3-8B-W8A8 --algorithm osl --calib text.jsonl"),
+    ("quantize", quantize, "Qwen3-8B -o Qwen3-8B-W8A8 --algorithm best --calib text.jsonl"),
     ("analyze", analyze, "Qwen3-8B --calib text.jsonl --schemes W8A8,W8A8_MIX -o hurts.json"),
     ("convert", checkpoints.convert, "Qwen3-8B-dynamic -o Qwen3-8B-ascend --format ascend"),
     ("verify", checkpoints.verify, "Qwen3-8B-W8A8 --source Qwen3-8B"),

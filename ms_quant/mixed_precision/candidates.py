@@ -64,7 +64,8 @@ def candidates(
         found: what each scheme does to it.
         costs: group to what it costs in each scheme that it can take, and in float.
         with_float: whether groups that can take a scheme may stay float.
-        spent: what is spent of the budget, of a cost.
+        spent: what is spent of the budget, of a cost; of all groups together it is a mean over
+            weights.
     """
     measured = {GroupId(group.block, group.name): group for group in found.groups}
     losses: dict[GroupId, dict[str, float]] = {}
@@ -78,9 +79,13 @@ def candidates(
         group: {name: cost for name, cost in known.items() if name in losses[group]}
         for group, known in costs.items()
     }
+    weights = sum(next(iter(known.values())).weights for known in costs.values())
     parts = {
         str(group): Options(
-            {name: Point(spent(cost), losses[group][name]) for name, cost in known.items()}
+            {
+                name: Point(spent(cost) / weights, losses[group][name])
+                for name, cost in known.items()
+            }
         )
         for group, known in left.items()
     }

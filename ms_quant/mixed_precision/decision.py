@@ -106,8 +106,7 @@ def _work(cost: Cost) -> float:
 
 def _of_size(known: Candidates, asked: CheckedMixed) -> Decision:
     assert asked.options.target_bits is not None
-    weights = sum(next(iter(costs.values())).weights for costs in known.costs.values())
-    budget = asked.options.target_bits * weights
+    budget = asked.options.target_bits
     price = price_for_cost(known.parts.values(), budget)
     if total(known.parts.values(), price).cost > budget:
         price = math.inf

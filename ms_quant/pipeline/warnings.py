@@ -32,7 +32,7 @@ def quality_warnings(report: Sequence[Reported]) -> list[str]:
     count = f"{len(found)} of {len(report)} groups of linears"
     return [
         f"the outputs of {count} are off by more than {100 * TOO_MUCH:.0f} % on calibration "
-        f"data: {worst}{more}; expect a bad result: leave them float (--exclude), give them a "
-        "scheme with dynamic activations by a recipe, or take another algorithm (ms-quant analyze "
-        "says what each costs)"
+        f"data: {worst}{more}; expect a bad result: take another algorithm (--algorithm best), "
+        "let a budget say which groups stay float (--max-ppl-increase 1%), or leave these so "
+        "(--exclude); ms-quant analyze says what each costs"
     ]
