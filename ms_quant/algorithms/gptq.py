@@ -1,10 +1,10 @@
 """GPTQ's column step: each column's rounding error is made up for by the columns after it.
 
 The error of a linear is ``tr((W - Q) H (W - Q)^T)`` with H the mean of x x^T over the calibration
-tokens. Once a column is rounded, the best change of those that follow is a multiple of a row of U,
-the upper triangular factor of H^-1 = U^T U. What is left of the error is
-``sum over columns of ((target - rounded) / U_jj)^2``, with the target the column as the columns
-before it have changed it.
+tokens, each divided by its length, and shrunk to its diagonal. Once a column is rounded, the best
+change of those that follow is a multiple of a row of U, the upper triangular factor of
+H^-1 = U^T U. What is left of the error is ``sum over columns of ((target - rounded) / U_jj)^2``,
+with the target the column as the columns before it have changed it.
 
 Source: Frantar et al., arXiv 2210.17323, section 3.3; the factor is made without inverting H.
 """
@@ -24,6 +24,7 @@ from ms_quant.numerics.affine import check_finite
 from ms_quant.numerics.grid import Grid
 
 DAMPING = 0.01
+TOKENS_A_CHANNEL = 4
 BLOCK = 128
 RETRIES = 4
 
@@ -38,12 +39,15 @@ Refit = Callable[[int, np.ndarray], None]
 class GptqOptions:
     """Attributes:
     damping: share of the mean of the Hessian's diagonal that is added to it.
+    shrinkage: share that is taken off what is beside the Hessian's diagonal; None is what the
+        number of calibration tokens asks for.
     act_order: round the columns with the largest inputs first.
     static_groups: take a group's scale from the weight as it was, not as the columns before it
         have changed it. The formats hold no order of columns, so act_order needs it per group.
     """
 
     damping: Annotated[float, Field(gt=0, le=1)] = DAMPING
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None
     act_order: bool = False
     static_groups: bool = False
 
@@ -62,6 +66,29 @@ def damped(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     mean = float(np.mean(np.diagonal(result))) if len(result) else 0.0
     result[np.diag_indices_from(result)] += damping * mean if mean > 0 else 1.0
     return result
+
+
+def shrunk(hessian: np.ndarray, share: float) -> np.ndarray:
+    """H with a share of what is beside its diagonal taken off; 1 leaves the diagonal.
+
+    Args:
+        hessian: float32 (K, K), which is changed.
+        share: 0 to 1.
+    """
+    diagonal = np.diagonal(hessian).copy()
+    hessian *= np.float32(1 - share)
+    hessian[np.diag_indices_from(hessian)] = diagonal
+    return hessian
+
+
+def shrinkage(channels: int, tokens: int) -> float:
+    """The share for a Hessian of so many channels that so many tokens have shown.
+
+    A few thousand tokens say how large each channel is, but not how thousands of channels go
+    together: what a column makes up for on these tokens is an error on others.
+    """
+    doubt = TOKENS_A_CHANNEL * channels
+    return doubt / max(1, doubt + tokens)
 
 
 def inverse_factor(hessian: np.ndarray) -> np.ndarray:
@@ -178,7 +205,9 @@ def round_weight(
 
 
 def solve(problem: Problem, solution: Solution, options: GptqOptions) -> Solution:
-    hessian = seen_hessian(problem, solution)
+    hessian, share = seen_hessian(problem, solution), options.shrinkage
+    share = shrinkage(len(hessian), problem.seen.tokens) if share is None else share
+    hessian = shrunk(hessian, share)
     order = np.arange(len(hessian))
     if options.act_order:
         order = np.argsort(-np.diagonal(hessian), kind="stable")

@@ -30,11 +30,13 @@ class GroupWanted:
         rows: how many tokens, at most.
         hessian: the products of channels.
         histogram: the counts of values.
+        equal_tokens: in the products each token counts as any other.
     """
 
     rows: int
     hessian: bool
     histogram: bool
+    equal_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
                 max(algorithms.kept_tokens for algorithms in found),
                 rounds or any(algorithms.any("hessian") for algorithms in found),
                 any(algorithms.any("histogram") for algorithms in found),
+                equal_tokens=not rounds,
             )
     searches = rounds or any(plan.any("searches") for plan in plans)
     tokens = plans[0].search_tokens if searches else 0
@@ -162,6 +165,7 @@ def _stats(
         group.hessian,
         group.histogram,
         first * length,
+        group.equal_tokens,
     )
 
 

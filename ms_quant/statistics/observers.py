@@ -38,12 +38,13 @@ class ActivationStats:
         with_hessian: sum up the products of channels, too.
         with_histogram: count the values of all channels, too.
         start: how many tokens the parts before this one see.
+        equal_tokens: in the products each token counts as any other, whatever its length.
 
     Attributes:
         low, high: float32 (K,), smallest and largest value of each channel.
         sum_squares, sum_abs: float64 (K,).
-        products: float32 (K, K), the sum of x x^T over the tokens, or None. Only the lower
-            triangle is defined.
+        products: float32 (K, K), the sum of x x^T over the tokens, over its mean square with
+            ``equal_tokens``, or None. Only the lower triangle is defined.
         histogram: of all values, or None.
         tokens: tokens seen so far.
     """
@@ -55,6 +56,7 @@ class ActivationStats:
     with_hessian: bool = False
     with_histogram: bool = False
     start: int = 0
+    equal_tokens: bool = True
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
     sum_squares: np.ndarray = field(init=False)
@@ -230,6 +232,8 @@ class ActivationStats:
         self.sum_abs += np.abs(rows).sum(axis=0, dtype=np.float64)
 
     def _add_products(self, products: np.ndarray, rows: np.ndarray) -> None:
+        if self.equal_tokens:
+            rows = of_one_length(rows)
         if not (kernels.has_product() and kernels.syrk(products, rows)):
             products += rows.T @ rows
 
@@ -255,8 +259,8 @@ class ActivationStats:
 
     @property
     def hessian(self) -> np.ndarray:
-        """float32 (K, K), the mean of x x^T over the tokens: half the Hessian of a linear's
-        squared output error with respect to a row of its weight."""
+        """float32 (K, K), the mean of the products over the tokens: half the Hessian of a linear's
+        squared output error, relative with ``equal_tokens``, by a row of its weight."""
         assert self.products is not None
         mean = np.tril(self.products) / np.float32(max(1, self.tokens))
         return mean + np.tril(mean, -1).T
@@ -352,6 +356,15 @@ class StepStats(ActivationStats):
     def row_steps(self) -> np.ndarray:
         """int64 (len(rows),), the step of each kept token."""
         return self._kept.labels
+
+
+def of_one_length(rows: np.ndarray) -> np.ndarray:
+    """float32 (tokens, K) rows of mean square 1, those of zeros aside.
+
+    A token with massive activations outweighs thousands of others in a sum of squares.
+    """
+    length = np.sqrt(np.square(rows, dtype=np.float64).mean(axis=1, keepdims=True))
+    return (rows / np.where(length > 0, length, 1)).astype(np.float32)
 
 
 def _padded(ranges: np.ndarray, steps: int, fill: float) -> np.ndarray:

@@ -16,6 +16,8 @@ from ms_quant.algorithms.gptq import (
     factor_with_retry,
     inverse_factor,
     round_weight,
+    shrinkage,
+    shrunk,
     solve,
     solve_columns,
 )
@@ -311,7 +313,8 @@ def test_takes_the_grids_that_others_have_chosen(scheme, more, before, act_order
     found = get_algorithms(f"{before}+gptq", problem.scheme, settings).solve(problem)
     plain, linears = apply(problem, without), apply(problem, found)
     error = dict.fromkeys(("plain", "gptq"), 0.0)
-    hessian = damped(seen_hessian(problem, found))
+    share = 4 * 128 / (4 * 128 + len(x))
+    hessian = damped(shrunk(seen_hessian(problem, found), share))
     order = column_order(seen_hessian(problem, found), act_order)
     factor = inverse_factor(hessian[order][:, order])
     for name, weight in checked(problem, found).items():
@@ -329,10 +332,46 @@ def test_the_hessian_is_that_of_the_smoothed_inputs():
     problem, x = problem_of("W8A8_DYNAMIC", {})
     smooth = np.exp(np.random.default_rng(3).standard_normal(128)).astype(np.float32)
     found = seen_hessian(problem, Solution(smooth=smooth))
-    exact = (x / smooth.astype("f8")).T @ (x / smooth.astype("f8")) / len(x)
-    # 384 products, their sums, the mean and two divisions in float32
+    inputs = of_one_length(x) / smooth
+    exact = inputs.T @ inputs / len(x)
+    # 384 products of rounded rows, their sums, the mean and two divisions in float32
     size = np.sqrt(np.outer(np.diagonal(exact), np.diagonal(exact)))
-    assert (np.abs(found - exact) <= 390 * 2.0**-24 * size).all()
+    assert (np.abs(found - exact) <= 393 * 2.0**-24 * size).all()
+
+
+def of_one_length(x: np.ndarray) -> np.ndarray:
+    """float64 tokens over their root mean squares."""
+    return np.array([row / np.sqrt(np.mean(row**2)) for row in x.astype("f8")])
+
+
+def test_a_massive_token_decides_no_more_than_any_other():
+    """It is a thousand times as large; what it says of its own channels stays a 384th of all."""
+    problem, x = problem_of("W4A16", {"group_size": 0})
+    massive = x.copy()
+    massive[7] *= 1000
+    stats = ActivationStats(128, len(x), with_hessian=True)
+    stats.update(massive)
+    same = seen_hessian(replace(problem, stats=stats), Solution())
+    np.testing.assert_allclose(same, seen_hessian(problem, Solution()), rtol=1e-4, atol=1e-5)
+    stats = ActivationStats(128, len(x), with_hessian=True, equal_tokens=False)
+    stats.update(x)
+    np.testing.assert_allclose(stats.hessian, x.T.astype("f8") @ x / len(x), rtol=1e-3, atol=1e-2)
+
+
+def test_few_tokens_shrink_the_hessian_to_its_diagonal():
+    hessian = correlated(6, 1).astype(np.float32)
+    found = shrunk(hessian.copy(), 0.75)
+    for i in range(6):
+        for j in range(6):
+            assert found[i, j] == pytest.approx(hessian[i, j] * (1 if i == j else 0.25))
+    assert shrinkage(128, 0) == 1
+    assert shrinkage(128, 512) == 0.5  # four tokens for each channel
+    assert shrinkage(128, 10**9) < 1e-6
+    problem, _ = problem_of("W4A16", {"group_size": 0})
+    alone = get_algorithms("gptq", problem.scheme, {"shrinkage": 1}).solve(problem)
+    plain = apply(problem, get_algorithms("minmax", problem.scheme).solve(problem))
+    for name, linear in apply(problem, alone).items():  # nothing is passed on
+        np.testing.assert_array_equal(linear.weight, plain[name].weight)
 
 
 def test_the_hessian_is_that_of_the_transformed_inputs():
@@ -345,7 +384,8 @@ def test_the_hessian_is_that_of_the_transformed_inputs():
     whole = np.kron(kronecker.left.astype("f8"), kronecker.right)
     inputs = (x / smooth.astype("f8")) @ whole
     np.testing.assert_allclose(seen_inputs(problem, solution), inputs, rtol=1e-4, atol=1e-3)
-    exact = inputs.T @ inputs / len(x)
+    even = (of_one_length(x) / smooth.astype("f8")) @ whole
+    exact = even.T @ even / len(x)
     found = seen_hessian(problem, solution)
     assert found.flags.c_contiguous
     assert np.abs(found - exact).max() <= 1e-4 * np.diagonal(exact).max()
@@ -394,7 +434,7 @@ def test_a_hessian_that_is_not_positive_gets_more_damping():
 def test_more_damping_is_noted():
     problem, _ = problem_of("W4A16", {"group_size": 0}, columns=2)
     problem.stats.products = np.float32([[1, 1.005], [1.005, 1]]) * problem.stats.tokens
-    options = GptqOptions(damping=1e-3)
+    options = GptqOptions(damping=1e-3, shrinkage=0)
     assert solve(problem, Solution(), options).note == {"damping": pytest.approx(1e-2)}
     problem.stats.products = np.float32([[1, 0.5], [0.5, 1]]) * problem.stats.tokens
     assert not solve(problem, Solution(), options).note
