@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_quant.algorithms.problem import ErrorOf, Problem, Solution, checked
+from ms_quant.algorithms.problem import Problem, Solution, checked
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig, parse_config
 from ms_quant.numerics.activation import Float
@@ -25,6 +25,7 @@ from ms_quant.pipeline.planning import make_plan
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.block import QuantizedBlock, quantize
 from ms_quant.quantization.hooks import BlockHooks
+from ms_quant.quantization.weights import Errors
 from ms_quant.statistics.activation_range import BlockRanges, input_of, output_of
 from ms_quant.statistics.observations import Observations
 from ms_quant.statistics.observers import ActivationStats
@@ -154,7 +155,7 @@ class SeenWeights:
     def get(self, name: str) -> np.ndarray | None:
         return self.before.get(name)
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
         rows = self.inputs[group.name].astype(np.float32)
 
         def loss(candidate) -> float:
@@ -163,7 +164,7 @@ class SeenWeights:
                 for path, made in candidate.items()
             )
 
-        return loss, loss
+        return Errors(loss, loss, loss)
 
     def drop(self, members: Sequence[str]) -> None:
         """The tests look at them again."""
@@ -285,7 +286,9 @@ def test_a_vector_of_its_own_leaves_everything_else(algorithm):
         again = (1 / made.mul_scale.astype("f8")).astype("f4")
         np.testing.assert_array_equal(again, made.smooth)
         error = np.abs(made.float_weight() - case.before[f"{path}.weight"])
-        assert (error <= made.weight_scale[:, None] / made.smooth * (1 + 1e-3)).all()
+        inside = np.abs(made.weight.astype(int)) < 127  # osl may clip the others
+        assert inside.mean() > 0.8
+        assert (error <= made.weight_scale[:, None] / made.smooth * (1 + 1e-3))[inside].all()
         assert len(np.unique(made.static.input_scale)) == 1
 
 

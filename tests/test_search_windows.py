@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,11 @@ from ms_quant.budget import BUDGET, Budget
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import parse_config
 from ms_quant.models.linear_forward import QuantizedForward
+from ms_quant.numerics.activation import ObservedRange, Phased
 from ms_quant.numerics.linear import quantize_linear
 from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
 
+F32 = np.dtype(np.float32)
 SHAPE = {
     "model_type": "qwen3",
     "hidden_size": 24,
@@ -103,17 +107,42 @@ def test_errors_are_those_of_the_whole_block(name):
 
 
 def test_a_token_with_huge_activations_counts_as_any_other(monkeypatch) -> None:
-    """Its squared output is larger than that of all others together; the error is a share."""
+    """Its squared output is larger than that of all others together; the error is a share. The
+    largest share counts once more."""
     rng = np.random.default_rng(0)
     output = rng.normal(size=(2, 16, 64))
     error = 0.1 * rng.normal(size=output.shape)
 
-    def relative_mse(*pairs: tuple[np.ndarray, np.ndarray]) -> float:
-        monkeypatch.setattr(BlockErrors, "pairs", lambda self, candidate: iter(pairs))
-        return BlockErrors.relative_mse(object.__new__(BlockErrors), {})
+    def token_error(*pairs: tuple[np.ndarray, np.ndarray]) -> float:
+        monkeypatch.setattr(BlockErrors, "pairs", lambda *asked, decode: iter(pairs))
+        return BlockErrors.token_error(object.__new__(BlockErrors), {})
 
-    before = relative_mse((error, output))
-    assert before == pytest.approx(0.01, rel=0.1)
+    before = token_error((error, output))
+    shares = np.square(error).sum(axis=2) / np.square(output).sum(axis=2)
+    assert before == pytest.approx(shares.mean() + 0.02 * shares.max())
+    worse = error.copy()
+    worse[1, 0] = output[1, 0]  # one of 32 tokens is lost
+    assert token_error((worse, output)) == pytest.approx(1 / 32 + 0.02 + 0.01, rel=0.1)
     output[0, 3], error[0, 3] = 1e4 * output[0, 3], 1e4 * error[0, 3]
-    assert relative_mse((error[:1], output[:1]), (error[1:], output[1:])) == pytest.approx(before)
-    assert np.isfinite(relative_mse((0 * error, 0 * output)))
+    assert token_error((error[:1], output[:1]), (error[1:], output[1:])) == pytest.approx(before)
+    assert np.isfinite(token_error((0 * error, 0 * output)))
+
+
+def test_static_ranges_of_decode_are_seen() -> None:
+    """A linear that is static in decode alone is tried as it computes there."""
+    config = parse_config(SHAPE)
+    at, rng, shapes = Positions(config, 7), np.random.default_rng(0), config.parameter_shapes()
+    block = BlockForward.load(config, 0, lambda name: rng.normal(1, 0.1, shapes[name]).astype("f4"))
+    windows, group = SearchWindows((2, 7, 24), 3, 14), config.block(0).group("down")
+    hidden = rng.normal(size=(2, 7, 24)).astype("f4")
+    middle = block.branch(0, hidden, at)
+    windows.add(0, hidden, middle, block.branch(1, middle, at))
+    errors, found = BlockErrors(block, at, group, windows), {}
+    plain = quantize_linear(block.arrays["mlp.down_proj.weight"], None, None, F32)
+    for reach in (1e5, 1e-2):
+        seen = ObservedRange(-reach * np.ones(40, "f4"), reach * np.ones(40, "f4"), F32, "down")
+        activation = Phased().fit(seen, None)
+        candidate = {"mlp.down_proj": replace(plain, activation=activation)}
+        found[reach] = errors.token_error(candidate), errors.mse(candidate)
+    assert found[1e-2][0] > 5 * found[1e5][0]
+    assert found[1e-2][1] == found[1e5][1]  # in prefill each token has its range

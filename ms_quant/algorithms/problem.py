@@ -69,6 +69,8 @@ class Problem:
             a mean squared error over calibration tokens.
         relative_mse: squared error over squared output of each token, in the mean over tokens; a
             token with huge activations counts as any other. None where no block is run.
+        token_error: the same and a share of the largest, which a search of static ranges
+            minimises.
         smoothing: whether there is a place for a smoothing vector of this input.
         shared: how many adjacent sets of ``head`` inputs must share their smoothing, as query
             heads that read one value head do; (1, 1) for none.
@@ -88,6 +90,7 @@ class Problem:
     dtype: np.dtype
     mse: ErrorOf
     relative_mse: ErrorOf | None = None
+    token_error: ErrorOf | None = None
     smoothing: bool = True
     shared: tuple[int, int] = (1, 1)
     input_dtype: np.dtype = DTYPES["float32"]

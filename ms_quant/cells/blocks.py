@@ -18,8 +18,8 @@ from ms_quant.errors import BadArgumentError
 from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.recipe.patterns import matches, unmatched
+from ms_quant.statistics.errors import token_error, token_shares
 from ms_quant.statistics.kept import spread
-from ms_quant.statistics.search_windows import SMALLEST
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 WEIGHT = ".weight"
@@ -159,8 +159,11 @@ class BlockErrors:
 
     def relative_mse(self, candidate: Candidate) -> float:
         """Squared error over squared output of a token, in the mean over tokens."""
-        shares = [_power(e) / np.maximum(_power(y), SMALLEST) for e, y in self._pairs(candidate)]
-        return float(np.concatenate([share.reshape(-1) for share in shares]).mean())
+        return float(token_shares(self._pairs(candidate)).mean())
+
+    def token_error(self, candidate: Candidate) -> float:
+        """See :func:`~ms_quant.statistics.errors.token_error`."""
+        return token_error(token_shares(self._pairs(candidate)))
 
     def _pairs(self, candidate: Candidate) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Error and float output."""
@@ -218,8 +221,3 @@ def _floats(value: Any) -> Iterator[np.ndarray]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _floats(item)
-
-
-def _power(x: np.ndarray) -> np.ndarray:
-    """Squared length of each token, float64."""
-    return np.square(x, dtype=np.float64).sum(axis=-1)

@@ -77,6 +77,7 @@ def solve(group: Group) -> dict[str, Found]:
         dtype=group.dtype,
         mse=own.mse if group.block is None else group.block.mse,
         relative_mse=None if group.block is None else group.block.relative_mse,
+        token_error=None if group.block is None else group.block.token_error,
         input_dtype=group.dtype,
         scale_type=network_scale_type(plan.scheme),
         scores=frozenset(f"{site.path}{WEIGHT}" for site in group.sites if site.scores),

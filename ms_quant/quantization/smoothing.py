@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_quant.algorithms.problem import ErrorOf, Problem, Solution
+from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import BadFileError
 from ms_quant.models.block_spec import Edge, LinearGroup
 from ms_quant.models.names import block_prefix
@@ -25,7 +25,7 @@ from ms_quant.plan.folding import float_readers, folded_edges, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.hooks import BlockHooks
-from ms_quant.quantization.weights import Weights
+from ms_quant.quantization.weights import Errors, Weights
 from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.statistics.observations import Observations
 from ms_quant.statistics.observers import ActivationStats
@@ -133,15 +133,14 @@ class BlockSmoothing:
         """One problem of several groups that read one input."""
         problems = [self._problems[group.name] for group in groups]
         linears = {path: spec for group in groups for path, spec in group.linears.items()}
-        mse, relative_mse = self._errors(replace(groups[0], linears=linears))
+        errors = self._errors(replace(groups[0], linears=linears))
         return replace(
             first,
             name=f"{self.prefix}{edge.producer}",
             weights={path: weight for one in problems for path, weight in one.weights.items()},
             biases={path: bias for one in problems for path, bias in one.biases.items()},
             stats=None if self.observations is None else _all_tokens(self.observations, groups),
-            mse=mse,
-            relative_mse=relative_mse,
+            **errors._asdict(),
             scores=frozenset(path for one in problems for path in one.scores),
             unsearched=next((p.unsearched for p in problems if p.unsearched is not None), None),
         )
@@ -155,9 +154,9 @@ class BlockSmoothing:
         floors = [seen.ranges.floor(spec, group) for group in groups]
         return replace(solution, smooth=np.maximum.reduce([solution.smooth, *floors]))
 
-    def _errors(self, group: LinearGroup) -> tuple[ErrorOf, ErrorOf]:
+    def _errors(self, group: LinearGroup) -> Errors:
         if self.observations is None:
-            return _no_loss, _no_loss
+            return Errors(_no_loss, _no_loss, _no_loss)
         return self.weights.errors(group, self.observations.windows)
 
     def _problem(self, group: LinearGroup) -> Problem:
@@ -179,7 +178,6 @@ class BlockSmoothing:
                 biases[member] = bias
         inside = layer.storage.target is not SmoothingTarget.NORM
         edge = None if inside else self.plan.producer(self.index, group)
-        mse, relative_mse = self._errors(group)
         return Problem(
             name=f"{self.prefix}{group.fused}",
             scheme=layer.scheme,
@@ -187,8 +185,7 @@ class BlockSmoothing:
             biases=biases,
             stats=stats,
             dtype=self.plan.dtype,
-            mse=mse,
-            relative_mse=relative_mse,
+            **self._errors(group)._asdict(),
             smoothing=inside or edge is not None,
             shared=(edge.repeats, edge.size) if edge else (1, 1),
             scores=frozenset(path for path, linear in group.linears.items() if linear.scores),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +13,14 @@ from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
+
+
+class Errors(NamedTuple):
+    """Errors of a block's output, as :class:`~ms_quant.algorithms.problem.Problem` has them."""
+
+    mse: ErrorOf
+    relative_mse: ErrorOf
+    token_error: ErrorOf
 
 
 class Weights(Protocol):
@@ -27,9 +35,8 @@ class Weights(Protocol):
     def get(self, name: str) -> np.ndarray | None:
         """A float32 parameter by its name in the block, or None when it has none of that name."""
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
-        """Errors of the block's output with candidates in place of a group's float linears: in
-        the mean, and relative to the output of each token."""
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
+        """Errors of the block's output with candidates in place of a group's float linears."""
 
     def drop(self, members: Sequence[str]) -> None:
         """These linears are done: nothing asks for their parameters again."""
@@ -54,7 +61,7 @@ class StoredWeights:
             return None
         return self.checkpoint.read_float32(full)
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
         raise AssertionError(f"{self.prefix}{group.name}: an error of a block that is not run")
 
     def drop(self, members: Sequence[str]) -> None:
@@ -78,9 +85,9 @@ class LoadedWeights:
     def get(self, name: str) -> np.ndarray | None:
         return self.block.arrays.get(name)
 
-    def errors(self, group: LinearGroup, windows: SearchWindows) -> tuple[ErrorOf, ErrorOf]:
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
         found = BlockErrors(self.block, self.at, group, windows)
-        return found.mse, found.relative_mse
+        return Errors(found.mse, found.relative_mse, found.token_error)
 
     def drop(self, members: Sequence[str]) -> None:
         for member in members if self.release else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,8 @@ from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.linear_forward import Linear, QuantizedForward
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.statistics.errors import token_error, token_shares
 from ms_quant.statistics.kept import spread
-
-SMALLEST = np.finfo(np.float64).tiny
 
 
 class SearchWindows:
@@ -86,17 +85,19 @@ class BlockErrors:
         return float(sum(square for square, _ in squares) / sum(size for _, size in squares))
 
     def relative_mse(self, candidate: Candidate) -> float:
-        """Squared error over squared output of a token, in the mean over tokens.
+        """Squared error over squared output of a token, in the mean over tokens."""
+        return float(token_shares(self.pairs(candidate)).mean())
 
-        Some tokens have a few activations that are larger than all others together. In a mean of
-        squares over tokens they alone would count.
-        """
-        shares = [_power(e) / np.maximum(_power(y), SMALLEST) for e, y in self.pairs(candidate)]
-        return float(np.concatenate([share.reshape(-1) for share in shares]).mean())
+    def token_error(self, candidate: Candidate) -> float:
+        """See :func:`~ms_quant.statistics.errors.token_error`; of linears that tell prefill and
+        decode apart that in decode, where their input's range is static."""
+        return token_error(token_shares(self.pairs(candidate, decode=True)))
 
-    def pairs(self, candidate: Candidate) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pairs(
+        self, candidate: Candidate, decode: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Error and float output, of some windows at a time."""
-        outputs = self.outputs({path: QuantizedForward(one) for path, one in candidate.items()})
+        outputs = self.outputs({path: _forward(one, decode) for path, one in candidate.items()})
         for states, output in zip(self._batches(), outputs, strict=True):
             yield output - states[-1], states[-1]
 
@@ -127,6 +128,6 @@ class BlockErrors:
         return block.run(after, self.at, first=self.which + 1)
 
 
-def _power(x: np.ndarray) -> np.ndarray:
-    """Squared length of each token, float64."""
-    return np.square(x, dtype=np.float64).sum(axis=-1)
+def _forward(linear: QuantizedLinear, decode: bool) -> Linear:
+    forward = QuantizedForward(linear)
+    return partial(forward, decode=True) if decode and forward.phased else forward

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ms_quant.algorithms import get_algorithms
-from ms_quant.algorithms.outlier_suppression_lite import ALPHAS, solve
+from ms_quant.algorithms.outlier_suppression_lite import ALPHAS, solve, with_room
 from ms_quant.algorithms.problem import Problem, Solution, apply
 from ms_quant.numerics.linear import quantize_linear, static_activation
 from ms_quant.numerics.storage import DTYPES
@@ -49,8 +50,15 @@ def slow_smooth(problem: Problem, alpha: float) -> np.ndarray:
         max(abs(float(row[j])) for weight in problem.weights.values() for row in weight)
         for j in range(12)
     ]
-    pairs = zip(problem.stats.absmax.tolist(), columns, strict=True)
-    return np.float32([a**alpha / w ** (1 - alpha) for a, w in pairs])
+    largest, x = problem.stats.absmax.tolist(), problem.stats.rows.astype("f8")
+    smooth = [a**alpha / w ** (1 - alpha) for a, w in zip(largest, columns, strict=True)]
+    reach = max(a / s for a, s in zip(largest, smooth, strict=True))
+    means = [float(np.abs(x[:, j]).mean()) for j in range(12)]
+    levels = [mean / statistics.median(means) for mean in means]
+    levels = [level if level > 8 else 1.0 for level in levels]
+    tokens = [max(abs(v) / level for v, level in zip(row, levels, strict=True)) for row in x]
+    large = float(np.quantile(tokens, 0.9))
+    return np.float32([max(s, large * v / reach) for s, v in zip(smooth, levels, strict=True)])
 
 
 def candidate(problem: Problem, smooth: np.ndarray | None, clip=None):
@@ -136,6 +144,41 @@ def test_a_strength_is_tried_with_ranges_of_other_tokens(seed):
     assert solution.note["loss"] <= plain * (1 + 1e-9)
 
 
+def test_a_quiet_channel_has_room_for_what_other_channels_show():
+    """It was never above 0.1, and others reach 3 and more; the outlier says nothing of them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 12)).astype("f4")
+    x[:, 3] *= 0.02
+    x[:, 5] *= 1000
+    stats = ActivationStats(12, len(x))
+    stats.update(x)
+    problem = replace(make_problem(), stats=stats)
+    smooth = stats.absmax.copy()  # every channel has just the range that was seen
+    found = with_room(problem, smooth)
+    large = np.quantile(np.abs(np.delete(x, 5, axis=1)).max(axis=1), 0.9)
+    assert found[3] == pytest.approx(large, rel=0.3)  # smooth is 1 / range
+    np.testing.assert_array_equal(found[[0, 5]], smooth[[0, 5]])
+    assert (found >= smooth).all()
+    assert np.isfinite(with_room(replace(problem, stats=ActivationStats(12, 0)), smooth)).all()
+    dead = ActivationStats(12, 8)
+    dead.update(np.zeros((8, 12), np.float32))
+    np.testing.assert_array_equal(with_room(replace(problem, stats=dead), smooth), smooth)
+
+
+def test_static_ranges_are_searched_by_the_error_of_tokens():
+    """And those of dynamic schemes by the mean of squares; the block is run for one of them."""
+    asked = []
+
+    def error(name):
+        return lambda linears: float(asked.append(name) or len(asked))
+
+    for scheme, name in (("W8A8", "token"), ("W8A8_MIX", "token"), ("W8A8_DYNAMIC", "mse")):
+        asked.clear()
+        problem = replace(make_problem(error("mse")), token_error=error("token"))
+        solve(replace(problem, scheme=get_scheme(scheme)), Solution())
+        assert set(asked) == {name}
+
+
 def test_grid_is_golden_sticks():
     assert list(ALPHAS) == GRID
 
@@ -217,7 +260,8 @@ def test_dead_channels_and_columns():
     problem = replace(problem, stats=stats, mse=lambda linears: float(next(falling)))
     smoothed = solve(problem, Solution()).smooth
     assert smoothed is not None
-    assert smoothed[2] == smoothed[7] == 1
+    room = with_room(problem, np.ones(12, np.float32))
+    assert smoothed[2] >= 1 and smoothed[7] >= 1 and np.isfinite(room).all()
     for smooth in (None, smoothed):
         linears = apply(problem, Solution(smooth))
         np.testing.assert_array_equal(

@@ -305,6 +305,7 @@ def test_a_search_finds_what_it_finds_for_a_checkpoint(host, group, algorithm):
         dtype=np.dtype(np.float32),
         mse=errors.mse,
         relative_mse=errors.relative_mse,
+        token_error=errors.token_error,
         scores=frozenset(path for path, linear in group.linears.items() if linear.scores),
     )
     chain = get_algorithms(algorithm, scheme)
