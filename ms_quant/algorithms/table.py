@@ -52,6 +52,7 @@ class Algorithm:
     suits: None for every scheme; else a reason why it does not make sense, or "".
     calibrated: whether it looks at calibration data.
     hessian: whether it needs the products of channels.
+    equal_tokens: whether each token counts as any other in those products.
     histogram: whether it needs a histogram of the input.
     rotates: whether it changes the whole model before anything is quantized.
     smooths: whether it answers with a smoothing vector.
@@ -70,6 +71,7 @@ class Algorithm:
     suits: Callable[[Scheme], str] = lambda scheme: ""
     calibrated: bool = True
     hessian: bool = False
+    equal_tokens: bool = False
     histogram: bool = False
     rotates: bool = False
     smooths: bool = False
@@ -237,6 +239,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         gptq.GptqOptions(),
         _rounded,
         hessian=True,
+        equal_tokens=True,
         moves_codes=True,
     ),
     "admm": Algorithm(

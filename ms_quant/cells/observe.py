@@ -249,6 +249,7 @@ class _Run:
             "total_tokens": self.calls.tokens,
             "keep_rows": want.algorithms.kept_tokens,
             "with_hessian": want.algorithms.any("hessian"),
+            "equal_tokens": want.algorithms.any("equal_tokens"),
             "with_histogram": want.algorithms.any("histogram"),
             "name": input_name(tap),
         }

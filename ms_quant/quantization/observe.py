@@ -68,7 +68,7 @@ def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
                 max(algorithms.kept_tokens for algorithms in found),
                 rounds or any(algorithms.any("hessian") for algorithms in found),
                 any(algorithms.any("histogram") for algorithms in found),
-                equal_tokens=not rounds,
+                not rounds and any(algorithms.any("equal_tokens") for algorithms in found),
             )
     searches = rounds or any(plan.any("searches") for plan in plans)
     tokens = plans[0].search_tokens if searches else 0

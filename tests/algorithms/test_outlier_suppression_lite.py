@@ -55,7 +55,7 @@ def slow_smooth(problem: Problem, alpha: float) -> np.ndarray:
     reach = max(a / s for a, s in zip(largest, smooth, strict=True))
     means = [float(np.abs(x[:, j]).mean()) for j in range(12)]
     levels = [mean / statistics.median(means) for mean in means]
-    levels = [level if level > 8 else 1.0 for level in levels]
+    levels = [max(1.0, level) for level in levels]
     tokens = [max(abs(v) / level for v, level in zip(row, levels, strict=True)) for row in x]
     large = float(np.quantile(tokens, 0.9))
     return np.float32([max(s, large * v / reach) for s, v in zip(smooth, levels, strict=True)])
