@@ -39,7 +39,11 @@ def test_parts_that_are_merged_are_the_whole(cuts):
     assert [group.block for group in merged.groups].count("blocks.0") == 2
     first, expected = merged["first"].stats, whole["first"].stats
     for name in SUMS:
-        np.testing.assert_array_equal(getattr(first, name), getattr(expected, name), name)
+        found, exact = getattr(first, name), getattr(expected, name)
+        if name == "products":  # of tokens of one length, whose sums are rounded
+            np.testing.assert_allclose(found, exact, rtol=0, atol=16 * 64 * 2.0**-24 * exact.max())
+        else:
+            np.testing.assert_array_equal(found, exact, name)
     if len(others) == 1:  # the parts are as they were
         again = everything(ms_quant.calibrate(Net(), data[: cuts[0]], algorithm=ALL))
         assert before["facts"] == again["facts"] and before["rest"] == again["rest"]
@@ -52,10 +56,11 @@ def test_sums_of_parts_are_within_their_bound():
         ms_quant.calibrate(Net(), data[3:], algorithm="gptq")
     )
     stats, x = merged["first"].stats, np.concatenate([t.asnumpy()[0] for t in data]).astype("f8")
-    exact, sizes = x.T @ x, np.abs(x).T @ np.abs(x)
+    even = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True))
+    products, sizes, exact = even.T @ even, np.abs(even).T @ np.abs(even), x.T @ x
     for found in (whole, stats):
-        error = np.abs(np.tril(found.products - exact))
-        assert (error <= np.tril(len(x) * 2.0**-24 * sizes)).all()
+        error = np.abs(np.tril(found.products - products))
+        assert (error <= np.tril((len(x) + 3) * 2.0**-24 * sizes)).all()
         error = np.abs(found.sum_squares - np.diag(exact))
         assert (error <= 2 * len(x) * 2.0**-53 * np.diag(exact)).all()
 
