@@ -14,9 +14,9 @@ BEST_INCREASE = "1%"
 """Of perplexity, within which the command keeps static schemes that are asked for so."""
 ROTATION = "quarot"
 CHOSEN = {
-    **dict.fromkeys(("W8A8", "W8A8_PER_CHANNEL", "W8A8_MIX"), "quarot+osl"),
+    **dict.fromkeys(("W8A8", "W8A8_PER_CHANNEL", "W8A8_MIX"), "quarot+smoothquant"),
     "W8A8_DYNAMIC": "quarot",
-    "W4A16": "awq+gptq",
+    "W4A16": "clip+gptq",
 }
 """Scheme to names; min-max of all others."""
 
