@@ -9,7 +9,8 @@
 goal, in the order of the analysis' estimate and in that of msModelSlim's measures. `bits` has the
 perplexity at some sizes between two schemes: as the allocator chooses, with the first and the last
 blocks higher, and at random (mean and spread of several). All choices are put together from linears
-that were quantized once, and measured on the same windows. The plot needs matplotlib.
+that were quantized once, and measured on the same windows, the first of the held-out text; the
+analysis looks at its other windows. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -83,12 +84,19 @@ def opened(arguments: argparse.Namespace, schemes: Sequence[str], directory: Pat
         samples=arguments.samples,
         keep_job=True,
     )
+    tokens = eval_windows(arguments.heldout, model, 256)
+    tokens, others = tokens[: arguments.windows], tokens[arguments.windows :]
     options = AnalyzeOptions(
-        job, schemes, arguments.format, arguments.probe_tokens, effort=EFFORT, keeps_linears=True
+        job,
+        schemes,
+        arguments.format,
+        arguments.probe_tokens,
+        effort=EFFORT,
+        probed=others if len(others) else None,
+        keeps_linears=True,
     )
     analysis = prepare_analysis(options)
     found = run_analysis(analysis)
-    tokens = eval_windows(arguments.heldout, model, 256, arguments.windows)
     return Bench(analysis, found, tokens, measure(FloatModel(model), tokens))
 
 

@@ -16,6 +16,8 @@ from ms_quant.schemes.records import Scheme
 from ms_quant.statistics.observers import KEPT_TOKENS
 
 PLAIN = "minmax"
+LATER = {"smoothquant.only": "*"}
+"""Options that records of earlier versions lack, which did what is the default now."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ class AlgorithmPipeline:
     @property
     def chosen(self) -> dict[str, Any]:
         """The options as JSON, for records."""
-        return {name: vars(made) for name, made in self.options.items() if made is not None}
+        return {
+            name: {k: v for k, v in vars(made).items() if LATER.get(f"{name}.{k}") != v}
+            for name, made in self.options.items()
+            if made is not None
+        }
 
 
 def get_algorithms(

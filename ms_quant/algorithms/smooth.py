@@ -6,6 +6,7 @@ Source: Xiao et al., arXiv 2211.10438, equation 4.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Annotated
 
 import numpy as np
@@ -18,9 +19,11 @@ from ms_quant.algorithms.problem import Problem, Solution, noted
 class SmoothOptions:
     """Attributes:
     alpha: strength; 0 leaves the range with the activations, 1 moves all of it to the weights.
+    only: glob pattern of the linears that are smoothed, with those that read the same input.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    only: str = "*"
 
 
 def smooth_scale(
@@ -58,7 +61,8 @@ def smoothing_vector(problem: Problem, alpha: float) -> np.ndarray:
 
 
 def solve(problem: Problem, solution: Solution, options: SmoothOptions) -> Solution:
-    if not problem.smoothing:
+    chosen = any(fnmatchcase(name, options.only) for name in problem.weights)
+    if not problem.smoothing or not chosen:
         return solution
     smooth = smoothing_vector(problem, options.alpha)
     return noted(replace(solution, smooth=smooth), alpha=options.alpha)

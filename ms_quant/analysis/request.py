@@ -25,7 +25,7 @@ from ms_quant.formats.float_model import FloatCheckpoint, model_notes, open_floa
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.job.directory import JobDirectory, environment
 from ms_quant.models.config import ModelConfig
-from ms_quant.pipeline.best import resolved
+from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
@@ -118,7 +118,7 @@ def prepare_analysis(
     model = model or open_float(job.model)
     config = model.config
     require_head(model)
-    job = replace(job, algorithm=resolved(job.algorithm, schemes, config))
+    job = with_best(job, schemes, config)
     options = replace(options, job=job)
     caches = [name for name in schemes if name in KV_CACHES]
     plain = replace(options, format="")

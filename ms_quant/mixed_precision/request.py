@@ -22,7 +22,7 @@ from ms_quant.formats.float_model import FloatCheckpoint, open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.mixed_precision.costs import FLOAT, Cost, costs
 from ms_quant.models.names import GroupId
-from ms_quant.pipeline.best import resolved
+from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.planning import make_plan
@@ -122,7 +122,7 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     check_paths(job.model, job.output, job.job_directory)
     format = _common_format(schemes, job)
     model = open_float(job.model)
-    job = replace(job, algorithm=resolved(job.algorithm, schemes, model.config))
+    job = with_best(job, schemes, model.config)
     options = replace(options, job=job)
     refuse_idle([SCHEMES[name] for name in schemes], job)
     plans = {name: _plan(model, name, options, format) for name in schemes}

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from ms_quant.algorithms import PLAIN
 from ms_quant.algorithms.quarot import QuaRot
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
+from ms_quant.pipeline.options import QuantizeOptions
 
 BEST = "best"
 BEST_INCREASE = "1%"
 """Of perplexity, within which the command keeps static schemes that are asked for so."""
 ROTATION = "quarot"
-CHOSEN = {
-    **dict.fromkeys(("W8A8", "W8A8_PER_CHANNEL", "W8A8_MIX"), "quarot+smoothquant"),
-    "W8A8_DYNAMIC": "quarot",
-    "W4A16": "clip+gptq",
+_ROTATED = {"algorithm": "quarot+smoothquant", "smoothquant.only": "*down_proj"}
+CHOSEN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("W8A8", "W8A8_PER_CHANNEL", "W8A8_MIX"), _ROTATED),
+    "W8A8_DYNAMIC": {"algorithm": "quarot"},
+    "W4A16": {"algorithm": "clip+gptq"},
 }
-"""Scheme to names; min-max of all others."""
+"""Scheme to algorithms and their options; min-max of all others. What rotation has flattened needs
+no smoothing, and the input of down_proj, which it leaves as it is, does."""
 
 
-def resolved(algorithm: str, schemes: Sequence[str], config: ModelConfig) -> str:
-    """The algorithms that a name stands for: ``best`` for the first of some schemes with any.
+def with_best(job: QuantizeOptions, schemes: Sequence[str], config: ModelConfig) -> QuantizeOptions:
+    """A request with the algorithms that ``best`` stands for: that of the first of some schemes.
 
-    A model whose sizes no Hadamard matrix has is not rotated.
+    Args:
+        job: the request; one that asks for something else stays as it is.
+        schemes: those that it is for.
+        config: a model whose sizes no Hadamard matrix has is not rotated, and smoothed everywhere.
     """
-    if algorithm != BEST:
-        return algorithm
-    names = next((CHOSEN[scheme] for scheme in schemes if scheme in CHOSEN), PLAIN).split("+")
+    if job.algorithm != BEST:
+        return job
+    chosen = next((CHOSEN[scheme] for scheme in schemes if scheme in CHOSEN), {})
+    options = dict(chosen)
+    names = str(options.pop("algorithm", PLAIN)).split("+")
     if ROTATION in names and not _rotates(config):
         names.remove(ROTATION)
-    return "+".join(names) or PLAIN
+        options = {}
+    options |= job.algorithm_options
+    return replace(job, algorithm="+".join(names) or PLAIN, algorithm_options=options)
 
 
 def _rotates(config: ModelConfig) -> bool:

@@ -26,7 +26,7 @@ from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.job.unlisted import is_read
 from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.pipeline.best import resolved
+from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import CALIB_DIRECTORY, QuantizeOptions
 from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
@@ -194,7 +194,7 @@ def _prepare(
     """Everything but what is on the disk by now."""
     check_paths(options.model, options.output, options.job_directory)
     config, checkpoint = opened(options.model)
-    options = replace(options, algorithm=resolved(options.algorithm, [options.scheme], config))
+    options = with_best(options, [options.scheme], config)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)

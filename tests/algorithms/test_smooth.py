@@ -91,6 +91,15 @@ def test_solution_is_the_formula_over_the_whole_group(alpha):
     assert not solution.clip
 
 
+@pytest.mark.parametrize(("only", "smoothed"), [("*", True), ("[kx]", True), ("*down_proj", False)])
+def test_only_groups_with_a_linear_of_the_pattern_are_smoothed(only, smoothed):
+    problem, _ = outlier_problem()
+    pipeline = get_algorithms("smoothquant", problem.scheme, {"only": only})
+    assert (pipeline.solve(problem).smooth is not None) == smoothed
+    said = {"alpha": 0.5} if only == "*" else {"alpha": 0.5, "only": only}
+    assert pipeline.chosen == {"smoothquant": said}  # records of before lack it
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_group_shares_one_stored_vector_and_outliers_cost_less(dtype):
     problem, x = outlier_problem(dtype)

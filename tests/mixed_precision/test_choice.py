@@ -16,9 +16,10 @@ from ms_quant.mixed_precision.costs import AT_RUN_TIME, FLOAT, costs
 from ms_quant.mixed_precision.recipe import recipe_of
 from ms_quant.mixed_precision.request import CheckedMixed, MixedOptions, prepare_mixed
 from ms_quant.mixed_precision.trials import Trials
+from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.pipeline.best import resolved
+from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.planning import make_plan, plan_of_recipe
 from ms_quant.plan.plan import all_groups
@@ -132,15 +133,20 @@ def test_what_is_put_together_is_what_is_written(
 
 
 def test_best_is_what_a_scheme_has_and_a_model_can(tiny_model: Callable[..., Path]) -> None:
+    def best(*schemes: str, config: ModelConfig, algorithm: str = "best", **options: Any) -> Any:
+        job = QuantizeOptions(MODEL, Path("out"), algorithm=algorithm, algorithm_options=options)
+        made = with_best(job, schemes, config)
+        return made.algorithm, made.algorithm_options
+
     config = open_float(MODEL).config
-    assert resolved("osl", ["W8A8"], config) == "osl"
-    assert resolved("best", ["W8A8"], config).startswith("quarot+")
-    assert resolved("best", ["W8A16"], config) == "minmax"
-    assert resolved("best", [FLOAT, "W8A8_DYNAMIC"], config) == "quarot"
-    odd = open_float(
-        tiny_model(hidden_size=92, num_attention_heads=2, num_key_value_heads=2)
-    ).config
-    assert "quarot" not in resolved("best", ["W8A8"], odd)
+    assert best("W8A8", config=config, algorithm="osl") == ("osl", {})
+    only = {"smoothquant.only": "*down_proj"}
+    assert best("W8A8", config=config) == ("quarot+smoothquant", only)
+    assert best("W8A8", config=config, alpha=0.7) == ("quarot+smoothquant", {**only, "alpha": 0.7})
+    assert best("W8A16", config=config) == ("minmax", {})
+    assert best(FLOAT, "W8A8_DYNAMIC", config=config) == ("quarot", {})
+    odd = tiny_model(hidden_size=92, num_attention_heads=2, num_key_value_heads=2)
+    assert best("W8A8", config=open_float(odd).config) == ("smoothquant", {})
 
 
 def test_group_ids_are_kept(tiny_model: Callable[..., Path]) -> None:
