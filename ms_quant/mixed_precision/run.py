@@ -124,11 +124,22 @@ def quantize_mixed(
             those that suit it.
         format: the checkpoint format; "" is the first in which a runtime serves all schemes.
         progress: told how far the steps are.
-        scheme_options, algorithm_options: as of :func:`ms_quant.quantize_checkpoint`, for those
-            schemes and algorithms that take them.
+        scheme_options: options of the weights, for those schemes that take them.
+        algorithm_options: options of the algorithms, ``{"gptq.damping": 0.02}``.
         exclude: glob patterns of linears that stay float; whole fused groups do.
-        float_undivided, kv_cache, smoothing_target, samples, seq_len, seed, dtype, tp, shard_bytes,
-            job, keep_job, any_environment: as of :func:`ms_quant.quantize_checkpoint`.
+        float_undivided: leave linears float that a scheme's groups do not divide.
+        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel.
+        smoothing_target: where smoothing vectors go; "" is the format's first choice.
+        samples: windows of calibration data, and of a held-out text at most; None is 64.
+        seq_len: tokens of a window; None is 256.
+        seed: seed of the choice of windows; None is 0.
+        dtype: type of what stays float; None is the model's, and bfloat16 for float32.
+        tp: tensor-parallel ranks that will serve the output; None is not known yet.
+        shard_bytes: largest data size of an output file; None is 4 GiB.
+        job: directory of the work in progress; None is the output's name with ``.job`` after it.
+        keep_job: leave the job directory when all is done.
+        any_environment: go on with a job that was begun under other versions, another kind of CPU
+            or another number of threads.
 
     Returns:
         MixedResult: what was made, the recipe, and what it costs.
