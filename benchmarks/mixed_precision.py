@@ -218,6 +218,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("bits of a weight, scales and all")
     axes.set_ylabel("perplexity over float, %")
     axes.legend()
+    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
 

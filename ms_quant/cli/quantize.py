@@ -172,7 +172,7 @@ def quantize(
         tp=tp,
     )
     static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
-    if algorithm == BEST and static and target_bits is None and not dry_run:
+    if algorithm == BEST and static and target_bits is None:
         max_ppl_increase = max_ppl_increase or BEST_INCREASE
     goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
     mixed = {"choose": choose, **goal, "heldout": heldout, "sensitivity": sensitivity}
@@ -182,12 +182,13 @@ def quantize(
             return
         if choose is not None:
             _refuse("--choose says which schemes there are", scheme=scheme)
-        _refuse("a goal chooses what each linear becomes", recipe=recipe, dry_run=dry_run or None)
+        _refuse("a goal chooses what each linear becomes", recipe=recipe)
         from ms_quant.allocation.increase import parse_share
 
         most = None if max_ppl_increase is None else parse_share(max_ppl_increase)
         names = [name.strip() for name in (choose or "").split(",") if name.strip()]
-        _quantize_mixed(options, names, most, target_bits, heldout, sensitivity, as_json)
+        asked = names, most, target_bits, heldout, sensitivity
+        _quantize_mixed(options, *asked, dry_run=dry_run, as_json=as_json)
 
 
 def _refuse(reason: str, **said: Any) -> None:
@@ -204,6 +205,8 @@ def _quantize_mixed(
     target_bits: float | None,
     heldout: Path | None,
     sensitivity: Path | None,
+    *,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     from ms_quant.mixed_precision.request import MixedOptions, prepare_mixed
@@ -213,6 +216,9 @@ def _quantize_mixed(
     checked = prepare_mixed(asked)
     for line in dict.fromkeys(checked.notes):
         note(f"note: {line}")
+    if dry_run:
+        emit(checked.as_json(), as_json, show_fields)
+        return
     if kernels.note():
         note(f"note: {kernels.note()}")
     with step_progress() as step:

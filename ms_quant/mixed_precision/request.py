@@ -108,6 +108,21 @@ class CheckedMixed:
         output = self.options.job.output
         return output.with_name(f"{output.name}.recipe.yaml")
 
+    def as_json(self) -> dict[str, Any]:
+        """What a dry run prints."""
+        costs = self.costs.values()
+        weights = sum(next(iter(own.values())).weights for own in costs)
+        return {
+            "output": str(self.options.job.output),
+            "recipe": str(self.recipe_path),
+            **{name: value for name, value in self.asked.items() if name != "heldout_sha256"},
+            "groups": len(self.costs),
+            "least_bits_per_weight": sum(min(c.bits for c in own.values()) for own in costs)
+            / weights,
+            "most_bits_per_weight": sum(max(c.bits for c in own.values()) for own in costs)
+            / weights,
+        }
+
 
 def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     """Checks a request against the model and the data.

@@ -194,7 +194,8 @@ def _prepare(
     """Everything but what is on the disk by now."""
     check_paths(options.model, options.output, options.job_directory)
     config, checkpoint = opened(options.model)
-    options = with_best(options, [options.scheme], config)
+    if extension is None:  # another command has names of its own
+        options = with_best(options, [options.scheme], config)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)

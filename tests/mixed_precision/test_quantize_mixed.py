@@ -277,8 +277,12 @@ def test_the_command(
     arguments += ["--seq-len", 24, "--calib", calib_text, "--target-bits", 15]
     run = ms_quant_command(*arguments, "--choose", "W8A8,FLOAT", "--scheme", "W8A8")
     assert run.returncode == 1 and "--choose says which schemes there are" in run.stderr
-    run = ms_quant_command(*arguments, "--dry-run")
-    assert run.returncode == 1 and "error: --dry-run: " in run.stderr
+    run = ms_quant_command(*arguments, "--dry-run", "--json")
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["choose"] == ["W8A8", "FLOAT"] and plan["groups"] == 8
+    assert plan["least_bits_per_weight"] < 15 < plan["most_bits_per_weight"]
+    assert not (tmp_path / "out.job").exists()
     run = ms_quant_command(*arguments, "--json")  # --scheme is W8A8 where nothing else is said
     assert run.returncode == 0, run.stderr
     assert " is FLOAT, as W8A8 of it alone costs about" in run.stderr
