@@ -34,7 +34,7 @@ from ms_quant.pipeline.request import CheckedJob, output_dtype, rotated
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
-from ms_quant.schemes.table import KV_CACHES, SCHEMES
+from ms_quant.schemes.table import KV_CACHES, SCHEMES, taken_options
 
 BASE = "W8A8_DYNAMIC"  # its plan says the types where only caches are analysed
 
@@ -185,11 +185,7 @@ def _plan(config: ModelConfig, scheme: str, options: AnalyzeOptions) -> Plan:
         algorithm,
         algorithm_options=settings,
         dtype=output_dtype(config, job.dtype),
-        scheme_options={
-            name: value
-            for name, value in job.scheme_options.items()
-            if name in SCHEMES[scheme].options
-        },
+        scheme_options=taken_options(scheme, job.scheme_options),
         format=options.format,
     )
     try:

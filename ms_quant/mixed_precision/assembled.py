@@ -20,8 +20,8 @@ from ms_quant.quantization.divided import as_divided
 class AssembledModel(FloatModel):
     """The float model, rotated where the plans rotate it, with each group as in its scheme's job.
 
-    Linears smooth their inputs themselves: a checkpoint in whose norms smoothing is folded differs
-    by the rounding of these.
+    Linears smooth their inputs themselves. In a checkpoint in whose norms smoothing is folded these
+    are rounded, and some codes are others: its errors are others of the same size.
 
     Args:
         analysis: the finished analysis, whose job keeps the linears.

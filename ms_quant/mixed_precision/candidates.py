@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ms_quant.allocation.options import Options, all_prices
 from ms_quant.allocation.price import Point
 from ms_quant.analysis.records import Sensitivity
-from ms_quant.mixed_precision.costs import FLOAT, Cost
+from ms_quant.mixed_precision.costs import FLOAT, Cost, all_weights
 from ms_quant.models.names import GroupId
 
 Choice = dict[GroupId, str]
@@ -79,7 +79,7 @@ def candidates(
         group: {name: cost for name, cost in known.items() if name in losses[group]}
         for group, known in costs.items()
     }
-    weights = sum(next(iter(known.values())).weights for known in costs.values())
+    weights = all_weights(costs)
     parts = {
         str(group): Options(
             {

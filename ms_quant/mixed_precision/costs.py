@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ms_quant.formats.checks import format_of
@@ -58,6 +58,23 @@ def costs(plans: Mapping[str, Plan]) -> dict[GroupId, dict[str, Cost]]:
             if layer is not None:
                 found[group][scheme] = Cost(stored[group], _weights(spec), product_bits(layer))
     return found
+
+
+def all_weights(costs: Mapping[GroupId, Mapping[str, Cost]]) -> int:
+    """How many weights all groups have."""
+    return sum(next(iter(known.values())).weights for known in costs.values())
+
+
+def bits_between(
+    costs: Mapping[GroupId, Mapping[str, Cost]], choose: Sequence[str]
+) -> tuple[float, float]:
+    """The fewest and the most bits of a weight that choices among some schemes store."""
+    least = most = 0.0
+    for known in costs.values():
+        bits = [known[name].bits for name in choose if name in known] or [known[FLOAT].bits]
+        least, most = least + min(bits), most + max(bits)
+    weights = all_weights(costs)
+    return least / weights, most / weights
 
 
 def stored_bytes(plan: Plan) -> dict[GroupId, int]:

@@ -84,7 +84,7 @@ def decide(asked: CheckedMixed, found: Sensitivity, trials: Trials) -> Decision:
     """The choice that the goal asks for.
 
     Raises:
-        MsQuantError: no choice is within the budget, or all that is stays float.
+        MsQuantError: no choice is within the budget.
     """
     with_float = FLOAT in asked.options.choose
     if asked.options.target_bits is not None:
@@ -111,7 +111,6 @@ def _of_size(known: Candidates, asked: CheckedMixed) -> Decision:
     if total(known.parts.values(), price).cost > budget:
         price = math.inf
     choice = known.choice(choices_within(known.parts, budget, price))
-    _refuse_float(choice, asked)
     return Decision(choice, known.bits(choice), known.loss(choice))
 
 
@@ -142,11 +141,3 @@ def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Deci
         f"{', '.join(asked.options.choose)}: the least that was found is {percent(least):.3g} "
         "%, expected a larger budget, other schemes, or another algorithm"
     )
-
-
-def _refuse_float(choice: Choice, asked: CheckedMixed) -> None:
-    if set(choice.values()) == {FLOAT}:
-        raise BadArgumentError(
-            f"target bits {asked.options.target_bits:g}: every linear stays float, nothing is "
-            "left to quantize; expected fewer"
-        )

@@ -14,7 +14,7 @@ from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.recipe import Recipe, Rule, Step
 from ms_quant.recipe.checks import CHOOSING
 from ms_quant.recipe.records import EVERYTHING
-from ms_quant.schemes.table import FLOAT_CACHE, SCHEMES
+from ms_quant.schemes.table import FLOAT_CACHE, SCHEMES, taken_options
 
 
 def recipe_of(
@@ -67,11 +67,10 @@ def _rule(
     scheme: str, pipeline: AlgorithmPipeline, job: QuantizeOptions, paths: Mapping[str, list[str]]
 ) -> Rule:
     names = tuple(name for name in pipeline.names if ALGORITHMS[name].stage in CHOOSING)
-    known = SCHEMES[scheme].options
     include, exclude = _reaching([scheme], paths)
     return Rule(
         scheme=scheme,
-        options={name: value for name, value in job.scheme_options.items() if name in known},
+        options=taken_options(scheme, job.scheme_options),
         algorithms=names,
         algorithm_options={
             f"{name}.{key}": value

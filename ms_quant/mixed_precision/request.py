@@ -20,7 +20,7 @@ from ms_quant.data.calibration import Note, eval_windows, load_tokens
 from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.formats.float_model import FloatCheckpoint, open_float
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.mixed_precision.costs import FLOAT, Cost, costs
+from ms_quant.mixed_precision.costs import FLOAT, Cost, bits_between, costs
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.options import QuantizeOptions
@@ -30,7 +30,7 @@ from ms_quant.pipeline.request import output_dtype
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.support import served_formats, store
-from ms_quant.schemes.table import FLOAT_CACHE, SCHEMES, get_scheme
+from ms_quant.schemes.table import FLOAT_CACHE, SCHEMES, get_scheme, taken_options
 
 ANALYSIS, ANALYSIS_JOB = "analysis.json", "analysis.job"
 OTHER_WINDOWS, BUNDLED_WINDOWS = 12, 24
@@ -110,17 +110,14 @@ class CheckedMixed:
 
     def as_json(self) -> dict[str, Any]:
         """What a dry run prints."""
-        costs = self.costs.values()
-        weights = sum(next(iter(own.values())).weights for own in costs)
+        least, most = bits_between(self.costs, self.options.choose)
         return {
             "output": str(self.options.job.output),
             "recipe": str(self.recipe_path),
             **{name: value for name, value in self.asked.items() if name != "heldout_sha256"},
             "groups": len(self.costs),
-            "least_bits_per_weight": sum(min(c.bits for c in own.values()) for own in costs)
-            / weights,
-            "most_bits_per_weight": sum(max(c.bits for c in own.values()) for own in costs)
-            / weights,
+            "least_bits_per_weight": least,
+            "most_bits_per_weight": most,
         }
 
 
@@ -184,24 +181,22 @@ def _check_size(options: MixedOptions, known: Mapping[GroupId, Mapping[str, Cost
     target = options.target_bits
     if target is None:
         return
-    weights = sum(next(iter(costs.values())).weights for costs in known.values())
-    least = sum(min(cost.bits for cost in costs.values()) for costs in known.values()) / weights
+    least, most = bits_between(known, options.choose)
     if least > target:
         raise BadArgumentError(
             f"target bits {target:g} cannot be reached: the smallest that "
             f"{', '.join(options.choose)} take, scales and all, is {least:.3f} bits of a weight"
         )
-    floats = sum(costs[FLOAT].bits for costs in known.values()) / weights
-    if FLOAT in options.choose and target >= floats:
+    if FLOAT in options.choose and target >= most:
         raise BadArgumentError(
             f"target bits {target:g}: every linear may stay float, nothing is left to quantize; "
-            f"expected fewer than {floats:g}"
+            f"expected fewer than {most:g}"
         )
 
 
 def _usual(job: QuantizeOptions) -> tuple[str, ...]:
     """What there is to choose from for a scheme."""
-    scheme = get_scheme(job.scheme, **_own(job.scheme, job))
+    scheme = get_scheme(job.scheme, **taken_options(job.scheme, job.scheme_options))
     format = next(iter(job.formats), "")
     runtimes, token = _runtimes(scheme, format), PER_TOKEN.get(scheme.name)
     if token is not None:
@@ -246,9 +241,11 @@ def _common_format(schemes: Sequence[str], job: QuantizeOptions) -> str:
         raise BadArgumentError(
             f"formats {', '.join(job.formats)}: what is served differs, expected one"
         )
-    made = [get_scheme(name, **_own(name, job)) for name in schemes]
+    made = [get_scheme(name, **taken_options(name, job.scheme_options)) for name in schemes]
     reasons = []
-    able = job.formats or served_formats(schemes[0], **_own(schemes[0], job))
+    able = job.formats or served_formats(
+        schemes[0], **taken_options(schemes[0], job.scheme_options)
+    )
     for format in able:
         try:
             rows = [store(scheme, ANY_DTYPE, format)[1].support for scheme in made]
@@ -265,12 +262,6 @@ def _common_format(schemes: Sequence[str], job: QuantizeOptions) -> str:
     )
 
 
-def _own(scheme: str, job: QuantizeOptions) -> dict[str, Any]:
-    """Of the options of all schemes, those that one takes."""
-    known = SCHEMES[scheme].options
-    return {name: value for name, value in job.scheme_options.items() if name in known}
-
-
 def _plan(model: FloatCheckpoint, scheme: str, options: MixedOptions, format: str) -> Plan:
     """The plan of the whole model in one scheme."""
     job = options.job
@@ -280,7 +271,7 @@ def _plan(model: FloatCheckpoint, scheme: str, options: MixedOptions, format: st
         scheme,
         algorithm,
         algorithm_options=settings,
-        scheme_options=_own(scheme, job),
+        scheme_options=taken_options(scheme, job.scheme_options),
         dtype=output_dtype(model.config, job.dtype),
         exclude=job.exclude,
         format=format,
@@ -392,6 +383,10 @@ def _asked(options: MixedOptions, format: str, heldout: np.ndarray | None) -> di
         "scheme_options": dict(job.scheme_options),
         "algorithm_options": dict(job.algorithm_options),
         "exclude": list(job.exclude),
+        "calibration": {
+            "file": None if job.calib is None else str(job.calib.absolute()),
+            **job.windows._asdict(),
+        },
     }
     if heldout is not None:
         found["heldout_windows"] = len(heldout)

@@ -28,6 +28,9 @@ from ms_quant.pipeline.run import run_job
 from ms_quant.progress import StepProgress, of_blocks, silent
 from ms_quant.recipe import Recipe, load_recipe, to_native
 
+MADE = {"groups", "bits_per_weight", "estimated_increase", "moved"}
+"""What a recipe always says of how it was made."""
+
 
 @dataclass(frozen=True)
 class MixedResult:
@@ -233,7 +236,7 @@ def _recipe_before(asked: CheckedMixed) -> Recipe | None:
     path, output = asked.recipe_path, asked.options.job.output
     if path.exists():
         recipe = load_recipe(path)
-        if recipe.made.get("asked") != asked.asked:
+        if recipe.made.get("asked") != asked.asked or not recipe.made.keys() >= MADE:
             raise JobConflictError(
                 f"{path}: is the recipe of another request, expected another output, or delete it"
             )

@@ -75,7 +75,8 @@ class Trials:
     def __init__(self, asked: CheckedMixed, progress: StepProgress):
         self.asked, self.progress = asked, progress
         self.path = asked.directory / TRIALS
-        self.measured = _read(self.path) if self.path.exists() else {}
+        windows = 0 if asked.heldout is None else len(asked.heldout)
+        self.measured = _read(self.path, windows) if self.path.exists() else {}
         self.count = 0
 
     def job(self, choice: Choice, made: dict[str, Any] | None = None) -> CheckedJob:
@@ -185,8 +186,8 @@ def _column(losses: list[float]) -> np.ndarray:
     return np.array(losses)[:, None]
 
 
-def _read(path: Path) -> dict[str, Losses]:
-    """What was measured before.
+def _read(path: Path, windows: int) -> dict[str, Losses]:
+    """What was measured before, on so many windows.
 
     Raises:
         MsQuantError: the file is malformed.
@@ -194,12 +195,14 @@ def _read(path: Path) -> dict[str, Losses]:
     found = read_json(path)
     for losses in found.values():
         good = isinstance(losses, dict) and losses and set(losses) <= set(PHASES)
-        if not good or not all(map(_finite, losses.values())):
+        if not good or not all(_are_losses(found, windows) for found in losses.values()):
             raise BadFileError(f"{path}: is malformed; delete it to measure again")
     return found
 
 
-def _finite(losses: Any) -> bool:
-    return isinstance(losses, list) and all(
-        isinstance(loss, float) and math.isfinite(loss) for loss in losses
+def _are_losses(found: Any, windows: int) -> bool:
+    return (
+        isinstance(found, list)
+        and len(found) == windows
+        and all(isinstance(loss, float) and math.isfinite(loss) for loss in found)
     )

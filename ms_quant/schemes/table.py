@@ -210,6 +210,11 @@ def get_scheme(name: str, /, **chosen: Any) -> Scheme:
     return scheme
 
 
+def taken_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of options that are meant for several schemes, those that one of them takes."""
+    return {key: value for key, value in options.items() if key in SCHEMES[name].options}
+
+
 def _check_option(scheme: Scheme, key: str, value: Any) -> None:
     if key not in scheme.options:
         options = " or ".join(scheme.options) or "no option"

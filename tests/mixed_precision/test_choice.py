@@ -116,7 +116,8 @@ def _asked(model: Path, tmp_path: Path, algorithm: str, format: str) -> CheckedM
 def test_what_is_put_together_is_what_is_written(
     tmp_path: Path, algorithm: str, format: str
 ) -> None:
-    """But for the rounding of norms that smoothing is folded into."""
+    """Where smoothing is folded into norms these are rounded, and with them other codes: errors are
+    then of the same size, and over ten times as large without the smoothing."""
     model = tmp_path / "twin"
     runpy.run_path(str(ROOT / "tools" / "inject_outliers.py"))["inject"](MODEL, model)
     asked = _asked(model, tmp_path, algorithm, format)
@@ -126,9 +127,11 @@ def test_what_is_put_together_is_what_is_written(
     trials, rng = Trials(asked, lambda step, part: None), np.random.default_rng(3)
     choice = {group: str(rng.choice(asked.options.choose)) for group in asked.costs}
     assembled, made = trials.estimate(choice), trials.increase(choice)
-    near = 1e-6 if format == "golden-stick" else 3e-3
-    assert assembled.loss == pytest.approx(made.loss, abs=near)
-    assert assembled.error and made.error and made.loss != 0
+    if format == "golden-stick":
+        assert assembled.loss == pytest.approx(made.loss, abs=1e-6)
+    one, exact, other = (np.array(losses["prefill"]) for losses in trials.measured.values())
+    ratio = np.linalg.norm(one - exact) / np.linalg.norm(other - exact)
+    assert 0.25 < ratio < 4
     assert trials.estimate(choice) == assembled  # what was measured is not measured again
 
 

@@ -127,6 +127,8 @@ def test_a_second_call_only_says_so_and_another_is_refused(
     assert after.moved == made.moved
     with pytest.raises(MsQuantError, match="is the recipe of another request"):
         again(target_bits=15.5)
+    with pytest.raises(MsQuantError, match="is the recipe of another request"):
+        again(seed=1)
     made.recipe.unlink()
     with pytest.raises(MsQuantError, match=r"exists without the recipe out\.recipe\.yaml"):
         again()
