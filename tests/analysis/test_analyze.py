@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killed import KILLED_AT_RENAME
 
 from ms_quant.analysis.page import check_page
 from ms_quant.analysis.records import Sensitivity
@@ -192,24 +193,13 @@ def test_what_a_massive_first_token_does_to_others_is_seen(
     assert static > 10 * plain
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-
-model, calib, output, last = sys.argv[1:]
-original, count = Path.replace, 0
-
-def replace(self, target):
-    global count
-    count += 1
-    if count == int(last):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, target)
-
-Path.replace = replace
+KILLED = (
+    KILLED_AT_RENAME
+    + """
 from ms_quant.analysis.run import analyze
 analyze(model, calib, ["W8A8"], output=output, samples=6, seq_len=24)
 """
+)
 
 
 @pytest.mark.slow

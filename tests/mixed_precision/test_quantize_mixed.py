@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from killed import KILLED_AT_RENAME
 
 from ms_quant.analysis.run import analyze
 from ms_quant.data.calibration import eval_windows
@@ -134,25 +135,14 @@ def test_a_second_call_only_says_so_and_another_is_refused(
         again()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-
-model, calib, output, last = sys.argv[1:]
-original, count = Path.replace, 0
-
-def replace(self, target):
-    global count
-    count += 1
-    if count == int(last):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, target)
-
-Path.replace = replace
+KILLED = (
+    KILLED_AT_RENAME
+    + """
 from ms_quant.mixed_precision.run import quantize_mixed
 quantize_mixed(model, output, ["W8A8", "FLOAT"], calibration=calib, target_bits=15, samples=6,
                seq_len=24)
 """
+)
 
 
 @pytest.mark.slow
