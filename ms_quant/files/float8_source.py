@@ -62,8 +62,7 @@ class Float8Blocks:
                 f"{where} holds {wrong} NaN codes in rows {start} to {stop}, expected none"
             )
         scales = self._row_scales(file_of, start, stop)
-        values = decode(codes)
-        multiply_columns(values, scales, self.block[1])
+        values = decode(codes, scales, self.block[1])
         check_finite(values, scales, where)
         return values
 
@@ -78,21 +77,22 @@ class Float8Blocks:
         return scales[np.arange(start, stop) // height - first]
 
 
-def decode(codes: np.ndarray) -> np.ndarray:
-    """The float32 values of uint8 codes; in parts, as the indices then stay in the cache."""
+def decode(codes: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:
+    """The float32 values of uint8 codes (..., K) with scales (..., ceil(K / width)).
+
+    Some rows at a time, so that what is made on the way stays in the cache.
+    """
+    columns = codes.shape[-1]
     values = np.empty(codes.shape, np.float32)
-    given, made = codes.reshape(-1), values.reshape(-1)
-    for start in range(0, given.size, BLOCK_ELEMENTS):
-        part = slice(start, start + BLOCK_ELEMENTS)
-        made[part] = VALUES[given[part]]
-    return values
-
-
-def multiply_columns(values: np.ndarray, scales: np.ndarray, width: int) -> None:
-    """Multiplies (..., K) in place by scales (..., ceil(K / width)) of that many columns each."""
+    given, made = codes.reshape(-1, columns), values.reshape(-1, columns)
+    by_row = scales.reshape(-1, scales.shape[-1])
+    step = max(1, BLOCK_ELEMENTS // columns)
     with np.errstate(over="ignore"):  # what becomes infinite is refused
-        for index in range(scales.shape[-1]):
-            values[..., index * width : (index + 1) * width] *= scales[..., index, None]
+        for start in range(0, len(given), step):
+            part = slice(start, start + step)
+            np.take(VALUES, given[part], out=made[part], mode="clip")  # the mode without a copy
+            made[part] *= np.repeat(by_row[part], width, axis=1)[:, :columns]
+    return values
 
 
 def find_float8(

@@ -132,12 +132,15 @@ class Checkpoint:
             refuse_second_model(self._index, set(self._places.values()))
         else:
             self._places = self._scan(prefix)
-        self._names = sorted(self._places)
 
     @property
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return list(self._names)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(self._places)
 
     def stored(self) -> dict[str, TensorInfo]:
         """What the files hold of the model, by the names of the tensors in them."""
