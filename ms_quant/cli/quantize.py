@@ -245,7 +245,7 @@ def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
         use_mindspore()
     if checked.tokens is not None and kernels.note():
         note(f"note: {kernels.note()}")
-    blocks = checked.plan.config.num_layers
+    blocks = checked.plan.config.num_blocks
     with step_progress() as step:
         result = run_job(
             options, of_blocks(step, QUANTIZING, blocks), checked, partial(step, READING)

@@ -65,7 +65,7 @@ def _module_problems(
 
 
 def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path) -> Iterator[str]:
-    for index in range(config.num_layers):
+    for index in range(config.num_blocks):
         for group in config.block(index).groups:
             names = [f"{block_prefix(index)}{member}" for member in group.members]
             for name in names:

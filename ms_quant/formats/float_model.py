@@ -23,6 +23,7 @@ from ms_quant.formats.float_source import open_source
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.families import CLASSIFIES, EMBEDS
+from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import frequencies
 from ms_quant.models.spellings import asks_tensors
 from ms_quant.models.weights import check_model
@@ -97,6 +98,7 @@ def with_outputs(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     class, the names of a base model, the files of sentence-transformers or, where it was made
     here, a record that say so: else a head is missing.
     """
+    config = _with_further_layers(config, checkpoint)
     classes = [name for name in config.raw.get("architectures") or () if isinstance(name, str)]
     classifier = next((name for name in classes if name.endswith(CLASSIFIES)), "")
     if classifier:
@@ -119,6 +121,18 @@ def recorded_head(directory: Path) -> Any:
     path = directory / RECORD
     record = read_json(path, MAX_RECORD_BYTES).get("record") if path.exists() else None
     return record.get("head") if isinstance(record, dict) else None
+
+
+def _with_further_layers(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config without layers that predict further tokens where there is no tensor of any.
+
+    transformers reads and writes none, and leaves their number in ``config.json``.
+    """
+    further = range(config.num_layers, config.num_blocks)
+    prefixes = tuple(block_prefix(index) for index in further)
+    if prefixes and not any(name.startswith(prefixes) for name in checkpoint.names):
+        return replace(config, further_layers=0)
+    return config
 
 
 def _labels(raw: dict[str, Any]) -> int:
@@ -236,4 +250,4 @@ def check_buffers(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def _known_frequencies(config: ModelConfig) -> Iterator[np.ndarray]:
     """As they are, and as exports of scaled models hold them: not scaled yet."""
     for rope in (config.rope, {**config.rope, "rope_type": "default"}):
-        yield frequencies(rope, config.head_dim, 0, config.max_position)[0]
+        yield frequencies(rope, config.rotary_size, 0, config.max_position)[0]

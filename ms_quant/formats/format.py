@@ -154,7 +154,7 @@ class CheckpointFormat:
         """Every tensor of the checkpoint, in model order."""
         before, after = plan.config.outer_shapes()
         plans = [self._float(plan, *tensor) for tensor in before.items()]
-        for block in plan.config.blocks:
+        for block in plan.config.stored_blocks:
             plans += self._block(plan, block)
         return plans + [self._float(plan, *tensor) for tensor in after.items()]
 

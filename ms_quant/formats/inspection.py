@@ -41,7 +41,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     stored = {name: (info.code, info.shape) for name, info in tensors}
     weights = _weight_names(model)
     linears = []
-    for index in range(model.config.num_layers):
+    for index in range(model.config.num_blocks):
         for path, linear in model.config.block(index).linears.items():
             shape = linear.shape
             name = f"{block_prefix(index)}{path}"

@@ -199,7 +199,7 @@ def _plan_of(
     if cache not in ("", STATIC_CACHE):
         raise BadFileError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
     plan = Plan(config, format.name, layers, dtype, kv_cache=cache, foreign=foreign)
-    for index in range(config.num_layers):
+    for index in range(config.num_blocks):
         for group in plan.groups(index):
             check_shapes(plan, index, group)
     return plan

@@ -40,7 +40,7 @@ class Positions:
 
     def __init__(self, config: ModelConfig, stop: int, start: int = 0):
         tokens = np.arange(start, stop)
-        self._turned = rope_table(config.rope, config.head_dim, tokens, config.max_position)
+        self._turned = rope_table(config.rope, config.rotary_size, tokens, config.max_position)
         self.mask = causal_mask(stop, start=start)
 
     def angles(self, rotated: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -186,12 +186,17 @@ class BlockForward:
 
     def norm(self, path: str, x: np.ndarray) -> np.ndarray:
         """See :class:`~ms_quant.models.block_spec.Operators`."""
-        gain, eps = self.arrays[f"{path}.weight"], self.config.rms_norm_eps
+        gain, eps = self.arrays[f"{path}.weight"], self.spec.norms[path].eps
+        eps = self.config.rms_norm_eps if eps is None else eps
         return self.between(f"{path} output", kernels.rms_norm(x, gain, eps))
 
     def linear(self, path: str, x: np.ndarray) -> np.ndarray:
         """See :class:`~ms_quant.models.block_spec.Operators`."""
         return self.between(f"{path} output", self.linears[path](x.reshape(-1, x.shape[-1])))
+
+    def parameter(self, name: str) -> np.ndarray:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        return self.arrays[name]
 
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         """See :class:`~ms_quant.models.block_spec.Operators`."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from ms_quant.models.edge import Edge
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -92,10 +94,12 @@ class NormSpec:
     Attributes:
         size: of its gain.
         reads_stream: whether it normalises the residual stream.
+        eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
     """
 
     size: int
     reads_stream: bool = True
+    eps: float | None = None
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -151,43 +155,6 @@ class LinearGroup:
         return replace(self, linears={member: self.linears[member]}, fused=member)
 
 
-@dataclass(frozen=True)
-class Edge:
-    """What makes an input, and everything that reads it channel by channel.
-
-    Attributes:
-        producer: path of a norm, or of a linear whose output reaches the consumers.
-        consumers: names of the groups that read it.
-        norm: whether the producer is a norm.
-        floats: paths of the linears that are never quantized and read it, too.
-        repeats, size: the producer makes sets of ``size`` channels, each of which ``repeats``
-            adjacent sets of a consumer's inputs are: the values of a head that several query heads
-            read. (1, 1) where channel i is input i.
-        averaged: whether inputs are means of what is made for several tokens, and so never exceed
-            it.
-    """
-
-    producer: str
-    consumers: tuple[str, ...]
-    norm: bool = False
-    floats: tuple[str, ...] = ()
-    repeats: int = 1
-    size: int = 1
-    averaged: bool = False
-
-    def columns(self, rows: np.ndarray) -> np.ndarray:
-        """What belongs to channels of the producer, by the inputs that read them."""
-        if self.repeats == 1:
-            return rows
-        return np.repeat(rows.reshape(-1, 1, self.size), self.repeats, axis=1).reshape(-1)
-
-    def rows(self, columns: np.ndarray) -> np.ndarray:
-        """What belongs to inputs, the same for all that read a channel, by those channels."""
-        if self.repeats == 1:
-            return columns
-        return columns.reshape(-1, self.repeats, self.size)[:, 0].reshape(-1)
-
-
 class Operators(Protocol):
     """What a branch computes with: the block's norms and linears, and who looks on.
 
@@ -202,6 +169,9 @@ class Operators(Protocol):
 
     def linear(self, path: str, x: np.ndarray) -> np.ndarray:
         """The linear at a path, float32 (rows, out) of (..., in)."""
+
+    def parameter(self, name: str) -> np.ndarray:
+        """A float32 tensor of the block by its name there, such as a router's bias."""
 
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         """A tensor between two operators, as it is stored there."""
@@ -268,10 +238,16 @@ class BlockSpec:
     modules: Mapping[str, LinearSpec | NormSpec]
 
     @classmethod
-    def of(cls, index: int, branches: Sequence[Branch]) -> Self:
-        """The block of some branches. The first norm comes first in checkpoints, then all linears,
-        then the other norms."""
+    def of(
+        cls,
+        index: int,
+        branches: Sequence[Branch],
+        around: Mapping[str, LinearSpec | NormSpec] = MappingProxyType({}),
+    ) -> Self:
+        """The block of some branches, and what is around them. The first norm comes first in
+        checkpoints, then all linears, then the other norms."""
         modules = {path: spec for branch in branches for path, spec in branch.modules.items()}
+        modules |= around
         ranks = {path: isinstance(spec, NormSpec) for path, spec in modules.items()}
         first = next((path for path, is_norm in ranks.items() if is_norm), "")
         order = sorted(modules, key=lambda path: path != first and 1 + ranks[path])

@@ -13,12 +13,12 @@ from ms_quant.models.block_spec import (
     BlockSpec,
     Branch,
     Division,
-    Edge,
     LinearGroup,
     LinearSpec,
     NormSpec,
     Operators,
 )
+from ms_quant.models.edge import Edge
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions

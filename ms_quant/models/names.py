@@ -68,6 +68,11 @@ def in_block(name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2]) if found else None
 
 
+def expert_path(module: str, expert: int) -> str:
+    """The path of an expert in its block: ``"mlp.experts.17"``."""
+    return f"{module}.{expert}"
+
+
 def linear_id(block: int, inner: str) -> LinearId:
     """The linear of a block at a path in it."""
     found = _EXPERT.fullmatch(inner)

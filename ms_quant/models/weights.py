@@ -41,5 +41,5 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
         elif not name.endswith(IGNORED):
             raise BadFileError(
                 f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
-                f"{config.model_type} model of {config.num_layers} layers"
+                f"{config.model_type} model of {config.num_blocks} layers"
             )

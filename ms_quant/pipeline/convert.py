@@ -187,7 +187,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
     if not any(layers.values()):
         raise BadFileError("every linear is float, there is nothing to convert")
     other = replace(plan, format=format, layers=layers)
-    for index in range(plan.config.num_layers):
+    for index in range(plan.config.num_blocks):
         for linears in plan.groups(index):
             check_shapes(other, index, linears)
             check_runs(other, index, linears)

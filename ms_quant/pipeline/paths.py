@@ -80,7 +80,7 @@ def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ())
         finished: the blocks that are there.
     """
     config = plans[0].config
-    blocks = [index for index in range(config.num_layers) if index not in finished]
+    blocks = [index for index in range(config.num_blocks) if index not in finished]
     hidden = 2 * tokens * config.hidden_size * 4 if blocks else 0
     return hidden + sum(_block_bytes(plan, index) for plan in plans for index in blocks)
 

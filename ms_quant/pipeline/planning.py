@@ -94,7 +94,8 @@ def make_plan(
     for group, members in _groups(config).items():
         matched = {p for p in exclude if any(fnmatchcase(member, p) for member in members)}
         unseen -= matched
-        layers[group] = None if matched else layer
+        further = group.block >= config.num_layers
+        layers[group] = None if matched or further else layer
     floats = float_paths(config) if unseen else []
     wrong = sorted(pattern for pattern in unseen if not matches(pattern, floats))
     if wrong and wrong[0].startswith("re:"):
@@ -210,7 +211,7 @@ def linear_producers(config: ModelConfig) -> dict[str, str]:
     """Full path of every linear to that of what makes its input, in model order."""
     return {
         f"{block_prefix(block.index)}{member}": f"{block_prefix(block.index)}{edge.producer}"
-        for block in config.blocks
+        for block in config.stored_blocks
         for group in block.groups
         for member in group.members
         if (edge := block.producer_of(group))

@@ -145,7 +145,7 @@ def quantize_checkpoint(
     checked, told = prepare(options), progress or silent
     return run_job(
         options,
-        of_blocks(told, QUANTIZING, checked.plan.config.num_layers),
+        of_blocks(told, QUANTIZING, checked.plan.config.num_blocks),
         checked,
         lambda part: told(READING, part),
     )

@@ -173,7 +173,7 @@ def run_blocks(
 def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:
     plan, options = checked.plan, checked.options
     facts: dict[str, Any] = {
-        "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_layers)}
+        "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_blocks)}
     }
     if checked.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)

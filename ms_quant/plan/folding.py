@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ms_quant.errors import BadArgumentError
-from ms_quant.models.block_spec import Edge, LinearGroup
+from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.storage import SmoothingTarget
@@ -41,7 +42,7 @@ def check_edges(plan: Plan) -> None:
     Raises:
         MsQuantError: names two such groups.
     """
-    for block in plan.config.blocks:
+    for block in plan.config.stored_blocks:
         if all(len(edge.consumers) == 1 for edge in block.edges):
             continue
         first: dict[str, LinearGroup] = {}

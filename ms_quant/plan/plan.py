@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import SEARCH_TOKENS
-from ms_quant.models.block_spec import Edge, LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import GroupId, LinearId, block_prefix, in_block
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.schemes.support import store
@@ -147,7 +148,7 @@ class Plan:
         """Full paths of the quantized linears, in model order."""
         return [
             f"{block_prefix(index)}{member}"
-            for index in range(self.config.num_layers)
+            for index in range(self.config.num_blocks)
             for group in self.groups(index)
             for member in group.members
         ]
@@ -157,7 +158,7 @@ class Plan:
         done = set(self.quantized())
         return [
             path
-            for block in self.config.blocks
+            for block in self.config.stored_blocks
             for member in block.linears
             if (path := f"{block_prefix(block.index)}{member}") not in done
         ]
@@ -169,6 +170,6 @@ def _numbers(layer: LayerPlan | None) -> tuple[Any, ...]:
 
 def all_groups(config: ModelConfig) -> Iterable[tuple[GroupId, LinearGroup]]:
     """Every group of a model, in model order."""
-    for block in config.blocks:
+    for block in config.stored_blocks:
         for group in block.groups:
             yield GroupId(block.index, group.name), group

@@ -39,7 +39,7 @@ def activation_facts(
         JSON, one object for each group of a static scheme.
     """
     facts = {}
-    for index in range(plan.config.num_layers):
+    for index in range(plan.config.num_blocks):
         for group in plan.groups(index):
             if plan.layer(index, group).scheme.activation.dynamic:
                 continue

@@ -16,7 +16,8 @@ import numpy as np
 
 from ms_quant.algorithms.problem import Problem, Solution
 from ms_quant.errors import BadFileError
-from ms_quant.models.block_spec import Edge, LinearGroup
+from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth

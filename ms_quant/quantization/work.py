@@ -65,7 +65,7 @@ class BlockWork:
     def unfinished(self) -> list[int]:
         """The blocks that are left."""
         done = self.job.finished()
-        return [index for index in range(self.config.num_layers) if index not in done]
+        return [index for index in range(self.config.num_blocks) if index not in done]
 
     def observe(self, index: int) -> Observations | None:
         """Runs a block on the calibration data; without any there is nothing to see.
@@ -74,8 +74,8 @@ class BlockWork:
             MsQuantError: a weight or an activation is NaN or infinite, an activation does not fit
                 float16, or the disk is full.
         """
-        if self.tokens is None:
-            return None
+        if self.tokens is None or index >= self.config.num_layers:
+            return None  # further tokens are predicted from others than what a block gives
         self._make_hidden(index)
         block, at = self._block(index, {}), self._at
         assert at is not None
@@ -199,7 +199,7 @@ class BlockWork:
 
     def _drop_hidden(self) -> None:
         """Deletes the hidden states that no unfinished block begins with."""
-        there = [index for index in range(self.config.num_layers) if self._has_hidden(index)]
+        there = [index for index in range(self.config.num_blocks) if self._has_hidden(index)]
         needed = {
             max((index for index in there if index <= block), default=None)
             for block in self.unfinished()

@@ -103,7 +103,7 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
         sizes[_owner(tensor)] += tensor.bytes
     ranks = rank_text(tp)
     rows, linears = [], set()
-    for index in range(config.num_layers):
+    for index in range(config.num_blocks):
         for group in config.block(index).groups:
             paths = [f"{block_prefix(index)}{member}" for member in group.members]
             linears |= set(paths)

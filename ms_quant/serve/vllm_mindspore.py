@@ -92,7 +92,7 @@ def _scheme_problems(structure: Structure) -> Iterator[str]:
 def _input_problems(structure: Structure) -> Iterator[str]:
     """Fused linears whose inputs are quantized differently: the last one loaded would win."""
     checkpoint = structure.checkpoint
-    for index in range(structure.plan.config.num_layers):
+    for index in range(structure.plan.config.num_blocks):
         for group in structure.plan.groups(index):
             first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
             for suffix in ("input_scale", "input_offset"):

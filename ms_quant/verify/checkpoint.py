@@ -96,7 +96,7 @@ def _verify(directory: Path, source: Path | None, findings: Findings) -> None:
     if problems:
         return
     subject = Subject(QuantizedModel(directory), plan, record)
-    for index in range(plan.config.num_layers):
+    for index in range(plan.config.num_blocks):
         for group in plan.groups(index):
             problems += _group_problems(subject, index, group)
         try:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ms_quant.files.reader import FloatTensors
-from ms_quant.models.block_spec import Edge, LinearGroup
+from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import block_prefix, in_block
 from ms_quant.plan.plan import Plan
 
@@ -64,7 +65,7 @@ class Folding:
     def changed(self) -> set[str]:
         """Full names of the float tensors that folding may have changed."""
         names = set()
-        for block in self.plan.config.blocks:
+        for block in self.plan.config.stored_blocks:
             prefix, rows = block_prefix(block.index), self.scaled_rows(block.index)
             for edge in block.edges:
                 active = self._is_active(block.index, edge) if edge.norm else edge.producer in rows

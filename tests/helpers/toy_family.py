@@ -11,8 +11,9 @@ import numpy as np
 
 from ms_quant.models.attention import Cache
 from ms_quant.models.block_forward import Positions
-from ms_quant.models.block_spec import BlockSpec, Branch, Edge, LinearSpec, Operators
+from ms_quant.models.block_spec import BlockSpec, Branch, LinearSpec, Operators
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.edge import Edge
 from ms_quant.models.families import Family
 from ms_quant.models.gated_block import Attention, GatedMlp, gated_block
 

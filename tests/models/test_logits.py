@@ -51,7 +51,9 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def stored_config(name: str) -> ModelConfig:
-    return parse_config(json.loads(golden(name)["config"].tobytes()), name)
+    """Without the layers that predict further tokens: transformers has none."""
+    config = parse_config(json.loads(golden(name)["config"].tobytes()), name)
+    return replace(config, further_layers=0)
 
 
 def weights_of(name: str, config: ModelConfig) -> Tensors:
@@ -150,12 +152,17 @@ def test_the_old_style_of_a_config_parses_to_the_same(name):
 
 
 def test_every_family_of_transformers_has_golden_logits():
-    known = {name for name, family in FAMILIES.items() if not family.custom_code}
+    known = {name for name, family in FAMILIES.items() if not family.custom_code} - {"kimi_k2"}
     assert {stored_config(name).model_type for name in CASES} == known
 
 
-@pytest.mark.parametrize("forward", [by_cells, by_blocks])
-@pytest.mark.parametrize("name", CASES)
+CELLS = [name for name in CASES if not name.startswith(("qwen2_moe", "qwen3_moe", "deepseek"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [*((name, by_cells) for name in CELLS), *((name, by_blocks) for name in CASES)],
+)
 def test_logits_equal_those_of_transformers(name, forward):
     config = stored_config(name)
     weights = weights_of(name, config)

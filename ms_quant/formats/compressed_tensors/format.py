@@ -121,7 +121,7 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
     schemes = read_schemes(description, _linears(config))
     found = {path: scheme.name if scheme else "FLOAT" for path, scheme in schemes.items()}
     problems = []
-    for index in range(config.num_layers):
+    for index in range(config.num_blocks):
         for group in config.block(index).groups:
             first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
             problems += [
@@ -134,7 +134,9 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
 
 
 def _linears(config: ModelConfig) -> list[str]:
-    return [f"{block_prefix(block.index)}{m}" for block in config.blocks for m in block.linears]
+    return [
+        f"{block_prefix(block.index)}{m}" for block in config.stored_blocks for m in block.linears
+    ]
 
 
 def scheme_options(
