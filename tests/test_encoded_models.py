@@ -14,8 +14,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from encoded import Tensors, edit_config, make_twins
+from encoded import (
+    KIMI,
+    Tensors,
+    as_float,
+    edit_config,
+    make_twins,
+    maker,
+    pack_experts,
+)
 from killed import KILLED_AT_RENAME
+from routed_models import DEEPSEEK, save_routed
 
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
@@ -23,6 +32,7 @@ from ms_quant.evaluation.generation import Generator
 from ms_quant.evaluation.perplexity import perplexity
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.companions import model_config
+from ms_quant.formats.float_model import open_float
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import open_model
 from ms_quant.models.config import load_config
@@ -205,6 +215,48 @@ def test_the_text_model_of_a_larger_one_says_nothing_of_its_encoding_either(
     written = model_config(replace(config, raw={**config.raw, "text_config": inner}), BF16)
     assert written["text_config"] == {"hidden_size": 16}
     assert "quantization_config" in config.raw and "quantization_config" not in written
+
+
+def test_what_is_float32_in_a_mixture_of_experts_stays_so(
+    load_tensors: Callable[[Path], Tensors], tmp_path: Path
+) -> None:
+    model, source = save_routed(tmp_path / "model", DEEPSEEK), tmp_path / "fp8"
+    maker.make_fp8_source(model, source, maker.Options(block=(24, 20), apart=True))
+    convert_checkpoint(source, tmp_path / "copy", "float")
+    stored, found = load_tensors(source), load_tensors(tmp_path / "copy")
+    expected = as_float(stored, (24, 20))
+    assert found.keys() == expected.keys() == load_tensors(model).keys()
+    for name, array in expected.items():
+        encoded = stored[name].dtype == ml_dtypes.float8_e4m3fn
+        exact = array.astype(BF16) if encoded else array
+        assert (found[name].dtype, found[name].tobytes()) == (exact.dtype, exact.tobytes()), name
+    matrices = [n for n, t in stored.items() if t.ndim == 2 and t.dtype == BF16]
+    ends = ("mlp.gate", "eh_proj", "head", "embed_tokens")
+    assert matrices and all(
+        name.endswith(tuple(f"{end}.weight" for end in ends)) for name in matrices
+    )
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert found[bias].dtype == np.float32
+
+
+def test_experts_in_int4_are_read_beside_float_linears(
+    load_tensors: Callable[[Path], Tensors], save_tensors: Any, tmp_path: Path
+) -> None:
+    source = save_routed(tmp_path / "model", DEEPSEEK)
+    stored, exact = pack_experts(load_tensors(source))
+    save_tensors(source / "model.safetensors", stored)
+    edit_config(source, lambda c: c.update(quantization_config=KIMI))
+    checkpoint = open_float(source).checkpoint
+    assert checkpoint.names == sorted(exact)
+    for name, array in exact.items():
+        np.testing.assert_array_equal(checkpoint.read_float32(name), array.astype(np.float32))
+    convert_checkpoint(source, tmp_path / "copy", "float")
+    found = load_tensors(tmp_path / "copy")
+    assert found.keys() == exact.keys()
+    assert all(
+        found[name].tobytes() == (array.astype(BF16) if ".experts." in name else array).tobytes()
+        for name, array in exact.items()
+    )
 
 
 def test_a_float_copy_goes_on_where_it_was_killed(

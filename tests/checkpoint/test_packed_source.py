@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from encoded import edit_config
+from encoded import KIMI, edit_config, packed
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.first_pass import read_source
@@ -26,46 +26,6 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 OTHERS = Path(__file__).parents[1] / "golden" / "others"
 EXPERT = "model.layers.1.mlp.experts.0.down_proj"
 P, S, SHAPE = (f"{EXPERT}.weight_{part}" for part in ("packed", "scale", "shape"))
-KIMI = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "kv_cache_scheme": None,
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-    ],
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "block_structure": None,
-                "dynamic": False,
-                "group_size": 32,
-                "num_bits": 4,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-}
-"""As Kimi-K2-Thinking's config.json has it."""
-
-
-def packed(codes: np.ndarray) -> np.ndarray:
-    """Eight codes a word, the first in the lowest bits, each with 8 added."""
-    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
-    for place in range(8):
-        words |= (codes[:, place::8] + 8).astype(np.uint32) << (4 * place)
-    return words.view(np.int32)
 
 
 def tensors_of(rows: int = 5, columns: int = 96, seed: int = 0) -> tuple[Tensors, np.ndarray]:

@@ -21,6 +21,38 @@ sys.modules["make_fp8_source"] = maker  # which its dataclasses look for
 _spec.loader.exec_module(maker)
 
 Tensors = dict[str, np.ndarray]
+KIMI: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "kv_cache_scheme": None,
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ],
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+}
+"""``quantization_config`` as Kimi-K2-Thinking's config.json has it."""
 
 
 def value_of(code: int) -> float:
@@ -88,3 +120,29 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> 
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Eight codes a word, the first in the lowest bits, each with 8 added."""
+    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+    for place in range(8):
+        words |= (codes[:, place::8] + 8).astype(np.uint32) << (4 * place)
+    return words.view(np.int32)
+
+
+def pack_experts(tensors: Tensors, group: int = 32) -> tuple[Tensors, Tensors]:
+    """A model's tensors with its experts in int4, and the float tensors that those stand for."""
+    stored, exact = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if ".mlp.experts." not in name:
+            continue
+        path, (rows, columns) = name.removesuffix(".weight"), weight.shape
+        groups = weight.astype(np.float32).reshape(rows, columns // group, group)
+        scale = (np.abs(groups).max(axis=2) / 7).astype(ml_dtypes.bfloat16)
+        codes = np.rint(groups / scale.astype(np.float32)[..., None]).clip(-8, 7).astype(np.int8)
+        exact[name] = (codes * scale.astype(np.float32)[..., None]).reshape(rows, columns)
+        del stored[name]
+        stored[f"{path}.weight_packed"] = packed(codes.reshape(rows, columns))
+        stored[f"{path}.weight_scale"] = scale
+        stored[f"{path}.weight_shape"] = np.array([rows, columns])
+    return stored, exact
