@@ -30,6 +30,7 @@ from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.generation import Generator
 from ms_quant.evaluation.perplexity import perplexity
+from ms_quant.files.float8_source import Float8Blocks
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.float_model import open_float
@@ -38,6 +39,7 @@ from ms_quant.formats.opening import open_model
 from ms_quant.models.config import load_config
 from ms_quant.pipeline import float_copy
 from ms_quant.pipeline.convert import convert_checkpoint
+from ms_quant.pipeline.request import prepare
 from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -133,6 +135,32 @@ def test_evaluation_and_generation_are_those_of_the_float32_model(
         tokens = list(Generator(model).generate(np.arange(5, 8), 6))
         results.append((found, tokens))
     assert results[0] == results[1]
+
+
+def test_float_tensors_are_not_decoded_to_see_that_they_fit(
+    twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run of a large model would take minutes; its scales bound its weights."""
+    source, _ = twins()
+    monkeypatch.setattr(Float8Blocks, "rows", lambda *_: pytest.fail("decoded"))
+    options = QuantizeOptions(source, tmp_path / "out", "W8A8_DYNAMIC", exclude=("*o_proj",))
+    for dtype in ("bfloat16", "float16"):
+        prepare(replace(options, dtype=dtype))
+
+
+def test_a_float_tensor_that_does_not_fit_is_refused_before_work(
+    twins: Twins, load_tensors: Callable[[Path], Tensors], tmp_path: Path, save_tensors: Any
+) -> None:
+    source, _ = twins()
+    tensors = load_tensors(source)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[f"{name}_scale_inv"][0, 0] = 1e6
+    save_tensors(source / "model.safetensors", tensors)
+    options = QuantizeOptions(
+        source, tmp_path / "out", "W8A8_DYNAMIC", dtype="float16", exclude=("*o_proj",)
+    )
+    with pytest.raises(MsQuantError, match=rf"'{name}': .* does not fit float16"):
+        prepare(options)
 
 
 def test_inspect_says_how_weights_are_stored(twins: Twins) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from ms_quant.files.safetensors_file import SafetensorsFile
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: bounds every temporary
 HASHED_ELEMENTS = 1 << 20  # at a time, by several threads at once
+SAMPLES = 64
+SAMPLE_BYTES = 4096
 BLOCK_ELEMENTS = 1 << 16  # of a check for NaN: what it makes stays in the cache
 EXPONENTS = {
     "float16": 0x7C00,
@@ -74,6 +77,20 @@ def file_stamp(path: Path) -> list[int]:
     """What changes with a file: also the time of its last change, which nobody can set."""
     status = path.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def shard_print(file: SafetensorsFile) -> dict[str, Any]:
+    """What :func:`~ms_quant.files.reader.fingerprint` knows of one file."""
+    samples = hashlib.sha256()
+    room = file.size - file.data_start - SAMPLE_BYTES
+    for step in range(SAMPLES if room > 0 else 1):
+        start = file.data_start + max(room, 0) * step // (SAMPLES - 1)
+        samples.update(file.read_bytes(start, min(start + SAMPLE_BYTES, file.size)))
+    return {
+        "bytes": file.size,
+        "header_sha256": hashlib.sha256(file.read_bytes(0, file.data_start)).hexdigest(),
+        "samples_sha256": samples.hexdigest(),
+    }
 
 
 def count_non_finite(array: np.ndarray) -> int:

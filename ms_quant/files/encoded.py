@@ -36,7 +36,7 @@ class Encoding(Protocol):
     Attributes:
         title: in a few words, such as ``"FP8 in blocks of 128 x 128"``.
         shape: of the float tensor.
-        parts: the stored tensors that it is made of, its codes first.
+        parts: the stored tensors that it is made of: its codes, its scales, others.
     """
 
     @property
@@ -50,6 +50,9 @@ class Encoding(Protocol):
 
     def check(self, file_of: FileOf) -> None:
         """Refuses scales and shapes whose values are none that they may have."""
+
+    def largest(self, file_of: FileOf) -> float:
+        """A number that no magnitude in it exceeds, by its scales alone."""
 
     def rows(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop`` (exclusive) in float32, an array of its own."""
@@ -138,9 +141,13 @@ class EncodedCheckpoint(Checkpoint):
             found = encoding.rows(self._stored_in, start, stop)
             yield start, found if dtype is None else found.astype(dtype, copy=False)
 
+    def largest(self, name: str) -> float:
+        encoding = self.encodings.get(name)
+        return super().largest(name) if encoding is None else encoding.largest(self._stored_in)
+
     def check_part(self, name: str) -> None:
         encoding = self._parts.get(name)
-        if encoding is not None and name != encoding.parts[0]:
+        if encoding is not None and name == encoding.parts[1]:
             encoding.check(self._stored_in)
 
     def _decides(self, file: SafetensorsFile, name: str) -> bool:

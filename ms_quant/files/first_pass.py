@@ -1,5 +1,5 @@
-"""One pass over a whole float model before any work: every value is finite, every tensor hashed,
-codes and scales of what is stored so as well.
+"""One pass over a whole float model before any work: every value is finite, every tensor hashed.
+Of a tensor that is stored as codes and scales these are.
 
 A job takes hours and reads each tensor when its block comes; without this pass a NaN in the last
 block would end it there, and a file that was repaired in between would give two models in one. What

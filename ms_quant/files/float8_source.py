@@ -49,8 +49,14 @@ class Float8Blocks:
         return self.weight, self.scale
 
     def check(self, file_of: FileOf) -> None:
+        self._scales(file_of)
+
+    def largest(self, file_of: FileOf) -> float:
+        return E4M3.largest * float(self._scales(file_of).max(initial=0))
+
+    def _scales(self, file_of: FileOf) -> np.ndarray:
         file = file_of(self.scale)
-        read_scales(file, self.scale, 0, file.info(self.scale).shape[0])
+        return read_scales(file, self.scale, 0, file.info(self.scale).shape[0])
 
     def rows(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
         file = file_of(self.weight)
@@ -85,7 +91,7 @@ def decode(codes: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:
     columns = codes.shape[-1]
     values = np.empty(codes.shape, np.float32)
     given, made = codes.reshape(-1, columns), values.reshape(-1, columns)
-    by_row = scales.reshape(-1, scales.shape[-1])
+    by_row, width = scales.reshape(-1, scales.shape[-1]), min(width, columns)
     step = max(1, BLOCK_ELEMENTS // columns)
     with np.errstate(over="ignore"):  # what becomes infinite is refused
         for start in range(0, len(given), step):

@@ -49,9 +49,15 @@ class PackedGroups:
         suffixes = (PACKED, SCALE, SHAPE, *([ZERO_POINT] if self.zeros else []))
         return tuple(self.path + suffix for suffix in suffixes)
 
-    def check(self, file_of: FileOf) -> None:
+    def largest(self, file_of: FileOf) -> float:
+        return 2.0 ** (self.bits - 1) * float(self._scales(file_of).max(initial=0))
+
+    def _scales(self, file_of: FileOf) -> np.ndarray:
         name = self.path + SCALE
-        read_scales(file_of(name), name, 0, self.shape[0])
+        return read_scales(file_of(name), name, 0, self.shape[0])
+
+    def check(self, file_of: FileOf) -> None:
+        self._scales(file_of)
         self._check_shape(file_of)
         if self.zeros:
             name = self.path + ZERO_POINT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from ms_quant.errors import BadFileError, JobConflictError
@@ -19,6 +19,7 @@ from ms_quant.files.digest import (
     count_non_finite,
     file_stamp,
     row_chunks,
+    shard_print,
     tensor_digest,
 )
 from ms_quant.files.safetensors_file import (
@@ -35,8 +36,6 @@ from ms_quant.files.shards import (
 
 FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
 MODEL_CODES = ("F32", "F16", "BF16")
-SAMPLES = 64
-SAMPLE_BYTES = 4096
 IGNORED = "rotary_emb.inv_freq"  # a buffer of old exports
 
 
@@ -154,7 +153,11 @@ class Checkpoint:
         return file.info(name).code in FLOAT_CODES and not name.endswith(IGNORED)
 
     def check_part(self, name: str) -> None:
-        """Refuses a stored tensor whose values are none that it may have, but NaN and infinity."""
+        """Refuses what a stored tensor may not hold, beside NaN and infinity."""
+
+    def largest(self, name: str) -> float:
+        """A number that no magnitude in a float tensor exceeds, known without reading it."""
+        return float(ml_dtypes.finfo(self.info(name).dtype).max)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -387,17 +390,3 @@ def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> N
             f"{checkpoint.place(name)} has dtype {info.code}, expected one of "
             f"{', '.join(MODEL_CODES)}"
         )
-
-
-def shard_print(file: SafetensorsFile) -> dict[str, Any]:
-    """What :func:`fingerprint` knows of one file."""
-    samples = hashlib.sha256()
-    room = file.size - file.data_start - SAMPLE_BYTES
-    for step in range(SAMPLES if room > 0 else 1):
-        start = file.data_start + max(room, 0) * step // (SAMPLES - 1)
-        samples.update(file.read_bytes(start, min(start + SAMPLE_BYTES, file.size)))
-    return {
-        "bytes": file.size,
-        "header_sha256": hashlib.sha256(file.read_bytes(0, file.data_start)).hexdigest(),
-        "samples_sha256": samples.hexdigest(),
-    }
