@@ -84,6 +84,22 @@ def random_scales(shape: tuple[int, ...], code: str = "F32", seed: int = 1) -> n
     return np.exp(rng.standard_normal(shape)).astype(SCALES[code])
 
 
+@pytest.mark.parametrize("code", SCALES)
+@pytest.mark.parametrize("powers", [False, True])
+def test_what_the_tool_makes_is_near_the_weight(code: str, powers: bool) -> None:
+    """Half a step of three bits, and half the smallest step of a block."""
+    weight = np.random.default_rng(0).standard_normal((13, 9), np.float32)
+    weight[:4, :5] = 0
+    codes, stored = maker.to_blocks(weight, (4, 5), code, powers)
+    found, scales = dequantized(codes, stored, (4, 5)), scale_of(stored)
+    step = scales.repeat(4, 0).repeat(5, 1)[:13, :9]
+    clipped = np.abs(weight) * (2.0**-8 if code == "BF16" else 0)  # a scale rounded down
+    bound = np.maximum(np.abs(weight) / 16, step * 2.0**-10) + clipped
+    assert (np.abs(found - weight) <= bound).all() and (found[:4, :5] == 0).all()
+    if powers or SCALES[code].itemsize == 1:
+        assert (np.frexp(scales)[0] == 0.5).all()
+
+
 def test_every_code_is_what_torch_and_the_definition_say() -> None:
     golden = np.array([np.nan if v is None else v for v in GOLDEN["e4m3"]], np.float32)
     np.testing.assert_array_equal(VALUES.view("u4") << 1 >> 1, np.abs(golden).view("u4"))
