@@ -45,7 +45,7 @@ def open_source(directory: Path | str, rename: Callable[[str], str] | None = Non
     if not key:
         return Checkpoint(directory, rename=rename)
     method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
-    if method not in DECODED_METHODS:
+    if not isinstance(entry, Mapping) or method not in DECODED_METHODS:
         raise BadFileError(
             f"{where}: has a {key} with quant_method {method!r:.80}, expected a float checkpoint "
             f"or one in {' or '.join(DECODED_METHODS)}; dequantize the model first"

@@ -247,6 +247,13 @@ def test_what_headers_show_is_refused_at_once(
         make(tensors)
 
 
+def test_an_entry_that_is_no_object_is_refused(make: Make, tmp_path: Path) -> None:
+    make({W: random_codes((4, 4)), S: random_scales((1, 1))})
+    edit_config(tmp_path, lambda c: c.update(quantization_config="fp8"))
+    with pytest.raises(MsQuantError, match="quant_method 'fp8', expected a float checkpoint or"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
