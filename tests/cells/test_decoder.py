@@ -55,6 +55,7 @@ FAMILIES = {
 }
 CONFIGS = {name: parse_config({**shape, **SMALL}) for name, shape in FAMILIES.items()}
 LENGTH = 7
+pytestmark = pytest.mark.usefixtures("blocking_mindspore")
 ASKING = attention, direct, experts, latent_attention, layers
 
 
