@@ -9,7 +9,14 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_quant import kernels
-from ms_quant.cells.direct import as_type, calls_directly, floats, has_kernels, threads
+from ms_quant.cells.direct import (
+    as_type,
+    calls_directly,
+    floats,
+    has_kernels,
+    threads,
+    wants_gradient,
+)
 from ms_quant.cells.layers import Softmax, SwiGLU, dense, project
 from ms_quant.models import experts
 from ms_quant.models.block_spec import LinearSpec
@@ -160,6 +167,7 @@ class Experts(nn.Cell):
         assert isinstance(branch, experts.Experts)
         self.hidden, self.gate = hidden, Router(hidden, branch.routing)
         self.experts = nn.CellList([MLP(spec.linears, e.path) for e in branch.experts])
+        self.routes = False  # graphs are made of ``construct`` alone
         self.shared_name = self.gate_name = ""
         if branch.shared is not None:
             self.shared_name = branch.shared.path.rpartition(".")[2]
@@ -169,12 +177,16 @@ class Experts(nn.Cell):
             setattr(self, self.gate_name, SharedGate(hidden, 1))
 
     def __call__(self, x: Tensor, decode: bool = False) -> Tensor:
+        pynative = ms.get_context("mode") == ms.PYNATIVE_MODE
         on_cpu = ms.get_context("device_target") == "CPU"
-        if not (on_cpu and calls_directly(self)):
+        self.__dict__["routes"] = pynative and on_cpu and not wants_gradient()
+        try:
             return super().__call__(x, decode)
-        return self._direct(x, decode)
+        finally:
+            self.__dict__["routes"] = False
 
-    def _direct(self, x: Tensor, decode: bool) -> Tensor:
+    def routed(self, x: Tensor, decode: bool) -> Tensor:
+        """The same as ``construct`` of the tokens that go to each expert alone."""
         rows, weights = floats(x).reshape(-1, self.hidden), floats(self.gate(x))
         y = np.zeros_like(rows)
         with np.errstate(all="ignore"):
@@ -188,6 +200,8 @@ class Experts(nn.Cell):
         return as_type(y.reshape(x.shape), x.dtype)
 
     def construct(self, x: Tensor, decode: bool = False) -> Tensor:
+        if self.routes:
+            return self.routed(x, decode)
         rows = x.reshape(-1, self.hidden)
         every = ops.ones((1, self.hidden), x.dtype)
         weights = ops.split(self.gate(x), 1, 1)
