@@ -113,7 +113,7 @@ class Decoder(nn.Cell):
 
     def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
-        for layer, rotated in zip(self.layers, self.rotated, strict=True):
+        for layer, rotated in zip(self.layers, self.rotated):  # noqa: B905, graphs know no strict
             if rotated:
                 x = layer(x, cos, sin, mask)
             else:

@@ -206,7 +206,7 @@ class Experts(nn.Cell):
         every = ops.ones((1, self.hidden), x.dtype)
         weights = ops.split(self.gate(x), 1, 1)
         y = ops.zeros_like(rows)
-        for expert, weight in zip(self.experts, weights):  # noqa: B905, graph mode takes no strict
+        for expert, weight in zip(self.experts, weights):  # noqa: B905, graphs know no strict
             y = y + expert(rows, decode) * ops.matmul(weight, every)
         if self.shared_name:
             y = y + self.shared(rows, decode)

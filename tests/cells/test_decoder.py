@@ -13,6 +13,7 @@ from ms_quant import kernels  # noqa: E402
 from ms_quant.budget import Budget  # noqa: E402
 from ms_quant.cells import attention, direct, experts, latent_attention, layers  # noqa: E402
 from ms_quant.cells.decoder import (  # noqa: E402
+    CausalLM,
     DecoderBlock,
     causal_mask,
     rope_tensors,
@@ -104,6 +105,23 @@ def test_jit_gives_the_same(config, block, hidden):
 
     found = run(ms.Tensor(hidden)).asnumpy()
     np.testing.assert_allclose(found, plain(config, block, hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("native", [False], indirect=True)
+@pytest.mark.parametrize("config", ["qwen3", "kimi_k2"], indirect=True)
+def test_whole_networks_compile(config):
+    network, rng = CausalLM(config), np.random.default_rng(0)
+    for parameter in network.get_parameters():
+        parameter.set_data(ms.Tensor(rng.normal(0, 0.3, parameter.shape).astype(np.float32)))
+    ids = ms.Tensor(rng.integers(0, 16, (2, LENGTH)).astype(np.int32))
+    angles, mask = rope_tensors(config, 0, LENGTH), causal_mask(LENGTH)
+
+    @ms.jit
+    def run(ids):
+        return network(ids, *angles, mask)
+
+    expected = network(ids, *angles, mask).asnumpy()
+    np.testing.assert_allclose(run(ids).asnumpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_gives_the_same_token_by_token(config, block, hidden):
