@@ -30,7 +30,9 @@ class Experts(Branch):
         count, size = config.raw["n_routed_experts"], config.raw["moe_intermediate_size"]
         hidden, unit = config.hidden_size, "moe_intermediate_size"
         self.experts = [
-            GatedMlp(hidden, size, False, f"mlp.experts.{i}", f"experts.{i}.", unit, NORM, "experts")
+            GatedMlp(
+                hidden, size, False, f"mlp.experts.{i}", f"experts.{i}.", unit, NORM, "experts"
+            )
             for i in range(count)
         ]
         self.shared = GatedMlp(
