@@ -63,7 +63,12 @@ def test_30_000_groups_are_planned_described_and_checked(
     config = parse_config({**toy_family.CONFIG, **sizes})
     scheme = SCHEMES.get(format, "W8A8_DYNAMIC")
     plan = make_plan(
-        config, scheme, "smoothquant", dtype=DTYPES["bfloat16"], format=format, exclude=["model.layers.9.*"]
+        config,
+        scheme,
+        "smoothquant",
+        dtype=DTYPES["bfloat16"],
+        format=format,
+        exclude=["model.layers.9.*"],
     )
     assert len(plan.layers) >= 30_000
     row = format_of(plan)

@@ -153,7 +153,9 @@ def second_block(
 
 
 @pytest.mark.parametrize("algorithm", ["smoothquant", "osl", "awq"])
-@pytest.mark.parametrize("exclude", [(), ("*.mlp.experts.*",), ("*.mlp.shared_experts.*",)], ids=str)
+@pytest.mark.parametrize(
+    "exclude", [(), ("*.mlp.experts.*",), ("*.mlp.shared_experts.*",)], ids=str
+)
 def test_all_that_reads_one_norm_is_smoothed_together(algorithm, exclude):
     """The block computes what it did, whatever of it stays float."""
     config, block, at, hidden = second_block()

@@ -18,6 +18,7 @@ from ms_quant.plan.exclude import float_paths, matches, no_match
 from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, is_reached
 from ms_quant.recipe.notes import notes
+from ms_quant.recipe.patterns import further_names
 from ms_quant.recipe.records import EVERYTHING
 
 
@@ -116,10 +117,12 @@ def _choices(config: ModelConfig, recipe: Recipe) -> dict[GroupId, LayerChoice]:
     groups = _groups(config)
     paths = {path: group for group, members in groups.items() for path in members}
     producers = linear_producers(config)
-    _refuse_idle(recipe, list(paths), list(producers.values()), float_paths(config))
+    further = further_paths(config)
+    names = [*paths, *(further_names(path)[1] for path in further)]
+    _refuse_idle(recipe, names, list(producers.values()), float_paths(config))
     linears = {path: _kind(config, group) for path, group in paths.items()}
     mates = {path: groups[group] for path, group in paths.items()}
-    chosen = assign(recipe, linears, producers, mates)
+    chosen = assign(recipe, linears, producers, mates, further)
     wanted: dict[GroupId, LayerChoice] = {}
     for group, members in groups.items():
         found = {path: chosen.get(path) for path in members}
@@ -154,6 +157,16 @@ def linear_paths(config: ModelConfig) -> list[str]:
     return [path for members in _groups(config).values() for path in members]
 
 
+def further_paths(config: ModelConfig) -> dict[str, None]:
+    """Full paths of the linears in layers that predict further tokens."""
+    return {
+        path: None
+        for group, members in _groups(config).items()
+        if group.block >= config.num_layers
+        for path in members
+    }
+
+
 def _title(choice: LayerChoice | None) -> str:
     if choice is None:
         return "float"
@@ -174,7 +187,8 @@ def linear_producers(config: ModelConfig) -> dict[str, str]:
 def recipe_notes(config: ModelConfig, recipe: Recipe) -> list[str]:
     """What a recipe says that changes nothing for a model, or less than it says."""
     groups = {str(group): members for group, members in _groups(config).items()}
-    return notes(recipe, groups, linear_producers(config), float_paths(config))
+    further = further_paths(config)
+    return notes(recipe, groups, linear_producers(config), float_paths(config), further)
 
 
 def _refuse_idle(
