@@ -192,8 +192,8 @@ def quantize(
             _refuse("--choose says which schemes there are", scheme=scheme)
         _refuse("a goal chooses what each linear becomes", recipe=recipe)
         for name, text in (("scheme", options.scheme), ("algorithm", options.algorithm)):
-            named = by_part(name, text).named or None
-            _refuse("a goal chooses what each part becomes", **{name: named})
+            if by_part(name, text).named:
+                _refuse("a goal chooses what each part becomes", **{name: text})
         from ms_quant.allocation.increase import parse_share
 
         most = None if max_ppl_increase is None else parse_share(max_ppl_increase)
