@@ -166,7 +166,15 @@ def run_blocks(
     targets = [(checked.plan, job)]
     for target, request in enumerate(checked.others, 1):
         targets.append((request.plan, checked.job(target)))
-    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks, budget)
+    work = BlockWork(
+        targets,
+        checked.tensors,
+        checked.tokens,
+        progress,
+        hooks,
+        budget,
+        all_tokens=checked.options.all_tokens,
+    )
     executor.run(work)
 
 
@@ -178,5 +186,7 @@ def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> N
     if checked.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
         facts[activation_range.KEY] = job.ranges()
+        routing = {f"block {index}": found for index, found in job.routing().items()}
+        facts |= {"routing": routing} if routing else {}
     numbers = JobNumbers(plan, job, checked.tensors)
     write_output(plan, numbers, output, options.most_shard_bytes, options.model, facts)
