@@ -246,6 +246,12 @@ def _refuse_useless(
     """Refuses an algorithm or an option that no part can have."""
     if not quantized:
         return
+    for part in asked.algorithms.named:
+        if not any(known == part or known.startswith(f"{part}.") for known in quantized):
+            raise BadArgumentError(
+                f"algorithm of {part}: it stays float, expected a scheme of it: "
+                f"--scheme {part}=SCHEME"
+            )
     first = next(iter(quantized.values()))
     for option, value in asked.scheme_options.items():
         if not any(taken_options(name, {option: value}) for name in quantized.values()):

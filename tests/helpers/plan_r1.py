@@ -93,7 +93,7 @@ def write_headers(directory: Path, tensors: Iterable[TensorPlan]) -> None:
             }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with open(directory / name, "wb") as file:
+        with (directory / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
     write_index(directory, named, 0)
