@@ -297,6 +297,13 @@ def test_recipes_name_the_groups_of_latent_attention():
     assert smoothed == ["q", "kv_a"]
 
 
+@pytest.mark.parametrize("name", ["self_attn.kv_b_proj", "mlp.gate", "eh_proj"])
+def test_what_is_float_in_every_plan_is_not_named_by_a_recipe(name):
+    rule = Rule("W8A8_DYNAMIC", include=(f"*.{name}",))
+    with pytest.raises(MsQuantError, match=rf"{name}, which is float in every plan"):
+        of_recipe(Recipe((rule,)))
+
+
 def test_a_recipe_with_static_experts_is_refused():
     with pytest.raises(MsQuantError, match=r"experts\.0\.gate_proj: W8A8 has static inputs"):
         of_recipe(Recipe((Rule("W8A8"),)))

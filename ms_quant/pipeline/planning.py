@@ -19,6 +19,7 @@ from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.recipe import LayerChoice, Recipe, assign, idle_patterns, is_reached
 from ms_quant.recipe.notes import notes
 from ms_quant.recipe.patterns import further_names
+from ms_quant.recipe.patterns import matches as reaches
 from ms_quant.recipe.records import EVERYTHING
 
 
@@ -205,4 +206,10 @@ def _refuse_idle(
     if recipe.lenient and any(is_reached(recipe, path) for path in paths):
         return  # what is idle is noted
     for where, pattern in idle_patterns(recipe, paths, producers, floats):
+        named = next((path for path in floats if reaches(path, [pattern])), "")
+        if named:
+            raise BadArgumentError(
+                f"{where}: pattern {pattern!r} names {named}, which is float in every plan, "
+                "expected linears that can be quantized"
+            )
         raise BadArgumentError(f"{where}: {no_match(pattern, paths)}")
