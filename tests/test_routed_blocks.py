@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from killed import KILLED_AT_RENAME
 from routed_models import DEEPSEEK, QWEN, routed_tensors, save_routed
 
+from ms_quant.errors import MsQuantError
 from ms_quant.pipeline.request import QuantizeOptions
 from ms_quant.pipeline.run import run_job
 from ms_quant.quantization import routed
@@ -74,15 +76,36 @@ def test_one_by_one_gives_what_the_whole_block_does(
     assert found["activation_ranges"] == whole["activation_ranges"]
 
 
-def test_without_data_nothing_is_held_either(
-    tmp_path: Path, load_tensors: Callable, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shard_bytes", [None, 20_000])
+@pytest.mark.parametrize("format", ["ascend", "golden-stick", "compressed-tensors"])
+def test_without_data_an_output_is_written_at_once(
+    format: str, shard_bytes: int | None, tmp_path: Path, file_contents: Callable
+) -> None:
+    """The same files as by way of a job, experts one by one or whole blocks."""
+    model = save_routed(tmp_path / "model", DEEPSEEK)
+    more = {"scheme": "W8A8_DYNAMIC", "formats": (format,), "shard_bytes": shard_bytes}
+    ran(model, tmp_path / "one", None, **more)
+    assert not (tmp_path / "one.job").exists()
+    ran(model, tmp_path / "other", None, keep_job=True, **more)
+    assert len(list((tmp_path / "other.job").glob("block-*-expert-*"))) == 3 * 16
+    assert file_contents(tmp_path / "one") == file_contents(tmp_path / "other")
+
+
+def test_nan_in_an_expert_ends_it_with_its_name(
+    tmp_path: Path, load_tensors: Callable, save_tensors: Callable
 ) -> None:
     model = save_routed(tmp_path / "model", DEEPSEEK)
-    ran(model, tmp_path / "one", None)
-    monkeypatch.setattr(BlockWork, "by_experts", lambda self, index: False)
-    ran(model, tmp_path / "whole", None)
-    one, other = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "whole")
-    assert {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
+    tensors, name = load_tensors(model), "model.layers.2.mlp.experts.7.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 4] = np.nan
+    save_tensors(model / "model.safetensors", tensors)
+    with pytest.raises(MsQuantError, match=re.escape(name)):
+        ran(model, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+    tensors[name][3, 4] = 0
+    save_tensors(model / "model.safetensors", tensors)
+    ran(model, tmp_path / "out", None)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "model"] == ["out"]
 
 
 def test_an_expert_that_no_token_goes_to_is_seen_on_others(
@@ -130,8 +153,10 @@ PROGRAM = (
     KILLED_AT_RENAME
     + """
 from ms_quant.pipeline.request import QuantizeOptions
+from ms_quant.pipeline import direct
 from ms_quant.pipeline.run import run_job
 
+direct.SAVED_SECONDS = 0
 data = {"calib": Path(calib), "samples": 12, "seq_len": 32} if calib else {}
 algorithm = "gptq" if calib else "minmax"
 run_job(QuantizeOptions(Path(model), Path(output), "W4A8_DYNAMIC", algorithm, **data))
@@ -179,6 +204,7 @@ def test_a_kill_loses_one_expert_at_most(
 MEASURED = """
 import re, sys
 from pathlib import Path
+from ms_quant.errors import MsQuantError
 from ms_quant.pipeline.request import QuantizeOptions
 from ms_quant.pipeline.run import run_job
 
