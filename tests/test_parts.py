@@ -138,12 +138,18 @@ def test_the_python_function_takes_a_mapping():
         # what no runtime of any format forgives
         (("W8A8,experts=W8A8",), "experts.0.gate_proj: W8A8 has static inputs, which no runtime"),
         (("W8A8S",), "experts.0.gate_proj: W8A8S has static inputs, which no runtime has of"),
-        (("W8A8,mtp=W8A8",), "layers.3.self_attn.q_a_proj: W8A8 needs calibration data, which"),
-        (("W8A8,mtp=W8A8_DYNAMIC", "mtp=gptq"), "W8A8_DYNAMIC with gptq needs calibration data"),
     ],
 )
 def test_what_contradicts_itself_is_refused(arguments, reason):
     assert reason in refusal(*arguments)
+
+
+def test_only_the_first_layer_for_further_tokens_is_calibrated():
+    both = {**DEEPSEEK, "num_nextn_predict_layers": 2}
+    arguments = "W8A8,mtp=W8A8_DYNAMIC", "mtp=gptq"
+    text = refusal(*arguments, raw=both, **ASCEND)
+    assert "layers.4.self_attn.q_a_proj: W8A8_DYNAMIC with gptq needs calibration data" in text
+    assert plan(*arguments, **ASCEND)
 
 
 @pytest.mark.parametrize("part", ["shared", "mtp", "experts"])

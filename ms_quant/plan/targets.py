@@ -29,19 +29,20 @@ def check_parts(plan: Plan) -> None:
     """Refuses what no runtime of any format forgives.
 
     Raises:
-        MsQuantError: routed experts have static inputs, experts of one layer differ, or a layer
-            that predicts further tokens needs calibration data; names the linear.
+        MsQuantError: routed experts have static inputs, experts of one layer differ, or the second
+            or a later layer that predicts further tokens needs calibration data; names the linear.
     """
     first: dict[tuple[int, str], Found] = {}
     for found, group, layer in _groups(plan):
         path = _path(found, group)
-        if layer is not None and layer.needs_calibration and _is_further(plan, found):
+        later = found.block > plan.config.num_layers
+        if layer is not None and layer.needs_calibration and later:
             what = layer.scheme.name
             if not layer.scheme.needs_calibration:
                 what = f"{what} with {layer.algorithms.name}"
             raise UnsupportedError(
-                f"{path}: {what} needs calibration data, which does not pass layers that predict "
-                f"further tokens, expected FLOAT or {PER_TOKEN} of them"
+                f"{path}: {what} needs calibration data, which passes only the first layer that "
+                f"predicts further tokens, expected FLOAT or {PER_TOKEN} of later ones"
             )
         if not group.routed:
             continue
