@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from ms_quant.models.edge import Edge
+from ms_quant.models.rotary_rows import RotaryRows
 
 if TYPE_CHECKING:
     from typing import Self
@@ -59,6 +60,8 @@ class LinearSpec:
         heads_axis: the axis of its weight along the values of all attention heads: 0 (rows), -1
             (columns) or None.
         scores: whether attention scores are products of its outputs: queries or keys.
+        rotary_rows: the rows that make pairs of neighbours for a rotary embedding, where pairs are
+            not halves apart; else None.
     """
 
     out_features: int
@@ -69,6 +72,7 @@ class LinearSpec:
     writes_stream: bool = False
     heads_axis: Literal[0, -1] | None = None
     scores: bool = False
+    rotary_rows: RotaryRows | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from ms_quant.formats.flat_description import kinds
 from ms_quant.formats.format import CheckpointFormat, Tensors
 from ms_quant.formats.golden_stick.leeway import LEEWAY, check_extra, stated
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.rotary_rows import RotaryRows
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.plan.layer import LayerPlan
@@ -25,6 +27,7 @@ __all__ = ["DESCRIPTION", "FORMAT", "SHARD_PREFIX", "model_config", "static_line
 
 DESCRIPTION = "quantization_description.json"
 SHARD_PREFIX = "quant-model"
+BY_ROW = frozenset({"weight", "weight_scale", "weight_offset", "deq_scale", "quant_bias", "bias"})
 INT8, INT32, FLOAT32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 
 
@@ -142,6 +145,12 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     }
 
 
+def stored_rows(config: ModelConfig, index: int, spec: LinearSpec) -> RotaryRows | None:
+    """MindFormers turns halves and reorders rows of float models only; blocks that predict further
+    tokens are read as those of a float model."""
+    return spec.rotary_rows if index < config.num_layers else None
+
+
 FORMAT = CheckpointFormat(
     name="golden-stick",
     shown=DESCRIPTION,
@@ -156,6 +165,8 @@ FORMAT = CheckpointFormat(
     scheme_options=lambda config, description, checkpoint: lambda path, spec: {},
     check=lambda layer, group, spec, name: None,
     with_codes=frozenset({"weight", "quant_bias"}),
+    stored_rows=stored_rows,
+    by_row=BY_ROW,
     leeway=LEEWAY,
 )
 tensor_plans, description = FORMAT.tensor_plans, FORMAT.description
