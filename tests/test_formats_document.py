@@ -15,8 +15,7 @@ def table() -> list[str]:
         for held in rows:
             served = [*held.served_by, *held.not_served_by]
             if held.only:
-                wanted = ", ".join(f"{option} {value}" for option, value in held.only.items())
-                served.append(f"only with {wanted}")
+                served.append(f"only with {held.wanted}")
             cells = [scheme, held.format, "; ".join(served), held.kernels]
             lines.append(f"| {' | '.join(cells)} |")
     return lines

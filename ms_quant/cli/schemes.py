@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ms_quant.cli.console import JsonOption, emit, wide_table
-from ms_quant.schemes.storage import FormatSupport
+from ms_quant.schemes.storage import FormatSupport, wanted_text
 
 
 def schemes(as_json: JsonOption = False) -> None:
@@ -62,7 +62,7 @@ _NETWORKS = {
 
 
 def _only(place: dict[str, Any]) -> list[str]:
-    said = ", ".join(f"{option} {value}" for option, value in place["only"].items())
+    said = wanted_text(place["only"])
     return [f"only with {said}"] if said else []
 
 

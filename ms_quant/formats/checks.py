@@ -59,7 +59,11 @@ def served_by(plan: Plan) -> list[str]:
     """The runtimes that serve every scheme there is."""
     if failure(plan):
         return []
-    first, *others = (layer.storage.support.served_by for layer in plan.distinct)
+    layers = ((plan.layers[found], group.routed) for found, group in all_groups(plan.config))
+    kinds = {(id(layer), routed): layer for layer, routed in layers if layer is not None}
+    first, *others = (
+        layer.storage.support.runtimes(routed) for (_, routed), layer in kinds.items()
+    )
     return [runtime for runtime in first if all(runtime in other for other in others)]
 
 

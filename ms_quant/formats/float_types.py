@@ -6,7 +6,7 @@ import numpy as np
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import FloatTensors
-from ms_quant.models.block_spec import LinearSpec, NormSpec
+from ms_quant.models.block_spec import BlockSpec, LinearSpec, NormSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.experts import CORRECTION, RouterSpec
 from ms_quant.models.names import block_prefix
@@ -39,3 +39,12 @@ def float_dtype(plan: Plan, spec: LinearSpec | NormSpec, suffix: str) -> np.dtyp
     if not isinstance(spec, RouterSpec):
         return plan.dtype
     return FLOAT32 if suffix == CORRECTION else plan.router_dtype or plan.dtype
+
+
+def why_float(block: BlockSpec, path: str) -> str:
+    """Why a linear of a block is never quantized."""
+    if isinstance(block.linears[path], RouterSpec):
+        return "a router that is rounded chooses other experts, and runtimes hold it in float"
+    if any(edge.producer == path for edge in block.linear_edges):
+        return "runtimes take its float weight apart for attention in the latent space"
+    return "runtimes hold it in float"
