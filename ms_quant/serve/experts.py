@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ms_quant.formats.checks import why_not_run
 from ms_quant.formats.structure import Structure
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
@@ -13,28 +14,47 @@ from ms_quant.plan.plan import Plan
 
 def method_problems(structure: Structure) -> Iterator[str]:
     """Linears of a type that the format's runtime has no method for."""
-    for index in range(structure.plan.config.num_blocks):
-        for group in structure.plan.groups(index):
-            reason = why_not_run(structure.plan, index, group)
-            if reason:
-                yield reason
+    plan = structure.plan
+    reasons = (
+        why_not_run(plan, index, group)
+        for index in range(plan.config.num_blocks)
+        for group in plan.groups(index)
+    )
+    yield from summed(reason.split(": ", 1) for reason in reasons if reason)
+
+
+def summed(problems: Iterable[Sequence[str]]) -> Iterator[str]:
+    """One sentence for each thing that is wrong, with the first path of which it is said."""
+    found: dict[str, list[str]] = {}
+    for path, reason in problems:
+        found.setdefault(reason, []).append(path)
+    for reason, paths in found.items():
+        more = f" (as are {len(paths) - 1} more)" if len(paths) > 1 else ""
+        yield f"{paths[0]}: {reason}{more}"
 
 
 def expert_problems(plan: Plan) -> Iterator[str]:
     """Experts of one layer that are not of one type: runtimes take the first one's for all."""
+    found = list(_mixed(plan))
+    if found:
+        index, one, first = found[0]
+        paths = [f"{block_prefix(index)}{group.members[0]}" for group in (one, first)]
+        kinds = [_text(plan.layers[GroupId(index, group.name)]) for group in (one, first)]
+        more = f" (and in {len(found) - 1} more layers)" if len(found) > 1 else ""
+        yield (
+            f"{paths[0]}: is {kinds[0]}, {paths[1]} is {kinds[1]}, expected one type: the runtime "
+            f"takes that of expert 0 for all three projections of all experts{more}"
+        )
+
+
+def _mixed(plan: Plan) -> Iterator[tuple[int, LinearGroup, LinearGroup]]:
+    """Each layer with an expert of another type than its first one's, and both groups."""
     for index in range(plan.config.num_blocks):
         routed = [group for group in plan.config.block(index).groups if group.routed]
-        for group in routed[1:]:
-            found = _text(plan.layers[GroupId(index, group.name)])
-            first = _text(plan.layers[GroupId(index, routed[0].name)])
-            if found != first:
-                prefix = block_prefix(index)
-                yield (
-                    f"{prefix}{group.members[0]}: is {found}, {prefix}{routed[0].members[0]} is "
-                    f"{first}, expected one type: the runtime takes that of expert 0 for all three "
-                    "projections of all experts"
-                )
-                break
+        kinds = [_text(plan.layers[GroupId(index, group.name)]) for group in routed]
+        other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is not None:
+            yield index, routed[other], routed[0]
 
 
 def _text(layer: LayerPlan | None) -> str:

@@ -12,7 +12,8 @@ from ms_quant.formats.tensor_parallel import rank_problems
 from ms_quant.models.block_spec import BlockSpec, LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.numerics.activation import StaticInt8
-from ms_quant.serve.experts import expert_notes, expert_problems, method_problems
+from ms_quant.plan.plan import Plan
+from ms_quant.serve.experts import expert_notes, expert_problems, method_problems, summed
 from ms_quant.serve.records import Served, ServeRequest
 
 ENVIRONMENT = {"VLLM_MS_MODEL_BACKEND": "MindFormers"}
@@ -57,14 +58,19 @@ def _attention_problems(structure: Structure, tp: int) -> Iterator[str]:
             "fused attention has no layer for a q_proj"
         )
         return
+    if tp < FUSED_BELOW:
+        yield from summed(_not_static(plan))
+
+
+def _not_static(plan: Plan) -> Iterator[tuple[str, str]]:
     for block in (plan.config.block(index) for index in range(plan.config.num_layers)):
-        for group in _behind_fused_norms(block) if tp < FUSED_BELOW else ():
+        for group in _behind_fused_norms(block):
             layer = plan.layers[GroupId(block.index, group.name)]
             if layer is None or not isinstance(layer.scheme.activation, StaticInt8):
                 yield (
-                    f"{block_prefix(block.index)}{group.members[0]}: is "
-                    f"{layer.scheme.name if layer else 'FLOAT'}, expected W8A8: with fewer than "
-                    f"{FUSED_BELOW} ranks MindFormers' fused attention reads its input_scale"
+                    f"{block_prefix(block.index)}{group.members[0]}",
+                    f"is {layer.scheme.name if layer else 'FLOAT'}, expected W8A8: with fewer than "
+                    f"{FUSED_BELOW} ranks MindFormers' fused attention reads its input_scale",
                 )
 
 
@@ -77,14 +83,16 @@ def _behind_fused_norms(block: BlockSpec) -> Iterator[LinearGroup]:
 
 def _expert_types(structure: Structure) -> Iterator[str]:
     """Float experts in a quantized model get the method of a plain linear."""
-    plan = structure.plan
+    plan, found = structure.plan, []
     for index in range(plan.config.num_layers):
         routed = [group for group in plan.config.block(index).groups if group.routed]
         if routed and plan.layers[GroupId(index, routed[0].name)] is None:
-            yield (
-                f"{block_prefix(index)}{routed[0].members[0]}: is FLOAT, expected W8A8_DYNAMIC or "
-                f"{int4.SCHEME}: MindFormers has no float experts in a quantized model"
-            )
+            found.append(f"{block_prefix(index)}{routed[0].members[0]}")
+    reason = (
+        f"is FLOAT, expected W8A8_DYNAMIC or {int4.SCHEME}: MindFormers has no float experts in a "
+        "quantized model"
+    )
+    yield from summed((path, reason) for path in found)
 
 
 def _group_size_problems(structure: Structure) -> Iterator[str]:

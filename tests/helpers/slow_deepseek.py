@@ -359,7 +359,10 @@ class VllmAscend(SlowDeepSeek):
     def packed(self, path: str, x: np.ndarray, slices: int) -> np.ndarray:
         """Inputs in nibbles, 16 * high + (low - 8) + 8: the kernel adds the last by scale_bias."""
         codes, step = per_token(x)
-        weight, scale = nibbles(self.tensors[f"{path}.weight"]), self.tensors[f"{path}.weight_scale"]
+        weight, scale = (
+            nibbles(self.tensors[f"{path}.weight"]),
+            self.tensors[f"{path}.weight_scale"],
+        )
         added = self.tensors[f"{path}.scale_bias"]
         assert added.shape == (len(weight), slices) and added.dtype == np.float32
         high = np.floor(codes / 16)
