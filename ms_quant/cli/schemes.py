@@ -46,6 +46,7 @@ def _format_row(support: FormatSupport) -> dict[str, Any]:
         "format": support.format,
         "folds": [target.value for target in support.targets],
         "served_by": list(support.served_by),
+        "experts_served_by": list(support.experts_served_by),
         "only": dict(support.only),
         "not_served_by": list(support.not_served_by),
         "kernels": support.kernels,
@@ -55,6 +56,7 @@ def _format_row(support: FormatSupport) -> dict[str, Any]:
 _NETWORKS = {
     "format": "",
     "served_by": [],
+    "experts_served_by": [],
     "not_served_by": ["for networks: ms_quant.quantize(network, ...) and ms_quant.save_quantized"],
     "only": {},
     "kernels": "",
@@ -74,7 +76,9 @@ def _show_schemes(result: dict[str, Any]) -> None:
     table = wide_table("scheme", "format", "served by", "kernels")
     for row in result["schemes"]:
         for place in row["formats"] or [_NETWORKS]:
-            served = "\n".join([*place["served_by"], *place["not_served_by"], *_only(place)])
+            experts = [f"experts: {runtime}" for runtime in place["experts_served_by"]]
+            lines = [*place["served_by"], *experts, *place["not_served_by"], *_only(place)]
+            served = "\n".join(lines)
             table.add_row(row["name"], place["format"], served, place["kernels"])
     Console().print(table)
     for title, rows in (("algorithm", "algorithms"), ("KV cache", "kv_caches")):

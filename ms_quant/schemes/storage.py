@@ -46,7 +46,12 @@ def _into_norms() -> dict[SmoothingTarget, ActivationFormat | None]:
 
 def wanted_text(only: Mapping[str, Any]) -> str:
     """Options and the values that they must have, in words."""
-    return ", ".join(f"{k} {' or '.join(map(str, _several(v)))}" for k, v in only.items())
+    return ", ".join(f"{option} {_any_of(value)}" for option, value in only.items())
+
+
+def _any_of(value: Any) -> str:
+    *others, last = map(str, _several(value))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _several(value: Any) -> tuple[Any, ...]:
@@ -90,6 +95,11 @@ class FormatSupport:
     def wanted(self) -> str:
         """The options with which alone the format holds it, in words."""
         return wanted_text(self.only)
+
+    @property
+    def experts_served_by(self) -> tuple[str, ...]:
+        """Those that serve it for routed experts and not for other linears."""
+        return tuple(text for text in self.routed_by or () if text not in self.served_by)
 
     def runtimes(self, routed: bool) -> tuple[str, ...]:
         """Those that serve it, for routed experts or for other linears."""
