@@ -331,7 +331,16 @@ def test_vllm_takes_the_scheme_of_the_first_expert(served):
     assert f"{EXPERT}.0.down_proj: is W8A8_DYNAMIC, {EXPERT}.0.gate_proj is W4A16" in found
 
 
-def test_vllm_has_experts_of_int4_without_zero_points(served):
-    rules = [{**W4A16, "options": {"group_size": 32, "symmetric": False}}]
-    found = "\n".join(served("vllm", "compressed-tensors", rules)["problems"])
-    assert f"{EXPERT}.0.gate_proj: is W4A16 with zero points, expected symmetric" in found
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"group_size": 32, "symmetric": False}, "has zero points"),
+        ({"group_size": 0}, "has no groups"),
+    ],
+)
+def test_only_new_versions_of_vllm_have_other_experts_of_int4(served, options, expected):
+    rules = [{**W4A16, "options": options}]
+    found = served("vllm", "compressed-tensors", rules)
+    text = f"{EXPERT}.0.gate_proj: {expected}, expected symmetric int4 in groups for experts"
+    assert found["problems"] == [] and f"{text} by versions before 0.31" in found["notes"]
+    assert text in served("vllm-ascend", "compressed-tensors", rules)["problems"]

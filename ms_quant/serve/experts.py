@@ -8,6 +8,7 @@ from ms_quant.formats.checks import why_not_run
 from ms_quant.formats.structure import Structure
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
+from ms_quant.numerics.grid import AffineFormat
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
@@ -62,6 +63,23 @@ def _text(layer: LayerPlan | None) -> str:
         return "FLOAT"
     size = layer.scheme.weight.group_size
     return f"{layer.scheme.name} in groups of {size}" if size else layer.scheme.name
+
+
+def packed_expert_limits(plan: Plan) -> str:
+    """What only newer versions of vLLM take of int4 experts, with the first linear; or ""."""
+    for index in range(plan.config.num_blocks):
+        for group in plan.groups(index):
+            weight = plan.layer(index, group).scheme.weight
+            if not group.routed or not isinstance(weight, AffineFormat) or weight.bits != 4:
+                continue
+            kind = "has zero points" if not weight.symmetric else ""
+            kind = kind or ("" if weight.group_size else "has no groups")
+            if kind:
+                return (
+                    f"{block_prefix(index)}{group.members[0]}: {kind}, expected symmetric int4 in "
+                    "groups for experts"
+                )
+    return ""
 
 
 def fused_input_problems(structure: Structure) -> Iterator[str]:

@@ -8,6 +8,7 @@ from ms_quant.serve.experts import (
     expert_problems,
     fused_input_problems,
     method_problems,
+    packed_expert_limits,
 )
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
@@ -29,5 +30,7 @@ def check(request: ServeRequest) -> Served:
     if not served.problems:
         served.loaded = loaded_rows(structure, request.tp)
         served.notes += expert_notes(plan, request.tp)
+        limits = packed_expert_limits(plan)
+        served.notes += [f"{limits} by versions before 0.31"] if limits else []
         served.command = command(request)
     return served

@@ -18,6 +18,7 @@ from ms_quant.serve.experts import (
     expert_problems,
     fused_input_problems,
     method_problems,
+    packed_expert_limits,
 )
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
@@ -66,6 +67,9 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
     if structure.format.name == "ascend":  # of another format the reason is another runtime's
         yield from method_problems(structure)
     plan = structure.plan
+    limits = packed_expert_limits(plan) if structure.format.name != "ascend" else ""
+    if limits:
+        yield limits
     layers = ((plan.layers[found], group.routed) for found, group in all_groups(plan.config))
     names = {
         (layer.scheme.name, routed): layer.storage.support for layer, routed in layers if layer

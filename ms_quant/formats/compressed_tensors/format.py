@@ -74,19 +74,11 @@ def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> 
 
 def why_not_run(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> str:
     """Why vLLM fails on a linear, or ""."""
-    scheme = layer.scheme
-    if not group.routed:
-        return ""
-    if not scheme.activation.dynamic:
+    if group.routed and not layer.scheme.activation.dynamic:
         return (
-            f"is {scheme.name}, expected W8A8_DYNAMIC: vLLM's int8 experts have inputs scaled per "
-            "token"
+            f"is {layer.scheme.name}, expected W8A8_DYNAMIC: vLLM's int8 experts have inputs "
+            "scaled per token"
         )
-    weight = scheme.weight
-    if isinstance(weight, AffineFormat) and not weight.symmetric:
-        return f"is {scheme.name} with zero points, expected symmetric: vLLM's experts have none"
-    if weight.bits == 4 and not weight.group_size:
-        return f"is {scheme.name} per channel, expected groups: vLLM's int4 experts are per group"
     return ""
 
 
