@@ -116,6 +116,10 @@ class AnalysisWork(BlockWork):
         groups = {g.name: _JUST_SEEN for g in self.config.block(index).groups} | dict(found.groups)
         return replace(found, groups=groups, cache=STATIC_CACHE in self.subject.caches)
 
+    def by_experts(self, index: int) -> bool:
+        """See :class:`BlockWork`: variants of all groups run through the whole block."""
+        return False
+
     def watchers(self, index: int) -> Mapping[str, Observer]:
         """See :class:`BlockWork`."""
         windows, length, _ = self._shape
@@ -128,7 +132,7 @@ class AnalysisWork(BlockWork):
     def finish(self, index: int, observations: Observations | None) -> None:
         """Measures a block's variants and takes those of earlier blocks through it."""
         assert observations is not None
-        block = self._block(index, observations.divided)
+        block = self.block(index, observations.divided)
         source, old = self._entering(index), len(self._begun(index))
         count = len(self.probe.windows)
         new = variants_of(self.subject.plans, self.subject.caches, block.spec)

@@ -28,7 +28,13 @@ from ms_quant.cli.console import (
 def convert(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
-    format: Annotated[str, typer.Option(help="The other format, see [b]ms-quant schemes[/b].")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="The other format, see [b]ms-quant schemes[/b]; float: an FP8 or int4 model in "
+            "bfloat16."
+        ),
+    ],
     shard_bytes: Annotated[
         int | None, typer.Option(help="Largest output file. Default: as it was made", min=1)
     ] = None,

@@ -16,8 +16,10 @@ import numpy as np
 
 from ms_quant.errors import BadFileError
 from ms_quant.files.companion_files import code_notes
+from ms_quant.files.encoded import EncodedCheckpoint
 from ms_quant.files.reader import Checkpoint, row_chunks
 from ms_quant.files.strict_json import read_json
+from ms_quant.formats.float_source import open_source
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.families import CLASSIFIES, EMBEDS
@@ -51,10 +53,10 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
         MsQuantError: the config or a shard is malformed, a tensor is missing, unknown, of another
             shape or type, or another matrix than the one that it should be the same as.
     """
-    config, checkpoint = load_config(directory), Checkpoint(directory)
+    config, checkpoint = load_config(directory), open_source(directory)
     rename = renaming(checkpoint.names, config.tied)
     if rename is not None:
-        checkpoint = Checkpoint(directory, rename=rename)
+        checkpoint = open_source(directory, rename)
     config = with_outputs(config, checkpoint)
     if config.has_head and HEAD not in checkpoint and EMBEDDING in checkpoint:
         raise BadFileError(
@@ -143,7 +145,9 @@ def _labels(raw: dict[str, Any]) -> int:
 
 def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
     """What to know of a float model that is fit to be quantized, one sentence each."""
-    directory, notes = checkpoint.directory, []
+    directory, notes = checkpoint.directory, list[str]()
+    if isinstance(checkpoint, EncodedCheckpoint):
+        notes += checkpoint.notes()
     if config.unknown:
         notes.append(
             f"{directory / 'config.json'}: the keys {', '.join(config.unknown):.300} are not known "
@@ -174,7 +178,7 @@ def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
 
 def left_out(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
     """Tensors that the files hold and their index does not name."""
-    named = set(checkpoint.names)
+    named = checkpoint.stored().keys()
     return [
         (name, path)
         for path in checkpoint.files()

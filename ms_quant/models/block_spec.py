@@ -367,7 +367,13 @@ class BlockSpec:
             if name.rpartition(".")[0] not in self._group_of
         }
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many weights the linears have."""
         return sum(linear.size for linear in self.linears.values())
+
+    @cached_property
+    def routed_size(self) -> int:
+        """How many of them are of routed experts."""
+        routed = (group for group in self.groups if group.routed)
+        return sum(linear.size for group in routed for linear in group.linears.values())

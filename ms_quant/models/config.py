@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import BadFileError, UnsupportedError
+from ms_quant.files.encoded import DECODED_METHODS
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.block_spec import BlockSpec, Division
 from ms_quant.models.config_keys import check_keys
@@ -329,10 +330,12 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
         method = (
             quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         )
-        raise BadFileError(
-            f"{where}: has a quantization_config with quant_method {method!r:.80}, expected a "
-            "float checkpoint; dequantize the model first"
-        )
+        if method not in DECODED_METHODS:
+            raise BadFileError(
+                f"{where}: has a quantization_config with quant_method {method!r:.80}, expected a "
+                f"float checkpoint or one in {' or '.join(DECODED_METHODS)}; dequantize the model "
+                "first"
+            )
     act = raw.get("hidden_act", "silu")
     if act != "silu":
         raise UnsupportedError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")

@@ -62,6 +62,7 @@ class QuantizeOptions:
             not known yet.
         formats: the checkpoint formats to make, each in a directory of its name inside
             ``output`` if there are several; () is one, the schemes' default.
+        all_tokens: each routed expert is seen on all calibration tokens, not on its own alone.
     """
 
     model: Path
@@ -86,6 +87,7 @@ class QuantizeOptions:
     recipe: Recipe | None = None
     formats: Sequence[str] = ()
     tp: int | None = None
+    all_tokens: bool = False
 
     @property
     def job_directory(self) -> Path:

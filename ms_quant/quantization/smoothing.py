@@ -7,9 +7,10 @@ producer have one vector; the columns of those that stay float are multiplied by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ class BlockSmoothing:
         weights: the block's float parameters.
         observations: what calibration has seen of it; None without calibration.
         hooks: what is done around the algorithms.
+        only: names of the groups that are looked at; None for all.
         folded: group to what makes its input, where smoothing is folded into that.
         floats: float32 tensors that folding has changed, by name.
     """
@@ -57,18 +59,26 @@ class BlockSmoothing:
     weights: Weights
     observations: Observations | None
     hooks: BlockHooks
+    only: Collection[str] | None = None
     folded: dict[str, Edge] = field(init=False)
     floats: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.index, self.prefix = self.weights.index, block_prefix(self.weights.index)
-        self.folded = folded_edges(self.plan, self.index)
+        folded, only = folded_edges(self.plan, self.index), self.only
+        self.folded = {n: edge for n, edge in folded.items() if only is None or n in only}
         self._problems: dict[str, Problem] = {}
         self._shared: dict[str, Solution] = {}
 
+    @cached_property
+    def wanted(self) -> list[LinearGroup]:
+        """The quantized groups that are looked at."""
+        groups, only = self.plan.groups(self.index), self.only
+        return [group for group in groups if only is None or group.name in only]
+
     def groups(self) -> Iterator[Smoothed]:
-        """Every quantized group of the block, in order."""
-        for group in self.plan.groups(self.index):
+        """Every quantized group that is looked at, in order."""
+        for group in self.wanted:
             edge = self.folded.get(group.name)
             if edge is None:
                 yield Smoothed(group, problem := self._problem(group), self._own(group, problem))

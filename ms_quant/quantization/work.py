@@ -20,13 +20,17 @@ from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import BlockForward, Observer, Positions
 from ms_quant.models.embedding import used_rows
+from ms_quant.models.experts import Experts
+from ms_quant.models.names import block_prefix
+from ms_quant.plan.folding import folded_edges
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import BlockProgress
 from ms_quant.quantization.block import QuantizedBlock, quantize
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.observe import Wanted, divide, observe, wanted
+from ms_quant.quantization.routed import RoutedBlock, finish_stored, part_groups
 from ms_quant.quantization.weights import LoadedWeights, StoredWeights, Weights
-from ms_quant.statistics.activation_range import Divided
+from ms_quant.statistics.activation_range import BlockRanges, Divided
 from ms_quant.statistics.observations import Observations
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -45,6 +49,12 @@ class BlockWork:
         progress: told how far each block is.
         hooks: what is done around the algorithms.
         budget: what bounds its memory.
+        all_tokens: every expert is seen on all tokens, not on those alone that go to it.
+
+    Attributes:
+        targets, checkpoint, tokens, progress, hooks, budget, all_tokens: as given.
+        config: the model's shape.
+        job: the job as it has the first format's blocks.
     """
 
     def __init__(
@@ -55,9 +65,13 @@ class BlockWork:
         progress: BlockProgress,
         hooks: BlockHooks = NO_HOOKS,
         budget: Budget = BUDGET,
+        *,
+        all_tokens: bool = False,
     ):
         self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
         self.progress, self.hooks, self.budget = progress, hooks, budget
+        self.all_tokens = all_tokens
+        self._routed: dict[int, bool] = {}
         self.config, self.job = targets[0][0].config, targets[0][1]
         self._at = None if tokens is None else Positions(self.config, tokens.shape[1])
         self._loaded: tuple[BlockForward, Divided] | None = None
@@ -77,26 +91,37 @@ class BlockWork:
         if self.tokens is None or index >= self.config.num_layers:
             return None  # further tokens are predicted from others than what a block gives
         self._make_hidden(index)
-        block, at = self._block(index, {}), self._at
-        assert at is not None
-        plan, following = self.targets[0][0], self._following(index)
+        if self.by_experts(index):
+            return RoutedBlock(self, index).observe()
+        block, at = self.block(index, {}), self.at
+        following = self.following(index)
         see = partial(observe, block, at, wanted=self.wanted(index), shape=self._shape)
         seen = see(
-            hidden=self._hidden(index),
+            hidden=self.hidden(index),
             following=following.append if following else _drop,
             inputs=self.watchers(index),
         )
         if following:
             following.commit()  # dividing changes no output
-        if plan.dtype.name == "float16":
+        if self.narrow:
             divided = seen.ranges.divisions(self.config)
             if divided:
                 divide(block, divided)
                 self._loaded = block, divided
-                seen = see(hidden=self._hidden(index))
+                seen = see(hidden=self.hidden(index))
                 seen.divided = divided
             seen.ranges.check_float16()
         return seen
+
+    def by_experts(self, index: int) -> bool:
+        """Whether a block's experts are done one after the other: where they share no smoothing
+        with each other, and no search looks at what they change in the block's output."""
+        if index not in self._routed:
+            branch = self.config.block(index).branches[-1]
+            plans = [plan for plan, _ in self.targets]
+            alone = all(_apart(plan, index) for plan in plans)
+            self._routed[index] = isinstance(branch, Experts) and alone
+        return self._routed[index]
 
     def wanted(self, index: int) -> Wanted:
         """What must be kept of a block."""
@@ -111,21 +136,46 @@ class BlockWork:
 
         The first format's block is committed last: it says that all are there.
         """
-        half = observations is not None
-        norms = {}
-        if observations is not None:
-            norms = {f"{name}.l2_norm": s.l2_norm for name, s in observations.stats.items()}
+        half, norms = observations is not None, self.norms(observations)
+        only, routed = None, None
+        if self.by_experts(index):
+            only = part_groups(self, index, None)
+            if observations is None:
+                finish_stored(self, index)
+            else:
+                routed = RoutedBlock(self, index)
         done: list[tuple[Plan, QuantizedBlock]] = []
         for count, (plan, job) in enumerate(reversed(self.targets)):
             block = next((block for other, block in done if plan.same_numbers(other)), None)
             if block is None:
                 part = partial(self._progress, index, count, half)
                 weights = self._weights(index, observations)
-                block = quantize(plan, weights, observations, self.hooks, part)
+                block = quantize(plan, weights, observations, self.hooks, part, only=only)
+                if observations is None and self.tokens is not None:
+                    block.ranges = BlockRanges(index).facts({})  # a block that no token passes
+                block.routing = routed.facts() if routed else {}
                 done.append((plan, block))
             job.finish_block(index, block, norms if job.target == 0 else {})
         self._loaded = None
         self._drop_hidden()
+        if routed is not None:
+            routed.drop()
+
+    @staticmethod
+    def norms(observations: Observations | None) -> dict[str, np.ndarray]:
+        """The statistics of groups that a finished block keeps."""
+        stats = {} if observations is None else observations.stats
+        return {f"{name}.l2_norm": one.l2_norm for name, one in stats.items()}
+
+    @property
+    def narrow(self) -> bool:
+        """Whether activations have to fit float16."""
+        return self.targets[0][0].dtype.name == "float16"
+
+    @staticmethod
+    def prefix(index: int) -> str:
+        """What the names of all tensors of a block begin with."""
+        return block_prefix(index)
 
     def _progress(self, index: int, count: int, half: bool, part: float) -> None:
         part = (count + part) / len(self.targets)
@@ -140,34 +190,42 @@ class BlockWork:
     def _weights(self, index: int, observations: Observations | None) -> Weights:
         if observations is None or self._at is None:
             return StoredWeights(self.checkpoint, index)
-        block, searches = self._block(index, observations.divided), observations.windows.tokens
+        block, searches = self.block(index, observations.divided), observations.windows.tokens
         return LoadedWeights(block, self._at, release=len(self.targets) == 1 and not searches)
 
-    def _block(self, index: int, divided: Divided) -> BlockForward:
-        """A float block with some rows divided; the last one stays in memory."""
+    def block(self, index: int, divided: Divided) -> BlockForward:
+        """A float block with some rows divided; the last one stays in memory. Its experts are
+        read when they are called, where they are done one after the other."""
         if self._loaded is not None:
             block, found = self._loaded
             if block.index == index and found.keys() == divided.keys():
                 return block
         self._loaded = None
         read = self.checkpoint.read_float32
-        block = BlockForward.load(self.config, index, read, budget=self.budget)
+        experts = None if not self.by_experts(index) else False
+        block = BlockForward.load(self.config, index, read, budget=self.budget, experts=experts)
         divide(block, divided)
         self._loaded = block, divided
         return block
 
-    def _hidden(self, index: int) -> Iterator[np.ndarray]:
-        """The inputs of a block, some windows at a time."""
+    @property
+    def at(self) -> Positions:
+        """The positions of a window's tokens."""
+        assert self._at is not None
+        return self._at
+
+    def hidden(self, index: int, share: float = 0.5) -> Iterator[np.ndarray]:
+        """The inputs of a block, some windows at a time; the last is told as a share done."""
         windows, length, _ = self._shape
         batch, path = self.budget.windows(length), self.job.hidden_file(index)
         for start in range(0, windows, batch):
             yield read_hidden(path, start, start + batch)
-            self.progress(index, min(1.0, (start + batch) / windows) / 2)
+            self.progress(index, share * min(1.0, (start + batch) / windows))
 
     def _has_hidden(self, index: int) -> bool:
         return self.job.hidden_file(index).exists()
 
-    def _following(self, index: int) -> HiddenStates | None:
+    def following(self, index: int) -> HiddenStates | None:
         """Where a block's outputs go; None where no unfinished block begins with them."""
         later = next((other for other in self.unfinished() if other > index), None)
         if later is None or any(self._has_hidden(j) for j in range(index + 1, later + 1)):
@@ -181,10 +239,9 @@ class BlockWork:
             self._embed()
             first = 0
         for earlier in range(first, index):
-            block, at = self._block(earlier, {}), self._at
-            assert at is not None
+            block, at = self.block(earlier, {}), self.at
             outputs = HiddenStates(self.job.hidden_file(earlier + 1), self._shape)
-            for batch in self._hidden(earlier):
+            for batch in self.hidden(earlier):
                 outputs.append(block(batch, at))
             outputs.commit()
 
@@ -211,3 +268,14 @@ class BlockWork:
 
 def _drop(output: np.ndarray) -> None:
     """No block begins with it."""
+
+
+def _apart(plan: Plan, index: int) -> bool:
+    """Whether no expert of a block needs another one to be quantized."""
+    folded = folded_edges(plan, index)
+    for group in plan.groups(index):
+        edge, layer = folded.get(group.name), plan.layer(index, group)
+        shared = edge is not None and edge.norm
+        if group.routed and (shared or layer.algorithms.any("searches")):
+            return False
+    return True

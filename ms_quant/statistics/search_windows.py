@@ -42,11 +42,12 @@ class SearchWindows:
         """bool (count,): which of the windows from ``start`` on searches look at."""
         return np.isin(np.arange(start, start + count), self.chosen)
 
-    def add(self, start: int, *states: np.ndarray) -> None:
-        """Keeps what was chosen of a batch that begins with window ``start``."""
-        first, last = np.searchsorted(self.chosen, [start, start + len(states[0])])
-        for kept, state in zip(self.states, states, strict=True):
-            kept[first:last] = state[self.chosen[first:last] - start]
+    def add(self, start: int, *states: np.ndarray, first: int = 0) -> None:
+        """Keeps what was chosen of a batch that begins with window ``start``: its states from the
+        one of a number on."""
+        begin, end = np.searchsorted(self.chosen, [start, start + len(states[0])])
+        for kept, state in zip(self.states[first:], states, strict=False):
+            kept[begin:end] = state[self.chosen[begin:end] - start]
 
     def merge(self, other: SearchWindows, first: int) -> None:
         """Takes the states of the windows from ``first`` on from another part of the data."""
