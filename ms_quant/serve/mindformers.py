@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ms_quant.files.shards import MAX_INDEX_BYTES
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.fused_norms import quotient_notes
 from ms_quant.formats.golden_stick import int4
@@ -106,7 +107,7 @@ def _group_size_problems(structure: Structure) -> Iterator[str]:
         return
     where = structure.format.find(structure.checkpoint.directory)[0]
     found = read_json(where, MAX_DESCRIPTION_BYTES).get(int4.KEY)
-    if sizes != {found}:
+    if [found] != sorted(sizes):
         yield (
             f"{where}: {int4.KEY} is {found!r:.80}, expected "
             f"{' or '.join(map(str, sorted(sizes)))} as the scales of the experts have: "
@@ -132,8 +133,11 @@ def _further_problems(structure: Structure) -> Iterator[str]:
             f"{directory}: is a {plan.dtype.name} checkpoint, expected bfloat16: MindFormers reads "
             "blocks that predict further tokens so"
         )
-    indexes = sorted(directory.glob("*index.json"))
-    listed = {name for path in indexes for name in read_json(path).get("weight_map") or {}}
+    maps = [
+        read_json(path, MAX_INDEX_BYTES).get("weight_map")
+        for path in sorted(directory.glob("*index.json"))
+    ]
+    listed = {name for found in maps if isinstance(found, dict) for name in found}
     missing = [
         name
         for name in structure.expected

@@ -58,9 +58,10 @@ def check(request: ServeRequest) -> Served:
     served.problems += _description_problems(request)
     if config.latent is not None:
         mindformers.findings(served, request, structure)
-        served.problems += fused_input_problems(structure)
-        served.loaded = loaded_rows(structure, request.tp)
-        served.command, served.environment = command(request), mindformers.ENVIRONMENT
+        if not served.problems:
+            served.problems += fused_input_problems(structure)
+            served.loaded = loaded_rows(structure, request.tp)
+            served.command, served.environment = command(request), mindformers.ENVIRONMENT
         return served
     served.problems += _scheme_problems(structure)
     if served.problems:
