@@ -17,6 +17,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.formats.opening import open_model
 from ms_quant.job.output_directory import RECORD
+from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.verify.checkpoint import verify_checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -228,3 +229,23 @@ def test_groups_of_two_sizes_are_refused(model, tmp_path):
     ]
     with pytest.raises(MsQuantError, match="group_size is 32 and 64, expected one"):
         quantized(model, tmp_path / "out", "golden-stick", rules)
+
+
+def test_conversion_knows_the_order(model, tmp_path):
+    rules = [{"scheme": DYNAMIC, "include": [*ATTENTION, *DENSE, *EXPERTS]}]
+    golden = quantized(model, tmp_path / "golden", "golden-stick", rules)
+    ascend = quantized(model, tmp_path / "ascend", "ascend", rules)
+    convert_checkpoint(golden, tmp_path / "made", "ascend")
+    convert_checkpoint(tmp_path / "made", tmp_path / "back", "golden-stick")
+    for one, other in ((tmp_path / "made", ascend), (tmp_path / "back", golden)):
+        found, expected = read_tensors(one), read_tensors(other)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            assert found[name].tobytes() == array.tobytes(), name
+
+
+def test_codes_of_two_levels_are_none_of_one(model, tmp_path):
+    int4 = {"scheme": "W4A8_DYNAMIC", "options": {"group_size": 32}, "include": EXPERTS}
+    ascend = quantized(model, tmp_path / "ascend", "ascend", [int4])
+    with pytest.raises(MsQuantError, match="hold W4A8_DYNAMIC in different codes"):
+        convert_checkpoint(ascend, tmp_path / "made", "golden-stick")
