@@ -249,3 +249,16 @@ def test_codes_of_two_levels_are_none_of_one(model, tmp_path):
     ascend = quantized(model, tmp_path / "ascend", "ascend", [int4])
     with pytest.raises(MsQuantError, match="hold W4A8_DYNAMIC in different codes"):
         convert_checkpoint(ascend, tmp_path / "made", "golden-stick")
+
+
+@pytest.mark.parametrize("rules", [[], ATTENTION], ids=["float", "int8"])
+def test_biases_go_with_their_rows(rules, tmp_path):
+    biased = source(tmp_path / "float", attention_bias=True)
+    rules = [{"scheme": DYNAMIC, "include": [*rules, *DENSE, *EXPERTS]}]
+    output = quantized(biased, tmp_path / "out", "golden-stick", rules)
+    name = f"model.layers.1.{KV_A}.bias"
+    stored, exact = read_tensors(output)[name], read_tensors(biased)[name]
+    np.testing.assert_array_equal(stored[:32], exact[:32])
+    np.testing.assert_array_equal(stored[32:], exact[32:][EVENS_FIRST])
+    np.testing.assert_array_equal(open_model(output).tensor(name), exact.astype(np.float32))
+    assert verify_checkpoint(output, biased).problems == ()
