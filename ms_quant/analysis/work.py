@@ -122,7 +122,7 @@ class AnalysisWork(BlockWork):
 
     def watchers(self, index: int) -> Mapping[str, Observer]:
         """See :class:`BlockWork`."""
-        windows, length, _ = self._shape
+        windows, length, _ = self.shape(index)
         self._watches = {
             group.name: InputWatch(windows, length, group.routed)
             for group in self.config.block(index).groups
@@ -199,8 +199,7 @@ class AnalysisWork(BlockWork):
 
         What is to be kept of the first plan's linears goes to ``kept``, that of others to disk.
         """
-        block, at = exact.block, self._at
-        assert at is not None
+        block, at = exact.block, self.at(exact.block.index)
         for (scheme, plan), (_, job) in zip(self.subject.plans.items(), self.targets, strict=False):
             made = quantize(plan, LoadedWeights(block, at), observations, alone=True)
             if self.subject.keeps and job is self.job:

@@ -123,7 +123,10 @@ def quantize(
         ),
     ] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(help="By how much perplexity may grow, such as 0.5%.")
+        str | None,
+        typer.Option(
+            help="By how much perplexity may grow, such as 0.5%, standard error included."
+        ),
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Or: stored bits of a weight in the mean, such as 6.0.")
@@ -132,7 +135,7 @@ def quantize(
         Path | None,
         typer.Option(
             help="Text that perplexity is measured on. Default: other windows of the calibration "
-            "data, and verse that comes with the package"
+            "data, and prose and verse that come with the package"
         ),
     ] = None,
     sensitivity: Annotated[

@@ -42,11 +42,11 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
     """
     plan, config = checked.plan, checked.plan.config
     weights = sum(block.size for block in config.stored_blocks)
-    largest = max(block.size for block in config.stored_blocks)
+    largest = max(block.most_held for block in config.stored_blocks)
     tokens = 0 if checked.tokens is None else checked.tokens.size
     searches = max(layer.algorithms.searches for layer in plan.distinct)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
-    seconds = 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
+    seconds = 2 * _passed(config) * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += weights / 100e6  # rounding the weights themselves
     if plan.any("hessian"):
         seconds += _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
@@ -85,6 +85,15 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
         "not_served_by": not_served_by(plan),
         "notes": list(checked.notes),
     }
+
+
+def _passed(config: ModelConfig) -> float:
+    """How many weights a token passes: of the experts those that it goes to."""
+    weights = sum(block.size for block in config.stored_blocks)
+    if config.routing is None:
+        return weights
+    routed = sum(block.routed_size for block in config.stored_blocks)
+    return weights - routed * (1 - config.routing.per_token / config.routing.experts)
 
 
 def _inputs(block: BlockSpec) -> list[int]:

@@ -72,7 +72,8 @@ def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
 
 
 def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ()) -> int:
-    """Disk space of a job: the blocks that are left and two sets of hidden states.
+    """Disk space of a job: the blocks that are left, two sets of hidden states, and of a block with
+    experts the states before them and what each gives.
 
     Args:
         plans: what to do, for each format.
@@ -81,7 +82,8 @@ def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ())
     """
     config = plans[0].config
     blocks = [index for index in range(config.num_blocks) if index not in finished]
-    hidden = 2 * tokens * config.hidden_size * 4 if blocks else 0
+    sets = 2 if config.routing is None else 3 + config.routing.per_token
+    hidden = sets * tokens * config.hidden_size * 4 if blocks else 0
     return hidden + sum(_block_bytes(plan, index) for plan in plans for index in blocks)
 
 

@@ -129,9 +129,7 @@ class RoutedBlock:
         self.branch = experts_of(work, index)
         self.which = len(work.config.block(index).branches) - 1
         self.wanted = work.wanted(index)
-        assert work.tokens is not None
-        windows, length = work.tokens.shape
-        self.shape = windows, length, work.config.hidden_size
+        self.shape = work.shape(index)
 
     def observe(self) -> Observations:
         """Finishes the experts, and gives what was seen of the rest."""
@@ -194,7 +192,7 @@ class RoutedBlock:
             with watched.windows(start, len(batch)), np.errstate(all="ignore"):
                 x = watched.block.between(block.spec.hidden[0], batch)
                 for which in range(self.which):
-                    x = watched.block.branch(which, x, work.at)
+                    x = watched.block.branch(which, x, work.at(self.index))
                 rows = watched.block.norm(NORM, x).reshape(-1, self.shape[2])
                 found.append(self.branch.route(watched.block, rows))
             if stream is not None:
@@ -235,7 +233,7 @@ class RoutedBlock:
             seen.divided = divided
         if work.narrow:
             seen.ranges.check_float16()
-        _finish(work, self.index, expert, LoadedWeights(block, work.at), seen)
+        _finish(work, self.index, expert, LoadedWeights(block, work.at(self.index)), seen)
 
     def _expert_block(self, expert: int) -> BlockForward:
         """The block with the linears of one expert."""
