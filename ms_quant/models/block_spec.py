@@ -56,13 +56,14 @@ class LinearSpec:
         in_features: columns of its weight.
         bias: whether it has one.
         division: how it is divided over ranks.
-        reads_stream: whether its input is the residual stream behind a norm.
+        reads_stream: whether its input is the residual stream behind a norm; or its rows, of an
+            embedding, are that of tokens.
         writes_stream: whether its output is added to the residual stream.
         heads_axis: the axis of its weight along the values of all attention heads: 0 (rows), -1
             (columns) or None.
         scores: whether attention scores are products of its outputs: queries or keys.
-        rotary_rows: the rows that make pairs of neighbours for a rotary embedding, where pairs are
-            not halves apart; else None.
+        norms: paths of norms whose outputs, in turn, are its inputs, where no edge says so.
+        rotary_rows: its rows that make rotary pairs of neighbours; None where halves make them.
     """
 
     out_features: int
@@ -73,6 +74,7 @@ class LinearSpec:
     writes_stream: bool = False
     heads_axis: Literal[0, -1] | None = None
     scores: bool = False
+    norms: tuple[str, ...] = ()
     rotary_rows: RotaryRows | None = None
 
     @property
@@ -100,11 +102,15 @@ class NormSpec:
         size: of its gain.
         reads_stream: whether it normalises the residual stream.
         eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
+        made_by: path of a linear whose first outputs it alone reads, and normalises.
+        behind: full path of the norm whose output it normalises.
     """
 
     size: int
     reads_stream: bool = True
     eps: float | None = None
+    made_by: str = ""
+    behind: str = ""
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -65,16 +65,19 @@ class LatentAttention(Branch):
         of_key = RotaryRows(key, shape.rope) if shape.interleaved else None
         of_query = RotaryRows(shape.query, shape.rope) if shape.interleaved else None
         compressed = LinearSpec(key, hidden, bias, reads_stream=True, rotary_rows=of_key)
-        expanded = LinearSpec(heads * (shape.nope + shape.value), shape.kv_rank, division=whole)
-        output = LinearSpec(hidden, heads * shape.value, config.o_bias, out, writes_stream=True)
+        made = heads * (shape.nope + shape.value)
+        expanded = LinearSpec(made, shape.kv_rank, division=whole, heads_axis=0)
+        output = LinearSpec(
+            hidden, heads * shape.value, config.o_bias, out, writes_stream=True, heads_axis=-1
+        )
         kv_norm = f"{path}.kv_a_layernorm"
-        within = {kv_norm: NormSpec(shape.kv_rank, False, NORM_EPS)}
+        within = {kv_norm: NormSpec(shape.kv_rank, False, NORM_EPS, kv_a)}
         if shape.q_rank:
             first = {q_a: LinearSpec(shape.q_rank, hidden, bias, reads_stream=True)}
             both = {**first, kv_a: compressed}
             last = {q_b: LinearSpec(queries, shape.q_rank, division=whole, rotary_rows=of_query)}
             q_norm = f"{path}.q_a_layernorm"
-            within = {q_norm: NormSpec(shape.q_rank, False, NORM_EPS), **within}
+            within = {q_norm: NormSpec(shape.q_rank, False, NORM_EPS, q_a), **within}
             makers: tuple[LinearGroup, ...] = (
                 LinearGroup("qkv_a", "qkv_a", both, f"{path}.fused_qkv_a_proj"),
                 LinearGroup("q_b", "q_b", last, q_b),
@@ -99,7 +102,7 @@ class LatentAttention(Branch):
         self.modules = {norm: NormSpec(hidden), **linears, kv_b: expanded, o: output, **within}
         self.groups = (*makers, LinearGroup("o", "o", {o: output}, o))
         values = Edge(kv_b, ("o",), size=shape.value, skipped=shape.nope, averaged=True)
-        self.edges = (*edges, values)
+        self.edges = (*edges, Edge(kv_norm, (), norm=True, floats=(kv_b,)), values)
         self.last = (o,)
 
     def inner(

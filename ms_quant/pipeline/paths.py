@@ -13,7 +13,7 @@ from ms_quant.formats.registry import FORMATS
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
-from ms_quant.plan.folding import float_readers, quantized_readers
+from ms_quant.plan.folding import changed_floats, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
@@ -92,7 +92,8 @@ def _block_bytes(plan: Plan, index: int) -> int:
     folded = [block.norms[edge.producer].size for edge in block.edges if edge.norm]
     for edge in block.edges:
         if quantized_readers(plan, index, edge):
-            folded += [block.linears[path].size for path in float_readers(plan, index, edge)]
+            changed = changed_floats(plan, index, edge)[edge.norm :]  # norms are counted
+            folded += [math.prod(block.tensors[name]) for name in changed]
     linears = [
         _linear_bytes(plan.layer(index, group), group, block.linears[member])
         for group in plan.groups(index)
