@@ -47,7 +47,7 @@ CASES = {
     "smoothed": {
         "scheme": "W8A8_DYNAMIC",
         "algorithm": "smoothquant",
-        "formats": ("golden-stick",),
+        "formats": ("ascend",),
     },
     "float16": {"algorithm": "gptq", "formats": ("ascend",), "dtype": "float16"},
 }

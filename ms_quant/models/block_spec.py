@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
 
 Parallel = Literal["column", "row", "replicated"]
+Part = Literal["attention", "dense", "shared", "experts"]
+"""What a linear is for: attention, an MLP, one beside routed experts, or routed experts."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ class LinearGroup:
         kind: what recipes call it, in whatever module it is: ``"gate_up"``.
         linears: path in the block to linear.
         fused: path of the single linear that serving runtimes fuse them into.
-        routed: whether it sees only the tokens that a router sends to it.
+        part: what it is for.
     """
 
     name: str
     kind: str
     linears: Mapping[str, LinearSpec] = field(hash=False)
     fused: str
-    routed: bool = False
+    part: Part = "dense"
 
     @cached_property
     def members(self) -> tuple[str, ...]:
@@ -145,6 +147,11 @@ class LinearGroup:
     def first(self) -> LinearSpec:
         """The first linear. Inputs and division are the same for all."""
         return self.linears[self.members[0]]
+
+    @property
+    def routed(self) -> bool:
+        """Whether it sees only the tokens that a router sends to it."""
+        return self.part == "experts"
 
     @property
     def in_features(self) -> int:

@@ -79,8 +79,8 @@ class LatentAttention(Branch):
             q_norm = f"{path}.q_a_layernorm"
             within = {q_norm: NormSpec(shape.q_rank, False, NORM_EPS, q_a), **within}
             makers: tuple[LinearGroup, ...] = (
-                LinearGroup("qkv_a", "qkv_a", both, f"{path}.fused_qkv_a_proj"),
-                LinearGroup("q_b", "q_b", last, q_b),
+                LinearGroup("qkv_a", "qkv_a", both, f"{path}.fused_qkv_a_proj", "attention"),
+                LinearGroup("q_b", "q_b", last, q_b, "attention"),
             )
             edges = [
                 Edge(norm, ("qkv_a",), norm=True, fused=True),
@@ -95,12 +95,12 @@ class LatentAttention(Branch):
                 kv_a: compressed,
             }
             makers = (
-                LinearGroup("q", "q", {self.q: linears[self.q]}, self.q),
-                LinearGroup("kv_a", "kv_a", {kv_a: compressed}, kv_a),
+                LinearGroup("q", "q", {self.q: linears[self.q]}, self.q, "attention"),
+                LinearGroup("kv_a", "kv_a", {kv_a: compressed}, kv_a, "attention"),
             )
             edges = [Edge(norm, ("q", "kv_a"), norm=True)]
         self.modules = {norm: NormSpec(hidden), **linears, kv_b: expanded, o: output, **within}
-        self.groups = (*makers, LinearGroup("o", "o", {o: output}, o))
+        self.groups = (*makers, LinearGroup("o", "o", {o: output}, o, "attention"))
         values = Edge(kv_b, ("o",), size=shape.value, skipped=shape.nope, averaged=True)
         self.edges = (*edges, Edge(kv_norm, (), norm=True, floats=(kv_b,)), values)
         self.last = (o,)

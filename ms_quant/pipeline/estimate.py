@@ -14,7 +14,8 @@ from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.names import block_prefix
+from ms_quant.models.names import GroupId
+from ms_quant.pipeline.condensed import member_of
 from ms_quant.pipeline.request import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
@@ -126,8 +127,9 @@ def _linears(plan: Plan) -> list[str]:
     found: dict[tuple[str, int, int], dict[str, None]] = {}
     for block in plan.config.stored_blocks:
         for member, spec in block.linears.items():
-            layer = plan.layer_of(f"{block_prefix(block.index)}{member}")
-            names = found.setdefault((member, *spec.shape), {})
+            group = block.group_of(member)
+            layer = plan.layers[GroupId(block.index, group.name)] if group else None
+            names = found.setdefault((member_of(member), *spec.shape), {})
             names[layer.scheme.name if layer else "FLOAT"] = None
     return [
         f"{member}: {out} x {into}, {' or '.join(names)}"
