@@ -18,6 +18,7 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
 from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
 from ms_quant.formats.float_model import NO_HEAD, FloatCheckpoint, model_notes, open_float
+from ms_quant.formats.float_types import router_dtype
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.tensor_parallel import rank_notes, refuse_ranks
@@ -286,6 +287,7 @@ def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
 
 def rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     """The plan and the tensors of the model that is quantized."""
+    plan = replace(plan, router_dtype=router_dtype(plan.config, checkpoint))
     options = plan.distinct[0].algorithms.options.get("quarot")
     if options is None:
         return plan, checkpoint
