@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Config = dict[str, Any]
+SMALL = "embed_tokens", "lm_head", "mlp.gate.weight"
+"""Tables and routers: they begin with small numbers, and are trained another way than the rest."""
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -311,7 +313,7 @@ def initialise(model: CausalLM, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
-        small = any(word in name for word in ("embed", "lm_head", "mlp.gate.weight"))
+        small = any(word in name for word in SMALL)
         std = 0.02 if small else parameter.shape[-1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             std /= math.sqrt(2 * depth)

@@ -38,14 +38,17 @@ from bundling import (
     write_settings,
 )
 from corpus import library_files, split
-from small_moe import CausalLM, SigmoidRouter, initialise
+from muon import Muon
+from small_moe import SMALL, CausalLM, SigmoidRouter, initialise
 from small_moe_files import CONFIGS, load_weights, published, save_weights
 from small_moe_measure import load_rows, measure
 from tokenizers import Tokenizer
 from torch import Tensor
 from trigram import InterpolatedTrigram
 
-DRAFT_WEIGHT, BIAS_SPEED = 0.3, 0.005
+DRAFT_WEIGHT, BIAS_SPEED, DECAY = 0.3, 0.005, 0.1
+MUON = 2
+"""So much larger is its learning rate than that of AdamW."""
 MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
@@ -66,11 +69,19 @@ def losses(model: CausalLM, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return main, draft, balance
 
 
-def optimizer_for(model: CausalLM) -> torch.optim.AdamW:
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+def optimizers_for(model: CausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for what multiplies hidden states, AdamW for tables, routers and norms."""
+    tables, vectors, matrices = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif any(word in name for word in SMALL):
+            tables.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [{"params": tables, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [adam, Muon(matrices, DECAY)]
 
 
 class Replicas:
@@ -112,18 +123,19 @@ class Replicas:
 
 
 class Training:
-    """A model, its optimizer, and how far they are; on disk from time to time."""
+    """A model, its optimizers, and how far they are; on disk from time to time."""
 
     def __init__(self, args: argparse.Namespace, file: Path):
         self.args, self.file = args, file
         self.model = CausalLM(CONFIGS[args.model])
         initialise(self.model, args.seed)
-        self.optimizer = optimizer_for(self.model)
+        self.optimizers = optimizers_for(self.model)
         self.step, self.seconds, self.shown = 0, 0.0, None
         if file.exists():
             state = torch.load(file)
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
             self.step, self.seconds = state["step"], state["seconds"]
             print(f"going on from step {self.step}", file=sys.stderr)
         self.replicas = Replicas(self.model, args.threads)
@@ -131,7 +143,7 @@ class Training:
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -142,13 +154,15 @@ class Training:
     def one_step(self, stream: np.ndarray) -> None:
         args = self.args
         rate = learning_rate(self.step, args.steps, args.learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (MUON if isinstance(optimizer, Muon) else 1)
         rows = training_rows(stream, args.seed, self.step, args.batch, WINDOW + 2)
         now = self.replicas.backward(torch.from_numpy(rows).long())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         speed = learning_rate(self.step, args.steps, BIAS_SPEED, warmup=0)
         for i, counts in self.replicas.counts().items():
             router = self.model.routers()[i]
