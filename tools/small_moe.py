@@ -143,7 +143,7 @@ class MLP(nn.Module):
 
 
 class SoftmaxRouter(nn.Module):
-    """Qwen3-MoE's; balanced by a loss: experts * sum(share of the choices * mean probability)."""
+    """Qwen3-MoE's; balanced by a loss: experts * sum(share of the tokens * mean probability)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -154,8 +154,7 @@ class SoftmaxRouter(nn.Module):
         p = F.linear(x, self.weight).softmax(-1)
         weights, chosen = p.topk(self.k, -1)
         self.counts = chosen.flatten().bincount(minlength=len(self.weight))
-        share = self.counts / chosen.numel()
-        self.balance = len(self.weight) * (share * p.mean(0)).sum()
+        self.balance = len(self.weight) * (self.counts / len(x) * p.mean(0)).sum()
         return chosen, weights / weights.sum(-1, keepdim=True)
 
 

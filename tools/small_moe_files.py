@@ -43,7 +43,7 @@ QWEN3_MOE = {
     "num_key_value_heads": 2,
     "output_router_logits": False,
     "rope_scaling": None,
-    "router_aux_loss_coef": 0.003,
+    "router_aux_loss_coef": 0.005,
     "sliding_window": None,
     "use_sliding_window": False,
     **COMMON,
