@@ -43,6 +43,33 @@ def rope(kind: str, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **more}
 
 
+QWEN_EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+LATENT = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 16,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK_ROPE = rope(
+    "yarn",
+    factor=40.0,
+    original_max_position_embeddings=16,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+)
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_gqa": ("llama", {"rope_parameters": rope("default", 500.0)}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -173,6 +200,61 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": rope("linear", 10000000.0, factor=2.0),
         },
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **QWEN_EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "qkv_bias": True,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **QWEN_EXPERTS,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [2],
+            "rope_parameters": rope("default", 1000000.0),
+        },
+    ),
+    "qwen3_moe_steps": (
+        "qwen3_moe",
+        {
+            **QWEN_EXPERTS,
+            "head_dim": 8,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "rope_parameters": DEEPSEEK_ROPE}),
+    "deepseek_v3_mscale": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "rope_parameters": {**DEEPSEEK_ROPE, "mscale": 0.9, "mscale_all_dim": 0.707},
+            "norm_topk_prob": False,
+            "n_shared_experts": 1,
+            "attention_bias": True,
+        },
+    ),
+    "deepseek_v3_plain": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "rope_parameters": rope("default", 50000.0),
+            "rms_norm_eps": 1e-2,
+        },
+    ),
 }
 
 
@@ -180,12 +262,35 @@ def build(model_type: str, changes: dict[str, Any], seed: int):
     """A transformers model with the weights of a seed, and those weights."""
     config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
-    parameters = dict(model.named_parameters())
-    weights = random_weights({name: tuple(p.shape) for name, p in parameters.items()}, seed)
+    tensors = dict(model.named_parameters())
+    tensors |= {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    parts = {name: published(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    shapes = {key: shape for found in parts.values() for key, shape in found.items()}
+    weights = random_weights(shapes, seed)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(weights[name]))
+        for name, tensor in tensors.items():
+            arrays = np.concatenate([weights[part].ravel() for part in parts[name]])
+            tensor.copy_(torch.from_numpy(arrays.reshape(tensor.shape)))
     return model, weights
+
+
+def published(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The tensors of checkpoints that a parameter is stacked from, in order.
+
+    transformers 5 holds all experts of a layer in one tensor, gate before up.
+    """
+    module, _, kind = name.rpartition(".experts.")
+    if not module:
+        return {name: shape}
+    both = kind.startswith("gate_up_proj")
+    count, rows, columns = shape
+    rows //= 2 if both else 1
+    names = ("gate_proj", "up_proj") if both else ("down_proj",)
+    return {
+        f"{module}.experts.{e}.{part}.weight": (rows, columns)
+        for e in range(count)
+        for part in names
+    }
 
 
 def saved_config(model) -> bytes:

@@ -8,7 +8,7 @@ place for every algorithm and scheme.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,6 +80,7 @@ class Problem:
         scores: names of the linears whose outputs are multiplied into attention scores.
         unsearched: (low, high) of the input over the tokens that errors are not measured on; None
             where nobody tells them apart.
+        gain: of the norm that makes the input, as of :class:`ObservedRange`.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Problem:
     scale_type: ScaleType = ScaleType.FLOAT32
     scores: frozenset[str] = frozenset()
     unsearched: tuple[np.ndarray, np.ndarray] | None = None
+    gain: np.ndarray | None = None
 
     def held_out(self) -> Problem:
         """The problem with the input's range over the tokens that errors are not measured on.
@@ -128,6 +130,33 @@ class Problem:
         return np.broadcast_to(sets.max(axis=1, keepdims=True), sets.shape).reshape(-1)
 
 
+@dataclass(frozen=True)
+class InputMaxima:
+    """What decides the smoothing of an input that all experts of a layer read.
+
+    Their weights are never in memory together: only the largest magnitude of each column is known,
+    which is found expert by expert.
+
+    Attributes:
+        activations: float32 (in,), the largest magnitude of each channel over all tokens.
+        columns: float32 (in,), the largest magnitude of each column over all quantized weights
+            that read it.
+    """
+
+    activations: np.ndarray
+    columns: np.ndarray
+
+    def with_weight(self, weight: np.ndarray) -> InputMaxima:
+        """The same with one more weight, float32 (out, in), among those that read it."""
+        found = np.maximum(weight.max(axis=0), -weight.min(axis=0))
+        return replace(self, columns=np.maximum(self.columns, found))
+
+
+OfMaxima = Callable[[Sequence[str], InputMaxima, Any], Solution]
+"""The smoothing of an input that experts read: of the names of all that read it, what is known of
+it, and the algorithm's options."""
+
+
 def input_quantization(problem: Problem, solution: Solution) -> Activation:
     """How the shared input is quantized."""
     format = problem.scheme.activation
@@ -141,7 +170,8 @@ def input_quantization(problem: Problem, solution: Solution) -> Activation:
     if solution.input_range is not None:
         inside = np.ones_like(low) if smooth is None else smooth
         low, high = (np.float32(bound) * inside for bound in solution.input_range)
-    return format.fit(ObservedRange(low, high, problem.dtype, problem.name), smooth)
+    seen = ObservedRange(low, high, problem.dtype, problem.name, problem.gain)
+    return format.fit(seen, smooth)
 
 
 def smoothing(problem: Problem, solution: Solution) -> np.ndarray | None:

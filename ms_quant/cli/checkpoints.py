@@ -28,7 +28,13 @@ from ms_quant.cli.console import (
 def convert(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
-    format: Annotated[str, typer.Option(help="The other format, see [b]ms-quant schemes[/b].")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="The other format, see [b]ms-quant schemes[/b]; float: an FP8 or int4 model in "
+            "bfloat16."
+        ),
+    ],
     shard_bytes: Annotated[
         int | None, typer.Option(help="Largest output file. Default: as it was made", min=1)
     ] = None,
@@ -68,7 +74,7 @@ def verify(
 
 def serve_check(
     checkpoint: CheckpointArgument,
-    runtime: Annotated[str, typer.Option(help="vllm-mindspore, vllm-ascend or mindie.")],
+    runtime: Annotated[str, typer.Option(help="vllm-mindspore, vllm-ascend, mindie or vllm.")],
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     device: Annotated[
         str, typer.Option(help="310p or 910b. Default: what such checkpoints are made for")

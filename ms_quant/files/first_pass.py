@@ -1,4 +1,5 @@
 """One pass over a whole float model before any work: every value is finite, every tensor hashed.
+Of a tensor that is stored as codes and scales these are.
 
 A job takes hours and reads each tensor when its block comes; without this pass a NaN in the last
 block would end it there, and a file that was repaired in between would give two models in one. What
@@ -16,7 +17,7 @@ from typing import Any
 
 from ms_quant.files.atomic import write_json
 from ms_quant.files.digest import file_stamp, tensor_digest
-from ms_quant.files.reader import FLOAT_CODES, IGNORED, ChangedSourceError, Checkpoint
+from ms_quant.files.reader import ChangedSourceError, Checkpoint
 from ms_quant.files.safetensors_file import SafetensorsFile
 from ms_quant.files.strict_json import read_json
 from ms_quant.progress import PartProgress, silent
@@ -66,8 +67,7 @@ def read_source(
     todo = []
     for file in [checkpoint.shard(path.name) for path in checkpoint.files()]:
         entry, stamp = old.get(file.path.name, _NOTHING), file_stamp(file.path)
-        names = [name for name in checkpoint.names if _is_read(file, name)]
-        names.sort(key=lambda name: file.info(name).start)
+        names = sorted(checkpoint.hashed_in(file), key=lambda name: file.info(name).start)
         known = entry["tensors"] if entry["stamp"] == stamp else {}
         kept = {name: known[name] for name in names if name in known}
         left = [name for name in names if name not in kept]
@@ -77,25 +77,22 @@ def read_source(
         digests |= kept
         trusted |= kept.keys()
         todo += [(file, name) for name in left]
-    _Pass(path, new, digests, progress).run(todo)
+    _Pass(checkpoint, path, new, digests, progress).run(todo)
     stamps = {name: entry["stamp"] for name, entry in new.items()}
     return SourceHashes(digests, frozenset(trusted), stamps)
-
-
-def _is_read(file: SafetensorsFile, name: str) -> bool:
-    info = file.tensors.get(name)
-    return info is not None and info.code in FLOAT_CODES and not name.endswith(IGNORED)
 
 
 @dataclass
 class _Pass:
     """Attributes:
+    checkpoint: the model.
     path: the file of the state.
     shards: file name to its ``stamp``, the digests of its ``tensors``, which are added, and those
         that tensors had ``before`` the file changed, which go once they are found to be the same.
     digests: those of all tensors; they are added, too.
     """
 
+    checkpoint: Checkpoint
     path: Path
     shards: dict[str, dict[str, Any]]
     digests: dict[str, str]
@@ -107,7 +104,7 @@ class _Pass:
         total, done, saved = sum(sizes), 0, 0
         pool = ThreadPoolExecutor(WORKERS)
         try:
-            found = pool.map(lambda one: tensor_digest(*one), todo)
+            found = pool.map(lambda one: self._read(*one), todo)
             for (file, name), size, digest in zip(todo, sizes, found, strict=True):
                 shard = self.shards[file.path.name]
                 if shard["before"].pop(name, digest) != digest:
@@ -122,6 +119,11 @@ class _Pass:
             pool.shutdown(cancel_futures=True)
         if todo:
             self._save()
+
+    def _read(self, file: SafetensorsFile, name: str) -> str:
+        digest = tensor_digest(file, name)
+        self.checkpoint.check_part(name)
+        return digest
 
     def _save(self) -> None:
         write_json(self.path, {"shards": self.shards})

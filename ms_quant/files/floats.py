@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from ms_quant.errors import BadFileError
-from ms_quant.files.reader import FloatTensors
+from ms_quant.files.reader import Checkpoint, FloatTensors
 
 
 def round_chunks(
@@ -54,14 +54,14 @@ def round_finite(array: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
     return rounded
 
 
-def check_fits(checkpoint: FloatTensors, names: Iterable[str], dtype: np.dtype) -> None:
-    """Tries every tensor whose type has larger numbers than ``dtype``, before any work.
+def check_fits(checkpoint: Checkpoint, names: Iterable[str], dtype: np.dtype) -> None:
+    """Tries every tensor that may have larger numbers than ``dtype``, before any work.
 
     Raises:
         MsQuantError: a value is too large, NaN or infinite; names the tensor.
     """
     largest = float(ml_dtypes.finfo(dtype).max)
     for name in names:
-        if float(ml_dtypes.finfo(checkpoint.info(name).dtype).max) > largest:
+        if checkpoint.largest(name) > largest:
             for _ in round_chunks(checkpoint, name, dtype):
                 pass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from ms_quant.errors import BadFileError, JobConflictError
@@ -18,6 +19,7 @@ from ms_quant.files.digest import (
     count_non_finite,
     file_stamp,
     row_chunks,
+    shard_print,
     tensor_digest,
 )
 from ms_quant.files.safetensors_file import (
@@ -25,16 +27,15 @@ from ms_quant.files.safetensors_file import (
     TensorInfo,
     open_file,
 )
-from ms_quant.files.strict_json import read_json
-from ms_quant.files.writer import INDEX_NAME
+from ms_quant.files.shards import (
+    find_index,
+    read_index,
+    refuse_second_model,
+    unindexed_files,
+)
 
-SINGLE_NAME = "model.safetensors"
-SHARDS = "model-*-of-*.safetensors"
-MAX_INDEX_BYTES = 256 << 20
 FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
 MODEL_CODES = ("F32", "F16", "BF16")
-SAMPLES = 64
-SAMPLE_BYTES = 4096
 IGNORED = "rotary_emb.inv_freq"  # a buffer of old exports
 
 
@@ -123,18 +124,40 @@ class Checkpoint:
         self._rename = rename or str
         if not self.directory.is_dir():
             raise BadFileError(f"{self.directory}: no such model directory")
-        self._index = _find_index(self.directory, prefix)
+        self._index = find_index(self.directory, prefix)
         self._open: dict[str, SafetensorsFile] = {}
         if self._index is not None:
-            self._places = {self._rename(k): v for k, v in _read_index(self._index).items()}
-            _refuse_second_model(self._index, set(self._places.values()))
+            self._places = {self._rename(k): v for k, v in read_index(self._index).items()}
+            refuse_second_model(self._index, set(self._places.values()))
         else:
             self._places = self._scan(prefix)
 
     @property
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
+        return list(self._names)
+
+    @cached_property
+    def _names(self) -> list[str]:
         return sorted(self._places)
+
+    def stored(self) -> dict[str, TensorInfo]:
+        """What the files hold of the model, by the names of the tensors in them."""
+        return {name: self._stored_in(name).info(name) for name in sorted(self._places)}
+
+    def hashed_in(self, file: SafetensorsFile) -> list[str]:
+        """Names of the tensors in a file that decide the model's numbers."""
+        return [name for name in file.tensors if name in self._places and self._decides(file, name)]
+
+    def _decides(self, file: SafetensorsFile, name: str) -> bool:
+        return file.info(name).code in FLOAT_CODES and not name.endswith(IGNORED)
+
+    def check_part(self, name: str) -> None:
+        """Refuses what a stored tensor may not hold, beside NaN and infinity."""
+
+    def largest(self, name: str) -> float:
+        """A number that no magnitude in a float tensor exceeds, known without reading it."""
+        return float(ml_dtypes.finfo(self.info(name).dtype).max)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -170,7 +193,7 @@ class Checkpoint:
     def _prove(self, name: str) -> None:
         if name not in self.digests:
             return
-        file = self.file_of(name)
+        file = self._stored_in(name)
         stamp = file_stamp(file.path)
         if self._stamps.get(file.path.name) != stamp:
             self._unproven |= self.digests.keys() & file.tensors.keys()
@@ -178,7 +201,7 @@ class Checkpoint:
         if name not in self._unproven:
             return
         if tensor_digest(file, name) != self.digests[name]:
-            raise ChangedSourceError(self.place(name))
+            raise ChangedSourceError(f"{file.path}: tensor {name!r}")
         self._unproven.discard(name)
 
     def file_of(self, name: str) -> SafetensorsFile:
@@ -187,6 +210,10 @@ class Checkpoint:
         Raises:
             MsQuantError: there is no such tensor, or its shard is malformed.
         """
+        return self._stored_in(name)
+
+    def _stored_in(self, name: str) -> SafetensorsFile:
+        """The opened file of a tensor, by the name that it has there."""
         if name not in self._places:
             raise BadFileError(f"{self.directory}: has no tensor {name!r}")
         return self.shard(self._places[name])
@@ -287,8 +314,8 @@ class Checkpoint:
         return self._open[shard]
 
     def _check_shard(self, file: SafetensorsFile, shard: str) -> None:
-        for name, place in self._places.items():
-            if place == shard and name not in file.tensors:
+        for name in self._named_in.get(shard, ()):
+            if name not in file.tensors:
                 raise BadFileError(
                     f"{file.path}: has no tensor {name!r}, expected it as {self._index} says"
                 )
@@ -300,9 +327,17 @@ class Checkpoint:
                     f"{self._index} says"
                 )
 
+    @cached_property
+    def _named_in(self) -> dict[str, list[str]]:
+        """The tensors that the index names, by shard."""
+        found: dict[str, list[str]] = {}
+        for name, shard in self._places.items():
+            found.setdefault(shard, []).append(name)
+        return found
+
     def _scan(self, prefix: str) -> dict[str, str]:
         shard_of: dict[str, str] = {}
-        for shard in _unindexed_files(self.directory, prefix):
+        for shard in unindexed_files(self.directory, prefix):
             for name in self.shard(shard).tensors:
                 if name in shard_of:
                     raise BadFileError(
@@ -339,107 +374,19 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _find_index(directory: Path, prefix: str) -> Path | None:
-    if INDEX_NAME.startswith(prefix) and (directory / INDEX_NAME).is_file():
-        return directory / INDEX_NAME
-    found = sorted(
-        path
-        for path in directory.glob(f"{prefix}*.index.json")
-        if not path.name.endswith(".bin.index.json")
-    )
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise BadFileError(f"{directory}: has the indexes {names}, expected one")
-    return found[0] if found else None
-
-
-def _refuse_second_model(index: Path, shards: set[str]) -> None:
-    """Refuses a whole model beside an index of another: transformers would read the former."""
-    single = index.with_name(SINGLE_NAME)
-    if index.name == INDEX_NAME and single.is_file() and SINGLE_NAME not in shards:
-        raise BadFileError(
-            f"{single}: stands beside {index.name}, which does not name it, expected one of the "
-            "two models: delete the file, or the index and its shards; runtimes differ in which "
-            "they read"
-        )
-
-
-def _unindexed_files(directory: Path, prefix: str) -> list[str]:
-    if SINGLE_NAME.startswith(prefix) and (directory / SINGLE_NAME).is_file():
-        shards = sorted(path.name for path in directory.glob(SHARDS))
-        if shards:
-            raise BadFileError(
-                f"{directory}: has {SINGLE_NAME} and shards such as {shards[0]} with no index, "
-                "expected one of the two: runtimes differ in which they read"
-            )
-        return [SINGLE_NAME]
-    found = directory.glob(f"{prefix}*.safetensors")
-    names = sorted(path.name for path in found if not path.name.startswith((".", "adapter_")))
-    # Mistral's own files say the same again under other names.
-    names = [name for name in names if not name.startswith("consolidated")] or names
-    if not names:
-        raise BadFileError(
-            f"{directory}: found no {prefix and prefix + '*'}.safetensors file, expected at least "
-            "one (.bin, .pt and other pickle files are not read)"
-        )
-    return names
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    shard_of = read_json(path, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise BadFileError(f"{path}: weight_map is {shard_of!r:.80}, expected file names by tensor")
-    for name, shard in shard_of.items():
-        _check_shard_name(shard, f"{path}: the shard of {name!r}")
-    shards = sorted(set(shard_of.values()))
-    missing = [shard for shard in shards if not (path.parent / shard).is_file()]
-    if missing:
-        raise BadFileError(
-            f"{path.parent / missing[0]}: no such file, expected as {path} names it; "
-            f"{len(missing)} of its {len(shards)} files are missing: get the rest of the model "
-            "(hf download goes on where it stopped)"
-        )
-    return shard_of
-
-
-def _check_shard_name(shard: Any, where: str) -> None:
-    """The name stays in the directory. A symlink may lead out: Hugging Face caches are such."""
-    if not isinstance(shard, str) or any(char in shard for char in "/\\:\0"):
-        raise BadFileError(f"{where} is {shard!r:.80}, expected a file name without a path")
-    if not shard.endswith(".safetensors"):
-        raise BadFileError(
-            f"{where} is {shard!r:.80}, expected a .safetensors file (pickle files are not read)"
-        )
-
-
 def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape, or of no type that a float model has.
 
     Raises:
         MsQuantError: names the tensor, what was found and what was expected.
     """
-    file = checkpoint.file_of(name)
-    info = file.info(name)
+    info = checkpoint.info(name)
     if info.shape != shape:
         raise BadFileError(
-            f"{file.path}: tensor {name!r} has shape {list(info.shape)}, expected {list(shape)}"
+            f"{checkpoint.place(name)} has shape {list(info.shape)}, expected {list(shape)}"
         )
     if info.code not in MODEL_CODES:
         raise BadFileError(
-            f"{file.path}: tensor {name!r} has dtype {info.code}, expected one of "
+            f"{checkpoint.place(name)} has dtype {info.code}, expected one of "
             f"{', '.join(MODEL_CODES)}"
         )
-
-
-def shard_print(file: SafetensorsFile) -> dict[str, Any]:
-    """What :func:`fingerprint` knows of one file."""
-    samples = hashlib.sha256()
-    room = file.size - file.data_start - SAMPLE_BYTES
-    for step in range(SAMPLES if room > 0 else 1):
-        start = file.data_start + max(room, 0) * step // (SAMPLES - 1)
-        samples.update(file.read_bytes(start, min(start + SAMPLE_BYTES, file.size)))
-    return {
-        "bytes": file.size,
-        "header_sha256": hashlib.sha256(file.read_bytes(0, file.data_start)).hexdigest(),
-        "samples_sha256": samples.hexdigest(),
-    }

@@ -131,15 +131,26 @@ def write_file(
             stored, or the disk is full. No file is left.
     """
     path = Path(path)
-    _refuse_duplicates(plans, str(path))
-    layout = sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name))
-    header = _header(layout, metadata, path)
+    header, layout = file_layout(plans, path, metadata)
     with atomic_file(path, mode) as sink:
         sink.write(header, "the header")
         for plan in layout:
-            for piece in _checked_pieces(get(plan), plan, path):
+            for piece in checked_pieces(get(plan), plan, path):
                 sink.write(piece, f"tensor {plan.name!r}")
     return sink.record()
+
+
+def file_layout(
+    plans: Sequence[TensorPlan], path: Path, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[TensorPlan]]:
+    """The beginning of the file of :func:`write_file`, and its tensors in their order.
+
+    Raises:
+        MsQuantError: two plans share a name, or a dtype cannot be stored.
+    """
+    _refuse_duplicates(plans, str(path))
+    layout = sorted(plans, key=lambda plan: (-plan.dtype.itemsize, plan.name))
+    return _header(layout, metadata, path), layout
 
 
 def write_index(
@@ -203,8 +214,12 @@ def _header(layout: Sequence[TensorPlan], metadata: Mapping[str, str] | None, pa
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _checked_pieces(tensor: Array, plan: TensorPlan, path: Path) -> Iterator[memoryview]:
-    """The bytes of a tensor, whole or in pieces of some rows, in C order."""
+def checked_pieces(tensor: Array, plan: TensorPlan, path: Path) -> Iterator[memoryview]:
+    """The bytes of a tensor, whole or in pieces of some rows, in C order.
+
+    Raises:
+        MsQuantError: it is not as planned.
+    """
     if isinstance(tensor, np.ndarray):
         _check_array(tensor.dtype, tensor.shape, plan, path)
         yield _bytes(tensor)

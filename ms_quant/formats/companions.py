@@ -20,9 +20,15 @@ from ms_quant.models.spellings import DTYPE_KEYS, QUANTIZATION_KEYS, spelling_pr
 
 def model_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     """config.json for old and new runtimes: no quantization entries, the dtype of what is float."""
-    written = written_config(config)
-    written = {key: value for key, value in written.items() if key not in QUANTIZATION_KEYS}
+    written = _without_quantization(written_config(config))
+    inner = written.get("text_config")
+    if isinstance(inner, Mapping):
+        written["text_config"] = _without_quantization(inner)
     return {**written, **dict.fromkeys(DTYPE_KEYS, dtype.name)}
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
 
 
 def config_problems(

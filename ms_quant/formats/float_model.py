@@ -16,11 +16,14 @@ import numpy as np
 
 from ms_quant.errors import BadFileError
 from ms_quant.files.companion_files import code_notes
+from ms_quant.files.encoded import EncodedCheckpoint
 from ms_quant.files.reader import Checkpoint, row_chunks
 from ms_quant.files.strict_json import read_json
+from ms_quant.formats.float_source import open_source
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.families import CLASSIFIES, EMBEDS
+from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import frequencies
 from ms_quant.models.spellings import asks_tensors
 from ms_quant.models.weights import check_model
@@ -50,10 +53,10 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
         MsQuantError: the config or a shard is malformed, a tensor is missing, unknown, of another
             shape or type, or another matrix than the one that it should be the same as.
     """
-    config, checkpoint = load_config(directory), Checkpoint(directory)
+    config, checkpoint = load_config(directory), open_source(directory)
     rename = renaming(checkpoint.names, config.tied)
     if rename is not None:
-        checkpoint = Checkpoint(directory, rename=rename)
+        checkpoint = open_source(directory, rename)
     config = with_outputs(config, checkpoint)
     if config.has_head and HEAD not in checkpoint and EMBEDDING in checkpoint:
         raise BadFileError(
@@ -95,6 +98,7 @@ def with_outputs(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     class, the names of a base model, the files of sentence-transformers or, where it was made
     here, a record that say so: else a head is missing.
     """
+    config = _with_further_layers(config, checkpoint)
     classes = [name for name in config.raw.get("architectures") or () if isinstance(name, str)]
     classifier = next((name for name in classes if name.endswith(CLASSIFIES)), "")
     if classifier:
@@ -119,6 +123,18 @@ def recorded_head(directory: Path) -> Any:
     return record.get("head") if isinstance(record, dict) else None
 
 
+def _with_further_layers(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config without layers that predict further tokens where there is no tensor of any.
+
+    transformers reads and writes none, and leaves their number in ``config.json``.
+    """
+    further = range(config.num_layers, config.num_blocks)
+    prefixes = tuple(block_prefix(index) for index in further)
+    if prefixes and not any(name.startswith(prefixes) for name in checkpoint.names):
+        return replace(config, further_layers=0)
+    return config
+
+
 def _labels(raw: dict[str, Any]) -> int:
     """How many labels a classifier has, as transformers reads its config."""
     names, count = raw.get("id2label"), raw.get("num_labels")
@@ -129,7 +145,9 @@ def _labels(raw: dict[str, Any]) -> int:
 
 def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
     """What to know of a float model that is fit to be quantized, one sentence each."""
-    directory, notes = checkpoint.directory, []
+    directory, notes = checkpoint.directory, list[str]()
+    if isinstance(checkpoint, EncodedCheckpoint):
+        notes += checkpoint.notes()
     if config.unknown:
         notes.append(
             f"{directory / 'config.json'}: the keys {', '.join(config.unknown):.300} are not known "
@@ -160,7 +178,7 @@ def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
 
 def left_out(checkpoint: Checkpoint) -> list[tuple[str, Path]]:
     """Tensors that the files hold and their index does not name."""
-    named = set(checkpoint.names)
+    named = checkpoint.stored().keys()
     return [
         (name, path)
         for path in checkpoint.files()
@@ -232,4 +250,4 @@ def check_buffers(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def _known_frequencies(config: ModelConfig) -> Iterator[np.ndarray]:
     """As they are, and as exports of scaled models hold them: not scaled yet."""
     for rope in (config.rope, {**config.rope, "rope_type": "default"}):
-        yield frequencies(rope, config.head_dim, 0, config.max_position)[0]
+        yield frequencies(rope, config.rotary_size, 0, config.max_position)[0]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.files.companion_files import companion_files
+from ms_quant.files.encoded import EncodedCheckpoint
+from ms_quant.files.reader import Checkpoint
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.formats.opening import FloatModel, QuantizedModel, ServedModel, open_model
 from ms_quant.formats.source_kind import model_directory
@@ -29,7 +31,8 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     paths = sorted(set(directory.rglob("*.safetensors")) - beside)
     files = [path for path in paths if path.is_file()]
     if isinstance(model, FloatModel):  # whose files may have other names
-        tensors = [(name, model.checkpoint.info(name)) for name in model.checkpoint.names]
+        assert isinstance(model.checkpoint, Checkpoint)
+        tensors = [*model.checkpoint.stored().items()]
     else:
         tensors = [place for file in map(open_file, files) for place in file.tensors.items()]
     by_dtype: Counter[str] = Counter()
@@ -38,7 +41,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     stored = {name: (info.code, info.shape) for name, info in tensors}
     weights = _weight_names(model)
     linears = []
-    for index in range(model.config.num_layers):
+    for index in range(model.config.num_blocks):
         for path, linear in model.config.block(index).linears.items():
             shape = linear.shape
             name = f"{block_prefix(index)}{path}"
@@ -61,7 +64,10 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def _weight_names(model: ServedModel) -> dict[str, str]:
-    """Path of a quantized linear to the full name of its codes."""
+    """Path of a linear of codes to their full name."""
+    if isinstance(model, FloatModel) and isinstance(model.checkpoint, EncodedCheckpoint):
+        encodings = model.checkpoint.encodings
+        return {name.removesuffix(".weight"): e.parts[0] for name, e in encodings.items()}
     if not isinstance(model, QuantizedModel):
         return {}
     tensors = model.row.tensor_plans(model.plan)

@@ -31,18 +31,13 @@ from ms_quant import kernels
 from ms_quant.errors import JobConflictError
 from ms_quant.files.atomic import disk_errors, sync_directory, write_json
 from ms_quant.files.lock import locked
-from ms_quant.files.safetensors_file import SafetensorsFile, open_file
 from ms_quant.files.strict_json import read_json
-from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.job.finished import FinishedBlock, Measured
-from ms_quant.models.names import GroupId, block_prefix, in_block
-from ms_quant.numerics.linear import QuantizedLinear, from_arrays
+from ms_quant.job.block_files import BLOCK_NAME, BlockFiles
 from ms_quant.schemes.records import Scheme
 
 LOCK = "ms_quant.lock"
-CHANGED = "changed."  # before the names of float tensors in a block's file
-CACHE = "kv_cache."  # before the paths of linears whose outputs are cached
-_WORK = r"(block-\d{5,}(\.\d+)?\.safetensors|(hidden|probe)-\d{5,}\.npy|source\.json)"
+_STATES = r"(hidden|probe|stream)-\d{5,}\.npy|given-\d{5,}-\d{5,}\.npy"
+_WORK = rf"(({BLOCK_NAME}|(routes|seen)-\d{{5,}})\.safetensors|{_STATES}|source\.json)"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (
@@ -140,7 +135,7 @@ def _changed_file(old: Any, new: Any) -> str:
     return "config.json"
 
 
-class JobDirectory:
+class JobDirectory(BlockFiles):
     """A job on disk, new or begun. Nothing is written before :meth:`open`.
 
     Args:
@@ -166,10 +161,9 @@ class JobDirectory:
         scheme_of: Callable[[str], Scheme] | None = None,
         target: int = 0,
     ):
-        self.directory, self.scheme_of, self.target = directory, scheme_of, target
+        super().__init__(directory, scheme_of, target)
         self.record = json.loads(json.dumps(record))
         self.any_environment, self.unknown = any_environment, unknown
-        self._opened: tuple[int, SafetensorsFile] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -225,112 +219,35 @@ class JobDirectory:
         found = sorted(path for path in self.directory.iterdir() if names.fullmatch(path.name))
         return [path for path in found if path.is_file()]
 
-    @property
-    def _suffix(self) -> str:
-        return f".{self.target}" if self.target else ""
-
-    def block_file(self, index: int) -> Path:
-        return self.directory / f"block-{index:05d}{self._suffix}.safetensors"
-
     def hidden_file(self, index: int) -> Path:
         return self.directory / f"hidden-{index:05d}.npy"
+
+    def stream_file(self, index: int) -> Path:
+        """The residual stream within a block, before its experts."""
+        return self.directory / f"stream-{index:05d}.npy"
+
+    def routes_file(self, index: int) -> Path:
+        """Which tokens go to which expert of a block."""
+        return self.directory / f"routes-{index:05d}.safetensors"
+
+    def seen_file(self, index: int) -> Path:
+        """What was seen of a block before its experts."""
+        return self.directory / f"seen-{index:05d}.safetensors"
+
+    def maxima_file(self, index: int) -> Path:
+        """The largest magnitudes of what all experts of a block read and of their weights."""
+        return self.directory / f"maxima-{index:05d}.safetensors"
+
+    def given_file(self, index: int, expert: int) -> Path:
+        """What an expert gives to the tokens that go to it."""
+        return self.directory / f"given-{index:05d}-{expert:05d}.npy"
 
     def probe_file(self, index: int) -> Path:
         return self.directory / f"probe-{index:05d}.npy"
 
-    def finished(self) -> set[int]:
-        """The blocks that are finished, in whatever order."""
-        if not self.directory.is_dir():
-            return set()
-        name = re.compile(rf"block-(\d{{5,}}){re.escape(self._suffix)}\.safetensors")
-        found = (name.fullmatch(path.name) for path in self.directory.iterdir())
-        return {int(match[1]) for match in found if match}
-
     def hidden_bytes(self) -> int:
         """The size of the hidden states there are."""
         return sum(path.stat().st_size for path in self.directory.glob("hidden-*.npy"))
-
-    def finish_block(
-        self,
-        index: int,
-        block: FinishedBlock,
-        statistics: Mapping[str, np.ndarray],
-    ) -> None:
-        """Commits a block: its linears, what folding changed, statistics, what was chosen, and
-        what it took."""
-        tensors = dict(statistics)
-        tensors.update({f"{CHANGED}{name}": value for name, value in block.floats.items()})
-        tensors.update({f"{CACHE}{path}": scale for path, scale in block.cache.items()})
-        for path, linear in block.linears.items():
-            tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
-        plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
-        metadata = {"notes": json.dumps(block.notes, sort_keys=True)}
-        metadata["ranges"] = json.dumps(block.ranges, sort_keys=True)
-        metadata["seconds"] = json.dumps(block.seconds, sort_keys=True)
-        metadata["errors"] = json.dumps(block.errors, sort_keys=True)
-        write_file(self.block_file(index), plans, lambda plan: tensors[plan.name], metadata)
-        self._opened = None
-
-    def _block(self, index: int) -> SafetensorsFile:
-        """The file of a finished block; that of the last one asked for stays open."""
-        if self._opened is None or self._opened[0] != index:
-            self._opened = index, open_file(self.block_file(index))
-        return self._opened[1]
-
-    def linear(self, index: int, path: str, with_weight: bool = True) -> QuantizedLinear:
-        """A linear of a finished block, without its bias.
-
-        Args:
-            index: the block.
-            path: the linear, relative to the block.
-            with_weight: read the weight; else zeros that take no memory stand for it.
-        """
-        assert self.scheme_of is not None, "a job without linears"
-        file, start = self._block(index), f"{path}."
-        names = [name for name in file.tensors if name.startswith(start)]
-        arrays = {
-            name.removeprefix(start): file.read(name)
-            for name in names
-            if with_weight or name != f"{path}.weight"
-        }
-        if not with_weight:
-            info = file.info(f"{path}.weight")
-            arrays["weight"] = np.broadcast_to(info.dtype.type(0), info.shape)
-        scheme = self.scheme_of(f"{block_prefix(index)}{path}")
-        return from_arrays(scheme.weight, scheme.activation, arrays)
-
-    def changed_tensor(self, name: str) -> np.ndarray | None:
-        """A float32 tensor that folding has changed, by its full name; None for all others."""
-        found = in_block(name)
-        if found is None:
-            return None
-        file, changed = self._block(found[0]), f"{CHANGED}{found[1]}"
-        return file.read(changed) if changed in file.tensors else None
-
-    def cache_scale(self, index: int, path: str) -> np.ndarray:
-        """Scales of the outputs of a linear, by its path in a block, in a cache of int8."""
-        return self._block(index).read(f"{CACHE}{path}")
-
-    def statistic(self, index: int, name: str) -> np.ndarray:
-        return self._block(index).read(name)
-
-    def notes(self, index: int) -> dict[str, Any]:
-        return json.loads(self._block(index).metadata["notes"])
-
-    def ranges(self) -> list[dict[str, Any]]:
-        """How large the activations of each finished block get; empty without calibration."""
-        blocks = sorted(self.finished())
-        return [json.loads(self._block(index).metadata["ranges"]) for index in blocks]
-
-    def measured(self) -> dict[GroupId, Measured]:
-        """What is known of each group of the finished blocks, whoever did them."""
-        found = {}
-        for index in sorted(self.finished()):
-            metadata = self._block(index).metadata
-            errors = json.loads(metadata.get("errors", "{}"))
-            for group, seconds in json.loads(metadata.get("seconds", "{}")).items():
-                found[GroupId(index, group)] = Measured(seconds, errors.get(group))
-        return found
 
     def remove(self) -> None:
         """Deletes the job's own files, and the directory when nothing else is in it.

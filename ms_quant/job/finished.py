@@ -30,6 +30,7 @@ class FinishedBlock(Protocol):
     ranges: how large activations get.
     seconds: group to what it took.
     errors: group to the relative error of its outputs.
+    routing: how many tokens came to its experts; empty where it has none.
     """
 
     linears: dict[str, QuantizedLinear]
@@ -39,3 +40,4 @@ class FinishedBlock(Protocol):
     ranges: dict[str, Any]
     seconds: dict[str, float]
     errors: dict[str, float]
+    routing: dict[str, Any]

@@ -28,6 +28,7 @@ from ms_quant.files.atomic import (
 )
 from ms_quant.files.companion_files import companion_bytes
 from ms_quant.files.lock import locked
+from ms_quant.files.placed_file import ENDING
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import explain_difference
 
@@ -78,8 +79,9 @@ class OutputDirectory:
         directories = sorted({Path(name).parent.as_posix() for name in copied} - {"."})
         self._directory = re.compile("|".join([_DIRECTORY.pattern, *map(re.escape, directories)]))
         inside = rf"(({self._directory.pattern})/)?"
-        self._temporary = re.compile(rf"{inside}\.({names})\.\d+\.tmp")
-        self._ours = re.compile(rf"{inside}({names})|{self._temporary.pattern}")
+        self._temporary = re.compile(rf"{inside}\.\.?({names})({ENDING})?\.\d+\.tmp")
+        begun = rf"{inside}\.({names}){ENDING}"  # which an interrupted run goes on with
+        self._ours = re.compile(rf"{inside}({names})|{begun}|{self._temporary.pattern}")
         self.path, self.record = path, json.loads(json.dumps(record))
         self.partial = path.with_name(path.name + ".partial")
         self.finished = path.exists() and self._is_finished(any_environment)

@@ -81,29 +81,35 @@ def attend(
     mask: np.ndarray,
     threads: int | None = None,
     budget: Budget = BUDGET,
+    scale: float | None = None,
 ) -> np.ndarray:
     """Attention: of many queries by the kernel, else in NumPy.
 
     Args:
         q: float32 (B, heads, S, D).
-        k, v: float32 (B, kv heads, T, D).
+        k: float32 (B, kv heads, T, D).
+        v: float32 (B, kv heads, T, E), E at most D.
         mask: additive float32 (B or 1, 1, S, T).
         threads: at most so many; None for all.
         budget: what bounds its memory.
+        scale: factor on the scores; None is one over the square root of D.
 
     Returns:
-        float32 (B, S, heads, D), contiguous.
+        float32 (B, S, heads, E), contiguous.
     """
     batch, heads, length, size = q.shape
+    scale, made = 1.0 / math.sqrt(size) if scale is None else scale, v.shape[3]
     if length >= MANY_QUERIES and kernels.available():
-        return kernels.attention(q, k, v, mask[:, 0], 1.0 / math.sqrt(size), threads)
+        wide = v if made == size else np.pad(v, ((0, 0), (0, 0), (0, 0), (0, size - made)))
+        y = kernels.attention(q, k, wide, mask[:, 0], scale, threads)
+        return np.ascontiguousarray(y[..., :made])
     step = min(budget.queries, max(1, budget.score_bytes // (4 * batch * heads * k.shape[2])))
-    y = np.empty((batch, length, heads, size), np.float32)
+    y = np.empty((batch, length, heads, made), np.float32)
     for start in range(0, length, step):
         part = slice(start, start + step)
         seen = k.shape[2] if step >= length else _last_seen(mask[:, :, part])
         held = k[:, :, :seen], v[:, :, :seen], mask[:, :, part, :seen]
-        y[:, part] = _attend_slice(q[:, :, part], *held, threads).transpose(0, 2, 1, 3)
+        y[:, part] = _attend_slice(q[:, :, part], *held, scale, threads).transpose(0, 2, 1, 3)
     return y
 
 
@@ -116,12 +122,17 @@ def _last_seen(mask: np.ndarray) -> int:
 
 
 def _attend_slice(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, threads: int | None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    scale: float,
+    threads: int | None,
 ) -> np.ndarray:
     batch, heads, length, size = q.shape
     kv_heads, total = k.shape[1:3]
     shape = batch, kv_heads, heads // kv_heads * length, size  # heads that share keys are rows
     scores = np.matmul(q.reshape(shape), k.transpose(0, 1, 3, 2))
     rows = scores.reshape(-1, total)
-    kernels.masked_softmax(rows, mask[:, 0], 1.0 / math.sqrt(size), threads)
-    return np.matmul(scores, v).reshape(q.shape)
+    kernels.masked_softmax(rows, mask[:, 0], scale, threads)
+    return np.matmul(scores, v).reshape(batch, heads, length, -1)

@@ -17,7 +17,7 @@ from ms_quant import kernels
 from ms_quant.budget import BUDGET, Budget
 from ms_quant.models.attention import Cache, causal_mask
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward
+from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward, ReadWhenCalled
 from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import rope_table, still_table
 from ms_quant.numerics.linear import QuantizedLinear
@@ -40,7 +40,7 @@ class Positions:
 
     def __init__(self, config: ModelConfig, stop: int, start: int = 0):
         tokens = np.arange(start, stop)
-        self._turned = rope_table(config.rope, config.head_dim, tokens, config.max_position)
+        self._turned = rope_table(config.rope, config.rotary_size, tokens, config.max_position)
         self.mask = causal_mask(stop, start=start)
 
     def angles(self, rotated: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,8 @@ class BlockForward:
     Args:
         config: the model's shape.
         index: which of the model's blocks it is.
-        arrays: the block's float32 parameters by their names within it.
+        arrays: the block's float32 parameters by their names within it; those of some linears, if
+            nothing calls the others.
         linears: what computes the linears by their paths, where that is not in `arrays`.
         budget: what bounds its memory.
 
@@ -90,8 +91,8 @@ class BlockForward:
         self.taps: Mapping[str, Sequence[Observer]] = {}
         floats = {
             path: FloatForward(arrays[f"{path}.weight"], arrays.get(f"{path}.bias"))
-            for path in config.block(index).linears
-            if path not in linears
+            for path in self.spec.linears
+            if path not in linears and f"{path}.weight" in arrays
         }
         self.linears: Mapping[str, Linear] = {**floats, **linears}
 
@@ -103,6 +104,8 @@ class BlockForward:
         read: Callable[[str], np.ndarray],
         quantized: Callable[[str], QuantizedLinear | None] = _all_float,
         budget: Budget = BUDGET,
+        *,
+        experts: bool | None = None,
     ) -> Self:
         """A block of a checkpoint.
 
@@ -112,15 +115,33 @@ class BlockForward:
             read: gives a float32 parameter by its name in a checkpoint.
             quantized: gives the quantized linear at a path in a checkpoint; None for a float one.
             budget: what bounds its memory.
+            experts: whether its experts stay in memory; else each is read when tokens come to it.
+                None: if the budget has room for them.
         """
-        prefix, linears = block_prefix(index), dict[str, Linear]()
-        for path in config.block(index).linears:
-            linear = quantized(prefix + path)
-            if linear is not None:
-                linears[path] = QuantizedForward(linear)
+        prefix, spec = block_prefix(index), config.block(index)
+        if experts is None:
+            experts = 4 * spec.routed_size <= budget.expert_bytes
+
+        def linear_at(path: str) -> Linear:
+            found = quantized(prefix + path)
+            if found is not None:
+                return QuantizedForward(found)
+            names = (f"{path}.{suffix}" for suffix in spec.linears[path].tensors)
+            return FloatForward(*(read(prefix + name) for name in names))
+
+        linears = dict[str, Linear]()
+        for path in spec.linears:
+            group = spec.group_of(path)
+            if group is not None and group.routed and not experts:
+                rows = spec.linears[path].out_features
+                linears[path] = ReadWhenCalled(partial(linear_at, path), rows)
+                continue
+            found = quantized(prefix + path)
+            if found is not None:
+                linears[path] = QuantizedForward(found)
         arrays = {
             name: read(prefix + name)
-            for name in config.block(index).tensors
+            for name in spec.tensors
             if name.rpartition(".")[0] not in linears
         }
         return cls(config, index, arrays, linears, budget)
@@ -186,12 +207,17 @@ class BlockForward:
 
     def norm(self, path: str, x: np.ndarray) -> np.ndarray:
         """See :class:`~ms_quant.models.block_spec.Operators`."""
-        gain, eps = self.arrays[f"{path}.weight"], self.config.rms_norm_eps
+        gain, eps = self.arrays[f"{path}.weight"], self.spec.norms[path].eps
+        eps = self.config.rms_norm_eps if eps is None else eps
         return self.between(f"{path} output", kernels.rms_norm(x, gain, eps))
 
     def linear(self, path: str, x: np.ndarray) -> np.ndarray:
         """See :class:`~ms_quant.models.block_spec.Operators`."""
         return self.between(f"{path} output", self.linears[path](x.reshape(-1, x.shape[-1])))
+
+    def parameter(self, name: str) -> np.ndarray:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        return self.arrays[name]
 
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         """See :class:`~ms_quant.models.block_spec.Operators`."""

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from ms_quant.models.edge import Edge
+from ms_quant.models.names import expert_of
+from ms_quant.models.rotary_rows import RotaryRows
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
 
 Parallel = Literal["column", "row", "replicated"]
+Part = Literal["attention", "dense", "shared", "experts"]
+"""What a linear is for: attention, an MLP, one beside routed experts, or routed experts."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,14 @@ class LinearSpec:
         in_features: columns of its weight.
         bias: whether it has one.
         division: how it is divided over ranks.
-        reads_stream: whether its input is the residual stream behind a norm.
+        reads_stream: whether its input is the residual stream behind a norm; or its rows, of an
+            embedding, are that of tokens.
         writes_stream: whether its output is added to the residual stream.
         heads_axis: the axis of its weight along the values of all attention heads: 0 (rows), -1
             (columns) or None.
         scores: whether attention scores are products of its outputs: queries or keys.
+        norms: paths of norms whose outputs, in turn, are its inputs, where no edge says so.
+        rotary_rows: its rows that make rotary pairs of neighbours; None where halves make them.
     """
 
     out_features: int
@@ -67,6 +76,8 @@ class LinearSpec:
     writes_stream: bool = False
     heads_axis: Literal[0, -1] | None = None
     scores: bool = False
+    norms: tuple[str, ...] = ()
+    rotary_rows: RotaryRows | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,10 +103,16 @@ class NormSpec:
     Attributes:
         size: of its gain.
         reads_stream: whether it normalises the residual stream.
+        eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
+        made_by: path of a linear whose first outputs it alone reads, and normalises.
+        behind: full path of the norm whose output it normalises.
     """
 
     size: int
     reads_stream: bool = True
+    eps: float | None = None
+    made_by: str = ""
+    behind: str = ""
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -112,14 +129,14 @@ class LinearGroup:
         kind: what recipes call it, in whatever module it is: ``"gate_up"``.
         linears: path in the block to linear.
         fused: path of the single linear that serving runtimes fuse them into.
-        routed: whether it sees only the tokens that a router sends to it.
+        part: what it is for.
     """
 
     name: str
     kind: str
     linears: Mapping[str, LinearSpec] = field(hash=False)
     fused: str
-    routed: bool = False
+    part: Part = "dense"
 
     @cached_property
     def members(self) -> tuple[str, ...]:
@@ -130,6 +147,11 @@ class LinearGroup:
     def first(self) -> LinearSpec:
         """The first linear. Inputs and division are the same for all."""
         return self.linears[self.members[0]]
+
+    @property
+    def routed(self) -> bool:
+        """Whether it sees only the tokens that a router sends to it."""
+        return self.part == "experts"
 
     @property
     def in_features(self) -> int:
@@ -151,43 +173,6 @@ class LinearGroup:
         return replace(self, linears={member: self.linears[member]}, fused=member)
 
 
-@dataclass(frozen=True)
-class Edge:
-    """What makes an input, and everything that reads it channel by channel.
-
-    Attributes:
-        producer: path of a norm, or of a linear whose output reaches the consumers.
-        consumers: names of the groups that read it.
-        norm: whether the producer is a norm.
-        floats: paths of the linears that are never quantized and read it, too.
-        repeats, size: the producer makes sets of ``size`` channels, each of which ``repeats``
-            adjacent sets of a consumer's inputs are: the values of a head that several query heads
-            read. (1, 1) where channel i is input i.
-        averaged: whether inputs are means of what is made for several tokens, and so never exceed
-            it.
-    """
-
-    producer: str
-    consumers: tuple[str, ...]
-    norm: bool = False
-    floats: tuple[str, ...] = ()
-    repeats: int = 1
-    size: int = 1
-    averaged: bool = False
-
-    def columns(self, rows: np.ndarray) -> np.ndarray:
-        """What belongs to channels of the producer, by the inputs that read them."""
-        if self.repeats == 1:
-            return rows
-        return np.repeat(rows.reshape(-1, 1, self.size), self.repeats, axis=1).reshape(-1)
-
-    def rows(self, columns: np.ndarray) -> np.ndarray:
-        """What belongs to inputs, the same for all that read a channel, by those channels."""
-        if self.repeats == 1:
-            return columns
-        return columns.reshape(-1, self.repeats, self.size)[:, 0].reshape(-1)
-
-
 class Operators(Protocol):
     """What a branch computes with: the block's norms and linears, and who looks on.
 
@@ -202,6 +187,9 @@ class Operators(Protocol):
 
     def linear(self, path: str, x: np.ndarray) -> np.ndarray:
         """The linear at a path, float32 (rows, out) of (..., in)."""
+
+    def parameter(self, name: str) -> np.ndarray:
+        """A float32 tensor of the block by its name there, such as a router's bias."""
 
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         """A tensor between two operators, as it is stored there."""
@@ -268,10 +256,16 @@ class BlockSpec:
     modules: Mapping[str, LinearSpec | NormSpec]
 
     @classmethod
-    def of(cls, index: int, branches: Sequence[Branch]) -> Self:
-        """The block of some branches. The first norm comes first in checkpoints, then all linears,
-        then the other norms."""
+    def of(
+        cls,
+        index: int,
+        branches: Sequence[Branch],
+        around: Mapping[str, LinearSpec | NormSpec] = MappingProxyType({}),
+    ) -> Self:
+        """The block of some branches, and what is around them. The first norm comes first in
+        checkpoints, then all linears, then the other norms."""
         modules = {path: spec for branch in branches for path, spec in branch.modules.items()}
+        modules |= around
         ranks = {path: isinstance(spec, NormSpec) for path, spec in modules.items()}
         first = next((path for path, is_norm in ranks.items() if is_norm), "")
         order = sorted(modules, key=lambda path: path != first and 1 + ranks[path])
@@ -387,7 +381,27 @@ class BlockSpec:
             if name.rpartition(".")[0] not in self._group_of
         }
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many weights the linears have."""
         return sum(linear.size for linear in self.linears.values())
+
+    @cached_property
+    def routed_size(self) -> int:
+        """How many of them are of routed experts."""
+        return sum(self._expert_sizes.values())
+
+    @cached_property
+    def most_held(self) -> int:
+        """How many weights are in memory at once where experts come one after the other."""
+        return self.size - self.routed_size + max(self._expert_sizes.values(), default=0)
+
+    @cached_property
+    def _expert_sizes(self) -> dict[int | None, int]:
+        sizes: dict[int | None, int] = {}
+        for group in self.groups:
+            if group.routed:
+                expert = expert_of(group.members[0])
+                size = sum(linear.size for linear in group.linears.values())
+                sizes[expert] = sizes.get(expert, 0) + size
+        return sizes

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import BadFileError, UnsupportedError
+from ms_quant.files.encoded import DECODED_METHODS
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.block_spec import BlockSpec, Division
 from ms_quant.models.config_keys import check_keys
+from ms_quant.models.config_values import count, flag, positive_int
 from ms_quant.models.families import FAMILIES, Family
+from ms_quant.models.latent_shape import LatentShape, read_latent
 from ms_quant.models.names import block_prefix
-from ms_quant.models.rope import check_rope, unknown_rope_keys
+from ms_quant.models.rope import check_rope, unknown_rope_keys, unrotated_layers
+from ms_quant.models.routing import Routing
 from ms_quant.models.sliding_window import check_windows, without_windows
 from ms_quant.models.spellings import (
     ROPE_KEYS,
@@ -24,6 +28,9 @@ from ms_quant.models.spellings import (
     rope_spellings,
 )
 
+FURTHER_LAYERS = "num_nextn_predict_layers"
+_EXPERTS = "num_experts", "num_local_experts"
+"""Old and new runtimes read one of them; DeepSeek's key is another in both."""
 MAX_LAYERS = 4096  # what is done for every layer must end before its tensors are looked at
 
 
@@ -41,6 +48,10 @@ class ModelConfig:
         label_bias: whether that has a bias.
         unknown: keys of the config that are not known here, and not looked at.
         unrotated: layers whose attention has no rotary embedding.
+        routing: its experts, if it has some.
+        latent: the sizes of its attention, where that is multi-head latent attention;
+            ``head_dim`` is that of queries and keys then.
+        further_layers: how many blocks after the last one predict further tokens.
     """
 
     model_type: str
@@ -66,6 +77,9 @@ class ModelConfig:
     label_bias: bool = False
     unknown: tuple[str, ...] = ()
     unrotated: tuple[int, ...] = ()
+    routing: Routing | None = None
+    latent: LatentShape | None = None
+    further_layers: int = 0
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -75,7 +89,7 @@ class ModelConfig:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a float checkpoint of this model holds, name to shape."""
         shapes, after = self.outer_shapes()
-        for block in self.blocks:
+        for block in self.stored_blocks:
             for name, shape in block.tensors.items():
                 shapes[f"{block_prefix(block.index)}{name}"] = shape
         return shapes | after
@@ -96,6 +110,11 @@ class ModelConfig:
     def rotates(self, index: int) -> bool:
         """Whether the attention of a layer has a rotary embedding."""
         return index not in self.unrotated
+
+    @property
+    def rotary_size(self) -> int:
+        """How many channels of a head have a rotary embedding."""
+        return self.head_dim if self.latent is None else self.latent.rope
 
     @property
     def longest(self) -> int:
@@ -129,13 +148,25 @@ class ModelConfig:
 
     @property
     def blocks(self) -> Iterator[BlockSpec]:
-        """All blocks, in order."""
+        """The blocks that a token passes, in order."""
         return (self.block(index) for index in range(self.num_layers))
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks a checkpoint holds, with those that predict further tokens."""
+        return self.num_layers + self.further_layers
+
+    @property
+    def stored_blocks(self) -> Iterator[BlockSpec]:
+        """The blocks that a checkpoint holds, in order."""
+        return (self.block(index) for index in range(self.num_blocks))
 
     @cached_property
     def divisions(self) -> tuple[Division, ...]:
         """Every way in which some linear is divided over ranks, once."""
-        found = {spec.division: None for block in self.blocks for spec in block.linears.values()}
+        found = {
+            spec.division: None for block in self.stored_blocks for spec in block.linears.values()
+        }
         return tuple(found)
 
     @cached_property
@@ -185,43 +216,52 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         if raw.get(key) is None:
             raise BadFileError(f"{where}: the key {key!r} is missing, which has no known default")
     given, raw = raw, with_defaults(raw, family)
-    heads = _positive_int(raw, "num_attention_heads", where)
-    hidden = _positive_int(raw, "hidden_size", where)
-    kv_heads = _positive_int(raw, "num_key_value_heads", where, default=heads)
-    head_dim = _positive_int(raw, "head_dim", where, default=hidden // heads)
+    heads = positive_int(raw, "num_attention_heads", where)
+    hidden = positive_int(raw, "hidden_size", where)
+    kv_heads = positive_int(raw, "num_key_value_heads", where, default=heads)
+    latent = read_latent(raw, where) if family.latent else None
+    if latent is None:
+        head_dim = positive_int(raw, "head_dim", where, default=hidden // heads)
+    else:
+        head_dim, kv_heads = latent.query, heads
     if heads % kv_heads:
         raise BadFileError(
             f"{where}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {kv_heads}"
         )
-    if head_dim % 2:
+    if latent is None and head_dim % 2:
         raise BadFileError(f"{where}: head_dim {head_dim} is odd, the rotary embedding needs pairs")
-    max_position = _positive_int(raw, "max_position_embeddings", where, default=2048)
+    max_position = positive_int(raw, "max_position_embeddings", where, default=2048)
     layers = _layers(raw, where)
-    unrotated = _unrotated(raw, layers, family, where)
+    unrotated = unrotated_layers(raw, layers, family.skips_rotation, where)
     first = (0 if unrotated else layers) if family.skips_rotation else None
     check_windows(raw, layers, max_position, family.flagged_window, where, first)
+    routing = family.routing(raw, layers, where) if family.routing else None
+    further = count(raw, FURTHER_LAYERS, where, layers) if family.latent else 0
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
-        intermediate_size=_positive_int(raw, "intermediate_size", where),
+        intermediate_size=_dense_size(raw, layers, routing, where),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=_positive_int(raw, "vocab_size", where),
+        vocab_size=positive_int(raw, "vocab_size", where),
         rms_norm_eps=_epsilon(raw.get("rms_norm_eps", 1e-6), where),
         max_position=max_position,
         rope=check_rope(rope, max_position, where),
-        tied=_flag("tie_word_embeddings", raw, where),
-        qkv_bias=_flag(family.qkv_bias, raw, where),
-        o_bias=_flag(family.o_bias, raw, where),
-        mlp_bias=_flag(family.mlp_bias, raw, where),
+        tied=flag("tie_word_embeddings", raw, where),
+        qkv_bias=flag(family.qkv_bias, raw, where),
+        o_bias=flag(family.o_bias, raw, where),
+        mlp_bias=flag(family.mlp_bias, raw, where),
         qk_norm=family.qk_norm,
         dtype=_dtype(raw, where),
         eos_token_ids=_token_ids(raw.get("eos_token_id"), where),
         unknown=tuple(unknown),
         unrotated=unrotated,
+        routing=routing,
+        latent=latent,
+        further_layers=further,
         raw=given,
     )
 
@@ -252,6 +292,10 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
     if raw.get("eos_token_id") is None and config.eos_token_ids:
         first, *others = config.eos_token_ids
         written["eos_token_id"] = [first, *others] if others else first
+    if config.routing is not None and any(key in raw for key in _EXPERTS):
+        written |= dict.fromkeys(_EXPERTS, config.routing.experts)
+    if raw.get(FURTHER_LAYERS) != config.further_layers and family.latent:
+        written[FURTHER_LAYERS] = config.further_layers
     return written
 
 
@@ -286,62 +330,25 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
         method = (
             quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         )
-        raise BadFileError(
-            f"{where}: has a quantization_config with quant_method {method!r:.80}, expected a "
-            "float checkpoint; dequantize the model first"
-        )
+        if method not in DECODED_METHODS:
+            raise BadFileError(
+                f"{where}: has a quantization_config with quant_method {method!r:.80}, expected a "
+                f"float checkpoint or one in {' or '.join(DECODED_METHODS)}; dequantize the model "
+                "first"
+            )
     act = raw.get("hidden_act", "silu")
     if act != "silu":
         raise UnsupportedError(f"{where}: hidden_act {act!r:.80} is not supported, expected 'silu'")
 
 
-def _unrotated(raw: dict[str, Any], layers: int, family: Family, where: str) -> tuple[int, ...]:
-    """Layers without a rotary embedding, by ``no_rope_layers`` or every so many.
-
-    Raises:
-        MsQuantError: a key is malformed, or the family has no such layers.
-    """
-    rotated, interval = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
-    if rotated is None and interval is not None:
-        if type(interval) is not int or interval <= 0:
-            raise BadFileError(
-                f"{where}: no_rope_layer_interval is {interval!r:.80}, expected a positive number"
-            )
-        rotated = [int((index + 1) % interval != 0) for index in range(layers)]
-    if rotated is None or (rotated == [] and not family.skips_rotation):
-        return ()
-    if (
-        not isinstance(rotated, list)
-        or len(rotated) != layers
-        or any(type(item) is not int or item not in (0, 1) for item in rotated)
-    ):
-        raise BadFileError(
-            f"{where}: no_rope_layers is {rotated!r:.80}, expected 1 (rotated) or 0 for each of "
-            f"{layers} layers"
-        )
-    found = tuple(index for index, turned in enumerate(rotated) if not turned)
-    if found and not family.skips_rotation:
-        raise BadFileError(
-            f"{where}: layer {found[0]} has no rotary embedding by no_rope_layers or "
-            "no_rope_layer_interval, expected one in every layer of this family: its own class "
-            "does not read the key"
-        )
-    return found
-
-
-def _positive_int(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise BadFileError(f"{where}: the key {key!r:.80} is missing, expected a positive integer")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        raise BadFileError(f"{where}: {key} is {value!r:.80}, expected a positive integer")
-    return value
+def _dense_size(raw: Mapping[str, Any], layers: int, routing: Routing | None, where: str) -> int:
+    """Inner channels of a dense MLP; a model without one need not say them."""
+    none = routing is not None and routing.sparse.issuperset(range(layers))
+    return positive_int(raw, "intermediate_size", where, default=1 if none else None)
 
 
 def _layers(raw: dict[str, Any], where: str) -> int:
-    layers = _positive_int(raw, "num_hidden_layers", where)
+    layers = positive_int(raw, "num_hidden_layers", where)
     if layers > MAX_LAYERS:
         raise BadFileError(f"{where}: num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
     return layers
@@ -353,15 +360,6 @@ def _epsilon(value: Any, where: str) -> float:
             f"{where}: rms_norm_eps is {value!r:.80}, expected a small positive number"
         )
     return float(value)
-
-
-def _flag(rule: bool | str, raw: dict[str, Any], where: str) -> bool:
-    if isinstance(rule, bool):
-        return rule
-    value = raw.get(rule)
-    if value is not None and not isinstance(value, bool):
-        raise BadFileError(f"{where}: {rule} is {value!r:.80}, expected true or false")
-    return bool(value)
 
 
 def _dtype(raw: dict[str, Any], where: str) -> str:

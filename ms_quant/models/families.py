@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ms_quant.models.gated_block import KINDS, gated_block
+from ms_quant.models.latent_attention import KINDS as LATENT_KINDS
+from ms_quant.models.routed_block import deepseek_block, qwen_block
+from ms_quant.models.routing import Routing, read_deepseek, read_qwen
 
 if TYPE_CHECKING:
     from ms_quant.models.block_spec import BlockSpec
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
 BlockBuilder = Callable[["ModelConfig", int], "BlockSpec"]
 """Makes the block of an index."""
+RoutingReader = Callable[[Mapping[str, Any], int, str], Routing]
+"""Reads the experts of a config with defaults, of so many layers, from a file."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class Family:
         skips_rotation: whether ``no_rope_layers`` names layers without a rotary embedding; only
             those have a window then, if there is one.
         custom_code: whether the runtimes' own configs do not know the family, but ``auto_map``.
+        keys: config keys that it reads beside those of all families, and that have no default.
+        routing: reads its experts; None of a family that has none.
+        latent: whether its attention is multi-head latent attention.
         block: makes a block; one of new maths has a file of its own.
         kinds: what recipes call the groups of its blocks.
     """
@@ -50,6 +59,9 @@ class Family:
     required: tuple[str, ...] = ()
     skips_rotation: bool = False
     custom_code: bool = False
+    keys: tuple[str, ...] = ()
+    routing: RoutingReader | None = None
+    latent: bool = False
     block: BlockBuilder = gated_block
     kinds: tuple[str, ...] = KINDS
 
@@ -63,12 +75,39 @@ class Family:
         """Config keys that this family reads and others may not."""
         found = [self.qkv_bias, self.o_bias, self.mlp_bias]
         always = ("attention_bias", "qkv_bias", "use_qkv_bias") if self.qkv_bias is True else ()
-        return frozenset([*(k for k in found if isinstance(k, str)), *always, *self.defaults])
+        named = (key for key in found if isinstance(key, str))
+        return frozenset([*named, *always, *self.keys, *self.defaults])
 
 
 GENERATES, EMBEDS = ("ForCausalLM",), ("Model",)
 CLASSIFIES = ("ForSequenceClassification", "ForTokenClassification")
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+_QWEN_MOE = {
+    "max_position_embeddings": 32768,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_EXPERTS = "num_experts", "num_local_experts"
+_DEEPSEEK = Family(
+    "DeepseekV3",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    required=("n_routed_experts", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+    + ("v_head_dim", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group")
+    + ("routed_scaling_factor", "norm_topk_prob", "first_k_dense_replace", "n_shared_experts"),
+    defaults={"q_lora_rank": 1536, "max_position_embeddings": 4096, "rope_interleave": True},
+    keys=("n_routed_experts", "num_local_experts", "num_experts", "n_shared_experts")
+    + ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "topk_method")
+    + ("scoring_func", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace")
+    + ("moe_layer_freq", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    + ("num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim"),
+    routing=read_deepseek,
+    latent=True,
+    block=deepseek_block,
+    kinds=tuple(dict.fromkeys((*KINDS, *LATENT_KINDS))),
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -91,6 +130,32 @@ FAMILIES: dict[str, Family] = {
         flagged_window=True,
         defaults={**_QWEN, "head_dim": 128},
     ),
+    "qwen2_moe": Family(
+        "Qwen2Moe",
+        qkv_bias=True,
+        flagged_window=True,
+        defaults={
+            **_QWEN_MOE,
+            "num_key_value_heads": 16,
+            "num_experts_per_tok": 4,
+        },
+        keys=(*_EXPERTS, "moe_intermediate_size", "shared_expert_intermediate_size"),
+        routing=partial(read_qwen, shared=True),
+        block=qwen_block,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        flagged_window=True,
+        defaults={**_QWEN_MOE, "num_key_value_heads": 4},
+        keys=(*_EXPERTS, "moe_intermediate_size"),
+        routing=read_qwen,
+        block=qwen_block,
+    ),
+    "deepseek_v3": _DEEPSEEK,
+    "kimi_k2": _DEEPSEEK,
     "smollm3": Family(
         "SmolLM3",
         qkv_bias="attention_bias",

@@ -31,6 +31,24 @@ class FloatForward:
         return kernels.matmul(rows, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class ReadWhenCalled:
+    """A linear of which nothing stays in memory.
+
+    Attributes:
+        read: gives the linear.
+        out_features: rows of its weight.
+    """
+
+    read: Callable[[], Linear]
+    out_features: int
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        if not len(rows):
+            return np.zeros((0, self.out_features), np.float32)
+        return self.read()(rows)
+
+
 class QuantizedForward:
     """A quantized linear by the kernels, or as its definition says where they have none for it.
 

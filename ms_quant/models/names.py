@@ -9,6 +9,8 @@ PREFIX = "model.layers."
 _BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)
 _EXPERT = re.compile(r"(.+\.experts)\.(0|[1-9][0-9]{0,8})\.([^.]+)", re.DOTALL)
 
+_OF_EXPERT = re.compile(r"(?:.+\.)?experts\.(0|[1-9][0-9]{0,8})\.", re.DOTALL)
+
 
 class LinearId(NamedTuple):
     """A linear of a decoder.
@@ -66,6 +68,18 @@ def in_block(name: str) -> tuple[int, str] | None:
     """The block of a tensor or a module and its name there; None for what is in no block."""
     found = _BLOCK.fullmatch(name)
     return (int(found[1]), found[2]) if found else None
+
+
+def expert_of(path: str) -> int | None:
+    """The expert that a linear, a group or a tensor of a block is of, by its path there; None for
+    what is of no expert."""
+    found = _OF_EXPERT.match(path)
+    return int(found[1]) if found else None
+
+
+def expert_path(module: str, expert: int) -> str:
+    """The path of an expert in its block: ``"mlp.experts.17"``."""
+    return f"{module}.{expert}"
 
 
 def linear_id(block: int, inner: str) -> LinearId:

@@ -97,6 +97,48 @@ def _check_ranges(rope: dict[str, Any], where: str) -> None:
         )
 
 
+def unrotated_layers(
+    raw: Mapping[str, Any], layers: int, skips_rotation: bool, where: str
+) -> tuple[int, ...]:
+    """Layers without a rotary embedding, by ``no_rope_layers`` or every so many.
+
+    Args:
+        raw: the content of ``config.json``, with defaults.
+        layers: how many the model has.
+        skips_rotation: whether the family has such layers.
+        where: the file, for errors.
+
+    Raises:
+        MsQuantError: a key is malformed, or the family has no such layers.
+    """
+    rotated, interval = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
+    if rotated is None and interval is not None:
+        if type(interval) is not int or interval <= 0:
+            raise BadFileError(
+                f"{where}: no_rope_layer_interval is {interval!r:.80}, expected a positive number"
+            )
+        rotated = [int((index + 1) % interval != 0) for index in range(layers)]
+    if rotated is None or (rotated == [] and not skips_rotation):
+        return ()
+    if (
+        not isinstance(rotated, list)
+        or len(rotated) != layers
+        or any(type(item) is not int or item not in (0, 1) for item in rotated)
+    ):
+        raise BadFileError(
+            f"{where}: no_rope_layers is {rotated!r:.80}, expected 1 (rotated) or 0 for each of "
+            f"{layers} layers"
+        )
+    found = tuple(index for index, turned in enumerate(rotated) if not turned)
+    if found and not skips_rotation:
+        raise BadFileError(
+            f"{where}: layer {found[0]} has no rotary embedding by no_rope_layers or "
+            "no_rope_layer_interval, expected one in every layer of this family: its own class "
+            "does not read the key"
+        )
+    return found
+
+
 def rope_table(
     rope: dict[str, Any], head_dim: int, positions: np.ndarray, max_position: int
 ) -> tuple[np.ndarray, np.ndarray]:

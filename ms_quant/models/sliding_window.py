@@ -36,6 +36,8 @@ def check_windows(
         MsQuantError: a layer has a window or another kind of attention; names the key.
     """
     window, use = raw.get("sliding_window"), raw.get("use_sliding_window")
+    if flagged and not use and window == 0:
+        window = None  # so transformers 5 says that it is not in force
     if window is not None and (type(window) is not int or window <= 0):
         raise BadFileError(f"{where}: sliding_window is {window!r:.80}, expected a positive number")
     if use is not None and not isinstance(use, bool):
@@ -91,7 +93,7 @@ def without_windows(raw: Mapping[str, Any], flagged: bool) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if raw.get("use_sliding_window"):
         changes["use_sliding_window"] = False
-    if not flagged and raw.get("sliding_window") is not None:
+    if raw.get("sliding_window") is not None and (not flagged or raw["sliding_window"] == 0):
         changes["sliding_window"] = None
     if any(kind != FULL for kind in raw.get("layer_types") or ()):
         changes["layer_types"] = [FULL] * len(raw["layer_types"])

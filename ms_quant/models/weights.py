@@ -25,7 +25,7 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
     found = checkpoint.names
     codes = {name: checkpoint.info(name).code for name in found}
     refuse_strange_names(str(checkpoint.directory), codes, list(expected), MODEL_CODES)
-    missing = [name for name in expected if name not in set(found)]
+    missing = [name for name in expected if name not in codes]
     if missing:
         raise BadFileError(
             f"{checkpoint.directory}: {len(missing)} of {len(expected)} tensors are missing, "
@@ -41,5 +41,5 @@ def check_model(checkpoint: Checkpoint, config: ModelConfig) -> None:
         elif not name.endswith(IGNORED):
             raise BadFileError(
                 f"{checkpoint.file_of(name).path}: {name!r} is not a tensor of a "
-                f"{config.model_type} model of {config.num_layers} layers"
+                f"{config.model_type} model of {config.num_blocks} layers"
             )

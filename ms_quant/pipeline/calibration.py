@@ -19,6 +19,7 @@ def data_record(options: QuantizeOptions, tokens: np.ndarray) -> dict[str, Any]:
         "seq_len": tokens.shape[1],
         "seed": options.windows.seed,
         "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        **({"all_tokens": True} if options.all_tokens else {}),
     }
 
 

@@ -40,6 +40,7 @@ from ms_quant.numerics.float_grid import Float8Grid
 from ms_quant.numerics.grid import AffineGrid, TwoLevelGrid
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.defaults import DEFAULTS
+from ms_quant.pipeline.float_copy import FLOAT, copy_as_float
 from ms_quant.pipeline.paths import check_paths
 from ms_quant.pipeline.result import Output, output_of
 from ms_quant.pipeline.writer import write_output
@@ -78,9 +79,10 @@ def convert_checkpoint(
 
     Args:
         directory: the checkpoint; one that others made is taken as far as it can be seen to be
-            right, and the record of the output says so.
+            right, and the record of the output says so. For ``"float"`` a model in FP8 or packed
+            integers.
         output: directory to make.
-        format: name of the format.
+        format: name of the format, or ``"float"`` for a float model in bfloat16.
         shard_bytes: largest output file; None is as the checkpoint was made.
         progress: told how much is written, 0 to 1.
 
@@ -103,6 +105,8 @@ def convert_checkpoint(
         ('vLLM (the checkpoint says how)', 'vllm-ascend')
     """
     directory, output = model_directory(Path(directory)), Path(output)
+    if format == FLOAT:
+        return copy_as_float(directory, output, shard_bytes or DEFAULTS.shard_bytes, progress)
     check_paths(directory, output, output.with_name(output.name + ".job"))
     check_kind(directory)
     model, content = _open(directory)
@@ -163,7 +167,8 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
     """The same schemes and algorithms as another format holds them."""
     plan = model.plan
     if format not in FORMATS:
-        raise BadFileError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
+        known = ", ".join([*FORMATS, FLOAT])
+        raise BadFileError(f"format {format!r} is unknown, expected one of {known}")
     if format == plan.format:
         raise BadFileError(f"the checkpoint is of format {format} already, expected another")
     if plan.kv_cache and not FORMATS[format].holds_cache:
@@ -182,7 +187,7 @@ def _other_plan(model: QuantizedModel, record: Mapping[str, Any], format: str) -
     if not any(layers.values()):
         raise BadFileError("every linear is float, there is nothing to convert")
     other = replace(plan, format=format, layers=layers)
-    for index in range(plan.config.num_layers):
+    for index in range(plan.config.num_blocks):
         for linears in plan.groups(index):
             check_shapes(other, index, linears)
             check_runs(other, index, linears)
@@ -210,6 +215,11 @@ def _other_layer(
             f"{group}: its smoothing vector is in the {target.value}; {error}, so quantize with "
             "--fold norm to convert it"
         ) from None
+    if other.scheme.weight != layer.scheme.weight:
+        raise BadFileError(
+            f"{group}: {layer.storage.format} and {format} checkpoints hold {name} in different "
+            f"codes, expected one that is quantized with --format {format}"
+        )
     storage = replace(other.storage, foreign=layer.foreign)
     if layer.storage.scale_dtype == dtype:
         storage = storage.narrowed()

@@ -14,7 +14,8 @@ from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.names import block_prefix
+from ms_quant.models.names import GroupId
+from ms_quant.pipeline.condensed import member_of
 from ms_quant.pipeline.request import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
@@ -41,12 +42,12 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
         budget: what bounds the memory of a forward.
     """
     plan, config = checked.plan, checked.plan.config
-    weights = sum(block.size for block in config.blocks)
-    largest = max(block.size for block in config.blocks)
+    weights = sum(block.size for block in config.stored_blocks)
+    largest = max(block.most_held for block in config.stored_blocks)
     tokens = 0 if checked.tokens is None else checked.tokens.size
     searches = max(layer.algorithms.searches for layer in plan.distinct)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
-    seconds = 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
+    seconds = 2 * _passed(config) * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += weights / 100e6  # rounding the weights themselves
     if plan.any("hessian"):
         seconds += _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
@@ -56,7 +57,7 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
         memory += _activation_bytes(checked.tokens, config, budget)
         memory += MINDSPORE_BYTES if plan.any("trains") else 0
         if plan.any("hessian"):
-            sizes = [_inputs(block) for block in config.blocks]
+            sizes = [_inputs(block) for block in config.stored_blocks]
             memory += max(4 * sum(k**2 for k in of_block) for of_block in sizes)
             memory += FACTOR_COPIES * 8 * max(map(max, sizes)) ** 2
         options = checked.options
@@ -87,6 +88,15 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
     }
 
 
+def _passed(config: ModelConfig) -> float:
+    """How many weights a token passes: of the experts those that it goes to."""
+    weights = sum(block.size for block in config.stored_blocks)
+    if config.routing is None:
+        return weights
+    routed = sum(block.routed_size for block in config.stored_blocks)
+    return weights - routed * (1 - config.routing.per_token / config.routing.experts)
+
+
 def _inputs(block: BlockSpec) -> list[int]:
     """The number of inputs of each group of a block."""
     return [group.in_features for group in block.groups]
@@ -95,7 +105,7 @@ def _inputs(block: BlockSpec) -> list[int]:
 def _hessian_flops(plan: Plan, tokens: int) -> float:
     """Products of channels, their inverse's factor, and the column steps."""
     steps = inverses = 0
-    for block in plan.config.blocks:
+    for block in plan.config.stored_blocks:
         steps += sum(2 * spec.size * spec.in_features for spec in block.linears.values())
         inverses += sum(2 * tokens * k**2 + 2 * k**3 for k in _inputs(block))
     return steps + inverses
@@ -105,7 +115,7 @@ def _activation_bytes(tokens: np.ndarray, config: ModelConfig, budget: Budget) -
     """A batch in a block, its attention scores, and the embedding rows that occur."""
     length = tokens.shape[1]
     batch, queries = budget.windows(length), min(length, budget.queries)
-    widest = max(max(_inputs(block)) for block in config.blocks)
+    widest = max(max(_inputs(block)) for block in config.stored_blocks)
     states = batch * length * (config.hidden_size + widest)
     scores = min(budget.score_bytes, 4 * batch * config.num_heads * length * queries)
     rows = min(config.vocab_size, tokens.size) * config.hidden_size
@@ -115,10 +125,11 @@ def _activation_bytes(tokens: np.ndarray, config: ModelConfig, budget: Budget) -
 def _linears(plan: Plan) -> list[str]:
     """What the linears of a block become; in several blocks maybe several things."""
     found: dict[tuple[str, int, int], dict[str, None]] = {}
-    for block in plan.config.blocks:
+    for block in plan.config.stored_blocks:
         for member, spec in block.linears.items():
-            layer = plan.layer_of(f"{block_prefix(block.index)}{member}")
-            names = found.setdefault((member, *spec.shape), {})
+            group = block.group_of(member)
+            layer = plan.layers[GroupId(block.index, group.name)] if group else None
+            names = found.setdefault((member_of(member), *spec.shape), {})
             names[layer.scheme.name if layer else "FLOAT"] = None
     return [
         f"{member}: {out} x {into}, {' or '.join(names)}"

@@ -36,8 +36,8 @@ class QuantizeOptions:
     Attributes:
         model: directory of the float checkpoint.
         output: directory to make.
-        scheme: name of the scheme.
-        algorithm: names of the algorithms, joined with ``+``.
+        scheme: name of the scheme, or ``"PART=NAME,..."``.
+        algorithm: names of the algorithms, joined with ``+``, or ``"PART=NAMES,..."``.
         scheme_options: options of the scheme's weights, such as ``group_size``.
         algorithm_options: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
         float_undivided: leave linears float whose inputs groups do not divide, instead of
@@ -62,6 +62,7 @@ class QuantizeOptions:
             not known yet.
         formats: the checkpoint formats to make, each in a directory of its name inside
             ``output`` if there are several; () is one, the schemes' default.
+        all_tokens: each routed expert is seen on all calibration tokens, not on its own alone.
     """
 
     model: Path
@@ -86,6 +87,7 @@ class QuantizeOptions:
     recipe: Recipe | None = None
     formats: Sequence[str] = ()
     tp: int | None = None
+    all_tokens: bool = False
 
     @property
     def job_directory(self) -> Path:

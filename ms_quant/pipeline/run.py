@@ -17,6 +17,7 @@ from ms_quant.job.directory import JobDirectory
 from ms_quant.job.finished import Measured
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.names import GroupId
+from ms_quant.pipeline.direct import is_direct, write_direct
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.request import CheckedJob, prepare
 from ms_quant.pipeline.result import Result, output_of
@@ -55,13 +56,26 @@ def run_job(
     """
     started = time.monotonic()
     checked = checked or prepare(options)
-    done = complete(checked, progress, _write, reading=reading, executor=executor, budget=budget)
+    if is_direct(checked):
+        blocks = checked.plan.config.num_blocks
+        before = write_direct(checked, lambda part: progress(*_block_at(part, blocks)))
+        done = Completed(before, ({},))
+    else:
+        done = complete(
+            checked, progress, _write, reading=reading, executor=executor, budget=budget
+        )
     outputs = tuple(
-        output_of(one.plan, one.options.output, done.before, calibrated=True, measured=measured)
-        for one, measured in zip(checked.all, done.measured, strict=True)
+        output_of(one.plan, one.options.output, done.before, calibrated=True, measured=known)
+        for one, known in zip(checked.all, done.measured, strict=True)
     )
     notes = dict.fromkeys(line for one in checked.all for line in one.notes)
     return Result(outputs, tuple(notes), time.monotonic() - started)
+
+
+def _block_at(part: float, blocks: int) -> tuple[int, float]:
+    """How far a whole is, as how far a block is."""
+    index = min(int(part * blocks), blocks - 1)
+    return index, part * blocks - index
 
 
 @dataclass(frozen=True)
@@ -166,17 +180,31 @@ def run_blocks(
     targets = [(checked.plan, job)]
     for target, request in enumerate(checked.others, 1):
         targets.append((request.plan, checked.job(target)))
-    work = BlockWork(targets, checked.tensors, checked.tokens, progress, hooks, budget)
+    work = BlockWork(
+        targets,
+        checked.tensors,
+        checked.tokens,
+        progress,
+        hooks,
+        budget,
+        all_tokens=checked.options.all_tokens,
+    )
     executor.run(work)
 
 
 def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:
     plan, options = checked.plan, checked.options
     facts: dict[str, Any] = {
-        "chosen": {f"block {i}": job.notes(i) for i in range(plan.config.num_layers)}
+        "chosen": {
+            f"block {index}": {group.name: notes[group.name] for group in plan.groups(index)}
+            for index in range(plan.config.num_blocks)
+            for notes in [job.notes(index)]
+        }
     }
     if checked.tokens is not None:
         facts[activations.KEY] = activations.activation_facts(plan, job.statistic)
         facts[activation_range.KEY] = job.ranges()
+        routing = {f"block {index}": found for index, found in job.routing().items()}
+        facts |= {"routing": routing} if routing else {}
     numbers = JobNumbers(plan, job, checked.tensors)
     write_output(plan, numbers, output, options.most_shard_bytes, options.model, facts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ms_quant.files.atomic import FileRecord, write_json
 from ms_quant.files.writer import (
@@ -23,6 +24,14 @@ from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
 
 
+class FileWriter(Protocol):
+    """Writes a file of some tensors, and tells how much of it is written."""
+
+    def __call__(
+        self, path: Path, tensors: Sequence[TensorPlan], told: PartProgress
+    ) -> FileRecord: ...
+
+
 def write_output(
     plan: Plan,
     numbers: Numbers,
@@ -31,6 +40,7 @@ def write_output(
     source: Path,
     facts: Mapping[str, Any],
     progress: PartProgress = silent,
+    write: FileWriter | None = None,
 ) -> None:
     """Writes every file of a checkpoint and gives the directory its name.
 
@@ -42,6 +52,7 @@ def write_output(
         source: the directory whose tokenizer files are copied.
         facts: entries of the record.
         progress: told how much is written, 0 to 1.
+        write: how a file is written, where not tensor by tensor in its order.
     """
     format, directory = format_of(plan), output.partial
     tensors = format.tensor_plans(plan)
@@ -51,18 +62,25 @@ def write_output(
     else:
         named = {format.weights(plan): tensors}
 
-    done, total = 0, sum(tensor.bytes for tensor in tensors) or 1
+    def in_order(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> FileRecord:
+        written, size = 0, sum(tensor.bytes for tensor in tensors) or 1
 
-    def make(tensor: TensorPlan) -> Array:
-        nonlocal done
-        done += tensor.bytes
+        def value(tensor: TensorPlan) -> Array:
+            nonlocal written
+            written += tensor.bytes
+            told(written / size)
+            return tensor.value(numbers)
+
+        return write_file(path, tensors, value, mode=format.mode)
+
+    files, done, total = [], 0, sum(tensor.bytes for tensor in tensors) or 1
+    for name, shard in named.items():
+        size = sum(tensor.bytes for tensor in shard)
+        told = partial(_part, progress, done / total, size / total)
+        make = partial(write or in_order, tensors=shard, told=told)
+        files.append(output.write_once(name, make))
+        done += size
         progress(done / total)
-        return tensor.value(numbers)
-
-    def write_shard(path: Path) -> FileRecord:
-        return write_file(path, named[path.name], make, mode=format.mode)
-
-    files = [output.write_once(name, write_shard) for name in named]
     if isinstance(format.weights, str):
         files.append(write_index(directory, named, output_bytes(plan), format.index))
     description = format.description(plan)
@@ -72,6 +90,10 @@ def write_output(
     if not format.entry:
         files.append(write_json(directory / format.document(plan), description, format.mode))
     output.finish(files, source, facts)
+
+
+def _part(progress: PartProgress, done: float, share: float, part: float) -> None:
+    progress(done + share * part)
 
 
 def output_bytes(plan: Plan) -> int:

@@ -20,7 +20,7 @@ def float_paths(config: ModelConfig) -> list[str]:
     """Modules and tensors that are float in every plan: embedding, norms and head."""
     linears = {
         f"{block_prefix(block.index)}{path}"
-        for block in config.blocks
+        for block in config.stored_blocks
         for group in block.groups
         for path in group.members
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ms_quant.errors import BadArgumentError
-from ms_quant.models.block_spec import Edge, LinearGroup
+from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.storage import SmoothingTarget
@@ -35,14 +36,25 @@ def float_readers(plan: Plan, index: int, edge: Edge) -> list[str]:
     return [path for path in readers if plan.layer_of(f"{block_prefix(index)}{path}") is None]
 
 
+def changed_floats(plan: Plan, index: int, edge: Edge) -> list[str]:
+    """Names in a block of the float tensors that change where a vector is folded into an edge; the
+    weight of a quantized producer is none."""
+    block = plan.config.block(index)
+    readers = [f"{path}.weight" for path in float_readers(plan, index, edge)]
+    if edge.norm or block.group_of(edge.producer) is None:
+        return [f"{edge.producer}.weight", *readers]
+    bias = f"{edge.producer}.bias"
+    return [bias, *readers] if bias in block.tensors else readers
+
+
 def check_edges(plan: Plan) -> None:
     """Refuses groups that one producer feeds and that could not have one smoothing vector.
 
     Raises:
         MsQuantError: names two such groups.
     """
-    for block in plan.config.blocks:
-        if all(len(edge.consumers) == 1 for edge in block.edges):
+    for block in plan.config.stored_blocks:
+        if all(len(edge.consumers) < 2 for edge in block.edges):
             continue
         first: dict[str, LinearGroup] = {}
         folded = folded_edges(plan, block.index)

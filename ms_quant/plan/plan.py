@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import SEARCH_TOKENS
-from ms_quant.models.block_spec import Edge, LinearGroup
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import GroupId, LinearId, block_prefix, in_block
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.schemes.support import store
@@ -31,6 +32,7 @@ class Plan:
         kv_cache: how keys and values are cached, one of ``KV_CACHES``, or "".
         foreign: whether others made the checkpoint: how it was made is not known, and what follows
             from other tensors may be rounded otherwise.
+        router_dtype: type of the weights of routers in the output; None is ``dtype``.
     """
 
     config: ModelConfig
@@ -40,6 +42,7 @@ class Plan:
     search_tokens: int = SEARCH_TOKENS
     kv_cache: str = ""
     foreign: bool = False
+    router_dtype: np.dtype | None = None
 
     def layer(self, index: int, group: LinearGroup) -> LayerPlan:
         """What becomes of a quantized group of a block."""
@@ -134,20 +137,38 @@ class Plan:
         return [g for g in groups if self.layers[GroupId(index, g.name)] is not None]
 
     def producer(self, index: int, group: LinearGroup) -> Edge | None:
-        """Where the smoothing of a group's input may be folded: a norm, or a quantized linear."""
+        """Where the smoothing of a group's input may be folded: see :meth:`holds_smoothing`."""
         edge = self.config.block(index).producer_of(group)
         return edge if edge is not None and self.holds_smoothing(index, edge) else None
 
     def holds_smoothing(self, index: int, edge: Edge) -> bool:
-        """Whether what makes an input can be divided by a smoothing vector."""
-        group = self.config.block(index).group_of(edge.producer)
-        return edge.norm or bool(group and self.layers[GroupId(index, group.name)])
+        """Whether what makes an input can be divided by a smoothing vector.
+
+        A norm can, unless experts that stay float read it: all of them would change. A linear that
+        is never quantized can, and one that is; one that was excluded stays as it was.
+        """
+        key = index, edge.producer
+        if key not in self._holding:
+            self._holding[key] = self._can_be_divided(index, edge)
+        return self._holding[key]
+
+    @cached_property
+    def _holding(self) -> dict[tuple[int, str], bool]:
+        return {}
+
+    def _can_be_divided(self, index: int, edge: Edge) -> bool:
+        block = self.config.block(index)
+        if edge.norm:
+            routed = (name for name in edge.consumers if block.group(name).routed)
+            return all(self.layers[GroupId(index, name)] is not None for name in routed)
+        group = block.group_of(edge.producer)
+        return group is None or self.layers[GroupId(index, group.name)] is not None
 
     def quantized(self) -> list[str]:
         """Full paths of the quantized linears, in model order."""
         return [
             f"{block_prefix(index)}{member}"
-            for index in range(self.config.num_layers)
+            for index in range(self.config.num_blocks)
             for group in self.groups(index)
             for member in group.members
         ]
@@ -157,7 +178,7 @@ class Plan:
         done = set(self.quantized())
         return [
             path
-            for block in self.config.blocks
+            for block in self.config.stored_blocks
             for member in block.linears
             if (path := f"{block_prefix(block.index)}{member}") not in done
         ]
@@ -169,6 +190,6 @@ def _numbers(layer: LayerPlan | None) -> tuple[Any, ...]:
 
 def all_groups(config: ModelConfig) -> Iterable[tuple[GroupId, LinearGroup]]:
     """Every group of a model, in model order."""
-    for block in config.blocks:
+    for block in config.stored_blocks:
         for group in block.groups:
             yield GroupId(block.index, group.name), group

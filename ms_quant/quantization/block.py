@@ -8,13 +8,13 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms.problem import apply
+from ms_quant.algorithms.problem import InputMaxima, apply
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
 from ms_quant.numerics.linear import QuantizedLinear
@@ -41,6 +41,7 @@ class QuantizedBlock:
             for the first of them.
         errors: group to the relative error of its outputs on calibration tokens, see
             :func:`~ms_quant.quantization.output_error.output_error`; none without calibration.
+        routing: how many tokens came to its experts; empty where it has none.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class QuantizedBlock:
     ranges: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
 def quantize(
@@ -60,6 +62,8 @@ def quantize(
     progress: PartProgress = silent,
     *,
     alone: bool = False,
+    only: Collection[str] | None = None,
+    maxima: Callable[[], InputMaxima] | None = None,
 ) -> QuantizedBlock:
     """The quantized linears of one block, and what the algorithms chose.
 
@@ -71,9 +75,13 @@ def quantize(
         progress: told how much is done, 0 to 1.
         alone: each group is for a float block: nothing is folded into what makes its input, and
             its linears smooth it themselves.
+        only: names of the groups that are quantized, with all that they share smoothing with,
+            unless that is what experts read; None for all.
+        maxima: gives what is known of the input of all experts, where some of them are left out.
     """
-    index, smoothing = weights.index, BlockSmoothing(plan, weights, observations, hooks)
-    block, count = QuantizedBlock(floats=smoothing.floats), len(plan.groups(index))
+    index = weights.index
+    smoothing = BlockSmoothing(plan, weights, observations, hooks, only, maxima)
+    block, count = QuantizedBlock(floats=smoothing.floats), len(smoothing.wanted)
     several = bool(smoothing.folded)  # then weights wait for the smoothing of what they feed
     pending: Iterable[Smoothed] = _timed(smoothing.groups(), block.seconds)
     divisors: dict[str, np.ndarray] = {}

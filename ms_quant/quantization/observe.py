@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ms_quant.models.block_forward import BlockForward, Observer, Positions
+from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.linear_forward import Linear
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.plan import Plan
@@ -110,37 +112,72 @@ def observe(
     Raises:
         MsQuantError: an activation is NaN or infinite.
     """
-    index, start, prefix = block.index, first, block_prefix(block.index)
-    stats = {
-        name: _stats(block, name, group, shape, first) for name, group in wanted.groups.items()
-    }
-    ranges, cache = BlockRanges(index), CacheRange(prefix) if wanted.cache else None
-    states_of_block, tokens = len(block.spec.hidden), wanted.search_tokens
-    windows = SearchWindows(shape, states_of_block, tokens, apart=wanted.apart)
-    unsearched = _unsearched(block, wanted)
-    searched: list[np.ndarray] = []
-    states: list[np.ndarray] = []
-    taps: dict[str, list[Observer]] = {place: [states.append] for place in block.spec.hidden}
-    for place in block.spec.hidden[index > 0 :]:  # what a block reads, the one before it has shown
-        taps[place].append(partial(ranges.add, place))
-    if cache is not None:
-        for path, tap in block.spec.cached.items():
-            taps.setdefault(tap, []).append(partial(cache.add, path))
-    looks: dict[str, list[Observer]] = {name: [seen.update] for name, seen in stats.items()}
-    for name, found in unsearched.items():
-        looks[name].append(partial(_add, found, searched))
-    for name, look in inputs.items():
-        looks.setdefault(name, []).append(look)
-    shown = block.with_linears(_watched(block, looks, ranges)).with_taps(taps)
+    seen, start = nothing_seen(block.spec, shape, wanted, first), first
+    watched = Watched(block, seen, inputs)
     for batch in hidden:
-        states.clear()
-        searched[:] = [windows.holds(start, len(batch))]
-        output = shown.run(batch, at)
-        windows.add(start, *states)
+        with watched.windows(start, len(batch)):
+            output = watched.block.run(batch, at)
         following(output)
         start += len(batch)
-    absmax = None if cache is None else cache.absmax
-    return Observations(stats, windows, ranges, absmax, first=first, unsearched=unsearched)
+    return seen
+
+
+def nothing_seen(
+    spec: BlockSpec, shape: tuple[int, int, int], wanted: Wanted, first: int = 0
+) -> Observations:
+    """Observations of a block of which nothing was seen yet; arguments as of :func:`observe`."""
+    index = spec.index
+    stats = {name: _stats(spec, name, one, shape, first) for name, one in wanted.groups.items()}
+    states, tokens = len(spec.hidden), wanted.search_tokens
+    windows = SearchWindows(shape, states, tokens, apart=wanted.apart)
+    unsearched = _unsearched(spec, wanted)
+    absmax = dict[str, np.ndarray]() if wanted.cache else None
+    return Observations(stats, windows, BlockRanges(index), absmax, {}, first, unsearched)
+
+
+class Watched:
+    """A block that shows observations what it computes.
+
+    Args:
+        block: the block, or some of its linears.
+        seen: what is added to.
+        inputs: who else is shown the inputs of groups, by name.
+
+    Attributes:
+        block: the same block, shown.
+    """
+
+    def __init__(
+        self,
+        block: BlockForward,
+        seen: Observations,
+        inputs: Mapping[str, Observer] = MappingProxyType({}),
+    ):
+        self.seen, spec, ranges = seen, block.spec, seen.ranges
+        self._searched: list[np.ndarray] = []
+        self._states: list[np.ndarray] = []
+        taps: dict[str, list[Observer]] = {place: [self._states.append] for place in spec.hidden}
+        for place in spec.hidden[spec.index > 0 :]:  # what a block reads, another has shown
+            taps[place].append(partial(ranges.add, place))
+        if seen.cache is not None:
+            cache = CacheRange(block_prefix(spec.index))
+            cache.absmax = seen.cache
+            for path, tap in spec.cached.items():
+                taps.setdefault(tap, []).append(partial(cache.add, path))
+        looks: dict[str, list[Observer]] = {name: [one.update] for name, one in seen.stats.items()}
+        for name, found in seen.unsearched.items():
+            looks[name].append(partial(_add, found, self._searched))
+        for name, look in inputs.items():
+            looks.setdefault(name, []).append(look)
+        self.block = block.with_linears(_watched(block, looks, ranges)).with_taps(taps)
+
+    @contextmanager
+    def windows(self, start: int, count: int, state: int = 0) -> Iterator[None]:
+        """Windows from ``start`` on pass; their states from the one of a number on are kept."""
+        self._states.clear()
+        self._searched[:] = [self.seen.windows.holds(start, count)]
+        yield
+        self.seen.windows.add(start, *self._states, first=state)
 
 
 def divide(block: BlockForward, divided: Divided) -> None:
@@ -154,14 +191,14 @@ def divide(block: BlockForward, divided: Divided) -> None:
 
 
 def _stats(
-    block: BlockForward, name: str, group: GroupWanted, shape: tuple[int, int, int], first: int
+    spec: BlockSpec, name: str, group: GroupWanted, shape: tuple[int, int, int], first: int
 ) -> ActivationStats:
-    (windows, length, _), members = shape, block.spec.group(name)
+    (windows, length, _), members = shape, spec.group(name)
     return ActivationStats(
         members.in_features,
         None if members.routed else windows * length,
         group.rows,
-        f"{block_prefix(block.index)}{members.members[0]}: calibration input",
+        f"{block_prefix(spec.index)}{members.members[0]}: calibration input",
         group.hessian,
         group.histogram,
         first * length,
@@ -169,9 +206,9 @@ def _stats(
     )
 
 
-def _unsearched(block: BlockForward, wanted: Wanted) -> dict[str, UnsearchedRange]:
+def _unsearched(spec: BlockSpec, wanted: Wanted) -> dict[str, UnsearchedRange]:
     """Of groups that see every token: which token a row of a routed group is, nobody says."""
-    groups = {name: block.spec.group(name) for name in wanted.groups if wanted.apart}
+    groups = {name: spec.group(name) for name in wanted.groups if wanted.apart}
     return {n: UnsearchedRange(g.in_features) for n, g in groups.items() if not g.routed}
 
 
@@ -189,6 +226,8 @@ def _watched(
     }
     for group in block.spec.groups:
         path = group.members[0]
+        if path not in watched:
+            continue
         watched[path] = shows_input(watched[path], partial(ranges.add, input_of(group)))
         for look in looks.get(group.name, ()):
             watched[path] = shows_input(watched[path], look)

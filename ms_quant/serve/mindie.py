@@ -53,7 +53,7 @@ def check(request: ServeRequest) -> Served:
 def _failing(structure: Structure) -> Iterator[str]:
     """The first of the linears that the runtime fails on in each way."""
     plan, seen = structure.plan, {""}
-    for index in range(plan.config.num_layers):
+    for index in range(plan.config.num_blocks):
         for group in plan.groups(index):
             found = why_not_run(plan, index, group)
             reason = found.partition(": ")[2]
@@ -67,7 +67,7 @@ def _has_bare_mxfp4(structure: Structure) -> bool:
     return any(
         plan.layer(block.index, group).scheme.name == "W4A4_MXFP4"
         and not block.linears[member].bias
-        for block in plan.config.blocks
+        for block in plan.config.stored_blocks
         for group in plan.groups(block.index)
         for member in group.members
     )

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ms_quant.errors import BadFileError
-from ms_quant.models.block_spec import BlockSpec, Edge, LinearGroup
+from ms_quant.models.block_spec import BlockSpec, LinearGroup
 from ms_quant.models.config import ModelConfig
+from ms_quant.models.edge import Edge
 from ms_quant.models.names import block_prefix
 
 KEY = "activation_ranges"
@@ -140,7 +141,7 @@ class BlockRanges:
         size = block.linears[edge.producer].out_features
         made = self._of(output_of(edge.producer), size)
         if edge.averaged:
-            return made
+            return edge.read(made)
         read = [self._of(input_of(block.group(name)), size) for name in edge.consumers]
         return np.maximum.reduce([made, *read])
 
@@ -179,10 +180,10 @@ def read_divided(entries: Any, config: ModelConfig, where: str) -> list[Divided]
         MsQuantError: an entry is no such division.
     """
     if entries is None:
-        return [{} for _ in range(config.num_layers)]
-    if not isinstance(entries, Sequence) or len(entries) != config.num_layers:
+        return [{} for _ in range(config.num_blocks)]
+    if not isinstance(entries, Sequence) or len(entries) != config.num_blocks:
         raise BadFileError(f"{where} is {entries!r:.80}, expected an entry for each block")
-    blocks = zip(entries, config.blocks, strict=True)
+    blocks = zip(entries, config.stored_blocks, strict=True)
     return [_divided(entry, block, f"{where}: {block.index}") for entry, block in blocks]
 
 

@@ -51,8 +51,8 @@ class ForeignProof:
     def problems(self) -> Iterator[str]:
         """Compares everything; one sentence for each difference that nothing can explain."""
         config, ours = load_config(self.source.directory), self.model.checkpoint
-        if [block.tensors for block in config.blocks] != [
-            block.tensors for block in self.plan.config.blocks
+        if [block.tensors for block in config.stored_blocks] != [
+            block.tensors for block in self.plan.config.stored_blocks
         ]:
             yield f"{self.source.directory}: another model than {ours.directory}"
             return
@@ -64,13 +64,13 @@ class ForeignProof:
             )
         norms = {
             f"{block_prefix(index)}{group.name}"
-            for index in range(self.plan.config.num_layers)
+            for index in range(self.plan.config.num_blocks)
             for group in self.plan.groups(index)
             if (edge := self.plan.config.block(index).producer_of(group))
             and f"{block_prefix(index)}{edge.producer}.weight" in changed
         }
         self.folding = Folding(self.plan, ours, self.source, norms, self.model.stored_name)
-        for index in range(self.plan.config.num_layers):
+        for index in range(self.plan.config.num_blocks):
             for group in self.plan.groups(index):
                 self._measure(index, group)
         unknown = self.comparison.unknown

@@ -138,7 +138,7 @@ class SourceProof:
                 yield from self.folding.problems(name)
             elif not same_rounded(ours, subject.model.stored_name(name), self.source, name, types):
                 yield f"{name}: differs from {self.source.directory} rounded to {types[name].name}"
-        for index in range(plan.config.num_layers):
+        for index in range(plan.config.num_blocks):
             scaled = self.folding.scaled_rows(index)
             for group in plan.groups(index):
                 yield from self._group_problems(index, group, scaled)

@@ -10,7 +10,8 @@ import numpy as np
 
 from ms_quant.errors import BadFileError
 from ms_quant.files.atomic import sha256_file
-from ms_quant.files.reader import fingerprint, shard_print
+from ms_quant.files.digest import shard_print
+from ms_quant.files.reader import fingerprint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix

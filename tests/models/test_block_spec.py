@@ -9,11 +9,13 @@ import pytest
 import toy_family
 from hypothesis import given
 from hypothesis import strategies as st
+from routed_models import DEEPSEEK
 
 from ms_quant.errors import MsQuantError
 from ms_quant.models import families
-from ms_quant.models.block_spec import BlockSpec, Edge, LinearSpec
+from ms_quant.models.block_spec import BlockSpec, LinearSpec
 from ms_quant.models.config import ModelConfig, parse_config
+from ms_quant.models.edge import Edge
 from ms_quant.models.families import FAMILIES
 from ms_quant.models.ranks import check_tp, fused_rows, fused_shape, shard
 
@@ -55,6 +57,13 @@ EDGES = (
 )
 
 
+ROUTED = {"qwen2_moe", "qwen3_moe", "deepseek_v3", "kimi_k2"}
+
+
+def test_every_dense_family_is_here():
+    assert FAMILIES.keys() - ROUTED == BIASES.keys()
+
+
 def config_of(family: str, **more: Any) -> ModelConfig:
     return parse_config({**SHAPE, "model_type": family, **more})
 
@@ -67,7 +76,7 @@ def table(block: BlockSpec) -> dict[str, tuple[int, int, str, int]]:
 
 
 @pytest.mark.parametrize("on", [False, True])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(BIASES))
 def test_a_dense_block(family, on):
     keys = {key: on for key in BIASES[family] if key}
     block = config_of(family, **keys).block(0)
@@ -203,3 +212,37 @@ def test_ranks_hold_every_weight_once_or_as_many_copies(raw):
                     sizes = [part.stop - part.start for part in parts]
                     assert [part.stop - part.start for part in rows.values()] == sizes
                     assert fused_shape(group, tp)[0] == sum(sizes)
+
+
+def test_a_block_of_experts():
+    """One record of a linear serves all experts, and everything reads one norm."""
+    block = parse_config(DEEPSEEK).block(1)
+    assert [group.name for group in block.groups[:5]] == [
+        "qkv_a",
+        "q_b",
+        "o",
+        "experts.0.gate_up",
+        "experts.0.down",
+    ]
+    assert [group.name for group in block.groups[-2:]] == ["shared.gate_up", "shared.down"]
+    assert len(block.groups) == 3 + 2 * 16 + 2
+    assert block.linears["mlp.experts.0.up_proj"] is block.linears["mlp.experts.15.gate_proj"]
+    edge = block.edge_of("mlp.gate")
+    assert edge.floats == ("mlp.gate",) and len(edge.consumers) == 17
+    floats = {path for path in block.linears if block.group_of(path) is None}
+    assert floats == {"self_attn.kv_b_proj", "mlp.gate"}
+    assert block.tensors["mlp.gate.e_score_correction_bias"] == (16,)
+    assert block.norms["self_attn.kv_a_layernorm"].eps == 1e-6
+    assert all(block.group(f"experts.{i}.down").routed for i in range(16))
+    assert not block.group("shared.down").routed
+
+
+def test_a_block_that_predicts_further_tokens_has_what_is_around_it():
+    config = parse_config(DEEPSEEK)
+    assert (config.num_layers, config.num_blocks) == (3, 4)
+    further = config.block(3).tensors
+    assert further["eh_proj.weight"] == (64, 128) and further["shared_head.norm.weight"] == (64,)
+    assert further["embed_tokens.weight"] == further["shared_head.head.weight"] == (256, 64)
+    assert config.block(2).tensors.keys() < further.keys()
+    names = [name for name in config.parameter_shapes() if name.startswith("model.layers.3.")]
+    assert len(names) == len(further)

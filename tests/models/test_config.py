@@ -49,7 +49,10 @@ def refusal(**changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mamba"}, ("model_type", "'mamba'", "llama, mistral, qwen2, qwen3")),
+        (
+            {"model_type": "mamba"},
+            ("model_type", "'mamba'", "llama, mistral, qwen2, qwen2_moe, qwen3"),
+        ),
         ({"model_type": None}, ("model_type", "None")),
         ({"model_type": ["llama"]}, ("model_type", "['llama']")),
         ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'", "'silu'")),

@@ -37,6 +37,19 @@ def refusal(model_type: str = "llama", **changes: object) -> str:
     return str(caught.value)
 
 
+DENSE = sorted(name for name, family in FAMILIES.items() if family.routing is None)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_experts", 8), ("num_local_experts", 8), ("no_rope_layers", [1])]
+)
+def test_what_would_change_the_numbers_of_a_dense_family(
+    model_type: str, key: str, value: object
+) -> None:
+    test_what_would_change_the_numbers(model_type, key, value)
+
+
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -54,14 +67,11 @@ def refusal(model_type: str = "llama", **changes: object) -> str:
         ("hidden_activation", "gelu_pytorch_tanh"),
         ("hidden_act", "gelu"),
         ("mlp_activation", "relu2"),
-        ("num_experts", 8),
-        ("num_local_experts", 8),
         ("clip_qkv", 8),
         ("is_encoder_decoder", True),
         ("vision_config", {"depth": 2}),
         ("lm_head_bias", True),
         ("kv_channels", 32),
-        ("no_rope_layers", [1]),
     ],
 )
 def test_what_would_change_the_numbers(model_type: str, key: str, value: object) -> None:

@@ -51,7 +51,9 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def stored_config(name: str) -> ModelConfig:
-    return parse_config(json.loads(golden(name)["config"].tobytes()), name)
+    """Without the layers that predict further tokens: transformers has none."""
+    config = parse_config(json.loads(golden(name)["config"].tobytes()), name)
+    return replace(config, further_layers=0)
 
 
 def weights_of(name: str, config: ModelConfig) -> Tensors:
@@ -150,7 +152,7 @@ def test_the_old_style_of_a_config_parses_to_the_same(name):
 
 
 def test_every_family_of_transformers_has_golden_logits():
-    known = {name for name, family in FAMILIES.items() if not family.custom_code}
+    known = {name for name, family in FAMILIES.items() if not family.custom_code} - {"kimi_k2"}
     assert {stored_config(name).model_type for name in CASES} == known
 
 

@@ -207,7 +207,7 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
     """What each linear is, by the runtime's rules."""
     read, problems = read_content(description, where), []
     found: dict[str, str] = {}
-    for index in range(config.num_layers):
+    for index in range(config.num_blocks):
         for group in config.block(index).groups:
             paths = [f"{block_prefix(index)}{member}" for member in group.members]
             found |= {path: read.type_of(path) for path in paths}

@@ -1,0 +1,161 @@
+"""A model with experts, quantized from its weights alone, is written as it is quantized.
+
+Nothing is calibrated, so no tensor needs another block. Each is read once and written once, to its
+place in the output's files; there is no job directory, and no pass over the model before. A kill
+loses what was quantized in the last seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_quant.algorithms.table import ALGORITHMS
+from ms_quant.files.atomic import FileRecord
+from ms_quant.files.floats import round_chunks
+from ms_quant.files.placed_file import PlacedFile
+from ms_quant.files.reader import FloatTensors
+from ms_quant.files.writer import Array, TensorPlan
+from ms_quant.formats.checks import format_of
+from ms_quant.models.names import GroupId, parse_linear
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.pipeline.request import CheckedJob
+from ms_quant.pipeline.writer import write_output
+from ms_quant.plan.plan import Plan
+from ms_quant.progress import PartProgress
+from ms_quant.quantization.block import quantize
+from ms_quant.quantization.weights import StoredWeights
+
+SAVED_SECONDS = 2.0
+"""What a kill loses at most, beside the group that is being quantized."""
+
+
+def is_direct(checked: CheckedJob) -> bool:
+    """Whether a request is served without a job: a begun job goes on, several formats of one model
+    share one, and what an algorithm has chosen is kept there."""
+    options, plan = checked.options, checked.plan
+    names = {name for layer in plan.distinct for name in layer.algorithms.names}
+    return (
+        plan.config.routing is not None
+        and checked.tokens is None
+        and not checked.others
+        and not options.keep_job
+        and not options.job_directory.exists()
+        and all(ALGORITHMS[name].rotates for name in names)
+    )
+
+
+def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
+    """Writes an output, or what is left of it.
+
+    Args:
+        checked: the checked request, see :func:`is_direct`.
+        progress: told how much is done, 0 to 1.
+
+    Returns:
+        bool, whether it was finished before.
+
+    Raises:
+        MsQuantError: a tensor holds NaN or infinity or does not fit its type, another process
+            writes the output, or the disk is full.
+    """
+    output, plan, options = checked.output(), checked.plan, checked.options
+    if output.finished:
+        return True
+    numbers, mode = WeightNumbers(plan, checked.tensors), format_of(plan).mode
+
+    def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> FileRecord:
+        return _write_file(PlacedFile(path, tensors, mode), tensors, numbers, told)
+
+    facts: dict[str, Any] = {
+        "chosen": {
+            f"block {index}": {group.name: {} for group in plan.groups(index)}
+            for index in range(plan.config.num_blocks)
+        }
+    }
+    with output.open():
+        write_output(
+            plan, numbers, output, options.most_shard_bytes, options.model, facts, progress, write
+        )
+    return False
+
+
+def _write_file(
+    file: PlacedFile, tensors: Sequence[TensorPlan], numbers: WeightNumbers, told: PartProgress
+) -> FileRecord:
+    done, total, saved = 0, sum(tensor.bytes for tensor in tensors) or 1, time.monotonic()
+    try:
+        for part in _together(tensors, numbers.plan):
+            for tensor in part:
+                if tensor.name not in file.done:
+                    file.put(tensor, tensor.value(numbers))
+                done += tensor.bytes
+            told(done / total)
+            if time.monotonic() - saved >= SAVED_SECONDS:
+                file.save()
+                saved = time.monotonic()
+    except BaseException:
+        file.close()
+        raise
+    return file.finish()
+
+
+def _together(tensors: Sequence[TensorPlan], plan: Plan) -> Iterator[list[TensorPlan]]:
+    """The tensors of each group of linears, which one quantization makes, and each other one."""
+
+    def group_of(tensor: TensorPlan) -> GroupId | str:
+        found = None if tensor.part is None else _group(plan, tensor.part[0])
+        return tensor.name if found is None else found
+
+    return (list(part) for _, part in groupby(tensors, group_of))
+
+
+def _group(plan: Plan, path: str) -> GroupId | None:
+    linear = parse_linear(path)
+    group = plan.config.block(linear.block).group_of(linear.inner)
+    return GroupId(linear.block, group.name) if group else None
+
+
+class WeightNumbers:
+    """The numbers of a model that is quantized from its weights alone, when they are asked for.
+
+    Args:
+        plan: what to do.
+        checkpoint: the float model.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: FloatTensors):
+        self.plan, self.checkpoint = plan, checkpoint
+        self._names = set(checkpoint.names)
+        self._last: tuple[GroupId, dict[str, QuantizedLinear]] | None = None
+
+    def linear(self, path: str, with_codes: bool = True) -> QuantizedLinear:
+        """See :class:`~ms_quant.formats.format.Numbers`; the last group stays in memory."""
+        linear, name = parse_linear(path), f"{path}.bias"
+        found = self._quantized(path)[linear.inner]
+        bias = self.checkpoint.read_float32(name) if name in self._names else None
+        return replace(found, bias=bias, input_dtype=self.plan.dtype)
+
+    def _quantized(self, path: str) -> dict[str, QuantizedLinear]:
+        group = _group(self.plan, path)
+        assert group is not None, path
+        if self._last is None or self._last[0] != group:
+            self._last = None
+            weights = StoredWeights(self.checkpoint, group.block)
+            block = quantize(self.plan, weights, None, only=[group.name])
+            self._last = group, block.linears
+        return self._last[1]
+
+    def floats(self, name: str, dtype: np.dtype) -> Array:
+        """See :class:`~ms_quant.formats.format.Numbers`."""
+        return round_chunks(self.checkpoint, name, dtype)
+
+    def cache_scale(self, path: str) -> np.ndarray:
+        """See :class:`~ms_quant.formats.format.Numbers`."""
+        raise AssertionError(f"{path}: a range of outputs without calibration")
