@@ -324,11 +324,13 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     Raises:
         MsQuantError: names the option.
     """
+    if options.all_tokens and plan.config.routing is None:
+        raise BadArgumentError("--all-tokens: the model has no routed experts, expected some")
     float16 = plan.dtype.name == "float16"
     if plan.needs_calibration or (float16 and options.calib is not None):
         return
-    for name in ("calib", "samples", "seq_len", "seed"):
-        if getattr(options, name) is not None:
+    for name in ("calib", "samples", "seq_len", "seed", "all_tokens"):
+        if getattr(options, name) not in (None, False):
             also = " unless --calib FILE gives some to check float16 by" if float16 else ""
             raise BadArgumentError(
                 f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
