@@ -1,7 +1,7 @@
 """Trains the bundled mixtures of experts: a small Qwen3-MoE, and DeepSeek-V3 in miniature.
 
-    python tools/train_small_moe.py deepseek_v3 --out models/stdlib-deepseek --steps 5000
-    python tools/train_small_moe.py qwen3_moe --out models/stdlib-qwen3-moe --steps 5000
+    python tools/train_small_moe.py deepseek_v3 --out models/stdlib-deepseek --steps 1500
+    python tools/train_small_moe.py qwen3_moe --out models/stdlib-qwen3-moe --steps 1350
 
 Text, tokenizer, split and schedule are those of models/stdlib-qwen3-6m. It needs torch, which
 nothing that this project installs does, and safetensors and tokenizers.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -227,13 +226,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=list(CONFIGS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=None, help="where training state is kept")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=2, help="each takes its part of a batch")
     args = parser.parse_args()
+    if args.batch % args.threads:
+        parser.error(f"--batch is {args.batch}, expected a multiple of --threads ({args.threads})")
     out, work = args.out, args.work or args.out / "work"
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
