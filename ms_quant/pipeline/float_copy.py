@@ -100,7 +100,7 @@ def _tensors(
     others = {name for name in others if not name.endswith(IGNORED)} - {HEAD}
     for name in [*expected, *sorted(others)]:
         info = checkpoint.info(name)
-        stored = dtype if name in checkpoint.encodings else info.dtype
+        stored = dtype if checkpoint.is_coded(name) else info.dtype
         yield TensorPlan(name, stored, info.shape)
 
 
