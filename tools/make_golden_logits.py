@@ -255,6 +255,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-2,
         },
     ),
+    "glm4": (
+        "glm4",
+        {
+            "head_dim": 16,
+            "rope_parameters": rope("default", partial_rotary_factor=0.5),
+            "pad_token_id": 0,
+        },
+    ),
+    "glm4_yarn": (
+        "glm4",
+        {
+            "head_dim": 32,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": rope(
+                "yarn",
+                factor=2.0,
+                original_max_position_embeddings=32,
+                partial_rotary_factor=0.25,
+            ),
+            "pad_token_id": 0,
+        },
+    ),
 }
 
 

@@ -34,12 +34,14 @@ class Division:
         unit: what is never cut, as the config counts it: ``"num_attention_heads"``.
         units: how many of them there are.
         copied: whether units that are fewer than the ranks are held by several ranks each.
+        parts: how many linears are one in it; each is divided by itself.
     """
 
     parallel: Parallel
     unit: str = ""
     units: int = 1
     copied: bool = False
+    parts: int = 1
 
 
 REPLICATED = Division("replicated")
@@ -94,12 +96,14 @@ class NormSpec:
     Attributes:
         size: of its gain.
         reads_stream: whether it normalises the residual stream.
+        writes_stream: whether its output is added to the residual stream.
         eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
     """
 
     size: int
     reads_stream: bool = True
     eps: float | None = None
+    writes_stream: bool = False
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.encoded import DECODED_METHODS
 from ms_quant.files.strict_json import read_json
@@ -17,7 +19,7 @@ from ms_quant.models.config_values import count, flag, positive_int
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.latent_shape import LatentShape, read_latent
 from ms_quant.models.names import block_prefix
-from ms_quant.models.rope import check_rope, unknown_rope_keys, unrotated_layers
+from ms_quant.models.rope import check_rope, rotary_order, unknown_rope_keys, unrotated_layers
 from ms_quant.models.routing import Routing
 from ms_quant.models.sliding_window import check_windows, without_windows
 from ms_quant.models.spellings import (
@@ -114,7 +116,14 @@ class ModelConfig:
     @property
     def rotary_size(self) -> int:
         """How many channels of a head have a rotary embedding."""
-        return self.head_dim if self.latent is None else self.latent.rope
+        if self.latent is not None:
+            return self.latent.rope
+        return int(self.head_dim * (self.rope.get("partial_rotary_factor") or 1))
+
+    @cached_property
+    def rotary_order(self) -> np.ndarray | None:
+        """See :func:`~ms_quant.models.rope.rotary_order`."""
+        return rotary_order(self.head_dim, self.rotary_size, self.family.interleaved)
 
     @property
     def longest(self) -> int:
@@ -249,7 +258,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         vocab_size=positive_int(raw, "vocab_size", where),
         rms_norm_eps=_epsilon(raw.get("rms_norm_eps", 1e-6), where),
         max_position=max_position,
-        rope=check_rope(rope, max_position, where),
+        rope=check_rope(rope, max_position, where, head_dim if family.partial_rotary else 0),
         tied=flag("tie_word_embeddings", raw, where),
         qkv_bias=flag(family.qkv_bias, raw, where),
         o_bias=flag(family.o_bias, raw, where),
@@ -269,12 +278,13 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
 def with_defaults(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """A config with what transformers takes for the keys that are absent.
 
-    Its rotary base is found where the rotary object does not have it.
+    What stands in the rotary object is not absent.
     """
     defaults = dict(family.defaults)
     inner = [raw[key] for key in ROPE_KEYS if isinstance(raw.get(key), dict)]
-    if raw.get("rope_theta") is not None or any("rope_theta" in rope for rope in inner):
-        defaults.pop("rope_theta", None)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if raw.get(key) is not None or any(key in rope for rope in inner):
+            defaults.pop(key, None)
     absent = {k: v for k, v in defaults.items() if k not in raw}
     return {**raw, **absent}
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ms_quant.models.gated_block import KINDS, gated_block
+from ms_quant.models.glm_block import glm_block
 from ms_quant.models.latent_attention import KINDS as LATENT_KINDS
 from ms_quant.models.routed_block import deepseek_block, qwen_block
 from ms_quant.models.routing import Routing, read_deepseek, read_qwen
@@ -45,6 +46,8 @@ class Family:
         keys: config keys that it reads beside those of all families, and that have no default.
         routing: reads its experts; None of a family that has none.
         latent: whether its attention is multi-head latent attention.
+        partial_rotary: whether ``partial_rotary_factor`` says how many channels are turned.
+        interleaved: whether neighbours are turned together, not channels half a head apart.
         block: makes a block; one of new maths has a file of its own.
         kinds: what recipes call the groups of its blocks.
     """
@@ -62,6 +65,8 @@ class Family:
     keys: tuple[str, ...] = ()
     routing: RoutingReader | None = None
     latent: bool = False
+    partial_rotary: bool = False
+    interleaved: bool = False
     block: BlockBuilder = gated_block
     kinds: tuple[str, ...] = KINDS
 
@@ -156,6 +161,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": _DEEPSEEK,
+    "glm4": Family(
+        "Glm4",
+        qkv_bias="attention_bias",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+        partial_rotary=True,
+        interleaved=True,
+        block=glm_block,
+    ),
     "smollm3": Family(
         "SmolLM3",
         qkv_bias="attention_bias",
