@@ -142,7 +142,7 @@ def test_a_block_of_glm():
         "post_mlp_layernorm": (False, True),
     }
     assert not any(linear.writes_stream for linear in block.linears.values())
-    assert list(block.modules)[0] == "input_layernorm"
+    assert next(iter(block.modules)) == "input_layernorm"
 
 
 def test_a_layer_without_rotary_embedding():
