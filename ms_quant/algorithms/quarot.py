@@ -118,6 +118,11 @@ class QuaRot:
                 f"{config.model_type} block writes with a gain for each channel, expected a model "
                 "without norms after its branches"
             )
+        if config.carried:
+            raise BadArgumentError(
+                f"{where}: quarot turns the residual stream, which {config.carried[0][0]} and "
+                "others of the larger model write, too, expected a text model by itself"
+            )
         if seed < 0:
             raise BadArgumentError(f"seed is {seed}, expected at least 0")
         self.config = untied(config)

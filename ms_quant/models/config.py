@@ -14,7 +14,7 @@ from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.encoded import DECODED_METHODS
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.block_spec import BlockSpec, Division
-from ms_quant.models.config_keys import check_keys
+from ms_quant.models.config_keys import check_classes, check_keys
 from ms_quant.models.config_values import count, flag, positive_int
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.latent_shape import LatentShape, read_latent
@@ -29,6 +29,7 @@ from ms_quant.models.spellings import (
     read_rope,
     rope_spellings,
 )
+from ms_quant.models.text_part import stored_name, text_part, whole_config
 
 FURTHER_LAYERS = "num_nextn_predict_layers"
 _EXPERTS = "num_experts", "num_local_experts"
@@ -54,6 +55,10 @@ class ModelConfig:
         latent: the sizes of its attention, where that is multi-head latent attention;
             ``head_dim`` is that of queries and keys then.
         further_layers: how many blocks after the last one predict further tokens.
+        carried: tensors of a larger model that it is in, as (name, type, shape): they stay as they
+            are.
+        inner: whether its tensors are stored under the names of a text model in a larger one.
+        outer: the config of the larger model; ``raw`` is its own then.
     """
 
     model_type: str
@@ -82,6 +87,9 @@ class ModelConfig:
     routing: Routing | None = None
     latent: LatentShape | None = None
     further_layers: int = 0
+    carried: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    inner: bool = False
+    outer: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -94,7 +102,7 @@ class ModelConfig:
         for block in self.stored_blocks:
             for name, shape in block.tensors.items():
                 shapes[f"{block_prefix(block.index)}{name}"] = shape
-        return shapes | after
+        return shapes | after | {name: shape for name, _, shape in self.carried}
 
     def outer_shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
         """The tensors before and after the blocks, name to shape."""
@@ -108,6 +116,10 @@ class ModelConfig:
         if self.label_bias:
             shapes["score.bias"] = (self.labels,)
         return dict(before), shapes
+
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor or a module in files."""
+        return stored_name(name) if self.inner else name
 
     def rotates(self, index: int) -> bool:
         """Whether the attention of a layer has a rotary embedding."""
@@ -207,6 +219,12 @@ def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
     return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *more])))
 
 
+def own_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of the model itself, where it is in a larger one."""
+    family = FAMILIES.get(str(raw.get("model_type")))
+    return text_part(raw, where) if family is not None and family.nested else dict(raw)
+
+
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     raw = canonical(raw)
     model_type = raw.get("model_type")
@@ -215,7 +233,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
             f"{where}: model_type {model_type!r:.80} is not supported, expected one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    family = FAMILIES[model_type]
+    family, outer = FAMILIES[model_type], dict[str, Any]()
+    if family.nested:
+        outer, raw = raw, canonical(text_part(raw, where))
     _refuse_unsupported(raw, where)
     unknown = check_keys(raw, family.own_keys, family.qk_norm, where)
     rope = read_rope(with_defaults(raw, family), where)
@@ -271,6 +291,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         routing=routing,
         latent=latent,
         further_layers=further,
+        outer=outer,
         raw=given,
     )
 
@@ -306,32 +327,7 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
         written |= dict.fromkeys(_EXPERTS, config.routing.experts)
     if raw.get(FURTHER_LAYERS) != config.further_layers and family.latent:
         written[FURTHER_LAYERS] = config.further_layers
-    return written
-
-
-def check_classes(raw: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuses classes that may compute something else than the family's own.
-
-    Raises:
-        MsQuantError: ``architectures`` or the custom code of ``auto_map`` names such a class.
-    """
-    named = raw.get("architectures")
-    found = [("architectures", name) for name in named] if isinstance(named, list) else []
-    custom = raw.get("auto_map")
-    if custom is not None and not isinstance(custom, dict):
-        raise BadFileError(f"{where}: auto_map is {custom!r:.80}, expected classes by their kind")
-    for kind, place in (custom or {}).items():
-        if kind.startswith("AutoModel"):
-            text = place if isinstance(place, str) else repr(place)
-            found.append((f"auto_map.{kind}", text.rpartition(".")[2]))
-    known = {name.lower() for name in family.classes}  # LLaMAForCausalLM is older than Llama...
-    for key, name in found:
-        if not isinstance(name, str) or name.lower() not in known:
-            raise BadFileError(
-                f"{where}: {key} is {name!r:.80}, expected one of {', '.join(family.classes)}: "
-                "another class may compute something else, and custom code is not read. If these "
-                f"weights are an ordinary {family.base}'s, say so in config.json"
-            )
+    return whole_config(config.outer, raw, written) if config.outer else written
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:

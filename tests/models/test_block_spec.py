@@ -46,6 +46,8 @@ BIASES: dict[str, dict[str, tuple[str, ...]]] = {  # config key to what gets a b
     "mistral": {},
     "qwen2": {"": QKV},
     "qwen3": {"attention_bias": (*QKV, *OUT)},
+    "qwen2_5_vl": {"": QKV},
+    "qwen3_vl": {"attention_bias": (*QKV, *OUT)},
     "smollm3": {"attention_bias": (*QKV, *OUT), "mlp_bias": (*MLP, *DOWN)},
     "seed_oss": {"attention_bias": QKV, "attention_out_bias": OUT, "mlp_bias": (*MLP, *DOWN)},
     "internlm3": {"qkv_bias": QKV, "bias": (*OUT, *MLP, *DOWN)},
@@ -58,7 +60,7 @@ EDGES = (
 )
 
 
-OTHERS = {"qwen2_moe", "qwen3_moe", "deepseek_v3", "kimi_k2", "glm4"}
+OTHERS = {"qwen2_moe", "qwen3_moe", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4"}
 
 
 def test_every_dense_family_is_here():
@@ -88,7 +90,7 @@ def test_a_dense_block(family, on):
         path for path in DENSE if path.endswith(ends)
     }
     norms = {"input_layernorm": 24, "post_attention_layernorm": 24}
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_vl"):
         norms |= {"self_attn.q_norm": 8, "self_attn.k_norm": 8}
     assert {path: spec.size for path, spec in block.norms.items()} == norms
     assert {p for p, s in block.norms.items() if not s.reads_stream} == set(norms) - {

@@ -152,7 +152,8 @@ def test_the_old_style_of_a_config_parses_to_the_same(name):
 
 
 def test_every_family_of_transformers_has_golden_logits():
-    known = {name for name, family in FAMILIES.items() if not family.custom_code} - {"kimi_k2"}
+    known = {name for name, family in FAMILIES.items() if not family.custom_code}
+    known -= {"kimi_k2", "kimi_k25"}  # which are deepseek_v3
     assert {stored_config(name).model_type for name in CASES} == known
 
 
