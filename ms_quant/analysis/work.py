@@ -116,13 +116,17 @@ class AnalysisWork(BlockWork):
         groups = {g.name: _JUST_SEEN for g in self.config.block(index).groups} | dict(found.groups)
         return replace(found, groups=groups, cache=STATIC_CACHE in self.subject.caches)
 
+    def unfinished(self) -> list[int]:
+        """See :class:`BlockWork`: blocks that predict further tokens change no prediction here."""
+        return [index for index in super().unfinished() if index < self.config.num_layers]
+
     def by_experts(self, index: int) -> bool:
         """See :class:`BlockWork`: variants of all groups run through the whole block."""
         return False
 
     def watchers(self, index: int) -> Mapping[str, Observer]:
         """See :class:`BlockWork`."""
-        windows, length, _ = self._shape
+        windows, length, _ = self.shape(index)
         self._watches = {
             group.name: InputWatch(windows, length, group.routed)
             for group in self.config.block(index).groups
@@ -199,8 +203,7 @@ class AnalysisWork(BlockWork):
 
         What is to be kept of the first plan's linears goes to ``kept``, that of others to disk.
         """
-        block, at = exact.block, self._at
-        assert at is not None
+        block, at = exact.block, self.at(exact.block.index)
         for (scheme, plan), (_, job) in zip(self.subject.plans.items(), self.targets, strict=False):
             made = quantize(plan, LoadedWeights(block, at), observations, alone=True)
             if self.subject.keeps and job is self.job:

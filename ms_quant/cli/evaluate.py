@@ -39,6 +39,14 @@ def evaluate(
     float16: Annotated[
         bool, typer.Option("--float16", help="Also as a runtime computes that has float16 alone.")
     ] = False,
+    drafts: Annotated[
+        bool,
+        typer.Option(
+            "--drafts",
+            help="Also which share of the drafts of a multi-token prediction layer is what the "
+            "model itself predicts.",
+        ),
+    ] = False,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -70,6 +78,8 @@ def evaluate(
         "kv_cache": kv_cache or cache_name(model),
         **found[""].found.as_json(),
     }
+    if drafts:
+        result |= _drafts(model, tokens, kv_cache)
     for suffix in [suffix for suffix in found if suffix]:
         result[f"perplexity{suffix}"] = found[suffix].found.perplexity
         result[f"loss{suffix}"] = found[suffix].found.loss
@@ -107,6 +117,14 @@ def _measured(
         except Float16OverflowError as error:
             return found, [str(error)]
     return found, []
+
+
+def _drafts(model: ServedModel, tokens: np.ndarray, kv_cache: str | None) -> dict[str, Any]:
+    from ms_quant.evaluation.drafts import drafts
+
+    with block_progress("drafting", model.config.num_layers) as progress:
+        found = drafts(model, tokens, progress, kv_cache=kv_cache)
+    return {"draft_acceptance": found.acceptance, "draft_loss": found.loss}
 
 
 @contextmanager

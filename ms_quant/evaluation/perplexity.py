@@ -212,6 +212,23 @@ def _losses(
     budget: Budget,
 ) -> np.ndarray:
     count, length = tokens.shape
+    last = last_states(model, forward, tokens, directory, progress, budget)
+    # A copy without each window's last token would not fit in memory: its loss is dropped instead.
+    rows, targets = last.reshape(-1, last.shape[2]), np.roll(tokens, -1, axis=1).ravel()
+    losses = cross_entropy(model.chunks(head_name(model)), rows, targets, budget.logit_bytes)
+    return losses.reshape(count, length)[:, :-1]
+
+
+def last_states(
+    model: ServedModel,
+    forward: Forward,
+    tokens: np.ndarray,
+    directory: Path,
+    progress: BlockProgress,
+    budget: Budget,
+) -> np.ndarray:
+    """What the last norm gives, float32 (windows, seq_len, hidden) in a file of a directory."""
+    count, length = tokens.shape
     shape = (count, length, model.config.hidden_size)
     free_space_check(directory, 2 * 4 * math.prod(shape))
     source = directory / "hidden-0.npy"
@@ -232,10 +249,7 @@ def _losses(
     last = np.load(source, mmap_mode="r+")
     for start in range(0, count, batch):
         last[start : start + batch] = forward.norm(last[start : start + batch])
-    # A copy without each window's last token would not fit in memory: its loss is dropped instead.
-    rows, targets = last.reshape(-1, shape[2]), np.roll(tokens, -1, axis=1).ravel()
-    losses = cross_entropy(model.chunks(head_name(model)), rows, targets, budget.logit_bytes)
-    return losses.reshape(count, length)[:, :-1]
+    return last
 
 
 def _write(path: Path, shape: tuple[int, int, int], rows: Iterable[np.ndarray]) -> None:

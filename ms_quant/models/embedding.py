@@ -60,6 +60,30 @@ class Table:
         return kernels.gemv(self._held, x)
 
 
+def best_tokens(
+    head: Chunks, rows: np.ndarray, logit_bytes: int = BUDGET.logit_bytes
+) -> np.ndarray:
+    """The token with the largest logit of each row; of equal ones the first.
+
+    Args:
+        head, rows, logit_bytes: as of :func:`cross_entropy`.
+
+    Returns:
+        int64 (tokens,).
+    """
+    top, found = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int64)
+    for start, weight in head:
+        step = max(1, logit_bytes // (4 * len(weight)))
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            logits = kernels.matmul(rows[part], weight)
+            best = logits.argmax(axis=1)
+            value = np.take_along_axis(logits, best[:, None], axis=1)[:, 0]
+            found[part] = np.where(value > top[part], start + best, found[part])
+            top[part] = np.maximum(top[part], value)
+    return found
+
+
 def cross_entropy(
     head: Chunks, rows: np.ndarray, targets: np.ndarray, logit_bytes: int = BUDGET.logit_bytes
 ) -> np.ndarray:

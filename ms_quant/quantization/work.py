@@ -10,7 +10,7 @@ made to fit by dividing what a linear makes and multiplying what reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,8 +21,9 @@ from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import BlockForward, Observer, Positions
 from ms_quant.models.embedding import used_rows
 from ms_quant.models.experts import Experts
+from ms_quant.models.further_tokens import EMBEDDING as FURTHER_EMBEDDING
+from ms_quant.models.further_tokens import FurtherInput
 from ms_quant.models.names import block_prefix
-from ms_quant.plan.folding import folded_edges
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import BlockProgress
 from ms_quant.quantization.block import QuantizedBlock, quantize
@@ -71,9 +72,8 @@ class BlockWork:
         self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
         self.progress, self.hooks, self.budget = progress, hooks, budget
         self.all_tokens = all_tokens
-        self._routed: dict[int, bool] = {}
         self.config, self.job = targets[0][0].config, targets[0][1]
-        self._at = None if tokens is None else Positions(self.config, tokens.shape[1])
+        self._at: dict[int, Positions] = {}
         self._loaded: tuple[BlockForward, Divided] | None = None
 
     def unfinished(self) -> list[int]:
@@ -88,14 +88,16 @@ class BlockWork:
             MsQuantError: a weight or an activation is NaN or infinite, an activation does not fit
                 float16, or the disk is full.
         """
-        if self.tokens is None or index >= self.config.num_layers:
-            return None  # further tokens are predicted from others than what a block gives
+        if self.tokens is None or index > self.config.num_layers:
+            return None  # no block is run that reads what a block for further tokens makes
+        if index == self.config.num_layers and not self.targets[0][0].groups(index):
+            return None
         self._make_hidden(index)
         if self.by_experts(index):
             return RoutedBlock(self, index).observe()
-        block, at = self.block(index, {}), self.at
+        block, at = self.block(index, {}), self.at(index)
         following = self.following(index)
-        see = partial(observe, block, at, wanted=self.wanted(index), shape=self._shape)
+        see = partial(observe, block, at, wanted=self.wanted(index), shape=self.shape(index))
         seen = see(
             hidden=self.hidden(index),
             following=following.append if following else _drop,
@@ -114,14 +116,8 @@ class BlockWork:
         return seen
 
     def by_experts(self, index: int) -> bool:
-        """Whether a block's experts are done one after the other: where they share no smoothing
-        with each other, and no search looks at what they change in the block's output."""
-        if index not in self._routed:
-            branch = self.config.block(index).branches[-1]
-            plans = [plan for plan, _ in self.targets]
-            alone = all(_apart(plan, index) for plan in plans)
-            self._routed[index] = isinstance(branch, Experts) and alone
-        return self._routed[index]
+        """Whether a block has experts, which are done one after the other."""
+        return isinstance(self.config.block(index).branches[-1], Experts)
 
     def wanted(self, index: int) -> Wanted:
         """What must be kept of a block."""
@@ -150,7 +146,15 @@ class BlockWork:
             if block is None:
                 part = partial(self._progress, index, count, half)
                 weights = self._weights(index, observations)
-                block = quantize(plan, weights, observations, self.hooks, part, only=only)
+                block = quantize(
+                    plan,
+                    weights,
+                    observations,
+                    self.hooks,
+                    part,
+                    only=only,
+                    maxima=routed.maxima if routed else None,
+                )
                 if observations is None and self.tokens is not None:
                     block.ranges = BlockRanges(index).facts({})  # a block that no token passes
                 block.routing = routed.facts() if routed else {}
@@ -181,17 +185,18 @@ class BlockWork:
         part = (count + part) / len(self.targets)
         self.progress(index, (1 + part) / 2 if half else part)
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """(windows, tokens, hidden) of a block's calibration data. After the last token of a window
+        none is known, which a block for further tokens would read."""
         assert self.tokens is not None
         windows, length = self.tokens.shape
-        return windows, length, self.config.hidden_size
+        return windows, length - (index >= self.config.num_layers), self.config.hidden_size
 
     def _weights(self, index: int, observations: Observations | None) -> Weights:
-        if observations is None or self._at is None:
+        if observations is None:
             return StoredWeights(self.checkpoint, index)
         block, searches = self.block(index, observations.divided), observations.windows.tokens
-        return LoadedWeights(block, self._at, release=len(self.targets) == 1 and not searches)
+        return LoadedWeights(block, self.at(index), release=len(self.targets) == 1 and not searches)
 
     def block(self, index: int, divided: Divided) -> BlockForward:
         """A float block with some rows divided; the last one stays in memory. Its experts are
@@ -208,19 +213,31 @@ class BlockWork:
         self._loaded = block, divided
         return block
 
-    @property
-    def at(self) -> Positions:
-        """The positions of a window's tokens."""
-        assert self._at is not None
-        return self._at
+    def at(self, index: int) -> Positions:
+        """The positions of a window's tokens in a block."""
+        length = self.shape(index)[1]
+        if length not in self._at:
+            self._at[length] = Positions(self.config, length)
+        return self._at[length]
 
     def hidden(self, index: int, share: float = 0.5) -> Iterator[np.ndarray]:
         """The inputs of a block, some windows at a time; the last is told as a share done."""
-        windows, length, _ = self._shape
+        windows, length, _ = self.shape(index)
         batch, path = self.budget.windows(length), self.job.hidden_file(index)
+        made = self._further_input() if index == self.config.num_layers else None
         for start in range(0, windows, batch):
-            yield read_hidden(path, start, start + batch)
+            rows = read_hidden(path, start, start + batch)
+            yield rows if made is None else made(start, rows)
             self.progress(index, share * min(1.0, (start + batch) / windows))
+
+    def _further_input(self) -> Callable[[int, np.ndarray], np.ndarray]:
+        """What the block for further tokens reads, from what the last block gave to windows."""
+        assert self.tokens is not None
+        tokens, last = self.tokens[:, 1:], self.config.num_layers
+        name = f"{block_prefix(last)}{FURTHER_EMBEDDING}.weight"
+        rows = used_rows(self.checkpoint.float32_chunks(name), tokens)
+        made = FurtherInput(self.config, self.checkpoint.read_float32)
+        return lambda start, x: made(x[:, :-1], rows(tokens[start : start + len(x)]))
 
     def _has_hidden(self, index: int) -> bool:
         return self.job.hidden_file(index).exists()
@@ -230,7 +247,7 @@ class BlockWork:
         later = next((other for other in self.unfinished() if other > index), None)
         if later is None or any(self._has_hidden(j) for j in range(index + 1, later + 1)):
             return None
-        return HiddenStates(self.job.hidden_file(index + 1), self._shape)
+        return HiddenStates(self.job.hidden_file(index + 1), self.shape(index))
 
     def _make_hidden(self, index: int) -> None:
         """The inputs of a block, from the nearest that there are before it."""
@@ -239,8 +256,8 @@ class BlockWork:
             self._embed()
             first = 0
         for earlier in range(first, index):
-            block, at = self.block(earlier, {}), self.at
-            outputs = HiddenStates(self.job.hidden_file(earlier + 1), self._shape)
+            block, at = self.block(earlier, {}), self.at(earlier)
+            outputs = HiddenStates(self.job.hidden_file(earlier + 1), self.shape(earlier))
             for batch in self.hidden(earlier):
                 outputs.append(block(batch, at))
             outputs.commit()
@@ -249,7 +266,7 @@ class BlockWork:
         """Writes the first hidden states."""
         assert self.tokens is not None
         rows = used_rows(self.checkpoint.float32_chunks(EMBEDDING), self.tokens)
-        hidden = HiddenStates(self.job.hidden_file(0), self._shape)
+        hidden = HiddenStates(self.job.hidden_file(0), self.shape(0))
         for window in self.tokens:
             hidden.append(rows(window))
         hidden.commit()
@@ -268,14 +285,3 @@ class BlockWork:
 
 def _drop(output: np.ndarray) -> None:
     """No block begins with it."""
-
-
-def _apart(plan: Plan, index: int) -> bool:
-    """Whether no expert of a block needs another one to be quantized."""
-    folded = folded_edges(plan, index)
-    for group in plan.groups(index):
-        edge, layer = folded.get(group.name), plan.layer(index, group)
-        shared = edge is not None and edge.norm
-        if group.routed and (shared or layer.algorithms.any("searches")):
-            return False
-    return True
