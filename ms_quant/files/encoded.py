@@ -106,7 +106,7 @@ class EncodedCheckpoint(Checkpoint):
         counted = Counter((e.title, self.is_coded(name)) for name, e in self.encodings.items())
         return [
             f"{self.directory}: {count} weights are stored as {title}; they are "
-            + ("decoded as they are read, and quantized from float32" if coded else "read apart")
+            + ("decoded as they are read, and quantized from float32" if coded else "read one by one")
             for (title, coded), count in counted.items()
         ]
 
