@@ -104,9 +104,10 @@ class EncodedCheckpoint(Checkpoint):
     def notes(self) -> list[str]:
         """What to know about how tensors are stored, one sentence each."""
         counted = Counter((e.title, self.is_coded(name)) for name, e in self.encodings.items())
+        coded_how = "decoded as they are read, and quantized from float32"
         return [
             f"{self.directory}: {count} weights are stored as {title}; they are "
-            + ("decoded as they are read, and quantized from float32" if coded else "read one by one")
+            + (coded_how if coded else "read one by one")
             for (title, coded), count in counted.items()
         ]
 
