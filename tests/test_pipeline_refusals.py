@@ -112,7 +112,7 @@ def damage_truncated(model: Path) -> str:
 
 def damage_type(model: Path) -> str:
     edit_config(model, model_type="mamba")
-    known = "deepseek_v3, internlm3, kimi_k2"
+    known = "deepseek_v3, glm4, internlm3, kimi_k2"
     return rf"config\.json: model_type 'mamba' is not supported, expected one of {known}"
 
 

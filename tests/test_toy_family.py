@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import toy_family
+from exact_rounding import keep
 from sealed import seal_again
 
-from ms_quant.algorithms.problem import Problem, Solution, checked
 from ms_quant.analysis.run import analyze
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import MsQuantError
@@ -30,8 +30,6 @@ from ms_quant.models import families
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import ModelConfig, load_config, parse_config
 from ms_quant.models.ranks import check_tp
-from ms_quant.numerics.activation import Float
-from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.planning import make_plan, plan_of_recipe
 from ms_quant.pipeline.request import QuantizeOptions, prepare
@@ -124,22 +122,6 @@ def test_every_format_holds_it(format, scheme, algorithm, more, make, model, cal
     assert result.quantized == 7 + 4 + 3 * 3
     exact = losses(model, calib_text)
     assert losses(output, calib_text) == pytest.approx(exact, rel=0.02)
-
-
-class Exact:
-    """A grid on which every weight is its own code."""
-
-    group = 0
-
-    def values(self, codes: np.ndarray, start: int = 0) -> np.ndarray:
-        return codes
-
-
-def keep(problem: Problem, solution: Solution) -> tuple[dict[str, QuantizedLinear], dict]:
-    return {
-        name: QuantizedLinear(weight, Exact(), problem.biases.get(name), Float(), solution.smooth)
-        for name, weight in checked(problem, solution).items()
-    }, {}
 
 
 def second_block(

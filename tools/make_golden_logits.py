@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 from golden_weights import SIDES, batch, checksum, kept, random_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden" / "logits"
 
@@ -255,14 +255,69 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-2,
         },
     ),
+    "glm4": (
+        "glm4",
+        {
+            "head_dim": 16,
+            "rope_parameters": rope("default", partial_rotary_factor=0.5),
+            "pad_token_id": 0,
+        },
+    ),
+    "glm4_yarn": (
+        "glm4",
+        {
+            "head_dim": 32,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": rope(
+                "yarn",
+                factor=2.0,
+                original_max_position_embeddings=32,
+                partial_rotary_factor=0.25,
+            ),
+            "pad_token_id": 0,
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"rope_parameters": rope("default", 1000000.0, mrope_section=[2, 3, 3])},
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "head_dim": 32,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": rope(
+                "default", 5000000.0, mrope_section=[8, 4, 4], mrope_interleaved=True
+            ),
+        },
+    ),
 }
+
+
+VISION = {
+    "qwen2_5_vl": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64},
+    "qwen3_vl": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64},
+}
+"""What sees images, which no logits of a text depend on."""
 
 
 def build(model_type: str, changes: dict[str, Any], seed: int):
     """A transformers model with the weights of a seed, and those weights."""
-    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
-    tensors = dict(model.named_parameters())
+    keys, maker = {**SHAPE, **changes}, AutoModelForCausalLM
+    if model_type.endswith("_vl"):
+        keys = {"text_config": keys, "vision_config": VISION[model_type]}
+        keys["tie_word_embeddings"] = changes.get("tie_word_embeddings", False)
+        maker = AutoModelForImageTextToText
+    config = AutoConfig.for_model(model_type, **keys)
+    model = maker.from_config(config, attn_implementation="eager").eval().float()
+    tensors = {
+        name.replace("model.language_model.", "model."): parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith("model.visual.")
+    }
     tensors |= {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     parts = {name: published(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     shapes = {key: shape for found in parts.values() for key, shape in found.items()}
@@ -301,7 +356,7 @@ def saved_config(model) -> bytes:
 
 def run(model, side: str, positions: str = "range") -> np.ndarray:
     """Logits at the compared positions, float32 (or whatever the model's type is)."""
-    ids, mask = batch(model.config.vocab_size, side)
+    ids, mask = batch(model.config.get_text_config().vocab_size, side)
     if positions == "range":
         place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
     else:  # what transformers' generate() does for padding on the left

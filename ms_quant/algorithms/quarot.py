@@ -145,6 +145,18 @@ class QuaRot:
                 f"{where}: quarot turns the last hidden states, which this model gives out or "
                 "classifies by, expected a model with a head of its own or a tied one"
             )
+        written = next((p for p, norm in config.block(0).norms.items() if norm.writes_stream), None)
+        if written:
+            raise BadArgumentError(
+                f"{where}: quarot turns the residual stream, which {written} of each "
+                f"{config.model_type} block writes with a gain for each channel, expected a model "
+                "without norms after its branches"
+            )
+        if config.carried:
+            raise BadArgumentError(
+                f"{where}: quarot turns the residual stream, which {config.carried[0][0]} and "
+                "others of the larger model write, too, expected a text model by itself"
+            )
         if seed < 0:
             raise BadArgumentError(f"seed is {seed}, expected at least 0")
         self.config = untied(config)

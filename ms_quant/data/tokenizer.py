@@ -18,6 +18,7 @@ from ms_quant.data.tokenizer_files import (
 )
 from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
+from ms_quant.models.config import own_config
 from ms_quant.models.spellings import canonical
 
 
@@ -155,7 +156,9 @@ def load_tokenizer(directory: Path | str) -> ModelTokenizer:
 def model_vocab_size(directory: Path) -> int | None:
     """``vocab_size`` of a model directory's ``config.json``, if it has one."""
     path = directory / "config.json"
-    value = canonical(read_json(path)).get("vocab_size") if path.is_file() else None
+    if not path.is_file():
+        return None
+    value = canonical(own_config(read_json(path), str(path))).get("vocab_size")
     return value if type(value) is int and value > 0 else None
 
 
@@ -165,7 +168,7 @@ def _eos_id(directory: Path, backend: Tokenizer, token: str | None) -> int | Non
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if found is None and path.is_file():
-            value = read_json(path).get("eos_token_id")
+            value = own_config(read_json(path), str(path)).get("eos_token_id")
             first = value[0] if isinstance(value, list) and value else value
             found = first if type(first) is int and first >= 0 else None
     return found

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,12 +35,16 @@ class Encoding(Protocol):
 
     Attributes:
         title: in a few words, such as ``"FP8 in blocks of 128 x 128"``.
+        dtype: of its values as they are read.
         shape: of the float tensor.
         parts: the stored tensors that it is made of: its codes, its scales, others.
     """
 
     @property
     def title(self) -> str: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -55,7 +59,7 @@ class Encoding(Protocol):
         """A number that no magnitude in it exceeds, by its scales alone."""
 
     def rows(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop`` (exclusive) in float32, an array of its own."""
+        """Rows ``start`` to ``stop`` (exclusive), finite, an array of its own."""
 
 
 class EncodedCheckpoint(Checkpoint):
@@ -99,19 +103,25 @@ class EncodedCheckpoint(Checkpoint):
 
     def notes(self) -> list[str]:
         """What to know about how tensors are stored, one sentence each."""
-        counted = Counter(encoding.title for encoding in self.encodings.values())
+        counted = Counter((e.title, self.is_coded(name)) for name, e in self.encodings.items())
+        coded_how = "decoded as they are read, and quantized from float32"
         return [
-            f"{self.directory}: {count} weights are stored as {title}; they are decoded as they "
-            "are read, and quantized from float32"
-            for title, count in counted.items()
+            f"{self.directory}: {count} weights are stored as {title}; they are "
+            + (coded_how if coded else "read one by one")
+            for (title, coded), count in counted.items()
         ]
 
+    def is_coded(self, name: str) -> bool:
+        """Whether a tensor is stored as codes with scales."""
+        return name in self.encodings and len(self.encodings[name].parts) > 1
+
     def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of a tensor; of an encoded one as in a float32 file of its own."""
+        """Dtype and shape of a tensor; of an encoded one as in a file of its own."""
         encoding = self.encodings.get(name)
         if encoding is None:
             return super().info(name)
-        return TensorInfo(FLOAT32, encoding.shape, 0, 4 * math.prod(encoding.shape))
+        size = encoding.dtype.itemsize * math.prod(encoding.shape)
+        return TensorInfo(encoding.dtype, encoding.shape, 0, size)
 
     def file_of(self, name: str) -> SafetensorsFile:
         """The opened file that holds a tensor, or the codes of an encoded one."""
@@ -119,8 +129,19 @@ class EncodedCheckpoint(Checkpoint):
         return self._stored_in(name if encoding is None else encoding.parts[0])
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in the dtype it is stored in, an encoded one in float32."""
-        return self.read_float32(name) if name in self.encodings else super().read(name)
+        """Reads one tensor in the dtype it is stored in, one of codes in float32."""
+        if name not in self.encodings:
+            return super().read(name)
+        info = self.info(name)
+        array = np.empty(info.shape, info.dtype)
+        for start, part in self.float_chunks(name):
+            array[start : start + len(part)] = part
+        return array
+
+    def place(self, name: str) -> str:
+        stored = self.encodings[name].parts[0] if name in self.encodings else name
+        place = super().place(name)
+        return place if stored == name else f"{place} in {stored!r}"
 
     def float_chunks(
         self,
@@ -130,7 +151,7 @@ class EncodedCheckpoint(Checkpoint):
         elements: int | None = None,
         dtype: np.dtype | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """As ``Checkpoint.float_chunks``; an encoded tensor comes in float32."""
+        """As ``Checkpoint.float_chunks``; a tensor of codes comes in float32."""
         encoding = self.encodings.get(name)
         if encoding is None:
             yield from super().float_chunks(name, rows, elements=elements, dtype=dtype)
@@ -147,20 +168,22 @@ class EncodedCheckpoint(Checkpoint):
 
     def check_part(self, name: str) -> None:
         encoding = self._parts.get(name)
-        if encoding is not None and name == encoding.parts[1]:
+        if encoding is not None and name in encoding.parts[1:2]:
             encoding.check(self._stored_in)
 
     def _decides(self, file: SafetensorsFile, name: str) -> bool:
         return name in self._parts or super()._decides(file, name)
 
 
-def read_scales(file: SafetensorsFile, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows of scales as float32; uint8 is E8M0.
+def read_scales(
+    file: SafetensorsFile, name: str, start: int, stop: int, matrix: int | None = None
+) -> np.ndarray:
+    """Rows of scales as float32, see :meth:`SafetensorsFile.read_rows`; uint8 is E8M0.
 
     Raises:
         MsQuantError: one is not a positive number; names the tensor.
     """
-    stored = file.read_rows(name, start, stop)
+    stored = file.read_rows(name, start, stop, matrix)
     if stored.dtype.kind == "u":
         stored = stored.view(DTYPES["F8_E8M0"])
     scales = stored.astype(np.float32)

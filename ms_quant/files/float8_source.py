@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import BadFileError
 from ms_quant.files.digest import BLOCK_ELEMENTS
-from ms_quant.files.encoded import SCALE_CODES, FileOf, check_finite, read_scales
+from ms_quant.files.encoded import FLOAT32, SCALE_CODES, FileOf, check_finite, read_scales
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.numerics.minifloat import E4M3
 
@@ -45,41 +46,48 @@ class Float8Blocks:
         return f"FP8 in blocks of {self.block[0]} x {self.block[1]}"
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        return FLOAT32
+
+    @property
     def parts(self) -> tuple[str, ...]:
         return self.weight, self.scale
 
     def check(self, file_of: FileOf) -> None:
         self._scales(file_of)
 
-    def largest(self, file_of: FileOf) -> float:
-        return E4M3.largest * float(self._scales(file_of).max(initial=0))
+    def largest(self, file_of: FileOf, matrix: int | None = None) -> float:
+        """See ``Encoding``; of all, or of one matrix of a stack."""
+        return E4M3.largest * float(self._scales(file_of, matrix).max(initial=0))
 
-    def _scales(self, file_of: FileOf) -> np.ndarray:
+    def _scales(self, file_of: FileOf, matrix: int | None = None) -> np.ndarray:
         file = file_of(self.scale)
-        return read_scales(file, self.scale, 0, file.info(self.scale).shape[0])
+        rows = file.info(self.scale).shape[0 if matrix is None else 1]
+        return read_scales(file, self.scale, 0, rows, matrix)
 
-    def rows(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
+    def rows(self, file_of: FileOf, start: int, stop: int, matrix: int | None = None) -> np.ndarray:
+        """See ``Encoding``; of all, or of one matrix of a stack."""
         file = file_of(self.weight)
         where = f"{file.path}: tensor {self.weight!r}"
-        codes = file.read_rows(self.weight, start, stop).view(np.uint8)
+        codes = file.read_rows(self.weight, start, stop, matrix).view(np.uint8)
         wrong = int(np.count_nonzero(codes & NAN == NAN))
         if wrong:
             raise BadFileError(
                 f"{where} holds {wrong} NaN codes in rows {start} to {stop}, expected none"
             )
-        scales = self._row_scales(file_of, start, stop)
+        scales = self._row_scales(file_of, start, stop, matrix)
         values = decode(codes, scales, self.block[1])
         check_finite(values, scales, where)
         return values
 
-    def _row_scales(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
+    def _row_scales(self, file_of: FileOf, start: int, stop: int, matrix: int | None) -> np.ndarray:
         """The scales of each row, (..., rows, blocks of columns)."""
         file, height = file_of(self.scale), self.block[0]
-        if len(self.shape) == 3:
+        if len(self.shape) == 3 and matrix is None:
             scales = read_scales(file, self.scale, start, stop)
             return scales[:, np.arange(self.shape[1]) // height]
         first = start // height
-        scales = read_scales(file, self.scale, first, -(-stop // height))
+        scales = read_scales(file, self.scale, first, -(-stop // height), matrix)
         return scales[np.arange(start, stop) // height - first]
 
 

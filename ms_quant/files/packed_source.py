@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ms_quant.errors import BadFileError
-from ms_quant.files.encoded import FileOf, check_finite, read_scales
+from ms_quant.files.encoded import FLOAT32, FileOf, check_finite, read_scales
 from ms_quant.files.reader import MODEL_CODES
 from ms_quant.files.safetensors_file import TensorInfo
 from ms_quant.numerics.pack import WORD_BITS, unpack_words
@@ -43,6 +44,10 @@ class PackedGroups:
     @property
     def title(self) -> str:
         return f"int{self.bits} in groups of {self.group}"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return FLOAT32
 
     @property
     def parts(self) -> tuple[str, ...]:

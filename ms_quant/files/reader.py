@@ -102,7 +102,7 @@ class Checkpoint:
             is asked for. Default: the same.
 
     Attributes:
-        renamed: whether there is a ``rename``.
+        rename, renamed: as given, and whether there is one.
         digests: sha256 of tensors' bytes, where they are known.
 
     Raises:
@@ -120,7 +120,7 @@ class Checkpoint:
         rename: Callable[[str], str] | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self.renamed = rename is not None
+        self.rename, self.renamed = rename, rename is not None
         self._rename = rename or str
         if not self.directory.is_dir():
             raise BadFileError(f"{self.directory}: no such model directory")

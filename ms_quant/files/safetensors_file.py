@@ -132,13 +132,15 @@ class SafetensorsFile:
         info = self.info(name)
         return self._read_array(info, info.shape, info.start)
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, name: str, start: int, stop: int, matrix: int | None = None) -> np.ndarray:
         """Reads rows ``start`` to ``stop`` (exclusive) along the first axis.
 
         Args:
             name (str): the tensor, of at least one dimension.
             start (int): the first row.
             stop (int): one past the last row.
+            matrix (int, optional): of which matrix along the first axis the rows are, which are
+                along the second then.
 
         Returns:
             numpy.ndarray, of shape ``(stop - start, ...)``.
@@ -148,15 +150,17 @@ class SafetensorsFile:
                 or cannot be read.
         """
         info = self.info(name)
-        rows = info.shape[0] if info.shape else 0
-        if not info.shape or not 0 <= start <= stop <= rows:
+        axis = 0 if matrix is None else 1
+        rows = info.shape[axis] if len(info.shape) > axis else 0
+        if len(info.shape) <= axis or not 0 <= start <= stop <= rows:
             raise BadFileError(
                 f"{self.path}: tensor {name!r} has shape {list(info.shape)}, expected rows "
                 f"{start} to {stop}"
             )
-        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-        shape = (stop - start, *info.shape[1:])
-        return self._read_array(info, shape, info.start + start * row_bytes)
+        inner = info.shape[axis + 1 :]
+        row_bytes = math.prod(inner) * info.dtype.itemsize
+        first = start + rows * (matrix or 0)
+        return self._read_array(info, (stop - start, *inner), info.start + first * row_bytes)
 
     def read_bytes(self, start: int, stop: int) -> bytes:
         """The bytes ``start`` to ``stop`` (exclusive) of the file."""

@@ -14,7 +14,7 @@ from ms_quant.files.companion_files import companion_bytes, companion_files
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import find_difference
 from ms_quant.job.unlisted import is_read
-from ms_quant.models.config import ModelConfig, load_config, written_config
+from ms_quant.models.config import ModelConfig, load_config, own_config, written_config
 from ms_quant.models.spellings import DTYPE_KEYS, QUANTIZATION_KEYS, spelling_problems
 
 
@@ -23,7 +23,8 @@ def model_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     written = _without_quantization(written_config(config))
     inner = written.get("text_config")
     if isinstance(inner, Mapping):
-        written["text_config"] = _without_quantization(inner)
+        types = {key: dtype.name for key in DTYPE_KEYS if key in inner}
+        written["text_config"] = {**_without_quantization(inner), **types}
     return {**written, **dict.fromkeys(DTYPE_KEYS, dtype.name)}
 
 
@@ -51,7 +52,7 @@ def config_problems(
             if key in part and not (part is raw and key == entry):
                 yield f"{path}: has {key}, expected none"
     if strict:
-        yield from spelling_problems(raw, str(path))
+        yield from spelling_problems(own_config(raw, str(path)), str(path))
     if dtype is None:
         return
     for key in DTYPE_KEYS:

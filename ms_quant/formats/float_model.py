@@ -26,6 +26,7 @@ from ms_quant.models.families import CLASSIFIES, EMBEDS
 from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import frequencies
 from ms_quant.models.spellings import asks_tensors
+from ms_quant.models.text_part import house_name, is_inner
 from ms_quant.models.weights import check_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,8 +54,8 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
         MsQuantError: the config or a shard is malformed, a tensor is missing, unknown, of another
             shape or type, or another matrix than the one that it should be the same as.
     """
-    config, checkpoint = load_config(directory), open_source(directory)
-    rename = renaming(checkpoint.names, config.tied)
+    config, checkpoint = open_text(load_config(directory), directory, open_source)
+    rename = None if config.outer else renaming(checkpoint.names, config.tied)
     if rename is not None:
         checkpoint = open_source(directory, rename)
     config = with_outputs(config, checkpoint)
@@ -78,6 +79,22 @@ def open_float(directory: Path | str) -> FloatCheckpoint:
         check_same(checkpoint, HEAD, EMBEDDING)
     check_buffers(checkpoint, config)
     return FloatCheckpoint(config, checkpoint)
+
+
+def open_text(
+    config: ModelConfig, directory: Path | str, open_directory: Callable[..., Checkpoint]
+) -> FloatCheckpoint:
+    """Opens a checkpoint by the names that a text model has by itself, where it is in another."""
+    checkpoint = open_directory(directory)
+    if not config.outer:
+        return FloatCheckpoint(config, checkpoint)
+    if any(is_inner(name) for name in checkpoint.names):
+        config = replace(config, inner=True)
+        checkpoint = open_directory(directory, rename=house_name)
+    others = [name for name in checkpoint.names if name.startswith(config.family.carried)]
+    infos = ((name, checkpoint.info(name)) for name in others)
+    carried = tuple((name, info.dtype.name, info.shape) for name, info in infos)
+    return FloatCheckpoint(replace(config, carried=carried), checkpoint)
 
 
 def renaming(names: Iterable[str], tied: bool) -> Callable[[str], str] | None:
@@ -108,7 +125,7 @@ def with_outputs(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
         return config
     directory = checkpoint.directory
     embeds = (
-        checkpoint.renamed
+        (checkpoint.renamed and not config.inner)
         or any(name.endswith(EMBEDS) for name in classes)
         or (directory / "modules.json").is_file()
         or recorded_head(directory) == NO_HEAD
@@ -165,7 +182,12 @@ def model_notes(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
         )
     if config.tied and HEAD in checkpoint:
         notes.append(f"{directory}: stores the head a second time, equal; it is left out")
-    if checkpoint.renamed:
+    if config.carried:
+        notes.append(
+            f"{directory}: {len(config.carried)} tensors such as {config.carried[0][0]} are not of "
+            "the text model; they stay as they are"
+        )
+    if checkpoint.renamed and not config.inner:
         notes.append(
             f"{directory}: its tensors have no `model.` or stand under the head's name; the output "
             "has the names of the whole model, which runtimes read for either"

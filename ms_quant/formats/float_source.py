@@ -2,7 +2,7 @@
 
 Two encodings are read as the float model that they stand for: FP8 in blocks (DeepSeek, Kimi-K2,
 Qwen3-*-FP8) and packed integers of compressed-tensors (Kimi-K2-Thinking). Which tensors are so
-their types tell.
+their types tell. In either, and in a float model, experts may be stacked in one tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ms_quant.files.encoded import DECODED_METHODS, EncodedCheckpoint
 from ms_quant.files.float8_source import find_float8
 from ms_quant.files.packed_source import find_packed
 from ms_quant.files.reader import Checkpoint
+from ms_quant.files.stacked_experts import find_stacked, is_stack
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.compressed_tensors.config import PACKED, read_schemes
 from ms_quant.formats.compressed_tensors.entry import groups_of
@@ -43,7 +44,9 @@ def open_source(directory: Path | str, rename: Callable[[str], str] | None = Non
     where = Path(directory) / "config.json"
     key, entry = quantization_entry(read_json(where))
     if not key:
-        return Checkpoint(directory, rename=rename)
+        plain = Checkpoint(directory, rename=rename)
+        stacked = any(is_stack(name) for name in plain.names)
+        return EncodedCheckpoint(directory, find_stacked, rename) if stacked else plain
     method = entry.get("quant_method") if isinstance(entry, Mapping) else entry
     if not isinstance(entry, Mapping) or method not in DECODED_METHODS:
         raise BadFileError(
@@ -52,9 +55,11 @@ def open_source(directory: Path | str, rename: Callable[[str], str] | None = Non
         )
     if method == FLOAT8:
         block = _block(entry, f"{where}: {key}")
-        return EncodedCheckpoint(directory, partial(find_float8, block=block), rename)
+        find = partial(find_stacked, find=partial(find_float8, block=block))
+        return EncodedCheckpoint(directory, find, rename)
     layout = partial(_layout, entry, where)
-    return EncodedCheckpoint(directory, partial(find_packed, layout=layout), rename)
+    find = partial(find_stacked, find=partial(find_packed, layout=layout))
+    return EncodedCheckpoint(directory, find, rename)
 
 
 def quantization_entry(raw: Mapping[str, Any]) -> tuple[str, Any]:

@@ -24,6 +24,7 @@ from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.rotary_rows import RotaryRows
 from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 from ms_quant.schemes.records import Scheme
@@ -168,7 +169,10 @@ class CheckpointFormat:
         plans = [self._float(plan, *tensor) for tensor in before.items()]
         for block in plan.config.stored_blocks:
             plans += self._block(plan, block)
-        return plans + [self._float(plan, *tensor) for tensor in after.items()]
+        plans += [self._float(plan, *tensor) for tensor in after.items()]
+        for name, code, shape in plan.config.carried:
+            plans.append(TensorPlan(name, DTYPES.get(code, plan.dtype), shape, make=_floats))
+        return plans
 
     def _block(self, plan: Plan, block: BlockSpec) -> Iterator[TensorPlan]:
         prefix = block_prefix(block.index)

@@ -25,7 +25,7 @@ class InModelOrder(Checkpoint):
     def __init__(
         self, checkpoint: Checkpoint, orders: Mapping[str, RotaryRows], suffixes: frozenset[str]
     ):
-        super().__init__(checkpoint.directory)
+        super().__init__(checkpoint.directory, rename=checkpoint.rename)
         self._orders, self._suffixes = orders, suffixes
 
     def read(self, name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.formats.checks import check_shapes
-from ms_quant.formats.float_model import with_outputs
+from ms_quant.formats.float_model import open_text, with_outputs
 from ms_quant.formats.float_types import router_dtype
 from ms_quant.formats.format import CheckpointFormat, Leeway
 from ms_quant.formats.registry import FORMATS
@@ -25,6 +25,7 @@ from ms_quant.formats.row_order import in_model_order
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.names import GroupId, block_prefix
+from ms_quant.models.text_part import house_name, renamed
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.plan.layer import LayerPlan, recorded_layer
 from ms_quant.plan.plan import Plan, all_groups
@@ -75,10 +76,12 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
     if format.entry:
         description = description[format.entry]
     try:
+        config, checkpoint = open_text(config, directory, Checkpoint)
+        if config.inner:
+            description = renamed(description, house_name)
         kinds, problems = format.kinds(config, description, where)
         if problems:
             return None, problems
-        checkpoint = Checkpoint(directory)
         config = with_outputs(config, checkpoint)
         plan = _plan_of(format, config, kinds, description, checkpoint)
         checkpoint = in_model_order(format, plan, checkpoint)

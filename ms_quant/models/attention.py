@@ -48,6 +48,7 @@ def attention(
     threads: int | None = None,
     budget: Budget = BUDGET,
     show: Callable[[str, np.ndarray], None] = lambda tap, x: None,
+    order: np.ndarray | None = None,
 ) -> np.ndarray:
     """What the heads give, of queries and keys before their rotation.
 
@@ -60,18 +61,31 @@ def attention(
         threads: at most so many; None for all.
         budget: what bounds its memory.
         show: is shown what attention reads of the new tokens, by the names of ``TAPS``.
+        order: of a head's channels, see :func:`~ms_quant.models.rope.rotary_order`.
 
     Returns:
         float32 (B, S, heads * D).
     """
     batch, length = q.shape[:2]
-    turned, keys = kernels.rope(q, *angles, threads), kernels.rope(k, *angles, threads)
+    turned, keys = (_turned(x, angles, order, threads) for x in (q, k))
     values = np.ascontiguousarray(v.transpose(0, 2, 1, 3))
     for tap, heads in zip(TAPS, (turned, keys, values), strict=True):
         show(tap, heads)
     if cache is not None:
         keys, values = cache(keys, values)
     return attend(turned, keys, values, mask, threads, budget).reshape(batch, length, -1)
+
+
+def _turned(
+    x: np.ndarray,
+    angles: tuple[np.ndarray, np.ndarray],
+    order: np.ndarray | None,
+    threads: int | None,
+) -> np.ndarray:
+    """(B, heads, S, D) of (B, S, heads, D), each channel where it was in its head."""
+    if order is None:
+        return kernels.rope(x, *angles, threads)
+    return kernels.rope(x[..., order], *angles, threads)[..., np.argsort(order)]
 
 
 def attend(

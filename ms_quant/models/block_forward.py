@@ -19,7 +19,7 @@ from ms_quant.models.attention import Cache, causal_mask
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward, ReadWhenCalled
 from ms_quant.models.names import block_prefix
-from ms_quant.models.rope import rope_table, still_table
+from ms_quant.models.rope import rope_table, still_table, widened
 from ms_quant.numerics.linear import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ class Positions:
 
     def __init__(self, config: ModelConfig, stop: int, start: int = 0):
         tokens = np.arange(start, stop)
-        self._turned = rope_table(config.rope, config.rotary_size, tokens, config.max_position)
+        turned = config.rotary_size
+        self._turned = rope_table(config.rope, turned, tokens, config.max_position)
+        if config.latent is None and turned < config.head_dim:
+            self._turned = widened(self._turned, config.head_dim)
         self.mask = causal_mask(stop, start=start)
 
     def angles(self, rotated: bool = True) -> tuple[np.ndarray, np.ndarray]:

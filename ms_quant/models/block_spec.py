@@ -38,12 +38,14 @@ class Division:
         unit: what is never cut, as the config counts it: ``"num_attention_heads"``.
         units: how many of them there are.
         copied: whether units that are fewer than the ranks are held by several ranks each.
+        parts: how many linears are one in it; each is divided by itself.
     """
 
     parallel: Parallel
     unit: str = ""
     units: int = 1
     copied: bool = False
+    parts: int = 1
 
 
 REPLICATED = Division("replicated")
@@ -106,6 +108,7 @@ class NormSpec:
         eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
         made_by: path of a linear whose first outputs it alone reads, and normalises.
         behind: full path of the norm whose output it normalises.
+        writes_stream: whether its output is added to the residual stream.
     """
 
     size: int
@@ -113,6 +116,7 @@ class NormSpec:
     eps: float | None = None
     made_by: str = ""
     behind: str = ""
+    writes_stream: bool = False
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:

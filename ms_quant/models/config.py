@@ -8,16 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.encoded import DECODED_METHODS
 from ms_quant.files.strict_json import read_json
 from ms_quant.models.block_spec import BlockSpec, Division
-from ms_quant.models.config_keys import check_keys
+from ms_quant.models.config_keys import check_classes, check_keys
 from ms_quant.models.config_values import count, flag, positive_int
 from ms_quant.models.families import FAMILIES, Family
 from ms_quant.models.latent_shape import LatentShape, read_latent
 from ms_quant.models.names import block_prefix
-from ms_quant.models.rope import check_rope, unknown_rope_keys, unrotated_layers
+from ms_quant.models.rope import check_rope, rotary_order, unknown_rope_keys, unrotated_layers
 from ms_quant.models.routing import Routing
 from ms_quant.models.sliding_window import check_windows, without_windows
 from ms_quant.models.spellings import (
@@ -27,6 +29,7 @@ from ms_quant.models.spellings import (
     read_rope,
     rope_spellings,
 )
+from ms_quant.models.text_part import stored_name, text_part, whole_config
 
 FURTHER_LAYERS = "num_nextn_predict_layers"
 _EXPERTS = "num_experts", "num_local_experts"
@@ -52,6 +55,10 @@ class ModelConfig:
         latent: the sizes of its attention, where that is multi-head latent attention;
             ``head_dim`` is that of queries and keys then.
         further_layers: how many blocks after the last one predict further tokens.
+        carried: tensors of a larger model that it is in, as (name, type, shape): they stay as they
+            are.
+        inner: whether its tensors are stored under the names of a text model in a larger one.
+        outer: the config of the larger model; ``raw`` is its own then.
     """
 
     model_type: str
@@ -80,6 +87,9 @@ class ModelConfig:
     routing: Routing | None = None
     latent: LatentShape | None = None
     further_layers: int = 0
+    carried: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    inner: bool = False
+    outer: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -92,7 +102,7 @@ class ModelConfig:
         for block in self.stored_blocks:
             for name, shape in block.tensors.items():
                 shapes[f"{block_prefix(block.index)}{name}"] = shape
-        return shapes | after
+        return shapes | after | {name: shape for name, _, shape in self.carried}
 
     def outer_shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
         """The tensors before and after the blocks, name to shape."""
@@ -107,6 +117,10 @@ class ModelConfig:
             shapes["score.bias"] = (self.labels,)
         return dict(before), shapes
 
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor or a module in files."""
+        return stored_name(name) if self.inner else name
+
     def rotates(self, index: int) -> bool:
         """Whether the attention of a layer has a rotary embedding."""
         return index not in self.unrotated
@@ -114,7 +128,14 @@ class ModelConfig:
     @property
     def rotary_size(self) -> int:
         """How many channels of a head have a rotary embedding."""
-        return self.head_dim if self.latent is None else self.latent.rope
+        if self.latent is not None:
+            return self.latent.rope
+        return int(self.head_dim * (self.rope.get("partial_rotary_factor") or 1))
+
+    @cached_property
+    def rotary_order(self) -> np.ndarray | None:
+        """See :func:`~ms_quant.models.rope.rotary_order`."""
+        return rotary_order(self.head_dim, self.rotary_size, self.family.interleaved)
 
     @property
     def longest(self) -> int:
@@ -198,6 +219,12 @@ def load_config(model_dir: Path | str, without: str = "") -> ModelConfig:
     return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *more])))
 
 
+def own_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of the model itself, where it is in a larger one."""
+    family = FAMILIES.get(str(raw.get("model_type")))
+    return text_part(raw, where) if family is not None and family.nested else dict(raw)
+
+
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     raw = canonical(raw)
     model_type = raw.get("model_type")
@@ -206,7 +233,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
             f"{where}: model_type {model_type!r:.80} is not supported, expected one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    family = FAMILIES[model_type]
+    family, outer = FAMILIES[model_type], dict[str, Any]()
+    if family.nested:
+        outer, raw = raw, canonical(text_part(raw, where))
     _refuse_unsupported(raw, where)
     unknown = check_keys(raw, family.own_keys, family.qk_norm, where)
     rope = read_rope(with_defaults(raw, family), where)
@@ -249,7 +278,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         vocab_size=positive_int(raw, "vocab_size", where),
         rms_norm_eps=_epsilon(raw.get("rms_norm_eps", 1e-6), where),
         max_position=max_position,
-        rope=check_rope(rope, max_position, where),
+        rope=check_rope(rope, max_position, where, head_dim if family.partial_rotary else 0),
         tied=flag("tie_word_embeddings", raw, where),
         qkv_bias=flag(family.qkv_bias, raw, where),
         o_bias=flag(family.o_bias, raw, where),
@@ -262,6 +291,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         routing=routing,
         latent=latent,
         further_layers=further,
+        outer=outer,
         raw=given,
     )
 
@@ -269,12 +299,13 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
 def with_defaults(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """A config with what transformers takes for the keys that are absent.
 
-    Its rotary base is found where the rotary object does not have it.
+    What stands in the rotary object is not absent.
     """
     defaults = dict(family.defaults)
     inner = [raw[key] for key in ROPE_KEYS if isinstance(raw.get(key), dict)]
-    if raw.get("rope_theta") is not None or any("rope_theta" in rope for rope in inner):
-        defaults.pop("rope_theta", None)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if raw.get(key) is not None or any(key in rope for rope in inner):
+            defaults.pop(key, None)
     absent = {k: v for k, v in defaults.items() if k not in raw}
     return {**raw, **absent}
 
@@ -296,32 +327,7 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
         written |= dict.fromkeys(_EXPERTS, config.routing.experts)
     if raw.get(FURTHER_LAYERS) != config.further_layers and family.latent:
         written[FURTHER_LAYERS] = config.further_layers
-    return written
-
-
-def check_classes(raw: Mapping[str, Any], family: Family, where: str) -> None:
-    """Refuses classes that may compute something else than the family's own.
-
-    Raises:
-        MsQuantError: ``architectures`` or the custom code of ``auto_map`` names such a class.
-    """
-    named = raw.get("architectures")
-    found = [("architectures", name) for name in named] if isinstance(named, list) else []
-    custom = raw.get("auto_map")
-    if custom is not None and not isinstance(custom, dict):
-        raise BadFileError(f"{where}: auto_map is {custom!r:.80}, expected classes by their kind")
-    for kind, place in (custom or {}).items():
-        if kind.startswith("AutoModel"):
-            text = place if isinstance(place, str) else repr(place)
-            found.append((f"auto_map.{kind}", text.rpartition(".")[2]))
-    known = {name.lower() for name in family.classes}  # LLaMAForCausalLM is older than Llama...
-    for key, name in found:
-        if not isinstance(name, str) or name.lower() not in known:
-            raise BadFileError(
-                f"{where}: {key} is {name!r:.80}, expected one of {', '.join(family.classes)}: "
-                "another class may compute something else, and custom code is not read. If these "
-                f"weights are an ordinary {family.base}'s, say so in config.json"
-            )
+    return whole_config(config.outer, raw, written) if config.outer else written
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:

@@ -8,9 +8,12 @@ is refused unless its value says "nothing"; a key that is in no table is noted, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ms_quant.errors import BadFileError
+
+if TYPE_CHECKING:
+    from ms_quant.models.families import Family
 
 _USED = """
 model_type architectures auto_map hidden_size intermediate_size num_hidden_layers
@@ -185,3 +188,28 @@ def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     return value is None or any(
         value == known and isinstance(value, bool) is isinstance(known, bool) for known in neutral
     )
+
+
+def check_classes(raw: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuses classes that may compute something else than the family's own.
+
+    Raises:
+        MsQuantError: ``architectures`` or the custom code of ``auto_map`` names such a class.
+    """
+    named = raw.get("architectures")
+    found = [("architectures", name) for name in named] if isinstance(named, list) else []
+    custom = raw.get("auto_map")
+    if custom is not None and not isinstance(custom, dict):
+        raise BadFileError(f"{where}: auto_map is {custom!r:.80}, expected classes by their kind")
+    for kind, place in (custom or {}).items():
+        if kind.startswith("AutoModel"):
+            text = place if isinstance(place, str) else repr(place)
+            found.append((f"auto_map.{kind}", text.rpartition(".")[2]))
+    known = {name.lower() for name in family.classes}  # LLaMAForCausalLM is older than Llama...
+    for key, name in found:
+        if not isinstance(name, str) or name.lower() not in known:
+            raise BadFileError(
+                f"{where}: {key} is {name!r:.80}, expected one of {', '.join(family.classes)}: "
+                "another class may compute something else, and custom code is not read. If these "
+                f"weights are an ordinary {family.base}'s, say so in config.json"
+            )

@@ -44,15 +44,15 @@ class Edge:
             return rows
         return np.repeat(rows.reshape(-1, 1, self.size), self.repeats, axis=1).reshape(-1)
 
-    def rows(self, columns: np.ndarray) -> np.ndarray:
-        """What belongs to inputs, the same for all that read a channel, by those channels; 1 at
-        channels that no consumer reads."""
+    def rows(self, columns: np.ndarray, unread: float = 1) -> np.ndarray:
+        """What belongs to inputs, the same for all that read a channel, by those channels, and
+        ``unread`` at channels that no consumer reads."""
         if self.repeats > 1:
             columns = columns.reshape(-1, self.repeats, self.size)[:, 0].reshape(-1)
         if not self.skipped:
             return columns
         sets = columns.reshape(-1, self.size)
-        return np.pad(sets, ((0, 0), (self.skipped, 0)), constant_values=1).reshape(-1)
+        return np.pad(sets, ((0, 0), (self.skipped, 0)), constant_values=unread).reshape(-1)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """What belongs to channels of the producer, 0 at those that no consumer reads."""

@@ -6,11 +6,12 @@ A new family that is built from the same parts is one row of ``FAMILIES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ms_quant.models.gated_block import KINDS, gated_block
+from ms_quant.models.glm_block import glm_block
 from ms_quant.models.latent_attention import KINDS as LATENT_KINDS
 from ms_quant.models.routed_block import deepseek_block, qwen_block
 from ms_quant.models.routing import Routing, read_deepseek, read_qwen
@@ -23,6 +24,11 @@ BlockBuilder = Callable[["ModelConfig", int], "BlockSpec"]
 """Makes the block of an index."""
 RoutingReader = Callable[[Mapping[str, Any], int, str], Routing]
 """Reads the experts of a config with defaults, of so many layers, from a file."""
+
+
+GENERATES, EMBEDS = ("ForCausalLM",), ("Model",)
+CLASSIFIES = ("ForSequenceClassification", "ForTokenClassification")
+SEES = ("ForConditionalGeneration",)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,11 @@ class Family:
         keys: config keys that it reads beside those of all families, and that have no default.
         routing: reads its experts; None of a family that has none.
         latent: whether its attention is multi-head latent attention.
+        generates: what the names of its generating classes end with.
+        nested: whether it is a text model in a larger one, whose config may be in that one's.
+        carried: what the names of the other tensors of the larger model begin with.
+        partial_rotary: whether ``partial_rotary_factor`` says how many channels are turned.
+        interleaved: whether neighbours are turned together, not channels half a head apart.
         block: makes a block; one of new maths has a file of its own.
         kinds: what recipes call the groups of its blocks.
     """
@@ -62,13 +73,22 @@ class Family:
     keys: tuple[str, ...] = ()
     routing: RoutingReader | None = None
     latent: bool = False
+    generates: tuple[str, ...] = GENERATES
+    nested: bool = False
+    carried: tuple[str, ...] = ()
+    partial_rotary: bool = False
+    interleaved: bool = False
     block: BlockBuilder = gated_block
     kinds: tuple[str, ...] = KINDS
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes that compute what this project does, by what they give out."""
-        return tuple(f"{self.base}{ending}" for ending in (*GENERATES, *EMBEDS, *CLASSIFIES))
+        return tuple(f"{self.base}{ending}" for ending in self._endings)
+
+    @property
+    def _endings(self) -> tuple[str, ...]:
+        return (*self.generates, *(() if self.nested else (*EMBEDS, *CLASSIFIES)))
 
     @property
     def own_keys(self) -> frozenset[str]:
@@ -79,8 +99,13 @@ class Family:
         return frozenset([*named, *always, *self.keys, *self.defaults])
 
 
-GENERATES, EMBEDS = ("ForCausalLM",), ("Model",)
-CLASSIFIES = ("ForSequenceClassification", "ForTokenClassification")
+_VISION: dict[str, Any] = {
+    "generates": SEES,
+    "nested": True,
+    "carried": ("model.visual.", "visual."),
+    "keys": ("vision_config", "image_token_id", "video_token_id", "vision_token_id")
+    + ("vision_start_token_id", "vision_end_token_id"),
+}
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 _QWEN_MOE = {
     "max_position_embeddings": 32768,
@@ -154,8 +179,55 @@ FAMILIES: dict[str, Family] = {
         routing=read_qwen,
         block=qwen_block,
     ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VL",
+        qkv_bias=True,
+        flagged_window=True,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+        },
+        **_VISION,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VL",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        defaults={
+            "max_position_embeddings": 128000,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "rope_theta": 500000.0,
+        },
+        **_VISION,
+    ),
     "deepseek_v3": _DEEPSEEK,
     "kimi_k2": _DEEPSEEK,
+    "kimi_k25": replace(
+        _DEEPSEEK,
+        base="KimiK25",
+        generates=SEES,
+        nested=True,
+        keys=(*_DEEPSEEK.keys, "vision_config"),
+    ),
+    "glm4": Family(
+        "Glm4",
+        qkv_bias="attention_bias",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+        partial_rotary=True,
+        interleaved=True,
+        block=glm_block,
+    ),
     "smollm3": Family(
         "SmolLM3",
         qkv_bias="attention_bias",

@@ -37,6 +37,7 @@ class Attention(Branch):
         rotary: whether queries and keys have a rotary embedding.
         path: its path in the block.
         norm: path of the norm before it.
+        after: path of a norm after it; "" is none.
     """
 
     title = "attention"
@@ -48,8 +49,10 @@ class Attention(Branch):
         rotary: bool = True,
         path: str = "self_attn",
         norm: str = "input_layernorm",
+        after: str = "",
     ):
-        self.path, self.norm, self.rotary = path, norm, rotary
+        self.path, self.norm, self.after, self.rotary = path, norm, after, rotary
+        self.order = config.rotary_order
         self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
         hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
         whole = Division("column", "num_attention_heads", heads)
@@ -62,7 +65,9 @@ class Attention(Branch):
             k: LinearSpec(kv_size, hidden, bias, shared, reads_stream=True, scores=True),
             v: LinearSpec(kv_size, hidden, bias, shared, reads_stream=True, heads_axis=0),
         }
-        output = LinearSpec(hidden, size, config.o_bias, out, writes_stream=True, heads_axis=-1)
+        output = LinearSpec(
+            hidden, size, config.o_bias, out, writes_stream=not after, heads_axis=-1
+        )
         within = NormSpec(self.head_dim, reads_stream=False)
         names = [f"{path}.{name}_norm" for name in "qk"] if self.qk_norm else []
         self.modules = {
@@ -71,6 +76,8 @@ class Attention(Branch):
             o: output,
             **dict.fromkeys(names, within),
         }
+        if after:
+            self.modules[after] = NormSpec(hidden, reads_stream=False, writes_stream=True)
         self.groups = (
             LinearGroup("qkv", "qkv", qkv, f"{path}.qkv_proj", "attention"),
             LinearGroup("o", "o", {o: output}, o, "attention"),
@@ -94,13 +101,16 @@ class Attention(Branch):
         if self.qk_norm:
             q, k = ops.norm(f"{self.path}.q_norm", q), ops.norm(f"{self.path}.k_norm", k)
         angles = at.angles(self.rotary)
-        y = attention(q, k, v, angles, at.mask, cache, budget=ops.budget, show=ops.show)
+        y = attention(
+            q, k, v, angles, at.mask, cache, budget=ops.budget, show=ops.show, order=self.order
+        )
         ops.show(self.taps[-1], y)
         return ops.between(f"{self.path}.o_proj input", y)
 
     def outer(self, ops: Operators, inner: np.ndarray) -> np.ndarray:
-        """o_proj of it."""
-        return ops.linear(f"{self.path}.o_proj", inner)
+        """o_proj of it, and the norm after that."""
+        y = ops.linear(f"{self.path}.o_proj", inner)
+        return ops.norm(self.after, y) if self.after else y
 
 
 class GatedMlp(Branch):

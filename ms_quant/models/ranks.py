@@ -51,7 +51,7 @@ def check_tp(config: ModelConfig, tp: int) -> None:
 
 
 def shard(linear: LinearSpec, tp: int, rank: int) -> Shard:
-    """The part of a linear that a rank holds.
+    """The part of a linear that a rank holds. Of two linears in one it is as large, elsewhere.
 
     Units that are fewer than the ranks, key and value heads, are held by several neighbouring
     ranks.

@@ -50,8 +50,17 @@ def unknown_rope_keys(rope: Mapping[str, Any]) -> list[str]:
     return sorted(rope.keys() - _KNOWN)
 
 
-def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str, Any]:
-    """Checks a config's rotary parameters; fills in the original context length."""
+def check_rope(
+    rope: dict[str, Any], max_position: int, where: str, head_dim: int = 0
+) -> dict[str, Any]:
+    """Checks a config's rotary parameters; fills in the original context length.
+
+    Args:
+        rope: as :func:`~ms_quant.models.spellings.read_rope` reads them.
+        max_position: the longest context.
+        where: the file, for errors.
+        head_dim: of a family that turns some of a head's channels, how many there are; else 0.
+    """
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in _REQUIRED:
         raise UnsupportedError(
@@ -63,6 +72,7 @@ def check_rope(rope: dict[str, Any], max_position: int, where: str) -> dict[str,
         if rope.get(key) is not None:
             _check_positive(rope[key], key, kind, where)
     _check_ranges(rope, where)
+    _check_partial(rope.get("partial_rotary_factor"), head_dim, where)
     original = rope.get("original_max_position_embeddings")
     return {**rope, "original_max_position_embeddings": original or max_position}
 
@@ -76,14 +86,24 @@ def _check_positive(value: Any, key: str, kind: str, where: str) -> None:
         )
 
 
+def _check_partial(factor: Any, head_dim: int, where: str) -> None:
+    if factor in (None, 1):
+        return
+    if not head_dim:
+        raise UnsupportedError(
+            f"{where}: partial_rotary_factor {factor!r} is not supported, expected 1.0"
+        )
+    turned = int(head_dim * factor)
+    if not 0 < turned <= head_dim or turned % 2:
+        raise BadFileError(
+            f"{where}: partial_rotary_factor is {factor!r}, which makes {turned} of {head_dim} "
+            "channels of a head, expected a part of them in pairs"
+        )
+
+
 def _check_ranges(rope: dict[str, Any], where: str) -> None:
     if rope["rope_theta"] <= 1:
         raise BadFileError(f"{where}: rope_theta is {rope['rope_theta']!r}, expected more than 1")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise UnsupportedError(
-            f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not "
-            "supported, expected 1.0"
-        )
     for key, neutral in _NEUTRAL.items():
         if rope.get(key) not in (None, neutral):
             raise BadFileError(
@@ -161,6 +181,39 @@ def rope_table(
         (np.cos(angles) * np.float32(factor)).astype(np.float32),
         (np.sin(angles) * np.float32(factor)).astype(np.float32),
     )
+
+
+def widened(table: tuple[np.ndarray, np.ndarray], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of whole heads, of tables for the channels that are turned.
+
+    The others come after those in each half, and are not turned.
+    """
+    cos, sin = table
+    half = cos.shape[1] // 2
+    still = [(0, 0), (0, head_dim // 2 - half)]
+    cos, sin = (
+        np.concatenate([np.pad(x[:, :half], still, constant_values=fill)] * 2, axis=1)
+        for x, fill in ((cos, 1), (sin, 0))
+    )
+    return cos, sin
+
+
+def rotary_order(head_dim: int, rotary: int, interleaved: bool) -> np.ndarray | None:
+    """In which order the channels of a head have the two of each pair half a head apart.
+
+    Args:
+        head_dim: how many there are.
+        rotary: how many of them, the first ones, are turned.
+        interleaved: whether the two of a pair are neighbours; else half of ``rotary`` apart.
+
+    Returns:
+        The channels, or None where they are in that order.
+    """
+    if rotary == head_dim and not interleaved:
+        return None
+    turned, still = np.arange(rotary), np.arange(rotary, head_dim)
+    pairs = turned.reshape(-1, 2).T if interleaved else turned.reshape(2, -1)
+    return np.concatenate([pairs, still.reshape(2, -1)], axis=1).reshape(-1)
 
 
 def still_table(table: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -145,12 +145,14 @@ def rope_spellings(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
     ``original_max_position_embeddings`` is not made up: transformers 4.51 takes a factor of its
     own where it is there.
     """
-    kind = rope["rope_type"]
+    kind, partial = rope["rope_type"], "partial_rotary_factor"
     inner = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")}
     spelled: dict[str, Any] = {
         "rope_theta": rope["rope_theta"],
         "rope_parameters": {"rope_type": kind, "rope_theta": rope["rope_theta"], **inner},
     }
+    if partial in rope:
+        spelled[partial] = rope[partial]
     if kind != "default":
         spelled["rope_scaling"] = {"rope_type": kind, "type": kind, **inner}
     elif "rope_scaling" in raw:

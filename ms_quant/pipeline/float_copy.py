@@ -100,8 +100,8 @@ def _tensors(
     others = {name for name in others if not name.endswith(IGNORED)} - {HEAD}
     for name in [*expected, *sorted(others)]:
         info = checkpoint.info(name)
-        stored = dtype if name in checkpoint.encodings else info.dtype
-        yield TensorPlan(name, stored, info.shape)
+        stored = dtype if checkpoint.is_coded(name) else info.dtype
+        yield TensorPlan(config.stored_name(name), stored, info.shape, source=name)
 
 
 def _write(
@@ -119,7 +119,7 @@ def _write(
         nonlocal done
         done += tensor.bytes
         progress(done / total)
-        return round_chunks(checkpoint, tensor.name, tensor.dtype)
+        return round_chunks(checkpoint, tensor.source, tensor.dtype)
 
     def write_shard(path: Path) -> FileRecord:
         return write_file(path, named[path.name], make, METADATA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from ms_quant.formats.checks import format_of
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.format import Numbers
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.models.text_part import renamed
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
 
@@ -55,7 +57,11 @@ def write_output(
         write: how a file is written, where not tensor by tensor in its order.
     """
     format, directory = format_of(plan), output.partial
-    tensors = format.tensor_plans(plan)
+    stored = plan.config.stored_name
+    tensors = [
+        replace(tensor, name=stored(tensor.name), source=tensor.source or tensor.name)
+        for tensor in format.tensor_plans(plan)
+    ]
     if isinstance(format.weights, str):
         shards = plan_shards(tensors, shard_bytes)
         named = dict(zip(shard_names(format.weights, len(shards)), shards, strict=True))
@@ -83,7 +89,7 @@ def write_output(
         progress(done / total)
     if isinstance(format.weights, str):
         files.append(write_index(directory, named, output_bytes(plan), format.index))
-    description = format.description(plan)
+    description = renamed(format.description(plan), stored)
     entry = {format.entry: description} if format.entry else {}
     config = {**model_config(plan.config, plan.dtype), **entry}
     files.append(write_json(directory / "config.json", config))

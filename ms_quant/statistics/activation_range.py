@@ -142,8 +142,9 @@ class BlockRanges:
         made = self._of(output_of(edge.producer), size)
         if edge.averaged:
             return edge.read(made)
-        read = [self._of(input_of(block.group(name)), size) for name in edge.consumers]
-        return np.maximum.reduce([made, *read])
+        groups = [block.group(name) for name in edge.consumers]
+        read = [self._of(input_of(group), group.in_features) for group in groups]
+        return np.maximum.reduce([edge.read(made), *(edge.rows(one, 0) for one in read)])
 
     def _of(self, place: str, size: int) -> np.ndarray:
         """The largest magnitudes of a place; 0 where no token came, as at an expert."""

@@ -31,6 +31,7 @@ from ms_quant.formats.structure import (
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD, check_files
 from ms_quant.job.unlisted import unlisted_problems
 from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.config import own_config
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
@@ -134,7 +135,7 @@ def _root_problems(directory: Path, entry: str, notes: list[str]) -> Iterator[st
     yield from config_problems(directory, entry=entry, strict=is_ours(directory))
     if not is_ours(directory):
         path = directory / "config.json"
-        notes += spelling_problems(read_json(path), str(path))
+        notes += spelling_problems(own_config(read_json(path), str(path)), str(path))
     if is_ours(directory):
         yield from check_files(directory)
         yield from unlisted_problems(directory, notes)

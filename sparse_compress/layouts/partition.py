@@ -41,6 +41,11 @@ def check_tp(config: ModelConfig, tp: int) -> None:
         MsQuantError: names the number that is not divisible.
     """
     ranks.check_tp(config, tp)
+    if tp > 1 and any(division.parts > 1 for division in config.divisions):
+        raise BadArgumentError(
+            f"tp is {tp}, expected 1: {config.model_type} has linears that are two in one, which "
+            "are not divided here"
+        )
     if config.hidden_size % tp:
         raise BadArgumentError(
             f"tp is {tp}, expected a divisor of hidden_size, which is {config.hidden_size}"

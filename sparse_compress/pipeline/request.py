@@ -164,6 +164,11 @@ def check(options: SparseOptions) -> CheckedSparseJob:
             f"{options.model}: has no head to predict tokens with, expected a model that "
             "generates: runtimes load no other from W8A8SC"
         )
+    if config.carried:
+        raise BadArgumentError(
+            f"{options.model}: is a text model in a larger one ({config.carried[0][0]}), expected "
+            "one by itself: how W8A8SC holds the others is not documented"
+        )
     target = get_target(options.target, config.model_type)
     check_tp(config, options.tp)
     target.check(config, options.tp, options.algorithm)

@@ -165,9 +165,9 @@ def test_products_are_not_rounded_to_bfloat16(make: Make) -> None:
     assert (found.astype(ml_dtypes.bfloat16).astype("f4") != found).all()
 
 
-def test_experts_in_one_tensor_have_blocks_each(make: Make) -> None:
+def test_matrices_in_one_tensor_have_blocks_each(make: Make) -> None:
     codes, scale = random_codes((3, 10, 9)), random_scales((3, 3, 2))
-    name = "mlp.experts.gate_up_proj"
+    name = "a.matrices"
     checkpoint = make({name: codes, f"{name}_scale_inv": scale}, [4, 5])
     expected = [
         dequantized(one.view(np.uint8), by, (4, 5)) for one, by in zip(codes, scale, strict=True)

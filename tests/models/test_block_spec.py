@@ -39,12 +39,15 @@ DENSE = {  # out, in, divided by, in so many parts
     "mlp.up_proj": (40, 24, "column", 40),
     "mlp.down_proj": (24, 40, "row", 40),
 }
+HALVES = "mlp.gate_proj", "mlp.up_proj"
 QKV, OUT, MLP, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
 BIASES: dict[str, dict[str, tuple[str, ...]]] = {  # config key to what gets a bias; "" is always
     "llama": {"attention_bias": (*QKV, *OUT), "mlp_bias": (*MLP, *DOWN)},
     "mistral": {},
     "qwen2": {"": QKV},
     "qwen3": {"attention_bias": (*QKV, *OUT)},
+    "qwen2_5_vl": {"": QKV},
+    "qwen3_vl": {"attention_bias": (*QKV, *OUT)},
     "smollm3": {"attention_bias": (*QKV, *OUT), "mlp_bias": (*MLP, *DOWN)},
     "seed_oss": {"attention_bias": QKV, "attention_out_bias": OUT, "mlp_bias": (*MLP, *DOWN)},
     "internlm3": {"qkv_bias": QKV, "bias": (*OUT, *MLP, *DOWN)},
@@ -57,11 +60,11 @@ EDGES = (
 )
 
 
-ROUTED = {"qwen2_moe", "qwen3_moe", "deepseek_v3", "kimi_k2"}
+OTHERS = {"qwen2_moe", "qwen3_moe", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4"}
 
 
 def test_every_dense_family_is_here():
-    assert FAMILIES.keys() - ROUTED == BIASES.keys()
+    assert FAMILIES.keys() - OTHERS == BIASES.keys()
 
 
 def config_of(family: str, **more: Any) -> ModelConfig:
@@ -87,7 +90,7 @@ def test_a_dense_block(family, on):
         path for path in DENSE if path.endswith(ends)
     }
     norms = {"input_layernorm": 24, "post_attention_layernorm": 24}
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_vl"):
         norms |= {"self_attn.q_norm": 8, "self_attn.k_norm": 8}
     assert {path: spec.size for path, spec in block.norms.items()} == norms
     assert {p for p, s in block.norms.items() if not s.reads_stream} == set(norms) - {
@@ -119,6 +122,29 @@ def test_roles_in_a_dense_block():
         "up": (True, False, None, False),
         "down": (False, True, None, False),
     }
+
+
+def test_a_block_of_glm():
+    block = config_of("glm4", attention_bias=False).block(0)
+    expected = {path: row for path, row in DENSE.items() if path not in HALVES}
+    expected["mlp.gate_up_proj"] = (80, 24, "column", 40)
+    assert table(block) == expected and set(block.linears) == set(expected)
+    assert tuple(block.edges) == (
+        *EDGES[:3],
+        Edge("mlp.gate_up_proj", ("down",), size=40, skipped=40),
+    )
+    assert [(g.name, g.members, g.fused) for g in block.groups[2:]] == [
+        ("gate_up", ("mlp.gate_up_proj",), "mlp.gate_up_proj"),
+        ("down", ("mlp.down_proj",), "mlp.down_proj"),
+    ]
+    assert {p: (s.reads_stream, s.writes_stream) for p, s in block.norms.items()} == {
+        "input_layernorm": (True, False),
+        "post_self_attn_layernorm": (False, True),
+        "post_attention_layernorm": (True, False),
+        "post_mlp_layernorm": (False, True),
+    }
+    assert not any(linear.writes_stream for linear in block.linears.values())
+    assert next(iter(block.modules)) == "input_layernorm"
 
 
 def test_a_layer_without_rotary_embedding():

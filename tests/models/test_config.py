@@ -51,7 +51,7 @@ def refusal(**changes) -> str:
     [
         (
             {"model_type": "mamba"},
-            ("model_type", "'mamba'", "llama, mistral, qwen2, qwen2_moe, qwen3"),
+            ("model_type", "'mamba'", "llama, mistral, qwen2, qwen2_5_vl, qwen2_moe, qwen3"),
         ),
         ({"model_type": None}, ("model_type", "None")),
         ({"model_type": ["llama"]}, ("model_type", "['llama']")),

@@ -69,13 +69,19 @@ def test_what_would_change_the_numbers_of_a_dense_family(
         ("mlp_activation", "relu2"),
         ("clip_qkv", 8),
         ("is_encoder_decoder", True),
-        ("vision_config", {"depth": 2}),
+        ("audio_config", {"depth": 2}),
         ("lm_head_bias", True),
         ("kv_channels", 32),
     ],
 )
 def test_what_would_change_the_numbers(model_type: str, key: str, value: object) -> None:
     assert key in refusal(model_type, **{key: value})
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_only_a_text_model_in_a_larger_one_has_what_sees(model_type: str) -> None:
+    if not FAMILIES[model_type].nested:
+        test_what_would_change_the_numbers(model_type, "vision_config", {"depth": 2})
 
 
 @pytest.mark.parametrize("key", sorted(NEUTRAL))

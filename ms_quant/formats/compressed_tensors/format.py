@@ -114,7 +114,9 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
             first[id(layer)] = next(same, id(layer))
         _, members = groups.setdefault(first[id(layer)], (layer.scheme, []))
         members += [f"{block_prefix(found.block)}{member}" for member in group.members]
+    others = [name for name, _, shape in plan.config.carried if len(shape) > 1]
     floats = [*plan.float_linears(), *([CLASSIFIER] if plan.config.labels else [])]
+    floats += [name.removesuffix(".weight") for name in others if name.endswith(".weight")]
     nothing = [(store(SCHEMES[held_by(NAME)[0]], plan.dtype, NAME)[0], list[str]())]
     return quantization_config([*groups.values()] or nothing, floats)
 
