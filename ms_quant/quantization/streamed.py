@@ -1,0 +1,92 @@
+"""Weights that are rounded to nearest from themselves alone, some rows at a time.
+
+A row of an affine weight has parameters of its own, so nothing asks for the rest of it. In float32
+there are never more than a few rows: temporaries stay in the cache, and a large weight takes no
+more memory than its codes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.algorithms.problem import Problem, Solution, input_quantization
+from ms_quant.models.block_spec import LinearGroup
+from ms_quant.numerics.grid import AffineFormat, AffineGrid
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
+from ms_quant.quantization.weights import StoredWeights
+
+ELEMENTS = 1 << 19
+"""Values that are read at a time: 2 MiB of float32."""
+CLEARED = {"float32": 0, "bfloat16": 16}
+"""Type of scales to how many of a float32's last bits are 0 then."""
+
+
+def is_streamed(layer: LayerPlan) -> bool:
+    """Whether each row of a weight is rounded for itself, and no algorithm changes it before."""
+    format = layer.scheme.weight
+    rounded = all(row.rotates for row in layer.algorithms.rows)  # which reading has done
+    return rounded and isinstance(format, AffineFormat) and not format.per_tensor
+
+
+def quantize_streamed(
+    plan: Plan, weights: StoredWeights, group: LinearGroup
+) -> dict[str, QuantizedLinear]:
+    """The quantized linears of a group, by their paths in the block, without biases.
+
+    The same as what reading it whole gives, bit for bit.
+
+    Args:
+        plan: what to do; its layer of the group is one of :func:`is_streamed`.
+        weights: the block's float parameters.
+        group: the linears.
+
+    Raises:
+        MsQuantError: a weight holds NaN or infinity.
+    """
+    layer = plan.layer(weights.index, group)
+    problem = Problem(
+        name=f"{weights.prefix}{group.fused}",
+        scheme=layer.scheme,
+        weights={},
+        biases={},
+        stats=None,
+        dtype=plan.dtype,
+        mse=_no_error,
+        scale_type=layer.storage.scale_type,
+    )
+    activation = input_quantization(problem, Solution())
+    linears = {}
+    for member in group.members:
+        codes, grid = _rounded(weights, f"{member}.weight", layer, problem.scale_dtype)
+        linears[member] = QuantizedLinear(codes, grid, activation=activation)
+    return linears
+
+
+def _rounded(
+    weights: StoredWeights, name: str, layer: LayerPlan, scale_dtype: np.dtype
+) -> tuple[np.ndarray, AffineGrid]:
+    checkpoint, full, format = weights.checkpoint, weights.prefix + name, layer.scheme.weight
+    assert isinstance(format, AffineFormat)
+    shape = checkpoint.info(full).shape
+    size = format.group_size or shape[1]
+    cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
+    codes, parts = np.empty(shape, np.int8), list[AffineGrid]()
+    for start, rows in checkpoint.float32_chunks(full, ELEMENTS):
+        part = codes[start : start + len(rows)]
+        if cleared is not None and kernels.available():
+            part[:], scale = kernels.quantize_rows(rows, format.bits, cleared=cleared)
+            zeros = np.zeros(scale.shape, np.int8)
+            parts.append(AffineGrid(scale, zeros, format, size, scale_dtype, name))
+        else:
+            parts.append(format.fit(rows, name, scale_dtype))
+            part[:] = parts[-1].round(rows)
+    scales = np.concatenate([part.scale for part in parts])
+    zeros = np.concatenate([part.zero_point for part in parts])
+    return codes, AffineGrid(scales, zeros, format, size, scale_dtype, name)
+
+
+def _no_error(candidate: object) -> float:
+    raise AssertionError("an error of a weight that is rounded to nearest")
