@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from measure import OURS, Cost, cost, limited_to
 from peers import free_of_model, in_one_shot, model_slim
 from routed_sources import DEEPSEEK_R1, QWEN3_MOE, write_source, write_tokens
@@ -35,15 +36,25 @@ MIB = 1 << 20
 MOST_GROWTH = 1.15
 GROWTH: dict[str, Any] = {
     **QWEN3_MOE,
-    "hidden_size": 1024,
-    "moe_intermediate_size": 1024,
-    "num_attention_heads": 8,
+    "hidden_size": 768,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
     "head_dim": 128,
     "num_hidden_layers": 4,
     "num_experts": 8,
     "vocab_size": 2048,
 }
-"""An expert takes 12 MiB in float32."""
+"""An expert takes 6.8 MiB in float32."""
+CALIBRATED: dict[str, tuple[str, list[str]]] = {
+    "calibrated: attention W8A8 smoothed, experts W8A8_DYNAMIC": ("W8A8_DYNAMIC", []),
+    "calibrated: the same, experts W4A8_DYNAMIC by gptq": ("W4A8_DYNAMIC", ["gptq"]),
+}
+SMOOTHED: dict[str, Any] = {
+    "apiversion": "ms_quant_v1",
+    "steps": [{"algorithm": "smoothquant", "groups": ["qkv"]}],
+    "formats": ["ascend"],
+}
 
 
 def quantize(model: Path, output: Path, *arguments: str, threads: int = 2) -> Cost:
@@ -53,6 +64,17 @@ def quantize(model: Path, output: Path, *arguments: str, threads: int = 2) -> Co
         return cost(command, limited_to(threads))
     finally:
         shutil.rmtree(output, ignore_errors=True)
+
+
+def recipe(work: Path, experts: str, algorithms: list[str]) -> Path:
+    """A recipe: attention in W8A8, smoothed, and experts of a scheme."""
+    path = work / f"{'+'.join([experts, *algorithms])}.yaml"
+    rules: list[dict[str, Any]] = [
+        {"scheme": "W8A8", "include": ["*.self_attn.*"]},
+        {"scheme": experts, "include": ["*.mlp.*"], "algorithms": algorithms},
+    ]
+    path.write_text(yaml.safe_dump({**SMOOTHED, "rules": rules}))
+    return path
 
 
 def row(*cells: object) -> None:
@@ -99,22 +121,20 @@ def compare_peers(args: argparse.Namespace, work: Path) -> None:
 
 def measure_growth(args: argparse.Namespace, work: Path) -> None:
     tokens = work / "tokens.npz"
-    write_tokens(tokens, GROWTH["vocab_size"], 16, 256)
-    data = ("--calib", str(tokens), "--samples", "16", "--seq-len", "256")
-    runs: dict[str, tuple[str, ...]] = {
-        "W8A8_DYNAMIC": ("--scheme", "W8A8_DYNAMIC"),
-        "W8A8_DYNAMIC smoothquant": (
-            *("--scheme", "W8A8_DYNAMIC", "--algorithm", "smoothquant"),
-            *("--set", "smoothquant.only=self_attn*", *data),
-        ),
-        "W4A16 gptq": ("--scheme", "W4A16", "--algorithm", "gptq", *data),
+    write_tokens(tokens, GROWTH["vocab_size"], 8, 256)
+    data = ("--calib", str(tokens), "--samples", "8", "--seq-len", "256")
+    runs = {"W8A8_DYNAMIC": ("--scheme", "W8A8_DYNAMIC", "--format", "ascend")}
+    for name, experts in CALIBRATED.items():
+        runs[name] = "--recipe", str(recipe(work, *experts)), *data
+    sizes: dict[str, dict[str, Any]] = {
+        "8 experts, 4 layers": {},
+        "64 experts, 4 layers": {"num_experts": 64},
+        "8 experts, 16 layers": {"num_hidden_layers": 16},
     }
-    sizes = {"8 experts, 4 layers": {}, "64 experts": {"num_experts": 64}}
-    sizes["16 layers"] = {"num_hidden_layers": 16}
     peaks: dict[tuple[str, str], Cost] = {}
     for size, changed in sizes.items():
         model = work / "model"
-        write_source(model, {**GROWTH, **changed})
+        _in_child("write_source", model, {**GROWTH, **changed})
         for name, arguments in runs.items():
             if args.only in name:
                 peaks[name, size] = quantize(model, work / "out", *arguments)
@@ -132,8 +152,10 @@ def measure_growth(args: argparse.Namespace, work: Path) -> None:
         raise SystemExit(f"memory grows {worst:.2f} times, expected at most {MOST_GROWTH}")
 
 
-def make_r1(work: Path, fp8: bool) -> Path:
-    """The block, in bfloat16 or as DeepSeek publishes it."""
+def make_r1(work: Path, fp8: bool, made: Path | None) -> Path:
+    """The block, in bfloat16 or as DeepSeek publishes it, unless it is made already."""
+    if made is not None:
+        return made
     model = work / "bf16"
     _in_child("write_source", model, DEEPSEEK_R1)
     if not fp8:
@@ -152,22 +174,15 @@ def _in_child(function: str, *arguments: object) -> None:
 
 
 def measure_r1(args: argparse.Namespace, work: Path) -> None:
-    model, tokens = make_r1(work, args.fp8), work / "tokens.npz"
+    model, tokens = make_r1(work, args.fp8, args.source), work / "tokens.npz"
     write_tokens(tokens, DEEPSEEK_R1["vocab_size"], 16, 512)
     data = ("--calib", str(tokens), "--samples", "16", "--seq-len", "512")
-    smooth = "--algorithm", "smoothquant"
     runs: dict[str, tuple[int, tuple[str, ...]]] = {
-        "W8A8_DYNAMIC": (3, ("--scheme", "W8A8_DYNAMIC")),
-        "W4A8_DYNAMIC": (3, ("--scheme", "W4A8_DYNAMIC")),
-        "W8A8_DYNAMIC smoothquant, 8,192 tokens": (
-            6,
-            ("--scheme", "W8A8_DYNAMIC", *smooth, "--format", "ascend", *data),
-        ),
-        "W4A8_DYNAMIC gptq, 8,192 tokens": (
-            6,
-            ("--scheme", "W4A8_DYNAMIC", "--algorithm", "gptq", *data),
-        ),
+        "W8A8_DYNAMIC": (3, ("--scheme", "W8A8_DYNAMIC", "--format", "ascend")),
+        "W4A8_DYNAMIC": (3, ("--scheme", "W4A8_DYNAMIC", "--format", "ascend")),
     }
+    for name, experts in CALIBRATED.items():
+        runs[f"{name}, 8,192 tokens"] = 6, ("--recipe", str(recipe(work, *experts)), *data)
     head("work", "source", "peak MiB", "without file pages", "aim GB", "CPU s", "s")
     for name, (aim, arguments) in runs.items():
         if args.only not in name:
@@ -181,7 +196,7 @@ def measure_r1(args: argparse.Namespace, work: Path) -> None:
 def measure_speed(args: argparse.Namespace, work: Path) -> None:
     from speed import compare
 
-    compare(make_r1(work, args.fp8), work / "out", args.rounds, args.threads)
+    compare(make_r1(work, args.fp8, args.source), work / "out", args.rounds, args.threads)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -203,6 +218,7 @@ def main(given: Sequence[str] | None = None) -> None:
         command.add_argument("--threads", type=int, default=2)
     for command in (r1, speed):
         command.add_argument("--fp8", action="store_true", help="a source as DeepSeek publishes it")
+        command.add_argument("--source", type=Path, help="that was made before")
     for command in (memory, r1):
         command.add_argument("--only", default="", help="rows whose names have this in them")
     args = parser.parse_args(given)

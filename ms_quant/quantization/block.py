@@ -80,9 +80,8 @@ def quantize(
             for all.
     """
     index, smoothing = weights.index, BlockSmoothing(plan, weights, observations, hooks, only)
-    layers = [plan.layer(index, group) for group in smoothing.wanted]
-    stored = observations is None and hooks == NO_HOOKS and isinstance(weights, StoredWeights)
-    if stored and all(is_streamed(layer) for layer in layers):
+    rows = (is_streamed(plan.layer(index, group)) for group in smoothing.wanted)
+    if isinstance(weights, StoredWeights) and hooks == NO_HOOKS and all(rows):
         return _streamed(plan, weights, smoothing.wanted, progress)
     block, count = QuantizedBlock(floats=smoothing.floats), len(smoothing.wanted)
     several = bool(smoothing.folded)  # then weights wait for the smoothing of what they feed
