@@ -47,7 +47,7 @@ CASES = {
     "smoothed": {
         "scheme": "W8A8_DYNAMIC",
         "algorithm": "smoothquant",
-        "formats": ("golden-stick",),
+        "formats": ("ascend",),
     },
     "float16": {"algorithm": "gptq", "formats": ("ascend",), "dtype": "float16"},
 }
@@ -128,6 +128,22 @@ def test_an_expert_that_no_token_goes_to_is_seen_on_others(
     assert (
         load_tensors(plain)[f"{EXPERT}down_proj.weight"] != made[f"{EXPERT}down_proj.weight"]
     ).any()
+
+
+def test_a_layer_for_further_tokens_is_calibrated(
+    tmp_path: Path, calib: Path, load_tensors: Callable
+) -> None:
+    """Its experts see the tokens of each window but the last, after which none is known."""
+    model = save_routed(tmp_path / "model", DEEPSEEK)
+    more = {"scheme": "W4A8_DYNAMIC,mtp=W4A8_DYNAMIC", "formats": ("ascend",)}
+    record = ran(model, tmp_path / "out", calib, algorithm="gptq,mtp=gptq", **more)
+    routing = record["routing"]
+    assert routing["block 2"]["tokens"] == 12 * 32 and routing["block 3"]["tokens"] == 12 * 31
+    ran(model, tmp_path / "plain", None, **more)
+    one, other = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "plain")
+    for member in ("self_attn.q_b_proj", "mlp.experts.3.down_proj", "mlp.shared_experts.up_proj"):
+        name = f"model.layers.3.{member}.weight"
+        assert (one[name] != other[name]).any()
 
 
 def test_every_expert_may_be_seen_on_all_tokens(

@@ -11,14 +11,14 @@ scheme; docs/algorithms.md states it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, apply, noted
+from ms_quant.algorithms.problem import InputMaxima, Problem, Solution, apply, noted
 from ms_quant.algorithms.smooth import smooth_scale, weight_absmax
 
 STEPS = 20
@@ -49,6 +49,15 @@ def solve(problem: Problem, solution: Solution, options: FlexSmoothOptions) -> S
     error = output_error(problem)
     alpha, beta = search(lambda a, b: error(smoothed(a, b)), options)
     return noted(smoothed(alpha, beta), alpha=alpha, beta=beta)
+
+
+def of_maxima(names: Sequence[str], maxima: InputMaxima, options: FlexSmoothOptions) -> Solution:
+    """The same of an input that experts read, where nothing is searched."""
+    alpha, beta = options.alpha, options.beta
+    if alpha is None or beta is None:
+        return Solution()
+    smooth = smooth_scale(maxima.activations, maxima.columns, alpha, beta)
+    return noted(Solution(smooth), alpha=alpha, beta=beta)
 
 
 def search(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ms_quant.algorithms.problem import Problem, Solution
+from ms_quant.algorithms.problem import InputMaxima, Problem, Solution
 from ms_quant.algorithms.table import ALGORITHMS, Algorithm, Stage
 from ms_quant.errors import BadArgumentError
 from ms_quant.schemes.records import Scheme
@@ -61,6 +61,18 @@ class AlgorithmPipeline:
     def first(self, problem: Problem) -> Solution:
         """What decides the smoothing: it may ask for the block's error."""
         return self._run(problem, Solution(), lambda stage: stage <= Stage.SMOOTHING)
+
+    def of_maxima(self, names: Sequence[str], maxima: InputMaxima) -> Solution:
+        """The smoothing of an input that experts read, without their weights.
+
+        Args:
+            names: paths of the quantized linears that read it.
+            maxima: what is known of it.
+        """
+        for name, row in zip(self.names, self.rows, strict=True):
+            if row.of_maxima is not None:
+                return row.of_maxima(names, maxima, self.options[name])
+        return Solution()
 
     def rest(self, problem: Problem, solution: Solution) -> Solution:
         """What works on the weights as they will be rounded."""

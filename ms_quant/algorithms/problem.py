@@ -8,7 +8,7 @@ place for every algorithm and scheme.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,6 +126,33 @@ class Problem:
             return values
         sets = values.reshape(-1, heads, size)
         return np.broadcast_to(sets.max(axis=1, keepdims=True), sets.shape).reshape(-1)
+
+
+@dataclass(frozen=True)
+class InputMaxima:
+    """What decides the smoothing of an input that all experts of a layer read.
+
+    Their weights are never in memory together: only the largest magnitude of each column is known,
+    which is found expert by expert.
+
+    Attributes:
+        activations: float32 (in,), the largest magnitude of each channel over all tokens.
+        columns: float32 (in,), the largest magnitude of each column over all quantized weights
+            that read it.
+    """
+
+    activations: np.ndarray
+    columns: np.ndarray
+
+    def with_weight(self, weight: np.ndarray) -> InputMaxima:
+        """The same with one more weight, float32 (out, in), among those that read it."""
+        found = np.maximum(weight.max(axis=0), -weight.min(axis=0))
+        return replace(self, columns=np.maximum(self.columns, found))
+
+
+OfMaxima = Callable[[Sequence[str], InputMaxima, Any], Solution]
+"""The smoothing of an input that experts read: of the names of all that read it, what is known of
+it, and the algorithm's options."""
 
 
 def input_quantization(problem: Problem, solution: Solution) -> Activation:

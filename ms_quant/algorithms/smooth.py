@@ -5,6 +5,7 @@ Source: Xiao et al., arXiv 2211.10438, equation 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ms_quant.algorithms.problem import Problem, Solution, noted
+from ms_quant.algorithms.problem import InputMaxima, Problem, Solution, noted
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,19 @@ def smoothing_vector(problem: Problem, alpha: float) -> np.ndarray:
 
 
 def solve(problem: Problem, solution: Solution, options: SmoothOptions) -> Solution:
-    chosen = any(fnmatchcase(name, options.only) for name in problem.weights)
-    if not problem.smoothing or not chosen:
+    if not problem.smoothing or not _wanted(problem.weights, options):
         return solution
     smooth = smoothing_vector(problem, options.alpha)
     return noted(replace(solution, smooth=smooth), alpha=options.alpha)
+
+
+def of_maxima(names: Sequence[str], maxima: InputMaxima, options: SmoothOptions) -> Solution:
+    """The same of an input that experts read."""
+    if not _wanted(names, options):
+        return Solution()
+    smooth = smooth_scale(maxima.activations, maxima.columns, options.alpha)
+    return noted(Solution(smooth), alpha=options.alpha)
+
+
+def _wanted(names: Iterable[str], options: SmoothOptions) -> bool:
+    return any(fnmatchcase(name, options.only) for name in names)

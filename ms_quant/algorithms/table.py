@@ -22,7 +22,7 @@ from ms_quant.algorithms import (
     ssz,
     svd,
 )
-from ms_quant.algorithms.problem import Solution
+from ms_quant.algorithms.problem import OfMaxima, Solution
 from ms_quant.numerics.activation import Float
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.timestep import Timestep
@@ -61,6 +61,8 @@ class Algorithm:
     searches: how many candidates it tries for a group; each takes a forward of the block.
     kept_tokens: it looks at this many of the tokens' inputs themselves, at most.
     trains: whether it needs gradients, which MindSpore computes.
+    of_maxima: its smoothing of an input that experts read, from largest magnitudes alone; None
+        where it cannot do without all their weights: then such an input stays as it is.
     adds: what it puts beside the weight: "branch" of low rank, "kronecker" transform, or "".
     """
 
@@ -80,6 +82,7 @@ class Algorithm:
     searches: int = 0
     kept_tokens: int = KEPT_TOKENS
     trains: bool = False
+    of_maxima: OfMaxima | None = None
     adds: str = ""
 
 
@@ -157,6 +160,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         smooth.SmoothOptions(),
         _quantized_input,
         smooths=True,
+        of_maxima=smooth.of_maxima,
     ),
     "flexsmooth": Algorithm(
         Stage.SMOOTHING,
@@ -165,6 +169,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         flex_smooth.FlexSmoothOptions(),
         _quantized_input,
         smooths=True,
+        of_maxima=flex_smooth.of_maxima,
     ),
     "osl": Algorithm(
         Stage.SMOOTHING,

@@ -133,7 +133,7 @@ def prepare_analysis(
     tokens = _tokens(job, heard.append)
     begin = [len(variants_of(plans, caches, block)) for block in config.blocks]
     probed = tokens if options.probed is None else options.probed
-    wanted = options.probe_tokens or options.effort * affordable_tokens(config, begin, tokens.size)
+    wanted = options.probe_tokens or options.effort * affordable_tokens(config, begin, probed.size)
     probe = probe_of((len(probed), probed.shape[1]), wanted)
     keeps = options.keeps_linears
     subject = Subject(plans, caches, base, probe, probe.of(probed), keeps)

@@ -116,6 +116,10 @@ class AnalysisWork(BlockWork):
         groups = {g.name: _JUST_SEEN for g in self.config.block(index).groups} | dict(found.groups)
         return replace(found, groups=groups, cache=STATIC_CACHE in self.subject.caches)
 
+    def unfinished(self) -> list[int]:
+        """See :class:`BlockWork`: blocks that predict further tokens change no prediction here."""
+        return [index for index in super().unfinished() if index < self.config.num_layers]
+
     def by_experts(self, index: int) -> bool:
         """See :class:`BlockWork`: variants of all groups run through the whole block."""
         return False

@@ -32,8 +32,13 @@ def calls_directly(cell: nn.Cell) -> bool:
         or cell._forward_hook
         or cell._backward_pre_hook
         or cell._backward_hook
-        or _pynative_executor.requires_grad()
+        or wants_gradient()
     )
+
+
+def wants_gradient() -> bool:
+    """Whether what PyNative computes now will be derived."""
+    return _pynative_executor.requires_grad()
 
 
 class _Memory:

@@ -29,6 +29,7 @@ from ms_quant.cli.console import (
 )
 from ms_quant.errors import BadArgumentError
 from ms_quant.pipeline.best import BEST, BEST_INCREASE
+from ms_quant.pipeline.condensed import condensed
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import (
     QuantizeOptions,
@@ -36,6 +37,7 @@ from ms_quant.pipeline.options import (
     refuse_beside_recipe,
     split_options,
 )
+from ms_quant.pipeline.parts import by_part
 from ms_quant.pipeline.quantize import QUANTIZING, READING
 from ms_quant.pipeline.request import prepare
 from ms_quant.pipeline.run import run_job
@@ -47,13 +49,19 @@ def quantize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     scheme: Annotated[
-        str | None, typer.Option(help=f"See [b]ms-quant schemes[/b]. Default: {DEFAULTS.scheme}")
+        str | None,
+        typer.Option(
+            help="See [b]ms-quant schemes[/b]; or one for each part of the model: "
+            "attention=W8A8,dense=W8A8_DYNAMIC,experts=W4A8_DYNAMIC (also shared, mtp; one "
+            f"without a part is for the rest). Default: {DEFAULTS.scheme}"
+        ),
     ] = None,
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq; or best, which keeps "
-            f"static schemes within {BEST_INCREASE} of perplexity. Default: {DEFAULTS.algorithm}"
+            help="See [b]ms-quant schemes[/b]; joined with +: osl+gptq; or for each part, as with "
+            "--scheme; or best, which keeps static schemes within "
+            f"{BEST_INCREASE} of perplexity. Default: {DEFAULTS.algorithm}"
         ),
     ] = None,
     recipe: Annotated[
@@ -123,7 +131,10 @@ def quantize(
         ),
     ] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(help="By how much perplexity may grow, such as 0.5%.")
+        str | None,
+        typer.Option(
+            help="By how much perplexity may grow, such as 0.5%, standard error included."
+        ),
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Or: stored bits of a weight in the mean, such as 6.0.")
@@ -132,7 +143,7 @@ def quantize(
         Path | None,
         typer.Option(
             help="Text that perplexity is measured on. Default: other windows of the calibration "
-            "data, and verse that comes with the package"
+            "data, and prose and verse that come with the package"
         ),
     ] = None,
     sensitivity: Annotated[
@@ -183,6 +194,9 @@ def quantize(
         if choose is not None:
             _refuse("--choose says which schemes there are", scheme=scheme)
         _refuse("a goal chooses what each linear becomes", recipe=recipe)
+        for name, text in (("scheme", options.scheme), ("algorithm", options.algorithm)):
+            if by_part(name, text).named:
+                _refuse("a goal chooses what each part becomes", **{name: text})
         from ms_quant.allocation.increase import parse_share
 
         most = None if max_ppl_increase is None else parse_share(max_ppl_increase)
@@ -263,4 +277,8 @@ def _emit_all(results: list[dict[str, Any]], as_json: bool) -> None:
         emit({"formats": results}, as_json, show_fields)
         return
     for result in results:
-        emit(result, as_json, show_fields)
+        emit(result, as_json, _show)
+
+
+def _show(result: dict[str, Any]) -> None:
+    show_fields({**result, "float_linears": condensed(result["float_linears"])})

@@ -8,6 +8,7 @@ from ms_quant.formats.registry import FORMATS
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan, all_groups
+from ms_quant.plan.targets import broken_rules, runtimes
 
 
 def format_of(plan: Plan) -> CheckpointFormat:
@@ -56,14 +57,12 @@ def failure(plan: Plan) -> str:
 
 
 def served_by(plan: Plan) -> list[str]:
-    """The runtimes that serve every scheme there is."""
-    if failure(plan):
-        return []
-    first, *others = (layer.storage.support.served_by for layer in plan.distinct)
-    return [runtime for runtime in first if all(runtime in other for other in others)]
+    """The runtimes that serve every scheme there is, in the parts of the model that have it."""
+    return [] if failure(plan) else runtimes(plan)
 
 
 def not_served_by(plan: Plan) -> list[str]:
-    """Runtimes that do not serve some scheme there is, with the reason."""
+    """Runtimes that do not serve some scheme there is, or some part of the model, with the
+    reason."""
     reasons = [reason for layer in plan.distinct for reason in layer.storage.support.not_served_by]
-    return list(dict.fromkeys([*reasons, *filter(None, [failure(plan)])]))
+    return list(dict.fromkeys([*reasons, *broken_rules(plan), *filter(None, [failure(plan)])]))

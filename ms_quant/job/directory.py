@@ -234,6 +234,10 @@ class JobDirectory(BlockFiles):
         """What was seen of a block before its experts."""
         return self.directory / f"seen-{index:05d}.safetensors"
 
+    def maxima_file(self, index: int) -> Path:
+        """The largest magnitudes of what all experts of a block read and of their weights."""
+        return self.directory / f"maxima-{index:05d}.safetensors"
+
     def given_file(self, index: int, expert: int) -> Path:
         """What an expert gives to the tokens that go to it."""
         return self.directory / f"given-{index:05d}-{expert:05d}.npy"

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ms_quant.algorithms.pipeline import has
 from ms_quant.allocation.options import choices_within
 from ms_quant.allocation.price import price_for_cost, total
 from ms_quant.analysis.inputs import describe_input
-from ms_quant.analysis.records import Sensitivity, percent
+from ms_quant.analysis.records import GroupSensitivity, Sensitivity, percent
 from ms_quant.analysis.summary import title
 from ms_quant.errors import BadArgumentError
 from ms_quant.mixed_precision.candidates import Candidates, Choice, candidates
@@ -20,9 +21,15 @@ from ms_quant.mixed_precision.request import CheckedMixed
 from ms_quant.mixed_precision.search import cheapest_within
 from ms_quant.mixed_precision.trials import Increase, Trials
 from ms_quant.models.names import GroupId
+from ms_quant.schemes.table import SCHEMES
 
 MOST_REFUSALS = 4
 """Times that what is written may be over the budget where what was put together was within."""
+HEAVY_TAILS = 25.0
+"""The excess kurtosis of inputs of which calibration has not seen the largest values that other
+texts have. Behind a rotation what a linear reads has less than 20, and what multiplies two of its
+outputs, as the input of down_proj is, has more than 30: some channels are quiet in thousands of
+tokens and then carry half of one."""
 MOST_LINES = 12
 """Of groups that are named; the recipe has all."""
 
@@ -73,6 +80,8 @@ class Decision:
             if usual in group.schemes:
                 cost = percent(group.score(usual, "loss_increase"))
                 line += f", as {usual} of it alone costs about {cost:+.2g} %"
+                if SCHEMES[usual].needs_calibration and _tailed(group):
+                    line += " and may cost more on other texts"
             if group.input is not None and group.input.massive:
                 line += f" (its largest input is {describe_input(group.input)})"
             yield line
@@ -93,7 +102,32 @@ def decide(asked: CheckedMixed, found: Sensitivity, trials: Trials) -> Decision:
         if asked.heldout is None:
             return decision
         return replace(decision, increase=trials.increase(decision.choice), trials=1)
-    return _of_increase(candidates(found, asked.costs, with_float, _work), asked, trials)
+    return _of_increase(
+        candidates(found, steady_costs(asked, found), with_float, _work), asked, trials
+    )
+
+
+def steady_costs(asked: CheckedMixed, found: Sensitivity) -> dict[GroupId, dict[str, Cost]]:
+    """What groups cost in the schemes that are open to them: no static one to inputs with heavy
+    tails where they may stay float. What it costs on texts that nobody has measured is not known.
+
+    Only of rotated models, as an outlier channel, which is as large in all texts, has them too.
+    """
+    tailed = {GroupId(group.block, group.name) for group in found.groups if _tailed(group)}
+    rotated = has(asked.options.job.algorithm, "rotates")
+    if FLOAT not in asked.options.choose or not rotated or tailed.issuperset(asked.costs):
+        return asked.costs
+    static = {name for name in asked.schemes if SCHEMES[name].needs_calibration}
+    return {
+        group: {name: cost for name, cost in known.items() if name not in static}
+        if group in tailed
+        else known
+        for group, known in asked.costs.items()
+    }
+
+
+def _tailed(group: GroupSensitivity) -> bool:
+    return group.input is not None and group.input.kurtosis > HEAVY_TAILS
 
 
 def _bits(cost: Cost) -> float:
@@ -123,21 +157,22 @@ def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Deci
     least, margin = math.inf, 0.0
     for _ in range(MOST_REFUSALS):
         place, found = cheapest_within(
-            estimates, budget - margin, lambda place: trials.estimate(row[place]).loss
+            estimates, budget - margin, lambda place: trials.estimate(row[place]).bound
         )
         measured |= found
         if place == len(row):
             break
         increase = trials.increase(row[place])
-        if increase.loss <= budget:
+        if increase.bound <= budget:
             choice = row[place]
             count = len(measured) + 1
             return Decision(choice, known.bits(choice), known.loss(choice), increase, count)
         trials.forget(row[place])
-        least, margin = min(least, increase.loss), max(margin, increase.loss - found[place])
+        least, margin = min(least, increase.bound), max(margin, increase.bound - found[place])
     least = min(least, *measured.values()) if measured else least
     raise BadArgumentError(
         f"max ppl increase {100 * asked.options.max_ppl_increase:g} % cannot be reached with "
-        f"{', '.join(asked.options.choose)}: the least that was found is {percent(least):.3g} "
-        "%, expected a larger budget, other schemes, or another algorithm"
+        f"{', '.join(asked.options.choose)}: the least that was found is {percent(least):.3g} %, "
+        "its standard error included; expected a larger budget, other schemes, more held-out text, "
+        "or another algorithm"
     )

@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ms_quant import data
 from ms_quant.algorithms.pipeline import suiting
 from ms_quant.allocation.increase import check_increase
 from ms_quant.analysis.records import Sensitivity
 from ms_quant.analysis.request import AnalyzeOptions, CheckedAnalysis, prepare_analysis, refuse_idle
-from ms_quant.data.calibration import Note, eval_windows, load_tokens
 from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.formats.float_model import FloatCheckpoint, open_float
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.mixed_precision.costs import FLOAT, Cost, bits_between, costs
+from ms_quant.mixed_precision.heldout import heldout_windows
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.options import QuantizeOptions
@@ -33,14 +31,9 @@ from ms_quant.schemes.support import served_formats, store
 from ms_quant.schemes.table import FLOAT_CACHE, SCHEMES, get_scheme, taken_options
 
 ANALYSIS, ANALYSIS_JOB = "analysis.json", "analysis.job"
-OTHER_WINDOWS, BUNDLED_WINDOWS = 12, 24
-"""Of the calibration data and of a bundled text, where no held-out text is given. Other windows of
-the same book flatter static ranges, which fit it."""
-BUNDLED = Path(data.__file__).parent / "heldout.txt"
-LEAST_WINDOWS = 8
 EFFORT = 4
-"""How many times as many tokens are analysed as by ``ms-quant analyze``: trials cost more."""
-OTHER_SEED = 1_000_003
+"""How many times as much an analysis may take of its tokens, the held-out ones here, as ``ms-quant
+analyze`` does: about as much as measuring a choice or two."""
 PER_TOKEN = {"W8A8": "W8A8_DYNAMIC", "W8A8_MIX": "W8A8_DYNAMIC"}
 ANY_DTYPE = np.dtype(np.float32)
 
@@ -142,7 +135,8 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     _check_size(options, known)
     analysis, found = None, None
     notes: list[str] = []
-    heldout = _heldout(options, notes.append)
+    measures = options.max_ppl_increase is not None
+    heldout = heldout_windows(job, options.heldout, measures, notes.append)
     if options.sensitivity is None:
         analysis = prepare_analysis(_analysis(options, schemes, format, heldout), model)
         notes += analysis.notes
@@ -167,8 +161,9 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
 def _check_goal(options: MixedOptions) -> None:
     increase, bits = options.max_ppl_increase, options.target_bits
     if (increase is None) == (bits is None):
+        found = "needs a goal" if bits is None else "has one goal, and two are given"
         raise BadArgumentError(
-            "choosing schemes needs a goal, expected one of --max-ppl-increase and --target-bits"
+            f"choosing schemes {found}, expected one of --max-ppl-increase and --target-bits"
         )
     if increase is not None:
         check_increase(increase)
@@ -321,55 +316,6 @@ def _other_algorithm(found: Sensitivity, plans: Mapping[str, Plan], path: Path) 
                 f"{plan.algorithm}; its estimates are the other's"
             ]
     return []
-
-
-def _heldout(options: MixedOptions, note: Note) -> np.ndarray | None:
-    """The tokens that perplexity is measured on; None where a size is the goal and there are few.
-
-    Raises:
-        MsQuantError: the file cannot be read, or perplexity is the goal and there are few.
-    """
-    job = options.job
-    samples, length, _ = job.windows
-    if length < 2:
-        raise BadArgumentError(f"seq_len is {length}, expected at least 2 to predict a token")
-    if options.heldout is not None:
-        return eval_windows(options.heldout, job.model, length, samples, note)
-    others = bundled = np.zeros((0, length), np.int32)
-    if job.calib is not None:
-        others = _others(job)
-        bundled = _bundled(job)
-    if len(others) + len(bundled) >= LEAST_WINDOWS:
-        note(
-            f"perplexity is measured on {len(others)} other windows of {job.calib} and "
-            f"{len(bundled)} of English verse; --heldout FILE with what the model will read says "
-            "more"
-        )
-        return np.concatenate([windows for windows in (others, bundled) if len(windows)])
-    if options.target_bits is not None:
-        return None
-    raise BadArgumentError(
-        f"{job.calib}: has {len(others)} windows of {length} tokens beside those that calibration "
-        f"takes, expected at least {LEAST_WINDOWS} to measure perplexity on, or --heldout FILE"
-    )
-
-
-def _others(job: QuantizeOptions) -> np.ndarray:
-    """Windows of the calibration data that calibration does not take."""
-    assert job.calib is not None
-    samples, length, seed = job.windows
-    load = partial(load_tokens, job.calib, job.model)
-    used = {window.tobytes() for window in load(samples, length, seed)}
-    drawn = load(samples + 2 * OTHER_WINDOWS, length, seed + OTHER_SEED)
-    return np.array([window for window in drawn if window.tobytes() not in used][:OTHER_WINDOWS])
-
-
-def _bundled(job: QuantizeOptions) -> np.ndarray:
-    """Windows of a text that comes with the package; none where the model has no tokenizer."""
-    try:
-        return eval_windows(BUNDLED, job.model, job.windows.seq_len, BUNDLED_WINDOWS)
-    except MsQuantError:
-        return np.zeros((0, job.windows.seq_len), np.int32)
 
 
 def _asked(options: MixedOptions, format: str, heldout: np.ndarray | None) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ms_quant.analysis.records import Sensitivity
 from ms_quant.analysis.run import ANALYZING, run_analysis
-from ms_quant.errors import JobConflictError
+from ms_quant.errors import BadFileError, JobConflictError
 from ms_quant.files.atomic import write_bytes
 from ms_quant.mixed_precision.decision import decide
 from ms_quant.mixed_precision.directory import working
@@ -28,8 +29,24 @@ from ms_quant.pipeline.run import run_job
 from ms_quant.progress import StepProgress, of_blocks, silent
 from ms_quant.recipe import Recipe, load_recipe, to_native
 
-MADE = {"groups", "bits_per_weight", "estimated_increase", "moved"}
-"""What a recipe always says of how it was made."""
+
+@dataclass(frozen=True)
+class Made:
+    """What a recipe says of how it was made, as :meth:`Decision.facts` has it."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")
+
+    asked: dict[str, Any]
+    groups: dict[str, int]
+    bits_per_weight: float
+    estimated_increase: float
+    moved: list[str]
+    perplexity_increase: float | None = None
+    perplexity_increase_error: float | None = None
+    trials: int = 0
+
+
+_MADE = TypeAdapter(Made)
 
 
 @dataclass(frozen=True)
@@ -118,10 +135,11 @@ def quantize_mixed(
         choose: names of ``ms_quant.SCHEMES`` that one runtime mixes, and ``"FLOAT"`` if groups may
             stay float; the one that is wanted most first.
         calibration: file of calibration data (text, JSON records, .parquet or .npz).
-        max_ppl_increase: by how much perplexity may grow; 0.005 is 0.5 %. This or ``target_bits``.
+        max_ppl_increase: by how much perplexity may grow, the standard error of what is measured
+            included; 0.005 is 0.5 %. This or ``target_bits``.
         target_bits: stored bits of a weight in the mean over all groups, scales and all.
         heldout: the text that perplexity is measured on; None is other windows of the calibration
-            data and English verse that comes with the package.
+            data, and English prose and verse that come with the package.
         sensitivity: file of an analysis that was made before; None makes one.
         algorithm: names of ``ms_quant.ALGORITHMS``, joined with ``+``; each scheme is prepared by
             those that suit it.
@@ -202,7 +220,7 @@ def run_mixed(asked: CheckedMixed, progress: StepProgress = silent) -> MixedResu
     before = _recipe_before(asked)
     if before is not None and asked.options.job.output.is_dir():
         checked = prepare(plain_request(asked, before), model=asked.model)
-        return _result(asked, _written(checked, progress), before.made)
+        return _result(asked, _written(checked, progress), _MADE.validate_python(before.made))
     with working(asked.directory, keep=asked.options.job.keep_job):
         found = asked.sensitivity or _analyzed(asked, progress)
         trials = Trials(asked, progress)
@@ -212,7 +230,7 @@ def run_mixed(asked: CheckedMixed, progress: StepProgress = silent) -> MixedResu
         assert checked.options.recipe is not None
         _write_recipe(asked, checked.options.recipe)
         result = _written(checked, progress)
-    return _result(asked, result, made)
+    return _result(asked, result, _MADE.validate_python(made))
 
 
 def _analyzed(asked: CheckedMixed, progress: StepProgress) -> Sensitivity:
@@ -236,10 +254,11 @@ def _recipe_before(asked: CheckedMixed) -> Recipe | None:
     path, output = asked.recipe_path, asked.options.job.output
     if path.exists():
         recipe = load_recipe(path)
-        if recipe.made.get("asked") != asked.asked or not recipe.made.keys() >= MADE:
+        if recipe.made.get("asked") != asked.asked:
             raise JobConflictError(
                 f"{path}: is the recipe of another request, expected another output, or delete it"
             )
+        _check_made(recipe, path)
         return recipe
     if output.exists():
         raise JobConflictError(
@@ -261,15 +280,29 @@ def _write_recipe(asked: CheckedMixed, recipe: Recipe) -> None:
     write_bytes(asked.recipe_path, f"{header}\n{text}".encode())
 
 
-def _result(asked: CheckedMixed, result: Result, made: Mapping[str, Any]) -> MixedResult:
+def _check_made(recipe: Recipe, path: Path) -> None:
+    """Refuses what this command does not write there: someone has changed it."""
+    try:
+        _MADE.validate_python(recipe.made)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["made", *map(str, first["loc"])])
+        found = "missing" if first["type"] == "missing" else f"{first['input']!r:.80}"
+        raise BadFileError(
+            f"{path}: {where:.200} is {found}, expected what this command has written; for a "
+            "recipe that was changed use --recipe and another output, or delete it"
+        ) from None
+
+
+def _result(asked: CheckedMixed, result: Result, made: Made) -> MixedResult:
     return MixedResult(
         result,
         asked.recipe_path,
-        made["groups"],
-        made["bits_per_weight"],
-        made["estimated_increase"],
-        made.get("perplexity_increase"),
-        made.get("perplexity_increase_error"),
-        made.get("trials", 0),
-        tuple(made["moved"]),
+        made.groups,
+        made.bits_per_weight,
+        made.estimated_increase,
+        made.perplexity_increase,
+        made.perplexity_increase_error,
+        made.trials,
+        tuple(made.moved),
     )

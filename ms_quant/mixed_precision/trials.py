@@ -54,6 +54,12 @@ class Increase(NamedTuple):
     phase: str
 
     @property
+    def bound(self) -> float:
+        """What a budget must hold: the mean and its standard error. Of many choices the one that
+        seems good enough by its mean alone is one whose text flatters it."""
+        return self.loss + (self.error or 0.0)
+
+    @property
     def perplexity(self) -> float:
         """The increase of perplexity: 0.01 is 1 %."""
         return math.expm1(min(self.loss, 500.0))
@@ -115,7 +121,7 @@ class Trials:
         for phase, losses in self.measured[key].items():
             loss, error = paired_difference(_column(losses), exact)
             found.append(Increase(loss, error, phase))
-        return max(found)
+        return max(found, key=lambda increase: increase.bound)
 
     def forget(self, choice: Choice) -> None:
         """Removes the job of a choice."""
@@ -194,7 +200,7 @@ def _read(path: Path, windows: int) -> dict[str, Losses]:
     """
     found = read_json(path)
     for losses in found.values():
-        good = isinstance(losses, dict) and losses and set(losses) <= set(PHASES)
+        good = isinstance(losses, dict) and {PHASES[0]} <= set(losses) <= set(PHASES)
         if not good or not all(_are_losses(found, windows) for found in losses.values()):
             raise BadFileError(f"{path}: is malformed; delete it to measure again")
     return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from ms_quant.models.edge import Edge
+from ms_quant.models.names import expert_of
 
 if TYPE_CHECKING:
     from typing import Self
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
 
 Parallel = Literal["column", "row", "replicated"]
+Part = Literal["attention", "dense", "shared", "experts"]
+"""What a linear is for: attention, an MLP, one beside routed experts, or routed experts."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,14 @@ class LinearSpec:
         in_features: columns of its weight.
         bias: whether it has one.
         division: how it is divided over ranks.
-        reads_stream: whether its input is the residual stream behind a norm.
+        reads_stream: whether its input is the residual stream behind a norm; or its rows, of an
+            embedding, are that of tokens.
         writes_stream: whether its output is added to the residual stream.
         heads_axis: the axis of its weight along the values of all attention heads: 0 (rows), -1
             (columns) or None.
         scores: whether attention scores are products of its outputs: queries or keys.
+        norms: paths of the norms whose outputs, one after the other, are its inputs, where no edge
+            says so.
     """
 
     out_features: int
@@ -69,6 +75,7 @@ class LinearSpec:
     writes_stream: bool = False
     heads_axis: Literal[0, -1] | None = None
     scores: bool = False
+    norms: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,11 +102,16 @@ class NormSpec:
         size: of its gain.
         reads_stream: whether it normalises the residual stream.
         eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
+        made_by: path of a linear that makes, with its first outputs, what it normalises, and that
+            is read nowhere else.
+        behind: full path of the norm whose output it normalises.
     """
 
     size: int
     reads_stream: bool = True
     eps: float | None = None
+    made_by: str = ""
+    behind: str = ""
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -116,14 +128,14 @@ class LinearGroup:
         kind: what recipes call it, in whatever module it is: ``"gate_up"``.
         linears: path in the block to linear.
         fused: path of the single linear that serving runtimes fuse them into.
-        routed: whether it sees only the tokens that a router sends to it.
+        part: what it is for.
     """
 
     name: str
     kind: str
     linears: Mapping[str, LinearSpec] = field(hash=False)
     fused: str
-    routed: bool = False
+    part: Part = "dense"
 
     @cached_property
     def members(self) -> tuple[str, ...]:
@@ -134,6 +146,11 @@ class LinearGroup:
     def first(self) -> LinearSpec:
         """The first linear. Inputs and division are the same for all."""
         return self.linears[self.members[0]]
+
+    @property
+    def routed(self) -> bool:
+        """Whether it sees only the tokens that a router sends to it."""
+        return self.part == "experts"
 
     @property
     def in_features(self) -> int:
@@ -371,5 +388,19 @@ class BlockSpec:
     @cached_property
     def routed_size(self) -> int:
         """How many of them are of routed experts."""
-        routed = (group for group in self.groups if group.routed)
-        return sum(linear.size for group in routed for linear in group.linears.values())
+        return sum(self._expert_sizes.values())
+
+    @cached_property
+    def most_held(self) -> int:
+        """How many weights are in memory at once where experts come one after the other."""
+        return self.size - self.routed_size + max(self._expert_sizes.values(), default=0)
+
+    @cached_property
+    def _expert_sizes(self) -> dict[int | None, int]:
+        sizes: dict[int | None, int] = {}
+        for group in self.groups:
+            if group.routed:
+                expert = expert_of(group.members[0])
+                size = sum(linear.size for linear in group.linears.values())
+                sizes[expert] = sizes.get(expert, 0) + size
+        return sizes

@@ -88,12 +88,13 @@ class Experts(Branch):
         self.hidden, self.routing, size, unit = hidden, routing, routing.size, routing.unit
         self.experts = [
             GatedMlp(
-                hidden, size, False, expert_path(EXPERTS, i), f"experts.{i}.", unit, NORM, True
+                *(hidden, size, False, expert_path(EXPERTS, i), f"experts.{i}.", unit, NORM),
+                part="experts",
             )
             for i in range(routing.experts)
         ]
         self.shared = (
-            GatedMlp(hidden, routing.shared, False, shared, "shared.", unit, NORM)
+            GatedMlp(hidden, routing.shared, False, shared, "shared.", unit, NORM, "shared")
             if routing.shared
             else None
         )

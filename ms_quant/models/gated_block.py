@@ -17,6 +17,7 @@ from ms_quant.models.block_spec import (
     LinearSpec,
     NormSpec,
     Operators,
+    Part,
 )
 from ms_quant.models.edge import Edge
 
@@ -71,8 +72,8 @@ class Attention(Branch):
             **dict.fromkeys(names, within),
         }
         self.groups = (
-            LinearGroup("qkv", "qkv", qkv, f"{path}.qkv_proj"),
-            LinearGroup("o", "o", {o: output}, o),
+            LinearGroup("qkv", "qkv", qkv, f"{path}.qkv_proj", "attention"),
+            LinearGroup("o", "o", {o: output}, o, "attention"),
         )
         self.edges = (
             Edge(norm, ("qkv",), norm=True),
@@ -113,7 +114,7 @@ class GatedMlp(Branch):
         label: what stands before the names of its groups.
         unit: what the config calls the inner channels.
         norm: path of the norm before it.
-        routed: whether it sees only the tokens that a router sends to it.
+        part: which MLP it is.
     """
 
     title = "mlp"
@@ -127,7 +128,7 @@ class GatedMlp(Branch):
         label: str = "",
         unit: str = "intermediate_size",
         norm: str = "post_attention_layernorm",
-        routed: bool = False,
+        part: Part = "dense",
     ):
         self.path, self.norm = path, norm
         gate, up, down = (f"{path}.{name}_proj" for name in ("gate", "up", "down"))
@@ -140,8 +141,8 @@ class GatedMlp(Branch):
         }
         both, last = f"{label}gate_up", f"{label}down"
         self.groups = (
-            LinearGroup(both, "gate_up", {gate: inner, up: inner}, f"{path}.gate_up_proj", routed),
-            LinearGroup(last, "down", {down: outer}, down, routed),
+            LinearGroup(both, "gate_up", {gate: inner, up: inner}, f"{path}.gate_up_proj", part),
+            LinearGroup(last, "down", {down: outer}, down, part),
         )
         self.edges = Edge(norm, (both,), norm=True), Edge(up, (last,))
         self.last = (down,)

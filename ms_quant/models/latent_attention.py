@@ -62,19 +62,22 @@ class LatentAttention(Branch):
         out = Division("row", "num_attention_heads", heads)
         queries = heads * shape.query
         compressed = LinearSpec(shape.kv_rank + shape.rope, hidden, bias, reads_stream=True)
-        expanded = LinearSpec(heads * (shape.nope + shape.value), shape.kv_rank, division=whole)
-        output = LinearSpec(hidden, heads * shape.value, config.o_bias, out, writes_stream=True)
+        made = heads * (shape.nope + shape.value)
+        expanded = LinearSpec(made, shape.kv_rank, division=whole, heads_axis=0)
+        output = LinearSpec(
+            hidden, heads * shape.value, config.o_bias, out, writes_stream=True, heads_axis=-1
+        )
         kv_norm = f"{path}.kv_a_layernorm"
-        within = {kv_norm: NormSpec(shape.kv_rank, False, NORM_EPS)}
+        within = {kv_norm: NormSpec(shape.kv_rank, False, NORM_EPS, kv_a)}
         if shape.q_rank:
             first = {q_a: LinearSpec(shape.q_rank, hidden, bias, reads_stream=True)}
             both = {**first, kv_a: compressed}
             last = {q_b: LinearSpec(queries, shape.q_rank, division=whole)}
             q_norm = f"{path}.q_a_layernorm"
-            within = {q_norm: NormSpec(shape.q_rank, False, NORM_EPS), **within}
+            within = {q_norm: NormSpec(shape.q_rank, False, NORM_EPS, q_a), **within}
             makers: tuple[LinearGroup, ...] = (
-                LinearGroup("qkv_a", "qkv_a", both, f"{path}.fused_qkv_a_proj"),
-                LinearGroup("q_b", "q_b", last, q_b),
+                LinearGroup("qkv_a", "qkv_a", both, f"{path}.fused_qkv_a_proj", "attention"),
+                LinearGroup("q_b", "q_b", last, q_b, "attention"),
             )
             edges = [Edge(norm, ("qkv_a",), norm=True), Edge(q_norm, ("q_b",), norm=True)]
             linears = {**both, **last}
@@ -84,14 +87,14 @@ class LatentAttention(Branch):
                 kv_a: compressed,
             }
             makers = (
-                LinearGroup("q", "q", {self.q: linears[self.q]}, self.q),
-                LinearGroup("kv_a", "kv_a", {kv_a: compressed}, kv_a),
+                LinearGroup("q", "q", {self.q: linears[self.q]}, self.q, "attention"),
+                LinearGroup("kv_a", "kv_a", {kv_a: compressed}, kv_a, "attention"),
             )
             edges = [Edge(norm, ("q", "kv_a"), norm=True)]
         self.modules = {norm: NormSpec(hidden), **linears, kv_b: expanded, o: output, **within}
-        self.groups = (*makers, LinearGroup("o", "o", {o: output}, o))
+        self.groups = (*makers, LinearGroup("o", "o", {o: output}, o, "attention"))
         values = Edge(kv_b, ("o",), size=shape.value, skipped=shape.nope, averaged=True)
-        self.edges = (*edges, values)
+        self.edges = (*edges, Edge(kv_norm, (), norm=True, floats=(kv_b,)), values)
         self.last = (o,)
 
     def inner(

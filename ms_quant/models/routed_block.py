@@ -37,9 +37,13 @@ def _around(config: ModelConfig) -> dict[str, LinearSpec | NormSpec]:
     hidden, vocab = config.hidden_size, config.vocab_size
     return {
         "enorm": NormSpec(hidden),
-        "hnorm": NormSpec(hidden),
+        "hnorm": NormSpec(hidden, behind="model.norm"),
         "shared_head.norm": NormSpec(hidden),
-        "eh_proj": LinearSpec(hidden, 2 * hidden),
-        "embed_tokens": LinearSpec(vocab, hidden),
-        "shared_head.head": LinearSpec(vocab, hidden),
+        "eh_proj": LinearSpec(
+            hidden, 2 * hidden, reads_stream=True, writes_stream=True, norms=("enorm", "hnorm")
+        ),
+        "embed_tokens": LinearSpec(vocab, hidden, reads_stream=True),
+        "shared_head.head": LinearSpec(
+            vocab, hidden, reads_stream=True, norms=("shared_head.norm",)
+        ),
     }

@@ -14,7 +14,8 @@ from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.names import block_prefix
+from ms_quant.models.names import GroupId
+from ms_quant.pipeline.condensed import member_of
 from ms_quant.pipeline.request import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
@@ -42,11 +43,11 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
     """
     plan, config = checked.plan, checked.plan.config
     weights = sum(block.size for block in config.stored_blocks)
-    largest = max(block.size for block in config.stored_blocks)
+    largest = max(block.most_held for block in config.stored_blocks)
     tokens = 0 if checked.tokens is None else checked.tokens.size
     searches = max(layer.algorithms.searches for layer in plan.distinct)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
-    seconds = 2 * weights * forwards / (BLOCK_EFFICIENCY * flops())
+    seconds = 2 * _passed(config) * forwards / (BLOCK_EFFICIENCY * flops())
     seconds += weights / 100e6  # rounding the weights themselves
     if plan.any("hessian"):
         seconds += _hessian_flops(plan, tokens) / (BLOCK_EFFICIENCY * flops())
@@ -87,6 +88,15 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
     }
 
 
+def _passed(config: ModelConfig) -> float:
+    """How many weights a token passes: of the experts those that it goes to."""
+    weights = sum(block.size for block in config.stored_blocks)
+    if config.routing is None:
+        return weights
+    routed = sum(block.routed_size for block in config.stored_blocks)
+    return weights - routed * (1 - config.routing.per_token / config.routing.experts)
+
+
 def _inputs(block: BlockSpec) -> list[int]:
     """The number of inputs of each group of a block."""
     return [group.in_features for group in block.groups]
@@ -117,8 +127,9 @@ def _linears(plan: Plan) -> list[str]:
     found: dict[tuple[str, int, int], dict[str, None]] = {}
     for block in plan.config.stored_blocks:
         for member, spec in block.linears.items():
-            layer = plan.layer_of(f"{block_prefix(block.index)}{member}")
-            names = found.setdefault((member, *spec.shape), {})
+            group = block.group_of(member)
+            layer = plan.layers[GroupId(block.index, group.name)] if group else None
+            names = found.setdefault((member_of(member), *spec.shape), {})
             names[layer.scheme.name if layer else "FLOAT"] = None
     return [
         f"{member}: {out} x {into}, {' or '.join(names)}"

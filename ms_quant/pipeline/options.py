@@ -36,8 +36,8 @@ class QuantizeOptions:
     Attributes:
         model: directory of the float checkpoint.
         output: directory to make.
-        scheme: name of the scheme.
-        algorithm: names of the algorithms, joined with ``+``.
+        scheme: name of the scheme, or ``"PART=NAME,..."``.
+        algorithm: names of the algorithms, joined with ``+``, or ``"PART=NAMES,..."``.
         scheme_options: options of the scheme's weights, such as ``group_size``.
         algorithm_options: options of the algorithms, such as ``alpha`` or ``gptq.damping``.
         float_undivided: leave linears float whose inputs groups do not divide, instead of

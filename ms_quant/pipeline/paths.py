@@ -13,7 +13,7 @@ from ms_quant.formats.registry import FORMATS
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
-from ms_quant.plan.folding import float_readers, quantized_readers
+from ms_quant.plan.folding import changed_floats, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
 
@@ -72,7 +72,8 @@ def _check_apart(place: Path, what: str, other: Path, other_what: str) -> None:
 
 
 def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ()) -> int:
-    """Disk space of a job: the blocks that are left and two sets of hidden states.
+    """Disk space of a job: the blocks that are left, two sets of hidden states, and of a block with
+    experts the states before them and what each gives.
 
     Args:
         plans: what to do, for each format.
@@ -81,7 +82,8 @@ def job_bytes(plans: Sequence[Plan], tokens: int, finished: Container[int] = ())
     """
     config = plans[0].config
     blocks = [index for index in range(config.num_blocks) if index not in finished]
-    hidden = 2 * tokens * config.hidden_size * 4 if blocks else 0
+    sets = 2 if config.routing is None else 3 + config.routing.per_token
+    hidden = sets * tokens * config.hidden_size * 4 if blocks else 0
     return hidden + sum(_block_bytes(plan, index) for plan in plans for index in blocks)
 
 
@@ -90,7 +92,8 @@ def _block_bytes(plan: Plan, index: int) -> int:
     folded = [block.norms[edge.producer].size for edge in block.edges if edge.norm]
     for edge in block.edges:
         if quantized_readers(plan, index, edge):
-            folded += [block.linears[path].size for path in float_readers(plan, index, edge)]
+            changed = changed_floats(plan, index, edge)[edge.norm :]  # norms are counted
+            folded += [math.prod(block.tensors[name]) for name in changed]
     linears = [
         _linear_bytes(plan.layer(index, group), group, block.linears[member])
         for group in plan.groups(index)

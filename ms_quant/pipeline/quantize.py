@@ -10,6 +10,7 @@ from typing import Any
 from ms_quant.errors import BadArgumentError
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.pipeline.options import QuantizeOptions, read_recipe, refuse_beside_recipe
+from ms_quant.pipeline.parts import as_text
 from ms_quant.pipeline.request import prepare
 from ms_quant.pipeline.result import Result
 from ms_quant.pipeline.run import run_job
@@ -23,9 +24,9 @@ IN_RECIPES = ("scheme", "algorithm", "scheme_options", "algorithm_options", "exc
 def quantize_checkpoint(
     model: str | PathLike[str],
     output: str | PathLike[str],
-    scheme: str = DEFAULTS.scheme,
+    scheme: str | Mapping[str, str] = DEFAULTS.scheme,
     *,
-    algorithm: str = DEFAULTS.algorithm,
+    algorithm: str | Mapping[str, str] = DEFAULTS.algorithm,
     recipe: Recipe | str | PathLike[str] | Mapping[str, Any] | None = None,
     calibration: str | PathLike[str] | None = None,
     formats: Sequence[str] = (),
@@ -55,8 +56,12 @@ def quantize_checkpoint(
     Args:
         model: directory of a Hugging Face checkpoint.
         output: directory to make. With several ``formats`` each gets a directory of its name in it.
-        scheme: a name of ``ms_quant.SCHEMES``.
-        algorithm: names of ``ms_quant.ALGORITHMS``, joined with ``+``: ``"osl+gptq"``.
+        scheme: a name of ``ms_quant.SCHEMES``, or one for each part of the model:
+            ``{"attention": "W8A8", "dense": "W8A8_DYNAMIC", "experts": "W4A8_DYNAMIC"}``, as text
+            ``"attention=W8A8,..."``. Parts are ``attention``, ``dense``, ``shared``, ``experts``
+            and ``mtp``; ``"FLOAT"`` leaves one as it is, and ``""`` names the rest.
+        algorithm: names of ``ms_quant.ALGORITHMS``, joined with ``+``: ``"osl+gptq"``; or, as with
+            schemes, some for each part.
         recipe: what becomes of which linear, in place of the scheme, the algorithm, their options,
             ``exclude`` and ``kv_cache``: a Recipe, what a recipe file would hold, or the path of
             one.
@@ -116,8 +121,8 @@ def quantize_checkpoint(
     options = QuantizeOptions(
         model=Path(model),
         output=Path(output),
-        scheme=scheme,
-        algorithm=algorithm,
+        scheme=as_text(scheme),
+        algorithm=as_text(algorithm),
         scheme_options=scheme_options or {},
         algorithm_options=algorithm_options or {},
         float_undivided=float_undivided,

@@ -29,10 +29,11 @@ from ms_quant.numerics.storage import DTYPES
 from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import CALIB_DIRECTORY, QuantizeOptions
+from ms_quant.pipeline.parts import by_part
 from ms_quant.pipeline.paths import check_paths, check_space, job_bytes
-from ms_quant.pipeline.planning import linear_paths, make_plan, plan_of_recipe, recipe_notes
+from ms_quant.pipeline.plan_notes import plan_notes
+from ms_quant.pipeline.planning import make_plan, plan_of_recipe, recipe_notes
 from ms_quant.pipeline.writer import output_bytes
-from ms_quant.plan.exclude import float_notes
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.rotated import RotatedCheckpoint
 from ms_quant.recipe import Recipe
@@ -41,6 +42,8 @@ from ms_quant.schemes.table import FLOAT_CACHE
 
 Opened = Callable[[Path], FloatCheckpoint]
 """Opens a float model; the same one is opened once."""
+REST = "rest"
+"""In records, the parts of a model that were not named."""
 SHARED = ("source", "environment", "calibration", "exclude")
 
 
@@ -195,14 +198,14 @@ def _prepare(
     check_paths(options.model, options.output, options.job_directory)
     config, checkpoint = opened(options.model)
     if extension is None:  # another command has names of its own
-        options = with_best(options, [options.scheme], config)
+        options = with_best(options, by_part("scheme", options.scheme).names, config)
     plan = original = _plan(config, options)
     options = _with_data(options, plan)
     refuse_unused(options, plan)
     if options.tp is not None:
         refuse_ranks(plan, options.tp)
     plan, tensors = rotated(plan, checkpoint)
-    notes = float_notes(options.exclude, linear_paths(config), config)
+    notes = plan_notes(options, plan)
     if extension is None:
         notes += rank_notes(plan) if options.tp is None else []
         options = replace(options, shard_bytes=options.most_shard_bytes)
@@ -300,6 +303,8 @@ def _record(
         "source": fingerprint(checkpoint),
         "environment": {"ms_quant": __version__},
     }
+    if options.recipe is None and (parts := by_part("scheme", options.scheme)).named:
+        record["parts"] = {**({REST: parts.usual} if parts.usual else {}), **parts.named}
     floats = [str(group) for group, layer in plan.layers.items() if layer is None]
     if options.recipe is not None and floats:
         record["float"] = floats

@@ -36,6 +36,17 @@ def float_readers(plan: Plan, index: int, edge: Edge) -> list[str]:
     return [path for path in readers if plan.layer_of(f"{block_prefix(index)}{path}") is None]
 
 
+def changed_floats(plan: Plan, index: int, edge: Edge) -> list[str]:
+    """Names in a block of the float tensors that change where a vector is folded into an edge; the
+    weight of a quantized producer is none."""
+    block = plan.config.block(index)
+    readers = [f"{path}.weight" for path in float_readers(plan, index, edge)]
+    if edge.norm or block.group_of(edge.producer) is None:
+        return [f"{edge.producer}.weight", *readers]
+    bias = f"{edge.producer}.bias"
+    return [bias, *readers] if bias in block.tensors else readers
+
+
 def check_edges(plan: Plan) -> None:
     """Refuses groups that one producer feeds and that could not have one smoothing vector.
 
@@ -43,7 +54,7 @@ def check_edges(plan: Plan) -> None:
         MsQuantError: names two such groups.
     """
     for block in plan.config.stored_blocks:
-        if all(len(edge.consumers) == 1 for edge in block.edges):
+        if all(len(edge.consumers) < 2 for edge in block.edges):
             continue
         first: dict[str, LinearGroup] = {}
         folded = folded_edges(plan, block.index)

@@ -135,14 +135,32 @@ class Plan:
         return [g for g in groups if self.layers[GroupId(index, g.name)] is not None]
 
     def producer(self, index: int, group: LinearGroup) -> Edge | None:
-        """Where the smoothing of a group's input may be folded: a norm, or a quantized linear."""
+        """Where the smoothing of a group's input may be folded: see :meth:`holds_smoothing`."""
         edge = self.config.block(index).producer_of(group)
         return edge if edge is not None and self.holds_smoothing(index, edge) else None
 
     def holds_smoothing(self, index: int, edge: Edge) -> bool:
-        """Whether what makes an input can be divided by a smoothing vector."""
-        group = self.config.block(index).group_of(edge.producer)
-        return edge.norm or bool(group and self.layers[GroupId(index, group.name)])
+        """Whether what makes an input can be divided by a smoothing vector.
+
+        A norm can, unless experts that stay float read it: all of them would change. A linear that
+        is never quantized can, and one that is; one that was excluded stays as it was.
+        """
+        key = index, edge.producer
+        if key not in self._holding:
+            self._holding[key] = self._can_be_divided(index, edge)
+        return self._holding[key]
+
+    @cached_property
+    def _holding(self) -> dict[tuple[int, str], bool]:
+        return {}
+
+    def _can_be_divided(self, index: int, edge: Edge) -> bool:
+        block = self.config.block(index)
+        if edge.norm:
+            routed = (name for name in edge.consumers if block.group(name).routed)
+            return all(self.layers[GroupId(index, name)] is not None for name in routed)
+        group = block.group_of(edge.producer)
+        return group is None or self.layers[GroupId(index, group.name)] is not None
 
     def quantized(self) -> list[str]:
         """Full paths of the quantized linears, in model order."""

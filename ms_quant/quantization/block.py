@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.algorithms.problem import apply
+from ms_quant.algorithms.problem import InputMaxima, apply
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
@@ -65,6 +65,7 @@ def quantize(
     *,
     alone: bool = False,
     only: Collection[str] | None = None,
+    maxima: Callable[[], InputMaxima] | None = None,
 ) -> QuantizedBlock:
     """The quantized linears of one block, and what the algorithms chose.
 
@@ -76,10 +77,12 @@ def quantize(
         progress: told how much is done, 0 to 1.
         alone: each group is for a float block: nothing is folded into what makes its input, and
             its linears smooth it themselves.
-        only: names of the groups that are quantized, with all that they share smoothing with; None
-            for all.
+        only: names of the groups that are quantized, with all that they share smoothing with,
+            unless that is what experts read; None for all.
+        maxima: gives what is known of the input of all experts, where some of them are left out.
     """
-    index, smoothing = weights.index, BlockSmoothing(plan, weights, observations, hooks, only)
+    index = weights.index
+    smoothing = BlockSmoothing(plan, weights, observations, hooks, only, maxima)
     rows = (is_streamed(plan.layer(index, group)) for group in smoothing.wanted)
     if isinstance(weights, StoredWeights) and hooks == NO_HOOKS and all(rows):
         return _streamed(plan, weights, smoothing.wanted, progress)

@@ -74,7 +74,7 @@ class RotatedCheckpoint(FloatTensors):
         """
         rotation = self._rotation(name)
         array = self._checkpoint.read_float32(rotation.source)
-        self._rotate(name, array, self._gain(rotation))
+        self._rotate(name, array, self._gain(name))
         return array
 
     def float32_chunks(
@@ -82,7 +82,7 @@ class RotatedCheckpoint(FloatTensors):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Reads and rotates one tensor some rows at a time, in the pieces of ``Checkpoint``.
 
-        The weights of v_proj, o_proj and down_proj are held whole, as float32: their rows mix.
+        A weight whose rows mix, as those of o_proj and down_proj, is held whole, as float32.
 
         Args:
             name (str): the tensor.
@@ -96,13 +96,13 @@ class RotatedCheckpoint(FloatTensors):
             MsQuantError: there is no such tensor, or it or what it becomes is not finite.
         """
         rotation = self._rotation(name)
-        if rotation.mixes_rows:
+        if rotation.rows is not None:
             whole = self.read_float32(name)
             step = max(1, (elements or CHUNK_ELEMENTS) // math.prod(whole.shape[1:]))
             for start in range(0, len(whole), step):
                 yield start, whole[start : start + step]
             return
-        gain = self._gain(rotation)
+        gain = self._gain(name)
         for start, part in self._checkpoint.float32_chunks(rotation.source, elements):
             self._rotate(name, part, gain)
             yield start, part
@@ -128,12 +128,12 @@ class RotatedCheckpoint(FloatTensors):
             raise BadFileError(f"{self.directory}: the rotated model has no tensor {name!r}")
         return self._quarot.rotations[name]
 
-    def _gain(self, rotation: TensorRotation) -> np.ndarray | None:
-        return None if rotation.gain is None else self._checkpoint.read_float32(rotation.gain)
+    def _gain(self, name: str) -> np.ndarray | None:
+        return self._quarot.gain(name, self._checkpoint.read_float32)
 
     def _rotate(self, name: str, array: np.ndarray, gain: np.ndarray | None) -> None:
         """Rotates float32 rows where they are, a block at a time."""
-        for block in _blocks(array, self._quarot.rotations[name], self.config.head_dim):
+        for block in _blocks(array, self._quarot.rotations[name]):
             rotated = self._quarot.rotate(name, array[block], gain)
             with np.errstate(over="ignore"):  # what becomes infinite is refused below
                 array[block] = rotated
@@ -144,15 +144,15 @@ class RotatedCheckpoint(FloatTensors):
                 )
 
 
-def _blocks(
-    array: np.ndarray, rotation: TensorRotation, head_dim: int
-) -> Iterator[tuple[slice, ...]]:
-    """Index blocks whose rotations do not depend on each other: rows, columns, or whole heads."""
+def _blocks(array: np.ndarray, rotation: TensorRotation) -> Iterator[tuple[slice, ...]]:
+    """Index blocks whose rotations do not depend on each other: rows, columns, or whole sets of
+    them."""
     if array.ndim == 1:
         yield (slice(None),)
         return
-    axis = 1 if rotation.stream == 0 else 0
-    unit = 1 if rotation.heads is None else head_dim
+    units = [1 if turn is None else turn.unit for turn in (rotation.rows, rotation.columns)]
+    axis = 0 if rotation.rows is None or (rotation.columns and units[0] <= units[1]) else 1
+    unit = units[axis]
     step = max(1, BLOCK_ELEMENTS // (array.shape[1 - axis] * unit)) * unit
     for start in range(0, array.shape[axis], step):
         yield (slice(None),) * axis + (slice(start, start + step),)

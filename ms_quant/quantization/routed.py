@@ -6,7 +6,8 @@ expert's work at most. The stages, each of which ends with files that have their
 1. all windows pass what comes before the experts: ``stream``, the residual stream there;
    ``routes``, which tokens go to which expert; and ``seen``, what was seen so far;
 2. each expert is read, computes for its tokens, is quantized and written, and what it ``gave`` to
-   its tokens, too; no weight is read a second time;
+   its tokens, too; no weight is read a second time, unless what all experts read is smoothed: then
+   the largest magnitudes of all their weights come first, ``maxima``;
 3. all windows pass what is beside the experts, and all that was given is added.
 
 An expert that few tokens go to is seen on others, too: it computes for them, but what it gives
@@ -15,13 +16,14 @@ them is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ms_quant.algorithms.problem import InputMaxima
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.files.writer import TensorPlan, write_file
 from ms_quant.job.directory import HiddenStates, read_hidden
@@ -29,8 +31,9 @@ from ms_quant.models.block_forward import BlockForward
 from ms_quant.models.experts import NORM, Experts
 from ms_quant.models.names import expert_of
 from ms_quant.quantization.block import quantize
+from ms_quant.quantization.folding import with_weights
 from ms_quant.quantization.observe import Watched, divide, nothing_seen
-from ms_quant.quantization.weights import LoadedWeights, StoredWeights, Weights
+from ms_quant.quantization.weights import ExpertWeights, StoredWeights, Weights
 from ms_quant.statistics.kept import spread
 from ms_quant.statistics.observations import Observations
 
@@ -44,8 +47,9 @@ FEW_TOKENS = 64
 of those that follow, here by more than 1.6 % of them."""
 SEEN_TOKENS = 2048
 """How many others, evenly spread over all."""
-BEFORE, EXPERTS = 0.15, 0.8
-"""Which part of a block is done after the first stage, and after the second."""
+BEFORE, MAXIMA, EXPERTS = 0.15, 0.2, 0.8
+"""Which part of a block is done after the first stage, when the largest magnitudes of experts are
+known, and after the second."""
 
 
 class Routes(NamedTuple):
@@ -107,12 +111,17 @@ def experts_of(work: BlockWork, index: int) -> Experts:
 
 
 def _finish(
-    work: BlockWork, index: int, expert: int, weights: Weights, seen: Observations | None
+    work: BlockWork,
+    index: int,
+    expert: int,
+    weights: Weights,
+    seen: Observations | None,
+    maxima: Callable[[], InputMaxima] | None = None,
 ) -> None:
     """Quantizes an expert for each format, and commits it; that of the first format comes last."""
     names, norms = part_groups(work, index, expert), work.norms(seen)
     for plan, job in reversed(work.targets):
-        block = quantize(plan, weights, seen, work.hooks, only=names)
+        block = quantize(plan, weights, seen, work.hooks, only=names, maxima=maxima)
         job.finish_block(index, block, norms if job.target == 0 else {}, expert)
 
 
@@ -138,7 +147,7 @@ class RoutedBlock:
         for done, expert in enumerate(left, 1):
             self._expert(expert)
             part = (len(self.branch.experts) - len(left) + done) / len(self.branch.experts)
-            self.work.progress(self.index, BEFORE + (EXPERTS - BEFORE) * part)
+            self.work.progress(self.index, MAXIMA + (EXPERTS - MAXIMA) * part)
         return self._after(seen)
 
     def facts(self) -> dict[str, Any]:
@@ -149,7 +158,7 @@ class RoutedBlock:
         """Deletes the files of a block that is finished."""
         experts = range(len(self.branch.experts))
         given = [self.job.given_file(self.index, expert) for expert in experts]
-        for path in (*self._files, *given):
+        for path in (*self._files, self.job.maxima_file(self.index), *given):
             path.unlink(missing_ok=True)
 
     @property
@@ -163,6 +172,23 @@ class RoutedBlock:
         """Where the tokens go, as the first stage has found it."""
         file = open_file(self.job.routes_file(self.index))
         return Routes(file.read("chosen"), file.read("weights"))
+
+    def maxima(self) -> InputMaxima:
+        """What is known of the input of all experts; their weights are read the first time."""
+        work, path = self.work, self.job.maxima_file(self.index)
+        if not path.exists():
+            prefix, read = work.prefix(self.index), work.checkpoint.read_float32
+            found = with_weights(
+                work.targets[0][0],
+                self.index,
+                self.branch.edges[0],
+                open_file(self._files[1]).read("largest"),
+                lambda member, _: read(f"{prefix}{member}.weight"),
+                lambda part: work.progress(self.index, BEFORE + (MAXIMA - BEFORE) * part),
+            )
+            _save(path, {"activations": found.activations, "columns": found.columns})
+        file = open_file(path)
+        return InputMaxima(file.read("activations"), file.read("columns"))
 
     def _before(self) -> Observations:
         """The first stage."""
@@ -187,6 +213,7 @@ class RoutedBlock:
         self, block: BlockForward, seen: Observations, stream: HiddenStates | None, routes: Path
     ) -> None:
         work, start, found = self.work, 0, list[tuple[np.ndarray, np.ndarray]]()
+        largest = np.zeros(self.shape[2], np.float32)
         watched = Watched(block, seen, work.watchers(self.index))
         for batch in work.hidden(self.index, BEFORE):
             with watched.windows(start, len(batch)), np.errstate(all="ignore"):
@@ -195,13 +222,15 @@ class RoutedBlock:
                     x = watched.block.branch(which, x, work.at(self.index))
                 rows = watched.block.norm(NORM, x).reshape(-1, self.shape[2])
                 found.append(self.branch.route(watched.block, rows))
+                np.maximum(largest, np.abs(rows).max(axis=0), out=largest)
             if stream is not None:
                 stream.append(x)
             start += len(batch)
         if stream is not None:
             stream.commit()
         chosen, weights = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        _save(routes, {"chosen": chosen.astype(np.int32), "weights": weights})
+        found_routes = {"chosen": chosen.astype(np.int32), "weights": weights}
+        _save(routes, {**found_routes, "largest": largest})
 
     @property
     def _spec(self) -> Any:
@@ -225,7 +254,8 @@ class RoutedBlock:
         block = self._expert_block(expert)
         tokens, weights = self.routes.of(expert)
         see = partial(self._see, block, expert, tokens, weights, wanted)
-        seen = see(HiddenStates(self.job.given_file(self.index, expert), _shape(tokens, self)))
+        given = self.job.given_file(self.index, expert)
+        seen = see(HiddenStates(given, (len(tokens), self.shape[2])))
         divided = seen.ranges.divisions(work.config) if work.narrow else {}
         if divided:
             divide(block, divided)
@@ -233,7 +263,23 @@ class RoutedBlock:
             seen.divided = divided
         if work.narrow:
             seen.ranges.check_float16()
-        _finish(work, self.index, expert, LoadedWeights(block, work.at(self.index)), seen)
+        stored = StoredWeights(work.checkpoint, self.index)
+        searched = partial(self._searched, block, tokens, weights)
+        mlp = self.branch.experts[expert]
+        loaded = ExpertWeights(block, work.at(self.index), stored, mlp, searched)
+        _finish(work, self.index, expert, loaded, seen, self.maxima)
+
+    def _searched(
+        self, block: BlockForward, tokens: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The rows that candidates for an expert are tried on, and what its outputs are multiplied
+        by there: of its own tokens, or where they are few, of those that it is seen on."""
+        factors: np.ndarray | None = weights
+        if len(tokens) < FEW_TOKENS:
+            tokens, factors = self._others(tokens), None
+        picked = spread(len(tokens), min(len(tokens), self.wanted.search_tokens))
+        rows = block.norm(NORM, self._stream(tokens[picked]))
+        return rows, None if factors is None else factors[picked]
 
     def _expert_block(self, expert: int) -> BlockForward:
         """The block with the linears of one expert."""
@@ -330,10 +376,6 @@ class RoutedBlock:
         return tokens, np.load(
             self.job.given_file(self.index, expert), mmap_mode="r", allow_pickle=False
         )
-
-
-def _shape(tokens: np.ndarray, block: RoutedBlock) -> tuple[int, int]:
-    return len(tokens), block.shape[2]
 
 
 def _batches(count: int, step: int) -> Iterator[slice]:

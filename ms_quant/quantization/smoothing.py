@@ -2,20 +2,20 @@
 
 A vector that has no place in the group's own tensors is folded into what makes the input: into a
 norm's gain, or into the rows of the linear whose output it divides. All linears that read one
-producer have one vector; the columns of those that stay float are multiplied by it.
+producer have one vector; the columns of those that stay float are multiplied by it. That of an
+input that experts read is decided without their weights (:mod:`ms_quant.quantization.folding`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 
-from ms_quant.algorithms.problem import Problem, Solution
+from ms_quant.algorithms.problem import InputMaxima, Problem, Solution
 from ms_quant.errors import BadFileError
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.edge import Edge
@@ -23,9 +23,10 @@ from ms_quant.models.names import block_prefix
 from ms_quant.numerics.activation import DualMxTokens
 from ms_quant.numerics.linear import QuantizedLinear, stable_smooth
 from ms_quant.numerics.storage import DTYPES
-from ms_quant.plan.folding import float_readers, folded_edges, quantized_readers
+from ms_quant.plan.folding import folded_edges, quantized_readers
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
+from ms_quant.quantization.folding import fold, fold_for_experts, with_weights
 from ms_quant.quantization.hooks import BlockHooks
 from ms_quant.quantization.weights import Errors, Weights
 from ms_quant.schemes.storage import SmoothingTarget
@@ -51,6 +52,7 @@ class BlockSmoothing:
         observations: what calibration has seen of it; None without calibration.
         hooks: what is done around the algorithms.
         only: names of the groups that are looked at; None for all.
+        maxima: gives what is known of the input of all experts, where some of them are not here.
         folded: group to what makes its input, where smoothing is folded into that.
         floats: float32 tensors that folding has changed, by name.
     """
@@ -60,6 +62,7 @@ class BlockSmoothing:
     observations: Observations | None
     hooks: BlockHooks
     only: Collection[str] | None = None
+    maxima: Callable[[], InputMaxima] | None = None
     folded: dict[str, Edge] = field(init=False)
     floats: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -67,6 +70,7 @@ class BlockSmoothing:
         self.index, self.prefix = self.weights.index, block_prefix(self.weights.index)
         folded, only = folded_edges(self.plan, self.index), self.only
         self.folded = {n: edge for n, edge in folded.items() if only is None or n in only}
+        self._for_experts = {e.producer: e for e in folded.values() if self._feeds_experts(e)}
         self._problems: dict[str, Problem] = {}
         self._shared: dict[str, Solution] = {}
 
@@ -78,14 +82,26 @@ class BlockSmoothing:
 
     def groups(self) -> Iterator[Smoothed]:
         """Every quantized group that is looked at, in order."""
+        if not self._is_expert and self.observations is not None:
+            for edge in self._for_experts.values():
+                self._fold_for_experts(edge)
         for group in self.wanted:
-            edge = self.folded.get(group.name)
-            if edge is None:
-                yield Smoothed(group, problem := self._problem(group), self._own(group, problem))
-                continue
-            if edge.producer not in self._shared:
-                self._shared[edge.producer] = self._joint(edge)
-            yield Smoothed(group, self._problems.pop(group.name), self._shared[edge.producer])
+            yield self._of(group)
+
+    @cached_property
+    def _is_expert(self) -> bool:
+        """Whether only an expert is looked at: what all of them share changes with the others."""
+        return self.only is not None and any(group.routed for group in self.wanted)
+
+    def _of(self, group: LinearGroup) -> Smoothed:
+        edge = self.folded.get(group.name)
+        if edge is None:
+            return Smoothed(group, problem := self._problem(group), self._own(group, problem))
+        if edge.producer in self._for_experts:
+            return self._of_experts(group, edge)
+        if edge.producer not in self._shared:
+            self._shared[edge.producer] = self._joint(edge)
+        return Smoothed(group, self._problems.pop(group.name), self._shared[edge.producer])
 
     def divisors(self, groups: Iterable[Smoothed]) -> dict[str, np.ndarray]:
         """Path of a linear to float32 (out,), the smoothing of what it feeds."""
@@ -133,12 +149,50 @@ class BlockSmoothing:
         solution = self._floored(solution, groups)
         if solution.smooth is None:
             return solution
-        smooth = self._fold(edge, solution.smooth)
-        for path in float_readers(self.plan, self.index, edge):
-            weight = self.weights.get(name := f"{path}.weight")
-            assert weight is not None, name
-            self.floats[name] = weight * smooth
+        smooth, floats = fold(self.plan, self.index, edge, solution.smooth, self.weights.get)
+        self.floats.update(floats)
         return replace(solution, smooth=smooth)
+
+    def _feeds_experts(self, edge: Edge) -> bool:
+        spec = self.plan.config.block(self.index)
+        return edge.norm and any(spec.group(name).routed for name in edge.consumers)
+
+    def _of_experts(self, group: LinearGroup, edge: Edge) -> Smoothed:
+        """A group of experts, or one that reads what they read: their one vector is decided without
+        weights, and what else its algorithms do in this stage on its own."""
+        shared = self._fold_for_experts(edge)
+        problem = replace(self._problem(group), smoothing=False)
+        solution = self.plan.layer(self.index, group).algorithms.first(problem)
+        note = {**solution.note, **shared.note}
+        return Smoothed(group, problem, replace(solution, smooth=shared.smooth, note=note))
+
+    def _fold_for_experts(self, edge: Edge) -> Solution:
+        if edge.producer not in self._shared:
+            found = fold_for_experts(
+                self.plan,
+                self.index,
+                edge,
+                self.maxima or partial(self._maxima, edge),
+                self.weights.get,
+            )
+            self._shared[edge.producer] = found.solution
+            if not self._is_expert:
+                self.floats.update(found.floats)
+        return self._shared[edge.producer]
+
+    def _maxima(self, edge: Edge) -> InputMaxima:
+        """What is known of an input that experts read."""
+        assert self.observations is not None
+        seen = self.observations.stats
+        names = quantized_readers(self.plan, self.index, edge)
+        came = np.maximum.reduce([seen[name].absmax for name in names if seen[name].tokens])
+        return with_weights(
+            self.plan,
+            self.index,
+            edge,
+            came,
+            lambda member, group: self._weight(member, seen[group.name]),
+        )
 
     def _joined(self, edge: Edge, first: Problem, groups: Sequence[LinearGroup]) -> Problem:
         """One problem of several groups that read one input."""
@@ -150,7 +204,7 @@ class BlockSmoothing:
             name=f"{self.prefix}{edge.producer}",
             weights={path: weight for one in problems for path, weight in one.weights.items()},
             biases={path: bias for one in problems for path, bias in one.biases.items()},
-            stats=None if self.observations is None else _all_tokens(self.observations, groups),
+            stats=None if self.observations is None else self.observations.stats[groups[0].name],
             **errors._asdict(),
             scores=frozenset(path for one in problems for path in one.scores),
             unsearched=next((p.unsearched for p in problems if p.unsearched is not None), None),
@@ -180,11 +234,8 @@ class BlockSmoothing:
             )
         weights, biases = {}, {}
         for member in group.members:
-            weight, bias = self.weights.get(f"{member}.weight"), self.weights.get(f"{member}.bias")
-            assert weight is not None
-            if self.hooks.transform:
-                weight = self.hooks.transform(f"{self.prefix}{member}", weight, stats)
-            weights[member] = weight
+            weights[member] = self._weight(member, stats)
+            bias = self.weights.get(f"{member}.bias")
             if bias is not None:
                 biases[member] = bias
         inside = layer.storage.target is not SmoothingTarget.NORM
@@ -209,38 +260,12 @@ class BlockSmoothing:
         found = self.observations.unsearched if self.observations is not None else {}
         return found[group.name].range if group.name in found else None
 
-    def _fold(self, edge: Edge, smooth: np.ndarray) -> np.ndarray:
-        """Divides what makes an input by a vector.
-
-        A norm's gain is divided here, and the vector redefined by what is stored of it; the rows
-        of a linear are divided when it is rounded.
-
-        Returns:
-            float32 (in,), what the weights' columns are multiplied by.
-        """
-        if not edge.norm:
-            return smooth
-        name, dtype = f"{edge.producer}.weight", self.plan.dtype
-        gain = self.weights.get(name)
-        assert gain is not None
-        with np.errstate(over="ignore"):
-            stored = (gain / smooth).astype(dtype).astype(np.float32)
-            plain = gain.astype(dtype).astype(np.float32)  # where nothing can fold
-        stored = np.where((stored != 0) & np.isfinite(stored), stored, plain)
-        live = (stored != 0) & np.isfinite(stored)
-        self.floats[name] = np.where(live, stored, gain)
-        return np.where(live, gain / np.where(live, stored, 1), np.float32(1)).astype(np.float32)
-
-
-def _all_tokens(seen: Observations, groups: Sequence[LinearGroup]) -> ActivationStats:
-    """Statistics of an input over all tokens, of which a routed group sees only some."""
-    whole = next((group for group in groups if not group.routed), None)
-    if whole is not None:
-        return seen.stats[whole.name]
-    merged = deepcopy(seen.stats[groups[0].name])
-    for group in groups[1:]:
-        merged.merge(seen.stats[group.name])
-    return merged
+    def _weight(self, member: str, stats: ActivationStats | None) -> np.ndarray:
+        weight = self.weights.get(f"{member}.weight")
+        assert weight is not None
+        if self.hooks.transform:
+            weight = self.hooks.transform(f"{self.prefix}{member}", weight, stats)
+        return weight
 
 
 def _no_loss(candidate: Mapping[str, QuantizedLinear]) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,8 +12,10 @@ from ms_quant.algorithms.problem import ErrorOf
 from ms_quant.files.reader import FloatTensors
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.gated_block import GatedMlp
 from ms_quant.models.names import block_prefix
-from ms_quant.statistics.search_windows import BlockErrors, SearchWindows
+from ms_quant.statistics.expert_errors import MlpErrors, errors_of
+from ms_quant.statistics.search_windows import SearchWindows
 
 
 class Errors(NamedTuple):
@@ -36,7 +39,8 @@ class Weights(Protocol):
         """A float32 parameter by its name in the block, or None when it has none of that name."""
 
     def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
-        """Errors of the block's output with candidates in place of a group's float linears."""
+        """Errors of the block's output with candidates in place of a group's float linears; in a
+        block with experts that of attention, or of an expert."""
 
     def drop(self, members: Sequence[str]) -> None:
         """These linears are done: nothing asks for their parameters again."""
@@ -86,9 +90,49 @@ class LoadedWeights:
         return self.block.arrays.get(name)
 
     def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
-        found = BlockErrors(self.block, self.at, group, windows)
+        found = errors_of(self.block, self.at, group, windows)
         return Errors(found.mse, found.relative_mse, found.token_error)
 
     def drop(self, members: Sequence[str]) -> None:
         for member in members if self.release else ():
             del self.block.arrays[f"{member}.weight"]
+
+
+class ExpertWeights(LoadedWeights):
+    """Weights of one expert, which is in memory; what else is asked for is read.
+
+    Args:
+        block: the block with this expert.
+        at: the positions of a window's tokens.
+        stored: the block as it is stored.
+        mlp: the expert.
+        tokens: gives float32 (rows, hidden), what candidates for it are tried on, and float32
+            (rows, 1), what its outputs are multiplied by, or None.
+    """
+
+    def __init__(
+        self,
+        block: BlockForward,
+        at: Positions,
+        stored: StoredWeights,
+        mlp: GatedMlp,
+        tokens: Callable[[], tuple[np.ndarray, np.ndarray | None]],
+    ):
+        super().__init__(block, at)
+        self.stored, self.mlp, self.tokens = stored, mlp, tokens
+
+    def get(self, name: str) -> np.ndarray | None:
+        found = super().get(name)
+        return self.stored.get(name) if found is None else found
+
+    def errors(self, group: LinearGroup, windows: SearchWindows) -> Errors:
+        @cache
+        def found() -> MlpErrors:  # not before a search asks
+            linears, budget = self.block.linears, self.block.budget
+            return MlpErrors(self.mlp, linears, group, *self.tokens(), budget)
+
+        return Errors(
+            lambda candidate: found().mse(candidate),
+            lambda candidate: found().relative_mse(candidate),
+            lambda candidate: found().token_error(candidate),
+        )

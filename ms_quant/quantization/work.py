@@ -24,7 +24,6 @@ from ms_quant.models.experts import Experts
 from ms_quant.models.further_tokens import EMBEDDING as FURTHER_EMBEDDING
 from ms_quant.models.further_tokens import FurtherInput
 from ms_quant.models.names import block_prefix
-from ms_quant.plan.folding import folded_edges
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import BlockProgress
 from ms_quant.quantization.block import QuantizedBlock, quantize
@@ -73,7 +72,6 @@ class BlockWork:
         self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
         self.progress, self.hooks, self.budget = progress, hooks, budget
         self.all_tokens = all_tokens
-        self._routed: dict[int, bool] = {}
         self.config, self.job = targets[0][0].config, targets[0][1]
         self._at: dict[int, Positions] = {}
         self._loaded: tuple[BlockForward, Divided] | None = None
@@ -118,14 +116,8 @@ class BlockWork:
         return seen
 
     def by_experts(self, index: int) -> bool:
-        """Whether a block's experts are done one after the other: where they share no smoothing
-        with each other, and no search looks at what they change in the block's output."""
-        if index not in self._routed:
-            branch = self.config.block(index).branches[-1]
-            plans = [plan for plan, _ in self.targets]
-            alone = all(_apart(plan, index) for plan in plans)
-            self._routed[index] = isinstance(branch, Experts) and alone
-        return self._routed[index]
+        """Whether a block has experts, which are done one after the other."""
+        return isinstance(self.config.block(index).branches[-1], Experts)
 
     def wanted(self, index: int) -> Wanted:
         """What must be kept of a block."""
@@ -154,7 +146,15 @@ class BlockWork:
             if block is None:
                 part = partial(self._progress, index, count, half)
                 weights = self._weights(index, observations)
-                block = quantize(plan, weights, observations, self.hooks, part, only=only)
+                block = quantize(
+                    plan,
+                    weights,
+                    observations,
+                    self.hooks,
+                    part,
+                    only=only,
+                    maxima=routed.maxima if routed else None,
+                )
                 if observations is None and self.tokens is not None:
                     block.ranges = BlockRanges(index).facts({})  # a block that no token passes
                 block.routing = routed.facts() if routed else {}
@@ -285,14 +285,3 @@ class BlockWork:
 
 def _drop(output: np.ndarray) -> None:
     """No block begins with it."""
-
-
-def _apart(plan: Plan, index: int) -> bool:
-    """Whether no expert of a block needs another one to be quantized."""
-    folded = folded_edges(plan, index)
-    for group in plan.groups(index):
-        edge, layer = folded.get(group.name), plan.layer(index, group)
-        shared = edge is not None and edge.norm
-        if group.routed and (shared or layer.algorithms.any("searches")):
-            return False
-    return True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ms_quant.algorithms import get_algorithms
+from ms_quant.algorithms import ALGORITHMS, get_algorithms
 from ms_quant.algorithms.pipeline import PLAIN
 from ms_quant.errors import BadArgumentError, MsQuantError
-from ms_quant.recipe.patterns import matches, unmatched
+from ms_quant.recipe.patterns import matches, matches_further, unmatched
 from ms_quant.recipe.records import EVERYTHING, Recipe, Rule, Step
 from ms_quant.schemes.table import SCHEMES, get_scheme
 
@@ -18,6 +18,10 @@ ADDED = {
     ("flatquant", "W4A4_DYNAMIC"): "W4A4_FLATQUANT_DYNAMIC",
 }
 """A step with what it adds beside the weight, and the scheme that a rule gives becomes this one."""
+
+
+Match = Callable[[str, Sequence[str], Sequence[str]], bool]
+"""Whether some pattern includes a path and none excludes it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def assign(
     linears: Mapping[str, str],
     producers: Mapping[str, str] | None = None,
     mates: Mapping[str, Sequence[str]] | None = None,
+    further: Container[str] = (),
 ) -> dict[str, LayerChoice]:
     """What is done to which linear.
 
@@ -49,6 +54,7 @@ def assign(
         producers: full path of every linear to that of what makes its input, for steps whose
             patterns name it.
         mates: full path of every linear to those of its group.
+        further: paths in layers that predict further tokens, which patterns have to name.
 
     Returns:
         path to choice, in the order of ``linears``, without those that stay float.
@@ -58,19 +64,25 @@ def assign(
             paths of both in the recipe.
     """
     found = {}
+    made: dict[tuple[int, ...], LayerChoice] = {}
     for path, group in linears.items():
-        rule = _rule(recipe, path)
+        match = matches_further if path in further else matches
+        rule = _rule(recipe, path, match)
         if rule is not None:
             made_by = path if producers is None else producers.get(path, "")
             together = (path,) if mates is None else mates[path]
-            steps = [s for s in recipe.steps if _reaches(s, path, group, made_by, together)]
-            found[path] = _choice(path, rule, steps)
+            steps = [s for s in recipe.steps if _reaches(s, path, group, made_by, together, match)]
+            key = id(rule), *map(id, steps)
+            if key not in made:
+                made[key] = _choice(path, rule, steps)
+            found[path] = made[key]
     return found
 
 
-def is_reached(recipe: Recipe, path: str) -> bool:
-    """Whether a rule reaches a linear."""
-    return any(matches(path, rule.include, rule.exclude) for rule in recipe.rules)
+def is_reached(recipe: Recipe, path: str, further: bool = False) -> bool:
+    """Whether a rule reaches a linear, or one in a layer that predicts further tokens."""
+    match = matches_further if further else matches
+    return any(match(path, rule.include, rule.exclude) for rule in recipe.rules)
 
 
 def idle_patterns(
@@ -95,8 +107,8 @@ def idle_patterns(
     return found
 
 
-def _rule(recipe: Recipe, path: str) -> Rule | None:
-    rules = [rule for rule in recipe.rules if matches(path, rule.include, rule.exclude)]
+def _rule(recipe: Recipe, path: str, match: Match) -> Rule | None:
+    rules = [rule for rule in recipe.rules if match(path, rule.include, rule.exclude)]
     if len(rules) > 1 and not recipe.lenient:
         raise BadArgumentError(
             f"{path}: is reached by {rules[0].where} and {rules[1].where}, expected one; exclude "
@@ -105,12 +117,16 @@ def _rule(recipe: Recipe, path: str) -> Rule | None:
     return rules[0] if rules else None
 
 
-def _reaches(step: Step, path: str, kind: str, producer: str, mates: Sequence[str]) -> bool:
+def _reaches(
+    step: Step, path: str, kind: str, producer: str, mates: Sequence[str], match: Match
+) -> bool:
+    if ALGORITHMS[step.algorithm].rotates:
+        return True  # the whole model
     if step.groups and kind not in step.groups:
         return False
     if step.together and not all(matches(mate, EVERYTHING, step.exclude) for mate in mates):
         return False
-    return matches(producer if step.by_producer else path, step.include, step.exclude)
+    return match(producer if step.by_producer else path, step.include, step.exclude)
 
 
 def _choice(path: str, rule: Rule, steps: list[Step]) -> LayerChoice:

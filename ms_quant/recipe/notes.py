@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from ms_quant.recipe.assign import idle_patterns, is_reached
+from ms_quant.recipe.patterns import further_names
 from ms_quant.recipe.records import Recipe
 
 COMPARED = 2000
@@ -17,6 +18,7 @@ def notes(
     groups: Mapping[str, Sequence[str]],
     producers: Mapping[str, str],
     excluded: Sequence[str],
+    further: Collection[str] = (),
 ) -> list[str]:
     """One sentence each, for whoever runs a recipe on a model.
 
@@ -25,10 +27,13 @@ def notes(
         groups: of linears that runtimes fuse, by any name, with their full paths.
         producers: full path of every linear to that of what makes its input.
         excluded: what is no such linear and may be excluded all the same.
+        further: paths in layers that predict further tokens.
     """
-    idle = idle_patterns(recipe, list(producers), list(producers.values()), excluded)
+    paths = [*producers, *(further_names(path)[1] for path in further)]
+    idle = idle_patterns(recipe, paths, list(producers.values()), excluded)
     names = list(dict.fromkeys([*producers, *producers.values()]))
-    return [*recipe.notes, *_idle(idle, names), *_float_mates(recipe, groups)]
+    found = [*recipe.notes, *_idle(idle, names), *_float_mates(recipe, groups, further)]
+    return found + list(_further(recipe, further))
 
 
 def _idle(found: Sequence[tuple[str, str]], names: Sequence[str]) -> Iterator[str]:
@@ -51,13 +56,26 @@ def _nearest(pattern: str, names: Sequence[str]) -> str:
     return next(iter(get_close_matches(pattern.strip("*."), known, 1, 0.7)), "")
 
 
-def _float_mates(recipe: Recipe, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _further(recipe: Recipe, further: Collection[str]) -> Iterator[str]:
+    """Layers that predict further tokens, which patterns match and do not name."""
+    missed = (p for p in further if is_reached(recipe, p) and not is_reached(recipe, p, True))
+    first = next(missed, "")
+    if first:
+        yield (
+            f"{first} stays float: it predicts further tokens, and patterns reach such a layer by "
+            "its number or as mtp.* only"
+        )
+
+
+def _float_mates(
+    recipe: Recipe, groups: Mapping[str, Sequence[str]], further: Collection[str]
+) -> Iterator[str]:
     """Linears that a rule reaches and that stay float beside one that they are fused with."""
     if not recipe.lenient:
         return
     left: list[str] = []
     for members in groups.values():
-        reached = [path for path in members if is_reached(recipe, path)]
+        reached = [path for path in members if is_reached(recipe, path, path in further)]
         left += reached if len(reached) < len(members) else []
     if left:
         first, others = left[0], len(left) - 1

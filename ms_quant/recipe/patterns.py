@@ -1,7 +1,8 @@
 """Patterns of linears: shell globs with brace sets over full paths.
 
 ``*`` matches dots, too: ``*.{q,k}_proj`` and ``model.layers.{0..3}.*`` name linears such as
-``model.layers.0.self_attn.q_proj``. A pattern that begins with ``re:`` is a regular expression,
+``model.layers.0.self_attn.q_proj``. Layers that predict further tokens are reached by their
+number or by ``mtp.*`` alone. A pattern that begins with ``re:`` is a regular expression,
 matched from the beginning of a path; glob characters have no meaning in it.
 """
 
@@ -15,10 +16,22 @@ from wcmatch import fnmatch
 from wcmatch.fnmatch import escape
 
 from ms_quant.errors import BadArgumentError
+from ms_quant.models.names import block_prefix, in_block
 
-__all__ = ["REGEX", "check_pattern", "escape", "matches", "unmatched"]
+__all__ = [
+    "FURTHER",
+    "REGEX",
+    "check_pattern",
+    "escape",
+    "further_names",
+    "matches",
+    "matches_further",
+    "unmatched",
+]
 
 REGEX = "re:"
+FURTHER = "mtp."
+NO_LAYER = 999_999_999
 LONGEST = 1000
 MOST_ALTERNATIVES = 1000
 _FLAGS = fnmatch.BRACE | fnmatch.CASE | fnmatch.FORCEUNIX | fnmatch.DOTMATCH
@@ -31,6 +44,31 @@ def matches(path: str, include: Iterable[str], exclude: Iterable[str] = ()) -> b
         MsQuantError: as :func:`check_pattern`.
     """
     return _any(path, include) and not _any(path, exclude)
+
+
+def matches_further(path: str, include: Iterable[str], exclude: Iterable[str] = ()) -> bool:
+    """The same of a linear in a layer that predicts further tokens.
+
+    A pattern includes it only if it names the layer, and would not match the same linear of any
+    other, or begins with ``mtp.``: ``mtp.*``, ``mtp.mlp.experts.*``, ``model.layers.61.*``.
+
+    Raises:
+        MsQuantError: as :func:`check_pattern`.
+    """
+    block, name = further_names(path)
+    if not any(_any(name if p.startswith(FURTHER) else path, [p]) for p in exclude):
+        return any(
+            _any(name, [p]) if p.startswith(FURTHER) else _any(path, [p]) and not _any(block, [p])
+            for p in include
+        )
+    return False
+
+
+def further_names(path: str) -> tuple[str, str]:
+    """The path that a linear would have in a layer that no model has, and that behind ``mtp.``."""
+    found = in_block(path)
+    assert found is not None, path
+    return f"{block_prefix(NO_LAYER)}{found[1]}", f"{FURTHER}{found[1]}"
 
 
 def unmatched(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ def token_shares(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         pairs: error and exact output (..., channels) of some tokens at a time.
     """
     shares = [_power(error) / np.maximum(_power(exact), SMALLEST) for error, exact in pairs]
-    return np.concatenate([share.reshape(-1) for share in shares])
+    return np.concatenate([np.zeros(0), *(share.reshape(-1) for share in shares)])
 
 
 def token_error(shares: np.ndarray) -> float:

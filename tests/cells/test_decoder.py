@@ -4,35 +4,60 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import toy_family
+from routed_models import DEEPSEEK, QWEN
 
 ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
 from ms_quant.budget import Budget  # noqa: E402
-from ms_quant.cells import decoder, direct, layers  # noqa: E402
+from ms_quant.cells import attention, direct, experts, latent_attention, layers  # noqa: E402
 from ms_quant.cells.decoder import (  # noqa: E402
+    CausalLM,
     DecoderBlock,
     causal_mask,
     rope_tensors,
 )
 from ms_quant.cells.kv_cache import KeyValueCache  # noqa: E402
+from ms_quant.errors import MsQuantError  # noqa: E402
 from ms_quant.kernels import matrix  # noqa: E402
 from ms_quant.models import attention as on_arrays  # noqa: E402
-from ms_quant.models.config import parse_config  # noqa: E402
+from ms_quant.models import families  # noqa: E402
+from ms_quant.models.config import ModelConfig, parse_config  # noqa: E402
 
-CONFIG = parse_config(
-    {
-        "model_type": "qwen3",
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 16,
-    }
-)
+SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "vocab_size": 16}
+QWEN3 = {"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "original_max_position_embeddings": 4,
+    "beta_fast": 2,
+    "beta_slow": 0.25,
+}
+FEW = {**DEEPSEEK, "n_routed_experts": 8, "num_experts_per_tok": 2}
+FAMILIES = {
+    "qwen3": QWEN3,
+    "qwen2_moe": {
+        **QWEN,
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "shared_expert_intermediate_size": 8,
+    },
+    "deepseek_v3": {**FEW, "first_k_dense_replace": 0},
+    "kimi_k2": {
+        **FEW,
+        "model_type": "kimi_k2",
+        "q_lora_rank": None,
+        "rope_interleave": False,
+        "rope_scaling": YARN,
+    },
+}
+CONFIGS = {name: parse_config({**shape, **SMALL}) for name, shape in FAMILIES.items()}
 LENGTH = 7
+pytestmark = pytest.mark.usefixtures("blocking_mindspore")
+ASKING = attention, direct, experts, latent_attention, layers
 
 
 @pytest.fixture(params=[True, False], ids=["native", "mindspore"], autouse=True)
@@ -40,14 +65,19 @@ def native(request, monkeypatch) -> bool:
     """Whether Cells call native kernels: both ways compute the same."""
     if request.param and not kernels.available():
         pytest.skip("no C++ compiler at install time")
-    for module in (decoder, direct, layers):
+    for module in ASKING:
         monkeypatch.setattr(module, "has_kernels", lambda: request.param)
     return request.param
 
 
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request) -> ModelConfig:
+    return CONFIGS[request.param]
+
+
 @pytest.fixture(scope="module")
-def block() -> DecoderBlock:
-    block, rng = DecoderBlock(CONFIG), np.random.default_rng(0)
+def block(config) -> DecoderBlock:
+    block, rng = DecoderBlock(config), np.random.default_rng(0)
     for parameter in block.get_parameters():
         values = rng.normal(1.0 if parameter.ndim == 1 else 0.0, 0.3, parameter.shape)
         parameter.set_data(ms.Tensor(values.astype(np.float32)))
@@ -59,13 +89,14 @@ def hidden() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, LENGTH, 24)).astype(np.float32)
 
 
-def plain(block: DecoderBlock, hidden: np.ndarray) -> np.ndarray:
-    cos, sin = rope_tensors(CONFIG, 0, hidden.shape[1])
+def plain(config: ModelConfig, block: DecoderBlock, hidden: np.ndarray) -> np.ndarray:
+    cos, sin = rope_tensors(config, 0, hidden.shape[1])
     return block(ms.Tensor(hidden), cos, sin, causal_mask(hidden.shape[1])).asnumpy()
 
 
-def test_jit_gives_the_same(block, hidden):
-    cos, sin = rope_tensors(CONFIG, 0, LENGTH)
+@pytest.mark.parametrize("native", [False], indirect=True)
+def test_jit_gives_the_same(config, block, hidden):
+    cos, sin = rope_tensors(config, 0, LENGTH)
     mask = causal_mask(LENGTH)
 
     @ms.jit
@@ -73,27 +104,45 @@ def test_jit_gives_the_same(block, hidden):
         return block(x, cos, sin, mask)
 
     found = run(ms.Tensor(hidden)).asnumpy()
-    np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, plain(config, block, hidden), rtol=1e-5, atol=1e-5)
 
 
-def test_a_cache_gives_the_same_token_by_token(block, hidden):
+@pytest.mark.parametrize("native", [False], indirect=True)
+@pytest.mark.parametrize("config", ["qwen3", "kimi_k2"], indirect=True)
+def test_whole_networks_compile(config):
+    network, rng = CausalLM(config), np.random.default_rng(0)
+    for parameter in network.get_parameters():
+        parameter.set_data(ms.Tensor(rng.normal(0, 0.3, parameter.shape).astype(np.float32)))
+    ids = ms.Tensor(rng.integers(0, 16, (2, LENGTH)).astype(np.int32))
+    angles, mask = rope_tensors(config, 0, LENGTH), causal_mask(LENGTH)
+
+    @ms.jit
+    def run(ids):
+        return network(ids, *angles, mask)
+
+    expected = network(ids, *angles, mask).asnumpy()
+    np.testing.assert_allclose(run(ids).asnumpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_gives_the_same_token_by_token(config, block, hidden):
     cache, outputs = KeyValueCache(), []
     for position in range(LENGTH):
-        cos, sin = rope_tensors(CONFIG, position, position + 1)
+        cos, sin = rope_tensors(config, position, position + 1)
         mask = causal_mask(position + 1)[:, :, position:]
         x = ms.Tensor(hidden[:, position : position + 1])
         outputs.append(block(x, cos, sin, mask, cache).asnumpy())
     assert cache.length == LENGTH
     found = np.concatenate(outputs, axis=1)
-    np.testing.assert_allclose(found, plain(block, hidden), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, plain(config, block, hidden), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not kernels.has_product(), reason="no AMX")
-def test_products_on_amx_give_the_same(block, hidden, monkeypatch):
-    expected, product, seen = plain(block, hidden), matrix.product, []
+@pytest.mark.parametrize("config", ["qwen3"], indirect=True)
+def test_products_on_amx_give_the_same(config, block, hidden, monkeypatch):
+    expected, product, seen = plain(config, block, hidden), matrix.product, []
     monkeypatch.setattr(matrix, "MANY_ROWS", 1)
     monkeypatch.setattr(matrix, "product", lambda x, *a: seen.append(len(x)) or product(x, *a))
-    np.testing.assert_allclose(plain(block, hidden), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plain(config, block, hidden), expected, rtol=1e-5, atol=1e-5)
     assert seen in ([2 * LENGTH] * 7, []), "all seven linears, or none of MindSpore's"
 
 
@@ -120,31 +169,79 @@ def test_keys_that_no_query_of_a_slice_sees_are_left_out(monkeypatch, hides):
 
 
 @pytest.mark.parametrize("queries", [1, 3, 4])
-def test_slices_of_queries_give_the_same(block, hidden, monkeypatch, native, queries):
-    whole = plain(block, hidden)
-    budget = Budget(score_bytes=queries * 4 * 2 * CONFIG.num_heads * LENGTH)
-    sliced = DecoderBlock(CONFIG, budget=budget)
+def test_slices_of_queries_give_the_same(config, block, hidden, monkeypatch, native, queries):
+    whole = plain(config, block, hidden)
+    budget = Budget(score_bytes=queries * 4 * 2 * config.num_heads * LENGTH)
+    sliced = DecoderBlock(config, budget=budget)
     ms.load_param_into_net(sliced, block.parameters_dict())
     holder, name = (on_arrays, "_attend_slice") if native else (sliced.self_attn, "attend_slice")
     seen, attend = [], getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda q, *a: seen.append(q) or attend(q, *a))
-    np.testing.assert_allclose(plain(sliced, hidden), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plain(config, sliced, hidden), whole, rtol=1e-5, atol=1e-5)
     assert sum(q.shape[2] for q in seen) == LENGTH
     assert max(q.shape[2] for q in seen) == queries
 
 
-def test_native_kernels_compute_what_mindspore_does(block, hidden, monkeypatch, native):
-    found = plain(block, hidden)
-    for module in (decoder, direct, layers):
+def test_native_kernels_compute_what_mindspore_does(config, block, hidden, monkeypatch, native):
+    found = plain(config, block, hidden)
+    for module in ASKING:
         monkeypatch.setattr(module, "has_kernels", lambda: not native and kernels.available())
-    np.testing.assert_allclose(plain(block, hidden), found, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(plain(config, block, hidden), found, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_keys_change_nothing(block, hidden):
+@pytest.mark.parametrize("native", [False], indirect=True)
+def test_gradients_are_those_of_the_function(config, block, hidden):
+    """Along a random direction, against differences of what is computed without a gradient."""
+    cos, sin = rope_tensors(config, 0, LENGTH)
+    mask, rng = causal_mask(LENGTH), np.random.default_rng(3)
+    weight, way = (rng.normal(size=hidden.shape).astype("f4") for _ in range(2))
+    slope = ms.grad(lambda x: (block(x, cos, sin, mask) * ms.Tensor(weight)).sum())
+    found = float((slope(ms.Tensor(hidden)).asnumpy() * way).sum())
+    after, before = (plain(config, block, hidden + sign * 1e-3 * way) for sign in (1, -1))
+    expected = float(((after - before).astype(np.float64) * weight).sum() / 2e-3)
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "kimi_k2"])
+def test_among_equal_experts_the_first_is_chosen(name):
+    """As the definition says, also where groups are equal."""
+    routing = CONFIGS[name].routing
+    router, rng = experts.Router(routing.experts, routing), np.random.default_rng(0)
+    router.weight.set_data(ms.Tensor(np.eye(routing.experts, dtype=np.float32)))
+    products, correction = rng.integers(0, 3, (200, routing.experts)).astype(np.float32), None
+    if routing.scoring == "sigmoid":
+        correction = rng.integers(-1, 2, routing.experts).astype(np.float32)
+        router.e_score_correction_bias.set_data(ms.Tensor(correction))
+    weights = router(ms.Tensor(products)).asnumpy()
+    chosen, expected = routing.route(products, correction)
+    np.testing.assert_array_equal(np.nonzero(weights)[1].reshape(chosen.shape), chosen)
+    np.testing.assert_allclose(np.take_along_axis(weights, chosen, 1), expected, rtol=1e-5)
+
+
+def test_an_expert_computes_only_the_tokens_that_go_to_it(hidden):
+    """Outside graphs, and none if none do; whoever looks on."""
+    config = CONFIGS["deepseek_v3"]
+    cell, seen = experts.Experts(config), []
+    cell.register_forward_pre_hook(lambda cell, inputs: None)
+    for expert in cell.experts:
+        expert.register_forward_pre_hook(lambda cell, inputs: seen.append(len(inputs[0])))
+    wanted = (np.arange(config.routing.experts) < config.routing.per_token).astype(np.float32)
+    cell.gate.e_score_correction_bias.set_data(ms.Tensor(wanted))
+    cell(ms.Tensor(hidden))
+    assert seen == [2 * LENGTH] * config.routing.per_token
+
+
+def test_other_branches_are_refused(monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "toy", toy_family.FAMILY)
+    with pytest.raises(MsQuantError, match=r"block 1 of this toy .*toy_family.Experts, expected"):
+        DecoderBlock(parse_config(toy_family.CONFIG), 1)
+
+
+def test_padding_keys_change_nothing(config, block, hidden):
     """Tokens that are masked as keys may hold anything."""
     attention = np.ones((2, LENGTH), int)
     attention[1, :3] = 0
-    cos, sin = rope_tensors(CONFIG, 0, LENGTH)
+    cos, sin = rope_tensors(config, 0, LENGTH)
     mask = causal_mask(LENGTH, attention)
     other = hidden.copy()
     other[1, :3] = 5.0

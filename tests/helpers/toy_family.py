@@ -30,10 +30,14 @@ class Experts(Branch):
         count, size = config.raw["n_routed_experts"], config.raw["moe_intermediate_size"]
         hidden, unit = config.hidden_size, "moe_intermediate_size"
         self.experts = [
-            GatedMlp(hidden, size, False, f"mlp.experts.{i}", f"experts.{i}.", unit, NORM, True)
+            GatedMlp(
+                hidden, size, False, f"mlp.experts.{i}", f"experts.{i}.", unit, NORM, "experts"
+            )
             for i in range(count)
         ]
-        self.shared = GatedMlp(hidden, size, False, "mlp.shared_experts", "shared.", unit)
+        self.shared = GatedMlp(
+            hidden, size, False, "mlp.shared_experts", "shared.", unit, part="shared"
+        )
         parts = [*self.experts, self.shared]
         router = {ROUTER: LinearSpec(count, hidden, reads_stream=True)}
         self.modules = {path: spec for part in parts for path, spec in part.modules.items()}

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ms_quant.analysis.records import GroupSensitivity, InputFacts, Sensitivity
 from ms_quant.analysis.run import run_analysis
+from ms_quant.data.calibration import eval_windows
+from ms_quant.errors import BadFileError
 from ms_quant.formats.float_model import open_float
 from ms_quant.mixed_precision.costs import AT_RUN_TIME, FLOAT, costs
+from ms_quant.mixed_precision.decision import HEAVY_TAILS, steady_costs
+from ms_quant.mixed_precision.heldout import (
+    BUNDLED,
+    BUNDLED_WINDOWS,
+    OTHER_WINDOWS,
+    heldout_windows,
+)
 from ms_quant.mixed_precision.recipe import recipe_of
 from ms_quant.mixed_precision.request import CheckedMixed, MixedOptions, prepare_mixed
-from ms_quant.mixed_precision.trials import Trials
+from ms_quant.mixed_precision.trials import TRIALS, Increase, Trials
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId
 from ms_quant.numerics.storage import DTYPES
@@ -23,6 +36,7 @@ from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.planning import make_plan, plan_of_recipe
 from ms_quant.plan.plan import all_groups
+from ms_quant.progress import silent
 from ms_quant.recipe import from_native, to_native
 from ms_quant.recipe.checks import checked
 
@@ -133,6 +147,86 @@ def test_what_is_put_together_is_what_is_written(
     ratio = np.linalg.norm(one - exact) / np.linalg.norm(other - exact)
     assert 0.25 < ratio < 4
     assert trials.estimate(choice) == assembled  # what was measured is not measured again
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"float": [1.0]},
+        {"float": {}},
+        {"float": {"decode": [1.0] * 8}},
+        {"float": {"prefill": [1.0] * 8, "other": [1.0] * 8}},
+        {"float": {"prefill": [1.0] * 7}},
+        {"float": {"prefill": ["1.0"] * 8}},
+        {"0a": {"prefill": 1.0}},
+    ],
+)
+def test_malformed_trials_are_refused(tmp_path: Path, losses: dict[str, Any]) -> None:
+    asked = _asked(MODEL, tmp_path, "minmax", "golden-stick")
+    assert asked.heldout is not None and len(asked.heldout) == 8
+    asked.directory.mkdir()
+    path = asked.directory / TRIALS
+    path.write_text(json.dumps({"float": {"prefill": [1.0] * 8}}))
+    assert Trials(asked, silent).measured
+    path.write_text(json.dumps(losses))
+    with pytest.raises(BadFileError, match=rf"{TRIALS}: is malformed; delete it to measure again"):
+        Trials(asked, silent)
+
+
+def test_what_is_measured_is_within_with_its_error(tmp_path: Path) -> None:
+    """Two choices of one mean: that which is sure is within the budget."""
+    asked = _asked(MODEL, tmp_path, "minmax", "golden-stick")
+    asked.directory.mkdir()
+    trials, exact = Trials(asked, silent), [1.0] * 8
+    trials.measured["float"] = {"prefill": exact}
+    found = {}
+    for name, off in (("sure", 0.001), ("unsure", 0.03)):
+        losses = [1.008 + off * (-1) ** k for k in range(8)]
+        found[name] = trials._found(name, lambda title, losses=losses: {"prefill": losses})
+        assert found[name].loss == pytest.approx(0.008)
+        assert found[name].bound == pytest.approx(0.008 + off / 7**0.5)
+    budget = math.log1p(0.01)
+    assert found["sure"].bound < budget < found["unsure"].bound
+    assert Increase(0.008, None, "prefill").bound == 0.008
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "format", "left"),
+    [
+        ("quarot+smoothquant", "golden-stick", {FLOAT}),
+        ("quarot+smoothquant", "ascend", {"W8A8_DYNAMIC", FLOAT}),
+        ("smoothquant", "golden-stick", {"W8A8", FLOAT}),
+    ],
+)
+def test_heavy_tails_get_no_static_scale(
+    tmp_path: Path, algorithm: str, format: str, left: set[str]
+) -> None:
+    """Of a rotated model: there they are not those of an outlier channel."""
+    asked = _asked(MODEL, tmp_path, algorithm, format)
+    facts = {"absmax": 9.0, "channel_median": 1.0, "token_median": 1.0, "massive_tokens": 0}
+    usual = InputFacts(
+        **facts, channels=(), positions=(), tokens=512, std=9.0, quantile=0.1, kurtosis=10.0
+    )
+    groups = tuple(
+        GroupSensitivity(0, name, name, (), 1, replace(usual, kurtosis=kurtosis), {})
+        for name, kurtosis in (("qkv", 10.0), ("down", HEAVY_TAILS + 1))
+    )
+    found = steady_costs(asked, Sensitivity(1, "", {}, ("W8A8",), groups))
+    changed = GroupId(0, "down")
+    assert set(found[changed]) == left
+    assert all(costs == asked.costs[group] for group, costs in found.items() if group != changed)
+
+
+def test_without_a_text_all_of_the_bundled_one_is_measured(tmp_path: Path) -> None:
+    job = QuantizeOptions(MODEL, tmp_path, calib=TEXT / "calibration.txt", samples=8, seq_len=64)
+    notes: list[str] = []
+    found = heldout_windows(job, None, True, notes.append)
+    assert found is not None and len(found) == OTHER_WINDOWS + BUNDLED_WINDOWS
+    whole = eval_windows(BUNDLED, MODEL, 64)
+    places = [np.flatnonzero((whole == window).all(axis=1))[0] for window in found[OTHER_WINDOWS:]]
+    assert places == sorted(set(places)) and places[0] == 0
+    assert places[-1] > 0.9 * len(whole)
+    assert notes[0].startswith(f"perplexity is measured on {OTHER_WINDOWS} other windows of ")
 
 
 def test_best_is_what_a_scheme_has_and_a_model_can(tiny_model: Callable[..., Path]) -> None:
