@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from measure import OURS, Cost, cost, limited_to
 from peers import free_of_model, in_one_shot, model_slim
 from routed_sources import DEEPSEEK_R1, QWEN3_MOE, write_source, write_tokens
@@ -46,15 +45,21 @@ GROWTH: dict[str, Any] = {
     "vocab_size": 2048,
 }
 """An expert takes 6.8 MiB in float32."""
-CALIBRATED: dict[str, tuple[str, list[str]]] = {
-    "calibrated: attention W8A8 smoothed, experts W8A8_DYNAMIC": ("W8A8_DYNAMIC", []),
-    "calibrated: the same, experts W4A8_DYNAMIC by gptq": ("W4A8_DYNAMIC", ["gptq"]),
+STATIC = ("--scheme", "attention=W8A8,W8A8_DYNAMIC", "--format", "ascend")
+FOUR_BITS = ("--scheme", "attention=W8A8,experts=W4A8_DYNAMIC,W8A8_DYNAMIC", "--format", "ascend")
+CALIBRATED: dict[str, tuple[str, ...]] = {
+    "attention W8A8 smoothed, the rest W8A8_DYNAMIC": (
+        *STATIC,
+        "--algorithm",
+        "attention=smoothquant,minmax",
+    ),
+    "the same, experts W4A8_DYNAMIC by GPTQ": (
+        *FOUR_BITS,
+        "--algorithm",
+        "attention=smoothquant,experts=gptq,minmax",
+    ),
 }
-SMOOTHED: dict[str, Any] = {
-    "apiversion": "ms_quant_v1",
-    "steps": [{"algorithm": "smoothquant", "groups": ["qkv"]}],
-    "formats": ["ascend"],
-}
+WITHOUT = ("--scheme", "W8A8_DYNAMIC", "--format", "ascend")
 
 
 def quantize(model: Path, output: Path, *arguments: str, threads: int = 2) -> Cost:
@@ -64,17 +69,6 @@ def quantize(model: Path, output: Path, *arguments: str, threads: int = 2) -> Co
         return cost(command, limited_to(threads))
     finally:
         shutil.rmtree(output, ignore_errors=True)
-
-
-def recipe(work: Path, experts: str, algorithms: list[str]) -> Path:
-    """A recipe: attention in W8A8, smoothed, and experts of a scheme."""
-    path = work / f"{'+'.join([experts, *algorithms])}.yaml"
-    rules: list[dict[str, Any]] = [
-        {"scheme": "W8A8", "include": ["*.self_attn.*"]},
-        {"scheme": experts, "include": ["*.mlp.*"], "algorithms": algorithms},
-    ]
-    path.write_text(yaml.safe_dump({**SMOOTHED, "rules": rules}))
-    return path
 
 
 def row(*cells: object) -> None:
@@ -123,9 +117,8 @@ def measure_growth(args: argparse.Namespace, work: Path) -> None:
     tokens = work / "tokens.npz"
     write_tokens(tokens, GROWTH["vocab_size"], 8, 256)
     data = ("--calib", str(tokens), "--samples", "8", "--seq-len", "256")
-    runs = {"W8A8_DYNAMIC": ("--scheme", "W8A8_DYNAMIC", "--format", "ascend")}
-    for name, experts in CALIBRATED.items():
-        runs[name] = "--recipe", str(recipe(work, *experts)), *data
+    runs = {"W8A8_DYNAMIC": WITHOUT}
+    runs |= {name: (*asked, *data) for name, asked in CALIBRATED.items()}
     sizes: dict[str, dict[str, Any]] = {
         "8 experts, 4 layers": {},
         "64 experts, 4 layers": {"num_experts": 64},
@@ -178,11 +171,11 @@ def measure_r1(args: argparse.Namespace, work: Path) -> None:
     write_tokens(tokens, DEEPSEEK_R1["vocab_size"], 16, 512)
     data = ("--calib", str(tokens), "--samples", "16", "--seq-len", "512")
     runs: dict[str, tuple[int, tuple[str, ...]]] = {
-        "W8A8_DYNAMIC": (3, ("--scheme", "W8A8_DYNAMIC", "--format", "ascend")),
+        "W8A8_DYNAMIC": (3, WITHOUT),
         "W4A8_DYNAMIC": (3, ("--scheme", "W4A8_DYNAMIC", "--format", "ascend")),
     }
-    for name, experts in CALIBRATED.items():
-        runs[f"{name}, 8,192 tokens"] = 6, ("--recipe", str(recipe(work, *experts)), *data)
+    for name, asked in CALIBRATED.items():
+        runs[f"{name}, 8,192 tokens"] = 6, (*asked, *data)
     head("work", "source", "peak MiB", "without file pages", "aim GB", "CPU s", "s")
     for name, (aim, arguments) in runs.items():
         if args.only not in name:

@@ -84,7 +84,7 @@ def quantize(
     index = weights.index
     smoothing = BlockSmoothing(plan, weights, observations, hooks, only, maxima)
     rows = (is_streamed(plan.layer(index, group)) for group in smoothing.wanted)
-    if isinstance(weights, StoredWeights) and hooks == NO_HOOKS and all(rows):
+    if isinstance(weights, StoredWeights) and weights.by_rows and hooks == NO_HOOKS and all(rows):
         return _streamed(plan, weights, smoothing.wanted, progress)
     block, count = QuantizedBlock(floats=smoothing.floats), len(smoothing.wanted)
     several = bool(smoothing.folded)  # then weights wait for the smoothing of what they feed

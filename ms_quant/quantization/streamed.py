@@ -1,11 +1,13 @@
 """Weights that are rounded to nearest from themselves alone, some rows at a time.
 
 A row of an affine weight has parameters of its own, so nothing asks for the rest of it. In float32
-there are never more than a few rows: temporaries stay in the cache, and a large weight takes no
-more memory than its codes.
+there are never more than a few rows for each core: temporaries stay in the cache, and a large
+weight takes no more memory than its codes.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,16 +21,15 @@ from ms_quant.plan.plan import Plan
 from ms_quant.quantization.weights import StoredWeights
 
 ELEMENTS = 1 << 19
-"""Values that are read at a time: 2 MiB of float32."""
+"""Values that a thread reads at a time: 2 MiB of float32."""
 CLEARED = {"float32": 0, "bfloat16": 16}
 """Type of scales to how many of a float32's last bits are 0 then."""
 
 
 def is_streamed(layer: LayerPlan) -> bool:
     """Whether each row of a weight is rounded for itself, and no algorithm changes it before."""
-    format = layer.scheme.weight
-    rounded = all(row.rotates for row in layer.algorithms.rows)  # which reading has done
-    return rounded and isinstance(format, AffineFormat) and not format.per_tensor
+    format, plain = layer.scheme.weight, not layer.algorithms.names
+    return plain and isinstance(format, AffineFormat) and not format.per_tensor
 
 
 def quantize_streamed(
@@ -70,22 +71,29 @@ def _rounded(
 ) -> tuple[np.ndarray, AffineGrid]:
     checkpoint, full, format = weights.checkpoint, weights.prefix + name, layer.scheme.weight
     assert isinstance(format, AffineFormat)
-    shape = checkpoint.info(full).shape
-    size = format.group_size or shape[1]
+    count, columns = checkpoint.info(full).shape
+    size, step = format.group_size or columns, max(1, ELEMENTS // columns)
     cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
-    codes, parts = np.empty(shape, np.int8), list[AffineGrid]()
-    for start, rows in checkpoint.float32_chunks(full, ELEMENTS):
-        part = codes[start : start + len(rows)]
-        if cleared is not None and kernels.available():
-            part[:], scale = kernels.quantize_rows(rows, format.bits, cleared=cleared)
-            zeros = np.zeros(scale.shape, np.int8)
-            parts.append(AffineGrid(scale, zeros, format, size, scale_dtype, name))
-        else:
-            parts.append(format.fit(rows, name, scale_dtype))
-            part[:] = parts[-1].round(rows)
-    scales = np.concatenate([part.scale for part in parts])
-    zeros = np.concatenate([part.zero_point for part in parts])
-    return codes, AffineGrid(scales, zeros, format, size, scale_dtype, name)
+    codes = np.empty((count, columns), np.int8)
+
+    def grid_of(scale: np.ndarray, zeros: np.ndarray) -> AffineGrid:
+        return AffineGrid(scale, zeros, format, size, scale_dtype, name)
+
+    def rounded(start: int) -> AffineGrid:
+        part = slice(start, min(start + step, count))
+        ((_, stored),) = checkpoint.float_chunks(full, part)
+        rows = stored.astype(np.float32, copy=False)
+        if cleared is None or not kernels.available():
+            grid = format.fit(rows, name, scale_dtype)
+            codes[part] = grid.round(rows)
+            return grid
+        codes[part], scale = kernels.quantize_rows(rows, format.bits, threads=1, cleared=cleared)
+        return grid_of(scale, np.zeros(scale.shape, np.int8))
+
+    with ThreadPoolExecutor(kernels.threads_of(None)) as pool:
+        grids = list(pool.map(rounded, range(0, count, step)))
+    scales = np.concatenate([grid.scale for grid in grids])
+    return codes, grid_of(scales, np.concatenate([grid.zero_point for grid in grids]))
 
 
 def _no_error(candidate: object) -> float:
