@@ -40,6 +40,7 @@ CONTENTS = {
         Evaluation <evaluation>
         Find what hurts <analysis>
         Mixed precision <mixed_precision>
+        Experts and latent attention <experts>
         Serve <serving>
         Concepts and glossary <concepts>
     """,

@@ -13,10 +13,10 @@ def table() -> list[str]:
     lines = ["| scheme | format | served by | kernels |", "|---|---|---|---|"]
     for scheme, rows in SUPPORT.items():
         for held in rows:
-            served = [*held.served_by, *held.not_served_by]
+            experts = [f"experts: {runtime}" for runtime in held.experts_served_by]
+            served = [*held.served_by, *experts, *held.not_served_by]
             if held.only:
-                wanted = ", ".join(f"{option} {value}" for option, value in held.only.items())
-                served.append(f"only with {wanted}")
+                served.append(f"only with {held.wanted}")
             cells = [scheme, held.format, "; ".join(served), held.kernels]
             lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -7,11 +7,13 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from routed_models import DEEPSEEK, QWEN, save_routed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +28,25 @@ def _tool() -> ModuleType:
 
 
 TOOL = _tool()
+ROUTED = {
+    "DeepSeek-R1": {
+        **DEEPSEEK,
+        "vocab_size": 320,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "n_routed_experts": 4,  # each token goes to all of them
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,  # the recipe knows it by its number
+    },
+    "Qwen3-30B-A3B": {
+        **QWEN,
+        "hidden_size": 128,
+        "head_dim": 64,
+        "moe_intermediate_size": 256,
+        "vocab_size": 320,
+    },
+}
 SHOWN = [page for page in PAGES if TOOL.console_steps(page.read_text())]
 
 
@@ -48,7 +69,9 @@ def test_commands_for_models_of_the_reader_run(
     """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shape = {"hidden_size": 320, "intermediate_size": 320, "head_dim": 80}
-    tiny_model("Qwen3-8B", layers=1, **shape)
+    tokenizer = tiny_model("Qwen3-8B", layers=1, **shape) / "tokenizer.json"
+    for name, raw in ROUTED.items():
+        shutil.copy(tokenizer, save_routed(tmp_path / name, raw))
     text = calib_text.read_text()
     (tmp_path / "other.txt").write_text(text)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))

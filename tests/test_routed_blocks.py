@@ -17,6 +17,7 @@ from killed import KILLED_AT_RENAME
 from routed_models import DEEPSEEK, QWEN, routed_tensors, save_routed
 
 from ms_quant.errors import MsQuantError
+from ms_quant.pipeline.expert_report import expert_lines
 from ms_quant.pipeline.request import QuantizeOptions
 from ms_quant.pipeline.run import run_job
 from ms_quant.quantization import routed
@@ -163,6 +164,28 @@ def test_every_expert_may_be_seen_on_all_tokens(
     assert len(own) < 8 and changed == {expert: expert not in own for expert in range(8)}
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (one[name] == other[name]).all()
+
+
+def test_all_tokens_without_use_is_refused(tmp_path: Path, tiny_model: Callable) -> None:
+    dense, model = tiny_model("dense"), save_routed(tmp_path / "model", QWEN)
+    with pytest.raises(MsQuantError, match="all-tokens: the model has no routed experts"):
+        ran(dense, tmp_path / "out", None, all_tokens=True, scheme="W8A8_DYNAMIC")
+    with pytest.raises(MsQuantError, match="uses no calibration data, expected no --all-tokens"):
+        ran(model, tmp_path / "out", None, all_tokens=True, scheme="W8A8_DYNAMIC")
+
+
+def test_the_report_says_what_experts_saw() -> None:
+    entry = {"tokens": 9, "least": 0, "mean": 4.5, "most": 8, "none": [1], "seen_on_others": [1, 2]}
+    lines = expert_lines({"routing": {"block 3": entry}}, "x.json")
+    assert lines == (
+        "an expert saw 4 calibration tokens in the mean, and 0 in block 3 at the least",
+        "2 experts were seen on tokens that do not go to them, too",
+        "experts that no token went to, 1: block 3 expert 1",
+    )
+    assert expert_lines({}, "x.json") == ()
+    for wrong in ([], {}, {"block 3": {**entry, "least": "0"}}, {"block 3": None}):
+        with pytest.raises(MsQuantError, match=r"x\.json: routing"):
+            expert_lines({"routing": wrong}, "x.json")
 
 
 PROGRAM = (

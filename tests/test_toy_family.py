@@ -46,6 +46,7 @@ from ms_quant.verify.checkpoint import verify_checkpoint
 BF16 = ml_dtypes.bfloat16
 ROUTER = "model.layers.1.mlp.gate.weight"
 NORM = "model.layers.1.post_attention_layernorm.weight"
+EXPERT = "model.layers.1.mlp.experts.1."
 DATA = {"samples": 6, "seq_len": 32}
 
 

@@ -80,6 +80,7 @@ class Problem:
         scores: names of the linears whose outputs are multiplied into attention scores.
         unsearched: (low, high) of the input over the tokens that errors are not measured on; None
             where nobody tells them apart.
+        gain: of the norm that makes the input, as of :class:`ObservedRange`.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Problem:
     scale_type: ScaleType = ScaleType.FLOAT32
     scores: frozenset[str] = frozenset()
     unsearched: tuple[np.ndarray, np.ndarray] | None = None
+    gain: np.ndarray | None = None
 
     def held_out(self) -> Problem:
         """The problem with the input's range over the tokens that errors are not measured on.
@@ -168,7 +170,8 @@ def input_quantization(problem: Problem, solution: Solution) -> Activation:
     if solution.input_range is not None:
         inside = np.ones_like(low) if smooth is None else smooth
         low, high = (np.float32(bound) * inside for bound in solution.input_range)
-    return format.fit(ObservedRange(low, high, problem.dtype, problem.name), smooth)
+    seen = ObservedRange(low, high, problem.dtype, problem.name, problem.gain)
+    return format.fit(seen, smooth)
 
 
 def smoothing(problem: Problem, solution: Solution) -> np.ndarray | None:

@@ -74,7 +74,7 @@ def verify(
 
 def serve_check(
     checkpoint: CheckpointArgument,
-    runtime: Annotated[str, typer.Option(help="vllm-mindspore, vllm-ascend or mindie.")],
+    runtime: Annotated[str, typer.Option(help="vllm-mindspore, vllm-ascend, mindie or vllm.")],
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     device: Annotated[
         str, typer.Option(help="310p or 910b. Default: what such checkpoints are made for")

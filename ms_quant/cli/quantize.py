@@ -105,6 +105,13 @@ def quantize(
         int | None, typer.Option(help=f"Tokens of a window. Default: {DEFAULTS.seq_len}", min=1)
     ] = None,
     seed: SeedOption = None,
+    all_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--all-tokens",
+            help="Show each routed expert all calibration tokens, not only those that go to it.",
+        ),
+    ] = False,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Glob pattern of linears that stay float; whole fused groups do."),
@@ -180,6 +187,7 @@ def quantize(
         job=job,
         keep_job=keep_job,
         any_environment=any_environment,
+        all_tokens=all_tokens,
         tp=tp,
     )
     static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration

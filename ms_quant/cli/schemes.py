@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ms_quant.cli.console import JsonOption, emit, wide_table
-from ms_quant.schemes.storage import FormatSupport
+from ms_quant.schemes.storage import FormatSupport, wanted_text
 
 
 def schemes(as_json: JsonOption = False) -> None:
@@ -46,6 +46,7 @@ def _format_row(support: FormatSupport) -> dict[str, Any]:
         "format": support.format,
         "folds": [target.value for target in support.targets],
         "served_by": list(support.served_by),
+        "experts_served_by": list(support.experts_served_by),
         "only": dict(support.only),
         "not_served_by": list(support.not_served_by),
         "kernels": support.kernels,
@@ -55,6 +56,7 @@ def _format_row(support: FormatSupport) -> dict[str, Any]:
 _NETWORKS = {
     "format": "",
     "served_by": [],
+    "experts_served_by": [],
     "not_served_by": ["for networks: ms_quant.quantize(network, ...) and ms_quant.save_quantized"],
     "only": {},
     "kernels": "",
@@ -62,7 +64,7 @@ _NETWORKS = {
 
 
 def _only(place: dict[str, Any]) -> list[str]:
-    said = ", ".join(f"{option} {value}" for option, value in place["only"].items())
+    said = wanted_text(place["only"])
     return [f"only with {said}"] if said else []
 
 
@@ -74,7 +76,9 @@ def _show_schemes(result: dict[str, Any]) -> None:
     table = wide_table("scheme", "format", "served by", "kernels")
     for row in result["schemes"]:
         for place in row["formats"] or [_NETWORKS]:
-            served = "\n".join([*place["served_by"], *place["not_served_by"], *_only(place)])
+            experts = [f"experts: {runtime}" for runtime in place["experts_served_by"]]
+            lines = [*place["served_by"], *experts, *place["not_served_by"], *_only(place)]
+            served = "\n".join(lines)
             table.add_row(row["name"], place["format"], served, place["kernels"])
     Console().print(table)
     for title, rows in (("algorithm", "algorithms"), ("KV cache", "kv_caches")):

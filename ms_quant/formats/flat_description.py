@@ -9,6 +9,7 @@ from typing import Any
 
 from ms_quant.errors import BadFileError, short
 from ms_quant.formats import kv_cache
+from ms_quant.formats.float_types import why_float
 from ms_quant.formats.format import Kinds, Leeway
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
@@ -66,13 +67,18 @@ def _module_problems(
 
 def _group_problems(config: ModelConfig, modules: Mapping[str, str], where: Path) -> Iterator[str]:
     for index in range(config.num_blocks):
-        for group in config.block(index).groups:
+        block = config.block(index)
+        for path in block.linears:
+            found = modules.get(name := f"{block_prefix(index)}{path}", "FLOAT")
+            if block.group_of(path) is None and found != "FLOAT":
+                yield f"{where}: {name} is {found}, expected FLOAT: {why_float(block, path)}"
+        for group in block.groups:
             names = [f"{block_prefix(index)}{member}" for member in group.members]
             for name in names:
                 if name not in modules:
                     yield f"{where}: has no entry for {name}.weight"
-            found = {modules.get(name) for name in names} - {None}
-            if len(found) > 1:
+            kinds = {modules.get(name) for name in names} - {None}
+            if len(kinds) > 1:
                 listed = ", ".join(f"{name} {modules.get(name)}" for name in names)
                 yield f"{where}: {listed}; expected one scheme, the runtime fuses them"
 

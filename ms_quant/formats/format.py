@@ -18,9 +18,11 @@ from ms_quant.files.atomic import ANY_MODE
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import INDEX_NAME, Array, TensorPlan
 from ms_quant.formats import kv_cache
-from ms_quant.models.block_spec import BlockSpec, LinearGroup, LinearSpec
+from ms_quant.formats.float_types import float_dtype
+from ms_quant.models.block_spec import BlockSpec, LinearGroup, LinearSpec, NormSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId, block_prefix
+from ms_quant.models.rotary_rows import RotaryRows
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
@@ -85,6 +87,9 @@ class Leeway:
     ) = None
 
 
+Make = Callable[[TensorPlan, Numbers], Array]
+"""Makes a tensor."""
+
 Options = Callable[[str, LinearSpec], dict[str, Any]]
 """Options of a linear's scheme, by its path."""
 
@@ -117,6 +122,9 @@ class CheckpointFormat:
     bias_dtype: type of the bias of a quantized linear, by its path.
     why_not_run: why the runtime fails on a linear of a group that files can hold, or "".
     mode: the widest permissions of the description and the weights that the runtime reads.
+    stored_rows: in which order the rows of a linear of a block are stored, where it is not that of
+        the model.
+    by_row: suffixes of a linear's tensors that have its rows.
     holds_cache: whether it has tensors for keys and values cached in int8.
     leeway: how checkpoints by others may differ.
     """
@@ -142,6 +150,10 @@ class CheckpointFormat:
     bias_dtype: Callable[[LayerPlan, str], np.dtype] = lambda layer, path: layer.dtype
     why_not_run: Callable[[LayerPlan, LinearGroup, LinearSpec], str] = lambda *linear: ""
     mode: int = ANY_MODE
+    stored_rows: Callable[[ModelConfig, int, LinearSpec], RotaryRows | None] = (
+        lambda config, index, spec: None
+    )
+    by_row: frozenset[str] = frozenset()
     holds_cache: bool = False
     leeway: Leeway = field(default_factory=Leeway)
 
@@ -165,17 +177,22 @@ class CheckpointFormat:
             member, _, suffix = name.rpartition(".")
             group, path = block.group_of(member), prefix + member
             layer = plan.layers[GroupId(block.index, group.name)] if group else None
+            spec = block.modules[member]
+            order = self.row_order(plan.config, block.index, spec)
             if group is None or layer is None:
-                yield self._float(plan, prefix + name, shape)
+                dtype = float_dtype(plan, spec, suffix)
+                make = self._ordered(order, suffix, _floats)
+                yield TensorPlan(prefix + name, dtype, shape, make=make)
             elif suffix == "weight":
                 one = group.name, block.linears[member]
                 if one not in parts:
                     parts[one] = self.linear_plan(layer, group, one[1])
-                make = partial(self._part, layer, group)
+                part = partial(self._part, layer, group)
                 for key, (dtype, shape) in parts[one].items():
+                    make = self._ordered(order, key, part)
                     yield TensorPlan(f"{path}.{key}", dtype, shape, (path, key), make=make)
             else:
-                yield self._bias(layer, path, shape)
+                yield self._bias(layer, path, shape, self._ordered(order, suffix, _floats))
             if plan.kv_cache and suffix == "weight" and member in block.cached:
                 yield from kv_cache.tensor_plans(path, shape[0])
 
@@ -190,10 +207,20 @@ class CheckpointFormat:
     def _float(self, plan: Plan, name: str, shape: tuple[int, ...]) -> TensorPlan:
         return TensorPlan(name, plan.dtype, shape, make=_floats)
 
-    def _bias(self, layer: LayerPlan, path: str, shape: tuple[int, ...]) -> TensorPlan:
+    def row_order(
+        self, config: ModelConfig, index: int, spec: LinearSpec | NormSpec
+    ) -> RotaryRows | None:
+        """The order of the rows of a block's linear, where it is not that of the model."""
+        return self.stored_rows(config, index, spec) if isinstance(spec, LinearSpec) else None
+
+    def _ordered(self, order: RotaryRows | None, suffix: str, make: Make) -> Make:
+        """What makes a tensor, its rows in the order that they are stored in."""
+        return make if order is None or suffix not in self.by_row else partial(_stored, order, make)
+
+    def _bias(self, layer: LayerPlan, path: str, shape: tuple[int, ...], make: Make) -> TensorPlan:
         """The bias that the model itself has."""
         name, dtype = self.bias_name(layer, path), self.bias_dtype(layer, path)
-        return TensorPlan(name, dtype, shape, (path, "bias"), f"{path}.bias", _floats)
+        return TensorPlan(name, dtype, shape, (path, "bias"), f"{path}.bias", make)
 
     def description(self, plan: Plan) -> dict[str, Any]:
         """The description itself."""
@@ -202,6 +229,12 @@ class CheckpointFormat:
 
 def _floats(tensor: TensorPlan, numbers: Numbers) -> Array:
     return numbers.floats(tensor.source or tensor.name, tensor.dtype)
+
+
+def _stored(order: RotaryRows, make: Make, tensor: TensorPlan, numbers: Numbers) -> np.ndarray:
+    found = make(tensor, numbers)
+    whole = found if isinstance(found, np.ndarray) else np.concatenate(list(found))
+    return whole[order.halves(len(whole))]
 
 
 def is_there(name: str) -> Callable[[Path], list[Path]]:

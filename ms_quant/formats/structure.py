@@ -18,8 +18,10 @@ from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
 from ms_quant.formats.checks import check_shapes
 from ms_quant.formats.float_model import with_outputs
+from ms_quant.formats.float_types import router_dtype
 from ms_quant.formats.format import CheckpointFormat, Leeway
 from ms_quant.formats.registry import FORMATS
+from ms_quant.formats.row_order import in_model_order
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.config import ModelConfig, load_config
 from ms_quant.models.names import GroupId, block_prefix
@@ -39,7 +41,7 @@ PROVENANCE = "provenance"
 class Structure:
     """Attributes:
     format: what the files hold.
-    checkpoint: the tensors.
+    checkpoint: the tensors, their rows in the order of the model.
     plan: what a consistent description stands for.
     expected: every tensor that there should be, by name.
     defects: what a runtime will not forgive although it can be read, one sentence each.
@@ -79,6 +81,7 @@ def read_structure(directory: Path) -> tuple[Structure | None, list[str]]:
         checkpoint = Checkpoint(directory)
         config = with_outputs(config, checkpoint)
         plan = _plan_of(format, config, kinds, description, checkpoint)
+        checkpoint = in_model_order(format, plan, checkpoint)
         expected = {tensor.name: tensor for tensor in format.tensor_plans(plan)}
         structure = Structure(format, checkpoint, plan, expected)
         made = format.description(plan)
@@ -198,7 +201,15 @@ def _plan_of(
     cache = (description.get("kv_cache_type") or "") if format.holds_cache else ""
     if cache not in ("", STATIC_CACHE):
         raise BadFileError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
-    plan = Plan(config, format.name, layers, dtype, kv_cache=cache, foreign=foreign)
+    plan = Plan(
+        config,
+        format.name,
+        layers,
+        dtype,
+        kv_cache=cache,
+        foreign=foreign,
+        router_dtype=router_dtype(config, checkpoint),
+    )
     for index in range(config.num_blocks):
         for group in plan.groups(index):
             check_shapes(plan, index, group)

@@ -27,6 +27,8 @@ def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
         tp: tensor-parallel ranks.
         names: every tensor that there is.
     """
+    if tp > 1:
+        yield from _pair_problems(plan, tp)
     for path, inputs, group_size in _row_parallel(plan) if tp > 1 else ():
         if f"{path}.left_trans" in names:
             yield f"{path}: has a Kronecker transform of all its inputs, expected --tp 1"
@@ -39,6 +41,22 @@ def rank_problems(plan: Plan, tp: int, names: Container[str]) -> Iterator[str]:
             yield (
                 f"{path}: {inputs} inputs on {tp} ranks, expected groups of {group_size} on each"
             )
+
+
+def _pair_problems(plan: Plan, tp: int) -> Iterator[str]:
+    """Outputs that are packed in pairs, of which a rank would have an odd number."""
+    for found, group in all_groups(plan.config):
+        layer = plan.layers[found]
+        if layer is None or group.parallel != "column":
+            continue
+        weight, activation = layer.scheme.weight, layer.scheme.activation
+        if weight.integer and weight.bits == 4 and activation.bits == 8:
+            for member, linear in group.linears.items():
+                if linear.out_features // tp % 2:
+                    yield (
+                        f"{block_prefix(found.block)}{member}: {linear.out_features} outputs on "
+                        f"{tp} ranks, expected an even number on each: int4 is packed in pairs"
+                    )
 
 
 def _row_parallel(plan: Plan) -> Iterator[tuple[str, int, int]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ms_quant.models.edge import Edge
 from ms_quant.models.names import expert_of
+from ms_quant.models.rotary_rows import RotaryRows
 
 if TYPE_CHECKING:
     from typing import Self
@@ -63,8 +64,8 @@ class LinearSpec:
         heads_axis: the axis of its weight along the values of all attention heads: 0 (rows), -1
             (columns) or None.
         scores: whether attention scores are products of its outputs: queries or keys.
-        norms: paths of the norms whose outputs, one after the other, are its inputs, where no edge
-            says so.
+        norms: paths of norms whose outputs, in turn, are its inputs, where no edge says so.
+        rotary_rows: its rows that make rotary pairs of neighbours; None where halves make them.
     """
 
     out_features: int
@@ -76,6 +77,7 @@ class LinearSpec:
     heads_axis: Literal[0, -1] | None = None
     scores: bool = False
     norms: tuple[str, ...] = ()
+    rotary_rows: RotaryRows | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,8 +104,7 @@ class NormSpec:
         size: of its gain.
         reads_stream: whether it normalises the residual stream.
         eps: what is added to the mean square; None is the config's ``rms_norm_eps``.
-        made_by: path of a linear that makes, with its first outputs, what it normalises, and that
-            is read nowhere else.
+        made_by: path of a linear whose first outputs it alone reads, and normalises.
         behind: full path of the norm whose output it normalises.
     """
 

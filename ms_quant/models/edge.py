@@ -20,6 +20,8 @@ class Edge:
             adjacent sets of a consumer's inputs are: the values of a head that several query heads
             read. (1, 1) where channel i is input i.
         skipped: before each set the producer makes so many channels that no consumer reads.
+        fused: whether runtimes divide the norm's gain by static input scales, in the model's type,
+            where there is one for each channel.
         averaged: whether inputs are means of what is made for several tokens, and so never exceed
             it.
     """
@@ -32,6 +34,7 @@ class Edge:
     size: int = 1
     skipped: int = 0
     averaged: bool = False
+    fused: bool = False
 
     def columns(self, rows: np.ndarray) -> np.ndarray:
         """What belongs to channels of the producer, by the inputs that read them."""

@@ -22,6 +22,7 @@ from ms_quant.models.block_spec import (
     Operators,
 )
 from ms_quant.models.edge import Edge
+from ms_quant.models.rotary_rows import RotaryRows
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
@@ -60,8 +61,10 @@ class LatentAttention(Branch):
         self.q = f"{path}.q_proj" if not shape.q_rank else q_b
         whole = Division("column", "num_attention_heads", heads)
         out = Division("row", "num_attention_heads", heads)
-        queries = heads * shape.query
-        compressed = LinearSpec(shape.kv_rank + shape.rope, hidden, bias, reads_stream=True)
+        queries, key = heads * shape.query, shape.kv_rank + shape.rope
+        of_key = RotaryRows(key, shape.rope) if shape.interleaved else None
+        of_query = RotaryRows(shape.query, shape.rope) if shape.interleaved else None
+        compressed = LinearSpec(key, hidden, bias, reads_stream=True, rotary_rows=of_key)
         made = heads * (shape.nope + shape.value)
         expanded = LinearSpec(made, shape.kv_rank, division=whole, heads_axis=0)
         output = LinearSpec(
@@ -72,18 +75,23 @@ class LatentAttention(Branch):
         if shape.q_rank:
             first = {q_a: LinearSpec(shape.q_rank, hidden, bias, reads_stream=True)}
             both = {**first, kv_a: compressed}
-            last = {q_b: LinearSpec(queries, shape.q_rank, division=whole)}
+            last = {q_b: LinearSpec(queries, shape.q_rank, division=whole, rotary_rows=of_query)}
             q_norm = f"{path}.q_a_layernorm"
             within = {q_norm: NormSpec(shape.q_rank, False, NORM_EPS, q_a), **within}
             makers: tuple[LinearGroup, ...] = (
                 LinearGroup("qkv_a", "qkv_a", both, f"{path}.fused_qkv_a_proj", "attention"),
                 LinearGroup("q_b", "q_b", last, q_b, "attention"),
             )
-            edges = [Edge(norm, ("qkv_a",), norm=True), Edge(q_norm, ("q_b",), norm=True)]
+            edges = [
+                Edge(norm, ("qkv_a",), norm=True, fused=True),
+                Edge(q_norm, ("q_b",), norm=True, fused=True),
+            ]
             linears = {**both, **last}
         else:
             linears = {
-                self.q: LinearSpec(queries, hidden, division=whole, reads_stream=True),
+                self.q: LinearSpec(
+                    queries, hidden, division=whole, reads_stream=True, rotary_rows=of_query
+                ),
                 kv_a: compressed,
             }
             makers = (

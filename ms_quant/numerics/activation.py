@@ -29,6 +29,7 @@ import numpy as np
 
 from ms_quant.numerics import affine, float8_blocks, minifloat, mx, storage
 from ms_quant.numerics.mx_rules import RULES
+from ms_quant.numerics.quotient import ChannelRange, nearly_exact
 from ms_quant.numerics.reciprocal import round_up_for_reciprocal, rounded_reciprocal
 
 
@@ -42,12 +43,15 @@ class ObservedRange:
         high: the same of the largest.
         dtype: type that the checkpoint stores input scales in.
         name: the linear's name, for errors.
+        gain: float32 (in,), of the norm that makes the input, where the runtime divides it by the
+            scales of the channels; else None.
     """
 
     low: np.ndarray
     high: np.ndarray
     dtype: np.dtype
     name: str
+    gain: np.ndarray | None = None
 
 
 class Activation(Protocol):
@@ -231,7 +235,12 @@ class StaticActivation:
 
 
 def static_activation(
-    low: np.ndarray, high: np.ndarray, smooth: np.ndarray | None, dtype: np.dtype, name: str
+    low: np.ndarray,
+    high: np.ndarray,
+    smooth: np.ndarray | None,
+    dtype: np.dtype,
+    name: str,
+    gain: np.ndarray | None = None,
 ) -> StaticActivation:
     """Quantization parameters from each input channel's range.
 
@@ -243,10 +252,14 @@ def static_activation(
             so that rounding never makes an activation clip, and the smoothing vector is
             redefined by what is stored.
         name: the linear's name, for errors.
+        gain: as of :class:`ObservedRange`. Stored values are then those nearby by which it is
+            divided nearly exactly.
     """
     vector = np.ones(low.shape, np.float32) if smooth is None else smooth
     scale, offset = affine.asymmetric_parameters(np.min(low / vector), np.max(high / vector))
     stored = storage.round_up(scale * vector.astype(np.float64), dtype, f"{name}.input_scale")
+    if gain is not None:
+        stored = nearly_exact(stored, gain, dtype, ChannelRange(low, high, int(offset)))
     return StaticActivation(np.float32(scale), int(offset), stored.astype(np.float32))
 
 
@@ -296,7 +309,8 @@ class StaticInt8:
     def fit(self, seen: ObservedRange | None, smooth: np.ndarray | None) -> StaticActivation:
         assert seen is not None
         if self.per_channel:
-            return static_activation(seen.low, seen.high, smooth, seen.dtype, seen.name)
+            ends = seen.low, seen.high
+            return static_activation(*ends, smooth, seen.dtype, seen.name, seen.gain)
         assert smooth is None
         return replace(tensor_activation(seen, self.multiplies), folds_bias=self.folds_bias)
 

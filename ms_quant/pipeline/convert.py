@@ -215,6 +215,11 @@ def _other_layer(
             f"{group}: its smoothing vector is in the {target.value}; {error}, so quantize with "
             "--fold norm to convert it"
         ) from None
+    if other.scheme.weight != layer.scheme.weight:
+        raise BadFileError(
+            f"{group}: {layer.storage.format} and {format} checkpoints hold {name} in different "
+            f"codes, expected one that is quantized with --format {format}"
+        )
     storage = replace(other.storage, foreign=layer.foreign)
     if layer.storage.scale_dtype == dtype:
         storage = storage.narrowed()

@@ -46,6 +46,7 @@ def quantize_checkpoint(
     job: str | PathLike[str] | None = None,
     keep_job: bool = False,
     any_environment: bool = False,
+    all_tokens: bool = False,
 ) -> Result:
     """Makes a quantized checkpoint of a float one, block by block in bounded memory.
 
@@ -91,6 +92,8 @@ def quantize_checkpoint(
         keep_job: leave the job directory when all is done.
         any_environment: go on with a job that was begun under other versions, another kind of CPU
             or another number of threads.
+        all_tokens: each routed expert is seen on all calibration tokens; else on those that go to
+            it, and on others only where these are fewer than 64.
 
     Returns:
         Result: what was made in each format, what was chosen for each group of linears and how long
@@ -138,6 +141,7 @@ def quantize_checkpoint(
         job=None if job is None else Path(job),
         keep_job=keep_job,
         any_environment=any_environment,
+        all_tokens=all_tokens,
         recipe=None if recipe is None else _recipe(recipe),
         formats=_strings("formats", formats),
         tp=tp,

@@ -18,6 +18,7 @@ from ms_quant.files.companion_files import companion_files
 from ms_quant.files.floats import check_fits
 from ms_quant.files.reader import Checkpoint, FloatTensors, fingerprint
 from ms_quant.formats.float_model import NO_HEAD, FloatCheckpoint, model_notes, open_float
+from ms_quant.formats.float_types import router_dtype
 from ms_quant.formats.registry import FORMATS
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.tensor_parallel import rank_notes, refuse_ranks
@@ -286,6 +287,7 @@ def _plan(config: ModelConfig, options: QuantizeOptions) -> Plan:
 
 def rotated(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, FloatTensors]:
     """The plan and the tensors of the model that is quantized."""
+    plan = replace(plan, router_dtype=router_dtype(plan.config, checkpoint))
     options = plan.distinct[0].algorithms.options.get("quarot")
     if options is None:
         return plan, checkpoint
@@ -322,11 +324,13 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     Raises:
         MsQuantError: names the option.
     """
+    if options.all_tokens and plan.config.routing is None:
+        raise BadArgumentError("--all-tokens: the model has no routed experts, expected some")
     float16 = plan.dtype.name == "float16"
     if plan.needs_calibration or (float16 and options.calib is not None):
         return
-    for name in ("calib", "samples", "seq_len", "seed"):
-        if getattr(options, name) is not None:
+    for name in ("calib", "samples", "seq_len", "seed", "all_tokens"):
+        if getattr(options, name) not in (None, False):
             also = " unless --calib FILE gives some to check float16 by" if float16 else ""
             raise BadArgumentError(
                 f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "

@@ -12,6 +12,7 @@ from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.job.finished import Measured
 from ms_quant.job.output_directory import MAX_RECORD_BYTES, RECORD
 from ms_quant.models.names import GroupId
+from ms_quant.pipeline.expert_report import expert_lines
 from ms_quant.pipeline.warnings import quality_warnings
 from ms_quant.pipeline.writer import output_bytes
 from ms_quant.plan.plan import Plan
@@ -77,6 +78,7 @@ class Output:
         finished_before: whether it was there already.
         report: what became of each group of linears.
         float16: of a model for float16, how large its activations get.
+        experts: of a model with experts, how many calibration tokens they saw, in sentences.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class Output:
     finished_before: bool
     report: tuple[GroupReport, ...] = field(repr=False)
     float16: Float16Facts | None = None
+    experts: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -115,6 +118,8 @@ class Output:
             "not_served_by": list(self.not_served_by),
             "finished_before": self.finished_before,
         }
+        if self.experts:
+            found["experts"] = list(self.experts)
         if self.warnings:
             found["warnings"] = list(self.warnings)
         if self.float16 is not None:
@@ -187,6 +192,7 @@ def output_of(
         not_served_by=tuple(not_served_by(plan)),
         finished_before=finished_before,
         report=tuple(_reports(plan, record.get("chosen"), measured)),
+        experts=expert_lines(record, str(path)),
         float16=_float16(record, path) if calibrated and plan.dtype.name == "float16" else None,
     )
 

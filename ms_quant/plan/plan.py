@@ -32,6 +32,7 @@ class Plan:
         kv_cache: how keys and values are cached, one of ``KV_CACHES``, or "".
         foreign: whether others made the checkpoint: how it was made is not known, and what follows
             from other tensors may be rounded otherwise.
+        router_dtype: type of the weights of routers in the output; None is ``dtype``.
     """
 
     config: ModelConfig
@@ -41,6 +42,7 @@ class Plan:
     search_tokens: int = SEARCH_TOKENS
     kv_cache: str = ""
     foreign: bool = False
+    router_dtype: np.dtype | None = None
 
     def layer(self, index: int, group: LinearGroup) -> LayerPlan:
         """What becomes of a quantized group of a block."""

@@ -90,16 +90,22 @@ def recorded_activation(
     return activation
 
 
-def unsmoothed_problem(activation: StaticActivation, dtype: np.dtype, name: str) -> str | None:
+def unsmoothed_problem(
+    activation: StaticActivation, dtype: np.dtype, name: str, steps: int = 0
+) -> str | None:
     """What is wrong with an ``input_scale`` that holds no smoothing, or None.
 
     Args:
         activation: its parameters.
         dtype: the type that ``input_scale`` is stored in.
         name: the tensor.
+        steps: values may be so many steps of the type away.
     """
-    expected = np.float32(round_up(np.asarray(activation.scale), dtype, name))
-    wrong = int(np.count_nonzero(activation.input_scale != expected))
+    whole = round_up(np.asarray(activation.scale), dtype, name)
+    expected = np.float32(whole)
+    kind = np.uint32 if dtype.itemsize == 4 else np.uint16
+    bits = [x.view(kind).astype(np.int64) for x in (activation.input_scale.astype(dtype), whole)]
+    wrong = int(np.count_nonzero(np.abs(bits[0] - bits[1]) > steps))
     if not wrong:
         return None
     return (

@@ -254,7 +254,16 @@ class BlockSmoothing:
             input_dtype=self.plan.dtype if _own_product(layer) else DTYPES["float32"],
             scale_type=layer.storage.scale_type,
             unsearched=self._unsearched(group),
+            gain=self._gain(group),
         )
+
+    def _gain(self, group: LinearGroup) -> np.ndarray | None:
+        """The gain of a norm that a runtime divides by the scales of a group's static input."""
+        edge = self.plan.config.block(self.index).producer_of(group)
+        activation = self.plan.layer(self.index, group).scheme.activation
+        if edge is None or not (edge.fused and activation.holds_smoothing):
+            return None
+        return self.weights.get(f"{edge.producer}.weight")
 
     def _unsearched(self, group: LinearGroup) -> tuple[np.ndarray, np.ndarray] | None:
         found = self.observations.unsearched if self.observations is not None else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_quant.numerics.activation import ActivationFormat
+from ms_quant.numerics.grid import WeightFormat
 from ms_quant.numerics.storage import DTYPES, widened
 
 
@@ -43,6 +44,20 @@ def _into_norms() -> dict[SmoothingTarget, ActivationFormat | None]:
     return {SmoothingTarget.NORM: None}
 
 
+def wanted_text(only: Mapping[str, Any]) -> str:
+    """Options and the values that they must have, in words."""
+    return ", ".join(f"{option} {_any_of(value)}" for option, value in only.items())
+
+
+def _any_of(value: Any) -> str:
+    *others, last = map(str, _several(value))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 @dataclass(frozen=True)
 class FormatSupport:
     """How one checkpoint format holds a scheme, and who serves that.
@@ -55,7 +70,9 @@ class FormatSupport:
         scale_type: of the weight's scales.
         targets: where a smoothing vector may go, the default first, and how inputs are quantized
             then; None is the scheme's way.
-        only: option to the value with which alone the format holds it.
+        only: option to the value with which alone the format holds it, or to several.
+        weight: how weights become codes there, where that is not the scheme's way.
+        routed_by: runtimes that serve it for routed experts, where they are others.
         float32_scales: whether runtimes take scales of the weight in float32 as well.
     """
 
@@ -67,6 +84,26 @@ class FormatSupport:
     targets: Mapping[SmoothingTarget, ActivationFormat | None] = field(default_factory=_into_norms)
     only: Mapping[str, Any] = field(default_factory=dict)
     float32_scales: bool = False
+    weight: Callable[[WeightFormat], WeightFormat] | None = None
+    routed_by: tuple[str, ...] | None = None
+
+    def takes(self, chosen: Mapping[str, Any]) -> bool:
+        """Whether the format holds the scheme with some options."""
+        return all(chosen[option] in _several(value) for option, value in self.only.items())
+
+    @property
+    def wanted(self) -> str:
+        """The options with which alone the format holds it, in words."""
+        return wanted_text(self.only)
+
+    @property
+    def experts_served_by(self) -> tuple[str, ...]:
+        """Those that serve it for routed experts and not for other linears."""
+        return tuple(text for text in self.routed_by or () if text not in self.served_by)
+
+    def runtimes(self, routed: bool) -> tuple[str, ...]:
+        """Those that serve it, for routed experts or for other linears."""
+        return self.served_by if not routed or self.routed_by is None else self.routed_by
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import numpy as np
 
 from ms_quant.errors import UnsupportedError
 from ms_quant.numerics.activation import MxTokens, StaticInt8
+from ms_quant.numerics.grid import AffineFormat, WeightFormat
 from ms_quant.schemes.records import Scheme
 from ms_quant.schemes.storage import FormatSupport, ScaleType, SmoothingTarget, Storage
-from ms_quant.schemes.table import IN_BIAS, get_scheme
+from ms_quant.schemes.table import IN_BIAS, VALUES, get_scheme
 
 FLOAT_BIAS = StaticInt8(per_channel=False)
 MULTIPLIED = StaticInt8(False, folds_bias=True, multiplies=True)
@@ -28,8 +29,14 @@ _NONE = "no runtime is known to serve it from these tensors yet; ms-quant eval a
 _STATIC_OPS = "npu_quantize, npu_quant_matmul"
 _INT8_OPS = "npu_dynamic_quant, npu_quant_matmul"
 _WEIGHT_OP = "npu_weight_quant_batchmatmul"
+GROUPS = tuple(size for size in VALUES["group_size"] if size)
 _PER_CHANNEL = {"group_size": 0, "symmetric": True}
 _MX_OPS = "npu_dynamic_mx_quant, npu_quant_matmul"
+
+
+def _one_level(weight: WeightFormat) -> WeightFormat:
+    """int4 per group without a level of int8 between."""
+    return AffineFormat(4, group_size=weight.group_size)
 
 
 def _golden_stick(*served_by: str, kernels: str, **more: Any) -> FormatSupport:
@@ -110,7 +117,7 @@ SUPPORT: dict[str, tuple[FormatSupport, ...]] = {
         _mindie_sd(_WEIGHT_OP, smooths=False, only=_PER_CHANNEL),
     ),
     "W4A16": (
-        _compressed_tensors(kernels="marlin, machete"),
+        _compressed_tensors(kernels="marlin, machete", routed_by=(_VLLM, "vllm-ascend")),
         _mindie_sd(_WEIGHT_OP, smooths=False, only=_PER_CHANNEL),
     ),
     "W4A8_DYNAMIC": (
@@ -118,6 +125,14 @@ SUPPORT: dict[str, tuple[FormatSupport, ...]] = {
             _OLD_VLLM_ASCEND,
             kernels=_WEIGHT_OP,
             scale_type=ScaleType.MODEL,
+            routed_by=(_VLLM_ASCEND, _OLD_VLLM_ASCEND),
+        ),
+        _golden_stick(
+            _MINDFORMERS,
+            kernels="DynamicQuantExt, GroupedMatmulV4",
+            not_served_by=(f"{_NATIVE} does not serve W4A8_DYNAMIC",),
+            only={"group_size": GROUPS},
+            weight=_one_level,
         ),
     ),
     "W4A4_DYNAMIC": (
@@ -186,7 +201,8 @@ def store(
             f"cannot hold a smoothing vector there, expected {able}"
         )
     target = target or next(iter(row.targets))
-    scheme = replace(scheme, activation=row.targets[target] or scheme.activation)
+    weight = scheme.weight if row.weight is None else row.weight(scheme.weight)
+    scheme = replace(scheme, weight=weight, activation=row.targets[target] or scheme.activation)
     return scheme, Storage(row, target, dtype, row.scale_type)
 
 
@@ -199,8 +215,7 @@ def why_not_held(name: str, format: str = "") -> str:
     """Why checkpoints of a format, or of any, do not hold a scheme with its options."""
     rows = [row for row in support_of(name) if row.format == format or not format]
     for row in rows:
-        wanted = ", ".join(f"{option} {value}" for option, value in row.only.items())
-        return f"{row.format} checkpoints hold it only with {wanted}"
+        return f"{row.format} checkpoints hold it only with {row.wanted}"
     if not support_of(name):
         return (
             "is for networks and not for checkpoints of decoders, use "
@@ -223,8 +238,4 @@ def holding_formats(name: str, /, **chosen: Any) -> list[str]:
 
 def _fitting(scheme: Scheme) -> Mapping[str, FormatSupport]:
     chosen = scheme.chosen
-    return {
-        row.format: row
-        for row in support_of(scheme.name)
-        if all(chosen[option] == value for option, value in row.only.items())
-    }
+    return {row.format: row for row in support_of(scheme.name) if row.takes(chosen)}

@@ -15,13 +15,14 @@ from typing import Any
 from ms_quant.errors import BadFileError
 from ms_quant.formats.plugins import first_answer
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.serve import mindie, vllm_ascend, vllm_mindspore
+from ms_quant.serve import mindie, vllm, vllm_ascend, vllm_mindspore
 from ms_quant.serve.records import DEVICES, Served, ServeRequest
 
 RUNTIMES: dict[str, Callable[[ServeRequest], Served]] = {
     "vllm-mindspore": vllm_mindspore.check,
     "vllm-ascend": vllm_ascend.check,
     "mindie": mindie.check,
+    "vllm": vllm.check,
 }
 MAX_TP = 1024
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from ms_quant.formats.structure import is_ours
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.spellings import READ_BY_NEW, READ_BY_OLD, spelling_problems
+from ms_quant.serve.mindformers import CLASSES
 from ms_quant.serve.records import Served, ServeRequest
 
 TRANSFORMERS = {
     "vllm-mindspore": ("transformers 4 (0.5.1 asks for 4.57.1)", READ_BY_OLD),
     "vllm-ascend": ("transformers 4, or 5 with a newer vLLM", (*READ_BY_OLD, *READ_BY_NEW)),
+    "vllm": ("transformers 4, or 5 with a newer vLLM", (*READ_BY_OLD, *READ_BY_NEW)),
 }
 """Runtime to the version that it comes with, and the keys, of those in two places, it reads."""
 
@@ -27,7 +29,14 @@ def config_findings(served: Served, request: ServeRequest, config: ModelConfig) 
         "generation_config.json's eos_token_id before config.json's"
     )
     classes = [name for name in config.raw.get("architectures") or () if isinstance(name, str)]
-    if request.runtime == "vllm-mindspore" and classes and not set(classes) & set(NATIVE):
+    able = {*NATIVE, *CLASSES}
+    if request.runtime == "vllm-mindspore" and config.routing and not config.latent:
+        served.problems.append(
+            f"{path}: architectures is {classes}, expected {' or '.join(CLASSES)}: no release of "
+            "vllm-mindspore loads quantized experts of other models (its Native backend asserts, "
+            "MindFormers quantizes none of them); --format ascend is served by vllm-ascend"
+        )
+    elif request.runtime == "vllm-mindspore" and classes and not set(classes) & able:
         served.problems.append(
             f"{path}: architectures is {classes}, expected one of {', '.join(NATIVE)}: "
             "vllm-mindspore's Native backend (0.5.1) has no other of these classes"
@@ -53,7 +62,7 @@ def config_findings(served: Served, request: ServeRequest, config: ModelConfig) 
             "4.57.1, vLLM and eval with the factor"
         )
     own = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)]
-    if kind == "yarn" and own:
+    if kind == "yarn" and own and config.latent is None:
         served.notes.append(
             f"{path}: vLLM reads no {', '.join(own)} of the yarn rotary embedding and takes what "
             "its factor gives; eval follows transformers"

@@ -112,7 +112,8 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
             dtype = plan.dtype if method == "FLOAT" else ""
             weight = weight_text(fused_shape(group, tp), dtype)
             size = sum(sizes[path] for path in paths) // tp
-            rows.append(Loaded(kind_of(group.fused), ranks, method, weight, 1, size))
+            kind = f"{'experts.' if group.routed else ''}{kind_of(group.fused)}"
+            rows.append(Loaded(kind, ranks, method, weight, 1, size))
     for name, tensor in structure.expected.items():
         path = _owner(tensor)
         if path not in linears:

@@ -9,7 +9,17 @@ import numpy as np
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.structure import MAX_DESCRIPTION_BYTES, Structure
 from ms_quant.formats.tensor_parallel import rank_problems
+from ms_quant.models.names import GroupId, block_prefix
+from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
+from ms_quant.plan.plan import Plan, all_groups
+from ms_quant.serve.experts import (
+    expert_notes,
+    expert_problems,
+    fused_input_problems,
+    method_problems,
+    packed_expert_limits,
+)
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -32,6 +42,7 @@ def check(request: ServeRequest) -> Served:
     plan = structure.plan
     server_findings(served, request, plan.config)
     served.problems += _scheme_problems(structure, request, served)
+    served.problems += expert_problems(plan)
     served.problems += _unknown_names(structure)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
@@ -39,20 +50,32 @@ def check(request: ServeRequest) -> Served:
             "(ms-quant quantize --dtype float16): what is stored depends on it"
         )
     if not served.problems:
+        served.problems += fused_input_problems(structure)
         served.problems += rank_problems(plan, request.tp, structure.expected)
     if served.problems:
         return served
     served.loaded = loaded_rows(structure, request.tp)
     served.notes += _reciprocal_notes(structure)
+    served.notes += expert_notes(plan, request.tp)
+    served.notes += _attention_notes(plan)
     ours = structure.format.name == "ascend"
     served.command = command(request, *(("--quantization", "ascend") if ours else ()))
     return served
 
 
 def _scheme_problems(structure: Structure, request: ServeRequest, served: Served) -> Iterator[str]:
-    names = {layer.scheme.name: layer.storage.support for layer in structure.plan.distinct}
-    for name, support in names.items():
-        by = [runtime for runtime in support.served_by if runtime.startswith("vllm-ascend")]
+    if structure.format.name == "ascend":  # of another format the reason is another runtime's
+        yield from method_problems(structure)
+    plan = structure.plan
+    limits = packed_expert_limits(plan) if structure.format.name != "ascend" else ""
+    if limits:
+        yield limits
+    layers = ((plan.layers[found], group.routed) for found, group in all_groups(plan.config))
+    names = {
+        (layer.scheme.name, routed): layer.storage.support for layer, routed in layers if layer
+    }
+    for (name, routed), support in names.items():
+        by = [text for text in support.runtimes(routed) if text.startswith("vllm-ascend")]
         if not by:
             yield (
                 f"{request.checkpoint}: {name} in the {structure.format.name} format is not "
@@ -67,6 +90,21 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
             yield f"{request.checkpoint}: {text}"
         else:
             served.notes.append(text)
+
+
+def _attention_notes(plan: Plan) -> Iterator[str]:
+    """Which attention in the latent space has its first linears fused."""
+    for index in range(plan.config.num_layers if plan.config.latent else 0):
+        block = plan.config.block(index)
+        for group in block.groups:
+            layer, edge = plan.layers[GroupId(index, group.name)], block.producer_of(group)
+            static = layer is not None and isinstance(layer.scheme.activation, StaticInt8)
+            if edge is not None and edge.fused and not static:
+                yield (
+                    f"{block_prefix(index)}{group.members[0]} is not W8A8: vllm-ascend's fused "
+                    "preprocessing of attention (MLAPO) is off in such layers, with a warning"
+                )
+                return
 
 
 def _reciprocal_notes(structure: Structure) -> Iterator[str]:

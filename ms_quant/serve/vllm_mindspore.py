@@ -1,4 +1,5 @@
-"""The rules of vllm-mindspore's Native backend for ``--quantization golden-stick``."""
+"""The rules of vllm-mindspore for ``--quantization golden-stick``: of its Native backend, and what
+both backends ask."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ms_quant.formats.structure import Structure
-from ms_quant.models.names import block_prefix
+from ms_quant.serve import mindformers
+from ms_quant.serve.experts import fused_input_problems
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -54,10 +56,17 @@ def check(request: ServeRequest) -> Served:
     config = structure.plan.config
     server_findings(served, request, config)
     served.problems += _description_problems(request)
+    if config.latent is not None:
+        mindformers.findings(served, request, structure)
+        if not served.problems:
+            served.problems += fused_input_problems(structure)
+            served.loaded = loaded_rows(structure, request.tp)
+            served.command, served.environment = command(request), mindformers.ENVIRONMENT
+        return served
     served.problems += _scheme_problems(structure)
     if served.problems:
         return served
-    served.problems += _input_problems(structure)
+    served.problems += fused_input_problems(structure)
     flags = []
     if device == "310p":
         served.problems += _lost_on_310p(structure, served)
@@ -87,23 +96,6 @@ def _scheme_problems(structure: Structure) -> Iterator[str]:
                 f"{structure.checkpoint.directory}: {name} is not served by "
                 f"vllm-mindspore's Native backend, expected {', '.join(SERVED)}"
             )
-
-
-def _input_problems(structure: Structure) -> Iterator[str]:
-    """Fused linears whose inputs are quantized differently: the last one loaded would win."""
-    checkpoint = structure.checkpoint
-    for index in range(structure.plan.config.num_blocks):
-        for group in structure.plan.groups(index):
-            first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
-            for suffix in ("input_scale", "input_offset"):
-                stored = checkpoint.read(f"{first}.{suffix}")
-                for path in others:
-                    if checkpoint.read(f"{path}.{suffix}").tobytes() != stored.tobytes():
-                        yield (
-                            f"{checkpoint.directory}: {path}.{suffix} differs from "
-                            f"{first}.{suffix}, expected equal values: the runtime fuses "
-                            "them and keeps the last"
-                        )
 
 
 def _lost_on_310p(structure: Structure, served: Served) -> Iterator[str]:

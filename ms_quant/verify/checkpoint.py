@@ -18,6 +18,7 @@ from ms_quant.errors import MsQuantError, short
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.companions import config_problems
 from ms_quant.formats.float_model import open_float
+from ms_quant.formats.fused_norms import norm_of, quotient_notes
 from ms_quant.formats.opening import QuantizedModel
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.formats.structure import (
@@ -33,6 +34,7 @@ from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.models.spellings import spelling_problems
 from ms_quant.numerics.activation import PhasedActivation, StaticActivation
+from ms_quant.numerics.quotient import STEPS
 from ms_quant.plan.layer import LayerPlan, recorded_layer
 from ms_quant.plan.plan import Plan
 from ms_quant.quantization.activation_record import recorded_activation, unsmoothed_problem
@@ -104,6 +106,8 @@ def _verify(directory: Path, source: Path | None, findings: Findings) -> None:
         except MsQuantError as error:
             problems.append(str(error))
     problems += [p for p in _float_problems(structure) if p not in problems]
+    if not problems:
+        findings.notes += quotient_notes(plan, structure.checkpoint)
     if plan.foreign:
         findings.not_proved += not_proved(directory, plan, original is not None)
     if original is None or problems:
@@ -222,7 +226,9 @@ def _activation_problems(
     subject.activations[name] = activation
     inside = layer.storage.target is SmoothingTarget.INPUT_SCALE
     if not (inside and subject.has(name, "smooths")):
-        wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale")
+        block = subject.plan.config.block(group.block)
+        steps = STEPS if norm_of(subject.plan, group.block, block.group(group.name)) else 0
+        wrong = unsmoothed_problem(activation, subject.plan.dtype, f"{path}.input_scale", steps)
         if wrong:
             yield wrong
 

@@ -49,6 +49,15 @@ MODEL_TYPES = (  # the writers' order, and where the ones that it lacks belong
     "W4A4_MXFP4",
     "W4A4_MXFP4_SVD",
 )
+EXPERTS = (
+    "W8A8_DYNAMIC",
+    "W4A8_DYNAMIC",
+    "W8A8FP8_DYNAMIC",
+    "W8A8_MXFP8",
+    "W4A8_MXFP",
+    "W4A4_MXFP4",
+)
+"""What vllm-ascend registers for experts, of what this format holds."""
 HEAD = "lm_head.weight"
 BRANCH = ("svd_lowrank_l1", "svd_lowrank_l2")
 ADDED = ("left_trans", "right_trans", "clip_ratio", *BRANCH)
@@ -79,6 +88,24 @@ def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> 
             f"{name}: {spec.in_features} inputs, expected a multiple of {slices}: scale_bias of a "
             "row-parallel linear has a sum for each rank"
         )
+
+
+def why_not_run(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> str:
+    """Why vllm-ascend fails on a linear, or ""."""
+    if not group.routed:
+        return ""
+    name = layer.scheme.name
+    if name not in EXPERTS:
+        return (
+            f"is {name}, expected one of {', '.join(EXPERTS)}: vllm-ascend has no other methods "
+            "for experts"
+        )
+    if has_scale_bias(layer.scheme) and layer.scheme.weight.group_size:
+        return (
+            f"has groups of {layer.scheme.weight.group_size}, expected group_size 0: vllm-ascend "
+            f"takes experts of {name} per channel"
+        )
+    return ""
 
 
 def linear_plan(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> Tensors:
@@ -184,6 +211,7 @@ FORMAT = CheckpointFormat(
     kinds=partial(kinds, "ascend", FLOATS, aliases=LEEWAY.aliases),
     scheme_options=scheme_options,
     check=check,
+    why_not_run=why_not_run,
     with_codes=WITH_CODES,
     bias_dtype=lambda layer, path: FLOAT32,
     holds_cache=True,

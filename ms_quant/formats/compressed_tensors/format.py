@@ -26,6 +26,7 @@ from ms_quant.formats.compressed_tensors.config import (
     read_schemes,
 )
 from ms_quant.formats.compressed_tensors.tensors import WITH_CODES, parts, read_linear
+from ms_quant.formats.float_types import why_float
 from ms_quant.formats.format import CheckpointFormat, Kinds, Leeway, Options, Tensors
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
@@ -69,6 +70,16 @@ def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> 
             f"{name}: {rows} outputs, expected a multiple of {multiple} to pack zero points of "
             f"{weight.bits} bits in words"
         )
+
+
+def why_not_run(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> str:
+    """Why vLLM fails on a linear, or ""."""
+    if group.routed and not layer.scheme.activation.dynamic:
+        return (
+            f"is {layer.scheme.name}, expected W8A8_DYNAMIC: vLLM's int8 experts have inputs "
+            "scaled per token"
+        )
+    return ""
 
 
 def linear_plan(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> Tensors:
@@ -122,7 +133,15 @@ def kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> K
     found = {path: scheme.name if scheme else "FLOAT" for path, scheme in schemes.items()}
     problems = []
     for index in range(config.num_blocks):
-        for group in config.block(index).groups:
+        block = config.block(index)
+        problems += [
+            f"{where}: {KEY}: {path} is a target, expected it in ignore: {why_float(block, member)}"
+            for member, spec in block.linears.items()
+            if block.group_of(member) is None
+            and spec.out_features != config.vocab_size  # which runtimes never quantize
+            and schemes[path := f"{block_prefix(index)}{member}"]
+        ]
+        for group in block.groups:
             first, *others = (f"{block_prefix(index)}{member}" for member in group.members)
             problems += [
                 f"{where}: {KEY}: {first} and {other} differ, expected one scheme for both: the "
@@ -180,5 +199,6 @@ FORMAT = CheckpointFormat(
     kinds=kinds,
     scheme_options=scheme_options,
     check=check,
+    why_not_run=why_not_run,
     with_codes=WITH_CODES,
 )

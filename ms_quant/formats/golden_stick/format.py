@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,13 @@ from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.companions import model_config
 from ms_quant.formats.flat_description import kinds
-from ms_quant.formats.format import CheckpointFormat, Tensors
+from ms_quant.formats.format import CheckpointFormat, Options, Tensors
+from ms_quant.formats.golden_stick import int4
 from ms_quant.formats.golden_stick.leeway import LEEWAY, check_extra, stated
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
+from ms_quant.models.config import ModelConfig
+from ms_quant.models.rotary_rows import RotaryRows
+from ms_quant.numerics.grid import AffineFormat
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
 from ms_quant.numerics.storage import weight_scale_dtype
 from ms_quant.plan.layer import LayerPlan
@@ -25,6 +29,7 @@ __all__ = ["DESCRIPTION", "FORMAT", "SHARD_PREFIX", "model_config", "static_line
 
 DESCRIPTION = "quantization_description.json"
 SHARD_PREFIX = "quant-model"
+BY_ROW = frozenset({"weight", "weight_scale", "weight_offset", "deq_scale", "quant_bias", "bias"})
 INT8, INT32, FLOAT32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 
 
@@ -44,11 +49,15 @@ def linear_plan(layer: LayerPlan, shape: tuple[int, int]) -> Tensors:
             "weight": (INT8, shape),
             "weight_scale": (weight_scale_dtype(layer.dtype), (out_features,)),
         }
+    if layer.scheme.name == int4.SCHEME:
+        return int4.linear_plan(shape, layer.scheme.weight.group_size)
     raise UnsupportedError(f"golden-stick cannot hold scheme {layer.scheme.name}")
 
 
 def linear_tensor(layer: LayerPlan, linear: QuantizedLinear, suffix: str) -> np.ndarray:
     """One tensor of a quantized linear, as stored."""
+    if layer.scheme.name == int4.SCHEME:
+        return int4.linear_tensor(linear, suffix)
     if suffix == "weight":
         return linear.weight
     if suffix == "weight_scale":
@@ -71,6 +80,10 @@ def read_linear(
     bias: np.ndarray | None,
 ) -> QuantizedLinear:
     """The linear at a path. What it reads it checks: a wrong quant_bias is an error."""
+    format = layer.scheme.weight
+    if layer.scheme.name == int4.SCHEME:
+        assert isinstance(format, AffineFormat)
+        return int4.read_linear(format, checkpoint, path, bias)
     weight = checkpoint.read(f"{path}.weight")
     if layer.scheme.activation.dynamic:
         linear = int8_linear(weight, checkpoint.read_float32(f"{path}.weight_scale"), bias)
@@ -135,11 +148,70 @@ def static_linear(
 
 
 def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
-    """Tensor name to scheme. All tensors of a module carry one value, its bias included."""
-    return {
+    """Tensor name to scheme, and the size of groups where there are any. All tensors of a module
+    carry one value, its bias included.
+
+    Raises:
+        MsQuantError: groups are of several sizes, the runtime has one.
+    """
+    sizes = sorted({size for layer in plan.distinct if (size := layer.scheme.weight.group_size)})
+    if len(sizes) > 1:
+        raise UnsupportedError(
+            f"group_size is {' and '.join(map(str, sizes))}, expected one for all experts: a "
+            "golden-stick checkpoint states one"
+        )
+    entries: dict[str, Any] = {
         tensor.name: plan.quantized_layer(tensor.part[0]).scheme.name if tensor.part else "FLOAT"
         for tensor in tensors
     }
+    return entries | ({int4.KEY: sizes[0]} if sizes else {})
+
+
+def scheme_options(
+    config: ModelConfig, description: Mapping[str, Any], checkpoint: Checkpoint
+) -> Options:
+    """The size of a linear's groups, as its scales are."""
+
+    def options(path: str, spec: LinearSpec) -> dict[str, Any]:
+        name = f"{path}.weight_scale"
+        shape = checkpoint.info(name).shape if name in checkpoint else ()
+        grouped = len(shape) == 2 and shape[1] and spec.in_features % shape[1] == 0
+        return {int4.KEY: spec.in_features // shape[1]} if grouped else {}
+
+    return options
+
+
+def check(layer: LayerPlan, group: LinearGroup, spec: LinearSpec, name: str) -> None:
+    """Refuses a linear that cannot be stored.
+
+    Raises:
+        MsQuantError: its rows do not make pairs of int4; names the weight.
+    """
+    if layer.scheme.name == int4.SCHEME and spec.out_features % 2:
+        raise BadFileError(
+            f"{name}: {spec.out_features} outputs, expected an even number to pack int4"
+        )
+
+
+def why_not_run(layer: LayerPlan, group: LinearGroup, spec: LinearSpec) -> str:
+    """Why MindFormers fails on a linear, or ""."""
+    if group.routed and not layer.scheme.activation.dynamic:
+        return (
+            f"is {layer.scheme.name}, expected W8A8_DYNAMIC or {int4.SCHEME}: MindFormers has no "
+            "experts with static inputs"
+        )
+    if layer.scheme.name == int4.SCHEME and not group.routed:
+        return (
+            f"is {int4.SCHEME}, expected W8A8_DYNAMIC, W8A8 or float: MindFormers has int4 weights "
+            "of routed experts only"
+        )
+    return ""
+
+
+def stored_rows(config: ModelConfig, index: int, spec: LinearSpec) -> RotaryRows | None:
+    """MindFormers turns halves and reorders rows of float models only; blocks that predict further
+    tokens are read as those of a float model."""
+    return spec.rotary_rows if index < config.num_layers else None
 
 
 FORMAT = CheckpointFormat(
@@ -153,9 +225,12 @@ FORMAT = CheckpointFormat(
     read_linear=read_linear,
     describe=describe,
     kinds=partial(kinds, "golden-stick", ("bias",)),
-    scheme_options=lambda config, description, checkpoint: lambda path, spec: {},
-    check=lambda layer, group, spec, name: None,
+    scheme_options=scheme_options,
+    check=check,
+    why_not_run=why_not_run,
     with_codes=frozenset({"weight", "quant_bias"}),
+    stored_rows=stored_rows,
+    by_row=BY_ROW,
     leeway=LEEWAY,
 )
 tensor_plans, description = FORMAT.tensor_plans, FORMAT.description
