@@ -124,23 +124,23 @@ def measure_growth(args: argparse.Namespace, work: Path) -> None:
         "64 experts, 4 layers": {"num_experts": 64},
         "8 experts, 16 layers": {"num_hidden_layers": 16},
     }
-    peaks: dict[tuple[str, str], Cost] = {}
+    first: dict[str, Cost] = {}
+    worst = 0.0
+    head("work", "model", "peak MiB", "of the first", "without file pages", "of the first", "CPU s")
     for size, changed in sizes.items():
         model = work / "model"
         _in_child("write_source", model, {**GROWTH, **changed})
         for name, arguments in runs.items():
-            if args.only in name:
-                peaks[name, size] = quantize(model, work / "out", *arguments)
+            if args.only not in name:
+                continue
+            found = quantize(model, work / "out", *arguments)
+            least = first.setdefault(name, found)
+            shares = found.resident / least.resident, found.anonymous / least.anonymous
+            worst = max(worst, *shares)
+            peak = f"{found.resident / MIB:.0f}", f"{shares[0]:.3f}"
+            alone = f"{found.anonymous / MIB:.0f}", f"{shares[1]:.3f}"
+            row(name, size, *peak, *alone, f"{found.cpu:.0f}")
         shutil.rmtree(model)
-    head("work", "model", "peak MiB", "of the first", "without file pages", "of the first", "CPU s")
-    worst = 0.0
-    for (name, size), found in peaks.items():
-        first = peaks[name, next(iter(sizes))]
-        shares = found.resident / first.resident, found.anonymous / first.anonymous
-        worst = max(worst, *shares)
-        peak = f"{found.resident / MIB:.0f}", f"{shares[0]:.3f}"
-        alone = f"{found.anonymous / MIB:.0f}", f"{shares[1]:.3f}"
-        row(name, size, *peak, *alone, f"{found.cpu:.0f}")
     if worst > MOST_GROWTH:
         raise SystemExit(f"memory grows {worst:.2f} times, expected at most {MOST_GROWTH}")
 

@@ -24,7 +24,8 @@ from ms_quant import kernels
 
 BLOCK = 4 << 20
 ROWS, COLUMNS = 64, 7168
-R1_GIGABYTES = 688.6 + 674
+R1_OUTPUT = 674.0
+"""GB of DeepSeek-R1 in W8A8."""
 HEADER = "| work | GB | s | CPU s | MB/s | MB per CPU s |\n|---|---|---|---|---|---|"
 
 
@@ -56,10 +57,12 @@ def compare(model: Path, output: Path, rounds: int, threads: int) -> None:
     kernel, least = seconds / threads, max(seconds / threads, plain.wall)
     bound = "copying" if plain.wall > kernel else "the kernels"
     share = least / ours.wall
-    hours = R1_GIGABYTES / total * ours.wall / 3600
+    times = R1_OUTPUT / written * 1e9 / 3600
     print(f"\nThe lower bound is {bound}: ms-quant does {100 * share:.0f} % of it.")
-    print(f"DeepSeek-R1 takes {hours:.2f} hours at this rate, {hours * share:.2f} at the bound's,")
-    print(f"and {R1_GIGABYTES / total * ours.cpu / 3600:.2f} hours of one core.")
+    print(
+        f"DeepSeek-R1 takes {times * ours.wall:.2f} hours at this rate, and {times * least:.2f} at"
+    )
+    print(f"the bound's; of one core it takes {times * ours.cpu:.2f} hours.")
 
 
 def _wall(one: Cost) -> float:
