@@ -27,6 +27,8 @@ PAGES = {  # files elsewhere in the repository that are pages here
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
     "models/stdlib-qwen3-6m/README.md": "bundled_model.md",
+    "models/stdlib-qwen3-moe/README.md": "bundled_qwen3_moe.md",
+    "models/stdlib-deepseek/README.md": "bundled_deepseek.md",
 }
 CONTENTS = {
     "Start": """
@@ -73,6 +75,8 @@ CONTENTS = {
         Native kernels <kernels>
         Benchmarks <benchmarks>
         The bundled model <bundled_model>
+        The bundled Qwen3-MoE <bundled_qwen3_moe>
+        The bundled DeepSeek-V3 <bundled_deepseek>
         Contributing <contributing>
         Changes <changes>
     """,

@@ -21,6 +21,16 @@ from pathlib import Path
 import mindspore as ms
 import ml_dtypes
 import numpy as np
+from bundling import (
+    END,
+    VOCABULARY,
+    WINDOW,
+    learning_rate,
+    token_stream,
+    training_rows,
+    write_json,
+    write_settings,
+)
 from corpus import library_files, split
 from mindspore import Tensor, nn, ops
 from safetensors.numpy import load_file, save_file
@@ -29,9 +39,6 @@ from trigram import InterpolatedTrigram
 
 from ms_quant.cells.decoder import CausalLM, causal_mask, rope_tensors
 from ms_quant.models.config import parse_config
-
-VOCABULARY, WINDOW = 2048, 256
-END = "<|endoftext|>"
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -87,13 +94,6 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def token_stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts as one stream, an end token after each."""
-    end = tokenizer.token_to_id(END)
-    pieces = [encoding.ids + [end] for encoding in tokenizer.encode_batch(texts)]
-    return np.array([i for piece in pieces for i in piece], np.int32)
-
-
 def initialise(model: CausalLM, rng: np.random.Generator) -> None:
     for name, parameter in model.parameters_and_names():
         if parameter.ndim < 2:
@@ -117,13 +117,6 @@ class Loss(nn.Cell):
     def construct(self, ids: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(ids, self.cos, self.sin, self.mask)
         return self.cross_entropy(logits.reshape(-1, VOCABULARY), targets.reshape(-1))
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 150) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def window_losses(model: CausalLM, stream: np.ndarray) -> np.ndarray:
@@ -178,9 +171,7 @@ def train(args: argparse.Namespace, model: CausalLM, stream: np.ndarray, work: P
         print(f"going on from step {first}", file=sys.stderr)
     started, running = time.time(), None
     for step in range(first, args.steps):
-        rng = np.random.default_rng([args.seed, step])
-        starts = rng.integers(0, len(stream) - WINDOW - 1, args.batch)
-        rows = np.stack([stream[s : s + WINDOW + 1] for s in starts])
+        rows = training_rows(stream, args.seed, step, args.batch, WINDOW + 1)
         loss = float(step_function(Tensor(rows[:, :-1]), Tensor(rows[:, 1:])).asnumpy())
         running = loss if running is None else 0.98 * running + 0.02 * loss
         if step % 50 == 0 or step + 1 == args.steps:
@@ -201,24 +192,7 @@ def write_model(out: Path, model: CausalLM, tokenizer: Tokenizer) -> None:
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    (out / "generation_config.json").write_text(
-        json.dumps({"do_sample": False, "eos_token_id": 0, "pad_token_id": 0}, indent=2) + "\n"
-    )
-    tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": END,
-                "pad_token": END,
-                "model_max_length": CONFIG["max_position_embeddings"],
-                "clean_up_tokenization_spaces": False,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    write_settings(out, CONFIG, tokenizer)
 
 
 def measure(out: Path, model: CausalLM, train_ids: np.ndarray, held_ids: np.ndarray) -> dict:
@@ -278,7 +252,7 @@ def main() -> None:
         "mindspore": ms.__version__,
         **measure(out, model, streams["train"], streams["heldout"]),
     }
-    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "training.json", report)
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     (out / "README.md").write_text(card.format(**report), encoding="utf-8")
     print(json.dumps(report, indent=2))

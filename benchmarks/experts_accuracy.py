@@ -1,0 +1,110 @@
+"""Held-out perplexity of models with experts, quantized part by part.
+
+    python benchmarks/experts_accuracy.py MODEL --calib TEXT --heldout TEXT [--windows N]
+
+Each row quantizes MODEL from the same calibration data (64 windows of 256 tokens) and predicts the
+held-out text in windows of 256. ``increase`` is of the perplexity, with the standard error of the
+paired losses; ``drafts`` is the share of what the layer for further tokens drafts that is what the
+model itself predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ms_quant
+from ms_quant.data.calibration import eval_windows
+from ms_quant.evaluation.comparison import Comparison
+from ms_quant.evaluation.drafts import drafts
+from ms_quant.evaluation.perplexity import Measurement, measure
+from ms_quant.formats.opening import ServedModel, open_model
+
+EXPERTS_ONLY = "attention=FLOAT,dense=FLOAT,shared=FLOAT,experts="
+ROWS: dict[str, dict[str, Any]] = {
+    "W8A8_DYNAMIC": {"scheme": "W8A8_DYNAMIC", "formats": ["ascend"]},
+    "W8A8, MLPs W8A8_DYNAMIC, minmax": {"scheme": "W8A8"},
+    "W8A8, MLPs W8A8_DYNAMIC, osl": {"scheme": "W8A8", "algorithm": "osl"},
+    "experts W4A8_DYNAMIC, rest W8A8_DYNAMIC, minmax": {
+        "scheme": "W8A8_DYNAMIC,experts=W4A8_DYNAMIC",
+        "formats": ["ascend"],
+    },
+    "the same, gptq": {
+        "scheme": "W8A8_DYNAMIC,experts=W4A8_DYNAMIC",
+        "algorithm": "minmax,experts=gptq",
+        "formats": ["ascend"],
+    },
+    "the same, awq": {
+        "scheme": "W8A8_DYNAMIC,experts=W4A8_DYNAMIC",
+        "algorithm": "minmax,experts=awq",
+        "formats": ["ascend"],
+    },
+    "the same, awq+gptq": {
+        "scheme": "W8A8_DYNAMIC,experts=W4A8_DYNAMIC",
+        "algorithm": "minmax,experts=awq+gptq",
+        "formats": ["ascend"],
+    },
+    "experts W4A16 in groups of 32, rest float, minmax": {
+        "scheme": f"{EXPERTS_ONLY}W4A16",
+        "scheme_options": {"group_size": 32},
+    },
+    "the same in groups, gptq": {
+        "scheme": f"{EXPERTS_ONLY}W4A16",
+        "algorithm": "gptq",
+        "scheme_options": {"group_size": 32},
+    },
+}
+CACHE = "int8 cache of latent vectors, a scale a token"
+
+
+def main(args: argparse.Namespace) -> None:
+    tokens = eval_windows(args.heldout, args.model, 256, args.windows)
+    source = open_model(args.model)
+    exact = measure(source, tokens)
+    further = bool(source.config.further_layers)
+    print("| linears | perplexity | increase | drafts |\n|---|---|---|---|")
+    _show("float", exact, exact, source, tokens, further)
+    for name, options in ROWS.items():
+        with tempfile.TemporaryDirectory(prefix="experts-") as place:
+            output = Path(place) / "out"
+            algorithm = options.get("algorithm", "minmax")
+            data = {"calibration": args.calib, "samples": 64, "seq_len": 256}
+            needs = options["scheme"] == "W8A8" or "q" in algorithm or "osl" in algorithm
+            ms_quant.quantize_checkpoint(args.model, output, **options, **(data if needs else {}))
+            model = open_model(output)
+            _show(name, measure(model, tokens), exact, model, tokens, further)
+    cached = measure(source, tokens, kv_cache="C8_DYNAMIC")
+    _show(CACHE, cached, exact, source, tokens, False)
+
+
+def _show(
+    name: str,
+    found: Measurement,
+    exact: Measurement,
+    model: ServedModel,
+    tokens: np.ndarray,
+    further: bool,
+) -> None:
+    increase = ""
+    if found is not exact:
+        compared = Comparison.of(found, exact)
+        error = compared.loss_difference_error or 0.0
+        increase = f"{100 * math.expm1(compared.loss_difference):+.2f} % ± {100 * error:.2f}"
+    accepted = f"{100 * drafts(model, tokens).acceptance:.1f} %" if further else ""
+    print(f"| {name} | {found.found.perplexity:.3f} | {increase} | {accepted} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--heldout", type=Path, required=True)
+    parser.add_argument("--windows", type=int)
+    main(parser.parse_args())
