@@ -1,4 +1,6 @@
-"""The main job on the bundled model: quantize four ways, verify, evaluate, one table.
+"""The main job on the bundled models: quantize, verify, evaluate, one table.
+
+The dense one four ways, and a DeepSeek-V3 in miniature from FP8, as DeepSeek-R1 is published.
 
     python examples/demo.py [OUTPUT_DIRECTORY]
 
@@ -22,6 +24,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stdlib-qwen3-6m"
+DEEPSEEK = ROOT / "models" / "stdlib-deepseek"
+MAKE_FP8 = ROOT / "tools" / "make_fp8_source.py"
 CALIBRATION = ROOT / "models" / "text" / "calibration.txt"
 DEFAULT = ROOT / "demo-output"
 MARK = ".ms-quant-demo"
@@ -32,6 +36,14 @@ CHECKPOINTS = {
     "W8A8 OSL": ("ms-quant", "quantize", "--scheme", "W8A8", "--algorithm", "osl", *CALIB),
     "W8A8_DYNAMIC": ("ms-quant", "quantize", "--scheme", "W8A8_DYNAMIC"),
     "W8A8SC TP2 50 %": ("sparse-compress", "run", "--tp", "2", "--sparsity", "0.5", *CALIB),
+}
+
+
+OF_DEEPSEEK = {
+    "DeepSeek FP8, W8A8 OSL": (
+        *("ms-quant", "quantize", "--scheme", "W8A8", "--algorithm", "osl"),
+        *("--format", "golden-stick", *CALIB),
+    ),
 }
 
 
@@ -71,16 +83,30 @@ def make_directory(arguments: list[str]) -> Path:
 def main() -> None:
     output = make_directory(sys.argv[1:])
     table = Table(
-        "checkpoint", "held-out perplexity", "vs float", "bytes", "of float", "seconds", "peak MB"
+        "checkpoint", "held-out perplexity", "vs source", "bytes", "of it", "seconds", "peak MB"
     )
-    evaluated, seconds, peak = run("ms-quant", "eval", str(MODEL), "--text", str(HELDOUT))
-    exact, full = evaluated["perplexity"], size(MODEL)
-    table.add_row("float (bf16)", f"{exact:.3f}", "", f"{full:,}", "1.000", "", f"{peak / 1e6:.0f}")
-    for name, command in CHECKPOINTS.items():
-        made = output / name.lower().replace(" %", "").replace(" ", "-")
+    add_rows(table, output, "Qwen3, bf16", MODEL, CHECKPOINTS)
+    source = output / "deepseek-fp8"
+    if not source.exists():
+        subprocess.run([sys.executable, MAKE_FP8, DEEPSEEK, source], check=True)
+    table.add_section()
+    add_rows(table, output, "DeepSeek, FP8", source, OF_DEEPSEEK)
+    Console(width=110).print(table)
+    print(f"Verified checkpoints are in {output}")
+
+
+def add_rows(
+    table: Table, output: Path, title: str, model: Path, commands: dict[str, tuple[str, ...]]
+) -> None:
+    """A row for a model, and one for each checkpoint that a command makes of it."""
+    evaluated, _, peak = run("ms-quant", "eval", str(model), "--text", str(HELDOUT))
+    exact, full = evaluated["perplexity"], size(model)
+    table.add_row(title, f"{exact:.3f}", "", f"{full:,}", "1.000", "", f"{peak / 1e6:.0f}")
+    for name, command in commands.items():
+        made = output / name.lower().replace(" %", "").replace(",", "").replace(" ", "-")
         tool, verb, *options = command
-        result, seconds, peak = run(tool, verb, str(MODEL), "-o", str(made), *options)
-        run(tool, "verify", str(made), "--source", str(MODEL))
+        result, seconds, peak = run(tool, verb, str(model), "-o", str(made), *options)
+        run(tool, "verify", str(made), "--source", str(model))
         evaluated, _, _ = run("ms-quant", "eval", str(made), "--text", str(HELDOUT))
         table.add_row(
             name,
@@ -91,8 +117,6 @@ def main() -> None:
             "kept" if result["finished_before"] else f"{seconds:.1f}",
             f"{peak / 1e6:.0f}",
         )
-    Console(width=110).print(table)
-    print(f"Verified checkpoints are in {output}")
 
 
 if __name__ == "__main__":
