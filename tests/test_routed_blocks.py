@@ -78,7 +78,7 @@ def test_one_by_one_gives_what_the_whole_block_does(
 
 
 @pytest.mark.parametrize("shard_bytes", [None, 20_000])
-@pytest.mark.parametrize("format", ["ascend", "golden-stick", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["ascend", "compressed-tensors"])
 def test_without_data_an_output_is_written_at_once(
     format: str, shard_bytes: int | None, tmp_path: Path, file_contents: Callable
 ) -> None:

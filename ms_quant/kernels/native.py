@@ -30,7 +30,7 @@ FASTEST = "MS_QUANT_ISA"
 """An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 5
+_ABI = 6
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -118,7 +118,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_watched_linear.argtypes = [pointer, number, pointer, size, pointer, number]
         found.msq_linear.argtypes = [pointer, size, pointer, size, pointer, size, pointer, number]
         found.msq_quantize_rows.argtypes = [
-            *(number, pointer, size, size, number, number, ctypes.c_float),
+            *(number, pointer, size, size, number, number, ctypes.c_float, number),
             *(pointer, pointer, number),
         ]
         real = ctypes.c_float
@@ -330,6 +330,7 @@ def quantize_rows(
     clip: float = 1.0,
     isa: str | None = None,
     threads: int | None = None,
+    cleared: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of rows, as :meth:`ms_quant.numerics.activation.PerToken.codes` gives them.
 
@@ -339,13 +340,15 @@ def quantize_rows(
         clip: factor on each row's range.
         isa: a name from ``ISAS``; None for the fastest there is.
         threads: at most so many; None for all.
+        cleared: how many of a scale's last bits are 0, to which it is rounded up: 16 for scales
+            of bfloat16.
 
     Returns:
         int8 (rows, columns) and float32 (rows, 1).
     """
     x = np.ascontiguousarray(x, np.float32)
     codes, scales = np.empty(x.shape, np.int8), np.empty((len(x), 1), np.float32)
-    pointers: list[Any] = [x.ctypes.data, *x.shape, *LIMITS[bits], clip]
+    pointers: list[Any] = [x.ctypes.data, *x.shape, *LIMITS[bits], clip, cleared]
     pointers += [codes.ctypes.data, scales.ctypes.data, threads_of(threads)]
     _check(_library().msq_quantize_rows(number_of(isa), *pointers))
     return codes, scales

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +34,7 @@ from ms_quant.quantization.block import quantize
 from ms_quant.quantization.weights import StoredWeights
 
 SAVED_SECONDS = 2.0
-"""What a kill loses at most, beside the group that is being quantized."""
+"""What a kill loses at most, beside the groups that are being quantized and written."""
 
 
 def is_direct(checked: CheckedJob) -> bool:
@@ -89,21 +90,34 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
 def _write_file(
     file: PlacedFile, tensors: Sequence[TensorPlan], numbers: WeightNumbers, told: PartProgress
 ) -> FileRecord:
+    """Writes each part while the next is made."""
     done, total, saved = 0, sum(tensor.bytes for tensor in tensors) or 1, time.monotonic()
+    writing: Future[None] | None = None
     try:
-        for part in _together(tensors, numbers.plan):
-            for tensor in part:
-                if tensor.name not in file.done:
-                    file.put(tensor, tensor.value(numbers))
-                done += tensor.bytes
-            told(done / total)
-            if time.monotonic() - saved >= SAVED_SECONDS:
-                file.save()
-                saved = time.monotonic()
+        with ThreadPoolExecutor(1) as writer:
+            for part in _together(tensors, numbers.plan):
+                left = [tensor for tensor in part if tensor.name not in file.done]
+                values = [(tensor, tensor.value(numbers)) for tensor in left]
+                if writing is not None:
+                    writing.result()
+                save = time.monotonic() - saved >= SAVED_SECONDS
+                saved = time.monotonic() if save else saved
+                writing = writer.submit(_put, file, values, save)
+                done += sum(tensor.bytes for tensor in part)
+                told(done / total)
+            if writing is not None:
+                writing.result()
     except BaseException:
         file.close()
         raise
     return file.finish()
+
+
+def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]], save: bool) -> None:
+    for tensor, value in values:
+        file.put(tensor, value)
+    if save:
+        file.save()
 
 
 def _together(tensors: Sequence[TensorPlan], plan: Plan) -> Iterator[list[TensorPlan]]:

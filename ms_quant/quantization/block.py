@@ -8,13 +8,14 @@ the linear whose output it divides. Then the weights, so changed, are rounded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ms_quant.algorithms.problem import InputMaxima, apply
+from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import block_prefix
 from ms_quant.numerics import kv_cache
 from ms_quant.numerics.linear import QuantizedLinear
@@ -23,7 +24,8 @@ from ms_quant.progress import PartProgress, silent
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.output_error import output_error
 from ms_quant.quantization.smoothing import BlockSmoothing, Smoothed
-from ms_quant.quantization.weights import Weights
+from ms_quant.quantization.streamed import is_streamed, quantize_streamed
+from ms_quant.quantization.weights import StoredWeights, Weights
 from ms_quant.statistics.observations import Observations
 
 
@@ -81,6 +83,9 @@ def quantize(
     """
     index = weights.index
     smoothing = BlockSmoothing(plan, weights, observations, hooks, only, maxima)
+    rows = (is_streamed(plan.layer(index, group)) for group in smoothing.wanted)
+    if isinstance(weights, StoredWeights) and weights.by_rows and hooks == NO_HOOKS and all(rows):
+        return _streamed(plan, weights, smoothing.wanted, progress)
     block, count = QuantizedBlock(floats=smoothing.floats), len(smoothing.wanted)
     several = bool(smoothing.folded)  # then weights wait for the smoothing of what they feed
     pending: Iterable[Smoothed] = _timed(smoothing.groups(), block.seconds)
@@ -113,6 +118,19 @@ def quantize(
             absmax = absmax / divisors.get(path, 1)
             block.cache[path] = kv_cache.channel_scale(absmax, plan.dtype, name)
         block.ranges = observations.ranges.facts(observations.divided)
+    return block
+
+
+def _streamed(
+    plan: Plan, weights: StoredWeights, groups: Sequence[LinearGroup], progress: PartProgress
+) -> QuantizedBlock:
+    block = QuantizedBlock()
+    for done, group in enumerate(groups, 1):
+        started = time.perf_counter()
+        block.linears |= quantize_streamed(plan, weights, group)
+        block.notes[group.name] = {}
+        block.seconds[group.name] = time.perf_counter() - started
+        progress(done / len(groups))
     return block
 
 

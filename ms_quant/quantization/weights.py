@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ms_quant.algorithms.problem import ErrorOf
-from ms_quant.files.reader import FloatTensors
+from ms_quant.files.reader import Checkpoint, FloatTensors
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.gated_block import GatedMlp
@@ -58,6 +58,11 @@ class StoredWeights:
     def __init__(self, checkpoint: FloatTensors, index: int, *, biases: bool = False):
         self.checkpoint, self.index, self.biases = checkpoint, index, biases
         self.prefix = block_prefix(index)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether some rows of a weight can be read without the rest of it."""
+        return isinstance(self.checkpoint, Checkpoint)
 
     def get(self, name: str) -> np.ndarray | None:
         full = self.prefix + name

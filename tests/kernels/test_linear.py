@@ -326,6 +326,17 @@ def test_rows_are_quantized_bit_for_bit(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_scales_of_rows_are_rounded_up_to_bfloat16(isa: str) -> None:
+    x = tokens(40, 130, 5)
+    bfloat16 = DTYPES["bfloat16"]
+    codes, scales = native.quantize_rows(x, isa=isa, cleared=16)
+    grid = AffineFormat(8).fit(x, "x", bfloat16)
+    np.testing.assert_array_equal(scales, grid.scale)
+    np.testing.assert_array_equal(codes, grid.round(x))
+    assert (scales != native.quantize_rows(x, isa=isa)[1]).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_quotient_near_the_middle_of_two_codes(isa: str) -> None:
     """There the product with the reciprocal and the quotient may have different neighbours."""
     rng = np.random.default_rng(0)

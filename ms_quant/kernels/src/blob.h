@@ -74,7 +74,8 @@ struct Kernels {
   void (*linear)(const Weights&, const Params&, const float* x, int64_t rows, float* y, int threads,
                  bool* out_of_memory);
   void (*quantize_rows)(const float* x, int64_t rows, int64_t columns, float smallest,
-                        float largest, float clip, int8_t* codes, float* scales, int threads);
+                        float largest, float clip, int32_t cleared, int8_t* codes, float* scales,
+                        int threads);
   void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t size, float eps,
                    float* y, int threads);
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* y, int threads);

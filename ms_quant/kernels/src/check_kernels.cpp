@@ -56,7 +56,7 @@ void check_rows(int isa) {
   for (int i = 0; i < 2; ++i) {
     codes[i].resize(static_cast<size_t>(rows * columns));
     scales[i].resize(static_cast<size_t>(rows));
-    msq_quantize_rows(isas[i], x.data(), rows, columns, -128, 127, 0.9f, codes[i].data(),
+    msq_quantize_rows(isas[i], x.data(), rows, columns, -128, 127, 0.9f, 16, codes[i].data(),
                       scales[i].data(), 2);
   }
   if (codes[0] != codes[1] || scales[0] != scales[1]) {

@@ -215,7 +215,7 @@ const Kernels* kernels_of(int isa) {
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 5; }
+int32_t msq_abi_version(void) { return 6; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
 
@@ -299,12 +299,13 @@ int32_t msq_linear(const uint8_t* weights, int64_t weights_bytes, const uint8_t*
 }
 
 int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int64_t columns,
-                          int32_t smallest, int32_t largest, float clip, int8_t* codes,
-                          float* scales, int32_t threads) {
+                          int32_t smallest, int32_t largest, float clip, int32_t cleared,
+                          int8_t* codes, float* scales, int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
   if (!kernels || rows < 0 || columns < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
+  if (cleared < 0 || cleared >= 23) return MSQ_BAD_ARGUMENT;
   kernels->quantize_rows(x, rows, columns, static_cast<float>(smallest),
-                         static_cast<float>(largest), clip, codes, scales, threads);
+                         static_cast<float>(largest), clip, cleared, codes, scales, threads);
   return MSQ_OK;
 }
 

@@ -77,10 +77,11 @@ MSQ_API int32_t msq_linear(const uint8_t* weights, int64_t weights_bytes, const 
                            int64_t params_bytes, const float* x, int64_t rows, float* y,
                            int32_t threads);
 
-// Codes int8 (rows, columns) and scales (rows) of x: symmetric, one scale a row.
+// Codes int8 (rows, columns) and scales (rows) of x: symmetric, one scale a row, rounded up so that
+// its last `cleared` bits, less than 23, are 0.
 MSQ_API int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int64_t columns,
-                                  int32_t smallest, int32_t largest, float clip, int8_t* codes,
-                                  float* scales, int32_t threads);
+                                  int32_t smallest, int32_t largest, float clip, int32_t cleared,
+                                  int8_t* codes, float* scales, int32_t threads);
 
 // What a decoder block does between its linears, in float32.
 // y = x / sqrt(mean(x^2) + eps) * weight of each of `rows` rows of `size`.

@@ -12,6 +12,7 @@
 #define MS_QUANT_QUANTIZE_IMPL_H_
 
 #include <stdint.h>
+#include <string.h>
 
 #include "linear_call.h"
 #include "pool.h"
@@ -189,14 +190,25 @@ struct Quantize {
     const float* x;
     int64_t columns;
     float smallest, largest, clip;
+    int32_t cleared;
     int8_t* codes;
     float* scales;
   };
 
+  // The next number whose last bits are 0, of a positive one; NaN stays NaN.
+  static float rounded_up(float x, int32_t cleared) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t last = (1u << cleared) - 1;
+    bits = (bits + last) & ~last;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+  }
+
   static void quantize_row(void* job, int64_t row) {
     const Rows& c = *static_cast<Rows*>(job);
     const float* x = c.x + row * c.columns;
-    c.scales[row] = row_scale(x, nullptr, c.columns, c.largest, c.clip);
+    c.scales[row] = rounded_up(row_scale(x, nullptr, c.columns, c.largest, c.clip), c.cleared);
     const Steps steps = steps_per_token(nullptr, c.scales[row], c.smallest, c.largest);
     const int64_t whole = c.columns / kBlock * kBlock;
     int8_t* out = c.codes + row * c.columns;
@@ -207,8 +219,9 @@ struct Quantize {
   }
 
   static void quantize_rows(const float* x, int64_t rows, int64_t columns, float smallest,
-                            float largest, float clip, int8_t* codes, float* scales, int threads) {
-    Rows call = {x, columns, smallest, largest, clip, codes, scales};
+                            float largest, float clip, int32_t cleared, int8_t* codes,
+                            float* scales, int threads) {
+    Rows call = {x, columns, smallest, largest, clip, cleared, codes, scales};
     share_out(rows, threads, quantize_row, &call);
   }
 };

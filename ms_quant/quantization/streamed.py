@@ -1,0 +1,101 @@
+"""Weights that are rounded to nearest from themselves alone, some rows at a time.
+
+A row of an affine weight has parameters of its own, so nothing asks for the rest of it. In float32
+there are never more than a few rows for each core: temporaries stay in the cache, and a large
+weight takes no more memory than its codes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.algorithms.problem import Problem, Solution, input_quantization
+from ms_quant.models.block_spec import LinearGroup
+from ms_quant.numerics.grid import AffineFormat, AffineGrid
+from ms_quant.numerics.linear import QuantizedLinear
+from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.plan import Plan
+from ms_quant.quantization.weights import StoredWeights
+
+ELEMENTS = 1 << 19
+"""Values that a thread reads at a time: 2 MiB of float32."""
+CLEARED = {"float32": 0, "bfloat16": 16}
+"""Type of scales to how many of a float32's last bits are 0 then."""
+
+
+def is_streamed(layer: LayerPlan) -> bool:
+    """Whether each row of a weight is rounded for itself, and no algorithm changes it before."""
+    format, plain = layer.scheme.weight, not layer.algorithms.names
+    return plain and isinstance(format, AffineFormat) and not format.per_tensor
+
+
+def quantize_streamed(
+    plan: Plan, weights: StoredWeights, group: LinearGroup
+) -> dict[str, QuantizedLinear]:
+    """The quantized linears of a group, by their paths in the block, without biases.
+
+    The same as what reading it whole gives, bit for bit.
+
+    Args:
+        plan: what to do; its layer of the group is one of :func:`is_streamed`.
+        weights: the block's float parameters.
+        group: the linears.
+
+    Raises:
+        MsQuantError: a weight holds NaN or infinity.
+    """
+    layer = plan.layer(weights.index, group)
+    problem = Problem(
+        name=f"{weights.prefix}{group.fused}",
+        scheme=layer.scheme,
+        weights={},
+        biases={},
+        stats=None,
+        dtype=plan.dtype,
+        mse=_no_error,
+        scale_type=layer.storage.scale_type,
+    )
+    activation = input_quantization(problem, Solution())
+    linears = {}
+    for member in group.members:
+        codes, grid = _rounded(weights, f"{member}.weight", layer, problem.scale_dtype)
+        linears[member] = QuantizedLinear(codes, grid, activation=activation)
+    return linears
+
+
+def _rounded(
+    weights: StoredWeights, name: str, layer: LayerPlan, scale_dtype: np.dtype
+) -> tuple[np.ndarray, AffineGrid]:
+    checkpoint, full, format = weights.checkpoint, weights.prefix + name, layer.scheme.weight
+    assert isinstance(format, AffineFormat)
+    count, columns = checkpoint.info(full).shape
+    size, step = format.group_size or columns, max(1, ELEMENTS // columns)
+    cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
+    codes = np.empty((count, columns), np.int8)
+
+    def grid_of(scale: np.ndarray, zeros: np.ndarray) -> AffineGrid:
+        return AffineGrid(scale, zeros, format, size, scale_dtype, name)
+
+    def rounded(start: int) -> AffineGrid:
+        part = slice(start, min(start + step, count))
+        ((_, stored),) = checkpoint.float_chunks(full, part)
+        rows = stored.astype(np.float32, copy=False)
+        if cleared is None or not kernels.available():
+            grid = format.fit(rows, name, scale_dtype)
+            codes[part] = grid.round(rows)
+            return grid
+        codes[part], scale = kernels.quantize_rows(rows, format.bits, threads=1, cleared=cleared)
+        return grid_of(scale, np.zeros(scale.shape, np.int8))
+
+    grids = [rounded(0)]  # alone: the first to read a tensor may have to prove it
+    with ThreadPoolExecutor(kernels.threads_of(None)) as pool:
+        grids += pool.map(rounded, range(step, count, step))
+    scales = np.concatenate([grid.scale for grid in grids])
+    return codes, grid_of(scales, np.concatenate([grid.zero_point for grid in grids]))
+
+
+def _no_error(candidate: object) -> float:
+    raise AssertionError("an error of a weight that is rounded to nearest")
