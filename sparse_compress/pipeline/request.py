@@ -169,6 +169,13 @@ def check(options: SparseOptions) -> CheckedSparseJob:
             f"{options.model}: is a text model in a larger one ({config.carried[0][0]}), expected "
             "one by itself: how W8A8SC holds the others is not documented"
         )
+    routed = next((g for b in config.blocks for g in b.groups if g.routed), None)
+    if routed is not None:
+        raise BadArgumentError(
+            f"{options.model}: has routed experts ({routed.members[0]}), expected a model without: "
+            "inputs of W8A8SC are static, an expert may see few tokens or none, and no runtime is "
+            "documented to decode compressed experts"
+        )
     target = get_target(options.target, config.model_type)
     check_tp(config, options.tp)
     target.check(config, options.tp, options.algorithm)

@@ -43,7 +43,7 @@ QWEN2_MOE = {
 FEW = {**DEEPSEEK, "n_routed_experts": 8, "num_experts_per_tok": 2}
 ROUTED = {
     "float": (FEW, {}),
-    "golden-stick": (FEW, {"scheme": "W8A8_DYNAMIC"}),
+    "golden-stick": (FEW, {"scheme": "W8A8", "samples": 8, "seq_len": 16}),
     "ascend": (QWEN2_MOE, {"scheme": "W8A8_DYNAMIC"}),
     "compressed-tensors": (FEW, {"scheme": "W4A16", "scheme_options": {"group_size": 32}}),
 }
@@ -73,6 +73,10 @@ def routed(request, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     source, output = save_routed(directory / "float", raw), directory / "out"
     if not options:
         return open_model(source)
+    if "samples" in options:
+        tokens = np.random.default_rng(2).integers(0, 256, (8, 16))
+        np.savez(directory / "tokens.npz", tokens=tokens)
+        options = {**options, "calib": directory / "tokens.npz"}
     run_job(QuantizeOptions(source, output, formats=(request.param,), **options))
     return open_model(output)
 
