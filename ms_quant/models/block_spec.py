@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from ms_quant.models.edge import Edge
-from ms_quant.models.names import expert_of
 from ms_quant.models.rotary_rows import RotaryRows
 
 if TYPE_CHECKING:
@@ -393,19 +392,9 @@ class BlockSpec:
     @cached_property
     def routed_size(self) -> int:
         """How many of them are of routed experts."""
-        return sum(self._expert_sizes.values())
-
-    @cached_property
-    def most_held(self) -> int:
-        """How many weights are in memory at once where experts come one after the other."""
-        return self.size - self.routed_size + max(self._expert_sizes.values(), default=0)
-
-    @cached_property
-    def _expert_sizes(self) -> dict[int | None, int]:
-        sizes: dict[int | None, int] = {}
-        for group in self.groups:
-            if group.routed:
-                expert = expert_of(group.members[0])
-                size = sum(linear.size for linear in group.linears.values())
-                sizes[expert] = sizes.get(expert, 0) + size
-        return sizes
+        return sum(
+            linear.size
+            for group in self.groups
+            if group.routed
+            for linear in group.linears.values()
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.names import GroupId
+from ms_quant.models.names import GroupId, expert_of
 from ms_quant.pipeline.condensed import member_of
 from ms_quant.pipeline.request import CheckedJob, needed_bytes
 from ms_quant.pipeline.writer import output_bytes
@@ -43,7 +44,7 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
     """
     plan, config = checked.plan, checked.plan.config
     weights = sum(block.size for block in config.stored_blocks)
-    largest = max(block.most_held for block in config.stored_blocks)
+    largest = max(map(_most_held, config.stored_blocks))
     tokens = 0 if checked.tokens is None else checked.tokens.size
     searches = max(layer.algorithms.searches for layer in plan.distinct)
     forwards = tokens + SEARCHED_GROUPS * searches * min(tokens, plan.search_tokens)
@@ -95,6 +96,16 @@ def _passed(config: ModelConfig) -> float:
         return weights
     routed = sum(block.routed_size for block in config.stored_blocks)
     return weights - routed * (1 - config.routing.per_token / config.routing.experts)
+
+
+def _most_held(block: BlockSpec) -> int:
+    """How many weights are in memory at once where experts come one after the other."""
+    sizes = Counter[int | None]()
+    for group in block.groups:
+        if group.routed:
+            size = sum(linear.size for linear in group.linears.values())
+            sizes[expert_of(group.members[0])] += size
+    return block.size - block.routed_size + max(sizes.values(), default=0)
 
 
 def _inputs(block: BlockSpec) -> list[int]:
