@@ -14,8 +14,10 @@ from routed_models import DEEPSEEK, QWEN, save_routed
 import ms_quant
 from ms_quant.errors import MsQuantError
 from ms_quant.formats.checks import not_served_by, served_by
+from ms_quant.mixed_precision.request import MixedOptions, prepare_mixed
 from ms_quant.models.config import parse_config
 from ms_quant.models.names import GroupId
+from ms_quant.pipeline.best import with_best
 from ms_quant.pipeline.condensed import condensed
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.parts import as_text, by_part, part_of
@@ -332,3 +334,30 @@ def test_many_paths_are_a_few_lines():
     assert condensed(floats[:3]) == floats[:3]
     paths = [f"model.layers.{i}.mlp.gate" for i in (*range(12), 20, 22)]
     assert condensed(paths) == ["mlp.gate of layers 0-11, 20 and 22"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ("W8A8", "osl"),
+        ("W8A8_DYNAMIC", "minmax"),
+        ("W8A8,experts=W4A8_DYNAMIC,mtp=FLOAT", "osl,experts=gptq"),
+        (
+            "attention=W8A8_DYNAMIC,dense=FLOAT,shared=FLOAT,experts=W4A8_DYNAMIC",
+            "attention=minmax,experts=gptq",
+        ),
+    ],
+)
+def test_best_is_chosen_for_each_part(scheme, expected, tmp_path):
+    job = QuantizeOptions(tmp_path, tmp_path / "out", scheme, "best")
+    found = with_best(job, by_part("scheme", scheme).names, parse_config(dict(DEEPSEEK)))
+    assert found.algorithm == expected
+    assert plan(scheme, found.algorithm, **ASCEND)
+
+
+def test_a_budget_does_not_give_up_experts_one_by_one(tmp_path):
+    model, calib = save_routed(tmp_path / "model", DEEPSEEK), tmp_path / "x.npz"
+    np.savez(calib, tokens=np.zeros((4, 32), np.int64))
+    job = QuantizeOptions(model, tmp_path / "out", "W8A8", calib=calib)
+    with pytest.raises(MsQuantError, match="has routed experts, of which runtimes take one scheme"):
+        prepare_mixed(MixedOptions(job, ["W8A8", "FLOAT"], 0.01, None, None, None))

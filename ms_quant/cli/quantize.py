@@ -27,7 +27,7 @@ from ms_quant.cli.console import (
     step_progress,
     use_mindspore,
 )
-from ms_quant.errors import BadArgumentError
+from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.pipeline.best import BEST, BEST_INCREASE
 from ms_quant.pipeline.condensed import condensed
 from ms_quant.pipeline.defaults import DEFAULTS
@@ -191,7 +191,7 @@ def quantize(
         tp=tp,
     )
     static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
-    if algorithm == BEST and static and target_bits is None:
+    if algorithm == BEST and static and target_bits is None and not _has_experts(model):
         max_ppl_increase = max_ppl_increase or BEST_INCREASE
     goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
     mixed = {"choose": choose, **goal, "heldout": heldout, "sensitivity": sensitivity}
@@ -211,6 +211,17 @@ def quantize(
         names = [name.strip() for name in (choose or "").split(",") if name.strip()]
         asked = names, most, target_bits, heldout, sensitivity
         _quantize_mixed(options, *asked, dry_run=dry_run, as_json=as_json)
+
+
+def _has_experts(model: Path) -> bool:
+    """Whether a model has routed experts, which no budget gives up one by one."""
+    from ms_quant.formats.source_kind import model_directory
+    from ms_quant.models.config import load_config
+
+    try:
+        return load_config(model_directory(model), "quantization_config").routing is not None
+    except MsQuantError:
+        return False  # what is wrong with it is said where it is opened
 
 
 def _refuse(reason: str, **said: Any) -> None:

@@ -127,6 +127,12 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     check_paths(job.model, job.output, job.job_directory)
     format = _common_format(schemes, job)
     model = open_float(job.model)
+    if model.config.routing is not None:
+        raise UnsupportedError(
+            f"{job.model}: has routed experts, of which runtimes take one scheme for a layer; a "
+            "goal chooses for each group, expected a model without experts, or a --scheme for each "
+            "part"
+        )
     job = with_best(job, schemes, model.config)
     options = replace(options, job=job)
     refuse_idle([SCHEMES[name] for name in schemes], job)

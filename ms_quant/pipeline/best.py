@@ -11,6 +11,7 @@ from ms_quant.algorithms.quarot import QuaRot
 from ms_quant.errors import MsQuantError
 from ms_quant.models.config import ModelConfig
 from ms_quant.pipeline.options import QuantizeOptions
+from ms_quant.pipeline.parts import FLOAT, ByPart, by_part
 
 BEST = "best"
 BEST_INCREASE = "1%"
@@ -24,6 +25,13 @@ CHOSEN: dict[str, dict[str, Any]] = {
 }
 """Scheme to algorithms and their options; min-max of all others. What rotation has flattened needs
 no smoothing, and the input of down_proj, which it leaves as it is, does."""
+OF_PARTS = {
+    **dict.fromkeys(("W8A8", "W8A8_PER_CHANNEL", "W8A8_MIX"), "osl"),
+    "W4A8_DYNAMIC": "gptq",
+    "W4A16": "clip+gptq",
+}
+"""The same of models with experts, part by part: a rotation would change what their routers choose
+by rounding, and what their layers for further tokens read."""
 
 
 def with_best(job: QuantizeOptions, schemes: Sequence[str], config: ModelConfig) -> QuantizeOptions:
@@ -36,6 +44,8 @@ def with_best(job: QuantizeOptions, schemes: Sequence[str], config: ModelConfig)
     """
     if job.algorithm != BEST:
         return job
+    if config.routing is not None:
+        return replace(job, algorithm=_of_parts(by_part("scheme", job.scheme)))
     chosen = next((CHOSEN[scheme] for scheme in schemes if scheme in CHOSEN), {})
     options = dict(chosen)
     names = str(options.pop("algorithm", PLAIN)).split("+")
@@ -44,6 +54,13 @@ def with_best(job: QuantizeOptions, schemes: Sequence[str], config: ModelConfig)
         options = {}
     options |= job.algorithm_options
     return replace(job, algorithm="+".join(names) or PLAIN, algorithm_options=options)
+
+
+def _of_parts(schemes: ByPart) -> str:
+    """The algorithm of each part that a scheme is asked of."""
+    usual = [OF_PARTS.get(schemes.usual, PLAIN)] if schemes.usual else []
+    named = {part: name for part, name in schemes.named.items() if name != FLOAT}
+    return ",".join([*usual, *(f"{part}={OF_PARTS.get(n, PLAIN)}" for part, n in named.items())])
 
 
 def _rotates(config: ModelConfig) -> bool:

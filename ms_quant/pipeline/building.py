@@ -218,7 +218,7 @@ def _undivided(plan: Plan, asked: AskedOutput) -> Iterator[GroupId]:
             continue
         try:
             check_shapes(plan, found.block, group)
-            if asked.must_serve:
+            if asked.must_serve and not group.routed:  # experts have rules of their own
                 check_runs(plan, found.block, group)
         except MsQuantError as error:
             if not asked.float_undivided:
