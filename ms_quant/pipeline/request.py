@@ -330,7 +330,8 @@ def refuse_unused(options: QuantizeOptions, plan: Plan) -> None:
     if plan.needs_calibration or (float16 and options.calib is not None):
         return
     for name in ("calib", "samples", "seq_len", "seed", "all_tokens"):
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:  # a seed may be 0
             also = " unless --calib FILE gives some to check float16 by" if float16 else ""
             raise BadArgumentError(
                 f"scheme {plan.scheme_name} with {plan.algorithm} uses no calibration data, "
