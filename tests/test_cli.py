@@ -148,7 +148,7 @@ def bad_nan(model: Path, calib: Path) -> str:
 
 def bad_type(model: Path, calib: Path) -> str:
     set_config(model, model_type="gpt2")
-    return "model_type 'gpt2' is not supported, expected one of deepseek_v3, internlm3"
+    return "model_type 'gpt2' is not supported, expected one of deepseek_v3, glm4"
 
 
 def bad_config(model: Path, calib: Path) -> str:

@@ -149,7 +149,10 @@ def rule(scheme: str, *include: str, **more: Any) -> dict[str, Any]:
     [
         ([rule("W8A16", "*.mpl.*")], r"rules\[0\]: pattern '\*\.mpl\.\*' matches no linear"),
         ([rule("W8A16", exclude=["*.7.*"])], r"rules\[0\]: pattern '\*\.7\.\*' matches no linear"),
-        ([rule("W8A16", "lm_head")], r"rules\[0\]: pattern 'lm_head' names lm_head, which is float"),
+        (
+            [rule("W8A16", "lm_head")],
+            r"rules\[0\]: pattern 'lm_head' names lm_head, which is float",
+        ),
         ([rule("W8A16", "*.q_proj")], r"q_proj would be W8A16 with minmax and .*k_proj float, exp"),
         ([rule("W8A16"), rule("W4A16", "*.mlp.*")], r"is reached by .*rules\[0\] and .*rules\[1\]"),
         (
