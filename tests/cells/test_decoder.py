@@ -186,7 +186,8 @@ def test_native_kernels_compute_what_mindspore_does(config, block, hidden, monke
     found = plain(config, block, hidden)
     for module in ASKING:
         monkeypatch.setattr(module, "has_kernels", lambda: not native and kernels.available())
-    np.testing.assert_allclose(plain(config, block, hidden), found, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if config.routing is None else 1e-4  # outputs of 10, after more products
+    np.testing.assert_allclose(plain(config, block, hidden), found, rtol=1e-5, atol=tolerance)
 
 
 @pytest.mark.parametrize("native", [False], indirect=True)
@@ -246,7 +247,10 @@ def test_padding_keys_change_nothing(config, block, hidden):
     other = hidden.copy()
     other[1, :3] = 5.0
     first, second = (block(ms.Tensor(x), cos, sin, mask).asnumpy()[1, 3:] for x in (hidden, other))
-    np.testing.assert_array_equal(first, second)
+    # Experts compute other rows beside these then, and some kernels sum another number of rows in
+    # another order.
+    tolerance = 0 if config.routing is None else 1e-5
+    np.testing.assert_allclose(first, second, rtol=tolerance, atol=tolerance)
 
 
 def test_transpose_heads_is_a_transpose():
