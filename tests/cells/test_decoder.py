@@ -124,6 +124,11 @@ def test_whole_networks_compile(config):
     np.testing.assert_allclose(run(ids).asnumpy(), expected, rtol=1e-4, atol=1e-4)
 
 
+def rounding(config: ModelConfig) -> float:
+    """Blocks with experts give outputs of 10 and more, after more products."""
+    return 1e-5 if config.routing is None else 1e-4
+
+
 def test_a_cache_gives_the_same_token_by_token(config, block, hidden):
     cache, outputs = KeyValueCache(), []
     for position in range(LENGTH):
@@ -133,7 +138,8 @@ def test_a_cache_gives_the_same_token_by_token(config, block, hidden):
         outputs.append(block(x, cos, sin, mask, cache).asnumpy())
     assert cache.length == LENGTH
     found = np.concatenate(outputs, axis=1)
-    np.testing.assert_allclose(found, plain(config, block, hidden), rtol=1e-5, atol=1e-5)
+    expected = plain(config, block, hidden)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=rounding(config))
 
 
 @pytest.mark.skipif(not kernels.has_product(), reason="no AMX")
@@ -186,8 +192,8 @@ def test_native_kernels_compute_what_mindspore_does(config, block, hidden, monke
     found = plain(config, block, hidden)
     for module in ASKING:
         monkeypatch.setattr(module, "has_kernels", lambda: not native and kernels.available())
-    tolerance = 1e-5 if config.routing is None else 1e-4  # outputs of 10, after more products
-    np.testing.assert_allclose(plain(config, block, hidden), found, rtol=1e-5, atol=tolerance)
+    made = plain(config, block, hidden)
+    np.testing.assert_allclose(made, found, rtol=1e-5, atol=rounding(config))
 
 
 @pytest.mark.parametrize("native", [False], indirect=True)
