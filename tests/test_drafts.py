@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import slow_latent
 from routed_models import DEEPSEEK, QWEN, routed_tensors, save_routed
+from slow_routed import SlowRouted
 
 import ms_quant
 from ms_quant.errors import MsQuantError
@@ -27,9 +27,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def test_drafts_are_what_the_equations_say(tmp_path: Path) -> None:
     model = open_model(save_routed(tmp_path / "model", RAW))
     weights = {name: model.tensor(name) for name in routed_tensors(RAW)}
-    hits, losses, lost = [], [], []
+    slow, hits, losses, lost = SlowRouted(model.config, weights), [], [], []
     for window in TOKENS:
-        own, drafted = slow_latent.logits(weights, RAW, window)
+        own, drafted = slow.logits(window), slow.further(window)
         hits += (drafted.argmax(axis=1) == own[1:].argmax(axis=1)).tolist()
         rows = log_softmax(drafted[:-1])
         losses += (-np.take_along_axis(rows, window[2:, None], axis=1)).ravel().tolist()

@@ -22,7 +22,7 @@ from ms_quant.models.config import ModelConfig
 
 
 class Heads(nn.Cell):
-    """What heads read of values, for attentions to inherit.
+    """What heads read of values, for attentions to inherit; native kernels run ``_direct``.
 
     Args:
         scale: factor on the scores.
@@ -34,6 +34,11 @@ class Heads(nn.Cell):
         self.budget, self.score_bytes, self.scale = budget, budget.score_bytes, scale
         self.softmax, self.transpose_heads = Softmax(), TransposeHeads()
         self.scores = ops.BatchMatMul(transpose_b=True)
+
+    def __call__(self, *args, **kwargs):
+        if not (has_kernels() and calls_directly(self)):
+            return super().__call__(*args, **kwargs)
+        return self._direct(*args, **kwargs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """(B, heads, S, E) of (B, heads, S, D) queries, (B, kv heads, T, D) keys and
@@ -97,11 +102,6 @@ class Attention(Heads):
         if self.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def __call__(self, *args, **kwargs):
-        if not (has_kernels() and calls_directly(self)):
-            return super().__call__(*args, **kwargs)
-        return self._direct(*args, **kwargs)
 
     def _direct(
         self,

@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from ms_quant.budget import BUDGET, Budget
 from ms_quant.cells.attention import Heads
-from ms_quant.cells.direct import as_type, calls_directly, floats, has_kernels
+from ms_quant.cells.direct import as_type, floats
 from ms_quant.cells.layers import RMSNorm, dense, project, repeat_rows, rotate_half_matrix
 from ms_quant.models import latent_attention
 from ms_quant.models.config import ModelConfig
@@ -119,11 +119,6 @@ class LatentAttention(Heads):
         self.made_key = Tensor(selection(made, nope))
         self.made_value = Tensor(selection(made, np.arange(shape.nope, made)))
 
-    def __call__(self, *args, **kwargs):
-        if not (has_kernels() and calls_directly(self)):
-            return super().__call__(*args, **kwargs)
-        return self._direct(*args, **kwargs)
-
     def _direct(
         self,
         x: Tensor,
@@ -136,7 +131,7 @@ class LatentAttention(Heads):
         """The same as ``construct``, by the definition; other Cells than a float ``kv_b_proj`` have
         no weight that it could absorb."""
         if cache is not None and not isinstance(self.kv_b_proj, nn.Dense):
-            return super().__call__(x, cos, sin, mask, cache, decode)
+            return nn.Cell.__call__(self, x, cos, sin, mask, cache, decode)
         operators = _Operators(self, x, decode)
         at: Any = _Positions((floats(cos), floats(sin)), floats(mask))
         kept = None if cache is None else cache.extend

@@ -27,31 +27,14 @@ _STACK = re.compile(r"(.+\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
 
 
-class Stack(Protocol):
-    """A tensor of three dimensions: a matrix for each expert.
+class Stack(Encoding, Protocol):
+    """A tensor of three dimensions: a matrix for each expert."""
 
-    Attributes: as of :class:`~ms_quant.files.encoded.Encoding`.
-    """
+    def largest(self, file_of: FileOf, matrix: int | None = None) -> float:
+        """A number that no magnitude in one matrix exceeds, or in all."""
 
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-
-    def check(self, file_of: FileOf) -> None: ...
-
-    def largest(self, file_of: FileOf, matrix: int | None = None) -> float: ...
-
-    def rows(
-        self, file_of: FileOf, start: int, stop: int, matrix: int | None = None
-    ) -> np.ndarray: ...
+    def rows(self, file_of: FileOf, start: int, stop: int, matrix: int | None = None) -> np.ndarray:
+        """Rows of one matrix, or matrices of the whole."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ ms = pytest.importorskip("mindspore")
 
 from ms_quant import kernels  # noqa: E402
 from ms_quant.budget import Budget  # noqa: E402
-from ms_quant.cells import attention, direct, experts, latent_attention, layers  # noqa: E402
+from ms_quant.cells import attention, direct, experts, layers  # noqa: E402
 from ms_quant.cells.decoder import (  # noqa: E402
     CausalLM,
     DecoderBlock,
@@ -57,7 +57,7 @@ FAMILIES = {
 CONFIGS = {name: parse_config({**shape, **SMALL}) for name, shape in FAMILIES.items()}
 LENGTH = 7
 pytestmark = pytest.mark.usefixtures("blocking_mindspore")
-ASKING = attention, direct, experts, latent_attention, layers
+ASKING = attention, direct, experts, layers
 
 
 @pytest.fixture(params=[True, False], ids=["native", "mindspore"], autouse=True)
@@ -124,9 +124,10 @@ def test_whole_networks_compile(config):
     np.testing.assert_allclose(run(ids).asnumpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-def rounding(config: ModelConfig) -> float:
-    """Blocks with experts give outputs of 10 and more, after more products."""
-    return 1e-5 if config.routing is None else 1e-4
+def rounding(expected: np.ndarray) -> float:
+    """What a block's output may be off by: some 30 roundings of its largest value, which the many
+    sums before it may differ by in another order."""
+    return 2.0**-19 * float(np.abs(expected).max())
 
 
 def test_a_cache_gives_the_same_token_by_token(config, block, hidden):
@@ -139,7 +140,7 @@ def test_a_cache_gives_the_same_token_by_token(config, block, hidden):
     assert cache.length == LENGTH
     found = np.concatenate(outputs, axis=1)
     expected = plain(config, block, hidden)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=rounding(config))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=rounding(expected))
 
 
 @pytest.mark.skipif(not kernels.has_product(), reason="no AMX")
@@ -193,7 +194,7 @@ def test_native_kernels_compute_what_mindspore_does(config, block, hidden, monke
     for module in ASKING:
         monkeypatch.setattr(module, "has_kernels", lambda: not native and kernels.available())
     made = plain(config, block, hidden)
-    np.testing.assert_allclose(made, found, rtol=1e-5, atol=rounding(config))
+    np.testing.assert_allclose(made, found, rtol=1e-5, atol=rounding(found))
 
 
 @pytest.mark.parametrize("native", [False], indirect=True)
@@ -255,8 +256,8 @@ def test_padding_keys_change_nothing(config, block, hidden):
     first, second = (block(ms.Tensor(x), cos, sin, mask).asnumpy()[1, 3:] for x in (hidden, other))
     # Experts compute other rows beside these then, and some kernels sum another number of rows in
     # another order.
-    tolerance = 0 if config.routing is None else 1e-5
-    np.testing.assert_allclose(first, second, rtol=tolerance, atol=tolerance)
+    tolerance = 0 if config.routing is None else rounding(first)
+    np.testing.assert_allclose(first, second, rtol=0, atol=tolerance)
 
 
 def test_transpose_heads_is_a_transpose():

@@ -147,7 +147,7 @@ def test_another_shape_than_the_words_have_is_named(
 
 
 def weights(change: dict[str, Any]) -> dict[str, Any]:
-    group = KIMI["config_groups"]["group_0"]  # type: ignore[index]
+    group = KIMI["config_groups"]["group_0"]
     return {
         **KIMI,
         "config_groups": {"group_0": {**group, "weights": {**group["weights"], **change}}},

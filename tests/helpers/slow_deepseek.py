@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def nibbles(packed: np.ndarray) -> np.ndarray:
     return rows
 
 
-class SlowDeepSeek:
+class SlowDeepSeek(ABC):
     """A decoder with latent attention and experts.
 
     Args:
@@ -216,16 +217,17 @@ class SlowDeepSeek:
         scale = wide(self.tensors[f"{path}.weight_scale"]).reshape(-1)
         return codes @ weight.astype(np.float64).T * step * scale
 
+    @abstractmethod
     def linear(self, path: str, x: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """A linear that has no norm of its own before it."""
 
+    @abstractmethod
     def down(self, path: str, norm: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """q_a_proj and kv_a_proj_with_mqa behind a norm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def up(self, path: str, low: np.ndarray) -> np.ndarray:
         """q_b_proj behind its norm."""
-        raise NotImplementedError
 
 
 class MindFormers(SlowDeepSeek):
