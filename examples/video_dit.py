@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,22 @@ def load(directory: Path = MODEL) -> VideoDiT:
     if missing or unknown:
         raise ValueError(f"{directory}: missing {missing}, unknown {unknown}")
     return network.set_train(False)
+
+
+def attach(network: VideoDiT, attention: Callable[..., np.ndarray]) -> None:
+    """Has every block call ``attention(q, k, v, layer, step)`` in the place of its own.
+
+    Arrays are float32 (batch, heads, tokens, head size), after norms and rotary positions.
+    """
+    for layer, block in enumerate(network.blocks):
+        block.attn.fa_quant = partial(_in_numpy, attention, layer)
+
+
+def _in_numpy(
+    attention: Callable[..., np.ndarray], layer: int, q: Tensor, k: Tensor, v: Tensor, layout: str
+) -> Tensor:
+    arrays = (np.ascontiguousarray(x.asnumpy()) for x in (q, k, v))
+    return Tensor(attention(*arrays, layer, TimestepManager.get_timestep_idx()))
 
 
 def trajectory(

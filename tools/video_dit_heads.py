@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from moving_shapes import FRAMES, GRID, TEXT, TOKENS
 from torch import Tensor
-from video_dit import VideoDiT
+from torch_video_dit import VideoDiT
 
 TIMES = (0.9, 0.5, 0.2)
 LEAST = 0.5
