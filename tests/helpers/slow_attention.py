@@ -1,4 +1,4 @@
-"""Attention and its masks by loops over single tokens: what the room ``attention`` is compared with."""
+"""Attention by loops over single tokens, and heads of a kind that was planted."""
 
 from __future__ import annotations
 
