@@ -255,6 +255,7 @@ REFUSED = [
     (lambda: fa_quant(X, X, X, scales=(1, 1, 1)), "scales: given for FP8_DYNAMIC"),
     (lambda: fa_quant(X, X, X, kind="INT8", scales=([1, 2, 3], 1, 1)), "scales of q: 3 values"),
     (lambda: fa_quant(X, X, X, kind="INT8", scales=(1, 0, 1)), "scales of k: .*not positive"),
+    (lambda: fa_quant(X, X, X, kind="INT8", scales=(1, 1)), "scales: 2, expected three"),
     (lambda: fa_quant(X, X, X, vendor_padding=True), "vendor_padding: with FP8_DYNAMIC"),
     (lambda: fa_quant(X, X, X, mx_rule="mxfp4_cann0"), "mx_rule: .*expected none"),
     (

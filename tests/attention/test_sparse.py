@@ -9,8 +9,12 @@ import pytest
 from slow_attention import planted_heads
 
 from ms_quant.attention.dense import attention
+from ms_quant.attention.fa_quant import KINDS as KINDS_OF_OPERANDS
+from ms_quant.attention.fa_quant import decoded, quantize_operands
 from ms_quant.attention.grid import TokenGrid
 from ms_quant.attention.mask import BlockMask, dense_mask, pick
+from ms_quant.attention.orders import inverse
+from ms_quant.attention.rotation import walsh_rotation
 from ms_quant.attention.rules import KINDS, SparseRule, make_mask
 from ms_quant.attention.schedule import MaskCache, StepWindow
 from ms_quant.attention.sparse import attend
@@ -79,6 +83,16 @@ def test_no_sparsity_is_dense_attention():
     for kind in ("rf_v2", "rf_v3", "time_blocks"):
         mask = make_mask(SparseRule(kind, 0.0), q, k, grid)
         np.testing.assert_allclose(attend(q, k, v, mask), attention(q, k, v), atol=1e-5)
+
+
+def test_half_precision_is_computed_in_float32():
+    q, k, v = (x.astype(np.float16) for x in video((4, 8, 16), 30))
+    wide = [x.astype(np.float32) for x in (q, k, v)]
+    grid = TokenGrid.of((4, 8, 16), 542, 30)
+    for rule in RULES[:5]:
+        mask = make_mask(rule, q, k, grid)
+        expected = attend(*wide, make_mask(rule, *wide[:2], grid))
+        np.testing.assert_array_equal(attend(q, k, v, mask), expected)
 
 
 def test_text_may_come_last():
@@ -178,6 +192,29 @@ def test_the_kernel_gets_heads_of_one_order():
     assert sum(seen) == 4
 
 
+@pytest.mark.parametrize("rule", RULES[:6], ids=label)
+def test_sparse_attention_over_quantized_operands(rule):
+    """Quantized in the order of each head: rows of 128 and 256 places share a scale."""
+    q, k, v = video((5, 9, 11), 20)
+    grid = TokenGrid.of((5, 9, 11), 515, 20)
+    mask, rotation = make_mask(rule, q, k, grid), walsh_rotation(32)
+    scales = tuple(np.abs(x).max(axis=(0, 2, 3)) / 127 for x in (q, k, v))
+    for kind in KINDS_OF_OPERANDS:
+        options = {"kind": kind, "scales": scales if kind == "INT8" else None}
+        rotations = (rotation, rotation) if kind in ("MIX", "FP8_DYNAMIC") else (None, None)
+        out = attend(q, k, v, mask, prepare=decoded(kind, *rotations, scales=options["scales"]))
+        for head in range(4):
+            order = mask.orders[mask.order_of[head]]
+            taken = (x[:, head : head + 1, order] for x in (q, k, v))
+            if kind == "INT8":
+                options["scales"] = tuple(scale[head : head + 1] for scale in scales)
+            made = quantize_operands(*taken, *rotations, **options)
+            values = (part.values()[:, :, inverse(order)] for part in (made.q, made.k, made.v))
+            pairs = mask.pairs_of_tokens()[:, head : head + 1]
+            expected = attention(*values, mask=pairs)
+            np.testing.assert_allclose(out[:, head : head + 1], expected, rtol=0, atol=2e-5)
+
+
 def test_the_window_of_sparse_steps():
     window = StepWindow(2, 5)
     assert [step in window for step in range(7)] == [False, False, True, True, True, False, False]
@@ -211,6 +248,8 @@ REFUSED = [
     (lambda: SparseRule("rf_v2", protect_first_frame=False), "expected rf_v3 or time_blocks"),
     (lambda: SparseRule("ada_bsa", block_shape=(64, 64)), r"block_shape: \(64, 64\) with ada_bsa"),
     (lambda: make_mask(SparseRule("rf_v3"), Q[:, :, :60], Q, GRID), "60 queries and 64 keys"),
+    (lambda: attend(Q, Q, Q / 0, dense_mask(64, 2)), "v: 1024 of 1024 values are NaN or inf"),
+    (lambda: make_mask(SparseRule("rf_v3"), Q, Q / 0, GRID), "k: 1024 of 1024 values are NaN"),
     (lambda: attend(Q, Q, Q, dense_mask(63, 2)), "mask: of 2 heads and 63 tokens, expected 2"),
     (lambda: attend(Q, Q, Q, BlockMask(*ORDER, np.tile(ONES, (3, 1, 1, 1)))), "a batch of 3"),
     (lambda: BlockMask(*ORDER, ONES[:, :1]), "blocks: uint8 of shape"),
@@ -223,6 +262,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize(("call", "message"), REFUSED)
 def test_refusals(call, message):
     with pytest.raises(MsQuantError, match=message):
