@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from moving_shapes import GRID, TEXT, TOKENS, noise, to_videos, words
+from moving_shapes import FRAMES, GRID, SIDE, TEXT, TOKENS, noise, to_videos, words
 from PIL import Image, ImageDraw
 from video_dit import STEPS, VideoDiT, attach, load, sample, trajectory
 from video_measures import cosine, psnr, relative_l2, velocities
@@ -216,18 +215,16 @@ def row(name: str, found: Measured, exact: Measured) -> str:
 
 def strip(found: dict[str, np.ndarray], scale: int = 5) -> Image.Image:
     """The frames of the first clip of each way, a row for each."""
-    margin, rows = 190, []
-    for name, tokens in found.items():
-        frames = np.concatenate(list(to_videos(tokens[:1])[0]), axis=1)
-        levels = np.clip((frames + 1.8) / 3.6 * 255, 0, 255).astype(np.uint8)
-        picture = Image.fromarray(levels).resize(
-            (levels.shape[1] * scale, levels.shape[0] * scale), Image.Resampling.NEAREST
-        )
-        line = Image.new("RGB", (margin + picture.width, picture.height + 4), "white")
-        line.paste(picture, (margin, 2))
-        ImageDraw.Draw(line).text((6, picture.height // 2 - 6), name, fill="black")
-        rows.append(np.asarray(line))
-    return Image.fromarray(np.concatenate(rows))
+    margin, side = 190, scale * SIDE + 4
+    picture = Image.new("RGB", (margin + FRAMES * side, len(found) * side), "white")
+    draw = ImageDraw.Draw(picture)
+    for line, (name, tokens) in enumerate(found.items()):
+        draw.text((6, line * side + side // 2 - 6), name, fill="black")
+        levels = np.clip((to_videos(tokens[:1])[0] + 1.8) / 3.6 * 255, 0, 255).astype(np.uint8)
+        large = levels.repeat(scale, axis=1).repeat(scale, axis=2)
+        for number, frame in enumerate(large):
+            picture.paste(Image.fromarray(frame), (margin + number * side, line * side + 2))
+    return picture
 
 
 def main() -> None:
@@ -241,8 +238,7 @@ def main() -> None:
     ms.runtime.launch_blocking()  # on a CPU many times faster
     exact = measure(WAYS["float"], args.clips, args.steps)
     print(f"{'':28}  psnr  cosine      l2   v .9   v .5   v .2  density attention s")
-    print(f"{'float':28} {'-':>5} {'-':>7} {'-':>7} {'-':>6} {'-':>6} {'-':>6} "
-          f"{exact.density:8.3f} {exact.seconds:11.2f}")
+    print(row("float", exact, exact))
     found = {"float": exact.clips}
     for name in args.only:
         measured = measure(WAYS[name], args.clips, args.steps)

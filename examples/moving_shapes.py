@@ -1,4 +1,4 @@
-"""Small videos for examples/diffusion.py: two coloured shapes move over a pattern in flickering light.
+"""Small videos for examples/diffusion.py: two shapes move over a pattern, in flickering light.
 
 A clip is float32 (frames, height, width, channels), most of it within -2 and 2. Four words say what
 the shapes are: kind and colour of one, kind and colour of the other, which is in front. The pattern
@@ -38,9 +38,11 @@ def words(prompt: str) -> np.ndarray:
     """The words of a prompt such as ``"disk red square cyan"``, int32 (4,)."""
     found = prompt.split()
     wanted = (KINDS, COLOURS, KINDS, COLOURS)
-    if len(found) != TEXT or any(w not in allowed for w, allowed in zip(found, wanted, strict=True)):
-        raise ValueError(f"prompt: {prompt!r}, expected kind, colour, kind and colour, as 'disk red "
-                         f"square cyan'; kinds: {', '.join(KINDS)}; colours: {', '.join(COLOURS)}")
+    if len(found) != TEXT or any(w not in few for w, few in zip(found, wanted, strict=True)):
+        raise ValueError(
+            f"prompt: {prompt!r}, expected kind, colour, kind and colour, as 'disk red square "
+            f"cyan'; kinds: {', '.join(KINDS)}; colours: {', '.join(COLOURS)}"
+        )
     return np.array([WORDS.index(word) for word in found], np.int32)
 
 
@@ -86,7 +88,7 @@ def _shape(rng: np.random.Generator, kind: int) -> np.ndarray:
 
 
 def to_tokens(videos: np.ndarray) -> np.ndarray:
-    """(count, 8, 16, 16, 3) to (count, 512, 12): patches of 2x2 pixels, frame by frame, row by row."""
+    """(count, 8, 16, 16, 3) to (count, 512, 12): patches of 2x2 pixels, in raster order."""
     count, side = len(videos), SIDE // PATCH
     split = videos.reshape(count, FRAMES, side, PATCH, side, PATCH, CHANNELS)
     return np.ascontiguousarray(split.transpose(0, 1, 2, 4, 3, 5, 6)).reshape(count, TOKENS, VALUES)

@@ -78,10 +78,10 @@ class SelfAttention(nn.Cell):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         size = config["hidden_size"]
-        self.heads = config["num_heads"]
+        self.heads, self.head_dim = config["num_heads"], size // config["num_heads"]
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Dense(size, size) for _ in range(4))
-        self.norm_q = RMSNorm(size // self.heads, config["norm_eps"])
-        self.norm_k = RMSNorm(size // self.heads, config["norm_eps"])
+        self.norm_q = RMSNorm(self.head_dim, config["norm_eps"])
+        self.norm_k = RMSNorm(self.head_dim, config["norm_eps"])
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (self.split(linear(x)) for linear in (self.to_q, self.to_k, self.to_v))

@@ -78,8 +78,22 @@ def test_w8a8sc(example):
     assert before < after < 3 * before
 
 
+def test_diffusion(example, tmp_path):
+    """Two ways of the table, and the picture: a row of eight frames for each and the float one."""
+    few = ("--clips", "1", "--steps", "4", "--only", "FP8", "time blocks")
+    printed = example("diffusion.py", *few)
+    rows = {line[:28].strip(): line[28:].split() for line in printed.splitlines()[1:4]}
+    assert list(rows) == ["float", "FP8", "time blocks"]
+    assert float(rows["FP8"][0]) > 40 and float(rows["FP8"][6]) == 1
+    assert float(rows["time blocks"][6]) == pytest.approx(0.5, abs=0.02)
+    image = pytest.importorskip("PIL.Image")
+    with image.open(tmp_path / "diffusion.png") as picture:
+        assert picture.width > 8 * 16 and picture.height > 3 * 16
+
+
 def test_every_program_is_run_here():
-    """The demo has a test of its own, and ``make demo``."""
+    """The demo has a test of its own, and ``make demo``; modules of programs are no programs."""
     text = Path(__file__).read_text()
-    missing = {path.name for path in EXAMPLES.glob("*.py")} - {"demo.py"}
+    programs = {path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
+    missing = programs - {"demo.py"}
     assert [name for name in sorted(missing) if f'example("{name}"' not in text] == []

@@ -24,18 +24,11 @@ import numpy as np
 import torch
 from bundling import learning_rate
 from muon import Muon
-from torch import Tensor
 from torch_video_dit import CONFIG, VideoDiT
-from video_dit_files import ROOT, clips, to_tokens, write_model
+from video_dit_files import ROOT, clips, to_tokens, velocity_loss, write_model
 
 MUON, DECAY = 2, 0.02
 """Learning rate of Muon over that of AdamW, and its weight decay."""
-
-
-def velocity_loss(model: VideoDiT, tokens: Tensor, words: Tensor, at: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared error of the velocity; rectified flow: x = (1 - t) clip + t noise."""
-    t = at[:, None, None]
-    return torch.mean((model((1 - t) * tokens + t * eps, at, words) - (eps - tokens)) ** 2)
 
 
 def times(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -55,7 +48,7 @@ def optimizers_for(model: VideoDiT) -> list[torch.optim.Optimizer]:
 
 
 class Training:
-    """A network, its optimizer and running mean, and how far they are; on disk from time to time."""
+    """A network, its optimizers and running mean, and how far they are; on disk now and then."""
 
     def __init__(self, args: argparse.Namespace, file: Path):
         self.args, self.file = args, file

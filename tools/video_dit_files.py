@@ -24,15 +24,19 @@ HELD_OUT, HELD_OUT_CLIPS = 10**6, 32
 COLUMNS = ("place", "exact_place", "own_frame", "first_frame", "words", "eighth_of_columns")
 
 
+def velocity_loss(
+    model: VideoDiT, tokens: Tensor, words: Tensor, at: Tensor, eps: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity; rectified flow: x = (1 - t) clip + t noise."""
+    t = at[:, None, None]
+    return torch.mean((model((1 - t) * tokens + t * eps, at, words) - (eps - tokens)) ** 2)
+
+
 @torch.no_grad()
 def velocity_losses(model: VideoDiT, tokens: Tensor, words: Tensor, eps: Tensor) -> list[float]:
     """Mean squared error of the velocity of held-out clips, at each of ``TIMES``."""
-    found = []
-    for time in TIMES:
-        at = torch.full((len(tokens),), time)
-        velocity = model((1 - time) * tokens + time * eps, at, words)
-        found.append(float(torch.mean((velocity - (eps - tokens)) ** 2)))
-    return found
+    every = (torch.full((len(tokens),), time) for time in TIMES)
+    return [float(velocity_loss(model, tokens, words, at, eps)) for at in every]
 
 
 @torch.no_grad()
