@@ -186,6 +186,8 @@ def test_refusals():
         arm(q, q, TokenGrid.of_spans(spans, 64))
     with pytest.raises(MsQuantError, match=r"sparsity: 1.5, expected the share"):
         arm(q, q, grid, sparsity=1.5)
+    with pytest.raises(MsQuantError, match="rows: 0, expected at least one"):
+        arm(q, q, grid, rows=0)
     with pytest.raises(MsQuantError, match="tau: 1, expected"):
         arm(q, q, grid, tau=1)
     with pytest.raises(MsQuantError, match="counting: 'odd', expected even or"):
