@@ -11,6 +11,7 @@ from ms_quant.attention.grid import Clip
 from ms_quant.attention.layouts import scale_of
 from ms_quant.attention.mask import BlockMask
 from ms_quant.attention.orders import inverse
+from ms_quant.errors import BadArgumentError
 
 ROWS = 64
 ROWS_AT_ONCE = 256
@@ -47,7 +48,12 @@ def recall(
 
     Returns:
         float64 (masks, heads), the mean over the batch.
+
+    Raises:
+        MsQuantError: ``rows`` is below 1.
     """
+    if rows < 1:
+        raise BadArgumentError(f"rows: {rows}, expected at least one query to look at")
     batch, heads, tokens, size = q.shape
     factor = scale_of(scale, size)
     found, chosen = np.zeros((len(masks), heads)), spread_rows(tokens, rows)

@@ -12,6 +12,8 @@ kind              what it keeps                                  tokens in the o
 ``ada_bsa``       blocks by antidiagonal sums                    as they come
 ================  =============================================  ==============================
 
+Sources: RainFusion, arXiv 2505.21036; MindIE-SD's ``sparse_attention`` for rf_v2, rf_v3, ada_bsa.
+
 ``sparsity`` is always the share that a rule tries to leave out. What it really leaves out is less
 (text, the first frame, whole blocks): ``BlockMask.density`` says it.
 """

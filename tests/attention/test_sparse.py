@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slow_attention import planted_heads
 
+from ms_quant.attention.arm import MODES
 from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import KINDS as KINDS_OF_OPERANDS
 from ms_quant.attention.fa_quant import decoded, quantize_operands
@@ -68,6 +72,36 @@ def test_outputs_are_dense_attention_under_the_mask(rule, shape, text):
         assert pairs[:, :, frame].all()
         assert pairs[:, :, :, frame].all()
     assert pairs.any(axis=3).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_shape_text_and_block(data):
+    shape = tuple(data.draw(st.integers(1, most)) for most in (5, 12, 12))
+    text, first = data.draw(st.integers(0, 40)), data.draw(st.booleans())
+    kind = data.draw(st.sampled_from(KINDS))
+    block_shape = data.draw(st.sampled_from([(16, 16), (16, 32), (5, 7)]))
+    rule = SparseRule(
+        kind,
+        data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        block_shape if kind != "ada_bsa" else (128, 128),
+        mode=data.draw(st.sampled_from(MODES)),
+    )
+    tokens = math.prod(shape) + text
+    rng = np.random.default_rng(tokens)
+    q, k, v = 2 * rng.standard_normal((3, 1, 2, tokens, 4), np.float32)
+    kept = rng.random((1, tokens)) < 0.9
+    mask = make_mask(rule, q, k, TokenGrid.of(shape, tokens, text, first), kept=kept)
+    assert (np.sort(mask.orders) == np.arange(tokens)).all()
+    pairs = mask.pairs_of_tokens()
+    beside = slice(0, text) if first else slice(tokens - text, tokens)
+    assert pairs[:, :, beside].all()
+    assert pairs[:, :, :, beside].all()
+    assert pairs.any(axis=3).all()
+    np.testing.assert_allclose(
+        attend(q, k, v, mask, kept=kept), attention(q, k, v, mask=pairs, kept=kept), atol=1e-5
+    )
+    np.testing.assert_allclose(mask.density(), pairs.mean(axis=(2, 3)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=label)
@@ -143,6 +177,7 @@ def test_several_clips_each_protect_their_first_frame():
 
 
 def test_masks_of_32768_tokens_stay_small():
+    """Takes seconds: only a sequence as long as a real clip's shows what grows with its square."""
     shape, tokens = (32, 32, 32), 32768
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 1, 2, tokens, 16), np.float32)
@@ -168,6 +203,15 @@ def test_pick_mixes_heads():
         np.testing.assert_allclose(
             attend(q, k, v, mixed), attention(q, k, v, mask=expected[None]), rtol=0, atol=1e-5
         )
+
+
+def test_heads_of_one_order_are_computed_together():
+    """Without text a spatial band has tokens as they come, and so have dense heads."""
+    q, k, _ = video((8, 8, 8), 0)
+    mask = make_mask(SparseRule("rf_v1"), q, k, TokenGrid.of((8, 8, 8), 512))
+    assert mask.names == ("spatial", "temporal", "dense", "dense")
+    assert mask.order_of.tolist() == [0, 1, 0, 0]
+    assert mask.orders[0].tolist() == list(range(512))
 
 
 def test_the_kernel_gets_heads_of_one_order():
