@@ -29,6 +29,7 @@ PAGES = {  # files elsewhere in the repository that are pages here
     "models/stdlib-qwen3-6m/README.md": "bundled_model.md",
     "models/stdlib-qwen3-moe/README.md": "bundled_qwen3_moe.md",
     "models/stdlib-deepseek/README.md": "bundled_deepseek.md",
+    "models/moving-shapes-dit/README.md": "bundled_video_dit.md",
 }
 CONTENTS = {
     "Start": """
@@ -78,6 +79,7 @@ CONTENTS = {
         The bundled model <bundled_model>
         The bundled Qwen3-MoE <bundled_qwen3_moe>
         The bundled DeepSeek-V3 <bundled_deepseek>
+        The bundled video transformer <bundled_video_dit>
         Contributing <contributing>
         Changes <changes>
     """,

@@ -46,7 +46,7 @@ CALIBRATION = ("square white disk red", "disk green disk blue", "square cyan squ
 INSIDE = ["blocks.*.attn.*", "blocks.*.ffn.*"]
 """The linears that see every token; the others see the time, or are the first and the last."""
 BLOCK = (16, 16)
-"""For 516 tokens what 128 is for 4,000: an eighth of a clip's frame pair."""
+"""Of 516 tokens what 128 is of 4,128."""
 SEQUENCE = TokenGrid.of(GRID, TEXT + TOKENS, TEXT)
 DENSE_STEPS = StepWindow(start=STEPS // 4)
 
@@ -100,13 +100,14 @@ def at_density(rule: SparseRule, density: float, network: VideoDiT) -> SparseRul
 
     attach(network, look)
     velocities(network, 1, times=(0.5,))
-    low, high = 0.0, 1.0
-    while high - low > 0.005:
+    low, high, tried = 0.0, 1.0, {}
+    while high - low > 0.005:  # of a rule that leaves heads dense, the nearest that was tried
         middle = (low + high) / 2
-        tried = replace(rule, sparsity=middle)
-        found = [make_mask(tried, q, k, SEQUENCE).density().mean() for q, k in seen]
-        low, high = (middle, high) if np.mean(found) > density else (low, middle)
-    return replace(rule, sparsity=high)
+        new = replace(rule, sparsity=middle)
+        found = np.mean([make_mask(new, q, k, SEQUENCE).density().mean() for q, k in seen])
+        tried[abs(found - density)] = new
+        low, high = (middle, high) if found > density else (low, middle)
+    return tried[min(tried)]
 
 
 def calibration(steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -172,6 +173,7 @@ WAYS = {
     "RainFusion 2": sparse("rf_v2"),
     "RainFusion 3, no first frame": sparse("rf_v3", protect_first_frame=False),
     "time blocks": sparse("time_blocks", protect_first_frame=False),
+    "time blocks, first frame": sparse("time_blocks"),
     "RainFusion 2, 5 dense steps": sparse("rf_v2", window=DENSE_STEPS),
     "time blocks, 5 dense steps": sparse(
         "time_blocks", window=DENSE_STEPS, protect_first_frame=False

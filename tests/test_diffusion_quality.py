@@ -15,13 +15,18 @@ import diffusion
 import mindspore as ms
 from video_measures import psnr, relative_l2
 
+from ms_quant import TimestepManager
+from ms_quant.timestep import kept_timesteps
+
 STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def exact():
     ms.runtime.launch_blocking()
-    return diffusion.measure(diffusion.WAYS["float"], 1, STEPS)
+    with kept_timesteps():
+        TimestepManager.set_timestep_idx_max(None)
+        yield diffusion.measure(diffusion.WAYS["float"], 1, STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import video_measures
 from ms_quant import TimestepManager
 from ms_quant.attention.dense import attention as dense_attention
 from ms_quant.attention.dense import probabilities, scaled_scores
+from ms_quant.timestep import kept_timesteps
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "moving-shapes-dit"
@@ -25,8 +26,11 @@ CARD = json.loads((MODEL / "training.json").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _launch_blocking():
+def _of_any_number_of_steps():
     ms.runtime.launch_blocking()
+    with kept_timesteps():
+        TimestepManager.set_timestep_idx_max(None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +134,10 @@ def test_a_prompt_of_other_words_is_refused(prompt):
 
 
 def test_measures():
-    exact = np.array([0.0, 1.0, 2.0, 4.0])
-    found = exact + np.array([0.4, -0.4, 0.4, -0.4])
-    assert video_measures.psnr(found, exact) == pytest.approx(20)  # 20 log10(4 / 0.4)
-    assert video_measures.relative_l2(found, exact) == pytest.approx(0.8 / 21**0.5)
+    """Two clips: the first at 20 dB, which is 20 log10(4 / 0.4), the second at 40."""
+    exact = np.array([[0.0, 1.0, 2.0, 4.0]] * 2)
+    found = exact + np.array([[0.4, -0.4, 0.4, -0.4], [0.04, 0.04, -0.04, -0.04]])
+    assert video_measures.psnr(found, exact) == pytest.approx(30)
+    assert video_measures.relative_l2(found[:1], exact[:1]) == pytest.approx(0.8 / 21**0.5)
     assert video_measures.cosine(2 * exact, exact) == pytest.approx(1)
     assert video_measures.psnr(exact, exact) == np.inf
