@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -48,7 +49,8 @@ INSIDE = ["blocks.*.attn.*", "blocks.*.ffn.*"]
 BLOCK = (16, 16)
 """Of 516 tokens what 128 is of 4,128."""
 SEQUENCE = TokenGrid.of(GRID, TEXT + TOKENS, TEXT)
-DENSE_STEPS = StepWindow(start=STEPS // 4)
+FIRST = 15 / 40
+"""The share of steps that are dense at first: MindIE-SD's launchers begin at step 15 of 40."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Attention:
     Attributes:
         kind: of quantized operands; None for float.
         rule: which pairs are computed; None for all.
-        window: the steps that are sparse.
+        window: the steps that are quantized or sparse; the others are dense and float.
         seconds: CPU time of all calls, masks with it.
         densities: share of pairs that each call computed.
     """
@@ -81,11 +83,11 @@ class Attention:
     def _compute(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, step: int
     ) -> tuple[np.ndarray, float]:
+        if step not in self.window or (self.kind is None and self.rule is None):
+            return dense_attention(q, k, v), 1.0
         if self.kind is not None:
             turn = walsh_rotation(q.shape[-1])
             return fa_quant(q, k, v, turn, turn, kind=self.kind), 1.0
-        if self.rule is None or step not in self.window:
-            return dense_attention(q, k, v), 1.0
         mask = make_mask(self.rule, q, k, SEQUENCE)
         return attend(q, k, v, mask), float(mask.density().mean())
 
@@ -137,16 +139,24 @@ def first_steps_dynamic(steps: int) -> TimestepPolicyConfig:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of computing: an attention, or linears in a scheme."""
+    """A way of computing: an attention, or linears in a scheme.
+
+    Attributes:
+        density: the share of pairs in sparse steps.
+        first: the share of steps, at first, whose attention is dense and float.
+        by_step: whether the first steps' inputs are quantized token by token.
+    """
 
     attention: Attention = field(default_factory=Attention)
     density: float | None = None
+    first: float = 0.0
     scheme: str | None = None
     by_step: bool = False
 
     def network(self, steps: int) -> tuple[VideoDiT, Attention]:
         """A network that computes so, and the attention that its blocks call."""
-        attention = replace(self.attention, densities=[])
+        window = StepWindow(start=round(self.first * steps))
+        attention = replace(self.attention, window=window, densities=[])
         if self.density is not None:
             attention.rule = at_density(attention.rule, self.density, load())
         policy = first_steps_dynamic(steps) if self.by_step else None
@@ -155,10 +165,9 @@ class Way:
         return network, attention
 
 
-def sparse(kind: str, density: float = 0.5, window: StepWindow | None = None, **options) -> Way:
-    """Sparse attention at a density."""
-    rule = SparseRule(kind, block_shape=BLOCK, **options)
-    return Way(Attention(rule=rule, window=window or StepWindow()), density)
+def sparse(kind: str, first: float = 0.0, **options: Any) -> Way:
+    """Sparse attention that computes half of the pairs."""
+    return Way(Attention(rule=SparseRule(kind, block_shape=BLOCK, **options)), 0.5, first)
 
 
 WAYS = {
@@ -174,10 +183,10 @@ WAYS = {
     "RainFusion 3, no first frame": sparse("rf_v3", protect_first_frame=False),
     "time blocks": sparse("time_blocks", protect_first_frame=False),
     "time blocks, first frame": sparse("time_blocks"),
-    "RainFusion 2, 5 dense steps": sparse("rf_v2", window=DENSE_STEPS),
-    "time blocks, 5 dense steps": sparse(
-        "time_blocks", window=DENSE_STEPS, protect_first_frame=False
-    ),
+    "FP8 after first steps": Way(Attention("FP8_DYNAMIC"), first=FIRST),
+    "RainFusion 2 after first": sparse("rf_v2", FIRST),
+    "RainFusion 3 after first": sparse("rf_v3", FIRST, protect_first_frame=False),
+    "time blocks after first": sparse("time_blocks", FIRST, protect_first_frame=False),
     "W8A8": Way(scheme="W8A8"),
     "W8A8_TIMESTEP": Way(scheme="W8A8_TIMESTEP", by_step=True),
     "W4A4_MXFP4": Way(scheme="W4A4_MXFP4"),
