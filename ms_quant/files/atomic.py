@@ -17,7 +17,7 @@ from typing import Any
 from ms_quant.errors import BadFileError, DiskError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18  # what was read is hashed while it is in the cache
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ def sha256_file(path: Path | str) -> str:
     Returns:
         str, 64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 
