@@ -17,7 +17,7 @@ from typing import Any
 from ms_quant.errors import BadFileError, DiskError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-CHUNK_BYTES = 1 << 18  # what was read is hashed while it is in the cache
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

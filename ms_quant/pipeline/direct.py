@@ -8,6 +8,7 @@ loses what was quantized in the last seconds.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -99,11 +100,15 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
 
 
 class InTurn:
-    """Work on another thread, a piece at a time; who leaves waits for it."""
+    """Work on another thread, a piece at a time; who leaves waits for it.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future[Any] | None = None
+    Args:
+        waiting: how many pieces may wait for their turn.
+    """
+
+    def __init__(self, waiting: int = 0):
+        self._thread, self._waiting = ThreadPoolExecutor(1), waiting
+        self._begun = deque[Future[Any]]()
 
     def __enter__(self) -> InTurn:
         return self
@@ -112,18 +117,20 @@ class InTurn:
         self._thread.shutdown()
 
     def begin(self, piece: Callable[[], T]) -> Callable[[], T]:
-        """Begins a piece when the one before has ended; gives what waits for its result.
+        """Begins a piece as soon as it may wait for those before; gives what waits for its result.
 
         Raises:
-            Exception: that of the piece before.
+            Exception: that of a piece before.
         """
-        self.wait()
-        self._last = self._thread.submit(piece)
-        return self._last.result
+        self.wait(self._waiting)
+        begun = self._thread.submit(piece)
+        self._begun.append(begun)
+        return begun.result
 
-    def wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
+    def wait(self, left: int = 0) -> None:
+        """Waits until at most so many pieces have not ended."""
+        while len(self._begun) > left:
+            self._begun.popleft().result()
 
 
 def _fill(
@@ -132,7 +139,7 @@ def _fill(
     """Writes each part while the next is made, and while the disk takes those before."""
     done, total, saved = 0, sum(tensor.bytes for tensor in tensors) or 1, time.monotonic()
     try:
-        with InTurn() as writing, InTurn() as saving:
+        with InTurn(1) as writing, InTurn() as saving:
             for part in _together(tensors, numbers.plan):
                 left = [tensor for tensor in part if tensor.name not in file.done]
                 values = [(tensor, tensor.value(numbers)) for tensor in left]
