@@ -88,8 +88,10 @@ def _rounded(
     size = format.group_size or columns
     cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
     native = cleared is not None and kernels.available()
-    share = count * columns // (2 * kernels.threads_of(None)) if native else 0
-    step = max(1, min(max(ELEMENTS, share), 4 * ELEMENTS) // columns)
+    step = max(1, ELEMENTS // columns)
+    if native:  # as many for each thread, of at most four times the size
+        turns = max(1, -(-count // (4 * step * kernels.threads_of(None))))
+        step = max(step, -(-count // (turns * kernels.threads_of(None))))
     codes = np.empty((count, columns), np.int8)
 
     def grid_of(scale: np.ndarray, zeros: np.ndarray) -> AffineGrid:
@@ -105,8 +107,9 @@ def _rounded(
         scale = _rounded_natively(checkpoint, full, part, codes[part], format.bits, cleared)
         return grid_of(scale, np.zeros(scale.shape, np.int8))
 
-    grids = [rounded(0)]  # alone: the first to read a tensor may have to prove it
-    grids += threads.map(rounded, range(step, count, step))
+    # The first to read a tensor may have to prove it, and does so alone.
+    grids = [rounded(0)] if checkpoint.digests else []
+    grids += threads.map(rounded, range(step * len(grids), count, step))
     scales = np.concatenate([grid.scale for grid in grids])
     return codes, grid_of(scales, np.concatenate([grid.zero_point for grid in grids]))
 
