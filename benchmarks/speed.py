@@ -4,9 +4,11 @@ Two bounds: copying, which reads the same bytes and writes as many as the output
 kernels, the CPU time of one thread that only rounds what is stored and hashes. Both sides of each
 round begin with the source in the page cache, as far as memory goes, and end when what was written
 is on the disk. Copying waits before as long as ms-quant takes to start: a virtual machine may give
-memory that was free for a second back to its host, and writing to it costs more then. The output has several files, as that of a large model has, of which one is hashed
-while the next is made. What starting takes, which a large model does not notice, is measured with
-``--dry-run`` and told apart.
+memory that was free for a second back to its host, and writing to it costs more then.
+
+The output has several files, as that of a large model has, of which one is hashed while the next is
+made. What starting takes, which a large model does not notice, is measured with ``--dry-run`` and
+told apart.
 """
 
 from __future__ import annotations

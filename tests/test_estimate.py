@@ -1,4 +1,4 @@
-"""What --dry-run says a job takes: of experts, which come one after the other, only one's memory."""
+"""What --dry-run says a job takes: of experts, one after the other, the memory of one."""
 
 from __future__ import annotations
 

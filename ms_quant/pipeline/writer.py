@@ -25,7 +25,6 @@ from ms_quant.models.text_part import renamed
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
 
-
 Ending = Callable[[], FileRecord]
 """Waits until a file has its name."""
 
