@@ -95,7 +95,7 @@ def sparse_attention(
         (1, 2, 512, 32)
     """
     _check_device_options(inner_precise, precision)
-    queries, keys, values = operands(*map(_array, (q, k, v)), input_layout)
+    queries, keys, values = operands(_array(q), _array(k), _array(v), input_layout)
     if head_num not in (1, queries.shape[1]):
         raise BadArgumentError(f"head_num: {head_num}, expected {queries.shape[1]} as q has")
     mask = None if attn_mask is None else _array(attn_mask)
@@ -156,8 +156,9 @@ def fa_quant(
         >>> ms_quant.fa_quant(q, k, v, kind="FP8_DYNAMIC").shape
         (1, 2, 300, 64)
     """
-    rotations = (None if x is None else _array(x) for x in (q_rot, k_rot))
-    out = quantized.fa_quant(*map(_array, (q, k, v)), *rotations, kind, layout)
+    q_rot, k_rot = (None if x is None else _array(x) for x in (q_rot, k_rot))
+    arrays = _array(q), _array(k), _array(v)
+    out = quantized.fa_quant(*arrays, q_rot=q_rot, k_rot=k_rot, kind=kind, layout=layout)
     return _as_given(out, q)
 
 
