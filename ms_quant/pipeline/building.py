@@ -20,7 +20,7 @@ from ms_quant.plan.targets import check_parts
 from ms_quant.recipe import LayerChoice
 from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.schemes.support import holding_formats, served_formats
-from ms_quant.schemes.table import DYNAMIC_CACHE, KV_CACHES, STATIC_CACHE
+from ms_quant.schemes.table import ABSMAX_CACHE, DYNAMIC_CACHE, KV_CACHES, STATIC_CACHE
 
 Wanted = Mapping[GroupId, LayerChoice | None]
 """What is asked of every group, in model order; None stays float."""
@@ -173,7 +173,7 @@ def _built(config: ModelConfig, wanted: Wanted, asked: AskedOutput) -> Plan:
         raise BadArgumentError(
             f"smoothing target {asked.target.value}: no algorithm smooths, expected no --fold"
         )
-    _check_cache(first, asked.kv_cache)
+    _check_cache(config, first, asked.kv_cache)
     undivided = set(_undivided(plan, asked))
     left = {group: None if group in undivided else layer for group, layer in layers.items()}
     if not any(left.values()):
@@ -184,7 +184,17 @@ def _built(config: ModelConfig, wanted: Wanted, asked: AskedOutput) -> Plan:
     return plan
 
 
-def _check_cache(layer: LayerPlan, name: str) -> None:
+def check_cache_kind(config: ModelConfig, name: str) -> None:
+    """Refuses a kind of static cache that a model has no place for."""
+    heads = any(spec.heads for block in config.blocks for spec in block.cached.values())
+    if name == ABSMAX_CACHE and not heads:
+        raise BadArgumentError(
+            f"kv cache {name} is of latent attention, which {config.model_type} has none of, "
+            f"expected {STATIC_CACHE}, whose scales are of largest magnitudes there"
+        )
+
+
+def _check_cache(config: ModelConfig, layer: LayerPlan, name: str) -> None:
     """Refuses a kind of cache that no checkpoint of a scheme holds."""
     scheme, format = layer.scheme, layer.storage.format
     if name == DYNAMIC_CACHE:
@@ -194,6 +204,7 @@ def _check_cache(layer: LayerPlan, name: str) -> None:
         )
     if name and name not in KV_CACHES:
         raise BadArgumentError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
+    check_cache_kind(config, name)
     if name and not FORMATS[format].holds_cache:
         able = [
             f"--format {other}"

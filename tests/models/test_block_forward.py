@@ -97,7 +97,7 @@ def test_a_cache_gives_the_same_in_parts(parts, first_tokens, native):
     block, cache, start, found = loaded(config), KeyValueCache(first_tokens), 0, []
     for length in parts:
         at = Positions(config, start + length, start)
-        found.append(block(x[:, start : start + length], at, cache.extend))
+        found.append(block(x[:, start : start + length], at, cache))
         start += length
     assert cache.length == LENGTH
     whole = block(x, Positions(config, LENGTH))

@@ -34,7 +34,7 @@ def test_token_by_token_it_gives_what_all_tokens_at_once_do(rank, interleave, pa
     cache, start, found = KeyValueCache(), 0, []
     for count in parts:
         at = Positions(config, start + count, start)
-        found.append(one.branch(0, x[:, start : start + count], at, cache.extend))
+        found.append(one.branch(0, x[:, start : start + count], at, cache))
         start += count
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=3e-5)
     assert cache._keys._held.shape[3] == 8 and cache._values._held.shape[3] == 32
