@@ -43,6 +43,7 @@ def check(request: ServeRequest) -> Served:
     server_findings(served, request, plan.config)
     served.problems += _scheme_problems(structure, request, served)
     served.problems += expert_problems(plan)
+    served.problems += filter(None, [structure.format.why_no_cache(plan)])
     served.problems += _unknown_names(structure)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
@@ -58,6 +59,7 @@ def check(request: ServeRequest) -> Served:
     served.notes += _reciprocal_notes(structure)
     served.notes += expert_notes(plan, request.tp)
     served.notes += _attention_notes(plan)
+    served.notes += _cache_notes(plan)
     ours = structure.format.name == "ascend"
     served.command = command(request, *(("--quantization", "ascend") if ours else ()))
     return served
@@ -105,6 +107,15 @@ def _attention_notes(plan: Plan) -> Iterator[str]:
                     "preprocessing of attention (MLAPO) is off in such layers, with a warning"
                 )
                 return
+
+
+def _cache_notes(plan: Plan) -> Iterator[str]:
+    """Where latent attention has a cache in int8."""
+    if plan.config.latent is not None and plan.kv_cache:
+        yield (
+            "latent vectors are cached in int8 only on instances that decode for others (consumers "
+            "of a key-value cache)"
+        )
 
 
 def _reciprocal_notes(structure: Structure) -> Iterator[str]:
