@@ -1,6 +1,6 @@
 """Held-out perplexity of models with experts, quantized part by part.
 
-    python benchmarks/experts_accuracy.py MODEL --calib TEXT --heldout TEXT [--windows N] [--only WORD]
+    python benchmarks/experts_accuracy.py MODEL --calib TEXT --heldout TEXT [--only WORD]
 
 Each row quantizes MODEL from the same calibration data (64 windows of 256 tokens) and predicts the
 held-out text in windows of 256. ``increase`` is of the perplexity, with the standard error of the

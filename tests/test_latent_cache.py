@@ -19,8 +19,11 @@ from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.job.output_directory import RECORD
+from ms_quant.models.config import load_config
+from ms_quant.pipeline.planning import plan_of_recipe
 from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job
 from ms_quant.quantization.work import BlockWork
+from ms_quant.recipe import Recipe, load_recipe
 from ms_quant.serve.check import serve_check
 from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -36,11 +39,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source(tmp_path_factory.mktemp("latent") / "float")
 
 
-def options(model: Path, output: Path, scheme: str = "W8A8", **more: Any) -> QuantizeOptions:
+def seen(model: Path) -> dict[str, Any]:
     calib = model.with_name("tokens.npz")
     np.savez(calib, tokens=CALIBRATION)
-    data = {"calib": calib, "samples": WINDOWS, "seq_len": LENGTH}
-    return QuantizeOptions(model, output, scheme, **{"kv_cache": "C8", **data, **more})
+    return {"calib": calib, "samples": WINDOWS, "seq_len": LENGTH}
+
+
+def options(model: Path, output: Path, scheme: str = "W8A8", **more: Any) -> QuantizeOptions:
+    return QuantizeOptions(model, output, scheme, **{"kv_cache": "C8", **seen(model), **more})
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +200,69 @@ def test_models_that_no_runtime_has_it_for_are_refused(tmp_path, tiny_model):
     dense = tiny_model(layers=1)
     with pytest.raises(MsQuantError, match=r"C8_ABSMAX is of latent attention, which .* has none"):
         prepare(options(dense, tmp_path / "out", "W8A16", kv_cache="C8_ABSMAX"))
+
+
+def recipe(*exclude: str, **more: Any) -> Recipe:
+    return load_recipe(
+        {
+            "apiversion": "ms_quant_v1",
+            "rules": [{"scheme": "W8A8_DYNAMIC"}],
+            "kv_cache": "C8",
+            "kv_cache_exclude": list(exclude),
+            **more,
+        }
+    )
+
+
+def test_a_recipe_leaves_the_cache_of_layers_in_float(made, model, tmp_path):
+    excluded = recipe("*.0.self_attn")
+    chosen = QuantizeOptions(model, tmp_path / "out", recipe=excluded, **seen(model))
+    run_job(chosen)
+    stored, whole = read_tensors(chosen.output), read_tensors(made("C8").options.output)
+    found = {name for name in stored if ".fa_" in name}
+    assert found == {name for name in whole if "layers.1.self_attn.fa_" in name}
+    for name in found:
+        assert stored[name].tobytes() == whole[name].tobytes()
+    assert verify_checkpoint(chosen.output, model).problems == ()
+    record = json.loads((chosen.output / RECORD).read_text())["record"]
+    assert (record["kv_cache"], record["float_caches"]) == ("C8", [0])
+    cached = open_model(chosen.output)
+    assert cached.cache_scales(0) is None and cached.cache_scales(1)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        ("*.7.self_attn", r"pattern '\*.7.self_attn' matches no attention, expected one such as"),
+        ("*", "every cache stays float, expected no kv_cache"),
+    ],
+)
+def test_excluded_layers_that_are_refused(model, exclude, message):
+    config = load_config(model)
+    with pytest.raises(MsQuantError, match=message):
+        plan_of_recipe(config, recipe(exclude), np.dtype(np.float16))
+
+
+def test_a_recipe_for_attention_is_refused_without_latent_attention(tiny_model):
+    attention = {"type": "fa3_quant", "exclude": ["model.layers.0.*"]}
+    linear = {
+        "type": "linear_quant",
+        "qconfig": {
+            "act": {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"},
+            "weight": {
+                "scope": "per_channel",
+                "dtype": "int8",
+                "symmetric": True,
+                "method": "minmax",
+            },
+        },
+    }
+    document = {"apiversion": "modelslim_v1", "spec": {"process": [linear, attention]}}
+    dense, dtype = load_config(tiny_model(layers=1)), np.dtype(np.float16)
+    with pytest.raises(MsQuantError, match="fa3_quant is for latent attention here; possible is"):
+        plan_of_recipe(dense, load_recipe(document), dtype)
+    with pytest.raises(MsQuantError, match="kv_cache_exclude: runtimes have one kind of cache"):
+        plan_of_recipe(dense, recipe("*.0.self_attn"), dtype)
 
 
 Change = Callable[[dict[str, np.ndarray], dict[str, Any]], None]

@@ -106,7 +106,8 @@ class Plan:
 
     def same_numbers(self, other: Plan) -> bool:
         """Whether another format's plan gets the same numbers in every group."""
-        if self.kv_cache != other.kv_cache or self.layers.keys() != other.layers.keys():
+        caches = (self.kv_cache, self.float_caches), (other.kv_cache, other.float_caches)
+        if caches[0] != caches[1] or self.layers.keys() != other.layers.keys():
             return False
         compared: dict[tuple[int, int], bool] = {}
         for group, one in self.layers.items():
@@ -135,6 +136,7 @@ class Plan:
             **usual,
             **({"mixed": dict(sorted(mixed.items()))} if mixed else {}),
             **({"kv_cache": self.kv_cache} if self.kv_cache else {}),
+            **({"float_caches": sorted(self.float_caches)} if self.float_caches else {}),
             **({"format": self.format} if self.format != default.format else {}),
             "dtype": self.dtype.name,
         }

@@ -75,7 +75,7 @@ def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
     searches = rounds or any(plan.any("searches") for plan in plans)
     tokens = plans[0].search_tokens if searches else 0
     apart = bool(tokens) and any(_static_search(plan) for plan in plans)
-    return Wanted(groups, tokens, bool(plans[0].kv_cache), apart)
+    return Wanted(groups, tokens, bool(plans[0].cached(index)), apart)
 
 
 def _static_search(plan: Plan) -> bool:
