@@ -129,12 +129,13 @@ def test_the_cache_sees_rotated_keys(native):
     """And what it gives is what the queries read."""
     config, x, seen = config_of("qwen3"), random((2, LENGTH, 24), 99), []
 
-    def cache(keys, values):
-        seen.append((keys.copy(), values.copy()))
-        return keys, 0 * values
+    class Cache(KeyValueCache):
+        def extend(self, keys, values):
+            seen.append((keys.copy(), values.copy()))
+            return keys, 0 * values
 
     at = Positions(config, LENGTH)
-    np.testing.assert_array_equal(loaded(config).branch(0, x, at, cache), x)
+    np.testing.assert_array_equal(loaded(config).branch(0, x, at, Cache()), x)
     slow = SlowDecoder(config, tensors_of(config))
     for window, *found in zip(x, *seen[0], strict=True):
         expected = slow.queries_keys_values(0, window.astype(np.float64))[1:]
