@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from served_deepseek import MODEL, source
 from slow_deepseek import Float, VllmAscend, read_tensors
 
+from ms_quant.analysis.run import analyze
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.formats.inspection import inspect_checkpoint
@@ -200,6 +202,52 @@ def test_models_that_no_runtime_has_it_for_are_refused(tmp_path, tiny_model):
     dense = tiny_model(layers=1)
     with pytest.raises(MsQuantError, match=r"C8_ABSMAX is of latent attention, which .* has none"):
         prepare(options(dense, tmp_path / "out", "W8A16", kv_cache="C8_ABSMAX"))
+
+
+@pytest.mark.parametrize(
+    "more", [{"algorithm": "quarot+smoothquant"}, {"dtype": "float16"}], ids=["rotated", "float16"]
+)
+def test_scales_are_of_the_model_that_was_written(model, tmp_path, more):
+    """A rotation turns latent vectors and their scales alike, smoothing changes neither."""
+    chosen = options(model, tmp_path / "out", keep_job=True, **more)
+    checked = prepare(chosen)
+    run_job(chosen, checked=checked)
+    assert verify_checkpoint(chosen.output, model).problems == ()
+    job = JobModel(checked.plan, checked.job(), checked.tensors)
+    losses = token_losses(open_model(chosen.output), TOKENS)
+    np.testing.assert_array_equal(losses, token_losses(job, TOKENS))
+    exact = token_losses(open_model(chosen.output), TOKENS, kv_cache="float")
+    assert 0 < np.abs(losses - exact).mean() < 0.15  # of about 8
+    if "dtype" not in more:
+        runtime = VllmAscend(chosen.output)
+        for tokens, ours in zip(TOKENS, losses, strict=True):
+            np.testing.assert_allclose(runtime.losses(tokens), ours, atol=5e-3)
+
+
+def test_analysis_says_what_each_layer_costs(model):
+    found = analyze(model, seen(model)["calib"], list(KINDS), samples=WINDOWS, seq_len=64)
+    groups = [group for group in found.groups if group.kind == "kv_cache"]
+    assert [group.block for group in groups] == [0, 1]
+    for group in groups:
+        assert group.linears[0] == f"model.layers.{group.block}.self_attn.fa_q"
+        errors = [group.schemes[kind].output_error for kind in KINDS]
+        assert all(0 < error < 0.01 for error in errors) and errors[0] != errors[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("kv_cache", "float", "kv_cache is 'float', expected None"),
+        ("float_caches", [1], r"float_caches is \[1\], expected None"),
+    ],
+)
+def test_a_record_that_says_otherwise(made, tmp_path, key, value, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(made("C8").options.output, copy)
+    record = json.loads((copy / RECORD).read_text())
+    record["record"][key] = value
+    (copy / RECORD).write_text(json.dumps(record))
+    assert re.search(message, " ".join(verify_checkpoint(copy).problems))
 
 
 def recipe(*exclude: str, **more: Any) -> Recipe:
