@@ -225,12 +225,12 @@ def test_scales_are_of_the_model_that_was_written(model, tmp_path, more):
 
 
 def test_analysis_says_what_each_layer_costs(model):
-    found = analyze(model, seen(model)["calib"], list(KINDS), samples=WINDOWS, seq_len=64)
+    found = analyze(model, seen(model)["calib"], list(KINDS), samples=WINDOWS, seq_len=LENGTH)
     groups = [group for group in found.groups if group.kind == "kv_cache"]
     assert [group.block for group in groups] == [0, 1]
     for group in groups:
         assert group.linears[0] == f"model.layers.{group.block}.self_attn.fa_q"
-        errors = [group.schemes[kind].output_error for kind in KINDS]
+        errors = [group.schemes[kind].block_error for kind in KINDS]
         assert all(0 < error < 0.01 for error in errors) and errors[0] != errors[1]
 
 
