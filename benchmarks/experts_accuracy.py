@@ -25,11 +25,16 @@ from ms_quant.evaluation.drafts import drafts
 from ms_quant.evaluation.perplexity import Measurement, measure
 from ms_quant.formats.opening import FloatModel, ServedModel, open_model
 
-EXPERTS_ONLY = "attention=FLOAT,dense=FLOAT,shared=FLOAT,experts="
+EXPERTS_ONLY = "FLOAT,experts="
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8_DYNAMIC": {"scheme": "W8A8_DYNAMIC", "formats": ["ascend"]},
     "W8A8, MLPs W8A8_DYNAMIC, minmax": {"scheme": "W8A8"},
     "W8A8, MLPs W8A8_DYNAMIC, osl": {"scheme": "W8A8", "algorithm": "osl"},
+    "the same, and MTP W8A8_DYNAMIC": {
+        "scheme": "W8A8,mtp=W8A8_DYNAMIC",
+        "algorithm": "osl,mtp=minmax",
+        "formats": ["ascend"],
+    },
     "experts W4A8_DYNAMIC, rest W8A8_DYNAMIC, minmax": {
         "scheme": "W8A8_DYNAMIC,experts=W4A8_DYNAMIC",
         "formats": ["ascend"],
@@ -65,7 +70,7 @@ ROWS |= {
     for linears, scheme in (("W8A8_DYNAMIC", "W8A8_DYNAMIC"), ("W8A8, MLPs dynamic", "W8A8"))
     for kind, what in CACHES.items()
 }
-DYNAMIC = "float, int8 cache of latent vectors, a scale a token"
+DYNAMIC = "float, int8 cache, a scale a token"
 
 
 class WithCache(FloatModel):
@@ -86,11 +91,16 @@ def main(args: argparse.Namespace) -> None:
     for name, options in ROWS.items():
         if args.only and args.only not in name:
             continue
+        if "mtp=" in options["scheme"] and not further:
+            continue
+        if options.get("kv_cache") == "C8_ABSMAX" and source.config.latent is None:
+            continue
         with tempfile.TemporaryDirectory(prefix="experts-") as place:
             output = Path(place) / "out"
             algorithm, cache = options.get("algorithm", "minmax"), options.get("kv_cache", "")
             data = {"calibration": args.calib, "samples": 64, "seq_len": 256}
-            needs = options["scheme"] == "W8A8" or "q" in algorithm or "osl" in algorithm or cache
+            static = options["scheme"].split(",")[0] == "W8A8"
+            needs = static or "q" in algorithm or "osl" in algorithm or cache
             ms_quant.quantize_checkpoint(args.model, output, **options, **(data if needs else {}))
             model = open_model(output)
             _show(name, measure(model, tokens), exact, model, tokens, further)

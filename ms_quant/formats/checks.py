@@ -49,12 +49,11 @@ def check_runs(plan: Plan, index: int, group: LinearGroup) -> None:
 
 
 def failure(plan: Plan) -> str:
-    """The first linear that the format's runtime fails on, with the reason; "" for none. It may
-    fail on a cache, too."""
+    """The first linear that the format's runtime fails on, with the reason; "" for none."""
     for found, group in all_groups(plan.config):
         if plan.layers[found] is not None and (reason := why_not_run(plan, found.block, group)):
             return reason
-    return format_of(plan).why_no_cache(plan)
+    return ""
 
 
 def served_by(plan: Plan) -> list[str]:

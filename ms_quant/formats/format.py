@@ -127,7 +127,6 @@ class CheckpointFormat:
         the model.
     by_row: suffixes of a linear's tensors that have its rows.
     holds_cache: whether it has tensors for keys and values cached in int8.
-    why_no_cache: why the runtime fails on the cache in int8 of a plan, or "".
     leeway: how checkpoints by others may differ.
     """
 
@@ -157,7 +156,6 @@ class CheckpointFormat:
     )
     by_row: frozenset[str] = frozenset()
     holds_cache: bool = False
-    why_no_cache: Callable[[Plan], str] = lambda plan: ""
     leeway: Leeway = field(default_factory=Leeway)
 
     @property

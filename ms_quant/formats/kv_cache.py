@@ -18,7 +18,7 @@ from ms_quant.models.block_spec import CacheSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan
-from ms_quant.schemes.table import STATIC_CACHE
+from ms_quant.schemes.table import ABSMAX_CACHE, STATIC_CACHE
 
 SUFFIXES = "kv_cache_scale", "kv_cache_offset"
 OF_HEADS = "scale", "offset"
@@ -115,7 +115,8 @@ def described(
         for block in config.blocks
         if not any(f"{block_prefix(block.index)}{path}" in names for path in block.cached)
     }
-    return record.get("kv_cache") or STATIC_CACHE, frozenset(others)
+    kind = ABSMAX_CACHE if record.get("kv_cache") == ABSMAX_CACHE else STATIC_CACHE
+    return kind, frozenset(others)
 
 
 def read_scale(checkpoint: Checkpoint, path: str) -> np.ndarray:

@@ -15,7 +15,6 @@ from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats import kv_cache
-from ms_quant.formats.ascend.attention import why_no_cache
 from ms_quant.formats.ascend.codes import codes_of, has_scale_bias
 from ms_quant.formats.ascend.leeway import LEEWAY
 from ms_quant.formats.ascend.reading import read_linear
@@ -221,6 +220,5 @@ FORMAT = CheckpointFormat(
     with_codes=WITH_CODES,
     bias_dtype=lambda layer, path: FLOAT32,
     holds_cache=True,
-    why_no_cache=why_no_cache,
     leeway=LEEWAY,
 )
