@@ -93,7 +93,7 @@ def test_blocks_along_time_gain_without_the_first_frame_too(velocity_errors):
 
 
 def test_half_of_the_pairs_keep_31_db_after_dense_first_steps(in_db):
-    """The goal of our best sparse mode, with the vendor's start at step 15 of 40; 38 dB were seen."""
+    """The goal of our best sparse mode; dense until step 15 of 40, as MindIE-SD starts; 38 seen."""
     ours = in_db("time blocks after first")
     assert ours > 31
     assert ours > in_db("RainFusion 2 after first") + 4
