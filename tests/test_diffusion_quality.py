@@ -66,11 +66,13 @@ def test_eight_bit_attention_moves_velocities_by_less_than_a_twentieth(velocity_
     assert (velocity_errors("MXFP4") > 2 * velocity_errors("FP8")).all()
 
 
+@pytest.mark.slow
 def test_integers_of_a_block_for_queries_and_keys_keep_40_db(in_db):
     """The goal of eight-bit attention; 50 dB were measured."""
     assert in_db("mix") > 40
 
 
+@pytest.mark.slow
 def test_static_inputs_for_each_step_keep_35_db(in_db):
     assert in_db("W8A8_TIMESTEP") > 35
 
@@ -92,6 +94,7 @@ def test_blocks_along_time_gain_without_the_first_frame_too(velocity_errors):
     assert gain.min() > 1.3 and math.log10(gain.prod()) > 0.6
 
 
+@pytest.mark.slow
 def test_half_of_the_pairs_keep_31_db_after_dense_first_steps(in_db):
     """The goal of our best sparse mode; dense until step 15 of 40, as MindIE-SD starts; 38 seen."""
     ours = in_db("time blocks after first")
