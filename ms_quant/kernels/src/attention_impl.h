@@ -10,6 +10,7 @@
 
 #include "block_impl.h"
 #include "linear_impl.h"
+#include "sparse_attention_impl.h"
 
 namespace msq {
 namespace {
@@ -186,7 +187,7 @@ const Kernels* all_kernels() {
                                 BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
                                 BlockOps<S>::rope,     BlockOps<S>::softmax,
                                 Attend<S>::attend,     BlockOps<S>::gemv,
-                                column_stats};
+                                column_stats,          SparseAttention<S>::attend};
   return &found;
 }
 
