@@ -291,12 +291,13 @@ struct SparseAttention {
 
   template <int N, int M = S::kRows>
   static void all_bytes(const Slice& t, int64_t first, int64_t key, int64_t count) {
+    const int64_t words = t.columns == 1 ? t.words : t.c.q.columns / 4;
     for (; count >= M; count -= M, key += M)
       for (int64_t column = 0; column < t.columns; ++column) {
-        const int64_t at = column * t.c.q.columns / 4;
+        const int64_t at = column * words;
         bytes<M, N>(t.h.key_words + key * t.words + at, t.words,
                     t.h.words + first * t.words + at * N * W,
-                    at_most(t.c.q.columns / 4, t.words - at),
+                    at_most(words, t.words - at),
                     t.h.key_sums + column * kPieceKeys + key,
                     t.h.key_scales + column * kPieceKeys + key,
                     t.h.query_scales + first * t.columns + column * N * W, column > 0,
