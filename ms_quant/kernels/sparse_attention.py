@@ -10,14 +10,13 @@ import ctypes
 from dataclasses import dataclass
 
 import numpy as np
-from ml_dtypes import float8_e4m3fn
 
 from ms_quant.errors import BadArgumentError
 from ms_quant.kernels.native import call, number_of, threads_of
 
 MOST_HEAD_SIZE = 1024
 MOST_TOKENS = 1 << 24
-_KINDS = {"float32": 0, "int8": 1, "float8_e4m3fn": 2}
+_KINDS = {"float32": 0, "int8": 1, "uint8": 2}
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,15 @@ class Codes:
     """Queries, keys or values as codes with scales; a number is code * scale in float32.
 
     Attributes:
-        codes: int8 or float8_e4m3fn (B, heads, tokens, size).
-        scales: float32 (B, heads, ceil(tokens / rows), ceil(size / columns)).
-        rows: tokens that share a scale: 1 for per token, as many as there are for per head.
-        columns: numbers of a token that share a scale; 1 for per channel.
+        codes: (B, heads, tokens, size), int8, or uint8 codes of e4m3.
+        scales: float32 (B, heads, ceil(tokens / block[0]), ceil(size / block[1])).
+        block: tokens and channels that share a scale: (1, size) for per token, (tokens, 1) for per
+            channel, (tokens, size) for per head.
     """
 
     codes: np.ndarray
     scales: np.ndarray
-    rows: int
-    columns: int = 128
+    block: tuple[int, int]
 
 
 class _Operand(ctypes.Structure):
@@ -70,7 +68,7 @@ def block_attention(
     k: np.ndarray | Codes,
     v: np.ndarray | Codes,
     *,
-    scale: float,
+    scale: float | None = None,
     blocks: np.ndarray | None = None,
     block_shape: tuple[int, int] = (128, 128),
     band: np.ndarray | None = None,
@@ -82,7 +80,7 @@ def block_attention(
     """softmax(q k^T * scale) v over the pairs of tokens that blocks, band and padding all keep.
 
     A query that keeps no key has zeros. Where q and k are both int8 with scales for the same
-    columns, their products are sums of bytes, exact, and then multiplied by scales; other codes
+    channels, their products are sums of bytes, exact, and then multiplied by scales; other codes
     become floats, piece by piece. Results do not depend on the number of threads. NaN and
     infinities go through as IEEE has them, also 0 times infinity of a value that a band hides
     within a block; a score below -1e29 has no weight.
@@ -91,7 +89,7 @@ def block_attention(
         q: float32 (B, heads, queries, D), or ``Codes`` of that shape; D up to 1024.
         k: the same of (B, heads, keys, D).
         v: the same of (B, heads, keys, Dv).
-        scale: factor on the scores.
+        scale: factor on the scores; 1 / sqrt(D) when None.
         blocks: uint8 or bool (1 or B, 1 or heads, blocks of queries, blocks of keys), not 0 where
             pairs are kept; None keeps all.
         block_shape: queries and keys of a block; the last ones may be smaller.
@@ -126,12 +124,13 @@ def block_attention(
     _array("kept", kept, (np.bool_,), (batch, keys))
     if first < 0:
         raise BadArgumentError(f"block_attention: first is {first}, expected 0 or more")
+    factor = size**-0.5 if scale is None else scale
     y = np.empty((batch, heads, queries, value_size), np.float32)
     task = _Attention(
         *operands.values(),
         *(batch, heads, queries, keys, size, value_size),
         *(_address(blocks), *shape, *block_shape),
-        *(_address(band), first, _address(kept), scale, y.ctypes.data),
+        *(_address(band), first, _address(kept), factor, y.ctypes.data),
     )
     call("msq_block_attention", number_of(isa), ctypes.byref(task), threads_of(threads))
     return y
@@ -170,25 +169,24 @@ def _array(
 
 
 def _operand(name: str, x: np.ndarray | Codes) -> _Operand:
-    codes = x.codes if isinstance(x, Codes) else x
-    quantized = isinstance(x, Codes)
-    _array(name, codes, (np.int8, float8_e4m3fn) if quantized else (np.float32,))
-    if codes.ndim != 4:
+    numbers = _numbers(x)
+    _array(name, numbers, (np.int8, np.uint8) if isinstance(x, Codes) else (np.float32,))
+    if numbers.ndim != 4:
         raise BadArgumentError(
-            f"block_attention: {name} has shape {codes.shape}, expected (batch, heads, tokens, size)"
+            f"block_attention: {name} has shape {numbers.shape}, expected (batch, heads, tokens, "
+            "size)"
         )
+    kind = _KINDS[numbers.dtype.name]
     if not isinstance(x, Codes):
-        return _Operand(x.ctypes.data, None, 1, 1, _KINDS["float32"])
-    if x.rows < 1 or x.columns < 1:
+        return _Operand(x.ctypes.data, None, 1, 1, kind)
+    if min(x.block) < 1:
         raise BadArgumentError(
-            f"block_attention: a scale of {name} is shared by {x.rows} rows and {x.columns} "
-            "columns, expected 1 or more"
+            f"block_attention: a scale of {name} is of a block of {x.block}, expected 1 or more"
         )
-    batch, heads, tokens, size = codes.shape
-    shape = (batch, heads, -(-tokens // x.rows), -(-size // x.columns))
+    batch, heads, tokens, size = numbers.shape
+    shape = (batch, heads, -(-tokens // x.block[0]), -(-size // x.block[1]))
     _array(f"the scale of {name}", x.scales, (np.float32,), shape)
-    kind = _KINDS[codes.dtype.name]
-    return _Operand(codes.ctypes.data, x.scales.ctypes.data, x.rows, x.columns, kind)
+    return _Operand(numbers.ctypes.data, x.scales.ctypes.data, *x.block, kind)
 
 
 def _blocks_shape(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +12,9 @@ from hypothesis import strategies as st
 from ms_quant import kernels
 from ms_quant.errors import BadArgumentError
 from ms_quant.kernels import Codes, block_attention
+from ms_quant.numerics.minifloat import E4M3, decode, encode
 
 ISAS = [name for name in kernels.ISAS if kernels.available() and kernels.has_isa(name)]
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 pytestmark = pytest.mark.skipif(not ISAS, reason="no C++ compiler at install time")
 each_isa = pytest.mark.parametrize("isa", ISAS)
 
@@ -26,7 +25,7 @@ def random(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> np.ndarray
 
 def pairs(shape, blocks=None, block_shape=(128, 128), band=None, first=0, kept=None) -> np.ndarray:
     """Which pairs are kept, bool (B, heads, queries, keys)."""
-    batch, heads, queries, keys = shape
+    queries, keys = shape[2:]
     found = np.ones(shape, bool)
     i, j = np.arange(queries)[:, None], np.arange(keys)
     if blocks is not None:
@@ -41,8 +40,9 @@ def decoded(x: np.ndarray | Codes) -> np.ndarray:
     if not isinstance(x, Codes):
         return x.astype(np.float64)
     tokens, size = x.codes.shape[2:]
-    scales = x.scales.repeat(x.rows, axis=2)[:, :, :tokens]
-    return x.codes.astype(np.float64) * scales.repeat(x.columns, axis=3)[..., :size]
+    scales = x.scales.repeat(x.block[0], axis=2)[:, :, :tokens]
+    numbers = x.codes if x.codes.dtype == np.int8 else decode(x.codes, E4M3)
+    return numbers.astype(np.float64) * scales.repeat(x.block[1], axis=3)[..., :size]
 
 
 def oracle(q, k, v, scale: float, **masks) -> tuple[np.ndarray, np.ndarray]:
@@ -125,26 +125,32 @@ def test_no_tokens(isa: str, queries: int, keys: int) -> None:
     assert found.shape == q.shape and not found.any()
 
 
-def quantized(x: np.ndarray, dtype: np.dtype, rows: int, columns: int = 128) -> Codes:
+def quantized(x: np.ndarray, kind: str, rows: int, columns: int = 128) -> Codes:
     """Codes with the largest number of a block at the end of their range."""
     batch, heads, tokens, size = x.shape
     down, across = -(-tokens // rows), -(-size // columns)
-    most = 127 if dtype == np.int8 else 448
     scales = np.zeros((batch, heads, down, across), np.float32)
     for r in range(down):
         for c in range(across):
             part = x[:, :, r * rows : (r + 1) * rows, c * columns : (c + 1) * columns]
-            scales[:, :, r, c] = np.abs(part).max(axis=(2, 3)) / most
+            scales[:, :, r, c] = np.abs(part).max(axis=(2, 3)) / (127 if kind == "int8" else 448)
     spread = scales.repeat(rows, axis=2)[:, :, :tokens].repeat(columns, axis=3)[..., :size]
-    codes = x / np.where(spread > 0, spread, 1)
-    return Codes((np.rint(codes) if dtype == np.int8 else codes).astype(dtype), scales, rows, columns)
+    near = x / np.where(spread > 0, spread, 1)
+    codes = np.rint(near).astype(np.int8) if kind == "int8" else encode(near, E4M3)
+    return Codes(codes, scales, (rows, columns))
 
 
 @each_isa
 @given(
     problem=problems(),
     kinds=st.sampled_from(
-        ["int8 int8 e4m3", "int8 int8 float", "e4m3 e4m3 e4m3", "int8 float int8", "float e4m3 int8"]
+        [
+            "int8 int8 e4m3",
+            "int8 int8 float",
+            "e4m3 e4m3 e4m3",
+            "int8 float int8",
+            "float e4m3 int8",
+        ]
     ),
     rows=st.sampled_from([(128, 128), (128, 256), (1, 1), (48, 1000), (1000, 5)]),
     columns=st.sampled_from([128, 32, 1, 1000]),
@@ -152,16 +158,15 @@ def quantized(x: np.ndarray, dtype: np.dtype, rows: int, columns: int = 128) -> 
 )
 @settings(max_examples=60, deadline=None)
 def test_codes(isa: str, problem: Problem, kinds: str, rows, columns, per_channel) -> None:
-    types = {"int8": np.dtype(np.int8), "e4m3": E4M3}
     operands = []
     tall = (*rows, rows[1])
     for name, x, kind in zip("qkv", (problem.q, problem.k, problem.v), kinds.split(), strict=True):
         if kind == "float":
             operands.append(x)
         elif name == "v" and per_channel:
-            operands.append(quantized(x, types[kind], x.shape[2], 1))
+            operands.append(quantized(x, kind, x.shape[2], 1))
         else:
-            operands.append(quantized(x, types[kind], tall["qkv".index(name)], columns))
+            operands.append(quantized(x, kind, tall["qkv".index(name)], columns))
     check(*operands, problem.q.shape[3] ** -0.5, isa, **problem.masks)
 
 
@@ -176,7 +181,7 @@ def test_products_of_codes_are_exact(isa: str, size: int) -> None:
     scale, one = np.float32(np.log(2)), np.ones((1, 1, 1, 1), np.float32)
     assert scale * np.float32(np.log2(np.e)) == 1
     found = block_attention(
-        *(Codes(codes, one, 33, 1024) for codes in (q, keys)),
+        *(Codes(codes, one, (33, 1024)) for codes in (q, keys)),
         np.eye(20, dtype=np.float32)[None, None],
         scale=float(scale),
         isa=isa,
@@ -187,11 +192,11 @@ def test_products_of_codes_are_exact(isa: str, size: int) -> None:
 
 @each_isa
 def test_every_e4m3_code(isa: str) -> None:
-    codes = np.arange(256, dtype=np.uint8).view(E4M3).reshape(1, 1, 1, 256)
-    v = Codes(codes, np.full((1, 1, 1, 2), 0.5, np.float32), 1)
+    codes = np.arange(256, dtype=np.uint8).reshape(1, 1, 1, 256)
+    v = Codes(codes, np.full((1, 1, 1, 2), 0.5, np.float32), (1, 128))
     one = np.ones((1, 1, 1, 4), np.float32)
-    found = block_attention(one, one, v, scale=1, isa=isa)[0, 0, 0]
-    np.testing.assert_array_equal(found, codes.astype(np.float32)[0, 0, 0] / 2)
+    found = block_attention(one, one, v, isa=isa)
+    np.testing.assert_array_equal(found, codes.view(E4M3.dtype).astype(np.float32) / 2)
 
 
 @each_isa
@@ -200,7 +205,7 @@ def test_threads_change_nothing(isa: str, int8: bool) -> None:
     """Heads with few and with many blocks, a band, padding."""
     q, k, v = (random((2, 3, 300, 40), seed) for seed in range(3))
     if int8:
-        q, k = quantized(q, np.dtype(np.int8), 64), quantized(k, np.dtype(np.int8), 64)
+        q, k = quantized(q, "int8", 64), quantized(k, "int8", 64)
     density = np.array([0.1, 0.9, 0.5])[:, None, None]
     masks = {
         "blocks": (np.random.default_rng(0).random((2, 3, 10, 10)) < density).astype(np.uint8),
@@ -281,7 +286,7 @@ GOOD = {
     "band": np.zeros(3, np.int64),
     "kept": np.ones((2, 20), bool),
 }
-CODES = Codes(np.zeros((2, 3, 20, 8), np.int8), np.ones((2, 3, 2, 1), np.float32), 10)
+CODES = Codes(np.zeros((2, 3, 20, 8), np.int8), np.ones((2, 3, 2, 1), np.float32), (10, 128))
 BAD = [
     ({"q": GOOD["q"].astype(np.float64)}, "q is float64, expected float32"),
     ({"q": GOOD["q"].tolist()}, "q is list, expected float32"),
@@ -301,10 +306,22 @@ BAD = [
     ({"kept": np.ones((2, 20), np.uint8)}, "kept is uint8, expected bool"),
     ({"kept": np.ones((2, 19), bool)}, r"kept has shape \(2, 19\), expected \(2, 20\)"),
     ({"isa": "mmx"}, "instruction set 'mmx' is not here"),
-    ({"v": replace(CODES, codes=CODES.codes.view(np.uint8))}, "v is uint8, expected int8 or float8"),
-    ({"v": replace(CODES, rows=20)}, r"the scale of v has shape \(2, 3, 2, 1\), expected \(2, 3, 1"),
-    ({"v": replace(CODES, rows=0)}, "a scale of v is shared by 0 rows and 128 columns, expected 1"),
-    ({"v": replace(CODES, scales=CODES.scales.astype("f8"))}, "the scale of v is float64, expected"),
+    (
+        {"v": replace(CODES, codes=CODES.codes.view(np.bool_))},
+        "v is bool, expected int8 or uint8",
+    ),
+    (
+        {"v": replace(CODES, block=(20, 128))},
+        r"the scale of v has shape \(2, 3, 2, 1\), expected \(2, 3, 1, 1\)",
+    ),
+    (
+        {"v": replace(CODES, block=(0, 8))},
+        r"a scale of v is of a block of \(0, 8\), expected 1 or more",
+    ),
+    (
+        {"v": replace(CODES, scales=CODES.scales.astype("f8"))},
+        "the scale of v is float64, expected float32",
+    ),
 ]
 
 

@@ -28,16 +28,45 @@ inline float scale_of(const MsqOperand& o, int64_t head, int64_t tokens, int64_t
   return scales_of(o, head, tokens, size, token)[column];
 }
 
-// `count` codes that share a scale, or have each their own.
-inline void decode_part(const MsqOperand& o, const uint8_t* codes, int64_t count, const float* scales,
-                        int64_t step, float* out) {
-  if (o.kind == MSQ_INT8) {
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = static_cast<float>(static_cast<int8_t>(codes[i])) * scales[i * step];
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The number that a code of e4m3fn is, without a branch, so that the compiler makes vectors of it.
+inline float of_e4m3(uint8_t code) {
+  const int32_t size = code & 127;
+  const auto all_if_negative = [](int32_t x) { return static_cast<uint32_t>(x >> 31); };
+  const float normal = float_of((static_cast<uint32_t>(size) << 20) + 0x3c000000u);
+  // Subnormal 2^-6 m is read as 2^-7 (1 + m), with m below 1.
+  const float value = normal + float_of(bits_of(normal - 0x1p-6f) & all_if_negative(size - 8));
+  const uint32_t nan = all_if_negative(126 - size) & 0x7fc00000u;
+  return float_of(bits_of(value) | nan | (code & 128u) << 24);
+}
+
+inline float of_int8(uint8_t code) { return static_cast<float>(static_cast<int8_t>(code)); }
+
+// A row of codes times its scales: one for each `columns` of them.
+template <class Value>
+inline void decode_row(const uint8_t* __restrict codes, int64_t size,
+                       const float* __restrict scales, int64_t columns, float* __restrict out,
+                       Value value) {
+  if (columns == 1) {
+    for (int64_t i = 0; i < size; ++i) out[i] = value(codes[i]) * scales[i];
     return;
   }
-  const float* table = e4m3_table();
-  for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]] * scales[i * step];
+  for (int64_t at = 0; at < size; at += at_most(columns, size), ++scales) {
+    const int64_t end = at_most(at + columns, size);
+    const float by = *scales;
+    for (int64_t i = at; i < end; ++i) out[i] = value(codes[i]) * by;
+  }
 }
 
 // Tokens of a head as floats, row by row.
@@ -51,13 +80,10 @@ inline void decode(const MsqOperand& o, int64_t head, int64_t tokens, int64_t si
   const uint8_t* codes = static_cast<const uint8_t*>(o.data) + first;
   for (int64_t token = range.begin; token < range.end; ++token, codes += size, out += size) {
     const float* scales = scales_of(o, head, tokens, size, token);
-    if (o.columns == 1) {
-      decode_part(o, codes, size, scales, 1, out);
-      continue;
-    }
-    for (int64_t at = 0; at < size; at += o.columns)
-      decode_part(o, codes + at, at_most(o.columns, size - at), scales + at / o.columns, 0,
-                  out + at);
+    if (o.kind == MSQ_INT8)
+      decode_row(codes, size, scales, o.columns, out, of_int8);
+    else
+      decode_row(codes, size, scales, o.columns, out, of_e4m3);
   }
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "check_problem.h"
+#include "check_sparse_attention.h"
 #include "check_watched.h"
 #include "kernels.h"
 
@@ -243,6 +244,7 @@ int main(int count, char** words) {
       check_rows(isa);
       check_block(isa);
       check_attention(isa);
+      check_sparse_attention(isa);
       check_columns(isa);
       check_watched(isa);
     }

@@ -108,7 +108,8 @@ MSQ_API int32_t msq_attention(int32_t isa, const float* q, const float* k, const
                               float scale, float* y, int32_t threads);
 
 // Queries, keys or values (batch, heads, tokens, size): floats, or codes with scales (batch, heads,
-// ceil(tokens / rows), ceil(size / columns)), each of which `rows` tokens and `columns` columns share.
+// ceil(tokens / rows), ceil(size / columns)), each of which `rows` tokens and `columns` columns
+// share.
 enum { MSQ_FLOATS = 0, MSQ_INT8 = 1, MSQ_E4M3 = 2 };
 typedef struct {
   const void* data;

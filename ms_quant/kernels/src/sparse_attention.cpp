@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -45,8 +44,8 @@ class Plan {
   AttentionSlice slice(int64_t item, Ranges& ranges) const {
     const int64_t count = static_cast<int64_t>(slices_.size()), head = item / count;
     const KeyRange queries = slices_[static_cast<size_t>(item % count)];
-    AttentionSlice s = {head / c_.heads, head % c_.heads, queries.begin, queries.end, -1,
-                        nullptr,         0};
+    AttentionSlice s = {
+        head / c_.heads, head % c_.heads, queries.begin, queries.end, -1, nullptr, 0};
     if (c_.band && queries.begin >= c_.first) s.band = c_.band[s.head];
     ranges.clear();
     if (s.band < 0) {
@@ -70,8 +69,7 @@ class Plan {
     const int64_t batch = c_.block_batches > 1 ? s.batch : 0;
     const int64_t head = c_.block_heads > 1 ? s.head : 0;
     const uint8_t* row =
-        c_.blocks +
-        ((batch * c_.block_heads + head) * down + s.begin / c_.block_queries) * across;
+        c_.blocks + ((batch * c_.block_heads + head) * down + s.begin / c_.block_queries) * across;
     for (int64_t block = begin / c_.block_keys; block * c_.block_keys < end; ++block)
       if (row[block])
         kept(s, std::max(begin, block * c_.block_keys), std::min(end, (block + 1) * c_.block_keys),
@@ -156,22 +154,6 @@ bool valid(const MsqBlockAttention& c) {
 }
 
 }  // namespace
-
-// The numbers that e4m3fn codes are.
-const float* e4m3_table() {
-  static const std::vector<float> table = [] {
-    std::vector<float> made(256);
-    for (int code = 0; code < 256; ++code) {
-      const int power = code >> 3 & 15, digits = code & 7;
-      const float size = power ? std::ldexp(1.0f + static_cast<float>(digits) / 8, power - 7)
-                               : std::ldexp(static_cast<float>(digits), -9);
-      const float value = (code & 127) == 127 ? NAN : size;
-      made[static_cast<size_t>(code)] = code & 128 ? -value : value;
-    }
-    return made;
-  }();
-  return table.data();
-}
 
 }  // namespace msq
 

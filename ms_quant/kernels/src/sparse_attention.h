@@ -28,8 +28,6 @@ struct AttentionSlice {
   int64_t count;
 };
 
-const float* e4m3_table();  // the numbers that e4m3fn codes are
-
 }  // namespace msq
 
 #endif  // MS_QUANT_SPARSE_ATTENTION_H_

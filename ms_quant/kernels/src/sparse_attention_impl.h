@@ -3,9 +3,9 @@
 // Scores are held the other way round: keys are rows, queries lie side by side in vectors. So only
 // queries are packed, once for all keys that they keep, and keys and values are read where they
 // are: a tile of kFloatRows keys broadcasts its numbers, as a block of rows does in
-// widened_linear_impl.h, and each meets a panel of queries in kVectors registers; the second product
-// takes kFloatRows columns of the values in the same way. What softmax needs of a query, its
-// largest score and its sum, are lanes of vectors, and no vector is ever reduced.
+// widened_linear_impl.h, and each meets a panel of queries in kVectors registers; the second
+// product takes kFloatRows columns of the values in the same way. What softmax needs of a query,
+// its largest score and its sum, are lanes of vectors, and no vector is ever reduced.
 //
 // Keys come in pieces of kPieceKeys. A piece that is not one stretch of floats in memory (it begins
 // in one block and ends in another, or holds codes) is first gathered, as floats, and then meets
@@ -68,16 +68,17 @@ struct SparseAttention {
       each<N>([&](auto v) __attribute__((always_inline)) { b[v] = S::load(panel + v * W); });
       each<M>([&](auto m) __attribute__((always_inline)) {
         const F x = S::set1(a[m * row]);
-        each<N>([&](auto v)
-                    __attribute__((always_inline)) { y[m][v] = S::fma(b[v], x, y[m][v]); });
+        each<N>([&](auto v) __attribute__((always_inline)) { y[m][v] = S::fma(b[v], x, y[m][v]); });
       });
     }
     each<M>([&](auto m) __attribute__((always_inline)) {
-      each<N>([&](auto v) __attribute__((always_inline)) {
-        S::store(sums + (m * N + v) * W, y[m][v]);
-      });
+      each<N>([&](auto v)
+                  __attribute__((always_inline)) { S::store(sums + (m * N + v) * W, y[m][v]); });
     });
   }
+
+  // Rows of the tiles after those of `rows`: few kinds of them, for the compiler's sake.
+  static constexpr int fewer(int rows) { return rows > 8 ? 8 : rows > 4 ? 4 : rows > 2 ? 2 : 1; }
 
   // As `product`, for any number of rows.
   template <int N, int M = R>
@@ -86,19 +87,19 @@ struct SparseAttention {
     for (; rows >= M; rows -= M, a += M * row, sums += M * N * W)
       product<M, N>(a, row, step, panel, terms, factors, sums);
     if constexpr (M > 1)
-      if (rows) products<N, M - 1>(rows, a, row, step, panel, terms, factors, sums);
+      if (rows) products<N, fewer(M)>(rows, a, row, step, panel, terms, factors, sums);
   }
 
   // What one thread holds for a slice.
   struct Held {
-    float *queries, *outputs;  // [panel][number][query of it]
-    float *scores;             // [key][query of one panel]
-    float *most, *sums, *factors;  // [query]
-    float *rows;                   // [query or key][number]
-    float *values;                 // [key][number]
-    int32_t* words;                // [panel][four codes][query of it]
-    float* query_scales;           // [panel][block of columns][query of it]
-    float* key_scales;             // [block of columns][key]
+    float *queries, *outputs;       // [panel][number][query of it]
+    float* scores;                  // [key][query of one panel]
+    float *most, *sums, *factors;   // [query]
+    float* rows;                    // [query or key][number]
+    float* values;                  // [key][number]
+    int32_t* words;                 // [panel][four codes][query of it]
+    float* query_scales;            // [panel][block of columns][query of it]
+    float* key_scales;              // [block of columns][key]
     int32_t *key_words, *key_sums;  // [key][four codes], [block of columns][key]
   };
 
@@ -204,10 +205,10 @@ struct SparseAttention {
       float* scales = t.h.query_scales + first * t.columns;
       for (int64_t column = 0; column < t.columns; ++column)
         for (int64_t i = 0; i < lanes; ++i)
-          scales[column * lanes + i] =
-              i < count ? factor * scale_of(t.c.q, head, t.c.queries, t.c.size,
-                                            t.s.begin + first + i, column)
-                        : 0.0f;
+          scales[column * lanes + i] = i < count
+                                           ? factor * scale_of(t.c.q, head, t.c.queries, t.c.size,
+                                                               t.s.begin + first + i, column)
+                                           : 0.0f;
     });
   }
 
@@ -270,13 +271,11 @@ struct SparseAttention {
     });
     for (int64_t k = 0; k < words; ++k, panel += N * W) {
       typename S::Codes codes[N];
-      each<N>([&](auto v) __attribute__((always_inline)) {
-        codes[v] = S::codes(S::iload(panel + v * W));
-      });
+      each<N>([&](auto v)
+                  __attribute__((always_inline)) { codes[v] = S::codes(S::iload(panel + v * W)); });
       each<M>([&](auto m) __attribute__((always_inline)) {
         const typename S::Inputs x = S::inputs(keys + m * row + k);
-        each<N>(
-            [&](auto v) __attribute__((always_inline)) { S::dot(sums[m][v], codes[v], x); });
+        each<N>([&](auto v) __attribute__((always_inline)) { S::dot(sums[m][v], codes[v], x); });
       });
     }
     each<M>([&](auto m) __attribute__((always_inline)) {
@@ -296,15 +295,14 @@ struct SparseAttention {
       for (int64_t column = 0; column < t.columns; ++column) {
         const int64_t at = column * words;
         bytes<M, N>(t.h.key_words + key * t.words + at, t.words,
-                    t.h.words + first * t.words + at * N * W,
-                    at_most(words, t.words - at),
+                    t.h.words + first * t.words + at * N * W, at_most(words, t.words - at),
                     t.h.key_sums + column * kPieceKeys + key,
                     t.h.key_scales + column * kPieceKeys + key,
                     t.h.query_scales + first * t.columns + column * N * W, column > 0,
                     t.h.scores + key * N * W);
       }
     if constexpr (M > 1)
-      if (count) all_bytes<N, M - 1>(t, first, key, count);
+      if (count) all_bytes<N, fewer(M)>(t, first, key, count);
   }
 
   // Hides keys that are farther from a query than the band reaches.
