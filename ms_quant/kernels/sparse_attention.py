@@ -129,8 +129,8 @@ def block_attention(
     task = _Attention(
         *operands.values(),
         *(batch, heads, queries, keys, size, value_size),
-        *(_address(blocks), *shape, *block_shape),
-        *(_address(band), first, _address(kept), factor, y.ctypes.data),
+        *(_address(blocks), *shape, *_at_most_all(block_shape)),
+        *(_address(band), min(first, MOST_TOKENS), _address(kept), factor, y.ctypes.data),
     )
     call("msq_block_attention", number_of(isa), ctypes.byref(task), threads_of(threads))
     return y
@@ -138,6 +138,11 @@ def block_attention(
 
 def _numbers(x: np.ndarray | Codes) -> np.ndarray:
     return x.codes if isinstance(x, Codes) else x
+
+
+def _at_most_all(block: tuple[int, int]) -> tuple[int, int]:
+    """The same block of numbers that the library can hold."""
+    return min(block[0], MOST_TOKENS), min(block[1], MOST_TOKENS)
 
 
 def _address(array: np.ndarray | None) -> int | None:
@@ -186,7 +191,7 @@ def _operand(name: str, x: np.ndarray | Codes) -> _Operand:
     batch, heads, tokens, size = numbers.shape
     shape = (batch, heads, -(-tokens // x.block[0]), -(-size // x.block[1]))
     _array(f"the scale of {name}", x.scales, (np.float32,), shape)
-    return _Operand(numbers.ctypes.data, x.scales.ctypes.data, *x.block, kind)
+    return _Operand(numbers.ctypes.data, x.scales.ctypes.data, *_at_most_all(x.block), kind)
 
 
 def _blocks_shape(

@@ -46,7 +46,7 @@ class Plan {
     const KeyRange queries = slices_[static_cast<size_t>(item % count)];
     AttentionSlice s = {
         head / c_.heads, head % c_.heads, queries.begin, queries.end, -1, nullptr, 0};
-    if (c_.band && queries.begin >= c_.first) s.band = c_.band[s.head];
+    if (c_.band && queries.begin >= c_.first) s.band = std::min(c_.band[s.head], kMostTokens);
     ranges.clear();
     if (s.band < 0) {
       in_blocks(s, 0, c_.keys, ranges);

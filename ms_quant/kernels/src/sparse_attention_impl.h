@@ -19,76 +19,25 @@
 #define MS_QUANT_SPARSE_ATTENTION_IMPL_H_
 
 #include "attention_operands.h"
-#include "panel_impl.h"
 #include "pool.h"
 #include "sparse_attention.h"
+#include "sparse_products_impl.h"
 
 namespace msq {
 namespace {
 
 template <class S>
-struct SparseAttention {
-  using F = typename S::F;
-  using I = typename S::I;
-  static constexpr int W = S::kWidth, V = S::kVectors, R = S::kFloatRows;
+struct SparseAttention : SparseProducts<S> {
+  using Base = SparseProducts<S>;
+  using Base::fewer;
+  using Base::power;
+  using Base::V;
+  using Base::W;
+  using typename Base::F;
+  using typename Base::I;
   static constexpr int64_t kPanel = int64_t{W} * V;  // queries
   static constexpr float kHidden = -1e30f;           // the score of a hidden key
   static constexpr float kLowest = -1e29f;           // the largest score of none
-
-  // 2^x within 2 units in the last place, for x up to 0; 0 below -100, so that products are not
-  // subnormal.
-  static F power(F x) {
-    const F inside = S::at_least(x, -100.0f);
-    const F n = S::round(inside);
-    const F r = S::sub(inside, n);
-    F p = S::set1(1.534581242594868e-4f);
-    p = S::fma(p, r, S::set1(1.3399930903688073e-3f));
-    p = S::fma(p, r, S::set1(9.618489071726799e-3f));
-    p = S::fma(p, r, S::set1(5.550328642129898e-2f));
-    p = S::fma(p, r, S::set1(0.24022646248340607f));
-    p = S::fma(p, r, S::set1(0.6931471824645996f));
-    p = S::fma(p, r, S::set1(1.0f));
-    return S::zero_below(S::ldexp(p, n), x, -100.0f);
-  }
-
-  // Sums of M rows times the vectors of a panel: row m of term k is a[m * row + k * step]. Sums
-  // before are multiplied by `factors`, if there are any.
-  template <int M, int N>
-  static void product(const float* a, int64_t row, int64_t step, const float* panel, int64_t terms,
-                      const float* factors, float* sums) {
-    F y[M][N];
-    each<M>([&](auto m) __attribute__((always_inline)) {
-      each<N>([&](auto v) __attribute__((always_inline)) {
-        y[m][v] = factors ? S::mul(S::load(sums + (m * N + v) * W), S::load(factors + v * W))
-                          : S::set1(0.0f);
-      });
-    });
-    for (int64_t k = 0; k < terms; ++k, a += step, panel += N * W) {
-      F b[N];
-      each<N>([&](auto v) __attribute__((always_inline)) { b[v] = S::load(panel + v * W); });
-      each<M>([&](auto m) __attribute__((always_inline)) {
-        const F x = S::set1(a[m * row]);
-        each<N>([&](auto v) __attribute__((always_inline)) { y[m][v] = S::fma(b[v], x, y[m][v]); });
-      });
-    }
-    each<M>([&](auto m) __attribute__((always_inline)) {
-      each<N>([&](auto v)
-                  __attribute__((always_inline)) { S::store(sums + (m * N + v) * W, y[m][v]); });
-    });
-  }
-
-  // Rows of the tiles after those of `rows`: few kinds of them, for the compiler's sake.
-  static constexpr int fewer(int rows) { return rows > 8 ? 8 : rows > 4 ? 4 : rows > 2 ? 2 : 1; }
-
-  // As `product`, for any number of rows.
-  template <int N, int M = R>
-  static void products(int64_t rows, const float* a, int64_t row, int64_t step, const float* panel,
-                       int64_t terms, const float* factors, float* sums) {
-    for (; rows >= M; rows -= M, a += M * row, sums += M * N * W)
-      product<M, N>(a, row, step, panel, terms, factors, sums);
-    if constexpr (M > 1)
-      if (rows) products<N, fewer(M)>(rows, a, row, step, panel, terms, factors, sums);
-  }
 
   // What one thread holds for a slice.
   struct Held {
@@ -260,46 +209,18 @@ struct SparseAttention {
       }
   }
 
-  // Scores of M keys: products of bytes of one block of columns, times scales.
-  template <int M, int N>
-  static void bytes(const int32_t* keys, int64_t row, const int32_t* panel, int64_t words,
-                    const int32_t* less, const float* key_scales, const float* query_scales,
-                    bool begun, float* scores) {
-    I sums[M][N];
-    each<M>([&](auto m) __attribute__((always_inline)) {
-      each<N>([&](auto v) __attribute__((always_inline)) { sums[m][v] = S::izero(); });
-    });
-    for (int64_t k = 0; k < words; ++k, panel += N * W) {
-      typename S::Codes codes[N];
-      each<N>([&](auto v)
-                  __attribute__((always_inline)) { codes[v] = S::codes(S::iload(panel + v * W)); });
-      each<M>([&](auto m) __attribute__((always_inline)) {
-        const typename S::Inputs x = S::inputs(keys + m * row + k);
-        each<N>([&](auto v) __attribute__((always_inline)) { S::dot(sums[m][v], codes[v], x); });
-      });
-    }
-    each<M>([&](auto m) __attribute__((always_inline)) {
-      each<N>([&](auto v) __attribute__((always_inline)) {
-        const F by = S::mul(S::set1(key_scales[m]), S::load(query_scales + v * W));
-        const F sum = S::to_float(S::isub(sums[m][v], S::iset1(less[m])));
-        float* out = scores + (m * N + v) * W;
-        S::store(out, begun ? S::fma(sum, by, S::load(out)) : S::mul(sum, by));
-      });
-    });
-  }
-
   template <int N, int M = S::kRows>
   static void all_bytes(const Slice& t, int64_t first, int64_t key, int64_t count) {
     const int64_t words = t.columns == 1 ? t.words : t.c.q.columns / 4;
     for (; count >= M; count -= M, key += M)
       for (int64_t column = 0; column < t.columns; ++column) {
         const int64_t at = column * words;
-        bytes<M, N>(t.h.key_words + key * t.words + at, t.words,
-                    t.h.words + first * t.words + at * N * W, at_most(words, t.words - at),
-                    t.h.key_sums + column * kPieceKeys + key,
-                    t.h.key_scales + column * kPieceKeys + key,
-                    t.h.query_scales + first * t.columns + column * N * W, column > 0,
-                    t.h.scores + key * N * W);
+        Base::template bytes<M, N>(
+            t.h.key_words + key * t.words + at, t.words, t.h.words + first * t.words + at * N * W,
+            at_most(words, t.words - at), t.h.key_sums + column * kPieceKeys + key,
+            t.h.key_scales + column * kPieceKeys + key,
+            t.h.query_scales + first * t.columns + column * N * W, column > 0,
+            t.h.scores + key * N * W);
       }
     if constexpr (M > 1)
       if (count) all_bytes<N, fewer(M)>(t, first, key, count);
@@ -361,11 +282,12 @@ struct SparseAttention {
     if (t.bytes)
       all_bytes<N>(t, first, 0, p.count);
     else
-      products<N>(p.count, p.keys, size, 1, t.h.queries + first * size, size, nullptr, t.h.scores);
+      Base::template products<N>(p.count, p.keys, size, 1, t.h.queries + first * size, size,
+                                 nullptr, t.h.scores);
     if (t.s.band >= 0) hide<N>(t, p, first);
     soften<N>(t, p, first);
-    products<N>(values, p.values, 1, values, t.h.scores, p.count, t.h.factors + first,
-                t.h.outputs + first * values);
+    Base::template products<N>(values, p.values, 1, values, t.h.scores, p.count,
+                               t.h.factors + first, t.h.outputs + first * values);
   }
 
   static void finish(const Slice& t) {
