@@ -4,8 +4,8 @@
 
 All contenders are called in turn, round after round, and medians of CPU seconds and of seconds
 count. Speed-ups are over the best dense attention of the run; ``of ideal`` is the speed-up times
-the density, 1 where a block that is left out costs nothing. Blocks are 128 by 128, random, the same
-number in each row. The last table keeps 8 blocks in each row while tokens grow: seconds and bytes
+the density, 1 where a block that is left out costs nothing. Blocks are 128 by 128, random, about as
+many in each row. The last table keeps 8 blocks in each row while tokens grow: seconds and bytes
 should grow as tokens do.
 """
 
@@ -30,11 +30,13 @@ KEPT = 8  # blocks of a row, whatever the number of tokens
 Calls = dict[str, Callable[[], object]]
 
 
-def some_blocks(tokens: int, heads: int, kept: int) -> np.ndarray:
+def some_blocks(tokens: int, heads: int, density: float) -> np.ndarray:
+    """In each row so many that all rows above it together have the density."""
     rng = np.random.default_rng(0)
     count = -(-tokens // BLOCK)
-    chosen = rng.random((1, heads, count, count)).argsort(axis=-1) < kept
-    return chosen.astype(np.uint8)
+    until = np.rint(np.arange(count + 1) * density * count)
+    order = rng.random((1, heads, count, count)).argsort(axis=-1).argsort(axis=-1)
+    return (order < np.diff(until)[:, None]).astype(np.uint8)
 
 
 def seconds(calls: Calls, rounds: int) -> dict[str, tuple[float, float]]:
@@ -96,8 +98,7 @@ def compare(tokens: int, heads: int, size: int, options: argparse.Namespace) -> 
         calls[name] = lambda o=operands: block_attention(*o, scale=scale, **shared)
     densities = dict.fromkeys(calls, 1.0)
     for density in DENSITIES:
-        kept = max(1, round(density * -(-tokens // BLOCK)))
-        blocks = some_blocks(tokens, heads, kept)
+        blocks = some_blocks(tokens, heads, density)
         for kind, operands in {"": (q, k, v), ", int8 q, k": kinds["int8 q, k"]}.items():
             name = f"density {density}{kind}"
             densities[name] = float(blocks.mean())
@@ -120,7 +121,7 @@ def grown(tokens: int, size: int, options: argparse.Namespace) -> tuple[float, f
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 1, tokens, size), np.float32) for _ in range(3))
     shared = {"scale": size**-0.5, "threads": options.threads, "isa": options.isa}
-    blocks = some_blocks(tokens, 1, KEPT)
+    blocks = some_blocks(tokens, 1, KEPT * BLOCK / tokens)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calls: Calls = {"": lambda: block_attention(q, k, v, blocks=blocks, **shared)}
     cpu = seconds(calls, options.rounds)[""][0]

@@ -221,8 +221,7 @@ def test_threads_change_nothing(isa: str, int8: bool) -> None:
 
 
 @each_isa
-def test_a_query_does_not_see_what_others_keep(isa: str) -> None:
-    """The bits of a row depend on its own keys alone, not on who shares its panel."""
+def test_a_block_is_computed_as_if_it_were_alone(isa: str) -> None:
     q, k, v = (random((1, 1, 256, 64), seed) for seed in range(3))
     blocks = np.eye(2, dtype=np.uint8)[None, None]
     found = block_attention(q, k, v, scale=0.1, blocks=blocks, isa=isa)

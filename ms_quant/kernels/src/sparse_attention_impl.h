@@ -2,16 +2,14 @@
 //
 // Scores are held the other way round: keys are rows, queries lie side by side in vectors. So only
 // queries are packed, once for all keys that they keep, and keys and values are read where they
-// are: a tile of kFloatRows keys broadcasts its numbers, as a block of rows does in
-// widened_linear_impl.h, and each meets a panel of queries in kVectors registers; the second
-// product takes kFloatRows columns of the values in the same way. What softmax needs of a query,
-// its largest score and its sum, are lanes of vectors, and no vector is ever reduced.
+// are (sparse_products_impl.h). What softmax needs of a query, its largest score and its sum, are
+// lanes of vectors, and no vector is ever reduced.
 //
 // Keys come in pieces of kPieceKeys. A piece that is not one stretch of floats in memory (it begins
 // in one block and ends in another, or holds codes) is first gathered, as floats, and then meets
 // all panels of the slice. Softmax is that of Milakov and Gimelshein ("Online normalizer
 // calculation for softmax", 2018) by pieces: sums and outputs so far are multiplied by
-// 2^(old - new largest score), in the second product's first step.
+// 2^(old - new largest score), as the second product begins.
 //
 // Where queries and keys are int8 codes their products are sums of bytes, exact; then come scales.
 
@@ -110,7 +108,7 @@ struct SparseAttention : SparseProducts<S> {
   // Queries that lie side by side in a panel: of the last one perhaps less.
   static int64_t wide(int64_t queries) { return queries <= W ? W : kPanel; }
 
-  // Calls f(first query, queries, place of the panel as a query) for each panel.
+  // Calls f(first query, queries) for each panel.
   template <class Function>
   static void panels(const Slice& t, Function f) {
     for (int64_t first = 0; first < t.queries(); first += kPanel)
