@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant import kernels
+from ms_quant.attention.block_attention import block_attention as definition
 from ms_quant.errors import BadArgumentError
 from ms_quant.kernels import Codes, block_attention
 from ms_quant.numerics.minifloat import E4M3, decode, encode
@@ -351,3 +353,23 @@ def test_heads_that_are_too_large_are_refused() -> None:
     x = np.zeros((1, 1, 2, 1025), np.float32)
     with pytest.raises(BadArgumentError, match="size of a head of q is 1025, expected up to 1024"):
         block_attention(x, x, x, scale=1)
+
+
+@given(problem=problems())
+@settings(max_examples=25, deadline=None)
+def test_the_definition_agrees(problem: Problem) -> None:
+    """The same arguments to the NumPy code that says what is computed."""
+    p = problem
+    blocks = p.masks.get("blocks")
+    if blocks is not None:  # of each head there
+        shape = (blocks.shape[0], p.q.shape[1], *blocks.shape[2:])
+        p.masks["blocks"] = np.broadcast_to(blocks, shape).copy()
+    values = random(p.k.shape, 7)  # of as many numbers as keys, there
+    expected = definition(p.q, p.k, values, **p.masks)
+    found = block_attention(p.q, p.k, values, **p.masks)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_definition_has_the_same_arguments() -> None:
+    kernel, numpy = (signature(f).parameters.values() for f in (block_attention, definition))
+    assert [(x.name, x.default) for x in kernel] == [(x.name, x.default) for x in numpy]
