@@ -80,11 +80,11 @@ def test_w8a8sc(example):
 
 def test_diffusion(example, tmp_path):
     """Two ways of the table, and the picture: a row of eight frames for each and the float one."""
-    few = ("--clips", "1", "--steps", "4", "--only", "FP8", "time blocks")
+    few = ("--clips", "1", "--steps", "4", "--only", "mix", "time blocks")
     printed = example("diffusion.py", *few)
     rows = {line[:28].strip(): line[28:].split() for line in printed.splitlines()[1:4]}
-    assert list(rows) == ["float", "FP8", "time blocks"]
-    assert float(rows["FP8"][0]) > 40 and float(rows["FP8"][6]) == 1
+    assert list(rows) == ["float", "mix", "time blocks"]
+    assert float(rows["mix"][0]) > 40 and float(rows["mix"][6]) == 1
     assert float(rows["time blocks"][6]) == pytest.approx(0.5, abs=0.02)
     image = pytest.importorskip("PIL.Image")
     with image.open(tmp_path / "diffusion.png") as picture:
