@@ -14,9 +14,9 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from ms_quant.cells import QuantLinear
-from ms_quant.cells.timesteps import forward_rows
+from ms_quant.cells.timesteps import WIDE, forward_rows
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import ObservedRange
+from ms_quant.numerics.activation import MxTokens, ObservedRange
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.table import get_scheme
@@ -185,3 +185,26 @@ def test_searches_see_every_kept_token_in_the_strategy_of_its_step():
         assert (seen[t] == row).all(axis=1).any()
         expected = linear.forward(row[None], step=int(t) if t % 2 == 0 else None)[0]
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("smooths", [False, True])
+def test_inputs_in_mxfp4_are_in_mxfp8_where_the_policy_says_so(smooths):
+    """W4A4 <-> W4A8: the same weight, another grid of the input."""
+    x, weight = tokens(3, 64), np.random.default_rng(2).standard_normal((6, 64)).astype("f4")
+    scheme, made = get_scheme("W4A4_MXFP4"), TimestepPolicyConfig()
+    made.register([1], "W4A8", "w4a4_linear")
+    grid = scheme.weight.fit(weight, "w", DTYPES["float32"])
+    smooth = np.full(64, 2, "f4") if smooths else None
+    bias = np.ones(6, "f4")
+    linear = QuantizedLinear(grid.round(weight), grid, bias, MxTokens("mxfp4_cann0"), smooth)
+    cell = QuantLinear(linear, timestep_policy=made)
+    with TimestepManager.at(0):
+        found = cell(Tensor(x)).asnumpy()
+        np.testing.assert_array_equal(found, QuantLinear(linear)(Tensor(x)).asnumpy())
+    with TimestepManager.at(1):
+        found = cell(Tensor(x)).asnumpy()
+    seen = WIDE.fake(x / 2 if smooths else x).astype("f8")
+    expected = seen @ grid.values(linear.weight).astype("f8").T + 1
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MsQuantError, match="no timestep is set"):
+        cell(Tensor(x))

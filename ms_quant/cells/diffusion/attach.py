@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from mindspore import nn
 
 from ms_quant.cells.diffusion.adapters import put, refusal, remove
-from ms_quant.cells.diffusion.function import AttentionFunction, LatentShape
+from ms_quant.cells.diffusion.function import AttentionFunction
 from ms_quant.cells.diffusion.hook import Hook, LatentShapes, hook_of
 from ms_quant.cells.diffusion.sites import AttentionSite, attention_sites, chosen_sites
 from ms_quant.cells.tree import get_cell
@@ -22,7 +22,6 @@ def attach_attention(
     function_of: FunctionOf,
     *,
     layers: Sequence[str] = ("*",),
-    latent_shape: LatentShape | None = None,
 ) -> nn.Cell:
     """Puts attention functions in the place of a network's self attention; in PyNative.
 
@@ -34,8 +33,6 @@ def attach_attention(
         function_of (Callable): called with the site of each that `layers` match.
         layers (Sequence[str]): patterns of paths or of class names, such as
             ``"transformer_blocks.*.attn"`` or ``"*Attention"``. Default: ``("*",)``.
-        latent_shape (tuple[int], optional): frames, height and width of the tokens of the picture,
-            for sparse attention. Default: ``None``: known networks say it in each call.
 
     Returns:
         Cell, `network`.
@@ -66,7 +63,7 @@ def attach_attention(
         raise BadArgumentError(
             f"layers: no attention function for {usable[0].path} or another, expected one at least"
         )
-    _put_all(network, hooks, latent_shape)
+    _put_all(network, hooks)
     return network
 
 
@@ -75,7 +72,7 @@ def why_float(site: AttentionSite) -> str:
     return (site.tokens if not site.is_self else "") or refusal(site.cell)
 
 
-def _put_all(network: nn.Cell, hooks: list[Hook], latent_shape: LatentShape | None) -> None:
+def _put_all(network: nn.Cell, hooks: list[Hook]) -> None:
     shapes: dict[str, LatentShapes] = {}
     done = []
     try:
@@ -83,12 +80,11 @@ def _put_all(network: nn.Cell, hooks: list[Hook], latent_shape: LatentShape | No
             put(hook)
             done.append(hook)
             model = hook.site.model
-            if latent_shape is None and model is not None:
-                if model not in shapes:
-                    shapes[model] = LatentShapes(get_cell(network, model) if model else network)
-                hook.shapes = shapes[model]
-            else:
-                hook.shapes = latent_shape
+            if model is None:
+                continue
+            if model not in shapes:
+                shapes[model] = LatentShapes(get_cell(network, model) if model else network)
+            hook.shapes = shapes[model]
     except Exception:
         _take_off(done)
         raise
@@ -110,7 +106,7 @@ def detach_attention(network: nn.Cell) -> nn.Cell:
 
 def _take_off(hooks: list[Hook]) -> None:
     for shapes in {id(h.shapes): h.shapes for h in hooks}.values():
-        if isinstance(shapes, LatentShapes):
+        if shapes is not None:
             shapes.remove()
     for hook in hooks:
         remove(hook)

@@ -59,19 +59,15 @@ class Hook:
     Attributes:
         site: where it is.
         function: what is called.
-        shapes: gives the latent shape of the call that the network is in; None where nothing does.
+        shapes: gives the latent shape of the call that a known network is in.
         before: what its adapter put away.
         calls: how many calls the function took (``TAKEN``), and how many each reason left to the
             network.
     """
 
-    def __init__(
-        self,
-        site: AttentionSite,
-        function: AttentionFunction,
-        shapes: LatentShapes | LatentShape | None = None,
-    ):
-        self.site, self.function, self.shapes = site, function, shapes
+    def __init__(self, site: AttentionSite, function: AttentionFunction):
+        self.site, self.function = site, function
+        self.shapes: LatentShapes | None = None
         self.before: Any = None
         self.calls: Counter[str] = Counter()
 
@@ -92,7 +88,8 @@ class Hook:
             reason = OTHER_LENGTH
         self.calls[reason] += 1
         if reason == TAKEN:
-            call = AttentionCall(self.site.path, self.site.tokens, self._latent_shape(), original)
+            shape = None if self.shapes is None else self.shapes()
+            call = AttentionCall(self.site.path, self.site.tokens, shape, original)
             return self.function(q, k, v, layout=layout, mask=mask, scale=scale, call=call)
         if original is not None:
             return original(q, k, v)
@@ -100,9 +97,6 @@ class Hook:
             f"{self.site.path}: fa_quant was called with queries of shape {q.shape} and keys of "
             f"shape {k.shape} in layout {layout}, expected self attention"
         )
-
-    def _latent_shape(self) -> LatentShape | None:
-        return self.shapes() if isinstance(self.shapes, LatentShapes) else self.shapes
 
 
 def hook_of(cell: nn.Cell) -> Hook | None:
