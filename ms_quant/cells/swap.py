@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -187,7 +188,13 @@ def quantize(
     )
     if for_format is not None:
         job.check_format(for_format)
-    quantized = job.quantized(job.observed(calibration, Structure(groups, blocks)))
+    with ExitStack() as stack:
+        if attached is not None:
+            stack.enter_context(attached.watching())
+        observed = job.observed(calibration, Structure(groups, blocks))
+        if attached is not None:
+            attached.call(calibration, progress or silent)
+    quantized = job.quantized(observed)
     if attached is not None:
         attached.attach()
     for path, cell in quantized.items():  # all or, after an error above, none

@@ -16,6 +16,7 @@ pytest.importorskip("mindspore")
 from mindspore import Tensor, nn
 
 import ms_quant
+from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import fa_quant
 from ms_quant.attention.operands import head_scales
 from ms_quant.attention.rotation import walsh_rotation
@@ -97,15 +98,15 @@ def test_taken_over_and_given_back():
     before, names = network(x()).asnumpy(), list(network.parameters_dict())
     ms_quant.quantize(network, lambda path, cell: None, attention={"*Attention": "FP8_DYNAMIC"})
     network(x())
-    attention, rotation = network.blocks[1].attn, walsh_rotation(SIZE)
-    given = [t.asnumpy() for t in attention.seen]
+    layer, rotation = network.blocks[1].attn, walsh_rotation(SIZE)
+    given = [t.asnumpy() for t in layer.seen]
     expected = fa_quant(*given, rotation, rotation, layout="BSND")
-    found = attention.fa_quant(*attention.seen, layout="BSND").asnumpy()
+    found = layer.fa_quant(*layer.seen, layout="BSND").asnumpy()
     np.testing.assert_array_equal(found, expected)
     assert list(network.parameters_dict()) == names
     detach_attention(network)
     np.testing.assert_array_equal(network(x()).asnumpy(), before)
-    assert "fa_quant" not in vars(attention)
+    assert "fa_quant" not in vars(layer)
 
 
 def test_a_deep_copy_is_apart():
@@ -176,9 +177,9 @@ def in_fp8() -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def found_and(network: nn.Cell) -> tuple[np.ndarray, list[np.ndarray]]:
     network(x())
-    attention = network.blocks[1].attn
-    out = attention.fa_quant(*attention.seen, layout="BSND").asnumpy()
-    return out, [tensor.asnumpy() for tensor in attention.seen]
+    layer = network.blocks[1].attn
+    out = layer.fa_quant(*layer.seen, layout="BSND").asnumpy()
+    return out, [tensor.asnumpy() for tensor in layer.seen]
 
 
 @pytest.mark.parametrize("key", [f"{AT}.quant_type", f"{AT}.fa_q.scale", AT])
@@ -274,3 +275,53 @@ def test_float_entries_leave_attention_alone(put):
     network = ms_quant.quantize(Net(), put(entries, tensors, "FP8_DYNAMIC"))
     assert network.blocks[0].attn.fa_quant is None
     assert network.blocks[1].attn.fa_quant is not None
+
+
+# Static scales, over a sampling loop
+
+
+def dense(q, k, v, **_) -> Tensor:
+    arrays = [t.asnumpy().swapaxes(1, 2) for t in (q, k, v)]
+    return Tensor(attention(*arrays).swapaxes(1, 2).copy())
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "W8A8"])
+def test_static_scales_are_of_all_steps(scheme):
+    """With a scheme that needs inputs itself, and with one that does not."""
+    network, seen = Net(), []
+
+    def sampling():
+        latent = x()
+        for step in range(3):
+            with TimestepManager.at(step):
+                yield latent
+            latent = latent * (0.5 if step else 3.0)
+
+    shown: list[tuple[str, int, int]] = []
+    float_network = copy.deepcopy(network)
+    attach_attention(float_network, lambda site: dense, layers=["*.1.attn"])
+    ms_quant.quantize(
+        network,
+        scheme,
+        calibration=sampling(),
+        attention={"*.1.attn": "INT8"},
+        progress=lambda *what: shown.append(what),
+    )
+    for latent in sampling():
+        float_network(latent)
+        seen.append([t.asnumpy() for t in float_network.blocks[1].attn.seen])
+    cell = network.blocks[1].attn.fa_quant.hook.function
+    for number, scale in enumerate(cell.scales):
+        largest = np.max([np.abs(step[number]).max(axis=(0, 1, 3)) for step in seen], axis=0)
+        np.testing.assert_allclose(scale[:, 0], largest / 127, rtol=1e-5)
+    assert ("calibrate", 3, 3) in shown
+    assert attention_summary(network).layers[0].reason == "not chosen"
+
+
+def test_static_scales_need_inputs():
+    network = Net()
+    with pytest.raises(MsQuantError, match=r"blocks\.0\.attn: INT8 needs calibration inputs, foun"):
+        ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*": "INT8"})
+    with pytest.raises(MsQuantError, match=r"blocks\.0\.attn: no calibration input reached it"):
+        ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*": "INT8"}, calibration=[])
+    assert network.blocks[0].attn.fa_quant is None

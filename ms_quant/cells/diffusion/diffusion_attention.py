@@ -19,7 +19,7 @@ from ms_quant.attention.sparse import attend
 from ms_quant.cells.diffusion import ascend
 from ms_quant.cells.diffusion.function import AttentionCall, LatentShape
 from ms_quant.cells.diffusion.masks import padding
-from ms_quant.cells.diffusion.plan import FLOAT, AttentionPlan
+from ms_quant.cells.diffusion.plan import FLOAT, STATIC, AttentionPlan
 from ms_quant.cells.diffusion.state import MaskCaches
 from ms_quant.cells.direct import as_type, floats
 from ms_quant.errors import BadArgumentError, MsQuantError
@@ -87,10 +87,10 @@ class DiffusionAttention(nn.Cell):
         device_target: str | None = None,
     ):
         super().__init__()
-        if plan.kind == "INT8" and scales is None:
+        if plan.kind == STATIC and scales is None:
             raise BadArgumentError(
-                "attention: INT8 has static scales of queries, keys and values, expected those of "
-                "a file, or INT8_DYNAMIC"
+                "attention: INT8 has static scales of queries, keys and values, expected some, "
+                "calibration inputs, or INT8_DYNAMIC"
             )
         self.plan, self.timestep_policy, self.scales = plan, timestep_policy, scales
         self.label, self.calls = plan.label, Counter[str]()
@@ -109,7 +109,7 @@ class DiffusionAttention(nn.Cell):
             self.insert_param_to_cell(name, parameter)
 
     def _rotate_heads_of(self, size: int) -> None:
-        if self.plan.rotates and self.plan.kind != FLOAT and "q_rot" not in self._params:
+        if self.plan.is_rotated and "q_rot" not in self._params:
             rotation = walsh_rotation(size)
             self._set_rotations(rotation, rotation)
 
@@ -218,7 +218,7 @@ class DiffusionAttention(nn.Cell):
         return self.q_rot.asnumpy(), self.k_rot.asnumpy()
 
     def _scales(self, kind: str) -> Scales | None:
-        return self.scales if kind == "INT8" else None
+        return self.scales if kind == STATIC else None
 
     def _sparse(
         self,

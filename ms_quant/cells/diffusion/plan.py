@@ -13,7 +13,7 @@ from ms_quant.cells.diffusion.function import TEXT, LatentShape
 from ms_quant.errors import BadArgumentError
 from ms_quant.timestep import TimestepPolicyConfig
 
-FLOAT = "FLOAT"
+FLOAT, STATIC = "FLOAT", "INT8"
 STRATEGIES = {"FP8": "FP8_DYNAMIC", "MXFP4": "MXFP4_DYNAMIC", FLOAT: FLOAT}
 """What a policy's strategies of the target ``fa`` stand for."""
 
@@ -28,7 +28,7 @@ class AttentionPlan:
         sparse: which pairs of tokens are left out; None for none.
         window: which steps are sparse, and when a mask is made anew.
         rotates: whether queries and keys are rotated before they are quantized, as MindIE-SD does.
-            It helps the integer kinds and MXFP4, and not FP8.
+            It helps the integer kinds and MXFP4, and not FP8. None: unless scales are static.
         latent_shape: frames, height and width of the picture's tokens; None: the network says it.
         text: where the text stands among the tokens, of ``TEXT``; "": the network says it.
     """
@@ -36,7 +36,7 @@ class AttentionPlan:
     kind: str = FLOAT
     sparse: SparseRule | None = None
     window: StepWindow = field(default_factory=StepWindow)
-    rotates: bool = True
+    rotates: bool | None = None
     latent_shape: LatentShape | None = None
     text: str = ""
 
@@ -55,6 +55,12 @@ class AttentionPlan:
             )
         if self.text not in (*TEXT, ""):
             raise BadArgumentError(f"attention: text {self.text!r}, expected {', '.join(TEXT)}")
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether queries and keys are rotated, and not as they come."""
+        rotates = self.kind != STATIC if self.rotates is None else self.rotates
+        return rotates and self.kind != FLOAT
 
     @property
     def label(self) -> str:
