@@ -12,6 +12,8 @@ b = 1 - sqrt(sparsity), so that a band keeps 1 - (1 - b)^2 = 1 - sparsity of the
 frame and all text are kept, as keys and as queries; they are set aside, in front, and n counts the
 tokens of the other frames. A checkerboard keeps the places (h, w) with h = w modulo tau, 1 / tau of
 the keys; open: the paper's index set for tau above 2 is not unique, this is the diagonal reading.
+
+Source: RainFusion, arXiv 2505.21036, and the class that MindIE's models shipped.
 """
 
 from __future__ import annotations

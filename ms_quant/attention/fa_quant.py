@@ -21,6 +21,7 @@ probabilities (``p_e4m3`` emulates e4m3), and the blocks of ``MIX`` (we take tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,11 @@ MX_RULES = {"MXFP8_DYNAMIC": "mxfp8_cann0", "MXFP4_DYNAMIC": "mxfp4_cann0"}
 Q_ROWS, KV_ROWS = 128, 256
 PADDED_LENGTH = 512
 
-Scales = tuple[ArrayLike, ArrayLike, ArrayLike]
+Scales = tuple[ArrayLike, ...]  # of q, k and v
+Prepare = Callable[
+    [np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]
+]
+"""Takes q, k, v (batch, some heads, tokens, size), tokens in order, and which heads these are."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,35 @@ def attend_quantized(
     return attention(q[:, :, : made.length], k, v, scale=scale, kept=mask, p_e4m3=p_e4m3)
 
 
+def decoded(
+    kind: str,
+    q_rot: ArrayLike | None = None,
+    k_rot: ArrayLike | None = None,
+    *,
+    scales: Scales | None = None,
+    mx_rule: str | None = None,
+) -> Prepare:
+    """What sparse attention is given as ``prepare`` to compute over quantized operands.
+
+    Tokens are quantized in the order that a head has them in, as rf_v3 does: FP8's blocks are then
+    those of the mask. The arguments are those of :func:`fa_quant`.
+    """
+
+    def prepare(
+        q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        chosen = None if scales is None else tuple(_of_heads(scale, heads) for scale in scales)
+        made = quantize_operands(q, k, v, q_rot, k_rot, kind, scales=chosen, mx_rule=mx_rule)
+        return made.q.values(), made.k.values(), made.v.values()
+
+    return prepare
+
+
+def _of_heads(scale: ArrayLike, heads: np.ndarray) -> np.ndarray:
+    stored = np.asarray(scale).reshape(-1)
+    return stored if stored.size == 1 else stored[heads]
+
+
 def _quantize(
     kind: str,
     arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -196,6 +230,8 @@ def _check_options(
     if (scales is not None) != (kind == "INT8"):
         given = "given" if scales is not None else "not given"
         raise BadArgumentError(f"scales: {given} for {kind}, expected them for INT8 alone")
+    if scales is not None and len(scales) != 3:
+        raise BadArgumentError(f"scales: {len(scales)}, expected three: of q, k and v")
     if vendor_padding and kind != "MXFP4_DYNAMIC":
         raise BadArgumentError(f"vendor_padding: with {kind}, expected MXFP4_DYNAMIC")
     if mx_rule is None:

@@ -20,9 +20,12 @@ def block_means(x: np.ndarray, size: int) -> np.ndarray:
     Returns:
         float32 (batch, heads, ceil(tokens / size), channels).
     """
-    starts = np.arange(0, x.shape[2], size)
-    counts = np.minimum(size, x.shape[2] - starts).astype(np.float32)
-    return np.add.reduceat(x, starts, axis=2) / counts[:, None]
+    whole = x.shape[2] - x.shape[2] % size
+    blocks = x[:, :, :whole].reshape(*x.shape[:2], -1, size, x.shape[3]).mean(axis=3)
+    if whole == x.shape[2]:
+        return blocks
+    tail = x[:, :, whole:].mean(axis=2, keepdims=True)
+    return np.concatenate([blocks, tail], axis=2)
 
 
 def kept_blocks(columns: int, sparsity: float) -> int:

@@ -10,6 +10,8 @@ from ms_quant.attention.dense import probabilities, scaled_scores
 from ms_quant.attention.grid import Clip
 from ms_quant.attention.layouts import scale_of
 from ms_quant.attention.mask import BlockMask
+from ms_quant.attention.orders import inverse
+from ms_quant.errors import BadArgumentError
 
 ROWS = 64
 ROWS_AT_ONCE = 256
@@ -46,7 +48,12 @@ def recall(
 
     Returns:
         float64 (masks, heads), the mean over the batch.
+
+    Raises:
+        MsQuantError: ``rows`` is below 1.
     """
+    if rows < 1:
+        raise BadArgumentError(f"rows: {rows}, expected at least one query to look at")
     batch, heads, tokens, size = q.shape
     factor = scale_of(scale, size)
     found, chosen = np.zeros((len(masks), heads)), spread_rows(tokens, rows)
@@ -56,7 +63,7 @@ def recall(
         for item, head in np.ndindex(batch, heads):
             p = _distribution(q[item, head, part], k[item, head], factor, kept, item)
             for number, mask in enumerate(masks):
-                found[number, head] += np.sum(p, where=_rows(mask, number, item, head, part, same))
+                found[number, head] += _mass(mask, number, item, head, part, p, same)
     return found / (batch * len(chosen))
 
 
@@ -68,21 +75,29 @@ def _distribution(
     return p / np.where(total > 0, total, np.float32(1))
 
 
-def _rows(
+def _mass(
     mask: BlockMask,
     number: int,
     item: int,
     head: int,
     tokens: np.ndarray,
+    p: np.ndarray,
     same: dict[tuple[int, ...], np.ndarray],
-) -> np.ndarray:
-    if mask.blocks is not None:
-        return mask.rows(item, head, tokens)
+) -> float:
+    """The sum of p (queries, tokens) over the pairs of a mask; by blocks where it has no more."""
     parts = (mask.order_of, mask.band, mask.leading)
     key = (number, *(-1 if part is None else int(part[head]) for part in parts))
+    if mask.blocks is not None and key[2:] == (-1, -1):
+        order = mask.orders[mask.order_of[head]]
+        starts = np.arange(0, mask.tokens, mask.block_shape[1])
+        by_block = np.add.reduceat(np.take(p, order, axis=1), starts, axis=1)
+        rows = inverse(order)[tokens] // mask.block_shape[0]
+        return float((by_block * mask.blocks[item % mask.batch, head, rows]).sum())
+    if mask.blocks is not None:
+        return float(np.sum(p, where=mask.rows(item, head, tokens)))
     if key not in same:
         same[key] = mask.rows(item, head, tokens)
-    return same[key]
+    return float(np.sum(p, where=same[key]))
 
 
 def sampled_recall(

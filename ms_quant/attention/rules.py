@@ -12,6 +12,8 @@ kind              what it keeps                                  tokens in the o
 ``ada_bsa``       blocks by antidiagonal sums                    as they come
 ================  =============================================  ==============================
 
+Sources: RainFusion, arXiv 2505.21036; MindIE-SD's ``sparse_attention`` for rf_v2, rf_v3, ada_bsa.
+
 ``sparsity`` is always the share that a rule tries to leave out. What it really leaves out is less
 (text, the first frame, whole blocks): ``BlockMask.density`` says it.
 """
@@ -28,7 +30,7 @@ from ms_quant.attention.arm import ALPHA, FLOOR, MODES, arm
 from ms_quant.attention.bands import check_sparsity
 from ms_quant.attention.block_attention import BLOCK_SHAPE
 from ms_quant.attention.grid import TokenGrid
-from ms_quant.attention.layouts import check_operands
+from ms_quant.attention.layouts import operands
 from ms_quant.attention.mask import BlockMask, pick
 from ms_quant.attention.orders import ClipOrder, PlacedTokens, place, time_windows, windows
 from ms_quant.attention.pooled import pooled_blocks, protect
@@ -94,14 +96,14 @@ def make_mask(
     """The mask of each head.
 
     Args:
-        q, k: float32 (batch, heads, tokens, size), as attention takes them.
+        q, k: float (batch, heads, tokens, size), as attention takes them.
         grid: which tokens are video.
         kept: bool (batch, tokens), false for keys that are padding.
 
     Raises:
         MsQuantError: queries, keys and grid do not go together, or the rule takes one clip alone.
     """
-    check_operands(q, k, k)
+    q, k, _ = operands(q, k, k)
     if not q.shape[2] == k.shape[2] == grid.tokens:
         raise BadArgumentError(
             f"grid: {grid.tokens} tokens for {q.shape[2]} queries and {k.shape[2]} keys, "
@@ -134,8 +136,9 @@ def _pooled(
     placed = place(grid, within, rule.protect_first_frame, whole)
     if rule.kind == "rf_v2":
         q, k = q[:1], k[:1]
+    queries, keys = (np.take(x, placed.order, axis=2) for x in (q, k))
     blocks = pooled_blocks(
-        *(q[:, :, placed.order], k[:, :, placed.order], placed.protected, rule.sparsity),
+        *(queries, keys, placed.protected, rule.sparsity),
         block_shape=rule.block_shape,
         scale=scale,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ms_quant.attention.block_attention import block_attention
-from ms_quant.attention.layouts import check_kept, check_operands
+from ms_quant.attention.fa_quant import Prepare
+from ms_quant.attention.layouts import check_kept, operands, scale_of
 from ms_quant.attention.mask import BlockMask
 from ms_quant.errors import BadArgumentError
 
@@ -22,23 +24,25 @@ def attend(
     *,
     scale: float | None = None,
     kept: np.ndarray | None = None,
+    prepare: Prepare | None = None,
     kernel: Kernel = block_attention,
 ) -> np.ndarray:
     """Attention over the pairs of a mask: tokens are put in order, computed, and put back.
 
     Args:
-        q, k, v: float32 (batch, heads, tokens, size).
+        q, k, v: float (batch, heads, tokens, size).
         scale: of scores, 1 / sqrt(size) when None.
         kept: bool (batch, tokens), false for keys that are padding.
-        kernel: what computes :func:`block_attention`.
+        prepare: what becomes of q, k and v in order, as of ``fa_quant.decoded``.
+        kernel: what computes :func:`block_attention`; it gets contiguous arrays.
 
     Returns:
         float32 (batch, heads, tokens, size), tokens as they came.
 
     Raises:
-        MsQuantError: shapes do not go together.
+        MsQuantError: shapes do not go together, or q, k or v holds NaN or infinity.
     """
-    check_operands(q, k, v)
+    q, k, v = operands(q, k, v)
     padding = check_kept(kept, len(q), k.shape[2])
     if (mask.heads, mask.tokens) != q.shape[1:3] or k.shape[2] != mask.tokens:
         raise BadArgumentError(
@@ -47,12 +51,19 @@ def attend(
         )
     if mask.batch not in (1, len(q)):
         raise BadArgumentError(f"mask: of a batch of {mask.batch}, expected {len(q)}")
+    factor = scale_of(scale, q.shape[3])
     out = np.empty(q.shape, np.float32)
     for heads in _groups(mask):
         order = mask.orders[mask.order_of[heads[0]]]
-        at = np.ix_(np.arange(len(q)), heads, order)
-        shown = None if padding is None else padding[:, order]
-        out[at] = _in_order(q[at], k[at], v[at], mask, heads, scale, shown, kernel)
+        if len(heads) == mask.heads and (order[1:] > order[:-1]).all():  # as they come
+            at: Any = slice(None)
+        else:
+            at = np.ix_(np.arange(len(q)), heads, order)
+        queries, keys, values = (np.ascontiguousarray(x[at]) for x in (q, k, v))
+        if prepare is not None:
+            queries, keys, values = prepare(queries, keys, values, heads)
+        shown = None if padding is None else np.ascontiguousarray(padding[:, order])
+        out[at] = _in_order(queries, keys, values, mask, heads, factor, shown, kernel)
     return out
 
 
@@ -69,7 +80,7 @@ def _in_order(
     v: np.ndarray,
     mask: BlockMask,
     heads: np.ndarray,
-    scale: float | None,
+    scale: float,
     kept: np.ndarray | None,
     kernel: Kernel,
 ) -> np.ndarray:
