@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from ms_quant.cells.diffusion.hook import hook_of
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import host_array, linears, replace_cell
 from ms_quant.errors import BadFileError, MsQuantError
@@ -59,7 +61,20 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
     metadata = {KEY: json.dumps({"version": VERSION, "linears": schemes}, sort_keys=True)}
     path = directory / FILE_NAME
     write_file(path, plans, lambda plan: host_array(tensors[plan.name]), metadata)
+    _warn_of_attention(network)
     return str(path)
+
+
+def _warn_of_attention(network: nn.Cell) -> None:
+    """Says once what the file does not hold."""
+    attached = [path for path, cell in network.cells_and_names() if hook_of(cell) is not None]
+    if attached:
+        warnings.warn(
+            f"ms_quant: what is attached to {attached[0]} is not in the file of a network; give "
+            "its attention again after loading: ms_quant.quantize(network, lambda path, cell: "
+            "None, attention=...)",
+            stacklevel=4,
+        )
 
 
 def _stated(path: str, cell: QuantLinear, scheme: Scheme) -> dict[str, Any]:

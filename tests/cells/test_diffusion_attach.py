@@ -325,3 +325,44 @@ def test_static_scales_need_inputs():
     with pytest.raises(MsQuantError, match=r"blocks\.0\.attn: no calibration input reached it"):
         ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*": "INT8"}, calibration=[])
     assert network.blocks[0].attn.fa_quant is None
+
+
+# Saved again
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", None])
+def test_saved_attention_is_loaded(scheme, tmp_path):
+    network = Net()
+    wishes = {"*.0.attn": "MXFP4_DYNAMIC", "*.1.attn": {"kind": "FP8_DYNAMIC", "rotates": False}}
+    ms_quant.quantize(network, scheme or (lambda path, cell: None), attention=wishes)
+    path = ms_quant.save_quantized(network, tmp_path)
+    stated = json.loads(Path(path).read_text())
+    assert stated["blocks.0.attn.quant_type"] == "MXFP4_DYNAMIC"
+    assert stated["model_quant_type"] == (scheme or "MXFP4_DYNAMIC")
+    fresh = Net()
+    for (_, old), (_, new) in zip(
+        network.parameters_and_names(), fresh.parameters_and_names(), strict=False
+    ):
+        if scheme is None:
+            new.set_data(old)
+    ms_quant.quantize(fresh, path)
+    np.testing.assert_array_equal(fresh(x()).asnumpy(), network(x()).asnumpy())
+    assert {row.attention for row in attention_summary(fresh)} == {"MXFP4_DYNAMIC", "FP8_DYNAMIC"}
+
+
+def test_what_mindie_sd_does_not_serve_is_not_saved(tmp_path):
+    network = Net()
+    ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*.0.attn": "INT8_DYNAMIC"})
+    with pytest.raises(MsQuantError, match=r"blocks\.0\.attn: MindIE-SD serves no attention in"):
+        ms_quant.save_quantized(network, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_files_do_not_hold_is_said(tmp_path):
+    network = Net()
+    wishes = {"*.0.attn": {"sparse": "rf_v2", "kind": "FP8_DYNAMIC"}}
+    ms_quant.quantize(network, "W8A8_DYNAMIC", attention=wishes)
+    with pytest.warns(UserWarning, match=r"blocks\.0\.attn is sparse, which MindIE-SD's files do"):
+        ms_quant.save_quantized(network, tmp_path)
+    with pytest.warns(UserWarning, match=r"attached to blocks\.0\.attn is not in the file of a"):
+        ms_quant.save_quantized(network, tmp_path, format="network")

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from ms_quant.attention.dense import attention
-from ms_quant.attention.fa_quant import Scales, fa_quant, quantize_operands
+from ms_quant.attention.fa_quant import Scales, decoded, fa_quant
 from ms_quant.attention.grid import TokenGrid
 from ms_quant.attention.layouts import from_heads_first, heads_first
 from ms_quant.attention.mask import BlockMask
@@ -94,7 +94,7 @@ class DiffusionAttention(nn.Cell):
             )
         self.plan, self.timestep_policy, self.scales = plan, timestep_policy, scales
         self.label, self.calls = plan.label, Counter[str]()
-        self.masks = MaskCaches(plan.window)
+        self.masks, self.head_size = MaskCaches(plan.window), head_size
         target = device_target or ms.get_context("device_target")
         self.operators = ascend.operators(plan) if target == "Ascend" else None
         if rotations is not None:
@@ -109,6 +109,7 @@ class DiffusionAttention(nn.Cell):
             self.insert_param_to_cell(name, parameter)
 
     def _rotate_heads_of(self, size: int) -> None:
+        self.head_size = size
         if self.plan.is_rotated and "q_rot" not in self._params:
             rotation = walsh_rotation(size)
             self._set_rotations(rotation, rotation)
@@ -241,10 +242,10 @@ class DiffusionAttention(nn.Cell):
         key = grid, q.shape[:2], None if kept is None else kept.tobytes()
         mask = make() if step is None else self.masks.cache.at(step, make, key)
         assert mask is not None
+        prepare = None
         if kind != FLOAT:
-            made = quantize_operands(q, k, v, *self._rotations(), kind, scales=self._scales(kind))
-            q, k, v = made.q.values(), made.k.values(), made.v.values()
-        return attend(q, k, v, mask, scale=scale, kept=kept)
+            prepare = decoded(kind, *self._rotations(), scales=self._scales(kind))
+        return attend(q, k, v, mask, scale=scale, kept=kept, prepare=prepare)
 
     def _named(self, kind: str, sparse: bool) -> str:
         rule = self.plan.sparse

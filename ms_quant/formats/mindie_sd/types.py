@@ -76,6 +76,7 @@ _UNDEFINED = (
     "the algorithm's result in its codes"
 )
 _ATTENTION = "is a type of attention, expected one of a linear"
+SERVED_ATTENTION = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC")
 ATTENTION_TYPES = {  # to the kind that computes it
     **{f"{kind}_DYNAMIC": f"{kind}_DYNAMIC" for kind in ("FP8", "MXFP8", "MXFP4", "INT8")},
     "FAQUANT": "INT8",
