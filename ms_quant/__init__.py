@@ -2,7 +2,7 @@
 
 The public names are imported when they are first used: those of networks (``quantize``,
 ``calibrate``, ``Observations``, ``summary``, ``save_quantized``, ``load_quantized``,
-``QuantLinear``) need MindSpore, the others do not.
+``QuantLinear``, and those of attention) need MindSpore, the others do not.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
         quantize,
         save_quantized,
         summary,
+    )
+    from ms_quant.cells.diffusion import (
+        AttentionPlan,
+        DiffusionAttention,
+        attach_attention,
+        attention_sites,
+        attention_summary,
+        detach_attention,
     )
     from ms_quant.errors import (
         BadArgumentError,
@@ -48,8 +56,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "SCHEMES",
+    "AttentionPlan",
     "BadArgumentError",
     "BadFileError",
+    "DiffusionAttention",
     "DiskError",
     "JobConflictError",
     "MsQuantError",
@@ -61,9 +71,13 @@ __all__ = [
     "TimestepPolicyConfig",
     "UnsupportedError",
     "analyze",
+    "attach_attention",
+    "attention_sites",
+    "attention_summary",
     "calibrate",
     "compare",
     "convert_checkpoint",
+    "detach_attention",
     "from_ptq_config",
     "generate",
     "load_quantized",
@@ -85,6 +99,10 @@ _MODULES = {
     "ms_quant.cells": (
         *("Observations", "QuantLinear", "calibrate", "load_quantized", "quantize"),
         *("save_quantized", "summary"),
+    ),
+    "ms_quant.cells.diffusion": (
+        *("AttentionPlan", "DiffusionAttention", "attach_attention", "attention_sites"),
+        *("attention_summary", "detach_attention"),
     ),
     "ms_quant.errors": (
         *("BadArgumentError", "BadFileError", "DiskError", "JobConflictError", "MsQuantError"),
