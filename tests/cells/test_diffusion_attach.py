@@ -139,6 +139,17 @@ def test_networks_without_attention_are_refused():
     assert not attention_summary(network).layers
 
 
+def test_refused_before_anything_long():
+    """What cannot be attached is known before calibration is gone through."""
+    network, calls = Net(), iter([x()])
+    with pytest.raises(MsQuantError, match="every attention that a pattern matches stays float"):
+        ms_quant.quantize(network, "W8A8", calibration=calls, attention={"*": None})
+    attach_attention(network, lambda site: lambda q, k, v, **_: v)
+    with pytest.raises(MsQuantError, match="has an attention function already"):
+        ms_quant.quantize(network, "W8A8", calibration=calls, attention={"*": "FP8_DYNAMIC"})
+    assert next(calls) is not None
+
+
 @pytest.mark.parametrize("wish", [{}, ["*"], "FP8_DYNAMIC"])
 def test_attention_is_a_dict(wish):
     with pytest.raises(MsQuantError, match="expected a dict of patterns"):

@@ -161,7 +161,7 @@ def test_the_table_says_what_is_float_and_why():
     ("layers", "said"),
     [
         (["blocks.*.attention"], "matches no attention"),
-        (["blocks.*.attn2"], "is cross"),
+        (["blocks.*.attn2"], r"is left float \(cross\)"),
     ],
 )
 def test_zero_matches_are_refused(layers, said):

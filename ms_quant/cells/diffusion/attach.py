@@ -44,19 +44,7 @@ def attach_attention(
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
     """
-    chosen = [(site, why_float(site)) for site in chosen_sites(network, tuple(layers))]
-    usable = [site for site, reason in chosen if not reason]
-    if not usable:
-        site, reason = chosen[0]
-        raise BadArgumentError(
-            f"layers: {site.path} ({site.kind}) is {reason}, and so is what else matches, expected "
-            "self attention"
-        )
-    for site in usable:
-        if hook_of(site.cell) is not None:
-            raise BadArgumentError(
-                f"{site.path}: has an attention function already, expected detach_attention first"
-            )
+    usable = usable_sites(network, layers)
     found = [(site, function_of(site)) for site in usable]
     hooks = [Hook(site, function) for site, function in found if function is not None]
     if not hooks:
@@ -65,6 +53,29 @@ def attach_attention(
         )
     _put_all(network, hooks)
     return network
+
+
+def usable_sites(network: nn.Cell, layers: Sequence[str]) -> list[AttentionSite]:
+    """The attentions that patterns match and that something may be attached to.
+
+    Raises:
+        MsQuantError: a pattern matches nothing, nothing that is matched can be taken over, or
+            something is attached already.
+    """
+    chosen = [(site, why_float(site)) for site in chosen_sites(network, tuple(layers))]
+    usable = [site for site, reason in chosen if not reason]
+    if not usable:
+        site, reason = chosen[0]
+        raise BadArgumentError(
+            f"layers: {site.path} ({site.kind}) is left float ({reason}), and so is what else "
+            "matches, expected self attention"
+        )
+    for site in usable:
+        if hook_of(site.cell) is not None:
+            raise BadArgumentError(
+                f"{site.path}: has an attention function already, expected detach_attention first"
+            )
+    return usable
 
 
 def why_float(site: AttentionSite) -> str:

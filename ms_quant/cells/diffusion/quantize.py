@@ -9,11 +9,11 @@ from typing import Any
 from mindspore import nn
 
 from ms_quant.cells.calls import Progress, collect
-from ms_quant.cells.diffusion.attach import attach_attention, why_float
+from ms_quant.cells.diffusion.attach import attach_attention, usable_sites
 from ms_quant.cells.diffusion.calibrate import Ranges, watched
 from ms_quant.cells.diffusion.diffusion_attention import DiffusionAttention
 from ms_quant.cells.diffusion.plan import STATIC, AttentionPlan, attention_plan
-from ms_quant.cells.diffusion.sites import AttentionSite, chosen_sites, is_matched
+from ms_quant.cells.diffusion.sites import AttentionSite, is_matched
 from ms_quant.cells.float_forward import in_float32
 from ms_quant.cells.observations import Observations
 from ms_quant.errors import BadArgumentError
@@ -51,14 +51,19 @@ class AttentionJob:
         }
         self.plans: dict[str, AttentionPlan] = {}
         self.cells: dict[str, DiffusionAttention] = {}
-        for site in chosen_sites(network, self.layers):
+        for site in usable_sites(network, self.layers):
             plan = [plans[pattern] for pattern in plans if is_matched(site, pattern)][-1]
-            if plan is None or why_float(site):
+            if plan is None:
                 continue
             self.plans[site.path] = plan
             if plan.kind != STATIC:
                 cell = DiffusionAttention(plan, policy, head_size=site.head_size)
                 self.cells[site.path] = cell
+        if not self.plans:
+            raise BadArgumentError(
+                "attention: every attention that a pattern matches stays float, expected a plan "
+                "for one at least"
+            )
         self.ranges = {path: Ranges(p) for path, p in self.plans.items() if p.kind == STATIC}
 
     @contextmanager
