@@ -153,7 +153,6 @@ def pick(masks: Sequence[BlockMask], choice: np.ndarray) -> BlockMask:
     used = [_as_blocks(mask, used) for mask in used]
     number = {i: n for n, i in enumerate(sorted(set(choice.tolist())))}
     heads = [(number[int(i)], head) for head, i in enumerate(choice)]
-    starts = np.cumsum([0] + [len(mask.orders) for mask in used])
     firsts = {m.first for m in used if m.band is not None or m.leading is not None}
     if len(firsts) > 1:
         raise BadArgumentError(f"masks: {sorted(firsts)} places first, expected the same of each")
@@ -162,9 +161,12 @@ def pick(masks: Sequence[BlockMask], choice: np.ndarray) -> BlockMask:
     if used[0].blocks is not None:
         parts = [_of_batch(used[n].blocks, batch)[:, head] for n, head in heads]
         blocks = np.stack(parts, axis=1)
+    rows: dict[bytes, int] = {}  # masks may have the same order
+    orders = [used[n].orders[used[n].order_of[head]] for n, head in heads]
+    order_of = np.array([rows.setdefault(order.tobytes(), len(rows)) for order in orders], np.int64)
     return BlockMask(
-        np.concatenate([mask.orders for mask in used]),
-        np.array([starts[n] + used[n].order_of[head] for n, head in heads], np.int64),
+        np.stack([np.frombuffer(row, orders[0].dtype) for row in rows]),
+        order_of,
         blocks,
         used[0].block_shape,
         _of_heads([mask.band for mask in used], heads),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from slow_attention import planted_heads
 
+from ms_quant.attention import arm as module
 from ms_quant.attention.arm import arm
 from ms_quant.attention.bands import band_masks, bandwidth, checkerboard_step, half_widths
 from ms_quant.attention.grid import Clip, TokenGrid
@@ -208,3 +209,11 @@ def test_recall_of_blocks_is_the_mass_inside():
         inside = (p * mask.pairs_of_tokens()).sum(-1).mean((0, 2))
         np.testing.assert_allclose(of_heads, inside, atol=1e-5)
     assert (found[0] < 0.999).any()
+
+
+def test_the_shipped_and_the_papers_rule_on_recalls():
+    """Columns: temporal 0, spatial 1, textural 2."""
+    table = np.array([[0.7, 0.6], [0.6, 0.7], [0.5, 0.5], [0.96, 0.99], [0.94, 0.99], [0.92, 0.91]])
+    assert module._shipped(table).tolist() == [0, 1, 1, 0, 1, 0]
+    assert module._paper(table, 0.9).tolist() == [2, 2, 2, 0, 0, 0]
+    assert module._paper(table, 0.95).tolist() == [2, 2, 2, 0, 1, 2]

@@ -205,6 +205,15 @@ def test_pick_mixes_heads():
         )
 
 
+def test_heads_of_one_order_are_computed_together():
+    """Without text a spatial band has tokens as they come, and so have dense heads."""
+    q, k, _ = video((8, 8, 8), 0)
+    mask = make_mask(SparseRule("rf_v1"), q, k, TokenGrid.of((8, 8, 8), 512))
+    assert mask.names == ("spatial", "temporal", "dense", "dense")
+    assert mask.order_of.tolist() == [0, 1, 0, 0]
+    assert mask.orders[0].tolist() == list(range(512))
+
+
 def test_the_kernel_gets_heads_of_one_order():
     """What a kernel is called with: contiguous arrays, its heads' blocks, and nothing twice."""
     q, k, v = video((5, 9, 11), 20)
