@@ -21,6 +21,7 @@ from ms_quant.cells.diffusion.ascend import QUANTIZED, WHOLE, Operators
 from ms_quant.cells.diffusion.plan import attention_plan
 from ms_quant.errors import MsQuantError
 from ms_quant.numerics.minifloat import E4M3, decode
+from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 BATCH, HEADS, TOKENS, SIZE = 2, 2, 300, 64
 
@@ -130,6 +131,16 @@ def test_float_attention_is_the_operators_own():
 def test_what_has_no_operator_is_refused_at_once(plan):
     with pytest.raises(MsQuantError, match="has no Ascend operators here, expected FP8_DYNAMIC"):
         DiffusionAttention(attention_plan(plan, "x"), device_target="Ascend")
+
+
+def test_a_policy_asks_for_no_other_operators_in_silence():
+    policy = TimestepPolicyConfig(fa_default_strategy="MXFP4")
+    cell = DiffusionAttention(AttentionPlan("FP8_DYNAMIC"), policy, device_target="Ascend")
+    with (
+        TimestepManager.at(0),
+        pytest.raises(MsQuantError, match="step 0: attention: MXFP4_DYNAMIC has no Ascend"),
+    ):
+        cell(*qkv("BNSD"))
 
 
 def test_the_real_operators_can_be_made_here_and_fp8_is_missed():

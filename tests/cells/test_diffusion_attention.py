@@ -251,6 +251,16 @@ def test_heads_of_no_power_of_two_cannot_be_rotated():
     np.testing.assert_array_equal(plain(*tensors(arrays)).asnumpy(), expected)
 
 
+def test_bad_operands_are_refused():
+    cell, (q, k, v) = DiffusionAttention(AttentionPlan("FP8_DYNAMIC")), tensors(qkv(40))
+    with pytest.raises(MsQuantError, match=r"k: shape \(40, 32\), expected four axes in BNSD"):
+        cell(q, k[0, 0], v)
+    with pytest.raises(MsQuantError, match="layout: 'SBH', expected"):
+        cell(q, k, v, layout="SBH")
+    with pytest.raises(MsQuantError, match=r"v: \(batch, heads, length, size\)"):
+        cell(q, k, v[:, :1])
+
+
 def test_static_scales_are_needed():
     with pytest.raises(MsQuantError, match="INT8 has static scales"):
         DiffusionAttention(AttentionPlan("INT8"))

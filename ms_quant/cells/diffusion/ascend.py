@@ -59,12 +59,17 @@ def operators(plan: AttentionPlan) -> Operators:
     Raises:
         MsQuantError: there are none here for it.
     """
-    if plan.sparse is not None or plan.kind != "FP8_DYNAMIC":
-        raise UnsupportedError(
-            f"attention: {plan.label} has no Ascend operators here, expected FP8_DYNAMIC; on CPU "
-            "every kind and rule runs"
-        )
+    check_kind(plan.label)
     return Operators()
+
+
+def check_kind(name: str) -> None:
+    """Refuses a plan or a kind that has no operators here."""
+    if name != "FP8_DYNAMIC":
+        raise UnsupportedError(
+            f"attention: {name} has no Ascend operators here, expected FP8_DYNAMIC; on CPU every "
+            "kind and rule runs"
+        )
 
 
 def dense(

@@ -143,6 +143,9 @@ class DiffusionAttention(nn.Cell):
         call: AttentionCall,
         step: int | None,
     ) -> Tensor:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.ndim != 4:
+                raise BadArgumentError(f"{name}: shape {x.shape}, expected four axes in {layout}")
         kind, sparse = self._kind(step), self._is_sparse(step)
         if kind == FLOAT and not sparse:
             return self._own(q, k, v, layout, mask, scale, call, DENSE_STEP)
@@ -154,6 +157,7 @@ class DiffusionAttention(nn.Cell):
         if kind != FLOAT:
             self._rotate_heads_of(q.shape[-1])
         if self.operators is not None:
+            ascend.check_kind(kind)
             self.calls[kind] += 1
             return ascend.forward(self, q, k, v, layout, kept, scale)
         arrays = _on_host(q, k, v, layout)
