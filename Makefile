@@ -80,7 +80,7 @@ $(VLLM)/%/installed: $(VLLM)/common/installed tests/vllm/requirements-%.txt
 
 # Attention in the diffusion networks of mindone, in an environment of its own over $(VENV).
 test-mindone: $(MINDONE)/installed
-	timeout 420 $(MINDONE)/bin/python -m pytest -q tests/mindone
+	timeout 540 $(MINDONE)/bin/python -m pytest -q tests/mindone
 
 $(MINDONE)/installed: $(INSTALLED) tests/mindone/requirements.txt
 	$(call environment,$(VENV))

@@ -302,9 +302,10 @@ def _steps(
 ) -> int:
     """T, which all linears of timesteps share; 0 where there is none."""
     counts = {len(cell.input_scale) for cell in quantized.values() if cell.by_step}
-    if policy is not None and not counts:
+    if policy is not None and not counts and not any(cell.widens for cell in quantized.values()):
         raise BadFileError(
-            f"timestep_policy: no linear of {file.path} takes one, expected some of W8A8_TIMESTEP"
+            f"timestep_policy: no linear of {file.path} takes it, expected some of W8A8_TIMESTEP, "
+            "or of W4A4_MXFP4 where it has W4A8"
         )
     if len(counts) > 1:
         raise BadFileError(

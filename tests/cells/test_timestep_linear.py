@@ -13,6 +13,7 @@ pytest.importorskip("mindspore")
 import mindspore as ms
 from mindspore import Tensor, nn
 
+import ms_quant
 from ms_quant.cells import QuantLinear
 from ms_quant.cells.timesteps import WIDE, forward_rows
 from ms_quant.errors import MsQuantError
@@ -208,3 +209,18 @@ def test_inputs_in_mxfp4_are_in_mxfp8_where_the_policy_says_so(smooths):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(MsQuantError, match="no timestep is set"):
         cell(Tensor(x))
+
+
+def test_one_policy_of_a_network_and_its_file(tmp_path):
+    made, x = TimestepPolicyConfig(), Tensor(tokens(3, 64))
+    made.register([1], "W4A8", "w4a4_linear")
+    network = nn.SequentialCell(nn.Dense(64, 8))
+    ms_quant.quantize(network, "W4A4_MXFP4", timestep_policy=made)
+    path = ms_quant.save_quantized(network, tmp_path, format="network")
+    loaded = ms_quant.load_quantized(nn.SequentialCell(nn.Dense(64, 8)), path, timestep_policy=made)
+    found = []
+    for step in range(2):
+        with TimestepManager.at(step):
+            found.append(network(x).asnumpy())
+            np.testing.assert_array_equal(loaded(x).asnumpy(), found[step])
+    assert np.abs(found[0] - found[1]).max() > 1e-3
