@@ -375,5 +375,35 @@ def test_what_files_do_not_hold_is_said(tmp_path):
     ms_quant.quantize(network, "W8A8_DYNAMIC", attention=wishes)
     with pytest.warns(UserWarning, match=r"blocks\.0\.attn is sparse, which MindIE-SD's files do"):
         ms_quant.save_quantized(network, tmp_path)
-    with pytest.warns(UserWarning, match=r"attached to blocks\.0\.attn is not in the file of a"):
-        ms_quant.save_quantized(network, tmp_path, format="network")
+
+
+WHOLE = {
+    "quantized": {"*": "FP8_DYNAMIC"},
+    "sparse": {"*.0.attn": {"sparse": "rf_v3", "sparsity": 0.5, "latent_shape": (1, 5, 8)}},
+    "static": {"*": {"kind": "INT8", "rotates": True}},
+}
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", None])
+@pytest.mark.parametrize("wishes", WHOLE.values(), ids=WHOLE)
+def test_a_whole_network_with_attention_is_loaded(scheme, wishes, tmp_path):
+    network = Net()
+    chosen = scheme or (lambda path, cell: None)
+    ms_quant.quantize(network, chosen, attention=wishes, calibration=[x()])
+    path = ms_quant.save_quantized(network, tmp_path, format="network")
+    fresh = ms_quant.load_quantized(Net(), path)
+    np.testing.assert_array_equal(fresh(x()).asnumpy(), network(x()).asnumpy())
+    rows = [attention_summary(one).layers for one in (fresh, network)]
+    assert rows[0] == rows[1]
+
+
+def test_attention_of_another_network_is_refused(tmp_path):
+    network = Net()
+    ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*": "FP8_DYNAMIC"})
+    path = ms_quant.save_quantized(network, tmp_path, format="network")
+    fresh = Net()
+    fresh.blocks[1].attn = nn.SequentialCell()
+    fresh.blocks[1].attn.qkv = nn.Dense(HEADS * SIZE, 3 * HEADS * SIZE)
+    with pytest.raises(MsQuantError, match=r"holds attention of 'blocks\.1\.attn', the net"):
+        ms_quant.load_quantized(fresh, path)
+    assert not any(isinstance(cell, QuantLinear) for _, cell in fresh.cells_and_names())
