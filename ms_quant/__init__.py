@@ -2,7 +2,7 @@
 
 The public names are imported when they are first used: those of networks (``quantize``,
 ``calibrate``, ``Observations``, ``summary``, ``save_quantized``, ``load_quantized``,
-``QuantLinear``, and those of attention) need MindSpore, the others do not.
+``QuantLinear``, and those that attach attention) need MindSpore, the others do not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from ms_quant.algorithms import ALGORITHMS
     from ms_quant.analysis.records import Sensitivity
     from ms_quant.analysis.run import analyze
+    from ms_quant.attention.functions import (
+        arm,
+        block_mask,
+        fa_block_quant,
+        fa_quant,
+        sparse_attention,
+    )
     from ms_quant.cells import (
         Observations,
         QuantLinear,
@@ -71,13 +78,17 @@ __all__ = [
     "TimestepPolicyConfig",
     "UnsupportedError",
     "analyze",
+    "arm",
     "attach_attention",
     "attention_sites",
     "attention_summary",
+    "block_mask",
     "calibrate",
     "compare",
     "convert_checkpoint",
     "detach_attention",
+    "fa_block_quant",
+    "fa_quant",
     "from_ptq_config",
     "generate",
     "load_quantized",
@@ -88,6 +99,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_mixed",
     "save_quantized",
+    "sparse_attention",
     "summary",
     "verify_checkpoint",
 ]
@@ -96,6 +108,9 @@ _MODULES = {
     "ms_quant.algorithms": ("ALGORITHMS",),
     "ms_quant.analysis.records": ("Sensitivity",),
     "ms_quant.analysis.run": ("analyze",),
+    "ms_quant.attention.functions": (
+        *("arm", "block_mask", "fa_block_quant", "fa_quant", "sparse_attention"),
+    ),
     "ms_quant.cells": (
         *("Observations", "QuantLinear", "calibrate", "load_quantized", "quantize"),
         *("save_quantized", "summary"),
