@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ms_quant.algorithms.pipeline import has
-from ms_quant.allocation.options import choices_within
-from ms_quant.allocation.price import price_for_cost, total
+from ms_quant.allocation.knapsack import best_within
 from ms_quant.analysis.inputs import describe_input
 from ms_quant.analysis.records import GroupSensitivity, Sensitivity, percent
 from ms_quant.analysis.summary import title
@@ -147,13 +146,8 @@ def _decision(choice: Choice, known: Candidates, asked: CheckedMixed) -> Decisio
 
 
 def _of_size(known: Candidates, asked: CheckedMixed) -> Decision:
-    budget = asked.target_bits
-    assert budget is not None
-    price = price_for_cost(known.parts.values(), budget)
-    if total(known.parts.values(), price).cost > budget:
-        price = math.inf
-    choice = known.choice(choices_within(known.parts, budget, price))
-    return _decision(choice, known, asked)
+    assert asked.target_bits is not None
+    return _decision(known.choice(best_within(known.parts, asked.target_bits)), known, asked)
 
 
 def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Decision:
