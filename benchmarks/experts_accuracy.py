@@ -25,11 +25,16 @@ from ms_quant.evaluation.drafts import drafts
 from ms_quant.evaluation.perplexity import Measurement, measure
 from ms_quant.formats.opening import ServedModel, open_model
 
-EXPERTS_ONLY = "attention=FLOAT,dense=FLOAT,shared=FLOAT,experts="
+EXPERTS_ONLY = "FLOAT,experts="
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8_DYNAMIC": {"scheme": "W8A8_DYNAMIC", "formats": ["ascend"]},
     "W8A8, MLPs W8A8_DYNAMIC, minmax": {"scheme": "W8A8"},
     "W8A8, MLPs W8A8_DYNAMIC, osl": {"scheme": "W8A8", "algorithm": "osl"},
+    "the same, and MTP W8A8_DYNAMIC": {
+        "scheme": "W8A8,mtp=W8A8_DYNAMIC",
+        "algorithm": "osl,mtp=minmax",
+        "formats": ["ascend"],
+    },
     "experts W4A8_DYNAMIC, rest W8A8_DYNAMIC, minmax": {
         "scheme": "W8A8_DYNAMIC,experts=W4A8_DYNAMIC",
         "formats": ["ascend"],
@@ -59,7 +64,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "scheme_options": {"group_size": 32},
     },
 }
-CACHE = "int8 cache of latent vectors, a scale a token"
+CACHE = "int8 cache, a scale a token"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -70,11 +75,14 @@ def main(args: argparse.Namespace) -> None:
     print("| linears | perplexity | increase | drafts |\n|---|---|---|---|")
     _show("float", exact, exact, source, tokens, further)
     for name, options in ROWS.items():
+        if "mtp=" in options["scheme"] and not further:
+            continue
         with tempfile.TemporaryDirectory(prefix="experts-") as place:
             output = Path(place) / "out"
             algorithm = options.get("algorithm", "minmax")
             data = {"calibration": args.calib, "samples": 64, "seq_len": 256}
-            needs = options["scheme"] == "W8A8" or "q" in algorithm or "osl" in algorithm
+            static = options["scheme"].split(",")[0] == "W8A8"
+            needs = static or "q" in algorithm or "osl" in algorithm
             ms_quant.quantize_checkpoint(args.model, output, **options, **(data if needs else {}))
             model = open_model(output)
             _show(name, measure(model, tokens), exact, model, tokens, further)

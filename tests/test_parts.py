@@ -163,8 +163,8 @@ def test_a_part_that_the_model_lacks_is_refused(part):
 @pytest.mark.parametrize("pattern", ["*.experts.3.*", "*.experts.*.down_proj"])
 def test_experts_of_a_layer_are_one(pattern):
     text = refusal("W8A8_DYNAMIC", exclude=[pattern])
-    assert "model.layers.1.mlp.experts.0.gate_proj would be W8A8_DYNAMIC and " in text
-    assert "expected one for all experts of model.layers.1: runtimes take the first" in text
+    assert "model.layers.1.mlp.experts.0.gate_proj is W8A8_DYNAMIC, expected one " in text
+    assert "one scheme for all experts of model.layers.1: runtimes take the first" in text
     assert plan("W8A8_DYNAMIC", exclude=["model.layers.1.mlp.experts.*"])  # layers may differ
 
 
@@ -176,23 +176,31 @@ NO_Q_LORA = {**DEEPSEEK, "q_lora_rank": None}
 @pytest.mark.parametrize(
     ("scheme", "more", "reason"),
     [
-        ("W8A8_DYNAMIC", GOLDEN, "folds the static input scale of q_a_proj"),
-        ("W8A8,attention=FLOAT", GOLDEN, "expected attention to be W8A8, and model.layers.0.self"),
+        ("W8A8_DYNAMIC", GOLDEN, "folds its input_scale into a norm"),
+        (
+            "W8A8,attention=FLOAT",
+            GOLDEN,
+            "0.self_attn.q_a_proj: is FLOAT, expected W8A8",
+        ),
         ("W8A8,experts=FLOAT", GOLDEN, "no float experts in a quantized model"),
-        ("W8A8,mtp=W8A8_DYNAMIC", GOLDEN, "layers that predict further tokens are float there"),
-        ("W8A8", {**GOLDEN, "raw": NO_Q_LORA}, "has q_a_proj, which a model without q_lora_rank"),
+        ("W8A8,mtp=W8A8_DYNAMIC", GOLDEN, "expected FLOAT: it reads blocks that predict"),
+        ("W8A8", {**GOLDEN, "raw": NO_Q_LORA}, "q_lora_rank is null, expected a rank"),
         ("W8A8", {**GOLDEN, "raw": QWEN}, "does not build quantized experts of qwen3_moe"),
-        ("W8A16", ASCEND, "its experts are W8A8_DYNAMIC, W4A8_DYNAMIC, W4A16, "),
-        ("W4A4_DYNAMIC", {**ASCEND, "raw": QWEN}, "experts.0.gate_proj is W4A4_DYNAMIC"),
+        ("W8A16", ASCEND, "is W8A16, expected W8A8_DYNAMIC, W4A8_DYNAMIC, W4A16, "),
+        ("W4A4_DYNAMIC", {**ASCEND, "raw": QWEN}, "experts.0.gate_proj: is W4A4_DYNAMIC, expected"),
         (
             "W4A16",
             {
                 "format": "compressed-tensors",
                 "scheme_options": {"group_size": 32, "symmetric": False},
             },
-            "its weight-only experts are symmetric",
+            "has zero points, expected symmetric weights in groups",
         ),
-        ("W8A16", {"format": "compressed-tensors"}, "its weight-only experts have groups"),
+        (
+            "W8A16",
+            {"format": "compressed-tensors"},
+            "has one scale a channel, expected symmetric",
+        ),
         ("W8A8_DYNAMIC", {"format": "mindie-sd"}, "no network of it with routed experts is known"),
     ],
 )
@@ -232,7 +240,7 @@ def test_int4_experts_are_served_by_new_runtimes_and_int4_linears_by_old_ones():
 def test_what_no_runtime_serves_is_held_and_said_before_the_work(tmp_path: Path):
     found = plan("W8A16", raw=QWEN)
     assert not served_by(found)
-    assert any("its experts are W8A8_DYNAMIC" in line for line in not_served_by(found))
+    assert any("expected W8A8_DYNAMIC, W4A8_DYNAMIC" in line for line in not_served_by(found))
     model = save_routed(tmp_path / "model", QWEN)
     checked = prepare(QuantizeOptions(model, tmp_path / "out", "W8A16"))
     (note,) = [line for line in checked.notes if line.startswith("no runtime serves this plan: ")]

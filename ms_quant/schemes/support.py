@@ -125,7 +125,7 @@ SUPPORT: dict[str, tuple[FormatSupport, ...]] = {
             _OLD_VLLM_ASCEND,
             kernels=_WEIGHT_OP,
             scale_type=ScaleType.MODEL,
-            routed_by=(_VLLM_ASCEND, _OLD_VLLM_ASCEND),
+            routed_by=(_VLLM_ASCEND,),
         ),
         _golden_stick(
             _MINDFORMERS,

@@ -10,18 +10,15 @@ from ms_quant.formats.fused_norms import quotient_notes
 from ms_quant.formats.golden_stick import int4
 from ms_quant.formats.structure import MAX_DESCRIPTION_BYTES, Structure, is_ours
 from ms_quant.formats.tensor_parallel import rank_problems
-from ms_quant.models.block_spec import BlockSpec, LinearGroup
-from ms_quant.models.names import GroupId, block_prefix
-from ms_quant.numerics.activation import StaticInt8
-from ms_quant.plan.plan import Plan
-from ms_quant.serve.experts import expert_notes, expert_problems, method_problems, summed
+from ms_quant.models.names import block_prefix
+from ms_quant.plan.rules import broken, mixed_experts, summed
+from ms_quant.serve.experts import expert_notes, method_problems
 from ms_quant.serve.records import Served, ServeRequest
 
+RUNTIME = "vllm-mindspore MindFormers"
 ENVIRONMENT = {"VLLM_MS_MODEL_BACKEND": "MindFormers"}
 CLASSES = ("DeepseekV3ForCausalLM",)
 """Those whose quantized checkpoints it loads."""
-FUSED_BELOW = 16
-"""With fewer ranks attention is fused."""
 FURTHER = 61
 """The loader knows the block that predicts further tokens by this number."""
 
@@ -30,9 +27,8 @@ def findings(served: Served, request: ServeRequest, structure: Structure) -> Non
     """Adds what the backend needs."""
     plan = structure.plan
     served.problems += method_problems(structure)
-    served.problems += expert_problems(plan)
-    served.problems += _attention_problems(structure, request.tp)
-    served.problems += _expert_types(structure)
+    served.problems += summed(mixed_experts(plan))
+    served.problems += summed(broken(plan, RUNTIME, request.tp))
     served.problems += _group_size_problems(structure)
     served.problems += _further_problems(structure)
     served.problems += rank_problems(plan, request.tp, structure.expected)
@@ -47,53 +43,6 @@ def findings(served: Served, request: ServeRequest, structure: Structure) -> Non
             f"the block that predicts further tokens is {plan.config.num_layers}, the runtime "
             f"looks for {FURTHER}: it is not used"
         )
-
-
-def _attention_problems(structure: Structure, tp: int) -> Iterator[str]:
-    """Fused attention reads static input scales of what its two norms feed."""
-    plan, directory = structure.plan, structure.checkpoint.directory
-    assert plan.config.latent is not None
-    if not plan.config.latent.q_rank:
-        yield (
-            f"{directory / 'config.json'}: q_lora_rank is null, expected a rank: MindFormers' "
-            "fused attention has no layer for a q_proj"
-        )
-        return
-    if tp < FUSED_BELOW:
-        yield from summed(_not_static(plan))
-
-
-def _not_static(plan: Plan) -> Iterator[tuple[str, str]]:
-    for block in (plan.config.block(index) for index in range(plan.config.num_layers)):
-        for group in _behind_fused_norms(block):
-            layer = plan.layers[GroupId(block.index, group.name)]
-            if layer is None or not isinstance(layer.scheme.activation, StaticInt8):
-                yield (
-                    f"{block_prefix(block.index)}{group.members[0]}",
-                    f"is {layer.scheme.name if layer else 'FLOAT'}, expected W8A8: with fewer than "
-                    f"{FUSED_BELOW} ranks MindFormers' fused attention reads its input_scale",
-                )
-
-
-def _behind_fused_norms(block: BlockSpec) -> Iterator[LinearGroup]:
-    for group in block.groups:
-        edge = block.producer_of(group)
-        if edge is not None and edge.fused:
-            yield group
-
-
-def _expert_types(structure: Structure) -> Iterator[str]:
-    """Float experts in a quantized model get the method of a plain linear."""
-    plan, found = structure.plan, []
-    for index in range(plan.config.num_layers):
-        routed = [group for group in plan.config.block(index).groups if group.routed]
-        if routed and plan.layers[GroupId(index, routed[0].name)] is None:
-            found.append(f"{block_prefix(index)}{routed[0].members[0]}")
-    reason = (
-        f"is FLOAT, expected W8A8_DYNAMIC or {int4.SCHEME}: MindFormers has no float experts in a "
-        "quantized model"
-    )
-    yield from summed((path, reason) for path in found)
 
 
 def _group_size_problems(structure: Structure) -> Iterator[str]:
@@ -120,14 +69,6 @@ def _further_problems(structure: Structure) -> Iterator[str]:
     plan, directory = structure.plan, structure.checkpoint.directory
     config = plan.config
     further = range(config.num_layers, config.num_blocks)
-    for index in further:
-        for group in plan.groups(index):
-            yield (
-                f"{block_prefix(index)}{group.members[0]}: is "
-                f"{plan.layer(index, group).scheme.name}, expected FLOAT: MindFormers reads blocks "
-                "that predict further tokens without quantization"
-            )
-            break
     if further and plan.dtype.name != "bfloat16":
         yield (
             f"{directory}: is a {plan.dtype.name} checkpoint, expected bfloat16: MindFormers reads "

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from ms_quant.formats.tensor_parallel import rank_problems
-from ms_quant.serve.experts import (
-    expert_notes,
-    expert_problems,
-    fused_input_problems,
-    method_problems,
-    packed_expert_limits,
-)
+from ms_quant.plan.rules import limited_weight_only_experts, mixed_experts, summed
+from ms_quant.serve.experts import expert_notes, fused_input_problems, method_problems
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 from ms_quant.serve.vllm_ascend import command
@@ -23,14 +18,14 @@ def check(request: ServeRequest) -> Served:
     plan = structure.plan
     server_findings(served, request, plan.config)
     served.problems += method_problems(structure)
-    served.problems += expert_problems(plan)
+    served.problems += summed(mixed_experts(plan))
     if not served.problems:
         served.problems += fused_input_problems(structure)
         served.problems += rank_problems(plan, request.tp, structure.expected)
     if not served.problems:
         served.loaded = loaded_rows(structure, request.tp)
         served.notes += expert_notes(plan, request.tp)
-        limits = packed_expert_limits(plan)
-        served.notes += [f"{limits} by versions before 0.31"] if limits else []
+        limits = summed(limited_weight_only_experts(plan))
+        served.notes += [f"{limit} by versions before 0.31" for limit in limits]
         served.command = command(request)
     return served

@@ -13,13 +13,8 @@ from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.numerics.activation import StaticInt8
 from ms_quant.numerics.reciprocal import NEARLY_EXACT, reciprocal_error
 from ms_quant.plan.plan import Plan, all_groups
-from ms_quant.serve.experts import (
-    expert_notes,
-    expert_problems,
-    fused_input_problems,
-    method_problems,
-    packed_expert_limits,
-)
+from ms_quant.plan.rules import broken, mixed_experts, summed
+from ms_quant.serve.experts import expert_notes, fused_input_problems, method_problems
 from ms_quant.serve.flat import loaded_rows, open_flat, server_findings
 from ms_quant.serve.records import Served, ServeRequest
 
@@ -42,7 +37,7 @@ def check(request: ServeRequest) -> Served:
     plan = structure.plan
     server_findings(served, request, plan.config)
     served.problems += _scheme_problems(structure, request, served)
-    served.problems += expert_problems(plan)
+    served.problems += summed(mixed_experts(plan))
     served.problems += _unknown_names(structure)
     if served.device == "310p" and plan.config.dtype == "bfloat16":
         served.problems.append(
@@ -67,9 +62,7 @@ def _scheme_problems(structure: Structure, request: ServeRequest, served: Served
     if structure.format.name == "ascend":  # of another format the reason is another runtime's
         yield from method_problems(structure)
     plan = structure.plan
-    limits = packed_expert_limits(plan) if structure.format.name != "ascend" else ""
-    if limits:
-        yield limits
+    yield from summed(broken(plan, "vllm-ascend", request.tp))
     layers = ((plan.layers[found], group.routed) for found, group in all_groups(plan.config))
     names = {
         (layer.scheme.name, routed): layer.storage.support for layer, routed in layers if layer
