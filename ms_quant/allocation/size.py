@@ -11,7 +11,7 @@ UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("IB", 1024))
     for power, letter in enumerate("KMGT", 1)
 }
-_SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9][0-9_,]{0,20}(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
 def parse_bytes(text: str, what: str) -> int:
