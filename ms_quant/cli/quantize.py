@@ -82,7 +82,11 @@ def quantize(
         ),
     ] = False,
     kv_cache: Annotated[
-        str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")
+        str,
+        typer.Option(
+            help="float, or C8: int8 keys and values with static scales; of latent attention its "
+            "queries and latent vectors, or C8_ABSMAX with scales of largest magnitudes."
+        ),
     ] = DEFAULTS.kv_cache,
     format: Annotated[
         list[str] | None,

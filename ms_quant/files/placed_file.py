@@ -7,9 +7,12 @@ and on the disk. A kill loses those that were put after the last :meth:`PlacedFi
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from ms_quant.files.atomic import (
     ANY_MODE,
@@ -17,7 +20,7 @@ from ms_quant.files.atomic import (
     disk_errors,
     sha256_file,
     sync_directory,
-    write_json,
+    write_bytes,
 )
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import Array, TensorPlan, checked_pieces, file_layout
@@ -52,7 +55,7 @@ class PlacedFile:
             self._start[plan.name] = offset
             offset += plan.bytes
         self._header = hashlib.sha256(header).hexdigest()
-        self.done, self._unsaved = set[str](), False
+        self.done, self._unsaved, self._lock = set[str](), False, Lock()
         with disk_errors(path):
             begun = self._begun(offset)
             flags = os.O_RDWR | (0 if begun else os.O_CREAT | os.O_TRUNC)
@@ -88,32 +91,38 @@ class PlacedFile:
             with disk_errors(self.path, f"tensor {plan.name!r}"):
                 _write(self._file, piece, offset)
             offset += len(piece)
-        self.done.add(plan.name)
-        self._unsaved = True
+        with self._lock:
+            self.done.add(plan.name)
+            self._unsaved = True
 
     def save(self) -> None:
-        """What was put is on the disk, and stays in it."""
-        if not self._unsaved:
-            return
+        """What was put is on the disk, and stays in it. Another thread may put more meanwhile."""
+        with self._lock:
+            if not self._unsaved:
+                return
+            done, self._unsaved = sorted(self.done), False
         with disk_errors(self.path):
             os.fsync(self._file)
-        write_json(self._state, {"header": self._header, "done": sorted(self.done)})
-        self._unsaved = False
+        write_bytes(self._state, json.dumps({"header": self._header, "done": done}).encode())
 
     def close(self) -> None:
         """Lets go of the file, whole or not."""
         os.close(self._file)
 
     def finish(self) -> FileRecord:
-        """Gives the file its name; all tensors are in it."""
+        """Gives the file its name; all tensors are in it. It is hashed while the disk takes it."""
         assert not self.left, self.left
-        with disk_errors(self.path):
-            os.fsync(self._file)
+        try:
+            with ThreadPoolExecutor(1) as hashing:
+                digest = hashing.submit(sha256_file, self._temporary)
+                self.save()
+        finally:
             self.close()
+        with disk_errors(self.path):
             self._temporary.replace(self.path)
             sync_directory(self.path.parent)
             self._state.unlink(missing_ok=True)
-        return FileRecord(self.path.name, self.path.stat().st_size, sha256_file(self.path))
+        return FileRecord(self.path.name, self.path.stat().st_size, digest.result())
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

@@ -157,7 +157,9 @@ def quantize_mixed(
         algorithm_options: options of the algorithms, ``{"gptq.damping": 0.02}``.
         exclude: glob patterns of linears that stay float; whole fused groups do.
         float_undivided: leave linears float that a scheme's groups do not divide.
-        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel.
+        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel; of latent
+            attention for int8 queries and latent vectors, scaled by recall windows, or
+            ``"C8_ABSMAX"``, by largest magnitudes.
         smoothing_target: where smoothing vectors go; "" is the format's first choice.
         samples: windows of calibration data, and of a held-out text at most; None is 64.
         seq_len: tokens of a window; None is 256.

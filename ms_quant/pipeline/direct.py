@@ -8,17 +8,19 @@ loses what was quantized in the last seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.algorithms.table import ALGORITHMS
-from ms_quant.files.atomic import FileRecord
 from ms_quant.files.floats import round_chunks
 from ms_quant.files.placed_file import PlacedFile
 from ms_quant.files.reader import FloatTensors
@@ -27,14 +29,16 @@ from ms_quant.formats.checks import format_of
 from ms_quant.models.names import GroupId, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.request import CheckedJob
-from ms_quant.pipeline.writer import write_output
+from ms_quant.pipeline.writer import Ending, write_output
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress
 from ms_quant.quantization.block import quantize
 from ms_quant.quantization.weights import StoredWeights
 
-SAVED_SECONDS = 2.0
-"""What a kill loses at most, beside the groups that are being quantized and written."""
+T = TypeVar("T")
+SAVED_SECONDS = 1.0
+"""After so long what was written is brought to the disk, while more is made, but not much more
+before it is there: a kill loses what was made in the last seconds."""
 
 
 def is_direct(checked: CheckedJob) -> bool:
@@ -69,10 +73,7 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
     output, plan, options = checked.output(), checked.plan, checked.options
     if output.finished:
         return True
-    numbers, mode = WeightNumbers(plan, checked.tensors), format_of(plan).mode
-
-    def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> FileRecord:
-        return _write_file(PlacedFile(path, tensors, mode), tensors, numbers, told)
+    mode = format_of(plan).mode
 
     facts: dict[str, Any] = {
         "chosen": {
@@ -80,44 +81,84 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
             for index in range(plan.config.num_blocks)
         }
     }
-    with output.open():
+    with (
+        output.open(),
+        ThreadPoolExecutor(kernels.threads_of(None)) as rounding,
+        InTurn() as endings,
+    ):
+        numbers = WeightNumbers(plan, checked.tensors, rounding)
+
+        def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> Ending:
+            file = PlacedFile(path, tensors, mode)
+            _fill(file, tensors, numbers, told)
+            return endings.begin(file.finish)  # which takes as long as hashing it
+
         write_output(
             plan, numbers, output, options.most_shard_bytes, options.model, facts, progress, write
         )
     return False
 
 
-def _write_file(
+class InTurn:
+    """Work on another thread, a piece at a time; who leaves waits for it.
+
+    Args:
+        waiting: how many pieces may wait for their turn.
+    """
+
+    def __init__(self, waiting: int = 0):
+        self._thread, self._waiting = ThreadPoolExecutor(1), waiting
+        self._begun = deque[Future[Any]]()
+
+    def __enter__(self) -> InTurn:
+        return self
+
+    def __exit__(self, *found: object) -> None:
+        self._thread.shutdown()
+
+    def begin(self, piece: Callable[[], T]) -> Callable[[], T]:
+        """Begins a piece as soon as it may wait for those before; gives what waits for its result.
+
+        Raises:
+            Exception: that of a piece before.
+        """
+        self.wait(self._waiting)
+        begun = self._thread.submit(piece)
+        self._begun.append(begun)
+        return begun.result
+
+    def wait(self, left: int = 0) -> None:
+        """Waits until at most so many pieces have not ended."""
+        while len(self._begun) > left:
+            self._begun.popleft().result()
+
+
+def _fill(
     file: PlacedFile, tensors: Sequence[TensorPlan], numbers: WeightNumbers, told: PartProgress
-) -> FileRecord:
-    """Writes each part while the next is made."""
+) -> None:
+    """Writes each part while the next is made, and while the disk takes those before."""
     done, total, saved = 0, sum(tensor.bytes for tensor in tensors) or 1, time.monotonic()
-    writing: Future[None] | None = None
     try:
-        with ThreadPoolExecutor(1) as writer:
+        with InTurn(1) as writing, InTurn() as saving:
             for part in _together(tensors, numbers.plan):
                 left = [tensor for tensor in part if tensor.name not in file.done]
                 values = [(tensor, tensor.value(numbers)) for tensor in left]
-                if writing is not None:
-                    writing.result()
-                save = time.monotonic() - saved >= SAVED_SECONDS
-                saved = time.monotonic() if save else saved
-                writing = writer.submit(_put, file, values, save)
+                writing.begin(partial(_put, file, values))
+                if time.monotonic() - saved >= SAVED_SECONDS:
+                    saving.begin(file.save)
+                    saved = time.monotonic()
                 done += sum(tensor.bytes for tensor in part)
                 told(done / total)
-            if writing is not None:
-                writing.result()
+            writing.wait()
+            saving.wait()
     except BaseException:
         file.close()
         raise
-    return file.finish()
 
 
-def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]], save: bool) -> None:
+def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]]) -> None:
     for tensor, value in values:
         file.put(tensor, value)
-    if save:
-        file.save()
 
 
 def _together(tensors: Sequence[TensorPlan], plan: Plan) -> Iterator[list[TensorPlan]]:
@@ -142,10 +183,11 @@ class WeightNumbers:
     Args:
         plan: what to do.
         checkpoint: the float model.
+        threads: that round rows.
     """
 
-    def __init__(self, plan: Plan, checkpoint: FloatTensors):
-        self.plan, self.checkpoint = plan, checkpoint
+    def __init__(self, plan: Plan, checkpoint: FloatTensors, threads: ThreadPoolExecutor):
+        self.plan, self.checkpoint, self.threads = plan, checkpoint, threads
         self._names = set(checkpoint.names)
         self._last: tuple[GroupId, dict[str, QuantizedLinear]] | None = None
 
@@ -161,7 +203,7 @@ class WeightNumbers:
         assert group is not None, path
         if self._last is None or self._last[0] != group:
             self._last = None
-            weights = StoredWeights(self.checkpoint, group.block)
+            weights = StoredWeights(self.checkpoint, group.block, threads=self.threads)
             block = quantize(self.plan, weights, None, only=[group.name])
             self._last = group, block.linears
         return self._last[1]
