@@ -19,6 +19,7 @@ import mindspore as ms
 import numpy as np
 from video_measures import psnr, relative_l2, velocities
 
+import ms_quant
 from ms_quant import TimestepManager
 from ms_quant.timestep import kept_timesteps
 
@@ -106,3 +107,25 @@ def test_half_of_the_pairs_are_computed():
     network, attention = diffusion.WAYS["time blocks"].network(STEPS)
     velocities(network, 1)
     assert np.mean(attention.densities) == pytest.approx(0.5, abs=0.02)
+
+
+def test_quantize_attaches_what_the_table_measures():
+    """The library's own call, a mask for each step: the same velocities, bit for bit."""
+    measured, attention = diffusion.WAYS["time blocks"].network(STEPS)
+    rule = attention.rule
+    plan = {
+        "sparse": rule.kind,
+        "sparsity": rule.sparsity,
+        "block_shape": rule.block_shape,
+        "protect_first_frame": rule.protect_first_frame,
+        "mask_refresh_interval": 1,
+        "latent_shape": diffusion.GRID,
+        "text": "first",
+    }
+    attached = ms_quant.quantize(
+        diffusion.load(), lambda path, cell: None, attention={"blocks.*.attn": plan}
+    )
+    pairs = zip(velocities(attached, 1), velocities(measured, 1), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    rows = list(ms_quant.attention_summary(attached))
+    assert len(rows) == 4 and all(sum(row.calls.values()) == 3 for row in rows)
