@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ms_quant.files.atomic import (
@@ -21,10 +23,13 @@ from ms_quant.files.atomic import (
 )
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import Array, TensorPlan, checked_pieces, file_layout
+from ms_quant.progress import PartProgress
 
 MAX_STATE_BYTES = 64 << 20
 ENDING = r"\.placed(\.json)?"
 """What a pattern for the names of such files adds to ``.NAME``."""
+SAVED_SECONDS = 2.0
+"""What a kill loses at most of :func:`fill`, beside the parts that are being made and written."""
 
 
 class PlacedFile:
@@ -34,6 +39,7 @@ class PlacedFile:
         path: its name when it is whole.
         plans: its tensors.
         mode: the widest permissions that it gets.
+        metadata: the ``__metadata__`` of its header.
 
     Attributes:
         done: names of the tensors that are in it.
@@ -42,11 +48,17 @@ class PlacedFile:
         MsQuantError: the disk does not take it.
     """
 
-    def __init__(self, path: Path, plans: Sequence[TensorPlan], mode: int = ANY_MODE):
+    def __init__(
+        self,
+        path: Path,
+        plans: Sequence[TensorPlan],
+        mode: int = ANY_MODE,
+        metadata: Mapping[str, str] | None = None,
+    ):
         self.path, self.mode = path, mode
         self._temporary = path.with_name(f".{path.name}.placed")
         self._state = path.with_name(f".{path.name}.placed.json")
-        header, layout = file_layout(plans, path)
+        header, layout = file_layout(plans, path, metadata)
         self._start, offset = dict[str, int](), len(header)
         for plan in layout:
             self._start[plan.name] = offset
@@ -114,6 +126,54 @@ class PlacedFile:
             sync_directory(self.path.parent)
             self._state.unlink(missing_ok=True)
         return FileRecord(self.path.name, self.path.stat().st_size, sha256_file(self.path))
+
+
+def fill(
+    file: PlacedFile,
+    parts: Iterable[Sequence[TensorPlan]],
+    value: Callable[[TensorPlan], Array],
+    total: int,
+    told: PartProgress,
+) -> FileRecord:
+    """Writes what is left of a file, each part while the next is made.
+
+    Args:
+        file: the file, new or begun.
+        parts: its tensors; those of one part are made together.
+        value: makes a tensor.
+        total: bytes of all tensors.
+        told: told how much is written, 0 to 1.
+
+    Raises:
+        MsQuantError: a tensor cannot be made, is not as planned, or the disk is full.
+    """
+    done, saved = 0, time.monotonic()
+    writing: Future[None] | None = None
+    try:
+        with ThreadPoolExecutor(1) as writer:
+            for part in parts:
+                left = [tensor for tensor in part if tensor.name not in file.done]
+                values = [(tensor, value(tensor)) for tensor in left]
+                if writing is not None:
+                    writing.result()
+                save = time.monotonic() - saved >= SAVED_SECONDS
+                saved = time.monotonic() if save else saved
+                writing = writer.submit(_put, file, values, save)
+                done += sum(tensor.bytes for tensor in part)
+                told(done / (total or 1))
+            if writing is not None:
+                writing.result()
+    except BaseException:
+        file.close()
+        raise
+    return file.finish()
+
+
+def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]], save: bool) -> None:
+    for tensor, value in values:
+        file.put(tensor, value)
+    if save:
+        file.save()
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

@@ -294,7 +294,7 @@ def _refuse_broken(listing: Listing) -> None:
     """Refuses links that lead nowhere, and files that hold something else than their names say."""
     wrong: dict[str, list[str]] = {}
     for name in listing.some("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"):
-        what = _content(listing.directory / name)
+        what = wrong_content(listing.directory / name)
         if what:
             wrong.setdefault(what, []).append(name)
     _refuse_missing_shards(listing)
@@ -323,7 +323,7 @@ def _refuse_missing_shards(listing: Listing) -> None:
             )
 
 
-def _content(path: Path) -> str:
+def wrong_content(path: Path) -> str:
     """What a file is instead of what it is called."""
     if not path.exists():
         return "a link to a file that is not there, expected the file (an unfinished download?)"

@@ -7,9 +7,7 @@ loses what was quantized in the last seconds.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from ms_quant.algorithms.table import ALGORITHMS
 from ms_quant.files.atomic import FileRecord
 from ms_quant.files.floats import round_chunks
-from ms_quant.files.placed_file import PlacedFile
+from ms_quant.files.placed_file import PlacedFile, fill
 from ms_quant.files.reader import FloatTensors
 from ms_quant.files.writer import Array, TensorPlan
 from ms_quant.formats.checks import format_of
@@ -32,9 +30,6 @@ from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress
 from ms_quant.quantization.block import quantize
 from ms_quant.quantization.weights import StoredWeights
-
-SAVED_SECONDS = 2.0
-"""What a kill loses at most, beside the groups that are being quantized and written."""
 
 
 def is_direct(checked: CheckedJob) -> bool:
@@ -72,7 +67,8 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
     numbers, mode = WeightNumbers(plan, checked.tensors), format_of(plan).mode
 
     def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> FileRecord:
-        return _write_file(PlacedFile(path, tensors, mode), tensors, numbers, told)
+        file, total = PlacedFile(path, tensors, mode), sum(tensor.bytes for tensor in tensors)
+        return fill(file, _together(tensors, plan), lambda x: x.value(numbers), total, told)
 
     facts: dict[str, Any] = {
         "chosen": {
@@ -85,39 +81,6 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
             plan, numbers, output, options.most_shard_bytes, options.model, facts, progress, write
         )
     return False
-
-
-def _write_file(
-    file: PlacedFile, tensors: Sequence[TensorPlan], numbers: WeightNumbers, told: PartProgress
-) -> FileRecord:
-    """Writes each part while the next is made."""
-    done, total, saved = 0, sum(tensor.bytes for tensor in tensors) or 1, time.monotonic()
-    writing: Future[None] | None = None
-    try:
-        with ThreadPoolExecutor(1) as writer:
-            for part in _together(tensors, numbers.plan):
-                left = [tensor for tensor in part if tensor.name not in file.done]
-                values = [(tensor, tensor.value(numbers)) for tensor in left]
-                if writing is not None:
-                    writing.result()
-                save = time.monotonic() - saved >= SAVED_SECONDS
-                saved = time.monotonic() if save else saved
-                writing = writer.submit(_put, file, values, save)
-                done += sum(tensor.bytes for tensor in part)
-                told(done / total)
-            if writing is not None:
-                writing.result()
-    except BaseException:
-        file.close()
-        raise
-    return file.finish()
-
-
-def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]], save: bool) -> None:
-    for tensor, value in values:
-        file.put(tensor, value)
-    if save:
-        file.save()
 
 
 def _together(tensors: Sequence[TensorPlan], plan: Plan) -> Iterator[list[TensorPlan]]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.algorithms.problem import Problem, Solution, input_quantization
+from ms_quant.files.reader import FloatTensors
 from ms_quant.models.block_spec import LinearGroup
-from ms_quant.numerics.grid import AffineFormat, AffineGrid
+from ms_quant.numerics.grid import AffineFormat, AffineGrid, Grid, WeightFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
@@ -61,40 +62,63 @@ def quantize_streamed(
     activation = input_quantization(problem, Solution())
     linears = {}
     for member in group.members:
-        codes, grid = _rounded(weights, f"{member}.weight", layer, problem.scale_dtype)
+        name = f"{member}.weight"
+        codes, grid = rounded_by_rows(
+            weights.checkpoint, weights.prefix + name, layer.scheme.weight, problem.scale_dtype, name
+        )
         linears[member] = QuantizedLinear(codes, grid, activation=activation)
     return linears
 
 
-def _rounded(
-    weights: StoredWeights, name: str, layer: LayerPlan, scale_dtype: np.dtype
-) -> tuple[np.ndarray, AffineGrid]:
-    checkpoint, full, format = weights.checkpoint, weights.prefix + name, layer.scheme.weight
-    assert isinstance(format, AffineFormat)
-    count, columns = checkpoint.info(full).shape
-    size, step = format.group_size or columns, max(1, ELEMENTS // columns)
-    cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
-    codes = np.empty((count, columns), np.int8)
+def rounded_by_rows(
+    checkpoint: FloatTensors,
+    full: str,
+    format: WeightFormat,
+    scale_dtype: np.dtype,
+    name: str = "weight",
+) -> tuple[np.ndarray, Grid]:
+    """The codes and the grid of a weight of whose rows each has parameters of its own.
 
-    def grid_of(scale: np.ndarray, zeros: np.ndarray) -> AffineGrid:
+    Args:
+        checkpoint: where it is.
+        full: its name there.
+        format: what it is rounded to.
+        scale_dtype: the type of the scales.
+        name: what errors call it.
+
+    Raises:
+        MsQuantError: it holds NaN or infinity, or numbers that the format cannot hold.
+    """
+    count, columns = checkpoint.info(full).shape
+    size, step = format.group_size or columns, max(1, ELEMENTS // max(1, columns))
+    affine = isinstance(format, AffineFormat)
+    cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
+    codes = np.empty((count, columns), np.int8 if format.integer else np.uint8)
+
+    def affine_grid(scale: np.ndarray, zeros: np.ndarray) -> AffineGrid:
+        assert isinstance(format, AffineFormat)
         return AffineGrid(scale, zeros, format, size, scale_dtype, name)
 
-    def rounded(start: int) -> AffineGrid:
+    def rounded(start: int) -> Grid:
         part = slice(start, min(start + step, count))
         ((_, stored),) = checkpoint.float_chunks(full, part)
         rows = stored.astype(np.float32, copy=False)
-        if cleared is None or not kernels.available():
+        if not affine or cleared is None or not kernels.available():
             grid = format.fit(rows, name, scale_dtype)
             codes[part] = grid.round(rows)
             return grid
         codes[part], scale = kernels.quantize_rows(rows, format.bits, threads=1, cleared=cleared)
-        return grid_of(scale, np.zeros(scale.shape, np.int8))
+        return affine_grid(scale, np.zeros(scale.shape, np.int8))
 
     grids = [rounded(0)]  # alone: the first to read a tensor may have to prove it
     with ThreadPoolExecutor(kernels.threads_of(None)) as pool:
         grids += pool.map(rounded, range(step, count, step))
-    scales = np.concatenate([grid.scale for grid in grids])
-    return codes, grid_of(scales, np.concatenate([grid.zero_point for grid in grids]))
+    if affine:
+        ours = [grid for grid in grids if isinstance(grid, AffineGrid)]
+        scales, zeros = zip(*((grid.scale, grid.zero_point) for grid in ours), strict=True)
+        return codes, affine_grid(np.concatenate(scales), np.concatenate(zeros))
+    parts = [grid.arrays() for grid in grids]
+    return codes, format.grid({key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
 
 
 def _no_error(candidate: object) -> float:
