@@ -127,9 +127,7 @@ def main(target: str, directory: str = "") -> None:
         torch.manual_seed(0)
         model = getattr(diffusers, kind)(**config)
         tensors = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-        stored = {
-            key: value for key, value in model.config.items() if key != "_use_default_values"
-        }
+        stored = {key: value for key, value in model.config.items() if key != "_use_default_values"}
         golden["models"][name] = {
             "config": {"_class_name": kind, **stored},
             "tensors": tensors,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ms_quant import kernels
-from ms_quant.cli.arguments import ALPHA, ModelArgument
+from ms_quant.cli.arguments import ALPHA, SourceArgument
 from ms_quant.cli.console import (
     AnyEnvironmentOption,
     CalibOption,
@@ -27,6 +27,8 @@ from ms_quant.cli.console import (
     step_progress,
     use_mindspore,
 )
+from ms_quant.cli.diffusers import quantize_diffusers
+from ms_quant.diffusers.directory import is_diffusers
 from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.pipeline.best import BEST, BEST_INCREASE
 from ms_quant.pipeline.condensed import condensed
@@ -46,7 +48,7 @@ from ms_quant.schemes.table import SCHEMES
 
 
 def quantize(
-    model: ModelArgument,
+    model: SourceArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     scheme: Annotated[
         str | None,
@@ -190,11 +192,14 @@ def quantize(
         all_tokens=all_tokens,
         tp=tp,
     )
-    static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
-    if algorithm == BEST and static and target_bits is None and not _has_experts(model):
-        max_ppl_increase = max_ppl_increase or BEST_INCREASE
     goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
     mixed = {"choose": choose, **goal, "heldout": heldout, "sensitivity": sensitivity}
+    if is_diffusers(model):
+        quantize_diffusers(options, scheme, {**mixed, "recipe": recipe}, dry_run, as_json)
+        return
+    static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
+    if algorithm == BEST and static and target_bits is None and not _has_experts(model):
+        max_ppl_increase = mixed["max-ppl-increase"] = max_ppl_increase or BEST_INCREASE
     with naming_leftovers(output, job, options.formats):
         if not any(value is not None for value in mixed.values()):
             _quantize(options, dry_run, as_json)

@@ -74,10 +74,17 @@ class Component:
                 yield LinearGroup(first, first, linears, fused)
 
     @cached_property
+    def all_groups(self) -> tuple[LinearGroup, ...]:
+        """The linears of blocks, those that stay float in any case among them."""
+        return (
+            *self.groups,
+            *(g for why in dict.fromkeys(self.kept.values()) for g in self._groups(why)),
+        )
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Path of each linear of a block to (out, in)."""
-        kept = [group for why in dict.fromkeys(self.kept.values()) for group in self._groups(why)]
-        return {p: spec.shape for g in [*self.groups, *kept] for p, spec in g.linears.items()}
+        return {p: spec.shape for group in self.all_groups for p, spec in group.linears.items()}
 
     def required(self) -> Iterator[str]:
         """Modules and tensors that the model has."""

@@ -106,9 +106,7 @@ _WAN = Family(
                 *_each(*_linears("attn2", *QKV), "attn1.to_out.0", "attn2.to_out.0"),
                 *_mlp("ffn"),
             ),
-            tuple(
-                ("added_kv_proj_dim", {f"attn2.{name}": ("d", "a")}) for name in ADDED_QKV[1:]
-            ),
+            tuple(("added_kv_proj_dim", {f"attn2.{name}": ("d", "a")}) for name in ADDED_QKV[1:]),
             floats=("scale_shift_table",),
             optional=(
                 *("norm2", "attn2.norm_added_k"),
@@ -127,7 +125,11 @@ _WAN = Family(
         *_linears("condition_embedder.image_embedder.ff.net", "0.proj", "2"),
     ),
     {QKV: "to_qkv"},
-    ((".ffn.net.0.proj", ".ffn.net_0.proj"), (".ffn.net.2", ".ffn.net_2"), (".to_out.0", ".to_out")),
+    (
+        (".ffn.net.0.proj", ".ffn.net_0.proj"),
+        (".ffn.net.2", ".ffn.net_2"),
+        (".to_out.0", ".to_out"),
+    ),
 )
 
 _HUNYUAN = Family(

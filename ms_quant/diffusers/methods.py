@@ -117,7 +117,9 @@ class Storage:
             self.weight.check_columns(columns, path)
             codes_of(self.layer.scheme, self.layer.dtype).check(2, columns, path)
         except MsQuantError as error:
-            raise UnsupportedError(f"{error}; --float-undivided leaves such linears float") from None
+            raise UnsupportedError(
+                f"{error}; --float-undivided leaves such linears float"
+            ) from None
 
     def parts(self, group: LinearGroup, path: str) -> Parts:
         """Suffix to tensor of a linear, without its bias."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -91,11 +91,8 @@ class ComponentPlan:
         """The float linears, by diffusers' names and by those that vllm-omni asks for."""
         family = self.component.family
         paths = self.component.float_linears(self.linears)
-        names = {*paths, *map(family.runtime_name, paths)}
-        if family.native:
-            for members in family.fused:
-                names |= _fused(paths, members, family.fused_name)
-        return sorted(names)
+        left = [g for g in self.component.all_groups if not self.linears.keys() & set(g.linears)]
+        return sorted({*paths, *map(family.runtime_name, paths), *(g.fused for g in left)})
 
     def entry(self) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""
@@ -140,15 +137,6 @@ PARTS = ("weight", "weight_scale", "weight_offset", "weight_dual_scale", "mul_sc
 
 def _of_codes(tensor: TensorPlan) -> bool:
     return tensor.part is not None
-
-
-def _fused(
-    paths: Iterable[str], members: tuple[str, ...], name: Callable[[tuple[str, ...]], str]
-) -> set[str]:
-    """What the runtime calls the fused linears that some float ones make."""
-    places = Counter(p.rpartition(".")[0] for p in paths if p.rpartition(".")[2] in members)
-    whole = (place for place, count in places.items() if count == len(members))
-    return {name(tuple(f"{place}.{member}" for member in members)) for place in whole}
 
 
 def plan_component(component: Component, storage: Storage, choice: Choice) -> ComponentPlan:
@@ -241,5 +229,3 @@ def quantized_linear(checkpoint: Checkpoint, storage: Storage, path: str) -> Qua
 
 def _no_error(candidate: object) -> float:
     raise AssertionError("an error of a weight that is rounded to nearest")
-
-

@@ -108,9 +108,7 @@ class CheckedDiffusers:
     def output(self) -> OutputDirectory:
         """The directory that is made."""
         options = self.options
-        return OutputDirectory(
-            options.output, self.record, options.any_environment, made=self.made
-        )
+        return OutputDirectory(options.output, self.record, options.any_environment, made=self.made)
 
     @property
     def bytes(self) -> int:
@@ -127,7 +125,8 @@ class CheckedDiffusers:
             "method": self.storage.method.name,
             "scheme": self.options.scheme,
             "transformers": {
-                name or ".": f"{plan.component.family.name}: {len(plan.linears)} linears quantized, "
+                name
+                or ".": f"{plan.component.family.name}: {len(plan.linears)} linears quantized, "
                 f"{len(plan.floats)} of its blocks float"
                 for name, plan in self.plans.items()
             },

@@ -127,7 +127,8 @@ KINDS = (
         "a diffusers pipeline",
         lambda d: "model_index.json" in d.files,
         _says(
-            "is a pipeline of diffusers, expected a decoder model; networks are quantized with "
+            "is a pipeline of diffusers, which quantize, verify, inspect and serve-check take, "
+            "expected a decoder model here; networks are quantized with "
             "ms_quant.quantize(network, ...)"
         ),
     ),

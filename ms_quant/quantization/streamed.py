@@ -64,7 +64,11 @@ def quantize_streamed(
     for member in group.members:
         name = f"{member}.weight"
         codes, grid = rounded_by_rows(
-            weights.checkpoint, weights.prefix + name, layer.scheme.weight, problem.scale_dtype, name
+            weights.checkpoint,
+            weights.prefix + name,
+            layer.scheme.weight,
+            problem.scale_dtype,
+            name,
         )
         linears[member] = QuantizedLinear(codes, grid, activation=activation)
     return linears
