@@ -67,11 +67,13 @@ def verify(
 ) -> None:
     """Prove a quantized checkpoint: names, types, shapes, description, scales, hashes."""
     if is_diffusers(checkpoint):
-        from ms_quant.diffusers.verify import verify_directory as prove
-    else:
-        from ms_quant.verify.checkpoint import verify_checkpoint as prove
+        from ms_quant.diffusers.verify import verify_directory
 
-    result = prove(checkpoint, source)
+        result = verify_directory(checkpoint, source)
+    else:
+        from ms_quant.verify.checkpoint import verify_checkpoint
+
+        result = verify_checkpoint(checkpoint, source)
     emit(result.as_json(), as_json, _show_verification)
     exit_if_problems(result.problems)
 
@@ -101,11 +103,14 @@ def serve_check(
 def inspect(checkpoint: MadeArgument, as_json: JsonOption = False) -> None:
     """What a checkpoint holds: format, sizes, how each linear is stored."""
     if is_diffusers(checkpoint):
-        from ms_quant.diffusers.inspection import inspect_directory as look
-    else:
-        from ms_quant.formats.inspection import inspect_checkpoint as look
+        from ms_quant.diffusers.inspection import inspect_directory
 
-    emit(look(checkpoint), as_json, _show_inspection)
+        found = inspect_directory(checkpoint)
+    else:
+        from ms_quant.formats.inspection import inspect_checkpoint
+
+        found = inspect_checkpoint(checkpoint)
+    emit(found, as_json, _show_inspection)
 
 
 def _show_verification(result: dict[str, Any]) -> None:

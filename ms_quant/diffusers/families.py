@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ms_quant.diffusers.family import Family, Stack
+from ms_quant.diffusers.family import Family, Letters, Stack
 
 Group = Mapping[str, tuple[str, str]]
 
@@ -35,10 +35,10 @@ def _linears(place: str, *names: str) -> tuple[str, ...]:
 
 QKV, ADDED_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 TWO = ("linear_1", "linear_2")
-FUSED = {QKV: "to_qkv", ADDED_QKV: "add_kv_proj"}
+FUSED: Mapping[tuple[str, ...], str] = {QKV: "to_qkv", ADDED_QKV: "add_kv_proj"}
 WIDTH = ("num_attention_heads", "attention_head_dim")
-FOUR_TIMES = {"d": (WIDTH, ""), "f": (WIDTH, 4.0)}
-BY_RATIO = {"d": (WIDTH, ""), "f": (WIDTH, "mlp_ratio")}
+FOUR_TIMES: Letters = {"d": (WIDTH, ""), "f": (WIDTH, 4.0)}
+BY_RATIO: Letters = {"d": (WIDTH, ""), "f": (WIDTH, "mlp_ratio")}
 NORMS = _linears("attn", "norm_q", "norm_k")
 ADDED_NORMS = _linears("attn", "norm_added_q", "norm_added_k")
 GUIDANCE = _linears("time_text_embed.guidance_embedder", *TWO)
@@ -62,7 +62,7 @@ REFINER_BLOCKS = Stack(
 LAST = ("norm_out.linear", "proj_out")
 
 
-def _double(text: str, image: str = "ff", **more: str) -> Stack:
+def _double(text: str, image: str = "ff", kept: str = "") -> Stack:
     """Blocks in which image and text have weights of their own and attend together."""
     modulation = ("img_mod.1", "txt_mod.1") if image == "img_mlp" else ()
     return Stack(
@@ -77,7 +77,7 @@ def _double(text: str, image: str = "ff", **more: str) -> Stack:
         ),
         floats=modulation or ("norm1.linear", "norm1_context.linear"),
         optional=(*NORMS, *ADDED_NORMS),
-        **more,
+        kept=kept,
     )
 
 

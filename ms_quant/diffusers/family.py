@@ -8,6 +8,7 @@ from typing import Any
 
 from ms_quant.errors import BadFileError, short
 
+Letters = Mapping[str, tuple[tuple[str, ...], str | float]]
 Sizes = Mapping[str, int]
 """Letters to numbers: d, the width of the residual stream; f, that inside an MLP; and so on."""
 
@@ -56,7 +57,7 @@ class Family:
     """
 
     name: str
-    letters: Mapping[str, tuple[tuple[str, ...], str | float]] = field(hash=False)
+    letters: Letters = field(hash=False)
     stacks: tuple[Stack, ...]
     floats: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -113,6 +114,6 @@ MAX_SIZE = 1 << 24
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float:
     value = config.get(key)
-    if type(value) not in (int, float) or not 0 < value <= MAX_SIZE:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_SIZE:
         raise BadFileError(f"{where}: {key} is {short(value)}, expected a positive number")
     return float(value)

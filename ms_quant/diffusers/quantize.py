@@ -78,14 +78,14 @@ def _write(checked: CheckedDiffusers, output: OutputDirectory, progress: PartPro
             index = write_index(directory, shards, plan.bytes, INDEX)
             files.append(replace(index, name=inside_path(name, INDEX)))
         config = inside_path(name, CONFIG)
-        files.append(output.write_once(config, lambda path, plan=plan: _config(path, plan)))
+        files.append(output.write_once(config, partial(_config, plan)))
     if checked.storage.method.name == ASCEND:
         first = next(iter(checked.plans.values()))
         files.append(write_json(output.partial / DESCRIPTION, first.description()))
     output.finish(files, checked.source.path, {})
 
 
-def _config(path: Path, plan: ComponentPlan) -> FileRecord:
+def _config(plan: ComponentPlan, path: Path) -> FileRecord:
     return write_json(path, {**plan.component.config, ENTRY: plan.entry()})
 
 

@@ -14,7 +14,7 @@ from ms_quant.errors import BadArgumentError
 from ms_quant.formats.ascend.format import DESCRIPTION
 from ms_quant.job.output_directory import check_files
 from ms_quant.serve.check import OF_DIFFUSERS, answer, check_arguments
-from ms_quant.serve.records import Loaded, Served, ServeRequest, merged, rank_text, weight_text
+from ms_quant.serve.records import Loaded, Served, ServeRequest, merged, weight_text
 
 TESTED = "vllm-omni 0.30"
 ROWS_DIVIDED = ("to_out", "to_out.0", "to_add_out", "net_2", "net.2")
@@ -120,7 +120,7 @@ def _rows(name: str, plan: ComponentPlan, tp: int) -> Iterator[Loaded]:
         kind = ".".join(group.fused.split(".")[2:])
         yield Loaded(
             start + kind,
-            rank_text(tp),
+            "0" if tp == 1 else "all",
             method + scheme,
             weight_text((rows, group.linears[paths[0]].in_features)),
             1,

@@ -95,8 +95,9 @@ def rounded_by_rows(
     """
     count, columns = checkpoint.info(full).shape
     size, step = format.group_size or columns, max(1, ELEMENTS // max(1, columns))
-    affine = isinstance(format, AffineFormat)
-    cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None
+    cleared = None
+    if isinstance(format, AffineFormat) and format.symmetric and not format.group_size:
+        cleared = CLEARED.get(scale_dtype.name)
     codes = np.empty((count, columns), np.int8 if format.integer else np.uint8)
 
     def affine_grid(scale: np.ndarray, zeros: np.ndarray) -> AffineGrid:
@@ -107,7 +108,7 @@ def rounded_by_rows(
         part = slice(start, min(start + step, count))
         ((_, stored),) = checkpoint.float_chunks(full, part)
         rows = stored.astype(np.float32, copy=False)
-        if not affine or cleared is None or not kernels.available():
+        if cleared is None or not kernels.available():
             grid = format.fit(rows, name, scale_dtype)
             codes[part] = grid.round(rows)
             return grid
@@ -117,7 +118,7 @@ def rounded_by_rows(
     grids = [rounded(0)]  # alone: the first to read a tensor may have to prove it
     with ThreadPoolExecutor(kernels.threads_of(None)) as pool:
         grids += pool.map(rounded, range(step, count, step))
-    if affine:
+    if isinstance(format, AffineFormat):
         ours = [grid for grid in grids if isinstance(grid, AffineGrid)]
         scales, zeros = zip(*((grid.scale, grid.zero_point) for grid in ours), strict=True)
         return codes, affine_grid(np.concatenate(scales), np.concatenate(zeros))
