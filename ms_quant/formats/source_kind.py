@@ -74,6 +74,11 @@ class Listing:
         return "job.json" in self.files or (partial and "ms_quant.json" in self.files)
 
     @property
+    def pipeline(self) -> bool:
+        """Whether it is a pipeline of diffusers; some have a whole model in one file, too."""
+        return "model_index.json" in self.files and "config.json" not in self.files
+
+    @property
     def weights(self) -> list[str]:
         """The safetensors files of a whole model, and the directories of its ranks."""
         adapters = set(self.some(ADAPTER))
@@ -257,7 +262,8 @@ def find_model(path: Path) -> Found:
         path = snapshot
     listing = _listing(path)
     _refuse_broken(listing)
-    if listing.unfinished or not (listing.weights or _is_described(listing)):
+    other = listing.unfinished or listing.pipeline
+    if other or not (listing.weights or _is_described(listing)):
         kind = next(kind for kind in KINDS if kind.applies(listing))
         raise BadFileError(f"{path}: {kind.sentence(listing)}")
     adapters = listing.some(ADAPTER) or listing.some("adapter_config.json")

@@ -114,7 +114,7 @@ def test_another_source_is_seen(pipe: Path, tmp_path: Path) -> None:
             "W8A8_MXFP8",
             "blocks.0.norm2.bias",
             lambda b: b.__setitem__(0, np.inf),
-            "NaN or infinite",
+            "NaN or inf",
         ),
         ("W8A8_MXFP8", "blocks.1.attn1.to_v.weight_scale", None, "the runtime fuses them"),
         ("W8A8_DYNAMIC", "blocks.1.attn1.to_v.weight_offset", None, "has no tensor"),
