@@ -81,7 +81,8 @@ def main(args: argparse.Namespace) -> None:
             output = Path(place) / "out"
             algorithm = options.get("algorithm", "minmax")
             data = {"calibration": args.calib, "samples": 64, "seq_len": 256}
-            needs = options["scheme"].split(",")[0] == "W8A8" or "q" in algorithm or "osl" in algorithm
+            static = options["scheme"].split(",")[0] == "W8A8"
+            needs = static or "q" in algorithm or "osl" in algorithm
             ms_quant.quantize_checkpoint(args.model, output, **options, **(data if needs else {}))
             model = open_model(output)
             _show(name, measure(model, tokens), exact, model, tokens, further)

@@ -43,6 +43,7 @@ CONTENTS = {
         Find what hurts <analysis>
         Mixed precision <mixed_precision>
         Experts and latent attention <experts>
+        Attention and diffusion <attention>
         Serve <serving>
         Concepts and glossary <concepts>
     """,

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from ms_quant.algorithms import ALGORITHMS
     from ms_quant.analysis.records import Sensitivity
     from ms_quant.analysis.run import analyze
+    from ms_quant.attention.functions import (
+        arm,
+        block_mask,
+        fa_block_quant,
+        fa_quant,
+        sparse_attention,
+    )
     from ms_quant.cells import (
         Observations,
         QuantLinear,
@@ -61,9 +68,13 @@ __all__ = [
     "TimestepPolicyConfig",
     "UnsupportedError",
     "analyze",
+    "arm",
+    "block_mask",
     "calibrate",
     "compare",
     "convert_checkpoint",
+    "fa_block_quant",
+    "fa_quant",
     "from_ptq_config",
     "generate",
     "load_quantized",
@@ -74,6 +85,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_mixed",
     "save_quantized",
+    "sparse_attention",
     "summary",
     "verify_checkpoint",
 ]
@@ -82,6 +94,9 @@ _MODULES = {
     "ms_quant.algorithms": ("ALGORITHMS",),
     "ms_quant.analysis.records": ("Sensitivity",),
     "ms_quant.analysis.run": ("analyze",),
+    "ms_quant.attention.functions": (
+        *("arm", "block_mask", "fa_block_quant", "fa_quant", "sparse_attention"),
+    ),
     "ms_quant.cells": (
         *("Observations", "QuantLinear", "calibrate", "load_quantized", "quantize"),
         *("save_quantized", "summary"),

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "ms_quant": (
         *("native_library", "errors", "timestep", "budget", "allocation", "progress", "numerics"),
-        *("kernels", "files", "schemes", "models", "statistics", "algorithms", "data", "recipe"),
-        *("plan", "job", "quantization", "formats", "verify", "serve", "pipeline", "evaluation"),
-        *("analysis", "mixed_precision", "cells", "cli"),
+        *("kernels", "attention", "files", "schemes", "models", "statistics", "algorithms", "data"),
+        *("recipe", "plan", "job", "quantization", "formats", "verify", "serve", "diffusers"),
+        *("pipeline", "evaluation", "analysis", "mixed_precision", "cells", "cli"),
     ),
     "sparse_compress": (
         *("codec", "rate", "layouts", "ranks", "msmodelslim", "verify", "serve", "pipeline"),

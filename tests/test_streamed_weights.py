@@ -63,10 +63,10 @@ def test_rows_give_what_the_whole_weight_does(
 
     def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        return quantize_rows(*arguments, **options)
+        return quantize_stored(*arguments, **options)
 
-    quantize_rows = kernels.quantize_rows
-    monkeypatch.setattr(kernels, "quantize_rows", counted)
+    quantize_stored = kernels.quantize_stored
+    monkeypatch.setattr(kernels, "quantize_stored", counted)
     monkeypatch.setattr(kernels, "available", lambda: native)
     monkeypatch.setattr(streamed, "ELEMENTS", 200)
     found = ran("rows")

@@ -16,7 +16,8 @@ from ms_quant.diffusers.plan import ComponentPlan, Values
 from ms_quant.diffusers.request import CheckedDiffusers, inside_path
 from ms_quant.errors import BadFileError
 from ms_quant.files.atomic import CHUNK_BYTES, FileRecord, atomic_file, write_json
-from ms_quant.files.placed_file import PlacedFile, fill
+from ms_quant.files.filling import fill
+from ms_quant.files.placed_file import PlacedFile
 from ms_quant.files.writer import TensorPlan, write_index
 from ms_quant.formats.ascend.format import DESCRIPTION
 from ms_quant.job.output_directory import OutputDirectory
@@ -93,7 +94,9 @@ def _fill(
     tensors: Sequence[TensorPlan], values: Values, path: Path, told: PartProgress
 ) -> FileRecord:
     total = sum(tensor.bytes for tensor in tensors)
-    return fill(PlacedFile(path, tensors, metadata=METADATA), _parts(tensors), values, total, told)
+    file = PlacedFile(path, tensors, metadata=METADATA)
+    fill(file, _parts(tensors), values, total, told)
+    return file.finish()
 
 
 def _parts(tensors: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:

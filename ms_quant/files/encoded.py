@@ -17,7 +17,7 @@ import numpy as np
 from ms_quant.errors import BadFileError
 from ms_quant.files.digest import CHUNK_ELEMENTS, row_ranges
 from ms_quant.files.reader import Checkpoint
-from ms_quant.files.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
+from ms_quant.files.safetensors_file import DTYPES, SafetensorsFile, StoredRows, TensorInfo
 from ms_quant.numerics.minifloat import E4M3
 
 DECODED_METHODS = ("fp8", "compressed-tensors")
@@ -60,6 +60,9 @@ class Encoding(Protocol):
 
     def rows(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop`` (exclusive), finite, an array of its own."""
+
+    def stored_rows(self, file_of: FileOf, start: int, stop: int) -> StoredRows | None:
+        """See :meth:`~ms_quant.files.reader.Checkpoint.stored_rows`."""
 
 
 class EncodedCheckpoint(Checkpoint):
@@ -161,6 +164,14 @@ class EncodedCheckpoint(Checkpoint):
         for start, stop in row_ranges(encoding.shape, rows, elements or CHUNK_ELEMENTS):
             found = encoding.rows(self._stored_in, start, stop)
             yield start, found if dtype is None else found.astype(dtype, copy=False)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> StoredRows | None:
+        encoding = self.encodings.get(name)
+        if encoding is None:
+            return super().stored_rows(name, start, stop)
+        for part in encoding.parts:
+            self._prove(part)
+        return encoding.stored_rows(self._stored_in, start, stop)
 
     def largest(self, name: str) -> float:
         encoding = self.encodings.get(name)

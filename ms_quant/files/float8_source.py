@@ -17,7 +17,7 @@ import numpy as np
 from ms_quant.errors import BadFileError
 from ms_quant.files.digest import BLOCK_ELEMENTS
 from ms_quant.files.encoded import FLOAT32, SCALE_CODES, FileOf, check_finite, read_scales
-from ms_quant.files.safetensors_file import TensorInfo
+from ms_quant.files.safetensors_file import StoredRows, TensorInfo
 from ms_quant.numerics.minifloat import E4M3
 
 SCALE = "_scale_inv"
@@ -67,18 +67,27 @@ class Float8Blocks:
 
     def rows(self, file_of: FileOf, start: int, stop: int, matrix: int | None = None) -> np.ndarray:
         """See ``Encoding``; of all, or of one matrix of a stack."""
-        file = file_of(self.weight)
-        where = f"{file.path}: tensor {self.weight!r}"
-        codes = file.read_rows(self.weight, start, stop, matrix).view(np.uint8)
+        where = f"{file_of(self.weight).path}: tensor {self.weight!r}"
+        codes, scales = self._stored(file_of, start, stop, matrix)
         wrong = int(np.count_nonzero(codes & NAN == NAN))
         if wrong:
             raise BadFileError(
                 f"{where} holds {wrong} NaN codes in rows {start} to {stop}, expected none"
             )
-        scales = self._row_scales(file_of, start, stop, matrix)
         values = decode(codes, scales, self.block[1])
         check_finite(values, scales, where)
         return values
+
+    def stored_rows(
+        self, file_of: FileOf, start: int, stop: int, matrix: int | None = None
+    ) -> StoredRows:
+        return StoredRows(*self._stored(file_of, start, stop, matrix), self.block[1])
+
+    def _stored(
+        self, file_of: FileOf, start: int, stop: int, matrix: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        codes = file_of(self.weight).read_rows(self.weight, start, stop, matrix).view(np.uint8)
+        return codes, self._row_scales(file_of, start, stop, matrix)
 
     def _row_scales(self, file_of: FileOf, start: int, stop: int, matrix: int | None) -> np.ndarray:
         """The scales of each row, (..., rows, blocks of columns)."""

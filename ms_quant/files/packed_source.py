@@ -95,6 +95,9 @@ class PackedGroups:
         check_finite(values, scales, f"{file.path}: tensor {name!r}")
         return values
 
+    def stored_rows(self, file_of: FileOf, start: int, stop: int) -> None:
+        """Not what :class:`~ms_quant.files.safetensors_file.StoredRows` holds."""
+
 
 def find_packed(
     stored: Mapping[str, TensorInfo],

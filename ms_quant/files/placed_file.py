@@ -7,11 +7,12 @@ and on the disk. A kill loses those that were put after the last :meth:`PlacedFi
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from ms_quant.files.atomic import (
     ANY_MODE,
@@ -19,17 +20,14 @@ from ms_quant.files.atomic import (
     disk_errors,
     sha256_file,
     sync_directory,
-    write_json,
+    write_bytes,
 )
 from ms_quant.files.strict_json import read_json
 from ms_quant.files.writer import Array, TensorPlan, checked_pieces, file_layout
-from ms_quant.progress import PartProgress
 
 MAX_STATE_BYTES = 64 << 20
 ENDING = r"\.placed(\.json)?"
 """What a pattern for the names of such files adds to ``.NAME``."""
-SAVED_SECONDS = 2.0
-"""What a kill loses at most of :func:`fill`, beside the parts that are being made and written."""
 
 
 class PlacedFile:
@@ -64,7 +62,7 @@ class PlacedFile:
             self._start[plan.name] = offset
             offset += plan.bytes
         self._header = hashlib.sha256(header).hexdigest()
-        self.done, self._unsaved = set[str](), False
+        self.done, self._unsaved, self._lock = set[str](), False, Lock()
         with disk_errors(path):
             begun = self._begun(offset)
             flags = os.O_RDWR | (0 if begun else os.O_CREAT | os.O_TRUNC)
@@ -100,80 +98,38 @@ class PlacedFile:
             with disk_errors(self.path, f"tensor {plan.name!r}"):
                 _write(self._file, piece, offset)
             offset += len(piece)
-        self.done.add(plan.name)
-        self._unsaved = True
+        with self._lock:
+            self.done.add(plan.name)
+            self._unsaved = True
 
     def save(self) -> None:
-        """What was put is on the disk, and stays in it."""
-        if not self._unsaved:
-            return
+        """What was put is on the disk, and stays in it. Another thread may put more meanwhile."""
+        with self._lock:
+            if not self._unsaved:
+                return
+            done, self._unsaved = sorted(self.done), False
         with disk_errors(self.path):
             os.fsync(self._file)
-        write_json(self._state, {"header": self._header, "done": sorted(self.done)})
-        self._unsaved = False
+        write_bytes(self._state, json.dumps({"header": self._header, "done": done}).encode())
 
     def close(self) -> None:
         """Lets go of the file, whole or not."""
         os.close(self._file)
 
     def finish(self) -> FileRecord:
-        """Gives the file its name; all tensors are in it."""
+        """Gives the file its name; all tensors are in it. It is hashed while the disk takes it."""
         assert not self.left, self.left
-        with disk_errors(self.path):
-            os.fsync(self._file)
+        try:
+            with ThreadPoolExecutor(1) as hashing:
+                digest = hashing.submit(sha256_file, self._temporary)
+                self.save()
+        finally:
             self.close()
+        with disk_errors(self.path):
             self._temporary.replace(self.path)
             sync_directory(self.path.parent)
             self._state.unlink(missing_ok=True)
-        return FileRecord(self.path.name, self.path.stat().st_size, sha256_file(self.path))
-
-
-def fill(
-    file: PlacedFile,
-    parts: Iterable[Sequence[TensorPlan]],
-    value: Callable[[TensorPlan], Array],
-    total: int,
-    told: PartProgress,
-) -> FileRecord:
-    """Writes what is left of a file, each part while the next is made.
-
-    Args:
-        file: the file, new or begun.
-        parts: its tensors; those of one part are made together.
-        value: makes a tensor.
-        total: bytes of all tensors.
-        told: told how much is written, 0 to 1.
-
-    Raises:
-        MsQuantError: a tensor cannot be made, is not as planned, or the disk is full.
-    """
-    done, saved = 0, time.monotonic()
-    writing: Future[None] | None = None
-    try:
-        with ThreadPoolExecutor(1) as writer:
-            for part in parts:
-                left = [tensor for tensor in part if tensor.name not in file.done]
-                values = [(tensor, value(tensor)) for tensor in left]
-                if writing is not None:
-                    writing.result()
-                save = time.monotonic() - saved >= SAVED_SECONDS
-                saved = time.monotonic() if save else saved
-                writing = writer.submit(_put, file, values, save)
-                done += sum(tensor.bytes for tensor in part)
-                told(done / (total or 1))
-            if writing is not None:
-                writing.result()
-    except BaseException:
-        file.close()
-        raise
-    return file.finish()
-
-
-def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]], save: bool) -> None:
-    for tensor, value in values:
-        file.put(tensor, value)
-    if save:
-        file.save()
+        return FileRecord(self.path.name, self.path.stat().st_size, digest.result())
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

@@ -22,11 +22,7 @@ from ms_quant.files.digest import (
     shard_print,
     tensor_digest,
 )
-from ms_quant.files.safetensors_file import (
-    SafetensorsFile,
-    TensorInfo,
-    open_file,
-)
+from ms_quant.files.safetensors_file import SafetensorsFile, StoredRows, TensorInfo, open_file
 from ms_quant.files.shards import (
     find_index,
     read_index,
@@ -297,6 +293,13 @@ class Checkpoint:
                 f"{file.path}: tensor {name!r} holds {wrong} NaN or infinite values of {seen}, "
                 "expected none"
             )
+
+    def stored_rows(self, name: str, start: int, stop: int) -> StoredRows | None:
+        """Some rows of a matrix, unchecked; None where :class:`StoredRows` holds no such ones."""
+        self._prove(name)
+        file = self.file_of(name)
+        bfloat16 = file.info(name).code == "BF16"
+        return StoredRows(file.read_rows(name, start, stop)) if bfloat16 else None
 
     def place(self, name: str) -> str:
         """The file of a tensor and its name, for errors."""

@@ -70,6 +70,21 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """Rows of a float matrix as they are stored, of which nothing is checked.
+
+    Attributes:
+        values: (rows, columns), bfloat16, or E4M3 as uint8.
+        scales: of E4M3, float32 (rows, runs of ``width`` columns), positive and finite.
+        width: of a run, the last of which may be shorter.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray | None = None
+    width: int = 1
+
+
+@dataclass(frozen=True)
 class SafetensorsFile:
     """A checked file. It holds no descriptor: every read opens the file and sees that it is
     still the one that was checked.

@@ -20,7 +20,7 @@ from ms_quant.errors import BadFileError
 from ms_quant.files.digest import count_non_finite
 from ms_quant.files.encoded import Encoding, FileOf
 from ms_quant.files.reader import MODEL_CODES
-from ms_quant.files.safetensors_file import TensorInfo
+from ms_quant.files.safetensors_file import StoredRows, TensorInfo
 
 Find = Callable[[Mapping[str, TensorInfo], FileOf], Mapping[str, Encoding]]
 _STACK = re.compile(r"(.+\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
@@ -35,6 +35,11 @@ class Stack(Encoding, Protocol):
 
     def rows(self, file_of: FileOf, start: int, stop: int, matrix: int | None = None) -> np.ndarray:
         """Rows of one matrix, or matrices of the whole."""
+
+    def stored_rows(
+        self, file_of: FileOf, start: int, stop: int, matrix: int | None = None
+    ) -> StoredRows | None:
+        """The same as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,13 @@ class FloatStack:
             )
         return found
 
+    def stored_rows(
+        self, file_of: FileOf, start: int, stop: int, matrix: int | None = None
+    ) -> StoredRows | None:
+        if self.info.code != "BF16":
+            return None
+        return StoredRows(file_of(self.name).read_rows(self.name, start, stop, matrix))
+
 
 @dataclass(frozen=True)
 class StackedMatrix:
@@ -117,6 +129,10 @@ class StackedMatrix:
 
     def rows(self, file_of: FileOf, start: int, stop: int) -> np.ndarray:
         return self.stack.rows(file_of, self.first + start, self.first + stop, self.expert)
+
+    def stored_rows(self, file_of: FileOf, start: int, stop: int) -> StoredRows | None:
+        first = self.first
+        return self.stack.stored_rows(file_of, first + start, first + stop, self.expert)
 
 
 def is_stack(name: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from ms_quant.files.reader import Checkpoint
+from ms_quant.files.safetensors_file import StoredRows
 from ms_quant.formats.format import CheckpointFormat
 from ms_quant.models.names import block_prefix
 from ms_quant.models.rotary_rows import RotaryRows
@@ -47,6 +48,9 @@ class InModelOrder(Checkpoint):
         whole = self._restored(name, np.concatenate([part for _, part in parts]))
         for start, part in pieces:
             yield start, whole[start : start + len(part)]
+
+    def stored_rows(self, name: str, start: int, stop: int) -> StoredRows | None:
+        return None if self._order(name) else super().stored_rows(name, start, stop)
 
     def _order(self, name: str) -> RotaryRows | None:
         path, _, suffix = name.rpartition(".")

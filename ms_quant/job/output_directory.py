@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,20 @@ class OutputDirectory:
             name: its path in the output, with ``/``.
             write: writes a file atomically.
         """
+        return self.begin_once(name, lambda path: partial(write, path))()
+
+    def begin_once(
+        self, name: str, begin: Callable[[Path], Callable[[], FileRecord]]
+    ) -> Callable[[], FileRecord]:
+        """As :meth:`write_once`, where a file is whole when what ``begin`` gives has ended."""
         path = self.partial / name
         if path.exists():
-            return FileRecord(name, path.stat().st_size, sha256_file(path))
+            record = FileRecord(name, path.stat().st_size, sha256_file(path))
+            return lambda: record
         with disk_errors(path, "its directory"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        return replace(write(path), name=name)
+        end = begin(path)
+        return lambda: replace(end(), name=name)
 
     def finish(self, files: Sequence[FileRecord], source: Path, facts: Mapping[str, Any]) -> None:
         """Copies the tokenizer, writes the record and gives the directory its name.

@@ -15,6 +15,7 @@ from ms_quant.kernels.native import (
     threads_of,
 )
 from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
+from ms_quant.kernels.stored_rows import quantize_stored
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "pack",
     "product",
     "quantize_rows",
+    "quantize_stored",
     "rms_norm",
     "rope",
     "set_operator_threads",

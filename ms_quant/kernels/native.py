@@ -30,7 +30,7 @@ FASTEST = "MS_QUANT_ISA"
 """An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 6
+_ABI = 7
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -119,6 +119,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_linear.argtypes = [pointer, size, pointer, size, pointer, size, pointer, number]
         found.msq_quantize_rows.argtypes = [
             *(number, pointer, size, size, number, number, ctypes.c_float, number),
+            *(pointer, pointer, number),
+        ]
+        found.msq_quantize_stored.argtypes = [
+            *(number, pointer, pointer, *(size,) * 3, *(number,) * 3),
             *(pointer, pointer, number),
         ]
         real = ctypes.c_float

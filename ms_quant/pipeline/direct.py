@@ -8,6 +8,7 @@ loses what was quantized in the last seconds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,17 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.algorithms.table import ALGORITHMS
-from ms_quant.files.atomic import FileRecord
+from ms_quant.files.filling import InTurn, fill
 from ms_quant.files.floats import round_chunks
-from ms_quant.files.placed_file import PlacedFile, fill
+from ms_quant.files.placed_file import PlacedFile
 from ms_quant.files.reader import FloatTensors
 from ms_quant.files.writer import Array, TensorPlan
 from ms_quant.formats.checks import format_of
 from ms_quant.models.names import GroupId, parse_linear
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.request import CheckedJob
-from ms_quant.pipeline.writer import write_output
+from ms_quant.pipeline.writer import Ending, write_output
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress
 from ms_quant.quantization.block import quantize
@@ -64,11 +66,7 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
     output, plan, options = checked.output(), checked.plan, checked.options
     if output.finished:
         return True
-    numbers, mode = WeightNumbers(plan, checked.tensors), format_of(plan).mode
-
-    def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> FileRecord:
-        file, total = PlacedFile(path, tensors, mode), sum(tensor.bytes for tensor in tensors)
-        return fill(file, _together(tensors, plan), lambda x: x.value(numbers), total, told)
+    mode = format_of(plan).mode
 
     facts: dict[str, Any] = {
         "chosen": {
@@ -76,7 +74,19 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
             for index in range(plan.config.num_blocks)
         }
     }
-    with output.open():
+    with (
+        output.open(),
+        ThreadPoolExecutor(kernels.threads_of(None)) as rounding,
+        InTurn() as endings,
+    ):
+        numbers = WeightNumbers(plan, checked.tensors, rounding)
+
+        def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> Ending:
+            file = PlacedFile(path, tensors, mode)
+            total = sum(tensor.bytes for tensor in tensors)
+            fill(file, _together(tensors, plan), lambda x: x.value(numbers), total, told)
+            return endings.begin(file.finish)  # which takes as long as hashing it
+
         write_output(
             plan, numbers, output, options.most_shard_bytes, options.model, facts, progress, write
         )
@@ -105,10 +115,11 @@ class WeightNumbers:
     Args:
         plan: what to do.
         checkpoint: the float model.
+        threads: that round rows.
     """
 
-    def __init__(self, plan: Plan, checkpoint: FloatTensors):
-        self.plan, self.checkpoint = plan, checkpoint
+    def __init__(self, plan: Plan, checkpoint: FloatTensors, threads: ThreadPoolExecutor):
+        self.plan, self.checkpoint, self.threads = plan, checkpoint, threads
         self._names = set(checkpoint.names)
         self._last: tuple[GroupId, dict[str, QuantizedLinear]] | None = None
 
@@ -124,7 +135,7 @@ class WeightNumbers:
         assert group is not None, path
         if self._last is None or self._last[0] != group:
             self._last = None
-            weights = StoredWeights(self.checkpoint, group.block)
+            weights = StoredWeights(self.checkpoint, group.block, threads=self.threads)
             block = quantize(self.plan, weights, None, only=[group.name])
             self._last = group, block.linears
         return self._last[1]

@@ -13,7 +13,7 @@ import numpy as np
 from ms_quant.budget import BUDGET, Budget
 from ms_quant.formats.checks import not_served_by, served_by
 from ms_quant.formats.tensor_parallel import rank_counts
-from ms_quant.models.block_spec import BlockSpec
+from ms_quant.models.block_spec import BlockSpec, LinearGroup
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId, expert_of
 from ms_quant.pipeline.condensed import member_of
@@ -56,11 +56,9 @@ def estimate(checked: CheckedJob, output: Path, budget: Budget = BUDGET) -> dict
     if checked.tokens is not None:
         memory = IMPORT_BYTES + CALIBRATED_COPIES * 4 * largest
         memory += _activation_bytes(checked.tokens, config, budget)
+        memory += max(_hessian_bytes(plan, block, routed=False) for block in config.stored_blocks)
+        memory = max(memory, *(_expert_bytes(plan, block) for block in config.stored_blocks))
         memory += MINDSPORE_BYTES if plan.any("trains") else 0
-        if plan.any("hessian"):
-            sizes = [_inputs(block) for block in config.stored_blocks]
-            memory += max(4 * sum(k**2 for k in of_block) for of_block in sizes)
-            memory += FACTOR_COPIES * 8 * max(map(max, sizes)) ** 2
         options = checked.options
         assert options.calib is not None
         from ms_quant.data.calibration import reading_bytes
@@ -100,37 +98,71 @@ def _passed(config: ModelConfig) -> float:
 
 def _most_held(block: BlockSpec) -> int:
     """How many weights are in memory at once where experts come one after the other."""
+    return block.size - block.routed_size + _largest_expert(block)
+
+
+def _largest_expert(block: BlockSpec) -> int:
     sizes = Counter[int | None]()
     for group in block.groups:
         if group.routed:
-            size = sum(linear.size for linear in group.linears.values())
-            sizes[expert_of(group.members[0])] += size
-    return block.size - block.routed_size + max(sizes.values(), default=0)
+            sizes[expert_of(group.members[0])] += _size(group)
+    return max(sizes.values(), default=0)
 
 
-def _inputs(block: BlockSpec) -> list[int]:
-    """The number of inputs of each group of a block."""
-    return [group.in_features for group in block.groups]
+def _size(group: LinearGroup) -> int:
+    return sum(linear.size for linear in group.linears.values())
+
+
+def _with_hessian(plan: Plan, block: BlockSpec) -> list[LinearGroup]:
+    """The groups some algorithm of which needs the products of channels."""
+    layers = ((group, plan.layers[GroupId(block.index, group.name)]) for group in block.groups)
+    return [group for group, layer in layers if layer and layer.algorithms.any("hessian")]
+
+
+def _hessian_bytes(plan: Plan, block: BlockSpec, *, routed: bool) -> int:
+    """Products of the channels of a block that are held at once, and the factor of one of them;
+    of the groups that experts have, or of the others."""
+    found = Counter[int | None]()
+    largest = 0
+    for group in _with_hessian(plan, block):
+        if group.routed == routed:
+            found[expert_of(group.members[0])] += 4 * group.in_features**2
+            largest = max(largest, group.in_features)
+    return max(found.values(), default=0) + FACTOR_COPIES * 8 * largest**2
+
+
+def _expert_bytes(plan: Plan, block: BlockSpec) -> float:
+    """While experts are quantized, one after the other, what came before them is gone."""
+    weights = CALIBRATED_COPIES * 4 * _largest_expert(block)
+    return IMPORT_BYTES + weights + _hessian_bytes(plan, block, routed=True)
 
 
 def _hessian_flops(plan: Plan, tokens: int) -> float:
     """Products of channels, their inverse's factor, and the column steps."""
-    steps = inverses = 0
+    total, routing = 0.0, plan.config.routing
     for block in plan.config.stored_blocks:
-        steps += sum(2 * spec.size * spec.in_features for spec in block.linears.values())
-        inverses += sum(2 * tokens * k**2 + 2 * k**3 for k in _inputs(block))
-    return steps + inverses
+        for group in _with_hessian(plan, block):
+            share = routing.per_token / routing.experts if routing and group.routed else 1
+            k = group.in_features
+            total += 2 * _size(group) * k + 2 * tokens * share * k**2 + 2 * k**3
+    return total
 
 
 def _activation_bytes(tokens: np.ndarray, config: ModelConfig, budget: Budget) -> float:
     """A batch in a block, its attention scores, and the embedding rows that occur."""
     length = tokens.shape[1]
     batch, queries = budget.windows(length), min(length, budget.queries)
-    widest = max(max(_inputs(block)) for block in config.stored_blocks)
+    widest = max(_widest(block, config.latent is not None) for block in config.stored_blocks)
     states = batch * length * (config.hidden_size + widest)
     scores = min(budget.score_bytes, 4 * batch * config.num_heads * length * queries)
     rows = min(config.vocab_size, tokens.size) * config.hidden_size
     return ACTIVATION_COPIES * 4 * states + SCORE_COPIES * scores + 4 * rows
+
+
+def _widest(block: BlockSpec, latent: bool) -> int:
+    """Of what linears read; latent attention makes more of it, keys and values of all heads."""
+    made = (spec.out_features for spec in block.linears.values() if latent)
+    return max(*(group.in_features for group in block.groups), *made)
 
 
 def _linears(plan: Plan) -> list[str]:

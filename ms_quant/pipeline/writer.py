@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from ms_quant.models.text_part import renamed
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
 
+Ending = Callable[[], FileRecord]
+"""Waits until a file has its name."""
+
 
 class FileWriter(Protocol):
     """Writes a file of some tensors, and tells how much of it is written."""
 
-    def __call__(
-        self, path: Path, tensors: Sequence[TensorPlan], told: PartProgress
-    ) -> FileRecord: ...
+    def __call__(self, path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> Ending: ...
 
 
 def write_output(
@@ -68,7 +69,7 @@ def write_output(
     else:
         named = {format.weights(plan): tensors}
 
-    def in_order(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> FileRecord:
+    def in_order(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> Ending:
         written, size = 0, sum(tensor.bytes for tensor in tensors) or 1
 
         def value(tensor: TensorPlan) -> Array:
@@ -77,16 +78,18 @@ def write_output(
             told(written / size)
             return tensor.value(numbers)
 
-        return write_file(path, tensors, value, mode=format.mode)
+        record = write_file(path, tensors, value, mode=format.mode)
+        return lambda: record
 
-    files, done, total = [], 0, sum(tensor.bytes for tensor in tensors) or 1
+    endings, done, total = [], 0, sum(tensor.bytes for tensor in tensors) or 1
     for name, shard in named.items():
         size = sum(tensor.bytes for tensor in shard)
         told = partial(_part, progress, done / total, size / total)
         make = partial(write or in_order, tensors=shard, told=told)
-        files.append(output.write_once(name, make))
+        endings.append(output.begin_once(name, make))
         done += size
         progress(done / total)
+    files = [ending() for ending in endings]
     if isinstance(format.weights, str):
         files.append(write_index(directory, named, output_bytes(plan), format.index))
     description = renamed(format.description(plan), stored)

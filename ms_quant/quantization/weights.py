@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -53,10 +54,19 @@ class StoredWeights:
         checkpoint: the float model.
         index: the block.
         biases: whether biases are wanted, which without calibration change nothing.
+        threads: that round rows, of one who asks for many blocks; else each group has its own.
     """
 
-    def __init__(self, checkpoint: FloatTensors, index: int, *, biases: bool = False):
+    def __init__(
+        self,
+        checkpoint: FloatTensors,
+        index: int,
+        *,
+        biases: bool = False,
+        threads: ThreadPoolExecutor | None = None,
+    ):
         self.checkpoint, self.index, self.biases = checkpoint, index, biases
+        self.threads = threads
         self.prefix = block_prefix(index)
 
     @property

@@ -246,9 +246,9 @@ KILLED = (
     + """
 from ms_quant.diffusers.quantize import quantize_directory
 from ms_quant.diffusers.request import DiffusersOptions, check_request
-from ms_quant.files import placed_file
+from ms_quant.files import filling
 
-placed_file.SAVED_SECONDS = 0
+filling.SAVED_SECONDS = 0
 quantize_directory(check_request(DiffusersOptions(Path(model), Path(output), shard_bytes=100_000)))
 """
 )

@@ -10,6 +10,7 @@
 
 #include "block_impl.h"
 #include "linear_impl.h"
+#include "stored_rows_impl.h"
 
 namespace msq {
 namespace {
@@ -181,12 +182,12 @@ struct Attend {
 
 template <class S>
 const Kernels* all_kernels() {
-  static const Kernels found = {Linear<S>::kColumns,   S::kBias,
-                                Linear<S>::linear,     Quantize<S>::quantize_rows,
-                                BlockOps<S>::rms_norm, BlockOps<S>::swiglu,
-                                BlockOps<S>::rope,     BlockOps<S>::softmax,
-                                Attend<S>::attend,     BlockOps<S>::gemv,
-                                column_stats};
+  static const Kernels found = {Linear<S>::kColumns,  S::kBias,
+                                Linear<S>::linear,    Quantize<S>::quantize_rows,
+                                Stored<S>::quantize,  BlockOps<S>::rms_norm,
+                                BlockOps<S>::swiglu,  BlockOps<S>::rope,
+                                BlockOps<S>::softmax, Attend<S>::attend,
+                                BlockOps<S>::gemv,    column_stats};
   return &found;
 }
 

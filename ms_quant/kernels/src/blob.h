@@ -59,6 +59,17 @@ struct ColumnStats {
   bool not_finite;
 };
 
+// What msq_quantize_stored is asked.
+struct StoredRows {
+  const void* stored;
+  const float* block_scales;  // of E4M3; null for bfloat16
+  int64_t width, rows, columns;
+  float smallest, largest;
+  int32_t cleared;
+  int8_t* codes;
+  float* scales;
+};
+
 // What msq_attention is asked.
 struct Attention {
   const float *q, *k, *v, *mask;
@@ -76,6 +87,7 @@ struct Kernels {
   void (*quantize_rows)(const float* x, int64_t rows, int64_t columns, float smallest,
                         float largest, float clip, int32_t cleared, int8_t* codes, float* scales,
                         int threads);
+  void (*quantize_stored)(StoredRows&, int threads);
   void (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t size, float eps,
                    float* y, int threads);
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* y, int threads);

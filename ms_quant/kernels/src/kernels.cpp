@@ -215,7 +215,7 @@ const Kernels* kernels_of(int isa) {
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 6; }
+int32_t msq_abi_version(void) { return 7; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
 
@@ -306,6 +306,29 @@ int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int64_t col
   if (cleared < 0 || cleared >= 23) return MSQ_BAD_ARGUMENT;
   kernels->quantize_rows(x, rows, columns, static_cast<float>(smallest),
                          static_cast<float>(largest), clip, cleared, codes, scales, threads);
+  return MSQ_OK;
+}
+
+int32_t msq_quantize_stored(int32_t isa, const void* stored, const float* block_scales,
+                            int64_t width, int64_t rows, int64_t columns, int32_t smallest,
+                            int32_t largest, int32_t cleared, int8_t* codes, float* scales,
+                            int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels || rows < 0 || columns < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
+  if (cleared < 0 || cleared >= 23 || width < 1) return MSQ_BAD_ARGUMENT;
+  StoredRows all = {stored,
+                    block_scales,
+                    width,
+                    rows,
+                    columns,
+                    static_cast<float>(smallest),
+                    static_cast<float>(largest),
+                    cleared,
+                    codes,
+                    scales};
+  kernels->quantize_stored(all, threads);
+  for (int64_t row = 0; row < rows; ++row)
+    if (!isfinite(scales[row])) return MSQ_NOT_FINITE;
   return MSQ_OK;
 }
 

@@ -83,6 +83,14 @@ MSQ_API int32_t msq_quantize_rows(int32_t isa, const float* x, int64_t rows, int
                                   int32_t smallest, int32_t largest, float clip, int32_t cleared,
                                   int8_t* codes, float* scales, int32_t threads);
 
+// The same of rows as they are stored: with block_scales (rows, ceil(columns / width)) they are
+// E4M3 codes, each times the scale of its run of `width` columns, and else bfloat16. NaN and
+// infinity among them or the products are refused, and all that is written is undefined then.
+MSQ_API int32_t msq_quantize_stored(int32_t isa, const void* stored, const float* block_scales,
+                                    int64_t width, int64_t rows, int64_t columns, int32_t smallest,
+                                    int32_t largest, int32_t cleared, int8_t* codes, float* scales,
+                                    int32_t threads);
+
 // What a decoder block does between its linears, in float32.
 // y = x / sqrt(mean(x^2) + eps) * weight of each of `rows` rows of `size`.
 MSQ_API int32_t msq_rms_norm(int32_t isa, const float* x, const float* weight, int64_t rows,

@@ -103,8 +103,13 @@ struct Quantize {
       const float v = mul ? x[k] * mul[k] : x[k], size = v < 0 ? -v : v;
       most = size > most ? size : most;
     }
+    return scale_of(most, largest, clip);
+  }
+
+  // NaN stays NaN.
+  static float scale_of(float most, float largest, float clip) {
     const float scale = most * clip / largest;
-    return scale >= 1.17549435e-38f ? scale : 1.0f;
+    return scale < 1.17549435e-38f ? 1.0f : scale;
   }
 
   static Steps steps_per_token(const float* mul, float scale, float low, float high) {
