@@ -13,6 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusion_models import (
+    MODELS,
+    dequantized,
+    load_tensors,
+    save_pipeline,
+    save_tensors,
+    save_transformer,
+    tensors_of,
+)
+from killed import KILLED_AT_RENAME
 
 from ms_quant.diffusers.component import open_float_component
 from ms_quant.diffusers.methods import HELD, storage_of
@@ -22,16 +32,6 @@ from ms_quant.diffusers.request import DiffusersOptions, check_request
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.quantization import streamed
-from tests.helpers.diffusion_models import (
-    MODELS,
-    dequantized,
-    load_tensors,
-    save_pipeline,
-    save_tensors,
-    save_transformer,
-    tensors_of,
-)
-from tests.helpers.killed import KILLED_AT_RENAME
 
 QKV = {"to_q", "to_k", "to_v"}
 ADDED = {"add_q_proj", "add_k_proj", "add_v_proj"}

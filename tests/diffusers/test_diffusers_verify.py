@@ -9,6 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusion_models import (
+    load_tensors,
+    save_pipeline,
+    save_tensors,
+    save_transformer,
+)
 
 from ms_quant.diffusers.inspection import inspect_directory
 from ms_quant.diffusers.methods import HELD
@@ -18,12 +24,6 @@ from ms_quant.diffusers.serving import serve_check_directory
 from ms_quant.diffusers.verify import verify_directory
 from ms_quant.errors import MsQuantError
 from ms_quant.serve.check import serve_check
-from tests.helpers.diffusion_models import (
-    load_tensors,
-    save_pipeline,
-    save_tensors,
-    save_transformer,
-)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
