@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +109,7 @@ class Component:
             and name.removesuffix(".weight") not in quantized
         ]
 
-    def check_names(self, further: Mapping[str, Any] = {}) -> None:
+    def check_names(self, further: Iterable[str] = ()) -> None:
         """Refuses a model that lacks a tensor or has one that is not known.
 
         Args:

@@ -15,7 +15,7 @@ from ms_quant.diffusers.directory import DiffusersDirectory, open_directory
 from ms_quant.diffusers.methods import ASCEND, E2M1_IN_E4M3, Storage
 from ms_quant.diffusers.plan import Choice, ComponentPlan, Values, plan_component
 from ms_quant.diffusers.stored import Stored, read_stored
-from ms_quant.errors import MsQuantError
+from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.atomic import sha256_file
 from ms_quant.files.writer import TensorPlan
 from ms_quant.formats.ascend.codes import codes_of, no_nan
@@ -96,7 +96,7 @@ def _value_problems(plan: ComponentPlan) -> Iterator[str]:
             else:
                 wrong = int(np.count_nonzero(checkpoint.read(tensor.name) == NO_EXPONENT))
                 if wrong:
-                    raise MsQuantError(f"{tensor.name}: {wrong} exponents are NaN, expected none")
+                    raise BadFileError(f"{tensor.name}: {wrong} exponents are NaN, expected none")
         except MsQuantError as error:
             yield str(error)
 
@@ -118,7 +118,7 @@ def check_codes(stored: np.ndarray, storage: Storage, tensor: TensorPlan) -> Non
         known[E2M1_IN_E4M3] = True
         wrong = int(np.count_nonzero(~known[stored.view(np.uint8)]))
         if wrong:
-            raise MsQuantError(
+            raise BadFileError(
                 f"{tensor.name}: {wrong} of {stored.size} values are none of float4 e2m1, expected "
                 "all to be"
             )
@@ -129,7 +129,7 @@ def _check_floats(plan: ComponentPlan, tensor: TensorPlan) -> None:
     for _, chunk in plan.component.checkpoint.float_chunks(tensor.name):
         wrong = int(np.count_nonzero(chunk <= 0)) if scale else 0
         if wrong:
-            raise MsQuantError(f"{tensor.name}: {wrong} scales are not positive, expected all")
+            raise BadFileError(f"{tensor.name}: {wrong} scales are not positive, expected all")
 
 
 def _source_problems(
