@@ -10,8 +10,8 @@ FUZZ_FLAGS = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recove
 TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
 KERNELS = ms_quant/kernels/src
-KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp check_watched.cpp hadamard.cpp \
-	kernels.cpp pages.cpp pool.cpp watched_linear.cpp)
+KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp check_sparse_attention.cpp \
+	check_watched.cpp hadamard.cpp kernels.cpp pages.cpp pool.cpp sparse_attention.cpp watched_linear.cpp)
 KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 # The unrolled ones take minutes to build with checks of every shift and sum.
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer
@@ -38,9 +38,11 @@ VLLM_VERSIONS ?= 0.11.0 0.31.0
 # Its wheel is for one Python; without it the tests of it are skipped.
 BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 	'import sys; print(*sys.version_info[:2], sep=".")')),vllm_mindspore==0.5.1)
+MINDONE = build/mindone
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-isa test-vllm test-aarch64 lint format docs bench accuracy accuracy-smollm2 fuzz clean
+.PHONY: demo test test-isa test-vllm test-mindone test-aarch64 \
+	lint format docs bench accuracy accuracy-smollm2 fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -74,6 +76,15 @@ $(VLLM)/%/installed: $(VLLM)/common/installed tests/vllm/requirements-%.txt
 	$(call environment,$(VENV) $(VLLM)/common)
 	$(PIP) --python $(@D)/bin/python install -q --no-compile --no-deps vllm==$* $(BESIDE_$*)
 	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/vllm/requirements-$*.txt 'numpy<2'
+	touch $@
+
+# Attention in the diffusion networks of mindone, in an environment of its own over $(VENV).
+test-mindone: $(MINDONE)/installed
+	timeout 540 $(MINDONE)/bin/python -m pytest -q tests/mindone
+
+$(MINDONE)/installed: $(INSTALLED) tests/mindone/requirements.txt
+	$(call environment,$(VENV))
+	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/mindone/requirements.txt
 	touch $@
 
 # An environment that sees the packages of others.

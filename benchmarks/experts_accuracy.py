@@ -1,6 +1,6 @@
 """Held-out perplexity of models with experts, quantized part by part.
 
-    python benchmarks/experts_accuracy.py MODEL --calib TEXT --heldout TEXT [--windows N]
+    python benchmarks/experts_accuracy.py MODEL --calib TEXT --heldout TEXT [--only WORD]
 
 Each row quantizes MODEL from the same calibration data (64 windows of 256 tokens) and predicts the
 held-out text in windows of 256. ``increase`` is of the perplexity, with the standard error of the
@@ -23,7 +23,7 @@ from ms_quant.data.calibration import eval_windows
 from ms_quant.evaluation.comparison import Comparison
 from ms_quant.evaluation.drafts import drafts
 from ms_quant.evaluation.perplexity import Measurement, measure
-from ms_quant.formats.opening import ServedModel, open_model
+from ms_quant.formats.opening import FloatModel, ServedModel, open_model
 
 EXPERTS_ONLY = "FLOAT,experts="
 ROWS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,21 @@ ROWS: dict[str, dict[str, Any]] = {
         "scheme_options": {"group_size": 32},
     },
 }
-CACHE = "int8 cache, a scale a token"
+CACHES = {"C8": "C8, recall windows", "C8_ABSMAX": "C8, largest magnitudes"}
+ROWS |= {
+    f"{linears}, {what}": {"scheme": scheme, "formats": ["ascend"], "kv_cache": kind}
+    for linears, scheme in (("W8A8_DYNAMIC", "W8A8_DYNAMIC"), ("W8A8, MLPs dynamic", "W8A8"))
+    for kind, what in CACHES.items()
+}
+DYNAMIC = "float, int8 cache, a scale a token"
+
+
+class WithCache(FloatModel):
+    """A float model with the static scales of a checkpoint's cache."""
+
+    def __init__(self, directory: Path, scales: ServedModel):
+        super().__init__(directory)
+        self.cache_scales = scales.cache_scales
 
 
 def main(args: argparse.Namespace) -> None:
@@ -75,19 +89,28 @@ def main(args: argparse.Namespace) -> None:
     print("| linears | perplexity | increase | drafts |\n|---|---|---|---|")
     _show("float", exact, exact, source, tokens, further)
     for name, options in ROWS.items():
+        if args.only and args.only not in name:
+            continue
         if "mtp=" in options["scheme"] and not further:
+            continue
+        if options.get("kv_cache") == "C8_ABSMAX" and source.config.latent is None:
             continue
         with tempfile.TemporaryDirectory(prefix="experts-") as place:
             output = Path(place) / "out"
-            algorithm = options.get("algorithm", "minmax")
+            algorithm, cache = options.get("algorithm", "minmax"), options.get("kv_cache", "")
             data = {"calibration": args.calib, "samples": 64, "seq_len": 256}
             static = options["scheme"].split(",")[0] == "W8A8"
-            needs = static or "q" in algorithm or "osl" in algorithm
+            needs = static or "q" in algorithm or "osl" in algorithm or cache
             ms_quant.quantize_checkpoint(args.model, output, **options, **(data if needs else {}))
             model = open_model(output)
             _show(name, measure(model, tokens), exact, model, tokens, further)
-    cached = measure(source, tokens, kv_cache="C8_DYNAMIC")
-    _show(CACHE, cached, exact, source, tokens, False)
+            if cache and options["scheme"] != "W8A8":
+                alone = WithCache(args.model, model)
+                found = measure(alone, tokens)
+                _show(f"float, {CACHES[cache]}", found, exact, alone, tokens, further)
+    if not args.only or args.only in DYNAMIC:
+        cached = measure(source, tokens, kv_cache="C8_DYNAMIC")
+        _show(DYNAMIC, cached, exact, source, tokens, False)
 
 
 def _show(
@@ -115,4 +138,5 @@ if __name__ == "__main__":
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--windows", type=int)
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
     main(parser.parse_args())

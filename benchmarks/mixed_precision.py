@@ -24,8 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.allocation.options import choices_within
-from ms_quant.allocation.price import price_for_cost
+from ms_quant.allocation.knapsack import best_within
 from ms_quant.analysis.records import GroupSensitivity, Sensitivity
 from ms_quant.analysis.request import AnalyzeOptions, CheckedAnalysis, prepare_analysis
 from ms_quant.analysis.run import run_analysis
@@ -141,17 +140,12 @@ def bits(bench: Bench, schemes: tuple[str, str], sizes: int, seed: int) -> Itera
     for name, choice in (("uniform", low), ("uniform", high)):
         yield _row(bench, known, name, choice)
     for size in np.linspace(least, most, sizes + 2)[1:-1]:
-        yield _row(bench, known, "allocated", _allocated(known, size))
+        yield _row(bench, known, "allocated", known.choice(best_within(known.parts, size)))
         yield _row(bench, known, "ends", _greedy(known, schemes, size, _from_ends(known)))
         for k in range(RANDOM):
             order = list(known.costs)
             np.random.default_rng(seed + k).shuffle(order)
             yield _row(bench, known, "random", _greedy(known, schemes, size, order))
-
-
-def _allocated(known: Candidates, size: float) -> Choice:
-    price = price_for_cost(known.parts.values(), size)
-    return known.choice(choices_within(known.parts, size, price))
 
 
 def _from_ends(known: Candidates) -> list[GroupId]:

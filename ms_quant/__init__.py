@@ -2,7 +2,7 @@
 
 The public names are imported when they are first used: those of networks (``quantize``,
 ``calibrate``, ``Observations``, ``summary``, ``save_quantized``, ``load_quantized``,
-``QuantLinear``) need MindSpore, the others do not.
+``QuantLinear``, and those that attach attention) need MindSpore, the others do not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
         save_quantized,
         summary,
     )
+    from ms_quant.cells.diffusion import (
+        AttentionPlan,
+        DiffusionAttention,
+        attach_attention,
+        attention_sites,
+        attention_summary,
+        detach_attention,
+    )
     from ms_quant.errors import (
         BadArgumentError,
         BadFileError,
@@ -55,8 +63,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "SCHEMES",
+    "AttentionPlan",
     "BadArgumentError",
     "BadFileError",
+    "DiffusionAttention",
     "DiskError",
     "JobConflictError",
     "MsQuantError",
@@ -69,10 +79,14 @@ __all__ = [
     "UnsupportedError",
     "analyze",
     "arm",
+    "attach_attention",
+    "attention_sites",
+    "attention_summary",
     "block_mask",
     "calibrate",
     "compare",
     "convert_checkpoint",
+    "detach_attention",
     "fa_block_quant",
     "fa_quant",
     "from_ptq_config",
@@ -100,6 +114,10 @@ _MODULES = {
     "ms_quant.cells": (
         *("Observations", "QuantLinear", "calibrate", "load_quantized", "quantize"),
         *("save_quantized", "summary"),
+    ),
+    "ms_quant.cells.diffusion": (
+        *("AttentionPlan", "DiffusionAttention", "attach_attention", "attention_sites"),
+        *("attention_summary", "detach_attention"),
     ),
     "ms_quant.errors": (
         *("BadArgumentError", "BadFileError", "DiskError", "JobConflictError", "MsQuantError"),

@@ -73,6 +73,21 @@ class TimestepManager:
         return index
 
     @classmethod
+    @contextmanager
+    def at(cls, timestep_idx: int | None) -> Iterator[None]:
+        """Sets the index for a while, and puts the one before back; MindIE-SD does not have this.
+
+        Raises:
+            MsQuantError: as :meth:`set_timestep_idx`.
+        """
+        before = _index.get()
+        cls.set_timestep_idx(timestep_idx)
+        try:
+            yield
+        finally:
+            _index.set(before)
+
+    @classmethod
     def set_timestep_idx_max(cls, timestep_idx_max: int | None) -> None:
         """Sets T, the number of steps, one above the largest index.
 
@@ -113,6 +128,10 @@ def kept_timesteps() -> Iterator[None]:
         TimestepManager._count = count
 
 
+class _NotGiven(str):
+    """A default that nobody gave."""
+
+
 class TimestepPolicyConfig:
     """Which strategy quantizes which step.
 
@@ -135,7 +154,7 @@ class TimestepPolicyConfig:
         self,
         default_strategy: str = "dynamic",
         w4a4_default_strategy: str = "W4A4",
-        fa_default_strategy: str = "MXFP4",
+        fa_default_strategy: str = _NotGiven("MXFP4"),
     ) -> None:
         _check_name("default_strategy", default_strategy, STRATEGIES["w8a8_static_linear"])
         _check_name("w4a4_default_strategy", w4a4_default_strategy, STRATEGIES["w4a4_linear"])
@@ -199,6 +218,23 @@ class TimestepPolicyConfig:
         """Whether some step may have a strategy of a target; MindIE-SD does not have this."""
         registered = any(name == strategy for _, name in self._rules[target])
         return registered or self._default(target) == strategy
+
+    def chosen(self, step: int, target: str) -> str | None:
+        """The strategy of a step, where it was registered or the target's default was given.
+
+        A policy that says nothing of attention leaves attention what it is: the default of the
+        target ``fa`` counts only if it was given. MindIE-SD does not have this.
+
+        Raises:
+            MsQuantError: as :meth:`get_strategy`.
+        """
+        found = self.get_strategy(step, target)
+        return None if isinstance(found, _NotGiven) else found
+
+    def says(self, target: str) -> bool:
+        """Whether :meth:`chosen` is not None for some step."""
+        default = self._default(target)
+        return bool(self._rules[target]) or not isinstance(default, _NotGiven)
 
     def _default(self, target: str) -> str:
         if target == "fa":

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
+from ms_quant.models.block_spec import CacheSpec
 from ms_quant.statistics.observers import ActivationStats, CacheRange, StepStats
 
 PATHS = ("self_attn.k_proj", "self_attn.v_proj")
@@ -154,12 +155,15 @@ def test_a_step_with_nan_leaves_no_trace():
     assert not stats.seen_steps and not len(stats.row_steps)
 
 
+CACHED = {path: CacheSpec(tap, 15) for path, tap in zip(PATHS, "kv", strict=True)}
+
+
 def random_heads(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype("f4")
 
 
 def test_ranges_of_cached_keys_and_values():
-    cache = CacheRange("block.")
+    cache = CacheRange("block.", CACHED)
     batches = [(random_heads(i, (2, 3, 4, 5)), random_heads(9 + i, (2, 3, 4, 5))) for i in range(3)]
     for both in batches:
         for path, heads in zip(PATHS, both, strict=True):
@@ -176,4 +180,4 @@ def test_cached_values_that_are_not_finite_are_refused_by_name(value):
     values[0, 1, 2, 3] = value
     message = r"layers\.4\.self_attn\.v_proj: calibration output: 1 of"
     with pytest.raises(MsQuantError, match=message):
-        CacheRange("layers.4.").add(PATHS[1], values)
+        CacheRange("layers.4.", CACHED).add(PATHS[1], values)

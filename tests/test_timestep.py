@@ -294,3 +294,28 @@ def test_mindspore_is_not_imported(package_environment):
     modules = "ms_quant.timestep, ms_quant.statistics.histogram"
     code = f"import sys, {modules}; sys.exit('mindspore' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=package_environment, check=True, timeout=60)
+
+
+def test_a_step_for_a_while():
+    TimestepManager.set_timestep_idx_max(4)
+    TimestepManager.set_timestep_idx(1)
+    with TimestepManager.at(3):
+        assert TimestepManager.get_timestep_idx() == 3
+    assert TimestepManager.get_timestep_idx() == 1
+    with (
+        pytest.raises(MsQuantError, match=r"timestep_idx: 4, expected 0\.\.3"),
+        TimestepManager.at(4),
+    ):
+        pass
+    assert TimestepManager.get_timestep_idx() == 1
+
+
+def test_attention_is_left_alone_where_a_policy_does_not_speak_of_it():
+    policy = TimestepPolicyConfig("static")
+    assert not policy.says("fa") and policy.chosen(0, "fa") is None
+    assert policy.get_strategy(0, "fa") == "MXFP4"
+    policy.register(range(2), "FLOAT", target="fa")
+    assert policy.says("fa")
+    assert [policy.chosen(step, "fa") for step in range(3)] == ["FLOAT", "FLOAT", None]
+    given = TimestepPolicyConfig(fa_default_strategy="MXFP4")
+    assert given.says("fa") and given.chosen(7, "fa") == "MXFP4"

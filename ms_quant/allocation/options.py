@@ -56,30 +56,3 @@ class Options:
 def all_prices(parts: Iterable[Options]) -> list[float]:
     """The prices that lead to different choices, falling: from the cheapest to the best."""
     return [math.inf, *sorted({price for part in parts for price in part.prices()}, reverse=True)]
-
-
-def choices_within(parts: Mapping[str, Options], cost: float, price: float) -> dict[str, str]:
-    """What is chosen at a price, and with what is left of a budget then.
-
-    What is left goes where it saves most for what it costs, as long as it suffices: parts are
-    whole, and no price need spend a budget to the end.
-
-    Args:
-        parts: name to part.
-        cost: the budget.
-        price: one at which no more is spent.
-    """
-    chosen = {name: part.choice(price) for name, part in parts.items()}
-    left = cost - math.fsum(part.points[chosen[name]].cost for name, part in parts.items())
-    while True:
-        steps = [
-            (part.rate(chosen[name], better), name, better)
-            for name, part in parts.items()
-            for better in part.hull[part.hull.index(chosen[name]) + 1 :]
-            if part.points[better].cost - part.points[chosen[name]].cost <= left
-        ]
-        if not steps:
-            return chosen
-        _, name, better = max(steps)
-        left -= parts[name].points[better].cost - parts[name].points[chosen[name]].cost
-        chosen[name] = better

@@ -26,6 +26,7 @@ from ms_quant.formats.source_kind import model_directory
 from ms_quant.job.directory import JobDirectory, environment
 from ms_quant.models.config import ModelConfig
 from ms_quant.pipeline.best import with_best
+from ms_quant.pipeline.building import check_cache_kind
 from ms_quant.pipeline.calibration import data_notes, data_record
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.paths import check_paths
@@ -121,6 +122,8 @@ def prepare_analysis(
     job = with_best(job, schemes, config)
     options = replace(options, job=job)
     caches = [name for name in schemes if name in KV_CACHES]
+    for name in caches:
+        check_cache_kind(config, name)
     plain = replace(options, format="")
     plans = {name: _plan(config, name, options) for name in schemes if name not in caches}
     refuse_idle([SCHEMES[name] for name in plans], job)

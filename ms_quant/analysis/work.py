@@ -21,17 +21,16 @@ from ms_quant.files.reader import FloatTensors
 from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
 from ms_quant.models.block_forward import Observer, Positions
 from ms_quant.models.block_spec import BlockSpec
-from ms_quant.models.cache import Int8KeyValueCache, KeyValueCache
+from ms_quant.models.cache import Int8KeyValueCache, KeyValueCache, static_cache
 from ms_quant.models.embedding import used_rows
-from ms_quant.models.names import block_prefix
-from ms_quant.numerics import kv_cache
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import BlockProgress
 from ms_quant.quantization.block import QuantizedBlock, quantize
+from ms_quant.quantization.cache_scales import cache_scales
 from ms_quant.quantization.observe import GroupWanted, Wanted
 from ms_quant.quantization.weights import LoadedWeights
 from ms_quant.quantization.work import BlockWork
-from ms_quant.schemes.table import DYNAMIC_CACHE, STATIC_CACHE
+from ms_quant.schemes.table import DYNAMIC_CACHE
 from ms_quant.statistics.errors import Errors, errors
 from ms_quant.statistics.observations import Observations
 
@@ -114,7 +113,7 @@ class AnalysisWork(BlockWork):
         """See :class:`BlockWork`: of a group that no plan quantizes, too, statistics are kept."""
         found = super().wanted(index)
         groups = {g.name: _JUST_SEEN for g in self.config.block(index).groups} | dict(found.groups)
-        return replace(found, groups=groups, cache=STATIC_CACHE in self.subject.caches)
+        return replace(found, groups=groups, cache=bool({*self.subject.caches} - {DYNAMIC_CACHE}))
 
     def unfinished(self) -> list[int]:
         """See :class:`BlockWork`: blocks that predict further tokens change no prediction here."""
@@ -224,12 +223,7 @@ class AnalysisWork(BlockWork):
         if kind == DYNAMIC_CACHE:
             return Int8KeyValueCache
         assert seen.cache is not None
-        dtype, prefix = self.subject.base.dtype, block_prefix(spec.index)
-        scales = {
-            path: kv_cache.channel_scale(seen.cache[path], dtype, f"{prefix}{path}: cached output")
-            for path in spec.cached
-        }
-        return partial(Int8KeyValueCache, scales)
+        return static_cache(spec, cache_scales(spec, kind, self.subject.base.dtype, seen.cache))
 
     def _inputs(self, observations: Observations) -> dict[str, Any]:
         watched = self._watches.items()

@@ -114,8 +114,8 @@ class Attention(Heads):
     ) -> Tensor:
         """The same as ``construct`` in NumPy and native kernels."""
         q, k, v = map(floats, self.by_head(x, decode))
-        angles, kept = (floats(cos), floats(sin)), None if cache is None else cache.extend
-        y = attention.attention(q, k, v, angles, floats(mask), kept, threads(), self.budget)
+        angles = floats(cos), floats(sin)
+        y = attention.attention(q, k, v, angles, floats(mask), cache, threads(), self.budget)
         return project(self.o_proj, as_type(y, x.dtype), decode)
 
     def construct(

@@ -57,6 +57,9 @@ class _Operators:
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         return x
 
+    def shows(self, tap: str) -> bool:
+        return False
+
     def show(self, tap: str, x: np.ndarray) -> None:
         """Nobody looks on."""
 
@@ -134,9 +137,8 @@ class LatentAttention(Heads):
             return nn.Cell.__call__(self, x, cos, sin, mask, cache, decode)
         operators = _Operators(self, x, decode)
         at: Any = _Positions((floats(cos), floats(sin)), floats(mask))
-        kept = None if cache is None else cache.extend
         with np.errstate(all="ignore"):
-            y = self.branch.inner(operators, operators.rows, at, kept)
+            y = self.branch.inner(operators, operators.rows, at, cache)
         return project(self.o_proj, as_type(y, x.dtype), decode)
 
     def construct(

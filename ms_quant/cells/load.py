@@ -12,6 +12,9 @@ import numpy as np
 from mindspore import communication, nn
 from mindspore.communication import GlobalComm
 
+from ms_quant.cells.diffusion.attach import attach_attention
+from ms_quant.cells.diffusion.load import stored_attention
+from ms_quant.cells.diffusion.sites import attention_sites
 from ms_quant.cells.float_forward import run_dtype
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import is_linear, linears, replace_cell
@@ -31,8 +34,6 @@ from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.numerics.timestep import TimestepActivation
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
-
-MX_TARGET = "w4a4_linear"
 
 
 def load_quantized(
@@ -119,17 +120,18 @@ def load(
     if path.suffix == ".safetensors":
         return load_whole(network, path, timestep_policy, dtype)
     path = _of_this_rank(path)
-    description = read_description(path)
-    cells = dict(linears(network))
+    description = read_description(path, attention=True)
+    cells, attention = dict(linears(network)), attention_sites(network)
     types = {name: description.type_of(name) for name in cells}
-    description.check_all_used(cells)
-    if set(types.values()) <= {FLOAT}:
+    description.check_all_used(cells, [site.path for site in attention])
+    if set(types.values()) <= {FLOAT} and not description.attention:
         raise BadFileError(
             f"{path}: quantizes none of the network's linears, expected one at least"
         )
-    _check_policy(types, timestep_policy, path)
+    _check_policy(types, timestep_policy, description)
     weights = open_weights(description, rank_of(path))
     tensors, dtype = Tensors(weights), dtype or made_for(weights)
+    stored = stored_attention(description, tensors, attention, timestep_policy)
     quantized = {}
     for name, kind in types.items():
         linear = _linear(tensors, name, cells[name], kind, dtype or run_dtype(cells[name]))
@@ -137,6 +139,8 @@ def load(
             scheme = TYPES[kind].make()
             quantized[name] = QuantLinear(linear, timestep_policy=timestep_policy, scheme=scheme)
     steps = _steps(quantized, description)
+    if stored:
+        attach_attention(network, lambda site: stored.get(site.path))
     for name, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, name, cell)
     if steps is not None:
@@ -193,20 +197,16 @@ def _linear(
 
 
 def _check_policy(
-    types: Mapping[str, str], policy: TimestepPolicyConfig | None, path: Path
+    types: Mapping[str, str], policy: TimestepPolicyConfig | None, description: Description
 ) -> None:
-    """Refuses a policy that no layer takes, or that asks for what is not computed here."""
+    """Refuses a policy that no layer takes."""
     if policy is None:
         return
-    kinds = set(types.values())
-    if "W4A4_MXFP4" in kinds and policy.chooses("W4A8", MX_TARGET):
+    kinds, path = set(types.values()), description.path
+    if not kinds & {"W8A8_TIMESTEP", "W4A4_MXFP4"} and not description.attention:
         raise BadFileError(
-            f"timestep_policy: W4A8 of target {MX_TARGET}, which gives linears of {path} inputs in "
-            "MXFP8, is not computed here, expected W4A4"
-        )
-    if not kinds & {"W8A8_TIMESTEP", "W4A4_MXFP4"}:
-        raise BadFileError(
-            f"timestep_policy: no linear of {path} takes one, expected some of W8A8_TIMESTEP"
+            f"timestep_policy: no linear and no attention of {path} takes one, expected linears of "
+            "W8A8_TIMESTEP"
         )
 
 

@@ -16,7 +16,7 @@ from ms_quant.cells.direct import calls_directly, floats
 from ms_quant.cells.layers import repeat_rows
 from ms_quant.cells.native import NativeLinear, native_linear
 from ms_quant.cells.parameters import make_parameters, refuse_replacing, tensors_of
-from ms_quant.cells.timesteps import current_step, is_static
+from ms_quant.cells.timesteps import WIDE, current_step, is_static, is_wide, takes_wide
 from ms_quant.cells.tree import host_array
 from ms_quant.kernels import WatchedArrays, transforms
 from ms_quant.numerics.activation import DualMxTokens, Float, PerToken, PhasedActivation
@@ -148,6 +148,7 @@ class QuantLinear(nn.Cell):
         self.static = isinstance(activation, StaticActivation)
         self.by_step = isinstance(activation, TimestepActivation)
         self.timestep_policy = timestep_policy or TimestepPolicyConfig()
+        self.widens = takes_wide(activation, self.timestep_policy)
         self.integer = linear.integer
         has_static = self.static or self.phased
         self.folds_bias = self.by_step or (has_static and linear.static.folds_bias)
@@ -167,7 +168,7 @@ class QuantLinear(nn.Cell):
         self.smoothed_as = linear.input_dtype if linear.rounds_smoothed else DTYPES["float32"]
         self.smoothed_dtype = getattr(ms, self.smoothed_as.name)
         computes = self.integer or self.compiles
-        self.asks_python = self.by_step or self.has_kronecker or not computes
+        self.asks_python = self.by_step or self.has_kronecker or self.widens or not computes
         self.in_pynative = False
         self.matmul = ops.MatMul(transpose_b=True)
         self.row_max = ops.ReduceMax(keep_dims=True)
@@ -231,7 +232,8 @@ class QuantLinear(nn.Cell):
 
     def __call__(self, *args, **kwargs):
         # Compiled networks do not come here: they take the operator in ``construct``.
-        if self.native is None or self.float_type is not None or not calls_directly(self):
+        indirect = self.float_type is not None or self.widens or not calls_directly(self)
+        if self.native is None or indirect:
             # A graph is made of ``construct`` alone, or, of this Cell itself, in graph mode.
             self.__dict__["in_pynative"] = ms.get_context("mode") == ms.PYNATIVE_MODE
             try:
@@ -265,10 +267,11 @@ class QuantLinear(nn.Cell):
                 rows = rows * self.mul_scale.astype(rows.dtype)
             return ascend.forward(self, rows).reshape(shape)
         rows = rows.astype(ms.float32)
-        if self.smooths and (self.native is None or self.transforms):
+        wide = self.widens and is_wide(self.timestep_policy, current_step(self.weight.name))
+        if self.smooths and (self.native is None or self.transforms or wide):
             rows = rows * repeat_rows(self.mul_scale, rows.shape[0])
             rows = rows.astype(self.smoothed_dtype).astype(ms.float32)
-        if self.native is not None and not self.has_kronecker:
+        if self.native is not None and not self.has_kronecker and not self.widens:
             phase = self.native_phases[1 if decode else 0]
             y = self.native_operator(rows, self.native_record, phase, *self.native_arrays)
             return y.reshape(shape).astype(x.dtype)
@@ -281,7 +284,7 @@ class QuantLinear(nn.Cell):
         if self.by_step:
             step = self._static_step()
             static = step is not None
-        y = self._product(rows, static, step)
+        y = self._product(rows, static, step, wide)
         if self.has_branch:
             y = y + self.matmul(self.matmul(rows, self.svd_lowrank_l1), self.svd_lowrank_l2)
         if self.has_bias and not (static and self.folds_bias):
@@ -327,9 +330,11 @@ class QuantLinear(nn.Cell):
             codes = codes - self.weight_zero_point.astype(ms.float32).reshape(shape)
         return (codes * self.weight_scale.reshape(shape)).reshape(self.weight.shape)
 
-    def _product(self, rows: Tensor, static: bool, step: int | None) -> Tensor:
+    def _product(self, rows: Tensor, static: bool, step: int | None, wide: bool) -> Tensor:
         if self.has_kronecker:
             rows = _on_host(self._transform, rows)
+        if wide:
+            return self.matmul(_on_host(WIDE.fake, rows), self._host_weight())
         if self.native is not None:
             return _on_host(self.native, rows)  # of a transform: per token, in PyNative
         if self.integer:

@@ -39,6 +39,7 @@ class Replacement:
         policy: which timesteps are static, where the user says it.
         dtype: the type that all run in; None for each linear's own.
         progress: told of calls and groups.
+        policy_of_attention: whether attention takes the policy, too.
 
     Raises:
         MsQuantError: a linear cannot be what it should become, or no scheme takes the policy.
@@ -52,9 +53,10 @@ class Replacement:
         policy: TimestepPolicyConfig | None,
         dtype: np.dtype | None,
         progress: Progress,
+        policy_of_attention: bool = False,
     ):
         self.network, self.sites, self.plans, self.progress = network, sites, plans, progress
-        self.policy = _policy([plan.scheme for plan in plans.values()], policy)
+        self.policy = _policy([plan.scheme for plan in plans.values()], policy, policy_of_attention)
         self.dtypes = {path: dtype or run_dtype(site.cell) for path, site in sites.items()}
         self.kinds: list[LinearPlan] = []
         for path, plan in plans.items():
@@ -139,7 +141,7 @@ class Replacement:
                 for path, found in solve(group).items():
                     made[path] = QuantLinear(
                         found.linear,
-                        timestep_policy=group.policy,
+                        timestep_policy=group.policy or self.policy,
                         scheme=scheme,
                         made=Made(name, found.error, found.on_outputs),
                     )
@@ -182,7 +184,7 @@ def _refuse_rotations(plan: LinearPlan) -> None:
 
 
 def _policy(
-    schemes: Iterable[Scheme], given: TimestepPolicyConfig | None
+    schemes: Iterable[Scheme], given: TimestepPolicyConfig | None, of_attention: bool
 ) -> TimestepPolicyConfig | None:
     """The policy of schemes of timesteps, None where there is none.
 
@@ -193,12 +195,16 @@ def _policy(
         found = type(given).__name__
         raise BadArgumentError(f"timestep_policy: {found}, expected a TimestepPolicyConfig")
     names = {scheme.name: scheme for scheme in schemes}
+    inputs = [scheme.activation for scheme in names.values()]
+    if given is not None and any(timesteps.takes_wide(kind, given) for kind in inputs):
+        return given
     if any(isinstance(scheme.activation, Timestep) for scheme in names.values()):
         return given or TimestepPolicyConfig()
-    if given is not None:
+    if given is not None and not of_attention:
         listed = " and ".join(names) or "FLOAT"
         raise BadArgumentError(
-            f"timestep_policy: scheme {listed} takes none, expected scheme W8A8_TIMESTEP"
+            f"timestep_policy: scheme {listed} takes none, expected scheme W8A8_TIMESTEP, or "
+            "quantized attention"
         )
     return None
 

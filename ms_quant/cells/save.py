@@ -14,6 +14,7 @@ from mindspore import nn
 
 from ms_quant.algorithms import AlgorithmPipeline
 from ms_quant.cells.as_linear import as_linear
+from ms_quant.cells.diffusion.save import attention_tensors, attention_types, warn_of_sparse
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
 from ms_quant.cells.whole import save_whole
@@ -34,6 +35,7 @@ from ms_quant.formats.mindie_sd.types import (
     GLOBAL_TYPE,
     MODE,
     NAME,
+    SERVED_ATTENTION,
     description_name,
     model_type,
     weights_name,
@@ -58,9 +60,10 @@ def save_quantized(
 
     ``quant_model_description_TYPE.json`` names every tensor of a linear with its type or
     ``FLOAT``, ``quant_model_weight_TYPE.safetensors`` holds them. Linears that stayed float are
-    among them. What is no linear is not written: MindIE-SD leaves it as the model has it. Each
-    file is either whole or absent; the description comes last. Others than owner and group may not
-    read them: MindIE-SD refuses files with more permissions.
+    among them, and so are quantized attentions and their rotations. What is neither is not
+    written: MindIE-SD leaves it as the model has it. Each file is either whole or absent; the
+    description comes last. Others than owner and group may not read them: MindIE-SD refuses files
+    with more permissions.
 
     In format ``"network"`` there is one file, ``quantized_network.safetensors``, of every scheme
     and with every parameter of the network: convolutions, norms and embeddings, too. ms-quant reads
@@ -131,9 +134,15 @@ def save_quantized(
         for tensor in made:
             plans.append(tensor.plan)
             makers[tensor.plan.name], entries[tensor.plan.name] = tensor.make, tensor.entry
-    if not layouts:
+    attention = attention_types(network)
+    for name, array in attention_tensors(network).items():
+        plans.append(TensorPlan(name, array.dtype, array.shape))
+        makers[name], entries[name] = partial(np.copy, array), FLOAT
+    entries |= {f"{path}.quant_type": type for path, type in attention.items()}
+    if not layouts and not attention:
         raise BadArgumentError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
-    model = model_type({layout.type for layout in layouts.values()})
+    types = {layout.type for layout in layouts.values()}
+    model = model_type(types) if types else max(attention.values(), key=SERVED_ATTENTION.index)
     target = Path(directory)
     free_space_check(target, sum(plan.bytes for plan in plans))
     target.mkdir(parents=True, exist_ok=True)
@@ -144,6 +153,7 @@ def save_quantized(
     write_json(path, {GLOBAL_TYPE: model, **entries}, MODE)
     if not metadata:
         _warn_of_float32(layouts)
+    warn_of_sparse(network)
     return str(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,7 @@ from mindspore import nn
 
 from ms_quant.cells.calls import Progress, silent
 from ms_quant.cells.choice import Common, Predicate, is_file, plans_of
+from ms_quant.cells.diffusion.quantize import Attention, AttentionJob
 from ms_quant.cells.load import load, wanted_dtype
 from ms_quant.cells.observations import Observations
 from ms_quant.cells.observe import Structure
@@ -37,6 +39,7 @@ def quantize(
     blocks: Sequence[str] | None = None,
     scores: Sequence[str] = SCORES,
     timestep_policy: TimestepPolicyConfig | None = None,
+    attention: Attention | None = None,
     dtype: Any = None,
     for_format: str | None = None,
     progress: Progress | None = None,
@@ -85,10 +88,17 @@ def quantize(
             Default: ``("*q_proj", "*k_proj")``, as most networks call them; those that call them
             otherwise have none unless it is said here.
         timestep_policy (TimestepPolicyConfig, optional): which timesteps of a diffusion model are
-            static and which are dynamic, for W8A8_TIMESTEP. `calibration` sets
+            static and which are dynamic, for W8A8_TIMESTEP, and how those of attention are
+            quantized, where it says something of the target ``fa``. `calibration` sets
             ``TimestepManager.set_timestep_idx(t)`` before it gives inputs of step t; dynamic steps
             need none. There are as many steps as ``set_timestep_idx_max`` said, else 1 + the
             largest index of the inputs. Default: ``None``, all steps are dynamic.
+        attention (Mapping, optional): pattern of paths or class names to what self attention that
+            it matches becomes: a kind such as ``"FP8_DYNAMIC"``, a sparse rule such as ``"rf_v2"``,
+            a dict of both and their options (``{"kind": ..., "sparse": ..., "sparsity": 0.8,
+            "start_step": 15}``), an ``AttentionPlan``, or ``None`` for float; of several patterns
+            the last counts. ``ms_quant.attention_summary(network)`` says what became of it, and
+            ``ms_quant.detach_attention(network)`` undoes it. Default: ``None``, as it is.
         dtype (str, mindspore.dtype, optional): the type that the quantized network will run in,
             ``"bfloat16"``, ``"float16"`` or ``"float32"``. Scales, smoothing vectors and biases
             that such a runtime holds in this type are exact in it, and so is what the linears here
@@ -158,6 +168,7 @@ def quantize(
         "groups": groups,
         "blocks": blocks,
         "scores": tuple(scores),
+        "attention": attention,
         "for_format": for_format,
         "progress": progress,
     }
@@ -170,10 +181,22 @@ def quantize(
         return _quantized_alone(network, scheme, for_linear)
     runs_in, chosen = wanted_dtype(dtype), sites(network, include, exclude, scores)
     plans = plans_of(scheme, network, chosen, Common(algorithm, options))
-    job = Replacement(network, chosen, plans, timestep_policy, runs_in, progress or silent)
+    attached = None if attention is None else AttentionJob(network, attention, timestep_policy)
+    job = Replacement(
+        *(network, chosen, plans, timestep_policy, runs_in, progress or silent),
+        policy_of_attention=attached is not None,
+    )
     if for_format is not None:
         job.check_format(for_format)
-    quantized = job.quantized(job.observed(calibration, Structure(groups, blocks)))
+    with ExitStack() as stack:
+        if attached is not None:
+            stack.enter_context(attached.watching())
+        observed = job.observed(calibration, Structure(groups, blocks))
+        if attached is not None:
+            attached.call(calibration, progress or silent)
+    quantized = job.quantized(observed)
+    if attached is not None:
+        attached.attach()
     for path, cell in quantized.items():  # all or, after an error above, none
         replace_cell(network, path, cell)
     return network
@@ -201,7 +224,7 @@ def _quantized_alone(linear: nn.Cell, scheme: Any, given: Mapping[str, Any]) -> 
             f"{linear.cls_name}: is a linear itself, expected include and exclude only with a "
             "network of several"
         )
-    for name in ("groups", "blocks", "scores", "for_format"):
+    for name in ("groups", "blocks", "scores", "attention", "for_format"):
         if given[name] != _default(name):
             raise BadArgumentError(
                 f"{name}: given with {linear.cls_name}, which is a linear itself, expected a "

@@ -7,11 +7,15 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from ms_quant.errors import BadArgumentError
+from ms_quant.numerics.activation import MxTokens
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.statistics.observers import StepStats
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 SHOWN = 4
+MX_TARGET = "w4a4_linear"
+WIDE = MxTokens("mxfp8_cann0")
+"""What MXFP4 inputs are in steps whose strategy is W4A8."""
 
 
 def current_step(name: str) -> int:
@@ -31,6 +35,16 @@ def current_step(name: str) -> int:
 
 def is_static(policy: TimestepPolicyConfig, step: int) -> bool:
     return policy.get_strategy(step, "w8a8_static_linear") == "static"
+
+
+def takes_wide(activation: object, policy: TimestepPolicyConfig) -> bool:
+    """Whether inputs are in MXFP4, and in MXFP8 in some step."""
+    in_mxfp4 = isinstance(activation, MxTokens) and activation.bits == 4
+    return in_mxfp4 and policy.chooses("W4A8", MX_TARGET)
+
+
+def is_wide(policy: TimestepPolicyConfig, step: int) -> bool:
+    return policy.get_strategy(step, MX_TARGET) == "W4A8"
 
 
 def count_steps(found: Sequence[int | None], policy: TimestepPolicyConfig) -> int:

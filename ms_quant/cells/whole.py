@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from ms_quant.cells.diffusion.attach import attach_attention
+from ms_quant.cells.diffusion.whole import arrays, attached, load_attention, stated
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import host_array, linears, replace_cell
 from ms_quant.errors import BadFileError, MsQuantError
@@ -27,6 +29,7 @@ from ms_quant.schemes.table import get_scheme
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 FILE_NAME, KEY, VERSION = "quantized_network.safetensors", "ms_quant.network", 1
+ATTENTION = "attention"
 MOST_STEPS = 1 << 20
 _LINEAR = "a quantized linear"
 
@@ -50,13 +53,18 @@ def save_whole(network: nn.Cell, directory: Path) -> str:
                     "quantize, whose scheme is known"
                 )
             schemes[path] = _stated(path, cell, cell.scheme)
-    if not schemes:
+    attention = attached(network)
+    if not schemes and not attention:
         raise BadFileError(f"{network.cls_name}: holds no QuantLinear, nothing to save")
     tensors = dict(_tensors(network))
+    tensors |= {name: Tensor(array) for name, array in arrays(attention).items()}
     plans = [TensorPlan(name, _stored(t), tuple(t.shape)) for name, t in tensors.items()]
     free_space_check(directory, sum(plan.bytes for plan in plans))
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {KEY: json.dumps({"version": VERSION, "linears": schemes}, sort_keys=True)}
+    header: dict[str, Any] = {"version": VERSION, "linears": schemes}
+    if attention:
+        header[ATTENTION] = stated(attention)
+    metadata = {KEY: json.dumps(header, sort_keys=True)}
     path = directory / FILE_NAME
     write_file(path, plans, lambda plan: host_array(tensors[plan.name]), metadata)
     return str(path)
@@ -115,7 +123,7 @@ def load_whole(
             Nothing is replaced.
     """
     file = open_file(path)
-    schemes = _schemes(file)
+    schemes, plans = _schemes(file)
     cells = dict(linears(network))
     for name, (_, made_for) in schemes.items():
         if dtype not in (None, made_for):
@@ -131,10 +139,13 @@ def load_whole(
     }
     inside = tuple(f"{name}." for name in schemes)
     others = {name: t for name, t in _tensors(network) if not name.startswith(inside)}
-    _check_names(file, quantized, others)
+    attention = load_attention(network, file, plans, policy)
+    _check_names(file, quantized, {*others, *arrays(attention)})
     for name, tensor in others.items():
         _check(file, name, tuple(tensor.shape), _stored(tensor))
-    steps = _steps(file, quantized, policy)
+    steps = _steps(file, quantized, policy if not attention else None)
+    if attention:
+        attach_attention(network, lambda site: attention.get(site.path))
     for name, cell in quantized.items():
         replace_cell(network, name, cell)
     for name, tensor in others.items():
@@ -147,13 +158,19 @@ def load_whole(
     return network
 
 
-def _schemes(file: SafetensorsFile) -> dict[str, tuple[Scheme, np.dtype]]:
+def _schemes(
+    file: SafetensorsFile,
+) -> tuple[dict[str, tuple[Scheme, np.dtype]], dict[str, Any]]:
+    """What the header says of linears, and of attention."""
     where = f"{file.path}: {KEY} in the header"
-    stated = file.stated(KEY, "save_quantized(format='network')")
-    rows = stated.get("linears") if isinstance(stated, dict) else None
-    if not isinstance(rows, dict) or not rows or stated.get("version") != VERSION:
-        raise BadFileError(f"{where}: {stated!r:.80}, expected linears of version {VERSION}")
-    return {name: _scheme(row, f"{where}: {name!r}") for name, row in rows.items()}
+    header = file.stated(KEY, "save_quantized(format='network')")
+    found: dict[str, Any] = header if isinstance(header, dict) else {}
+    rows, plans = found.get("linears", {}), found.get(ATTENTION, {})
+    if not isinstance(rows, dict) or not isinstance(plans, dict) or not (rows or plans):
+        found = {}
+    if found.get("version") != VERSION:
+        raise BadFileError(f"{where}: {header!r:.80}, expected linears of version {VERSION}")
+    return {name: _scheme(row, f"{where}: {name!r}") for name, row in rows.items()}, plans
 
 
 def _scheme(row: Any, where: str) -> tuple[Scheme, np.dtype]:
@@ -269,7 +286,7 @@ def _check_codes(file: SafetensorsFile, name: str, codes: np.ndarray, scheme: Sc
 
 
 def _check_names(
-    file: SafetensorsFile, quantized: Mapping[str, QuantLinear], others: Mapping[str, Tensor]
+    file: SafetensorsFile, quantized: Mapping[str, QuantLinear], others: Collection[str]
 ) -> None:
     expected = {f"{name}.{suffix}" for name, cell in quantized.items() for suffix in cell.kept}
     expected |= set(others)
@@ -287,9 +304,10 @@ def _steps(
 ) -> int:
     """T, which all linears of timesteps share; 0 where there is none."""
     counts = {len(cell.input_scale) for cell in quantized.values() if cell.by_step}
-    if policy is not None and not counts:
+    if policy is not None and not counts and not any(cell.widens for cell in quantized.values()):
         raise BadFileError(
-            f"timestep_policy: no linear of {file.path} takes one, expected some of W8A8_TIMESTEP"
+            f"timestep_policy: no linear of {file.path} takes it, expected some of W8A8_TIMESTEP, "
+            "or of W4A4_MXFP4 where it has W4A8"
         )
     if len(counts) > 1:
         raise BadFileError(

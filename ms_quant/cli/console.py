@@ -239,7 +239,7 @@ def show_fields(result: dict[str, Any]) -> None:
     for key, value in result.items():
         if value is None:
             continue
-        if key.endswith("_bytes") or key == "bytes":
+        if key.endswith(("_bytes", "bytes_per_token")) or key == "bytes":
             value = f"{value:,} ({human_bytes(value)})"
         elif isinstance(value, float):
             value = f"{value:.5g}"

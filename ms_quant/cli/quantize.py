@@ -84,7 +84,11 @@ def quantize(
         ),
     ] = False,
     kv_cache: Annotated[
-        str, typer.Option(help="float, or C8: int8 keys and values, scaled per channel.")
+        str,
+        typer.Option(
+            help="float, or C8: int8 keys and values with static scales; of latent attention its "
+            "queries and latent vectors, or C8_ABSMAX with scales of largest magnitudes."
+        ),
     ] = DEFAULTS.kv_cache,
     format: Annotated[
         list[str] | None,
@@ -136,7 +140,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Schemes with commas, and FLOAT: each group of linears gets the one that pays for "
-            "the goal, see the next two."
+            "the goal, see the next three."
         ),
     ] = None,
     max_ppl_increase: Annotated[
@@ -147,6 +151,13 @@ def quantize(
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Or: stored bits of a weight in the mean, such as 6.0.")
+    ] = None,
+    target_bytes_per_token: Annotated[
+        str | None,
+        typer.Option(
+            help="Or: what decode may read of the weights for a token, head and norms included, "
+            "such as 100MB or 4.5GiB."
+        ),
     ] = None,
     heldout: Annotated[
         Path | None,
@@ -192,16 +203,19 @@ def quantize(
         all_tokens=all_tokens,
         tp=tp,
     )
-    goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
-    mixed = {"choose": choose, **goal, "heldout": heldout, "sensitivity": sensitivity}
     if is_diffusers(model):
-        quantize_diffusers(options, scheme, {**mixed, "recipe": recipe}, dry_run, as_json)
+        goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
+        sized = {**goal, "target-bytes-per-token": target_bytes_per_token, "heldout": heldout}
+        further = {"recipe": recipe, "choose": choose, **sized, "sensitivity": sensitivity}
+        quantize_diffusers(options, scheme, further, dry_run, as_json)
         return
     static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
-    if algorithm == BEST and static and target_bits is None and not _has_experts(model):
-        max_ppl_increase = mixed["max-ppl-increase"] = max_ppl_increase or BEST_INCREASE
+    sized = target_bits is not None or target_bytes_per_token is not None
+    if algorithm == BEST and static and not sized and not _has_experts(model):
+        max_ppl_increase = max_ppl_increase or BEST_INCREASE
+    goals = max_ppl_increase, target_bits, target_bytes_per_token
     with naming_leftovers(output, job, options.formats):
-        if not any(value is not None for value in mixed.values()):
+        if all(value is None for value in (choose, *goals, heldout, sensitivity)):
             _quantize(options, dry_run, as_json)
             return
         if choose is not None:
@@ -210,12 +224,9 @@ def quantize(
         for name, text in (("scheme", options.scheme), ("algorithm", options.algorithm)):
             if by_part(name, text).named:
                 _refuse("a goal chooses what each part becomes", **{name: text})
-        from ms_quant.allocation.increase import parse_share
-
-        most = None if max_ppl_increase is None else parse_share(max_ppl_increase)
         names = [name.strip() for name in (choose or "").split(",") if name.strip()]
-        asked = names, most, target_bits, heldout, sensitivity
-        _quantize_mixed(options, *asked, dry_run=dry_run, as_json=as_json)
+        asked = options, names, goals, heldout, sensitivity
+        _quantize_mixed(*asked, dry_run=dry_run, as_json=as_json)
 
 
 def _has_experts(model: Path) -> bool:
@@ -239,19 +250,22 @@ def _refuse(reason: str, **said: Any) -> None:
 def _quantize_mixed(
     options: QuantizeOptions,
     choose: list[str],
-    max_ppl_increase: float | None,
-    target_bits: float | None,
+    goals: tuple[str | None, float | None, str | None],
     heldout: Path | None,
     sensitivity: Path | None,
     *,
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    from ms_quant.allocation.increase import parse_share
+    from ms_quant.allocation.size import parse_bytes
     from ms_quant.mixed_precision.request import MixedOptions, prepare_mixed
     from ms_quant.mixed_precision.run import run_mixed
 
-    asked = MixedOptions(options, choose, max_ppl_increase, target_bits, heldout, sensitivity)
-    checked = prepare_mixed(asked)
+    increase, bits, token_bytes = goals
+    most = None if increase is None else parse_share(increase)
+    read = None if token_bytes is None else parse_bytes(token_bytes, "target bytes per token")
+    checked = prepare_mixed(MixedOptions(options, choose, most, bits, heldout, sensitivity, read))
     for line in dict.fromkeys(checked.notes):
         note(f"note: {line}")
     if dry_run:

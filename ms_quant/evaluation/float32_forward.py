@@ -64,6 +64,6 @@ class Float32Forward:
 
         def output(hidden: np.ndarray) -> np.ndarray:
             cache = self.new_caches[index]()
-            return check_output(block(hidden, self.positions, cache.extend), index)
+            return check_output(block(hidden, self.positions, cache), index)
 
         return output

@@ -56,8 +56,8 @@ def generate(
         model: what :func:`ms_quant.open_model` opened, or the directory.
         prompt: what the text begins with.
         max_tokens: at most this many new tokens.
-        kv_cache: how keys and values are cached, ``"float"`` or one of ``KV_CACHES``. None is as
-            the checkpoint says.
+        kv_cache: how keys and values are cached, ``"float"``, ``"C8"`` or ``"C8_DYNAMIC"``. None
+            is as the checkpoint says.
         tokenizer: directory of the tokenizer files; None is that of the model.
 
     Returns:
@@ -134,5 +134,5 @@ class Generator:
         hidden = self.table.rows(ids)[None]
         blocks = self.decode if start else self.prefill
         for index, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
-            hidden = check_output(block(hidden, positions, cache.extend), index)
+            hidden = check_output(block(hidden, positions, cache), index)
         return self.head.matmul(self.norm(hidden[:, -1:]).reshape(-1))

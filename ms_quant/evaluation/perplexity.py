@@ -90,8 +90,8 @@ def perplexity(
         windows: use only the first windows of a file; None is all.
         tokenizer: directory of the tokenizer files; None is that of the model.
         decode: compute as token by token, where linears tell the phases apart.
-        kv_cache: how keys and values are cached, ``"float"`` or one of ``KV_CACHES``; all are read
-            from the cache. None is as the checkpoint says.
+        kv_cache: how keys and values are cached, ``"float"``, ``"C8"`` or ``"C8_DYNAMIC"``; all
+            are read from the cache. None is as the checkpoint says.
         float16: compute as a runtime that has float16 alone; nothing else may be asked for.
         batch_tokens: of one forward of a block, but one window at least.
 

@@ -45,7 +45,7 @@ class Numbers(Protocol):
         """A float tensor of the model in another type, whole or in pieces along its rows."""
 
     def cache_scale(self, path: str) -> np.ndarray:
-        """float32 (channels,) of the outputs of a linear in a cache of int8."""
+        """float32 (scales,) of what is in int8 with a cache, by the path of what holds them."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class CheckpointFormat:
         return plans
 
     def _block(self, plan: Plan, block: BlockSpec) -> Iterator[TensorPlan]:
-        prefix = block_prefix(block.index)
+        prefix, cached = block_prefix(block.index), dict(plan.cached(block.index))
         parts: dict[tuple[str, LinearSpec], Tensors] = {}  # those of gate and up are often one
         for name, shape in block.tensors.items():
             member, _, suffix = name.rpartition(".")
@@ -197,8 +197,10 @@ class CheckpointFormat:
                     yield TensorPlan(f"{path}.{key}", dtype, shape, (path, key), make=make)
             else:
                 yield self._bias(layer, path, shape, self._ordered(order, suffix, _floats))
-            if plan.kv_cache and suffix == "weight" and member in block.cached:
-                yield from kv_cache.tensor_plans(path, shape[0])
+            if suffix == "weight" and member in cached:
+                yield from kv_cache.tensor_plans(path, cached.pop(member))
+        for member, kept in cached.items():  # of attention, not of a linear
+            yield from kv_cache.tensor_plans(prefix + member, kept)
 
     def _part(
         self, layer: LayerPlan, group: LinearGroup, tensor: TensorPlan, numbers: Numbers

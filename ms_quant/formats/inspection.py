@@ -77,7 +77,8 @@ def _weight_names(model: ServedModel) -> dict[str, str]:
 
 def cache_name(model: ServedModel) -> str:
     """How a checkpoint says that keys and values are cached."""
-    return FLOAT_CACHE if model.cache_scales(0) is None else STATIC_CACHE
+    scales = (model.cache_scales(index) for index in range(model.config.num_layers))
+    return STATIC_CACHE if any(scales) else FLOAT_CACHE
 
 
 def stored_as(found: tuple[str, tuple[int, ...]] | None, shape: tuple[int, int]) -> str:

@@ -65,7 +65,8 @@ class ServedModel(Protocol):
         """The quantized linear at a path, with its bias; None when it is float."""
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
-        """Static scales of a block's cached keys and values, by linear; None when in float."""
+        """Static scales of a block's cache, by the paths of what it has in int8, keys before
+        values; None when in float."""
 
 
 class FloatModel:
@@ -142,7 +143,6 @@ class JobModel(FloatModel):
         self.numbers = JobNumbers(plan, job, checkpoint)
         self.checkpoint = self.numbers.checkpoint
         self.format, self.phased = plan.scheme_name, plan.phased
-        self.kv_cache = plan.kv_cache
         self._quantized = frozenset(plan.quantized())
         self._types = {}
         for tensor in format_of(plan).tensor_plans(plan):
@@ -165,10 +165,8 @@ class JobModel(FloatModel):
         return linear if linear.bias is None else replace(linear, bias=self.tensor(name))
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
-        if not self.kv_cache:
-            return None
-        prefix, cached = block_prefix(index), self.config.block(index).cached
-        return {path: self.numbers.cache_scale(prefix + path) for path in cached}
+        prefix, cached = block_prefix(index), self.numbers.plan.cached(index)
+        return {path: self.numbers.cache_scale(prefix + path) for path in cached} or None
 
 
 class QuantizedModel:
@@ -213,10 +211,9 @@ class QuantizedModel:
         return self.row.read_linear(layer, group, spec, self.checkpoint, path, bias)
 
     def cache_scales(self, index: int) -> dict[str, np.ndarray] | None:
-        if not self.plan.kv_cache:
-            return None
-        prefix, cached = block_prefix(index), self.config.block(index).cached
-        return {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in cached}
+        prefix, cached = block_prefix(index), self.plan.cached(index)
+        scales = {path: kv_cache.read_scale(self.checkpoint, prefix + path) for path in cached}
+        return scales or None
 
 
 def open_model(directory: str | PathLike[str]) -> ServedModel:

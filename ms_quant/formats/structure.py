@@ -31,7 +31,7 @@ from ms_quant.plan.layer import LayerPlan, recorded_layer
 from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.schemes.support import store
-from ms_quant.schemes.table import SCHEMES, STATIC_CACHE, get_scheme
+from ms_quant.schemes.table import SCHEMES, get_scheme
 
 MAX_DESCRIPTION_BYTES = 256 << 20
 PROVENANCE = "provenance"
@@ -201,9 +201,9 @@ def _plan_of(
                 key, replace(layer, storage=replace(layer.storage, foreign=True))
             )
         layers[found] = layer
-    cache = (description.get("kv_cache_type") or "") if format.holds_cache else ""
-    if cache not in ("", STATIC_CACHE):
-        raise BadFileError(f"kv_cache_type is {short(cache)}, expected {STATIC_CACHE!r}")
+    cache, float_caches = "", frozenset[int]()
+    if format.holds_cache:
+        cache, float_caches = kv_cache.described(config, description, record)
     plan = Plan(
         config,
         format.name,
@@ -212,6 +212,7 @@ def _plan_of(
         kv_cache=cache,
         foreign=foreign,
         router_dtype=router_dtype(config, checkpoint),
+        float_caches=float_caches,
     )
     for index in range(config.num_blocks):
         for group in plan.groups(index):
@@ -280,9 +281,10 @@ def _tensor_problems(structure: Structure) -> Iterator[str]:
     checkpoint, expected = structure.checkpoint, structure.expected
     leeway = Leeway() if is_ours(checkpoint.directory) else structure.format.leeway
     quantized, names = set(structure.plan.quantized()), set(checkpoint.names)
+    caches = kv_cache.entries(structure.plan)
     for name, tensor in expected.items():
         suffix = name.rpartition(".")[2]
-        if tensor.part is None and suffix not in kv_cache.SUFFIXES:
+        if tensor.part is None and name not in caches:
             suffix = ""  # a float tensor of the model
         if name not in names:
             yield (

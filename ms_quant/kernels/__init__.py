@@ -15,17 +15,20 @@ from ms_quant.kernels.native import (
     threads_of,
 )
 from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
+from ms_quant.kernels.sparse_attention import Codes, block_attention
 from ms_quant.kernels.stored_rows import quantize_stored
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
 __all__ = [
     "ISAS",
+    "Codes",
     "PackedLinear",
     "WatchedArrays",
     "WatchedLinear",
     "attention",
     "available",
     "best_isa",
+    "block_attention",
     "column_stats",
     "gemv",
     "has_isa",

@@ -30,7 +30,7 @@ FASTEST = "MS_QUANT_ISA"
 """An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 7
+_ABI = 8
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -135,6 +135,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(number, *(pointer,) * 4),
             *(*(size,) * 7, real, pointer, number),
         ]
+        found.msq_block_attention.argtypes = [number, pointer, number]
         found.msq_gemv.argtypes = [number, pointer, size, size, pointer, pointer, number]
         found.msq_product.argtypes = [
             pointer,

@@ -46,6 +46,10 @@ class Candidates:
         """The estimated increase of the loss, of all groups together."""
         return math.fsum(self.losses[group][scheme] for group, scheme in choice.items())
 
+    def stored(self, choice: Choice) -> int:
+        """Bytes of all groups, scales and all."""
+        return sum(self.costs[group][scheme].stored for group, scheme in choice.items())
+
     def bits(self, choice: Choice) -> float:
         """Stored bits of a weight, scales and all, in the mean over the weights of all groups."""
         chosen = [self.costs[group][scheme] for group, scheme in choice.items()]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ms_quant.formats.checks import format_of
+from ms_quant.formats.float_model import EMBEDDING
 from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.names import GroupId, parse_linear
 from ms_quant.numerics.activation import Float, Phased
@@ -89,6 +90,29 @@ def stored_bytes(plan: Plan) -> dict[GroupId, int]:
         key = GroupId(linear.block, group.name)
         found[key] = found.get(key, 0) + tensor.bytes
     return found
+
+
+def token_bytes(plan: Plan) -> int:
+    """What a step of decode reads of the weights for one token: every tensor of the decoder as it
+    is stored, with its scales, and of the embedding one row, beside the head that it may be. Cached
+    keys and values, which depend on the length of the text, are not in it."""
+    config, carried = plan.config, {name for name, _, _ in plan.config.carried}
+    read = {
+        tensor.name: tensor.bytes
+        for tensor in format_of(plan).tensor_plans(plan)
+        if tensor.name not in carried
+    }
+    head = read[EMBEDDING] if config.tied and config.predicts else 0
+    read[EMBEDDING] //= config.vocab_size
+    return sum(read.values()) + head
+
+
+def fixed_bytes(plan: Plan, known: Mapping[GroupId, Mapping[str, Cost]]) -> int:
+    """What of :func:`token_bytes` is read whatever the groups become: head, norms, what is in no
+    group."""
+    stored = stored_bytes(plan)
+    groups = (stored.get(group, costs[FLOAT].stored) for group, costs in known.items())
+    return token_bytes(plan) - sum(groups)
 
 
 def product_bits(layer: LayerPlan) -> float:

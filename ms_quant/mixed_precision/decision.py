@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ms_quant.algorithms.pipeline import has
-from ms_quant.allocation.options import choices_within
-from ms_quant.allocation.price import price_for_cost, total
+from ms_quant.allocation.knapsack import best_within
 from ms_quant.analysis.inputs import describe_input
 from ms_quant.analysis.records import GroupSensitivity, Sensitivity, percent
 from ms_quant.analysis.summary import title
@@ -39,6 +38,7 @@ class Decision:
     """Attributes:
     choice: every group to its scheme.
     bits: stored bits of a weight in the mean.
+    token_bytes: what a step of decode reads of the weights for one token.
     estimate: the increase of the loss by the analysis.
     increase: what was measured, if there was a text.
     trials: how many choices were measured.
@@ -46,6 +46,7 @@ class Decision:
 
     choice: Choice
     bits: float
+    token_bytes: int
     estimate: float
     increase: Increase | None = None
     trials: int = 0
@@ -55,6 +56,7 @@ class Decision:
         facts: dict[str, Any] = {
             "groups": dict(Counter(self.choice.values()).most_common()),
             "bits_per_weight": self.bits,
+            "bytes_per_token": self.token_bytes,
             "estimated_increase": math.expm1(self.estimate),
         }
         if self.increase is not None:
@@ -96,7 +98,7 @@ def decide(asked: CheckedMixed, found: Sensitivity, trials: Trials) -> Decision:
         MsQuantError: no choice is within the budget.
     """
     with_float = FLOAT in asked.options.choose
-    if asked.options.target_bits is not None:
+    if asked.target_bits is not None:
         known = candidates(found, asked.costs, with_float, _bits)
         decision = _of_size(known, asked)
         if asked.heldout is None:
@@ -138,14 +140,14 @@ def _work(cost: Cost) -> float:
     return cost.work
 
 
+def _decision(choice: Choice, known: Candidates, asked: CheckedMixed) -> Decision:
+    read = asked.fixed_bytes + known.stored(choice)
+    return Decision(choice, known.bits(choice), read, known.loss(choice))
+
+
 def _of_size(known: Candidates, asked: CheckedMixed) -> Decision:
-    assert asked.options.target_bits is not None
-    budget = asked.options.target_bits
-    price = price_for_cost(known.parts.values(), budget)
-    if total(known.parts.values(), price).cost > budget:
-        price = math.inf
-    choice = known.choice(choices_within(known.parts, budget, price))
-    return Decision(choice, known.bits(choice), known.loss(choice))
+    assert asked.target_bits is not None
+    return _decision(known.choice(best_within(known.parts, asked.target_bits)), known, asked)
 
 
 def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Decision:
@@ -166,7 +168,7 @@ def _of_increase(known: Candidates, asked: CheckedMixed, trials: Trials) -> Deci
         if increase.bound <= budget:
             choice = row[place]
             count = len(measured) + 1
-            return Decision(choice, known.bits(choice), known.loss(choice), increase, count)
+            return replace(_decision(choice, known, asked), increase=increase, trials=count)
         trials.forget(row[place])
         least, margin = min(least, increase.bound), max(margin, increase.bound - found[place])
     least = min(least, *measured.values()) if measured else least

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from ms_quant.algorithms.pipeline import suiting
-from ms_quant.allocation.increase import check_increase
 from ms_quant.analysis.records import Sensitivity
 from ms_quant.analysis.request import AnalyzeOptions, CheckedAnalysis, prepare_analysis, refuse_idle
 from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.formats.float_model import FloatCheckpoint, open_float
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.mixed_precision.costs import FLOAT, Cost, bits_between, costs
+from ms_quant.mixed_precision.costs import FLOAT, Cost, bits_between, costs, fixed_bytes
+from ms_quant.mixed_precision.goal import bits_of, bytes_between, check_goal, check_size
 from ms_quant.mixed_precision.heldout import heldout_windows
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.best import with_best
@@ -52,6 +52,7 @@ class MixedOptions:
         heldout: the text that perplexity is measured on; None is other windows of the calibration
             data, and a text that comes with the package.
         sensitivity: file of an analysis that was made before; None makes one.
+        target_bytes_per_token: what a step of decode reads of the weights for one token.
     """
 
     job: QuantizeOptions
@@ -60,6 +61,7 @@ class MixedOptions:
     target_bits: float | None = None
     heldout: Path | None = None
     sensitivity: Path | None = None
+    target_bytes_per_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class CheckedMixed:
         format: the checkpoint format.
         schemes: those that are chosen from, but float.
         costs: group to what it costs in each scheme that it can take.
+        fixed_bytes: what decode reads for a token whatever is chosen.
         heldout: int32 (windows, tokens); None where nothing is measured.
         analysis: what is to be analysed; None where a file holds that.
         sensitivity: what a file holds.
@@ -84,11 +87,20 @@ class CheckedMixed:
     format: str
     schemes: tuple[str, ...]
     costs: dict[GroupId, dict[str, Cost]]
+    fixed_bytes: int
     heldout: np.ndarray | None
     analysis: CheckedAnalysis | None
     sensitivity: Sensitivity | None
     asked: dict[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def target_bits(self) -> float | None:
+        """The size that is asked for, in stored bits of a weight of the groups."""
+        target = self.options.target_bytes_per_token
+        if target is None:
+            return self.options.target_bits
+        return bits_of(target, self.fixed_bytes, self.costs)
 
     @property
     def directory(self) -> Path:
@@ -103,7 +115,9 @@ class CheckedMixed:
 
     def as_json(self) -> dict[str, Any]:
         """What a dry run prints."""
-        least, most = bits_between(self.costs, self.options.choose)
+        choose = self.options.choose
+        least, most = bits_between(self.costs, choose)
+        fewest, largest = bytes_between(self.costs, choose, self.fixed_bytes)
         return {
             "output": str(self.options.job.output),
             "recipe": str(self.recipe_path),
@@ -111,6 +125,8 @@ class CheckedMixed:
             "groups": len(self.costs),
             "least_bits_per_weight": least,
             "most_bits_per_weight": most,
+            "least_bytes_per_token": fewest,
+            "most_bytes_per_token": largest,
         }
 
 
@@ -120,7 +136,8 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     Raises:
         MsQuantError: anything that would make the work fail later.
     """
-    _check_goal(options)
+    target, token_bytes = options.target_bits, options.target_bytes_per_token
+    check_goal(options.max_ppl_increase, target, token_bytes)
     job = replace(options.job, model=model_directory(options.job.model))
     options = replace(options, choose=options.choose or _usual(job))
     schemes = _schemes(options.choose)
@@ -138,7 +155,8 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
     refuse_idle([SCHEMES[name] for name in schemes], job)
     plans = {name: _plan(model, name, options, format) for name in schemes}
     known = costs(plans)
-    _check_size(options, known)
+    fixed = fixed_bytes(plans[schemes[0]], known)
+    check_size(target, token_bytes, known, options.choose, fixed)
     analysis, found = None, None
     notes: list[str] = []
     measures = options.max_ppl_increase is not None
@@ -156,43 +174,13 @@ def prepare_mixed(options: MixedOptions) -> CheckedMixed:
         format,
         schemes,
         known,
+        fixed,
         heldout,
         analysis,
         found,
         _asked(options, format, heldout),
         tuple(notes),
     )
-
-
-def _check_goal(options: MixedOptions) -> None:
-    increase, bits = options.max_ppl_increase, options.target_bits
-    if (increase is None) == (bits is None):
-        found = "needs a goal" if bits is None else "has one goal, and two are given"
-        raise BadArgumentError(
-            f"choosing schemes {found}, expected one of --max-ppl-increase and --target-bits"
-        )
-    if increase is not None:
-        check_increase(increase)
-    if bits is not None and not 1 <= bits <= 16:
-        raise BadArgumentError(f"target bits is {bits:g}, expected 1 to 16 bits of a weight")
-
-
-def _check_size(options: MixedOptions, known: Mapping[GroupId, Mapping[str, Cost]]) -> None:
-    """Refuses a size that no choice has, and one at which all stays float."""
-    target = options.target_bits
-    if target is None:
-        return
-    least, most = bits_between(known, options.choose)
-    if least > target:
-        raise BadArgumentError(
-            f"target bits {target:g} cannot be reached: the smallest that "
-            f"{', '.join(options.choose)} take, scales and all, is {least:.3f} bits of a weight"
-        )
-    if FLOAT in options.choose and target >= most:
-        raise BadArgumentError(
-            f"target bits {target:g}: every linear may stay float, nothing is left to quantize; "
-            f"expected fewer than {most:g}"
-        )
 
 
 def _usual(job: QuantizeOptions) -> tuple[str, ...]:
@@ -330,6 +318,7 @@ def _asked(options: MixedOptions, format: str, heldout: np.ndarray | None) -> di
         "choose": list(options.choose),
         "max_ppl_increase": options.max_ppl_increase,
         "target_bits": options.target_bits,
+        "target_bytes_per_token": options.target_bytes_per_token,
         "format": format,
         "algorithm": job.algorithm,
         "scheme_options": dict(job.scheme_options),

@@ -41,6 +41,7 @@ class Made:
     bits_per_weight: float
     estimated_increase: float
     moved: list[str]
+    bytes_per_token: int | None = None
     perplexity_increase: float | None = None
     perplexity_increase_error: float | None = None
     trials: int = 0
@@ -58,6 +59,9 @@ class MixedResult:
         recipe: file of the recipe that makes it again.
         groups: scheme to how many groups have it.
         bits: stored bits of a weight in the mean over all groups, scales and all.
+        bytes_per_token: what a step of decode reads of the weights for one token: linears as they
+            are stored, head, norms, and a row of the embedding; None of a recipe that an earlier
+            version made.
         estimated_increase: of perplexity by the analysis; 0.01 is 1 %.
         perplexity_increase: measured on the held-out text, in the phase where it is more; None
             where the goal is a size and there was too little text.
@@ -70,6 +74,7 @@ class MixedResult:
     recipe: Path
     groups: Mapping[str, int]
     bits: float
+    bytes_per_token: int | None
     estimated_increase: float
     perplexity_increase: float | None
     perplexity_increase_error: float | None
@@ -83,6 +88,7 @@ class MixedResult:
             "recipe": str(self.recipe),
             "groups": dict(self.groups),
             "bits_per_weight": self.bits,
+            "bytes_per_token": self.bytes_per_token,
             "estimated_increase": self.estimated_increase,
         }
         if self.perplexity_increase is not None:
@@ -100,6 +106,7 @@ def quantize_mixed(
     calibration: str | PathLike[str],
     max_ppl_increase: float | None = None,
     target_bits: float | None = None,
+    target_bytes_per_token: int | None = None,
     heldout: str | PathLike[str] | None = None,
     sensitivity: str | PathLike[str] | None = None,
     algorithm: str = DEFAULTS.algorithm,
@@ -136,8 +143,9 @@ def quantize_mixed(
             stay float; the one that is wanted most first.
         calibration: file of calibration data (text, JSON records, .parquet or .npz).
         max_ppl_increase: by how much perplexity may grow, the standard error of what is measured
-            included; 0.005 is 0.5 %. This or ``target_bits``.
+            included; 0.005 is 0.5 %. This or one of the next two.
         target_bits: stored bits of a weight in the mean over all groups, scales and all.
+        target_bytes_per_token: what a step of decode may read of the weights for one token.
         heldout: the text that perplexity is measured on; None is other windows of the calibration
             data, and English prose and verse that come with the package.
         sensitivity: file of an analysis that was made before; None makes one.
@@ -149,7 +157,9 @@ def quantize_mixed(
         algorithm_options: options of the algorithms, ``{"gptq.damping": 0.02}``.
         exclude: glob patterns of linears that stay float; whole fused groups do.
         float_undivided: leave linears float that a scheme's groups do not divide.
-        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel.
+        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel; of latent
+            attention for int8 queries and latent vectors, scaled by recall windows, or
+            ``"C8_ABSMAX"``, by largest magnitudes.
         smoothing_target: where smoothing vectors go; "" is the format's first choice.
         samples: windows of calibration data, and of a held-out text at most; None is 64.
         seq_len: tokens of a window; None is 256.
@@ -206,6 +216,7 @@ def quantize_mixed(
         target_bits,
         None if heldout is None else Path(heldout),
         None if sensitivity is None else Path(sensitivity),
+        target_bytes_per_token,
     )
     return run_mixed(prepare_mixed(asked), progress or silent)
 
@@ -300,6 +311,7 @@ def _result(asked: CheckedMixed, result: Result, made: Made) -> MixedResult:
         asked.recipe_path,
         made.groups,
         made.bits_per_weight,
+        made.bytes_per_token,
         made.estimated_increase,
         made.perplexity_increase,
         made.perplexity_increase_error,

@@ -9,14 +9,13 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.budget import BUDGET, Budget
+from ms_quant.models.cache import KeyValueCache
 
 MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
 HIDDEN = -1e29  # masked keys have less, and no weight at all
 MANY_QUERIES = 16  # from which the kernel is faster: it packs keys and values first
 
 TAPS = "q", "k", "v"
-Cache = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Takes the keys and values of new tokens, (B, kv heads, S, D), and gives those of all."""
 
 
 def causal_mask(
@@ -44,7 +43,7 @@ def attention(
     v: np.ndarray,
     angles: tuple[np.ndarray, np.ndarray],
     mask: np.ndarray,
-    cache: Cache | None = None,
+    cache: KeyValueCache | None = None,
     threads: int | None = None,
     budget: Budget = BUDGET,
     show: Callable[[str, np.ndarray], None] = lambda tap, x: None,
@@ -72,7 +71,7 @@ def attention(
     for tap, heads in zip(TAPS, (turned, keys, values), strict=True):
         show(tap, heads)
     if cache is not None:
-        keys, values = cache(keys, values)
+        keys, values = cache.extend(keys, values)
     return attend(turned, keys, values, mask, threads, budget).reshape(batch, length, -1)
 
 

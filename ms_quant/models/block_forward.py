@@ -15,7 +15,8 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.budget import BUDGET, Budget
-from ms_quant.models.attention import Cache, causal_mask
+from ms_quant.models.attention import causal_mask
+from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward, ReadWhenCalled
 from ms_quant.models.names import block_prefix
@@ -171,20 +172,22 @@ class BlockForward:
         other.taps = taps
         return other
 
-    def __call__(self, x: np.ndarray, at: Positions, cache: Cache | None = None) -> np.ndarray:
+    def __call__(
+        self, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None
+    ) -> np.ndarray:
         """The block's output; what is not finite goes on in it."""
         with np.errstate(all="ignore"):
             return self.run(x, at, cache)
 
     def run(
-        self, x: np.ndarray, at: Positions, cache: Cache | None = None, first: int = 0
+        self, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None, first: int = 0
     ) -> np.ndarray:
         """What the branches from a first one on make of the residual stream.
 
         Args:
             x: float32 (B, S, hidden).
             at: the positions of the S tokens.
-            cache: takes their keys and values, and gives those of all tokens so far.
+            cache: keys and values of the tokens before, to which theirs are added.
             first: the branch that reads ``x``.
         """
         x = self.between(self.spec.hidden[first], x)
@@ -193,12 +196,14 @@ class BlockForward:
         return x
 
     def branch(
-        self, which: int, x: np.ndarray, at: Positions, cache: Cache | None = None
+        self, which: int, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None
     ) -> np.ndarray:
         """The residual stream after one branch; arguments as of :meth:`run`."""
         return self.add(which, x, self.inner(which, x, at, cache))
 
-    def inner(self, which: int, x: np.ndarray, at: Positions, cache: Cache | None = None) -> Any:
+    def inner(
+        self, which: int, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None
+    ) -> Any:
         """What the last linears of a branch read; arguments as of :meth:`run`."""
         return self.spec.branches[which].inner(self, x, at, cache)
 
@@ -226,6 +231,10 @@ class BlockForward:
         """See :class:`~ms_quant.models.block_spec.Operators`."""
         self.show(place, x)
         return x
+
+    def shows(self, tap: str) -> bool:
+        """See :class:`~ms_quant.models.block_spec.Operators`."""
+        return bool(self.taps.get(tap))
 
     def show(self, tap: str, x: np.ndarray) -> None:
         """See :class:`~ms_quant.models.block_spec.Operators`."""

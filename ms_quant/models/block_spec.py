@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ms_quant.budget import Budget
-    from ms_quant.models.attention import Cache
     from ms_quant.models.block_forward import Positions
+    from ms_quant.models.cache import KeyValueCache
 
 Parallel = Literal["column", "row", "replicated"]
 Part = Literal["attention", "dense", "shared", "experts"]
@@ -176,6 +176,24 @@ class LinearGroup:
         return replace(self, linears={member: self.linears[member]}, fused=member)
 
 
+@dataclass(frozen=True)
+class CacheSpec:
+    """A tensor of attention that is in int8 with a cache of static scales.
+
+    Attributes:
+        tap: what shows it, (B, heads, S, D).
+        scales: how many it has: one for each channel of all heads, or one for each head.
+        heads: whether each head has one, of all its channels.
+        outside: in the vendor's ranges of heads one in so many values of a window may lie outside;
+            0 for none.
+    """
+
+    tap: str
+    scales: int
+    heads: bool = False
+    outside: int = 0
+
+
 class Operators(Protocol):
     """What a branch computes with: the block's norms and linears, and who looks on.
 
@@ -197,6 +215,9 @@ class Operators(Protocol):
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         """A tensor between two operators, as it is stored there."""
 
+    def shows(self, tap: str) -> bool:
+        """Whether anybody looks at a tap."""
+
     def show(self, tap: str, x: np.ndarray) -> None:
         """Shows what a tap names."""
 
@@ -211,8 +232,8 @@ class Branch(ABC):
         edges: what makes the inputs of its linears.
         last: paths of the linears that ``outer`` computes.
         taps: what ``show`` is called with.
-        cached: path of each linear whose outputs a generation caches, to the tap that shows what
-            is cached of them.
+        cached: what is in int8 with a cache of static scales, by the path of the linear that makes
+            it, or of what holds its scales.
         rotary: whether it has a rotary embedding.
     """
 
@@ -222,18 +243,20 @@ class Branch(ABC):
     edges: tuple[Edge, ...]
     last: tuple[str, ...]
     taps: tuple[str, ...] = ()
-    cached: Mapping[str, str] = MappingProxyType({})
+    cached: Mapping[str, CacheSpec] = MappingProxyType({})
     rotary: bool = False
 
     @abstractmethod
-    def inner(self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None) -> Any:
+    def inner(
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
+    ) -> Any:
         """What the linears of ``last`` read.
 
         Args:
             ops: the block.
             x: float32 (B, S, hidden).
             at: the positions of the S tokens.
-            cache: takes what is cached of them, and gives that of all tokens so far.
+            cache: what is cached of the tokens before, to which theirs is added.
         """
 
     @abstractmethod
@@ -309,10 +332,10 @@ class BlockSpec:
         return (edge for edge in self.edges if not edge.norm)
 
     @cached_property
-    def cached(self) -> dict[str, str]:
-        """Path of each linear whose outputs a generation caches, of the keys, then of the values,
-        to the tap that shows what is cached."""
-        return {path: tap for branch in self.branches for path, tap in branch.cached.items()}
+    def cached(self) -> dict[str, CacheSpec]:
+        """What is in int8 with a cache of static scales, keys before values, by the path of the
+        linear that makes it, or of what holds its scales."""
+        return {path: one for branch in self.branches for path, one in branch.cached.items()}
 
     @cached_property
     def taps(self) -> tuple[str, ...]:

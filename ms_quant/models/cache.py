@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ms_quant.numerics import affine, groupwise
+
+if TYPE_CHECKING:
+    from ms_quant.models.block_spec import BlockSpec
 
 FIRST_TOKENS = 64  # that arrays have room for; they grow by half
 
@@ -34,9 +39,16 @@ class _Room:
 class KeyValueCache:
     """Keys and values of one attention layer in float32, for the tokens seen so far.
 
+    Of latent attention they are the rotary key that heads share, and the latent vectors.
+
     Args:
         first_tokens: how many there is room for at first.
+
+    Attributes:
+        absorbs: whether latent attention works in the latent space for first tokens, too.
     """
+
+    absorbs = False
 
     def __init__(self, first_tokens: int = FIRST_TOKENS) -> None:
         self._keys, self._values = _Room(first_tokens), _Room(first_tokens)
@@ -50,6 +62,10 @@ class KeyValueCache:
         """Adds float32 (B, heads, S, D) keys and values, and gives all of them, (B, heads, T, D);
         what is given are views."""
         return self._keys.append(keys), self._values.append(values)
+
+    def queries(self, brought: np.ndarray) -> np.ndarray:
+        """What attention in the latent space reads of queries, (B, heads, S, rank)."""
+        return brought
 
 
 class Int8KeyValueCache(KeyValueCache):
@@ -89,3 +105,46 @@ class Int8KeyValueCache(KeyValueCache):
             every = self._scales[which].append(scale)
         held = codes.append(affine.quantize(x, scale)).astype(np.float32)
         return np.multiply(held, every, out=held)
+
+
+class Int8LatentCache(KeyValueCache):
+    """C8 of latent attention: codes of the latent vectors, queries in int8, rotary keys in float.
+
+    Args:
+        scales: float32 scales, by what holds them, of the queries of each head and of the latent
+            vectors as keys, in this order. What more there is no runtime reads: it has one code
+            for both uses of a latent vector.
+        first_tokens: how many there is room for at first.
+    """
+
+    absorbs = True
+
+    def __init__(self, scales: Mapping[str, np.ndarray], first_tokens: int = FIRST_TOKENS) -> None:
+        super().__init__(first_tokens)
+        self._queries, self._latents, *_ = scales.values()
+
+    def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As of :class:`KeyValueCache`, but the latent vectors given are what their codes stand
+        for.
+
+        Raises:
+            MsQuantError: a latent vector holds NaN or infinity.
+        """
+        new = affine.quantize(groupwise.finite(values, "cached latent vectors"), self._latents)
+        return self._keys.append(keys), affine.dequantize(self._values.append(new), self._latents)
+
+    def queries(self, brought: np.ndarray) -> np.ndarray:
+        """What the codes of the queries stand for.
+
+        Raises:
+            MsQuantError: a query is NaN or infinite.
+        """
+        scale = self._queries.reshape(1, -1, 1, 1)
+        codes = affine.quantize(groupwise.finite(brought, "queries in the latent space"), scale)
+        return affine.dequantize(codes, scale)
+
+
+def static_cache(block: BlockSpec, scales: Mapping[str, np.ndarray]) -> Callable[[], KeyValueCache]:
+    """What makes an empty cache of a block with static scales, by the paths of what is cached."""
+    heads = any(spec.heads for spec in block.cached.values())
+    return partial(Int8LatentCache if heads else Int8KeyValueCache, scales)

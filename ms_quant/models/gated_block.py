@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.models.attention import TAPS, Cache, attention
+from ms_quant.models.attention import TAPS, attention
 from ms_quant.models.block_spec import (
     BlockSpec,
     Branch,
+    CacheSpec,
     Division,
     LinearGroup,
     LinearSpec,
@@ -23,6 +24,7 @@ from ms_quant.models.edge import Edge
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
+    from ms_quant.models.cache import KeyValueCache
     from ms_quant.models.config import ModelConfig
 
 KINDS = "qkv", "o", "gate_up", "down"
@@ -86,10 +88,11 @@ class Attention(Branch):
             Edge(norm, ("qkv",), norm=True),
             Edge(v, ("o",), repeats=heads // kv_heads, size=self.head_dim, averaged=True),
         )
-        self.last, self.cached = (o,), {k: "k", v: "v"}
+        self.last = (o,)
+        self.cached = {k: CacheSpec("k", kv_size), v: CacheSpec("v", kv_size)}
 
     def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
     ) -> np.ndarray:
         """The input of o_proj, (B, S, heads * D)."""
         batch, length, _ = x.shape
@@ -158,7 +161,7 @@ class GatedMlp(Branch):
         self.last = (down,)
 
     def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
     ) -> np.ndarray:
         """The input of down_proj, (B * S, size)."""
         return self.gated(ops, ops.norm(self.norm, x))

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ms_quant import kernels
-from ms_quant.models.attention import TAPS, Cache, attend
+from ms_quant.models.attention import TAPS, attend
 from ms_quant.models.block_spec import (
     Branch,
+    CacheSpec,
     Division,
     LinearGroup,
     LinearSpec,
@@ -26,11 +27,15 @@ from ms_quant.models.rotary_rows import RotaryRows
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
+    from ms_quant.models.cache import KeyValueCache
     from ms_quant.models.config import ModelConfig
     from ms_quant.models.latent_shape import LatentShape
 
 KINDS = "qkv_a", "q", "kv_a", "q_b", "o"
 """What recipes call the groups of this attention."""
+LATENT, ABSORBED = "latent vectors", "absorbed queries"
+OUTSIDE = 10_000
+"""In a vendor's range of queries and of keys one in so many values may lie outside."""
 NORM_EPS = 1e-6
 """Of the norms within it, whatever the config says of the others."""
 
@@ -42,16 +47,23 @@ class LatentAttention(Branch):
         config: the model's shape.
         path: its path in the block.
         norm: path of the norm before it.
+        caches: whether a generation caches what it reads.
 
     Attributes:
         shape: its sizes.
     """
 
     title = "attention"
-    taps = *TAPS, "attention output"
+    taps = *TAPS, LATENT, ABSORBED, "attention output"
     rotary = True
 
-    def __init__(self, config: ModelConfig, path: str = "self_attn", norm: str = "input_layernorm"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        path: str = "self_attn",
+        norm: str = "input_layernorm",
+        caches: bool = True,
+    ):
         assert config.latent is not None
         self.path, self.norm, self.heads = path, norm, config.num_heads
         self.shape: LatentShape = config.latent
@@ -104,9 +116,15 @@ class LatentAttention(Branch):
         values = Edge(kv_b, ("o",), size=shape.value, skipped=shape.nope, averaged=True)
         self.edges = (*edges, Edge(kv_norm, (), norm=True, floats=(kv_b,)), values)
         self.last = (o,)
+        if caches:
+            self.cached = {
+                f"{path}.fa_q": CacheSpec(ABSORBED, heads, True, OUTSIDE),
+                f"{path}.fa_k": CacheSpec(LATENT, 1, True, OUTSIDE),
+                f"{path}.fa_v": CacheSpec(LATENT, 1, True),
+            }
 
     def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
     ) -> np.ndarray:
         """The input of o_proj, (B, S, heads * value channels)."""
         shape, tokens = self.shape, x.shape[:2]
@@ -118,10 +136,14 @@ class LatentAttention(Branch):
         turned = self._turned(q[..., shape.nope :], angles)
         key = self._turned(a[..., None, shape.kv_rank :], angles)
         held = latent[:, None]
+        ops.show(LATENT, held)
+        if ops.shows(ABSORBED):
+            ops.show(ABSORBED, self._brought(ops, q[..., : shape.nope]))
         if cache is not None:
-            key, held = cache(key, held)
-        if held.shape[2] > x.shape[1]:
-            y = self._absorbed(ops, q[..., : shape.nope], turned, key, held, at.mask)
+            key, held = cache.extend(key, held)
+        if cache is not None and (cache.absorbs or held.shape[2] > x.shape[1]):
+            brought = cache.queries(self._brought(ops, q[..., : shape.nope]))
+            y = self._absorbed(ops, brought, turned, key, held, at.mask)
         else:
             queries = np.concatenate([q[..., : shape.nope].transpose(0, 2, 1, 3), turned], axis=3)
             y = self._expanded(ops, queries, key, held, at.mask)
@@ -155,25 +177,31 @@ class LatentAttention(Branch):
             ops.show(tap, heads)
         return attend(q, k, v, mask, budget=ops.budget, scale=self.scale)
 
+    def _brought(self, ops: Operators, q: np.ndarray) -> np.ndarray:
+        """Queries (B, S, heads, D) brought to the latent space, (B, heads, S, rank)."""
+        return np.matmul(q.transpose(0, 2, 1, 3), self._expanding(ops)[:, : self.shape.nope])
+
+    def _expanding(self, ops: Operators) -> np.ndarray:
+        """What makes keys and values of latent vectors, (heads, channels of both, rank)."""
+        made = ops.parameter(f"{self.path}.kv_b_proj.weight")
+        return made.reshape(self.heads, -1, self.shape.kv_rank)
+
     def _absorbed(
         self,
         ops: Operators,
-        q: np.ndarray,
+        brought: np.ndarray,
         turned: np.ndarray,
         key: np.ndarray,
         latent: np.ndarray,
         mask: np.ndarray,
     ) -> np.ndarray:
-        """Attention in the latent space: queries are brought there, and what is read back."""
-        shape = self.shape
-        made = ops.parameter(f"{self.path}.kv_b_proj.weight")
-        made = made.reshape(self.heads, -1, shape.kv_rank)
-        brought = np.matmul(q.transpose(0, 2, 1, 3), made[:, : shape.nope])
+        """Attention in the latent space, of queries that were brought there; what is read of it is
+        brought back."""
         queries = np.concatenate([brought, turned], axis=3)
         keys = np.concatenate([latent, key], axis=3)
         y = attend(queries, keys, latent, mask, budget=ops.budget, scale=self.scale)
-        back = np.matmul(y.transpose(0, 2, 1, 3), made[:, shape.nope :].transpose(0, 2, 1))
-        return back.transpose(0, 2, 1, 3)
+        values = self._expanding(ops)[:, self.shape.nope :].transpose(0, 2, 1)
+        return np.matmul(y.transpose(0, 2, 1, 3), values).transpose(0, 2, 1, 3)
 
     def outer(self, ops: Operators, inner: np.ndarray) -> np.ndarray:
         """o_proj of it."""

@@ -20,8 +20,10 @@ def qwen_block(config: ModelConfig, index: int) -> BlockSpec:
 
 def deepseek_block(config: ModelConfig, index: int) -> BlockSpec:
     """A block of DeepSeek-V3 or Kimi-K2; after the last one those that predict further tokens."""
-    branches = LatentAttention(config), _mlp(config, index, "mlp.shared_experts")
-    further = _around(config) if index >= config.num_layers else {}
+    main = index < config.num_layers  # others draft, with a cache in float in every runtime
+    attention = LatentAttention(config, caches=main)
+    branches = attention, _mlp(config, index, "mlp.shared_experts")
+    further = {} if main else _around(config)
     return BlockSpec.of(index, branches, further)
 
 

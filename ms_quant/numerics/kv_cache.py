@@ -4,12 +4,14 @@
 granularity            scale of (..., C)    tensors in the checkpoint
 =====================  ===================  ================================================
 per-channel, static    (C,)                 ``k_proj.kv_cache_scale``, ``v_proj.kv_cache_scale``
+per-head, static       (heads, 1)           ``fa_q.scale``, ``fa_k.scale``, ``fa_v.scale``
 per-token, dynamic     (..., 1)             none
 =====================  ===================  ================================================
 
-C is kv heads * head_dim, of a token's keys after the rotary embedding, or of its values. A code is
-clip(round(x / scale), -128, 127) and stands for q * scale: vllm-ascend reads codes back without an
-offset, so there is none.
+C is kv heads * head_dim, of a token's keys after the rotary embedding, or of its values. Heads are
+those of latent attention: of queries in the latent space, and the one of the latent vectors. A code
+is clip(round(x / scale), -128, 127) and stands for q * scale: vllm-ascend reads codes back without
+an offset, so there is none.
 
 Source: msModelSlim 26.1 ``dynamic_cache``, vllm-ascend of 2026-08; docs/numerics.md states them.
 """
@@ -36,6 +38,19 @@ def channel_scale(absmax: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """
     scale = affine.symmetric_scale(groupwise.finite(absmax, name))
     return round_up(scale, dtype, name).astype(np.float32)
+
+
+def head_scale(absmax: np.ndarray, name: str) -> np.ndarray:
+    """Static scales from how far the range of each head reaches.
+
+    Args:
+        absmax: float (heads,), at least 0.
+        name: the tensor's name, for errors.
+
+    Returns:
+        float32 (heads,): absmax / 127, which is stored in float32; 1 for a head of zeros.
+    """
+    return affine.symmetric_scale(groupwise.finite(absmax, name))
 
 
 def quantize_channels(x: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:

@@ -12,15 +12,16 @@ from ms_quant.errors import BadArgumentError, MsQuantError, UnsupportedError
 from ms_quant.formats.checks import check_runs, check_shapes, not_served_by, served_by
 from ms_quant.formats.registry import FORMATS
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.names import GroupId
+from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.plan.folding import check_edges
 from ms_quant.plan.layer import LayerPlan, layer_plan
 from ms_quant.plan.plan import Plan, all_groups
 from ms_quant.plan.targets import check_parts
 from ms_quant.recipe import LayerChoice
+from ms_quant.recipe.patterns import matches
 from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.schemes.support import holding_formats, served_formats
-from ms_quant.schemes.table import DYNAMIC_CACHE, KV_CACHES, STATIC_CACHE
+from ms_quant.schemes.table import ABSMAX_CACHE, DYNAMIC_CACHE, KV_CACHES, STATIC_CACHE
 
 Wanted = Mapping[GroupId, LayerChoice | None]
 """What is asked of every group, in model order; None stays float."""
@@ -38,6 +39,8 @@ class AskedOutput:
         float_undivided: leave linears float whose inputs groups do not divide, instead of
             refusing.
         must_serve: whether some runtime has to serve the output.
+        kv_cache_exclude: patterns of attention whose cache stays float all the same.
+        lenient: whether a pattern may match nothing.
     """
 
     dtype: np.dtype
@@ -46,6 +49,8 @@ class AskedOutput:
     kv_cache: str
     float_undivided: bool
     must_serve: bool
+    kv_cache_exclude: tuple[str, ...] = ()
+    lenient: bool = False
 
 
 def make(config: ModelConfig, wanted: Wanted, asked: AskedOutput) -> Plan:
@@ -168,12 +173,19 @@ def _built(config: ModelConfig, wanted: Wanted, asked: AskedOutput) -> Plan:
     first = next((layer for layer in layers.values() if layer is not None), None)
     if first is None:
         raise BadArgumentError("every linear stays float, nothing is left to quantize")
-    plan = Plan(config, first.storage.format, layers, asked.dtype, kv_cache=asked.kv_cache)
+    plan = Plan(
+        config,
+        first.storage.format,
+        layers,
+        asked.dtype,
+        kv_cache=asked.kv_cache,
+        float_caches=_float_caches(config, asked),
+    )
     if asked.target and not plan.any("smooths"):
         raise BadArgumentError(
             f"smoothing target {asked.target.value}: no algorithm smooths, expected no --fold"
         )
-    _check_cache(first, asked.kv_cache)
+    _check_cache(config, first, asked.kv_cache)
     undivided = set(_undivided(plan, asked))
     left = {group: None if group in undivided else layer for group, layer in layers.items()}
     if not any(left.values()):
@@ -184,7 +196,17 @@ def _built(config: ModelConfig, wanted: Wanted, asked: AskedOutput) -> Plan:
     return plan
 
 
-def _check_cache(layer: LayerPlan, name: str) -> None:
+def check_cache_kind(config: ModelConfig, name: str) -> None:
+    """Refuses a kind of static cache that a model has no place for."""
+    heads = any(spec.heads for block in config.blocks for spec in block.cached.values())
+    if name == ABSMAX_CACHE and not heads:
+        raise BadArgumentError(
+            f"kv cache {name} is of latent attention, which {config.model_type} has none of, "
+            f"expected {STATIC_CACHE}, whose scales are of largest magnitudes there"
+        )
+
+
+def _check_cache(config: ModelConfig, layer: LayerPlan, name: str) -> None:
     """Refuses a kind of cache that no checkpoint of a scheme holds."""
     scheme, format = layer.scheme, layer.storage.format
     if name == DYNAMIC_CACHE:
@@ -194,6 +216,7 @@ def _check_cache(layer: LayerPlan, name: str) -> None:
         )
     if name and name not in KV_CACHES:
         raise BadArgumentError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
+    check_cache_kind(config, name)
     if name and not FORMATS[format].holds_cache:
         able = [
             f"--format {other}"
@@ -203,6 +226,35 @@ def _check_cache(layer: LayerPlan, name: str) -> None:
         raise UnsupportedError(
             f"kv cache {name}: a {format} checkpoint cannot hold it, expected {' or '.join(able)}"
         )
+
+
+def _float_caches(config: ModelConfig, asked: AskedOutput) -> frozenset[int]:
+    """The blocks whose cache stays float.
+
+    Raises:
+        MsQuantError: a pattern matches nothing, nothing is left, or runtimes have one cache for all
+            blocks.
+    """
+    found, unmatched = set[int](), set(asked.kv_cache_exclude)
+    for block in config.blocks if unmatched else ():
+        if any(not spec.heads for spec in block.cached.values()):
+            raise UnsupportedError(
+                f"kv_cache_exclude: runtimes have one kind of cache for all blocks of "
+                f"{config.model_type}, expected none"
+            )
+        paths = [f"{block_prefix(block.index)}{path}" for path in block.cached]
+        paths += [path.rpartition(".")[0] for path in paths]
+        matched = {p for p in asked.kv_cache_exclude if any(matches(path, [p]) for path in paths)}
+        found |= {block.index} if matched else set()
+        unmatched -= matched
+    if unmatched and not asked.lenient:
+        raise BadArgumentError(
+            f"kv_cache_exclude: pattern {min(unmatched)!r} matches no attention, expected one "
+            "such as 'model.layers.0.self_attn'"
+        )
+    if found and len(found) == config.num_layers:
+        raise BadArgumentError("kv_cache_exclude: every cache stays float, expected no kv_cache")
+    return frozenset(found)
 
 
 def _undivided(plan: Plan, asked: AskedOutput) -> Iterator[GroupId]:

@@ -60,6 +60,7 @@ PLANNED = (
     "scale_dtype",
     "mixed",
     "kv_cache",
+    "float_caches",
     "format",
     "fold",
     "dtype",

@@ -109,7 +109,16 @@ def plan_of_recipe(
     wanted = _choices(config, recipe)
     must_serve = format not in ("", *recipe.formats)  # a recipe may be for a compressor
     target = target_of(smoothing_target)
-    asked = AskedOutput(dtype, format, target, recipe.kv_cache, float_undivided, must_serve)
+    asked = AskedOutput(
+        dtype,
+        format,
+        target,
+        recipe.kv_cache,
+        float_undivided,
+        must_serve,
+        recipe.kv_cache_exclude,
+        recipe.lenient,
+    )
     return make(config, {found: wanted.get(found) for found, _ in all_groups(config)}, asked)
 
 

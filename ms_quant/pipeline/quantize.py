@@ -77,7 +77,9 @@ def quantize_checkpoint(
         exclude: glob patterns of linears that stay float; whole fused groups do.
         float_undivided: leave linears float that groups do not divide or the format's runtime fails
             on, instead of refusing.
-        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel.
+        kv_cache: ``"float"``, or ``"C8"`` for int8 keys and values, scaled per channel; of latent
+            attention for int8 queries and latent vectors, scaled by recall windows, or
+            ``"C8_ABSMAX"``, by largest magnitudes.
         smoothing_target: where smoothing vectors go: ``"input-scale"``, ``"norm"`` or
             ``"mul-scale"``; "" is the format's first choice.
         samples: windows of calibration data; None is as the recipe says, else 64.

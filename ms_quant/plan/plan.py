@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ms_quant.budget import SEARCH_TOKENS
-from ms_quant.models.block_spec import LinearGroup
+from ms_quant.models.block_spec import CacheSpec, LinearGroup
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.edge import Edge
 from ms_quant.models.names import GroupId, LinearId, block_prefix, in_block
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.schemes.support import store
-from ms_quant.schemes.table import STATIC_CACHE, get_scheme
+from ms_quant.schemes.table import get_scheme
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Plan:
         dtype: type of what stays float in the output.
         search_tokens: searches look at this many of the calibration tokens, at most.
         kv_cache: how keys and values are cached, one of ``KV_CACHES``, or "".
+        float_caches: blocks whose cache stays float all the same.
         foreign: whether others made the checkpoint: how it was made is not known, and what follows
             from other tensors may be rounded otherwise.
         router_dtype: type of the weights of routers in the output; None is ``dtype``.
@@ -43,6 +44,13 @@ class Plan:
     kv_cache: str = ""
     foreign: bool = False
     router_dtype: np.dtype | None = None
+    float_caches: frozenset[int] = frozenset()
+
+    def cached(self, index: int) -> Mapping[str, CacheSpec]:
+        """What of a block is in int8 with a cache, by path."""
+        if not self.kv_cache or index in self.float_caches:
+            return {}
+        return self.config.block(index).cached
 
     def layer(self, index: int, group: LinearGroup) -> LayerPlan:
         """What becomes of a quantized group of a block."""
@@ -89,7 +97,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         static = any(layer.needs_calibration for layer in self.distinct)
-        return static or self.kv_cache == STATIC_CACHE
+        return static or bool(self.kv_cache)
 
     @property
     def phased(self) -> bool:
@@ -98,7 +106,8 @@ class Plan:
 
     def same_numbers(self, other: Plan) -> bool:
         """Whether another format's plan gets the same numbers in every group."""
-        if self.kv_cache != other.kv_cache or self.layers.keys() != other.layers.keys():
+        caches = (self.kv_cache, self.float_caches), (other.kv_cache, other.float_caches)
+        if caches[0] != caches[1] or self.layers.keys() != other.layers.keys():
             return False
         compared: dict[tuple[int, int], bool] = {}
         for group, one in self.layers.items():
@@ -127,6 +136,7 @@ class Plan:
             **usual,
             **({"mixed": dict(sorted(mixed.items()))} if mixed else {}),
             **({"kv_cache": self.kv_cache} if self.kv_cache else {}),
+            **({"float_caches": sorted(self.float_caches)} if self.float_caches else {}),
             **({"format": self.format} if self.format != default.format else {}),
             "dtype": self.dtype.name,
         }

@@ -137,6 +137,36 @@ def _vllm_ascend(plan: Plan, tp: int) -> Iterator[Broken]:
             listed = ", ".join(ASCEND_EXPERTS)
             yield path_of(found, group), f"is {title(layer)}, expected {listed} or FLOAT of experts"
     yield from limited_weight_only_experts(plan, tp)
+    for index in range(plan.config.num_layers):
+        if any(spec.heads for spec in plan.cached(index).values()):
+            yield from _before_int8_attention(plan, index)
+
+
+def _before_int8_attention(plan: Plan, index: int) -> Iterator[Broken]:
+    """With an int8 cache vllm-ascend reads scales of what is before latent attention: fused, static
+    ones; else the ``weight_scale`` of W8A8_DYNAMIC."""
+    if plan.config.latent is None or not plan.config.latent.q_rank:
+        yield (
+            "",
+            "q_lora_rank is null, expected a rank: with an int8 cache vllm-ascend reads scales of "
+            "fused_qkv_a_proj",
+        )
+        return
+    found = ((GroupId(index, group.name), group) for group in plan.config.block(index).groups)
+    groups = {
+        path_of(id, group): title(plan.layers[id])
+        for id, group in found
+        if _behind_fused_norm(plan, id, group)
+    }
+    if set(groups.values()) in ({STATIC}, {PER_TOKEN}):
+        return
+    known = STATIC, PER_TOKEN
+    path = next((path for path, name in groups.items() if name not in known), [*groups][-1])
+    yield (
+        path,
+        f"is {groups[path]}, expected {STATIC} of all that is before latent attention, or "
+        f"{PER_TOKEN} of all: with an int8 cache vllm-ascend reads their scales",
+    )
 
 
 def _mindie_sd(plan: Plan, _tp: int) -> Iterator[Broken]:

@@ -16,11 +16,10 @@ import numpy as np
 
 from ms_quant.algorithms.problem import InputMaxima, apply
 from ms_quant.models.block_spec import LinearGroup
-from ms_quant.models.names import block_prefix
-from ms_quant.numerics import kv_cache
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
+from ms_quant.quantization.cache_scales import cache_scales
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.output_error import output_error
 from ms_quant.quantization.smoothing import BlockSmoothing, Smoothed
@@ -37,7 +36,7 @@ class QuantizedBlock:
         linears: path to quantized linear.
         floats: float32 tensors that folding has changed, by name.
         notes: group to what was chosen.
-        cache: path to float32 scales of a linear's outputs in a cache of int8.
+        cache: path to float32 scales of what is in int8 with a cache.
         ranges: how large activations get, see :mod:`ms_quant.statistics.activation_range`.
         seconds: group to what its smoothing and rounding took. Smoothing that groups share counts
             for the first of them.
@@ -113,10 +112,9 @@ def quantize(
         block.seconds[group.name] += time.perf_counter() - started
         progress((done + 1) / count if not several else (1 + (done + 1) / count) / 2)
     if observations is not None:
-        for path, absmax in (observations.cache or {}).items():
-            name = f"{block_prefix(index)}{path}: cached output"
-            absmax = absmax / divisors.get(path, 1)
-            block.cache[path] = kv_cache.channel_scale(absmax, plan.dtype, name)
+        if observations.cache:
+            spec, dtype = plan.config.block(index), plan.dtype
+            block.cache = cache_scales(spec, plan.kv_cache, dtype, observations.cache, divisors)
         block.ranges = observations.ranges.facts(observations.divided)
     return block
 

@@ -48,7 +48,7 @@ class Wanted:
     Attributes:
         groups: those of the groups that are quantized, by name.
         search_tokens: searches look at this many.
-        cache: the ranges of keys and values that are cached.
+        cache: the ranges of what is in int8 with a cache.
         apart: candidates are tried on other windows than their ranges are made of.
     """
 
@@ -75,7 +75,7 @@ def wanted(plans: Sequence[Plan], index: int, hooks: BlockHooks) -> Wanted:
     searches = rounds or any(plan.any("searches") for plan in plans)
     tokens = plans[0].search_tokens if searches else 0
     apart = bool(tokens) and any(_static_search(plan) for plan in plans)
-    return Wanted(groups, tokens, bool(plans[0].kv_cache), apart)
+    return Wanted(groups, tokens, bool(plans[0].cached(index)), apart)
 
 
 def _static_search(plan: Plan) -> bool:
@@ -160,10 +160,10 @@ class Watched:
         for place in spec.hidden[spec.index > 0 :]:  # what a block reads, another has shown
             taps[place].append(partial(ranges.add, place))
         if seen.cache is not None:
-            cache = CacheRange(block_prefix(spec.index))
+            cache = CacheRange(block_prefix(spec.index), spec.cached)
             cache.absmax = seen.cache
-            for path, tap in spec.cached.items():
-                taps.setdefault(tap, []).append(partial(cache.add, path))
+            for path, one in spec.cached.items():
+                taps.setdefault(one.tap, []).append(partial(cache.add, path))
         looks: dict[str, list[Observer]] = {name: [one.update] for name, one in seen.stats.items()}
         for name, found in seen.unsearched.items():
             looks[name].append(partial(_add, found, self._searched))

@@ -36,6 +36,10 @@ def checked(recipe: Recipe) -> Recipe:
         _at(step.where, _check_step, step)
     if recipe.kv_cache and recipe.kv_cache not in KV_CACHES:
         _unknown("kv_cache", recipe.kv_cache, KV_CACHES)
+    for pattern in recipe.kv_cache_exclude:
+        check_pattern(pattern)
+    if recipe.kv_cache_exclude and not recipe.kv_cache:
+        raise BadArgumentError("kv_cache_exclude: there is no kv_cache, expected one")
     for name in recipe.formats:
         if name not in FORMATS:
             _unknown("formats", name, FORMATS)

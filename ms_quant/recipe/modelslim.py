@@ -59,10 +59,12 @@ def from_modelslim(document: Mapping[str, Any]) -> Recipe:
         rules=rules,
         steps=tuple(step for part in parts for step in part.steps),
         kv_cache=next((part.kv_cache for part in parts if part.kv_cache), ""),
+        kv_cache_exclude=tuple(p for part in parts for p in part.kv_cache_exclude),
         formats=formats,
         calib=spec.file("dataset", DATASET),
         shard_bytes=size,
         lenient=True,
+        not_for={name: why for part in parts for name, why in part.not_for.items()},
         notes=(*_prior(spec), *notes),
     )
 

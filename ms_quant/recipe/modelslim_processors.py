@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ms_quant.algorithms.admm import MAX_SPARSITY
 from ms_quant.errors import UnsupportedError
+from ms_quant.models.families import FAMILIES
 from ms_quant.recipe.modelslim_linear import (
     KEYS,
     Kind,
@@ -38,6 +39,8 @@ class Part:
         rules: of linears.
         steps: before rounding.
         kv_cache: name of the cache's scheme, or "".
+        kv_cache_exclude: patterns of attention whose cache stays float.
+        not_for: model types that it is not for, each with the reason.
         weights: how its rules quantize weights.
         searched: how a search of its steps quantizes weights, or None.
         searches_all: the search is of all weights, not of some.
@@ -47,6 +50,8 @@ class Part:
     rules: tuple[Rule, ...] = ()
     steps: tuple[Step, ...] = ()
     kv_cache: str = ""
+    kv_cache_exclude: tuple[str, ...] = ()
+    not_for: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[Quantizer, ...] = ()
     searched: Quantizer | None = None
     searches_all: bool = True
@@ -196,6 +201,25 @@ def _dynamic_cache(section: Section) -> Part:
     return Part(kv_cache=STATIC_CACHE)
 
 
+def _fa3(section: Section) -> Part:
+    """Static int8 with a scale for each head, what it is without a qconfig."""
+    if "qconfig" in section:
+        qconfig = Section(section.get("qconfig"), section.path("qconfig"), KEYS)
+        why = "attention is read in int8 here, with static scales of heads"
+        qconfig.one_of("dtype", ("int8",), "int8", why)
+        qconfig.one_of("scope", ("per_head",), "per_head", why)
+        qconfig.one_of("symmetric", (True,), True, why)
+        qconfig.one_of("method", ("minmax",), "minmax", why)
+        if qconfig.get("ext", None):
+            refuse(qconfig.path("ext"), qconfig.get("ext"), "nothing")
+    include, exclude = _patterns(section)
+    if include != EVERYTHING:
+        refuse(section.path("include"), list(include), "['*'] with exclude")
+    reason = "fa3_quant is for latent attention here; possible is dynamic_cache"
+    others = {name: reason for name, family in FAMILIES.items() if not family.latent}
+    return Part(kv_cache=STATIC_CACHE, kv_cache_exclude=exclude, not_for=others)
+
+
 def _patterns(section: Section) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Include and exclude of a processor whose empty ``include`` is everything."""
     found = (section.get(key, None) or [] for key in ("include", "exclude"))
@@ -269,6 +293,7 @@ PROCESSORS: dict[str, tuple[tuple[str, ...], Callable[[Section], Part]]] = {
     "flatquant": (("strategies", *TRAINING), _flatquant),
     "float_sparse": (("sparse_ratio", "include", "exclude"), _float_sparse),
     "dynamic_cache": (("qconfig", "include", "exclude"), _dynamic_cache),
+    "fa3_quant": (("qconfig", "include", "exclude"), _fa3),
 }
 """Type to the keys it may have besides ``type`` and what reads it."""
 
@@ -277,6 +302,5 @@ REFUSED = {
     "online_quarot": "nothing is rotated at run time; possible is quarot with online: false",
     "adapt_rotation": "rotations are not trained here; possible are quarot and flatquant",
     "autoround_quant": "rounding is not trained here; possible is linear_quant with gptq or ssz",
-    "fa3_quant": "attention is not quantized here; possible is dynamic_cache for keys and values",
     "load": "it is no processor of a recipe; possible is ms-quant quantize on a float checkpoint",
 }

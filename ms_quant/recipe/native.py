@@ -58,6 +58,7 @@ class _Document(_Strict):
     rules: list[_Rule] = []
     steps: list[_Step] = []
     kv_cache: str = ""
+    kv_cache_exclude: list[str] = []
     formats: list[str] = []
     calib: Annotated[str, Field(min_length=1)] | None = None
     samples: int | None = None
@@ -89,6 +90,7 @@ def from_native(document: Mapping[str, Any]) -> Recipe:
         steps=tuple(
             Step(**_lists(step), where=f"steps[{index}]") for index, step in enumerate(read.steps)
         ),
+        kv_cache_exclude=tuple(read.kv_cache_exclude),
         formats=tuple(read.formats),
         lenient=read.lenient,
         not_for=read.not_for,
@@ -103,7 +105,9 @@ def to_native(recipe: Recipe) -> dict[str, Any]:
     for key in ("rules", "steps"):
         records = [_plain(record) for record in getattr(recipe, key)]
         document |= {key: records} if records else {}
-    document |= {"formats": list(recipe.formats)} if recipe.formats else {}
+    for key in ("formats", "kv_cache_exclude"):
+        listed = list(getattr(recipe, key))
+        document |= {key: listed} if listed else {}
     settings = {name: getattr(recipe, name) for name in _SETTINGS}
     document |= {name: v for name, v in settings.items() if v not in ("", None)}
     document |= {"lenient": True} if recipe.lenient else {}

@@ -79,6 +79,7 @@ class Recipe:
         not_for: model types that it is refused for, each with the reason.
         made: how it was made, where a program did; nothing follows from it.
         notes: what it says that is read and changes nothing here.
+        kv_cache_exclude: patterns of attention whose cache stays float all the same.
     """
 
     rules: tuple[Rule, ...]
@@ -94,3 +95,4 @@ class Recipe:
     not_for: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    kv_cache_exclude: tuple[str, ...] = ()

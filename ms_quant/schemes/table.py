@@ -31,8 +31,11 @@ VALUES: dict[str, tuple] = {
     "dual_block_size": tuple(32 * 2**i for i in range(6)),
 }
 FLOAT_CACHE, STATIC_CACHE, DYNAMIC_CACHE = "float", "C8", "C8_DYNAMIC"
+ABSMAX_CACHE = "C8_ABSMAX"
 KV_CACHES = {
-    STATIC_CACHE: "int8 keys and values with a static scale for each channel, of calibration",
+    STATIC_CACHE: "int8 keys and values with a static scale for each channel, of calibration; of "
+    "latent attention one for each head's queries and for the latent vectors, of recall windows",
+    ABSMAX_CACHE: "the same of latent attention, its scales of largest magnitudes",
     DYNAMIC_CACHE: "int8 keys and values scaled per token at run time",
 }
 IN_BIAS = StaticInt8(False, folds_bias=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.writer import TensorPlan
+from ms_quant.formats import kv_cache
 from ms_quant.formats.companions import config_problems
 from ms_quant.formats.structure import Structure, is_ours, read_structure
 from ms_quant.job.output_directory import RECORD, check_files
@@ -102,7 +103,7 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
     for tensor in structure.expected.values():
         sizes[_owner(tensor)] += tensor.bytes
     ranks = rank_text(tp)
-    rows, linears = [], set()
+    rows, linears, caches = [], set(), kv_cache.entries(plan)
     for index in range(config.num_blocks):
         for group in config.block(index).groups:
             paths = [f"{block_prefix(index)}{member}" for member in group.members]
@@ -118,9 +119,11 @@ def loaded_rows(structure: Structure, tp: int) -> list[Loaded]:
         path = _owner(tensor)
         if path not in linears:
             shape = _rank_shape(config, name, tensor.shape, tp)
+            if name in caches and tensor.shape[0] == config.num_heads:
+                shape = tensor.shape[0] // tp, *tensor.shape[1:]
             size = tensor.dtype.itemsize * math.prod(shape)
-            text = weight_text(shape, tensor.dtype)
-            rows.append(Loaded(kind_of(path), ranks, "FLOAT", text, 1, size))
+            text, method = weight_text(shape, tensor.dtype), caches.get(name, "FLOAT")
+            rows.append(Loaded(kind_of(path), ranks, method, text, 1, size))
     return merged(rows)
 
 

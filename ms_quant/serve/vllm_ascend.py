@@ -53,6 +53,7 @@ def check(request: ServeRequest) -> Served:
     served.notes += _reciprocal_notes(structure)
     served.notes += expert_notes(plan, request.tp)
     served.notes += _attention_notes(plan)
+    served.notes += _cache_notes(plan)
     ours = structure.format.name == "ascend"
     served.command = command(request, *(("--quantization", "ascend") if ours else ()))
     return served
@@ -98,6 +99,15 @@ def _attention_notes(plan: Plan) -> Iterator[str]:
                     "preprocessing of attention (MLAPO) is off in such layers, with a warning"
                 )
                 return
+
+
+def _cache_notes(plan: Plan) -> Iterator[str]:
+    """Where latent attention has a cache in int8."""
+    if plan.config.latent is not None and plan.kv_cache:
+        yield (
+            "latent vectors are cached in int8 only on instances that decode for others (consumers "
+            "of a key-value cache)"
+        )
 
 
 def _reciprocal_notes(structure: Structure) -> Iterator[str]:

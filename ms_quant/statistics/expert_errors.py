@@ -102,6 +102,9 @@ class _Alone:
     def between(self, place: str, x: np.ndarray) -> np.ndarray:
         return x
 
+    def shows(self, tap: str) -> bool:
+        return False
+
     def show(self, tap: str, x: np.ndarray) -> None:
         """Nobody looks on."""
 

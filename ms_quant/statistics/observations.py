@@ -27,8 +27,8 @@ class Observations:
         stats: group to the statistics of its input.
         windows: inputs and outputs of the windows that searches look at.
         ranges: how large every place gets.
-        cache: path of a linear whose outputs are cached to float32 (out,), the largest magnitude
-            of each; None where nothing is cached.
+        cache: path of what is in int8 with a cache to its ranges, see
+            :class:`~ms_quant.statistics.observers.CacheRange`; None where nothing is.
         divided: the rows of linears that were divided before, so that everything fits float16.
         first: the first window that was seen.
         unsearched: group to the range of its input over the windows that searches do not look at;

@@ -14,9 +14,11 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.errors import BadFileError
+from ms_quant.models.block_spec import CacheSpec
 from ms_quant.numerics.affine import check_finite
 from ms_quant.statistics.histogram import Histogram
 from ms_quant.statistics.kept import KeptRows
+from ms_quant.statistics.recall_window import head_maxima
 from ms_quant.statistics.stated import array, fact
 
 if TYPE_CHECKING:
@@ -374,26 +376,31 @@ def _padded(ranges: np.ndarray, steps: int, fill: float) -> np.ndarray:
 
 
 class CacheRange:
-    """The ranges of what would be cached, as of keys and values.
+    """The ranges of what is in int8 with a cache, as of keys and values.
 
     Args:
         name: what errors call the attention.
+        cached: what it is.
 
     Attributes:
-        absmax: path of the linear that makes it to float32 (kv heads * head_dim,), the largest
-            magnitude of each channel.
+        absmax: path to float32, the largest magnitude of each channel; or where heads have a scale
+            each (2, heads) of :func:`~ms_quant.statistics.recall_window.head_maxima`.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, cached: Mapping[str, CacheSpec]):
+        self.name, self.cached = name, cached
         self.absmax: dict[str, np.ndarray] = {}
 
     def add(self, path: str, x: np.ndarray) -> None:
-        """Looks at (B, heads, S, D) keys or values.
+        """Looks at (B, heads, S, D) of what a path names.
 
         Raises:
             MsQuantError: a value is NaN or inf.
         """
         check_finite(x, f"{self.name}{path}: calibration output")
-        absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
+        spec = self.cached[path]
+        if spec.heads:
+            absmax = head_maxima(x, spec.outside)
+        else:
+            absmax = np.abs(x).max(axis=(0, 2), initial=0).reshape(-1)
         self.absmax[path] = np.maximum(self.absmax.get(path, 0), absmax)

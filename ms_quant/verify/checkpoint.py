@@ -148,8 +148,8 @@ def record_problems(path: Path, value: Mapping[str, Any], plan: Plan) -> Iterato
         yield f"{path}: record is {record!r:.80}, expected what was computed"
         return
     stated = plan.record()
-    for key in ("dtype", "kv_cache", "format"):
-        wanted = stated.get(key, record.get(key))
+    for key in ("dtype", "kv_cache", "float_caches", "format"):
+        wanted = stated.get(key, None if "cache" in key else record.get(key))
         if record.get(key) != wanted:
             yield f"{path}: {key} is {record.get(key)!r:.80}, expected {wanted!r}"
     layers = [

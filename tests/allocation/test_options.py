@@ -1,4 +1,5 @@
-"""One price over parts with a few ways each, beside all combinations."""
+"""One price over parts with a few ways each, and the best within a budget, beside all
+combinations."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_quant.allocation.options import Options, all_prices, choices_within
+from ms_quant.allocation.knapsack import best_within
+from ms_quant.allocation.options import Options, all_prices
 from ms_quant.allocation.price import HIGHEST, Point, price_for_cost, price_for_loss, total
 
 NUMBERS = st.integers(0, 12).map(float)
@@ -45,29 +47,38 @@ def test_nothing_that_costs_no_more_loses_less(parts: list[list[tuple[float, flo
 
 @settings(max_examples=200, deadline=None)
 @given(PARTS, st.integers(0, 40))
-def test_a_budget_is_kept_and_nothing_more_fits(
+def test_nothing_within_a_budget_loses_less(
     parts: list[list[tuple[float, float]]], budget: int
 ) -> None:
     options, every = made(parts), combinations(parts)
-    if total(options.values(), math.inf).cost > budget:
-        return
-    price = next(
-        p
-        for p in reversed(all_prices(options.values()))
-        if total(options.values(), p).cost <= budget
-    )
-    chosen = choices_within(options, budget, price)
+    chosen = best_within(options, budget)
     points = [options[name].points[way] for name, way in chosen.items()]
     cost, loss = (math.fsum(values) for values in zip(*points, strict=True))
-    assert cost <= budget
-    assert loss <= total(options.values(), price).loss + 1e-9
-    least = min(other for spent, other in every if spent <= budget)
-    assert loss >= least - 1e-9
-    for name, part in options.items():
-        own = part.points[chosen[name]]
-        for way in part.hull:
-            point = part.points[way]
-            assert point.loss >= own.loss or cost - own.cost + point.cost > budget
+    within = [other for spent, other in every if spent <= budget]
+    if within:
+        assert cost <= budget and loss == min(within)
+    else:
+        assert cost == min(spent for spent, _ in every)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_many_parts_a_budget_is_spent_as_well_as_it_can_be(seed: int) -> None:
+    """Where no sums of costs are equal some are dropped: a price says how little that loses."""
+    rng = np.random.default_rng(seed)
+    parts = {
+        str(k): Options(
+            {str(bits): Point(bits * size, float(size * 4.0**-bits)) for bits in (2, 4, 8)}
+        )
+        for k, size in enumerate(rng.uniform(0.1, 3, 500))
+    }
+    budget = 2.0 + 5 * math.fsum(part.points["2"].cost for part in parts.values()) / 2
+    chosen = best_within(parts, budget)
+    spent = math.fsum(parts[name].points[way].cost for name, way in chosen.items())
+    lost = math.fsum(parts[name].points[way].loss for name, way in chosen.items())
+    assert 0.999 * budget <= spent <= budget
+    price = next(p for p in all_prices(parts.values()) if total(parts.values(), p).cost > budget)
+    bound = total(parts.values(), price).loss - price * (budget - total(parts.values(), price).cost)
+    assert bound - 1e-9 <= lost <= 1.001 * bound
 
 
 def test_from_the_cheapest_to_the_best() -> None:

@@ -52,7 +52,7 @@ class Slow:
         for index, forward in enumerate(self.blocks):
             if index == block and linears:
                 forward = forward.with_linears(linears)
-            held = cache.extend if index == block and cache is not None else None
+            held = cache if index == block and cache is not None else None
             states.append(forward.run(states[-1], self.at, held))
         return states
 

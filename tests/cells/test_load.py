@@ -281,11 +281,15 @@ REFUSALS: list[tuple[Callable[[Files], None], str]] = [
     (entry("W4A4_MXFP4_SVD"), "'W4A4_MXFP4_SVD': MindIE-SD supports no low-rank branch"),
     (entry("W4A4_MXFP4_DYNAMIC"), "reads this type under the name W4A4_MXFP4 only"),
     (entry("W4A8_DYNAMIC"), "is 'W4A8_DYNAMIC', expected one of W8A16, W4A16"),
-    (entry("FP8_DYNAMIC"), "quantized attention is not read here"),
+    (entry("FP8_DYNAMIC"), "a.weight is 'FP8_DYNAMIC': is a type of attention, expected one of a"),
     (entry(8), r"a.weight is 8 \(int\), expected the name of a quantization type"),
-    (extra(attn__fa_q__scale="FAQuant"), "attn.fa_q.scale is 'FAQuant', quantized attention"),
-    (extra(attn__quant_type="FP8_DYNAMIC"), "attn.quant_type is 'FP8_DYNAMIC', quantized"),
-    (extra(kv_cache_type="C8"), "kv_cache_type is 'C8', quantized attention"),
+    (extra(attn__fa_q__scale="FAQuant"), "attn is attention in FAQUANT but the network has no"),
+    (extra(attn__quant_type="W8A8"), "attn.quant_type is 'W8A8', expected a type of attention"),
+    (
+        extra(attn__quant_type="FP8_DYNAMIC", attn="MXFP4_DYNAMIC"),
+        "attn is 'MXFP4_DYNAMIC', expected FP8_DYNAMIC as another entry",
+    ),
+    (extra(kv_cache_type="C8"), "kv_cache_type is 'C8', a quantized cache is not read here"),
     (extra(c__weight="W8A16"), "c.weight is W8A16 but the network has no such linear.* such as a"),
     (extra(axe__weight="W8A16"), "axe.weight is W8A16 but the network has no such linear"),
     (lambda f: f["entries"].pop("b.weight"), "names no 'b.weight', expected a type or FLOAT for"),
@@ -510,7 +514,7 @@ def test_a_file_says_all(given: dict, name: str, put: Callable) -> None:
 
 def test_policies(put: Callable) -> None:
     path = put({"a.weight": "W8A8_DYNAMIC", **REST}, DYNAMIC)
-    with pytest.raises(MsQuantError, match=r"timestep_policy: no linear of .* takes one"):
+    with pytest.raises(MsQuantError, match=r"timestep_policy: no linear and no attention"):
         ms_quant.quantize(Net(), path, timestep_policy=TimestepPolicyConfig())
     with pytest.raises(
         MsQuantError, match="timestep_policy: dict, expected a TimestepPolicyConfig"
@@ -520,9 +524,11 @@ def test_policies(put: Callable) -> None:
     policy = TimestepPolicyConfig()
     assert isinstance(ms_quant.quantize(Net(), path, timestep_policy=policy).a, QuantLinear)
     policy.register(1, "W4A8", "w4a4_linear")
-    for wrong in (policy, TimestepPolicyConfig(w4a4_default_strategy="W4A8")):
-        with pytest.raises(MsQuantError, match="W4A8 of target w4a4_linear, which gives linears"):
-            ms_quant.quantize(Net(), path, timestep_policy=wrong)
+    network = ms_quant.quantize(Net(), path, timestep_policy=policy)
+    with pytest.raises(MsQuantError, match=r"a\.weight: no timestep is set"):
+        network.a(Tensor(X))
+    with TimestepManager.at(1):
+        assert network.a(Tensor(X)).shape == (len(X), 2)
 
 
 def test_networks(put: Callable) -> None:

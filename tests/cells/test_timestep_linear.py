@@ -13,10 +13,11 @@ pytest.importorskip("mindspore")
 import mindspore as ms
 from mindspore import Tensor, nn
 
+import ms_quant
 from ms_quant.cells import QuantLinear
-from ms_quant.cells.timesteps import forward_rows
+from ms_quant.cells.timesteps import WIDE, forward_rows
 from ms_quant.errors import MsQuantError
-from ms_quant.numerics.activation import ObservedRange
+from ms_quant.numerics.activation import MxTokens, ObservedRange
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.table import get_scheme
@@ -185,3 +186,41 @@ def test_searches_see_every_kept_token_in_the_strategy_of_its_step():
         assert (seen[t] == row).all(axis=1).any()
         expected = linear.forward(row[None], step=int(t) if t % 2 == 0 else None)[0]
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("smooths", [False, True])
+def test_inputs_in_mxfp4_are_in_mxfp8_where_the_policy_says_so(smooths):
+    """W4A4 <-> W4A8: the same weight, another grid of the input."""
+    x, weight = tokens(3, 64), np.random.default_rng(2).standard_normal((6, 64)).astype("f4")
+    scheme, made = get_scheme("W4A4_MXFP4"), TimestepPolicyConfig()
+    made.register([1], "W4A8", "w4a4_linear")
+    grid = scheme.weight.fit(weight, "w", DTYPES["float32"])
+    smooth = np.full(64, 2, "f4") if smooths else None
+    bias = np.ones(6, "f4")
+    linear = QuantizedLinear(grid.round(weight), grid, bias, MxTokens("mxfp4_cann0"), smooth)
+    cell = QuantLinear(linear, timestep_policy=made)
+    with TimestepManager.at(0):
+        found = cell(Tensor(x)).asnumpy()
+        np.testing.assert_array_equal(found, QuantLinear(linear)(Tensor(x)).asnumpy())
+    with TimestepManager.at(1):
+        found = cell(Tensor(x)).asnumpy()
+    seen = WIDE.fake(x / 2 if smooths else x).astype("f8")
+    expected = seen @ grid.values(linear.weight).astype("f8").T + 1
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MsQuantError, match="no timestep is set"):
+        cell(Tensor(x))
+
+
+def test_one_policy_of_a_network_and_its_file(tmp_path):
+    made, x = TimestepPolicyConfig(), Tensor(tokens(3, 64))
+    made.register([1], "W4A8", "w4a4_linear")
+    network = nn.SequentialCell(nn.Dense(64, 8))
+    ms_quant.quantize(network, "W4A4_MXFP4", timestep_policy=made)
+    path = ms_quant.save_quantized(network, tmp_path, format="network")
+    loaded = ms_quant.load_quantized(nn.SequentialCell(nn.Dense(64, 8)), path, timestep_policy=made)
+    found = []
+    for step in range(2):
+        with TimestepManager.at(step):
+            found.append(network(x).asnumpy())
+            np.testing.assert_array_equal(loaded(x).asnumpy(), found[step])
+    assert np.abs(found[0] - found[1]).max() > 1e-3

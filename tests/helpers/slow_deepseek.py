@@ -126,14 +126,22 @@ class SlowDeepSeek(ABC):
         key = self.turned(latent[:, None, rank:])[:, 0]
         held = self.norm(f"{path}kv_a_layernorm", latent[:, :rank], 1e-6)
         made = wide(self.tensors[f"{path}kv_b_proj.weight"]).reshape(heads, -1, rank)
+        brought = np.stack([q[:, head, :nope] @ made[head, :nope] for head in range(heads)])
+        brought, held = self.in_latent_space(path, brought, held)
         q_rope, out = self.turned(q[:, :, nope:]), []
         for head in range(heads):
-            k, v = held @ made[head, :nope].T, held @ made[head, nope:].T
-            scores = q[:, head, :nope] @ k.T + q_rope[:, head] @ key.T
+            v = held @ made[head, nope:].T
+            scores = brought[head] @ held.T + q_rope[:, head] @ key.T
             scores = np.where(np.tri(len(x)) > 0, scores * self.scale, -np.inf)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             out.append(weights / weights.sum(axis=1, keepdims=True) @ v)
         return self.linear(f"{path}o_proj", np.concatenate(out, axis=1))
+
+    def in_latent_space(
+        self, path: str, brought: np.ndarray, held: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What attention reads of queries (heads, tokens, rank) and latent vectors."""
+        return brought, held
 
     @property
     def scale(self) -> float:
@@ -230,6 +238,33 @@ class SlowDeepSeek(ABC):
         """q_b_proj behind its norm."""
 
 
+class Float(SlowDeepSeek):
+    """The float model; what attention reads in the latent space is kept by path."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def down(self, path: str, norm: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, name = self.norm(norm, x), f"{path}kv_a_proj_with_mqa"
+        return self.linear(f"{path}q_a_proj", rows), self.turned_rows(name, rows)
+
+    def up(self, path: str, low: np.ndarray) -> np.ndarray:
+        return self.turned_rows(f"{path}q_b_proj", self.norm(f"{path}q_a_layernorm", low, 1e-6))
+
+    def turned_rows(self, path: str, x: np.ndarray) -> np.ndarray:
+        return self.evens_first(path, self.linear(path, x).T).T
+
+    def linear(self, path: str, x: np.ndarray) -> np.ndarray:
+        return x @ wide(self.tensors[f"{path}.weight"]).T
+
+    def in_latent_space(
+        self, path: str, brought: np.ndarray, held: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.seen.setdefault(path, []).append((brought, held))
+        return brought, held
+
+
 class MindFormers(SlowDeepSeek):
     """golden-stick: rotary rows are used as they are stored; norms are divided by input scales.
 
@@ -317,6 +352,20 @@ class VllmAscend(SlowDeepSeek):
         path = directory / "quant_model_description.json"
         self.description: dict[str, Any] = json.loads(path.read_text())
         assert set(self.tensors) <= set(self.description)
+
+    def in_latent_space(
+        self, path: str, brought: np.ndarray, held: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """In int8 where the layer has scales; latent vectors have one code for both uses."""
+        if f"{path}fa_k.scale" not in self.description:
+            return brought, held
+        assert self.description["fa_quant_type"] == "FAKQuant"
+        assert not any(self.tensors[f"{path}fa_{name}.offset"].any() for name in "qkv")
+        q, k = (wide(self.tensors[f"{path}fa_{name}.scale"]) for name in "qk")
+        assert q.shape == (len(brought), 1) and k.shape == (1, 1)
+        q = q[:, :, None]
+        codes = (np.clip(np.rint(x / s), -128, 127) for x, s in ((brought, q), (held, k)))
+        return next(codes) * q, next(codes) * k
 
     def kind(self, *paths: str) -> str:
         """All parts of a fused layer must be of one type."""

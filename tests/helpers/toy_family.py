@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.models.attention import Cache
 from ms_quant.models.block_forward import Positions
 from ms_quant.models.block_spec import BlockSpec, Branch, LinearSpec, Operators
+from ms_quant.models.cache import KeyValueCache
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.edge import Edge
 from ms_quant.models.families import Family
@@ -50,7 +50,9 @@ class Experts(Branch):
         )
         self.last = tuple(path for part in parts for path in part.last)
 
-    def inner(self, ops: Operators, x: np.ndarray, at: Positions, cache: Cache | None) -> Any:
+    def inner(
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
+    ) -> Any:
         rows = ops.norm(NORM, x).reshape(-1, x.shape[-1])
         scores = 1 / (1 + np.exp(-ops.linear(ROUTER, rows)))
         ops.show(self.taps[0], scores)

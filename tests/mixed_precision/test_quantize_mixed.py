@@ -115,6 +115,54 @@ def test_bits_are_those_of_the_files(
     assert made.bits == pytest.approx(8 * stored / weights) and made.bits <= 15
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_a_token_are_those_of_the_files(
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+    load_tensors: Callable[[Path], dict[str, np.ndarray]],
+    tied: bool,
+) -> None:
+    """Of the embedding a row, and all of it where it is the head."""
+    asked = partial(
+        quantize_mixed,
+        tiny_model(tied=tied),
+        choose=["W8A8", "FLOAT"],
+        calibration=calib_text,
+        **TINY,
+    )
+    some = asked(tmp_path / "bits", target_bits=15)
+    tensors = load_tensors(tmp_path / "bits")
+    embedding = tensors["model.embed_tokens.weight"]
+    assert ("lm_head.weight" in tensors) != tied
+    read = sum(array.nbytes for array in tensors.values())
+    read += embedding[0].nbytes if tied else -embedding[1:].nbytes
+    assert some.bytes_per_token == read == some.as_json()["bytes_per_token"]
+    assert set(some.groups) == {"W8A8", "FLOAT"}
+    same = asked(tmp_path / "bytes", target_bytes_per_token=read + 1)
+    assert same.groups == some.groups and same.bytes_per_token == read
+    assert yaml.safe_load(same.recipe.read_text())["made"]["bytes_per_token"] == read
+    less = asked(tmp_path / "less", target_bytes_per_token=read - 1)
+    assert less.bytes_per_token is not None and less.bytes_per_token < read
+
+
+def test_bytes_of_a_token_count_the_head_that_a_rotation_unties(
+    tiny_model: Callable[..., Path],
+    calib_text: Path,
+    tmp_path: Path,
+    load_tensors: Callable[[Path], dict[str, np.ndarray]],
+) -> None:
+    model = tiny_model(tied=True, head_dim=8)
+    options: dict[str, Any] = {"calibration": calib_text, "target_bits": 15, **TINY}
+    made = quantize_mixed(
+        model, tmp_path / "out", ["W8A8", "FLOAT"], algorithm="quarot+smoothquant", **options
+    )
+    tensors = load_tensors(tmp_path / "out")
+    read = sum(array.nbytes for array in tensors.values())
+    read -= tensors["model.embed_tokens.weight"][1:].nbytes
+    assert "lm_head.weight" in tensors and made.bytes_per_token == read
+
+
 def test_a_second_call_only_says_so_and_another_is_refused(
     tiny_model: Callable[..., Path], calib_text: Path, tmp_path: Path
 ) -> None:
@@ -237,9 +285,22 @@ def test_what_is_excluded_stays_float(
         (
             ["W8A8", "FLOAT"],
             {"target_bits": 9, "max_ppl_increase": 0.01},
-            "choosing schemes has one goal, and two are given, expected one of --max-ppl-increase "
-            "and --target-bits",
+            "choosing schemes has one goal, and several are given, expected one of "
+            "--max-ppl-increase, --target-bits and --target-bytes-per-token",
         ),
+        (
+            ["W8A8", "FLOAT"],
+            {"target_bits": 9, "target_bytes_per_token": 10**6},
+            "has one goal, and several are given",
+        ),
+        (
+            ["W8A8", "FLOAT"],
+            {"target_bytes_per_token": 1000},
+            "target bytes per token 1,000 cannot be reached: the smallest that W8A8, FLOAT read, "
+            "scales, norms and the head included, is ",
+        ),
+        (["W8A8", "FLOAT"], {"target_bytes_per_token": 0}, "is 0, expected 1 or more"),
+        (["W8A8", "FLOAT"], {"target_bytes_per_token": 10**9}, "every linear may stay float"),
         (["W8A8"], {"target_bits": 9}, "choose is W8A8, expected two names or more, each once"),
         (["W8A8", "W8A8"], {"target_bits": 9}, "each once"),
         (["W8A8", "W9A9"], {"target_bits": 9}, "scheme 'W9A9' is unknown, expected one of W8A8"),
@@ -311,6 +372,13 @@ def test_the_command(
     plan = json.loads(run.stdout)
     assert plan["choose"] == ["W8A8", "FLOAT"] and plan["groups"] == 8
     assert plan["least_bits_per_weight"] < 15 < plan["most_bits_per_weight"]
+    assert plan["least_bytes_per_token"] < plan["most_bytes_per_token"]
+    run = ms_quant_command(*arguments[:-2], "--target-bytes-per-token", "100 parsecs")
+    assert run.returncode == 1 and run.stderr.strip().endswith(
+        "target bytes per token is '100 parsecs', expected a size such as 100MB, 1.5GiB or 250000"
+    )
+    run = ms_quant_command(*arguments[:-2], "--target-bytes-per-token", "1kB")
+    assert run.returncode == 1 and "per token 1,000 cannot be reached" in run.stderr
     assert not (tmp_path / "out.job").exists()
     run = ms_quant_command(*arguments, "--json")  # --scheme is W8A8 where nothing else is said
     assert run.returncode == 0, run.stderr

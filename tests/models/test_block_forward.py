@@ -97,7 +97,7 @@ def test_a_cache_gives_the_same_in_parts(parts, first_tokens, native):
     block, cache, start, found = loaded(config), KeyValueCache(first_tokens), 0, []
     for length in parts:
         at = Positions(config, start + length, start)
-        found.append(block(x[:, start : start + length], at, cache.extend))
+        found.append(block(x[:, start : start + length], at, cache))
         start += length
     assert cache.length == LENGTH
     whole = block(x, Positions(config, LENGTH))
@@ -129,12 +129,13 @@ def test_the_cache_sees_rotated_keys(native):
     """And what it gives is what the queries read."""
     config, x, seen = config_of("qwen3"), random((2, LENGTH, 24), 99), []
 
-    def cache(keys, values):
-        seen.append((keys.copy(), values.copy()))
-        return keys, 0 * values
+    class Cache(KeyValueCache):
+        def extend(self, keys, values):
+            seen.append((keys.copy(), values.copy()))
+            return keys, 0 * values
 
     at = Positions(config, LENGTH)
-    np.testing.assert_array_equal(loaded(config).branch(0, x, at, cache), x)
+    np.testing.assert_array_equal(loaded(config).branch(0, x, at, Cache()), x)
     slow = SlowDecoder(config, tensors_of(config))
     for window, *found in zip(x, *seen[0], strict=True):
         expected = slow.queries_keys_values(0, window.astype(np.float64))[1:]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_quant.errors import MsQuantError
-from ms_quant.models.cache import Int8KeyValueCache, KeyValueCache
+from ms_quant.models.cache import Int8KeyValueCache, Int8LatentCache, KeyValueCache
 from ms_quant.numerics import affine, kv_cache
 
 CACHED = ("self_attn.k_proj", "self_attn.v_proj")
@@ -73,3 +73,29 @@ def test_values_that_are_not_finite_are_refused(which):
     x[which][0, 1, 2, 3] = np.nan
     with pytest.raises(MsQuantError, match=f"cached {('keys', 'values')[which]}"):
         Int8KeyValueCache().extend(*x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_latent_vectors_have_one_scale_and_queries_one_a_head(lengths, seed):
+    rng, tokens = np.random.default_rng(seed), sum(lengths)
+    keys = rng.standard_normal((2, 1, tokens, 3)).astype(np.float32)
+    latents = rng.standard_normal((2, 1, tokens, 5)).astype(np.float32)
+    queries = rng.standard_normal((2, 4, tokens, 5)).astype(np.float32)
+    scales = rng.uniform(0.01, 0.03, 4).astype(np.float32), np.array([0.02], np.float32)
+    names = "self_attn.fa_q", "self_attn.fa_k", "self_attn.fa_v"
+    cache = Int8LatentCache(dict(zip(names, (*scales, scales[1] * 2), strict=True)), 1)
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        found = cache.extend(keys[:, :, part], latents[:, :, part])
+        start += length
+    assert cache.length == tokens and cache._values._held.dtype == np.int8
+    np.testing.assert_array_equal(found[0], keys)
+    for (i, *at), value in np.ndenumerate(latents):
+        code = min(max(round(float(np.float32(value) / scales[1][0])), -128), 127)
+        assert found[1][(i, *at)] == np.float32(code) * scales[1][0]
+    read = cache.queries(queries)
+    for (i, head, *at), value in np.ndenumerate(queries):
+        code = min(max(round(float(np.float32(value) / scales[0][head])), -128), 127)
+        assert read[(i, head, *at)] == np.float32(code) * scales[0][head]

@@ -298,6 +298,19 @@ def test_a_cache(more):
     assert recipe == made((Rule("W8A8_DYNAMIC"),), kv_cache="C8")
 
 
+HEADS = {"dtype": "int8", "scope": "per_head", "symmetric": True, "method": "minmax"}
+
+
+@pytest.mark.parametrize("more", [{}, {"qconfig": HEADS}])
+def test_quantized_attention(more):
+    layers = ["model.layers.0.*", "model.layers.61.*"]
+    attention = {"type": "fa3_quant", "include": ["*"], "exclude": layers, **more}
+    recipe = load_recipe(document(linear(TOKENS, ROWS), attention))
+    assert (recipe.kv_cache, recipe.kv_cache_exclude) == ("C8", tuple(layers))
+    assert "possible is dynamic_cache" in recipe.not_for["qwen3"]
+    assert not {"deepseek_v3", "kimi_k2"} & set(recipe.not_for)
+
+
 GOOD = linear(TOKENS, ROWS)
 AWQ = {"type": "awq", "weight_qconfig": ROWS}
 
@@ -322,7 +335,6 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
                 "online_quarot",
                 "adapt_rotation",
                 "autoround_quant",
-                "fa3_quant",
                 "kv_smooth",
                 "load",
             )
@@ -509,6 +521,14 @@ AWQ = {"type": "awq", "weight_qconfig": ROWS}
         (
             [GOOD, {"type": "dynamic_cache", "qconfig": TOKENS}],
             r"spec\.process\[1\]\.qconfig\.scope is 'per_token', expected per_channel",
+        ),
+        (
+            [GOOD, {"type": "fa3_quant", "qconfig": TOKENS}],
+            r"spec\.process\[1\]\.qconfig\.scope is 'per_token' .*expected per_head",
+        ),
+        (
+            [GOOD, {"type": "fa3_quant", "include": ["*.0.*"]}],
+            r"spec\.process\[1\]\.include is \['\*\.0\.\*'\], expected \['\*'\] with exclude",
         ),
     ],
 )

@@ -26,6 +26,7 @@ rules:
     include: ["*.mlp.*"]
     exclude: ["*.layers.{0,1}.mlp.down_proj"]
 kv_cache: C8
+kv_cache_exclude: ["model.layers.0.self_attn"]
 formats: [ascend, compressed-tensors]
 calib: calib.jsonl
 samples: 32
@@ -47,6 +48,7 @@ EXPECTED = Recipe(
     ),
     steps=(Step("smoothquant", {"alpha": 0.9}, groups=("qkv", "gate_up")),),
     kv_cache="C8",
+    kv_cache_exclude=("model.layers.0.self_attn",),
     formats=("ascend", "compressed-tensors"),
     calib="calib.jsonl",
     samples=32,
@@ -155,7 +157,8 @@ def test_a_short_one():
             document(steps=[{"algorithm": "osl", "groups": ["mlp"]}]),
             r"steps\[0\]: groups 'mlp' is unknown here, expected one of qkv, o, gate_up, down",
         ),
-        (document(kv_cache="C4"), "kv_cache 'C4' is unknown here, expected one of C8, C8_DYNAMIC"),
+        (document(kv_cache="C4"), "kv_cache 'C4' is unknown here, expected one of C8, C8_ABSMAX"),
+        (document(kv_cache_exclude=["*"]), "kv_cache_exclude: there is no kv_cache, expected one"),
         (document(formats=["gguf"]), "formats 'gguf' is unknown here"),
         (document(samples=0), "samples is 0, expected at least 1"),
         (document(samples=True), "samples is True"),
@@ -200,6 +203,7 @@ RECIPES = st.builds(
     COUNTS,
     COUNTS,
     COUNTS,
+    kv_cache_exclude=TUPLES,
 )
 
 

@@ -6,7 +6,7 @@ docs/ascend_format.md states what its files hold.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ms_quant.formats.ascend.leeway import LEEWAY
 from ms_quant.formats.ascend.reading import read_linear
 from ms_quant.formats.ascend.tensors import FLOAT32, WITH_CODES, parts, slices_of
 from ms_quant.formats.flat_description import kinds
-from ms_quant.formats.format import CheckpointFormat, Options, Tensors, is_there
+from ms_quant.formats.format import CheckpointFormat, Kinds, Options, Tensors, is_there
 from ms_quant.models.block_spec import LinearGroup, LinearSpec
 from ms_quant.models.config import ModelConfig
 from ms_quant.numerics.activation import StaticInt8
@@ -137,13 +137,13 @@ def describe(plan: Plan, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
         suffix = tensor.name.rpartition(".")[2]
         scheme = plan.quantized_layer(tensor.part[0]).scheme if tensor.part else None
         kind = scheme.name if scheme and not _is_float(scheme, suffix) else "FLOAT"
-        result[tensor.name] = plan.kv_cache if suffix in kv_cache.SUFFIXES else kind
+        result[tensor.name] = kind
     if not plan.config.has_head:
         result[HEAD] = "FLOAT"
-    cache = {"kv_cache_type": plan.kv_cache, "kv_quant_type": plan.kv_cache}
     return {
         **result,
-        **(cache if plan.kv_cache else {}),
+        **kv_cache.entries(plan),
+        **kv_cache.global_entries(plan),
         "version": VERSION,
         "model_quant_type": _model_type(plan) if quantized else "FLOAT",
         "group_size": _group_size(plan),
@@ -168,6 +168,11 @@ def _group_size(plan: Plan) -> int:
     """Of the last group that has one."""
     sizes = [layer.scheme.weight.group_size for layer in plan.layers.values() if layer]
     return next((size for size in reversed(sizes) if size), 0)
+
+
+def _kinds(config: ModelConfig, description: Mapping[str, Any], where: Path) -> Kinds:
+    linears = kv_cache.without_attention(description)
+    return kinds("ascend", FLOATS, config, linears, where, aliases=LEEWAY.aliases)
 
 
 def scheme_options(
@@ -208,7 +213,7 @@ FORMAT = CheckpointFormat(
     linear_tensor=linear_tensor,
     read_linear=read_linear,
     describe=describe,
-    kinds=partial(kinds, "ascend", FLOATS, aliases=LEEWAY.aliases),
+    kinds=_kinds,
     scheme_options=scheme_options,
     check=check,
     why_not_run=why_not_run,

@@ -17,6 +17,7 @@ from ms_quant.errors import BadFileError, UnsupportedError, short
 from ms_quant.files.reader import Checkpoint
 from ms_quant.formats.flat_description import tensor_entries
 from ms_quant.formats.format import Leeway
+from ms_quant.formats.kv_cache import ATTENTION, CACHE, INT8, OF_ATTENTION, OTHER
 from ms_quant.numerics.float_grid import MxFormat
 from ms_quant.numerics.linear import QuantizedLinear, Stated, bias_units, folded_bias
 from ms_quant.numerics.storage import DTYPES
@@ -26,7 +27,6 @@ from ms_quant.schemes.storage import Storage
 ALIASES = {"WFP8AFP8_DYNAMIC": "W8A8FP8_DYNAMIC"}
 INFORMATIVE = frozenset({"version", "model_quant_type", "group_size", "max_supported_tp"})
 EMPTY: tuple[Any, ...] = (None, False, "", {}, [])
-CACHE = ("kv_quant_type", "kv_cache_type")
 ONLINE = (".heads_rotation", ".kronecker_rotation_m", ".kronecker_rotation_n", ".q_rot", ".k_rot")
 PACKED_VERSION = "1.0.0"
 BF16_STEPS = 2.0**-8  # two roundings to bfloat16, of half a step of 2**-8 each
@@ -49,6 +49,7 @@ def describe_difference(
             f"{where}: version is {short(found.get('version'))}, expected {PACKED_VERSION!r} with "
             "W4A8_DYNAMIC: older checkpoints pack its weights otherwise"
         )
+    made = {key: made[key] for key in made if not key.endswith(OF_ATTENTION) or key in found}
     defects, odd = tensor_entries(found, made, where, LEEWAY)
     hint = " (vllm-ascend fails with KeyError)"
     tables = ("lm_head.", "embed_tokens.")
@@ -64,15 +65,21 @@ def _global(key: str, value: Any, made: Mapping[str, Any], where: Path) -> list[
     place = f"{where}: {key}"
     if key.endswith(ONLINE):
         raise BadFileError(f"{place} is a rotation at run time, which is not read, expected none")
-    if key.endswith(".quant_type") and value not in EMPTY:
-        raise UnsupportedError(f"{place} is {short(value)}: quantized attention is not read here")
-    if "." in key or key in INFORMATIVE or value in EMPTY or key in CACHE:
+    if key.endswith(OF_ATTENTION) and value not in (*EMPTY, made.get(key)):
+        raise UnsupportedError(
+            f"{place} is {short(value)}: attention is read that is {INT8} with scales of heads"
+        )
+    if "." in key or key in INFORMATIVE or value in EMPTY or key in (CACHE, OTHER):
         return []
     if key == "metadata" or key == "optional":
         return [_rotation(key, value, place)]
     if key == "is_quarot":
         return [f"{place} is {short(value)}: a rotation in the weights changes no output"]
-    if key in ("fa_quant_type", "indexer_quant_type", "reduce_quant_type"):
+    if key == ATTENTION and key in made:
+        return (
+            [] if value == made[key] else [f"{place} is {short(value)}, which older versions say"]
+        )
+    if key in (ATTENTION, "indexer_quant_type", "reduce_quant_type"):
         raise UnsupportedError(f"{place} is {short(value)}, which is not read here, expected none")
     return [] if key in made else [f"{place} is {short(value)}, a key that is not known here"]
 
@@ -161,6 +168,8 @@ LEEWAY = Leeway(
         "clip_ratio": FLOATS,
         "kv_cache_scale": FLOATS,
         "kv_cache_offset": FLOATS,
+        "scale": FLOATS,  # of quantized attention
+        "offset": FLOATS | {"int8"},
     },
     extra=frozenset({"weight_scale", "weight_offset"}),
     aliases=ALIASES,

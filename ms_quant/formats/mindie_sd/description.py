@@ -6,7 +6,7 @@ The runtime's own rules, but that an entry which it would pass over in silence i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from ms_quant.files.safetensors_file import open_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.formats.mindie_sd.held import RUN_DTYPES
 from ms_quant.formats.mindie_sd.types import (
+    ATTENTION_TYPES,
     FLOAT,
     GLOBAL_TYPE,
+    check_attention_type,
     check_model_type,
     check_type,
     weights_name,
@@ -30,8 +32,12 @@ MAX_DESCRIPTION_BYTES = 256 << 20
 DTYPE = "dtype"  # in __metadata__ of the weights, which the runtime does not look at
 PATTERNS = ("{}.linear.weight", "{}.weight", "{}", "{}.fa_q.scale", "{}.quant_type")
 IGNORED = frozenset({"version", "group_size", "metadata", "optional"})
-ATTENTION = (".fa_q.scale", ".fa_k.scale", ".fa_v.scale", ".quant_type")
-ATTENTION_KEYS = frozenset({"fa_quant_type", "kv_quant_type", "kv_cache_type", "reduce_quant_type"})
+ATTENTION = (
+    *(f".fa_{name}.{what}" for name in "qkv" for what in ("scale", "offset")),
+    ".quant_type",
+)
+FA_TYPE = "fa_quant_type"
+CACHE_KEYS = frozenset({"kv_quant_type", "kv_cache_type", "reduce_quant_type"})
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,14 @@ class Description:
     """Attributes:
     path: the file.
     model_type: what it calls the model.
-    entries: key to type, in upper case, without those of the whole model.
+    entries: key to type, in upper case, without those of the whole model and of attention.
+    attention: path of each quantized attention to its type, in upper case.
     """
 
     path: Path
     model_type: str
     entries: dict[str, str]
+    attention: dict[str, str] = field(default_factory=dict)
 
     def type_of(self, name: str) -> str:
         """The type of a linear: ``FLOAT`` where any of its keys says so, else the first key's.
@@ -60,13 +68,26 @@ class Description:
             )
         return FLOAT if FLOAT in found else found[0]
 
-    def check_all_used(self, names: Iterable[str]) -> None:
-        """Refuses a quantized entry that is of none of the network's linears.
+    def attention_of(self, name: str) -> str | None:
+        """The type of an attention; None where it stays float, which needs no key."""
+        if any(self.entries.get(key) == FLOAT for key in _keys(name)):
+            return None
+        return self.attention.get(name)
+
+    def check_all_used(self, names: Iterable[str], attentions: Iterable[str] = ()) -> None:
+        """Refuses a quantized entry that is of none of the network's linears and attentions.
 
         Raises:
             MsQuantError: there is one.
         """
-        known = set(names)
+        known, layers = set(names), set(attentions)
+        for path, value in self.attention.items():
+            if path not in layers:
+                shown = ", ".join(sorted(layers)[:3]) or "linears alone"
+                raise BadFileError(
+                    f"{self.path}: {path} is attention in {value} but the network has no such "
+                    f"attention, expected paths of its own, such as {shown}"
+                )
         for key, value in self.entries.items():
             if value != FLOAT and not any(start in known for start in _starts(key)):
                 shown = ", ".join(sorted(known)[:3])
@@ -88,20 +109,21 @@ def _starts(key: str) -> Iterable[str]:
         yield key
 
 
-def read_description(path: Path) -> Description:
+def read_description(path: Path, attention: bool = False) -> Description:
     """Reads a description.
 
     Args:
         path: the json file.
+        attention: whether attention may be quantized: in networks, not in decoders.
 
     Raises:
-        MsQuantError: it is no description of this format, an entry is no type that linears can
-            have, or one quantizes attention.
+        MsQuantError: it is no description of this format, an entry is no type that linears, or
+            attention, can have, or one quantizes attention where it may not be.
     """
-    return read_content(read_json(path, MAX_DESCRIPTION_BYTES), path)
+    return read_content(read_json(path, MAX_DESCRIPTION_BYTES), path, attention)
 
 
-def read_content(content: Mapping[str, Any], path: Path) -> Description:
+def read_content(content: Mapping[str, Any], path: Path, attention: bool = False) -> Description:
     """The same of the content of a file.
 
     Raises:
@@ -111,21 +133,49 @@ def read_content(content: Mapping[str, Any], path: Path) -> Description:
         raise BadFileError(
             f"{path}: has no {GLOBAL_TYPE!r}, expected a type that names the weights"
         )
-    model_type = check_model_type(content[GLOBAL_TYPE], f"{path}: {GLOBAL_TYPE}")
-    return Description(path, model_type, dict(_entries(content, path)))
-
-
-def _entries(content: Mapping[str, object], path: Path) -> Iterable[tuple[str, str]]:
+    model_type = check_model_type(content[GLOBAL_TYPE], f"{path}: {GLOBAL_TYPE}", attention)
+    description = Description(path, model_type, {})
     for key, value in content.items():
-        if key == GLOBAL_TYPE or key in IGNORED:
-            continue
-        quantized = not (isinstance(value, str) and value.upper() == FLOAT)
-        if quantized and (key.endswith(ATTENTION) or key in ATTENTION_KEYS):
-            raise UnsupportedError(
-                f"{path}: {key} is {value!r:.80}, quantized attention is not read here, expected "
-                "types of linears only"
+        if key != GLOBAL_TYPE and key not in IGNORED:
+            _add(description, key, value, attention)
+    return description
+
+
+def _add(description: Description, key: str, value: object, attention: bool) -> None:
+    """Adds an entry.
+
+    Raises:
+        MsQuantError: it is no type of what the key names, or may not be there.
+    """
+    where = f"{description.path}: {key}"
+    is_float = isinstance(value, str) and value.upper() == FLOAT
+    layer = None if is_float else _attention_of(key, value)
+    cache = key in CACHE_KEYS and not is_float
+    if cache or (not attention and (layer is not None or (key == FA_TYPE and not is_float))):
+        what = "a quantized cache" if cache else "quantized attention"
+        raise UnsupportedError(
+            f"{where} is {value!r:.80}, {what} is not read here, expected types of linears"
+            f"{' and attention' if attention else ' only'}"
+        )
+    if layer is None and key != FA_TYPE:
+        description.entries[key] = check_type(value, where)
+    elif not is_float:
+        kind = check_attention_type(value, where)
+        if layer is not None and description.attention.setdefault(layer, kind) != kind:
+            raise BadFileError(
+                f"{where} is {value!r}, expected {description.attention[layer]} as another entry "
+                "of that attention says"
             )
-        yield key, check_type(value, f"{path}: {key}")
+
+
+def _attention_of(key: str, value: object) -> str | None:
+    """The path of the attention that an entry is of, None for an entry of something else."""
+    for ending in ATTENTION:
+        if key.endswith(ending):
+            return key.removesuffix(ending)
+    named = isinstance(value, str) and value.upper() in ATTENTION_TYPES
+    tensor = key.rpartition(".")[2] in ("weight", "bias")
+    return key if named and not tensor and key != FA_TYPE else None
 
 
 def open_weights(description: Description, rank: int | None) -> OneFile:

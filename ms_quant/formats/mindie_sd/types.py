@@ -75,7 +75,13 @@ _UNDEFINED = (
     "MindIE-SD leaves such layers float and defines no tensors for them, expected plain {0} with "
     "the algorithm's result in its codes"
 )
-_ATTENTION = "quantized attention is not read here, expected types of linears only"
+_ATTENTION = "is a type of attention, expected one of a linear"
+SERVED_ATTENTION = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC")
+ATTENTION_TYPES = {  # to the kind that computes it
+    **{f"{kind}_DYNAMIC": f"{kind}_DYNAMIC" for kind in ("FP8", "MXFP8", "MXFP4", "INT8")},
+    "FAQUANT": "INT8",
+    "FAKQUANT": "INT8",
+}
 REFUSED = {
     "W4A16_AWQ": _UNDEFINED.format("W4A16"),
     "W4A16_GPTQ": _UNDEFINED.format("W4A16"),
@@ -83,11 +89,7 @@ REFUSED = {
     "W4A8_AWQ": _UNDEFINED.format("W4A16 or W8A8_DYNAMIC"),
     "W4A4_MXFP4_SVD": "MindIE-SD supports no low-rank branch, expected W4A4_MXFP4",
     "W4A4_MXFP4_DYNAMIC": "MindIE-SD reads this type under the name W4A4_MXFP4 only",
-    "FP8_DYNAMIC": _ATTENTION,
-    "MXFP8_DYNAMIC": _ATTENTION,
-    "MXFP4_DYNAMIC": _ATTENTION,
-    "FAQUANT": _ATTENTION,
-    "FAKQUANT": _ATTENTION,
+    **dict.fromkeys(ATTENTION_TYPES, _ATTENTION),
     "C8": "keys and values in int8 are not read by MindIE-SD, expected types of linears only",
 }
 
@@ -116,12 +118,31 @@ def check_type(value: object, where: str) -> str:
     return name
 
 
-def check_model_type(value: object, where: str) -> str:
+def check_attention_type(value: object, where: str) -> str:
+    """The name of a type that attention can have, in upper case.
+
+    Raises:
+        MsQuantError: it is none.
+    """
+    name = value.upper() if isinstance(value, str) else ""
+    if name not in ATTENTION_TYPES:
+        raise BadFileError(
+            f"{where} is {value!r:.80}, expected a type of attention: {', '.join(ATTENTION_TYPES)}"
+        )
+    return name
+
+
+def check_model_type(value: object, where: str, attention: bool = False) -> str:
     """What a description calls the whole model: a type of linears, spelled as MindIE-SD does.
+
+    Args:
+        attention: whether it may be a type of attention, where that alone is quantized.
 
     Raises:
         MsQuantError: it is none, or one that the runtime fails on.
     """
+    if attention and value in ATTENTION_TYPES:
+        return str(value)
     name = check_type(value, where)
     if name == FLOAT or value != str(value).upper():
         raise BadFileError(

@@ -10,7 +10,7 @@ namespace msq {
 namespace {
 
 struct Avx512Vnni {
-  static constexpr int kWidth = 16, kVectors = 2, kRows = 12;
+  static constexpr int kWidth = 16, kVectors = 2, kRows = 12, kFloatRows = 12;
   static constexpr int32_t kBias = 128;
   static constexpr bool kByteSplit = true;
   using F = __m512;
@@ -32,6 +32,7 @@ struct Avx512Vnni {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F at_least(F a, float limit) { return _mm512_max_ps(set1(limit), a); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F round(F a) { return _mm512_roundscale_ps(a, 8); }
   static bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
@@ -50,6 +51,7 @@ struct Avx512Vnni {
   static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static int32_t total(I a) { return _mm512_reduce_add_epi32(a); }
   static void store_codes(int8_t* p, const F (&v)[4]) {  // packing works within quarters

@@ -78,6 +78,8 @@ struct Attention {
   float* y;
 };
 
+struct AttentionSlice;
+
 // What an instruction set provides.
 struct Kernels {
   int64_t columns;  // of a panel
@@ -99,6 +101,7 @@ struct Kernels {
   void (*gemv)(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
                int threads);
   void (*column_stats)(ColumnStats&, int threads);
+  bool (*attend_slice)(const MsqBlockAttention&, const AttentionSlice&);  // false without memory
 };
 
 const Kernels* kernels_scalar();

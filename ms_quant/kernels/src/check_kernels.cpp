@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "check_problem.h"
+#include "check_sparse_attention.h"
 #include "check_watched.h"
 #include "kernels.h"
 
@@ -276,6 +277,7 @@ int main(int count, char** words) {
       check_stored(isa);
       check_block(isa);
       check_attention(isa);
+      check_sparse_attention(isa);
       check_columns(isa);
       check_watched(isa);
     }

@@ -10,7 +10,7 @@ namespace msq {
 namespace {
 
 struct NeonDot {
-  static constexpr int kWidth = 4, kVectors = 4, kRows = 6;
+  static constexpr int kWidth = 4, kVectors = 4, kRows = 6, kFloatRows = 6;
   static constexpr int32_t kBias = 0;
   static constexpr bool kByteSplit = true;
   using F = float32x4_t;
@@ -31,6 +31,7 @@ struct NeonDot {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }
   static F min(F a, F b) { return vminnmq_f32(a, b); }
+  static F at_least(F a, float limit) { return vmaxq_f32(a, set1(limit)); }
   static F abs(F a) { return vabsq_f32(a); }
   static F round(F a) { return vrndnq_f32(a); }
   static bool any_nan(F a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
@@ -51,6 +52,7 @@ struct NeonDot {
   static I iset1(int32_t x) { return vdupq_n_s32(x); }
   static I iadd(I a, I b) { return vaddq_s32(a, b); }
   static I isub(I a, I b) { return vsubq_s32(a, b); }
+  static I ixor(I a, I b) { return veorq_s32(a, b); }
   static F to_float(I a) { return vcvtq_f32_s32(a); }
   static int32_t total(I a) { return vaddvq_s32(a); }
   static int16x8_t two(const F* v) {

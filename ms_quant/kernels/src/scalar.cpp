@@ -6,7 +6,7 @@ namespace msq {
 namespace {
 
 struct Scalar {
-  static constexpr int kWidth = 4, kVectors = 2, kRows = 2;
+  static constexpr int kWidth = 4, kVectors = 2, kRows = 2, kFloatRows = 4;
   static constexpr int32_t kBias = 0;
   static constexpr bool kByteSplit = false;
   struct F {
@@ -60,6 +60,9 @@ struct Scalar {
   static F min(F a, F b) {
     return floats([&](int i) { return fminf(a.at[i], b.at[i]); });
   }
+  static F at_least(F a, float limit) {
+    return floats([&](int i) { return a.at[i] < limit ? limit : a.at[i]; });
+  }
   static F abs(F a) {
     return floats([&](int i) { return fabsf(a.at[i]); });
   }
@@ -95,6 +98,9 @@ struct Scalar {
   }
   static I isub(I a, I b) {
     return ints([&](int i) { return word(bits(a.at[i]) - bits(b.at[i])); });
+  }
+  static I ixor(I a, I b) {
+    return ints([&](int i) { return a.at[i] ^ b.at[i]; });
   }
   static F to_float(I a) {
     return floats([&](int i) { return static_cast<float>(a.at[i]); });

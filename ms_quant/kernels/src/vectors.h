@@ -4,6 +4,8 @@
 //   Codes, Inputs        what `dot` takes of a weight's word and of an input's, as prepared
 //   dot(sum, codes, in)  sum + the four products in each word, exactly
 //   kRows, kVectors      of sums that fit in its registers: rows of inputs, vectors of outputs
+//   kFloatRows           the same rows where sums are of floats
+//   at_least(a, limit)   the larger one, NaN for NaN
 //   kBias                what is added to codes of 8 bits, as `dot` reads them without a sign
 //   tile                 if it has one, sums of several rows in another way than by `dot`
 //   kByteSplit           whether floats of a few rows are split into bytes for `dot`

@@ -10,7 +10,7 @@ namespace msq {
 namespace {
 
 struct X86Of256 {
-  static constexpr int kWidth = 8, kVectors = 2;
+  static constexpr int kWidth = 8, kVectors = 2, kFloatRows = 6;
   using F = __m256;
   using I = __m256i;
 
@@ -28,6 +28,7 @@ struct X86Of256 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F at_least(F a, float limit) { return _mm256_max_ps(set1(limit), a); }
   static F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
@@ -53,6 +54,7 @@ struct X86Of256 {
   static I iset1(int32_t x) { return _mm256_set1_epi32(x); }
   static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static int32_t total(I a) {
     __m128i v = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));

@@ -1,0 +1,156 @@
+"""Block-sparse attention on CPU beside dense attention, ours and, if it is installed, PyTorch's.
+
+    python benchmarks/sparse_attention.py [--tokens 4096] [--rounds 9] [--threads 1] [--isa NAME]
+
+All contenders are called in turn, round after round, and medians of CPU seconds and of seconds
+count. Speed-ups are over the best dense attention of the run; ``of ideal`` is the speed-up times
+the density, 1 where a block that is left out costs nothing. Blocks are 128 by 128, random, about as
+many in each row. The last table keeps 8 blocks in each row while tokens grow: seconds and bytes
+should grow as tokens do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from ms_quant import kernels
+from ms_quant.kernels import Codes, block_attention
+from ms_quant.numerics.minifloat import E4M3, encode
+
+DENSITIES = (0.5, 0.25, 0.2, 0.125)
+BLOCK = 128
+GROWING = (4096, 8192, 16384, 32768)
+KEPT = 8  # blocks of a row, whatever the number of tokens
+Calls = dict[str, Callable[[], object]]
+
+
+def some_blocks(tokens: int, heads: int, density: float) -> np.ndarray:
+    """In each row so many that all rows above it together have the density."""
+    rng = np.random.default_rng(0)
+    count = -(-tokens // BLOCK)
+    until = np.rint(np.arange(count + 1) * density * count)
+    order = rng.random((1, heads, count, count)).argsort(axis=-1).argsort(axis=-1)
+    return (order < np.diff(until)[:, None]).astype(np.uint8)
+
+
+def seconds(calls: Calls, rounds: int) -> dict[str, tuple[float, float]]:
+    """Medians of CPU seconds and of seconds; the first round warms up."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, run in calls.items():
+            start = time.process_time(), time.perf_counter()
+            run()
+            found[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return {
+        name: (median(cpu for cpu, _ in each[1:]), median(wall for _, wall in each[1:]))
+        for name, each in found.items()
+    }
+
+
+def codes(x: np.ndarray, dtype: type, rows: int) -> Codes:
+    """One scale for all, as time does not depend on it."""
+    batch, heads, tokens, size = x.shape
+    scale = np.abs(x).max() / (127 if dtype == np.int8 else 448)
+    shape = (batch, heads, -(-tokens // rows), -(-size // 128))
+    made = np.rint(x / scale).astype(dtype) if dtype == np.int8 else encode(x / scale, E4M3)
+    return Codes(made, np.full(shape, scale, np.float32), (rows, 128))
+
+
+def dense_calls(q, k, v, scale: float, threads: int, isa: str | None) -> Calls:
+    shared = {"threads": threads, "isa": isa}
+    mask = np.zeros((1, q.shape[2], k.shape[2]), np.float32)
+    calls: Calls = {
+        "dense": lambda: block_attention(q, k, v, scale=scale, **shared),
+        "dense with an additive mask": lambda: kernels.attention(q, k, v, mask, scale, **shared),
+    }
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: left out")
+        return calls
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    calls[f"dense of PyTorch {torch.__version__}"] = lambda: attend(*tensors, scale=scale)
+    return calls
+
+
+def compare(tokens: int, heads: int, size: int, options: argparse.Namespace) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, tokens, size), np.float32) for _ in range(3))
+    scale, shared = size**-0.5, {"threads": options.threads, "isa": options.isa}
+    calls = dense_calls(q, k, v, scale, options.threads, options.isa)
+    names_of_dense = tuple(calls)
+    bytes_of = [codes(q, np.int8, 128), codes(k, np.int8, 128)]
+    kinds = {
+        "int8 q, k": (*bytes_of, v),
+        "int8 q, k, FP8 v": (*bytes_of, codes(v, np.uint8, 256)),
+        "FP8": (codes(q, np.uint8, 128), codes(k, np.uint8, 256), codes(v, np.uint8, 256)),
+    }
+    for name, operands in kinds.items():
+        calls[name] = lambda o=operands: block_attention(*o, scale=scale, **shared)
+    densities = dict.fromkeys(calls, 1.0)
+    for density in DENSITIES:
+        blocks = some_blocks(tokens, heads, density)
+        for kind, operands in {"": (q, k, v), ", int8 q, k": kinds["int8 q, k"]}.items():
+            name = f"density {density}{kind}"
+            densities[name] = float(blocks.mean())
+            calls[name] = lambda o=operands, b=blocks: block_attention(
+                *o, scale=scale, blocks=b, **shared
+            )
+    found = seconds(calls, options.rounds)
+    best = min(found[name][0] for name in names_of_dense)
+    print(f"\n{tokens} tokens, {heads} heads of {size}\n")
+    print("| attention | density | CPU s | s | times the best dense | of ideal |")
+    print("|---|---|---|---|---|---|")
+    for name, (cpu, wall) in found.items():
+        times, density = best / cpu, densities[name]
+        row = f"{density:.4g} | {cpu:.4f} | {wall:.4f} | {times:.2f} | {times * density:.3f}"
+        print(f"| {name} | {row} |")
+
+
+def grown(tokens: int, size: int, options: argparse.Namespace) -> tuple[float, float, float]:
+    """CPU seconds; and MB: how much higher the process's peak got, and of all operands."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, tokens, size), np.float32) for _ in range(3))
+    shared = {"scale": size**-0.5, "threads": options.threads, "isa": options.isa}
+    blocks = some_blocks(tokens, 1, KEPT * BLOCK / tokens)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls: Calls = {"": lambda: block_attention(q, k, v, blocks=blocks, **shared)}
+    cpu = seconds(calls, options.rounds)[""][0]
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return cpu, more, 4 * q.nbytes / 2**20
+
+
+def grow(size: int, options: argparse.Namespace) -> None:
+    print(f"\n{KEPT} blocks in each row, 1 head of {size}\n")
+    print("| tokens | CPU s | microseconds a token | peak is higher by, MB | q, k, v, y, MB |")
+    print("|---|---|---|---|---|")
+    for tokens in GROWING:
+        cpu, more, held = grown(tokens, size, options)
+        print(f"| {tokens} | {cpu:.4f} | {cpu / tokens * 1e6:.2f} | {more:.1f} | {held:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isa", choices=tuple(kernels.ISAS))
+    options = parser.parse_args()
+    print(f"{options.isa or kernels.best_isa()}, {options.threads} threads")
+    grow(options.size, options)
+    compare(options.tokens, options.heads, options.size, options)
+
+
+if __name__ == "__main__":
+    main()

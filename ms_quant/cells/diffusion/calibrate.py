@@ -1,0 +1,90 @@
+"""Static scales of attention, from what comes there while a network is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ms_quant.attention.dense import attention
+from ms_quant.attention.fa_quant import Scales
+from ms_quant.attention.layouts import from_heads_first, heads_first
+from ms_quant.attention.rotation import rotate, walsh_rotation
+from ms_quant.cells.diffusion.attach import attach_attention, detach_attention
+from ms_quant.cells.diffusion.function import AttentionCall
+from ms_quant.cells.diffusion.masks import padding
+from ms_quant.cells.diffusion.plan import AttentionPlan
+from ms_quant.cells.direct import as_type, floats
+from ms_quant.errors import BadArgumentError
+from ms_quant.numerics.affine import symmetric_scale
+
+
+class Ranges:
+    """The largest magnitude of each head, of queries, keys and values; computes as the network.
+
+    Args:
+        plan: of the attention; where it rotates, what is rotated counts.
+    """
+
+    def __init__(self, plan: AttentionPlan):
+        self.plan = plan
+        self.largest: list[np.ndarray] = []
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall,
+    ) -> Tensor:
+        arrays = [heads_first(floats(x), layout) for x in (q, k, v)]
+        self._see(call.path, arrays)
+        if call.original is not None:
+            return call.original(q, k, v)
+        host = None if mask is None else mask.asnumpy()
+        kept, _ = padding(host, len(arrays[0]), arrays[1].shape[2])
+        out = attention(*arrays, scale=scale, kept=kept)
+        return as_type(np.ascontiguousarray(from_heads_first(out, layout)), q.dtype)
+
+    def _see(self, path: str, arrays: list[np.ndarray]) -> None:
+        q, k, v = arrays
+        if self.plan.is_rotated:
+            rotation = walsh_rotation(q.shape[3])
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        found = [np.abs(x).max(axis=(0, 2, 3)) for x in (q, k, v)]
+        for name, largest in zip("qkv", found, strict=True):
+            if not np.isfinite(largest).all():
+                raise BadArgumentError(
+                    f"{path}: {name} of a calibration input has NaN or inf, expected finite values"
+                )
+        before = self.largest or found
+        self.largest = [np.maximum(a, b) for a, b in zip(before, found, strict=True)]
+
+    def scales(self, path: str) -> Scales:
+        """float32 (heads, 1) of queries, keys and values.
+
+        Raises:
+            MsQuantError: no call came there.
+        """
+        if not self.largest:
+            raise BadArgumentError(
+                f"{path}: no calibration input reached it, expected some, or INT8_DYNAMIC"
+            )
+        q, k, v = (symmetric_scale(largest)[:, None] for largest in self.largest)
+        return q, k, v
+
+
+@contextmanager
+def watched(network: nn.Cell, ranges: Mapping[str, Ranges]) -> Iterator[None]:
+    """Has some attentions of a network looked at while it is called."""
+    attach_attention(network, lambda site: ranges.get(site.path))
+    try:
+        yield
+    finally:
+        detach_attention(network)

@@ -1,0 +1,53 @@
+"""What may stand in the place of an attention: a function of queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mindspore import Tensor
+
+LatentShape = tuple[int, int, int]
+TEXT = ("none", "first", "last")
+"""Where the text tokens of joint attention stand among the tokens of the picture."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of one attention of a network: where it is, and what its tokens are.
+
+    Attributes:
+        path: of the Cell; "" for an attention that is called alone.
+        text: of ``TEXT``; "" where nothing says it.
+        latent_shape: frames, height and width of the picture's tokens; None where nothing says it.
+        original: what the network itself makes of queries, keys and values, in the same layout;
+            None where it has nothing of its own.
+    """
+
+    path: str = ""
+    text: str = ""
+    latent_shape: LatentShape | None = None
+    original: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+class AttentionFunction(Protocol):
+    """Called with queries, keys and values, after norms and rotary positions.
+
+    They and what it returns are of (batch, heads, length, size) where ``layout`` is ``"BNSD"``, and
+    of (batch, length, heads, size) where it is ``"BSND"``. ``mask`` is None, bool (true where a key
+    counts), or float (added to the scores), and broadcasts to (batch, heads, length, keys).
+    ``scale`` multiplies scores; None stands for 1 / sqrt(size).
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: str,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall,
+    ) -> Tensor: ...

@@ -1,0 +1,118 @@
+"""What one attention of a diffusion network becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ms_quant.attention.fa_quant import KINDS
+from ms_quant.attention.rules import SparseRule
+from ms_quant.attention.schedule import StepWindow
+from ms_quant.cells.diffusion.function import TEXT, LatentShape
+from ms_quant.errors import BadArgumentError
+from ms_quant.timestep import TimestepPolicyConfig
+
+FLOAT, STATIC = "FLOAT", "INT8"
+STRATEGIES = {"FP8": "FP8_DYNAMIC", "MXFP4": "MXFP4_DYNAMIC", FLOAT: FLOAT}
+"""What a policy's strategies of the target ``fa`` stand for."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What an attention becomes: quantized, sparse or both.
+
+    Attributes:
+        kind: how queries, keys and values are quantized, of ``ms_quant.attention.fa_quant.KINDS``;
+            ``"FLOAT"`` for not at all.
+        sparse: which pairs of tokens are left out; None for none.
+        window: which steps are sparse, and when a mask is made anew.
+        rotates: whether queries and keys are rotated before they are quantized, as MindIE-SD does.
+            It helps the integer kinds and MXFP4, and not FP8. None: unless scales are static.
+        latent_shape: frames, height and width of the picture's tokens; None: the network says it.
+        text: where the text stands among the tokens, of ``TEXT``; "": the network says it.
+    """
+
+    kind: str = FLOAT
+    sparse: SparseRule | None = None
+    window: StepWindow = field(default_factory=StepWindow)
+    rotates: bool | None = None
+    latent_shape: LatentShape | None = None
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*KINDS, FLOAT):
+            known = ", ".join((*KINDS, FLOAT))
+            raise BadArgumentError(f"attention: kind {self.kind!r:.80}, expected one of {known}")
+        if self.kind == FLOAT and self.sparse is None:
+            raise BadArgumentError(
+                "attention: FLOAT and not sparse, which is what it is, expected no plan for it"
+            )
+        if self.sparse is None and self.window != StepWindow():
+            raise BadArgumentError(
+                "attention: a window of steps without a sparse rule, expected one, or a "
+                "timestep_policy for steps of quantized attention"
+            )
+        if self.text not in (*TEXT, ""):
+            raise BadArgumentError(f"attention: text {self.text!r}, expected {', '.join(TEXT)}")
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether queries and keys are rotated, and not as they come."""
+        rotates = self.kind != STATIC if self.rotates is None else self.rotates
+        return rotates and self.kind != FLOAT
+
+    @property
+    def label(self) -> str:
+        """For tables: ``FP8_DYNAMIC``, ``rf_v2 0.8``, or both."""
+        parts = [] if self.kind == FLOAT else [self.kind]
+        if self.sparse is not None:
+            parts.append(f"{self.sparse.kind} {self.sparse.sparsity:g}")
+        return " + ".join(parts)
+
+    def kind_at(self, step: int | None, policy: TimestepPolicyConfig | None) -> str:
+        """How a step is quantized: as the policy says, where it says something of attention."""
+        if self.kind == FLOAT or policy is None or step is None:
+            return self.kind
+        strategy = policy.chosen(step, "fa")
+        return self.kind if strategy is None else STRATEGIES[strategy]
+
+
+_SPARSE = {f.name for f in fields(SparseRule)} - {"kind"}
+_OWN = ("kind", "rotates", "latent_shape", "text")
+_WINDOW = {"start_step": "start", "end_step": "end", "mask_refresh_interval": "refresh"}
+
+
+def attention_plan(wish: AttentionPlan | str | Mapping[str, Any], where: str) -> AttentionPlan:
+    """A plan from what a user writes.
+
+    Args:
+        wish: a plan; the name of a kind or of a sparse rule; or a dict with ``kind``, ``sparse``
+            (name of a rule), the rule's options such as ``sparsity``, ``start_step``, ``end_step``,
+            ``mask_refresh_interval``, ``rotates``, ``latent_shape`` and ``text``.
+        where: for errors.
+
+    Raises:
+        MsQuantError: it is none of these, or something in it is unknown.
+    """
+    if isinstance(wish, AttentionPlan):
+        return wish
+    if isinstance(wish, str):
+        wish = {"kind": wish} if wish in (*KINDS, FLOAT) else {"sparse": wish}
+    if not isinstance(wish, Mapping):
+        raise BadArgumentError(
+            f"{where}: {wish!r:.80}, expected a kind, a sparse rule, a dict of both, or an "
+            "AttentionPlan"
+        )
+    known = {"sparse", *_OWN, *_WINDOW, *_SPARSE}
+    unknown = [key for key in wish if key not in known]
+    if unknown:
+        listed = ", ".join(sorted(known))
+        raise BadArgumentError(f"{where}: {unknown[0]!r:.80} is unknown, expected {listed}")
+    options = {key: wish[key] for key in wish if key in _SPARSE}
+    if options and "sparse" not in wish:
+        raise BadArgumentError(f"{where}: {next(iter(options))} without sparse, expected a rule")
+    rule = SparseRule(wish["sparse"], **options) if wish.get("sparse") is not None else None
+    window = StepWindow(**{to: wish[name] for name, to in _WINDOW.items() if name in wish})
+    own: dict[str, Any] = {name: wish[name] for name in _OWN if name in wish}
+    return AttentionPlan(sparse=rule, window=window, **own)

@@ -1,0 +1,22 @@
+"""What an attention remembers from step to step, in each thread by itself."""
+
+from __future__ import annotations
+
+import threading
+
+from ms_quant.attention.mask import BlockMask
+from ms_quant.attention.schedule import MaskCache, StepWindow
+
+
+class MaskCaches(threading.local):
+    """The mask cache of one attention: threads sample clips of their own.
+
+    Args:
+        window: which steps are sparse, and how long a mask serves.
+    """
+
+    def __init__(self, window: StepWindow):
+        self.cache: MaskCache[BlockMask] = MaskCache(window)
+
+    def __deepcopy__(self, memo: dict) -> MaskCaches:
+        return MaskCaches(self.cache.window)

@@ -1,0 +1,109 @@
+#include "check_sparse_attention.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <vector>
+
+#include "check_problem.h"
+#include "kernels.h"
+
+namespace check {
+namespace {
+
+int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An operand with arrays of just the sizes that it has, so that a sanitizer sees what reads on.
+struct Operand {
+  std::vector<float> floats, scales;
+  std::vector<uint8_t> codes;
+  MsqOperand operand = {};
+
+  Operand(int64_t heads, int64_t tokens, int64_t size, int32_t kind, int64_t columns) {
+    operand.kind = kind;
+    if (kind == MSQ_FLOATS) {
+      floats = normals(heads * tokens * size);
+      operand.data = floats.data();
+      return;
+    }
+    operand.rows = 1 + below(200);
+    operand.columns = columns;
+    codes.resize(static_cast<size_t>(heads * tokens * size));
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(below(256));
+    for (uint8_t& code : codes)
+      if (kind == MSQ_E4M3 && (code & 127) == 127) code = 0;  // NaN
+    scales = positive(heads * ceiling(tokens, operand.rows) * ceiling(size, columns));
+    for (float& scale : scales) scale *= kind == MSQ_INT8 ? 1e-2f : 1e-3f;
+    operand.data = codes.data();
+    operand.scales = scales.data();
+  }
+};
+
+std::vector<uint8_t> bits(int64_t count, int64_t of_ten) {
+  std::vector<uint8_t> made(static_cast<size_t>(count));
+  for (uint8_t& bit : made) bit = below(10) < of_ten;
+  return made;
+}
+
+}  // namespace
+
+void check_sparse_attention(int isa) {
+  MsqBlockAttention c = {};
+  c.batch = 1 + below(2);
+  c.heads = 1 + below(3);
+  c.queries = below(200);
+  c.keys = below(200);
+  c.size = 1 + below(70);
+  c.value_size = 1 + below(70);
+  const int64_t heads = c.batch * c.heads, columns = 4 * (1 + below(20)), bytes = below(2);
+  const auto kind = [&] { return bytes ? int32_t{MSQ_INT8} : static_cast<int32_t>(below(3)); };
+  const Operand q(heads, c.queries, c.size, kind(), columns),
+      k(heads, c.keys, c.size, kind(), columns),
+      v(heads, c.keys, c.value_size, static_cast<int32_t>(below(3)), below(2) ? 1 : columns);
+  // An empty vector may have no address.
+  const float none = 0;
+  const auto operand = [&](const Operand& o) {
+    MsqOperand made = o.operand;
+    if (!made.data) made.data = &none;
+    if (!made.scales) made.scales = &none;
+    return made;
+  };
+  c.q = operand(q);
+  c.k = operand(k);
+  c.v = operand(v);
+  c.block_batches = below(2) ? 1 : c.batch;
+  c.block_heads = below(2) ? 1 : c.heads;
+  c.block_queries = 1 + below(150);
+  c.block_keys = 1 + below(150);
+  const std::vector<uint8_t> blocks = bits(c.block_batches * c.block_heads *
+                                               ceiling(c.queries, c.block_queries) *
+                                               ceiling(c.keys, c.block_keys),
+                                           below(11)),
+                             kept = bits(c.batch * c.keys, 5 + below(6));
+  if (below(2)) c.blocks = blocks.data();
+  if (below(2)) c.kept = kept.data();
+  std::vector<int64_t> band(static_cast<size_t>(c.heads));
+  for (int64_t& width : band) width = below(60) - 1;
+  if (below(2)) c.band = band.data();
+  c.first = below(2) ? below(60) : 0;
+  c.scale = 0.2f;
+  const size_t count = static_cast<size_t>(heads * c.queries * c.value_size);
+  std::vector<float> found[3];
+  const int isas[3] = {MSQ_SCALAR, isa, isa}, threads[3] = {1, 1, 3};
+  for (int i = 0; i < 3; ++i) {
+    found[i].resize(count + 1, NAN);
+    c.y = found[i].data();
+    const int status = msq_block_attention(isas[i], &c, threads[i]);
+    if (status) exit(printf("block_attention: status %d\n", status));
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const float a = found[1][i], b = found[0][i];
+    if (fabsf(a - b) <= 1e-3f * fabsf(b) + 1e-3f && a == found[2][i]) continue;
+    printf("%d, block_attention: [%zu] is %.9g and %.9g, expected %.9g\n", isa, i, a, found[2][i],
+           b);
+    exit(1);
+  }
+}
+
+}  // namespace check

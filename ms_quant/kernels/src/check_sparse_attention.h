@@ -1,0 +1,11 @@
+#ifndef MS_QUANT_CHECK_SPARSE_ATTENTION_H_
+#define MS_QUANT_CHECK_SPARSE_ATTENTION_H_
+
+namespace check {
+
+// Block-sparse attention of random sizes, masks and codes is what the portable one computes.
+void check_sparse_attention(int isa);
+
+}  // namespace check
+
+#endif  // MS_QUANT_CHECK_SPARSE_ATTENTION_H_
