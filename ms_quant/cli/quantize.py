@@ -205,8 +205,8 @@ def quantize(
     )
     if is_diffusers(model):
         goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
-        sized = {**goal, "target-bytes-per-token": target_bytes_per_token, "heldout": heldout}
-        further = {"recipe": recipe, "choose": choose, **sized, "sensitivity": sensitivity}
+        mixed = {"choose": choose, "heldout": heldout, "sensitivity": sensitivity, "recipe": recipe}
+        further = {**goal, "target-bytes-per-token": target_bytes_per_token, **mixed}
         quantize_diffusers(options, scheme, further, dry_run, as_json)
         return
     static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
