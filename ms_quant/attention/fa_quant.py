@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ms_quant.attention import operands as quantized
+from ms_quant.attention.computing import block_attention
 from ms_quant.attention.dense import attention
 from ms_quant.attention.layouts import check_kept, from_heads_first, operands
 from ms_quant.attention.operands import COLUMNS, QuantizedOperand
@@ -145,12 +146,15 @@ def attend_quantized(
     kept: np.ndarray | None = None,
     p_e4m3: bool = False,
 ) -> np.ndarray:
-    """Attention over decoded operands, float32 (batch, heads, length, size)."""
-    q, k, v = (part.values() for part in (made.q, made.k, made.v))
-    mask = check_kept(kept, len(k), made.keys)
+    """Attention over quantized operands, float32 (batch, heads, length, size)."""
+    batch, _, keys, _ = made.k.codes.shape
+    mask = check_kept(kept, batch, made.keys)
     if mask is not None:  # zero keys of the vendor's padding take part
-        mask = np.pad(mask, ((0, 0), (0, k.shape[2] - made.keys)), constant_values=True)
-    return attention(q[:, :, : made.length], k, v, scale=scale, kept=mask, p_e4m3=p_e4m3)
+        mask = np.pad(mask, ((0, 0), (0, keys - made.keys)), constant_values=True)
+    if p_e4m3 or made.q.codes.shape[2] != made.length:
+        q, k, v = (part.values() for part in (made.q, made.k, made.v))
+        return attention(q[:, :, : made.length], k, v, scale=scale, kept=mask, p_e4m3=p_e4m3)
+    return block_attention(made.q, made.k, made.v, scale=scale, kept=mask)
 
 
 def decoded(

@@ -13,6 +13,7 @@ import numpy as np
 from ms_quant.attention import arm as classes
 from ms_quant.attention import fa_quant as quantized
 from ms_quant.attention import operands as codes
+from ms_quant.attention.computing import block_attention
 from ms_quant.attention.dense import attention
 from ms_quant.attention.grid import TokenGrid
 from ms_quant.attention.layouts import from_heads_first, operands
@@ -363,6 +364,8 @@ def _dense(
     kind = PRECISIONS[precision]
     if kind:
         q, k, v = quantized.decoded(kind)(q, k, v, np.arange(q.shape[1]))
+    if mask is None and not is_causal:
+        return block_attention(q, k, v, scale=scale)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None]
     if is_causal:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from ms_quant.attention.block_attention import block_attention
+from ms_quant.attention.computing import Kernel, block_attention
 from ms_quant.attention.fa_quant import Prepare
 from ms_quant.attention.layouts import check_kept, operands, scale_of
 from ms_quant.attention.mask import BlockMask
 from ms_quant.errors import BadArgumentError
-
-Kernel = Callable[..., np.ndarray]  # with the signature of block_attention
 
 
 def attend(
@@ -34,7 +29,8 @@ def attend(
         scale: of scores, 1 / sqrt(size) when None.
         kept: bool (batch, tokens), false for keys that are padding.
         prepare: what becomes of q, k and v in order, as of ``fa_quant.decoded``.
-        kernel: what computes :func:`block_attention`; it gets contiguous arrays.
+        kernel: what computes :func:`~ms_quant.attention.block_attention.block_attention`; it gets
+            contiguous arrays.
 
     Returns:
         float32 (batch, heads, tokens, size), tokens as they came.
@@ -55,16 +51,24 @@ def attend(
     out = np.empty(q.shape, np.float32)
     for heads in _groups(mask):
         order = mask.orders[mask.order_of[heads[0]]]
-        if len(heads) == mask.heads and (order[1:] > order[:-1]).all():  # as they come
-            at: Any = slice(None)
-        else:
-            at = np.ix_(np.arange(len(q)), heads, order)
-        queries, keys, values = (np.ascontiguousarray(x[at]) for x in (q, k, v))
+        queries, keys, values = (_placed(x, heads, order) for x in (q, k, v))
         if prepare is not None:
             queries, keys, values = prepare(queries, keys, values, heads)
         shown = None if padding is None else np.ascontiguousarray(padding[:, order])
-        out[at] = _in_order(queries, keys, values, mask, heads, factor, shown, kernel)
+        found = _in_order(queries, keys, values, mask, heads, factor, shown, kernel)
+        found = _placed(found, np.arange(len(heads)), np.argsort(order))
+        if len(heads) == mask.heads:
+            return found
+        out[:, heads] = found
     return out
+
+
+def _placed(x: np.ndarray, heads: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Some heads with their tokens in an order, contiguous."""
+    chosen = x if len(heads) == x.shape[1] else x[:, heads]
+    if (order[1:] > order[:-1]).all():  # as they come
+        return np.ascontiguousarray(chosen)
+    return np.take(chosen, order, axis=2)
 
 
 def _groups(mask: BlockMask) -> list[np.ndarray]:
