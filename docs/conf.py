@@ -68,6 +68,7 @@ CONTENTS = {
         ascend <ascend_format>
         compressed-tensors <compressed_tensors_format>
         mindie-sd <mindie_sd_format>
+        vllm-omni <vllm_omni_format>
         W8A8SC <w8a8sc>
         UNZIP <unzip_format>
     """,

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from diffusion_models import save_pipeline
 from routed_models import DEEPSEEK, QWEN, save_routed
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,7 @@ def test_commands_for_models_of_the_reader_run(
     tokenizer = tiny_model("Qwen3-8B", layers=1, **shape) / "tokenizer.json"
     for name, raw in ROUTED.items():
         shutil.copy(tokenizer, save_routed(tmp_path / name, raw))
+    save_pipeline(tmp_path / "Wan2.2-T2V-A14B-Diffusers", transformer="wan", transformer_2="wan")
     text = calib_text.read_text()
     (tmp_path / "other.txt").write_text(text)
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))

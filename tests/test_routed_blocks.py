@@ -192,10 +192,10 @@ PROGRAM = (
     KILLED_AT_RENAME
     + """
 from ms_quant.pipeline.request import QuantizeOptions
-from ms_quant.pipeline import direct
+from ms_quant.files import filling
 from ms_quant.pipeline.run import run_job
 
-direct.SAVED_SECONDS = 0
+filling.SAVED_SECONDS = 0
 data = {"calib": Path(calib), "samples": 12, "seq_len": 32} if calib else {}
 algorithm = "gptq" if calib else "minmax"
 run_job(QuantizeOptions(Path(model), Path(output), "W4A8_DYNAMIC", algorithm, **data))

@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 
 from ms_quant.algorithms.smooth import SmoothOptions
-from ms_quant.cli.console import given_model
+from ms_quant.cli.console import given_directory, given_model
 
 ALPHA = SmoothOptions().alpha
 ModelArgument = Annotated[
     Path, typer.Argument(help="Directory of a Hugging Face checkpoint.", callback=given_model)
+]
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory of a Hugging Face checkpoint, or of diffusers.", callback=given_directory
+    ),
 ]
 CacheOption = Annotated[
     str | None,
@@ -20,6 +26,11 @@ CacheOption = Annotated[
 ]
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint.", callback=given_model)
+]
+
+MadeArgument = Annotated[
+    Path,
+    typer.Argument(help="Directory of a checkpoint, or of diffusers.", callback=given_directory),
 ]
 
 

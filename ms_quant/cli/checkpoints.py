@@ -10,12 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ms_quant.cli.arguments import CheckpointArgument
+from ms_quant.cli.arguments import CheckpointArgument, MadeArgument
 from ms_quant.cli.console import (
     JsonOption,
     emit,
     exit_if_problems,
-    given_model,
+    given_directory,
     human_bytes,
     naming_leftovers,
     note,
@@ -23,6 +23,7 @@ from ms_quant.cli.console import (
     step_progress,
     wide_table,
 )
+from ms_quant.diffusers.directory import is_diffusers
 
 
 def convert(
@@ -57,24 +58,31 @@ def convert(
 
 
 def verify(
-    checkpoint: CheckpointArgument,
+    checkpoint: MadeArgument,
     source: Annotated[
         Path | None,
-        typer.Option(help="The float checkpoint it was made from.", callback=given_model),
+        typer.Option(help="The float checkpoint it was made from.", callback=given_directory),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove a quantized checkpoint: names, types, shapes, description, scales, hashes."""
-    from ms_quant.verify.checkpoint import verify_checkpoint
+    if is_diffusers(checkpoint):
+        from ms_quant.diffusers.verify import verify_directory
 
-    result = verify_checkpoint(checkpoint, source)
+        result = verify_directory(checkpoint, source)
+    else:
+        from ms_quant.verify.checkpoint import verify_checkpoint
+
+        result = verify_checkpoint(checkpoint, source)
     emit(result.as_json(), as_json, _show_verification)
     exit_if_problems(result.problems)
 
 
 def serve_check(
-    checkpoint: CheckpointArgument,
-    runtime: Annotated[str, typer.Option(help="vllm-mindspore, vllm-ascend, mindie or vllm.")],
+    checkpoint: MadeArgument,
+    runtime: Annotated[
+        str, typer.Option(help="vllm-mindspore, vllm-ascend, mindie, vllm or vllm-omni.")
+    ],
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     device: Annotated[
         str, typer.Option(help="310p or 910b. Default: what such checkpoints are made for")
@@ -82,18 +90,27 @@ def serve_check(
     as_json: JsonOption = False,
 ) -> None:
     """What a runtime would load how, and the command that serves it; or why it would not."""
-    from ms_quant.serve.check import serve_check as check
+    if is_diffusers(checkpoint):
+        from ms_quant.diffusers.serving import serve_check_directory as check
+    else:
+        from ms_quant.serve.check import serve_check as check
 
     result = check(checkpoint, runtime, tp, device.lower())
     emit(result, as_json, _show_serving)
     exit_if_problems(result["problems"])
 
 
-def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+def inspect(checkpoint: MadeArgument, as_json: JsonOption = False) -> None:
     """What a checkpoint holds: format, sizes, how each linear is stored."""
-    from ms_quant.formats.inspection import inspect_checkpoint
+    if is_diffusers(checkpoint):
+        from ms_quant.diffusers.inspection import inspect_directory
 
-    emit(inspect_checkpoint(checkpoint), as_json, _show_inspection)
+        found = inspect_directory(checkpoint)
+    else:
+        from ms_quant.formats.inspection import inspect_checkpoint
+
+        found = inspect_checkpoint(checkpoint)
+    emit(found, as_json, _show_inspection)
 
 
 def _show_verification(result: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from ms_quant.diffusers.directory import is_diffusers
 from ms_quant.errors import MsQuantError
 from ms_quant.files.lock import BusyError
 from ms_quant.formats.source_kind import find_model
@@ -108,6 +109,11 @@ def given_model(path: Path | None) -> Path | None:
     for text in found.notes:
         note(f"note: {text}")
     return found.directory
+
+
+def given_directory(path: Path | None) -> Path | None:
+    """The same, or a directory of diffusers, for the commands that take both."""
+    return path if path is not None and is_diffusers(path) else given_model(path)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ms_quant import kernels
-from ms_quant.cli.arguments import ALPHA, ModelArgument
+from ms_quant.cli.arguments import ALPHA, SourceArgument
 from ms_quant.cli.console import (
     AnyEnvironmentOption,
     CalibOption,
@@ -27,6 +27,8 @@ from ms_quant.cli.console import (
     step_progress,
     use_mindspore,
 )
+from ms_quant.cli.diffusers import quantize_diffusers
+from ms_quant.diffusers.directory import is_diffusers
 from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.pipeline.best import BEST, BEST_INCREASE
 from ms_quant.pipeline.condensed import condensed
@@ -46,7 +48,7 @@ from ms_quant.schemes.table import SCHEMES
 
 
 def quantize(
-    model: ModelArgument,
+    model: SourceArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
     scheme: Annotated[
         str | None,
@@ -201,6 +203,12 @@ def quantize(
         all_tokens=all_tokens,
         tp=tp,
     )
+    if is_diffusers(model):
+        goal = {"max-ppl-increase": max_ppl_increase, "target-bits": target_bits}
+        mixed = {"choose": choose, "heldout": heldout, "sensitivity": sensitivity, "recipe": recipe}
+        further = {**goal, "target-bytes-per-token": target_bytes_per_token, **mixed}
+        quantize_diffusers(options, scheme, further, dry_run, as_json)
+        return
     static = options.scheme in SCHEMES and SCHEMES[options.scheme].needs_calibration
     sized = target_bits is not None or target_bytes_per_token is not None
     if algorithm == BEST and static and not sized and not _has_experts(model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -37,6 +37,7 @@ class PlacedFile:
         path: its name when it is whole.
         plans: its tensors.
         mode: the widest permissions that it gets.
+        metadata: the ``__metadata__`` of its header.
 
     Attributes:
         done: names of the tensors that are in it.
@@ -45,11 +46,17 @@ class PlacedFile:
         MsQuantError: the disk does not take it.
     """
 
-    def __init__(self, path: Path, plans: Sequence[TensorPlan], mode: int = ANY_MODE):
+    def __init__(
+        self,
+        path: Path,
+        plans: Sequence[TensorPlan],
+        mode: int = ANY_MODE,
+        metadata: Mapping[str, str] | None = None,
+    ):
         self.path, self.mode = path, mode
         self._temporary = path.with_name(f".{path.name}.placed")
         self._state = path.with_name(f".{path.name}.placed.json")
-        header, layout = file_layout(plans, path)
+        header, layout = file_layout(plans, path, metadata)
         self._start, offset = dict[str, int](), len(header)
         for plan in layout:
             self._start[plan.name] = offset

@@ -47,7 +47,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
             name = f"{block_prefix(index)}{path}"
             found = stored.get(weights.get(name, f"{name}.weight"))
             linears.append(
-                {"name": name, "stored_as": _stored_as(found, shape), "shape": list(shape)}
+                {"name": name, "stored_as": stored_as(found, shape), "shape": list(shape)}
             )
     return {
         "checkpoint": str(directory),
@@ -81,7 +81,7 @@ def cache_name(model: ServedModel) -> str:
     return STATIC_CACHE if any(scales) else FLOAT_CACHE
 
 
-def _stored_as(found: tuple[str, tuple[int, ...]] | None, shape: tuple[int, int]) -> str:
+def stored_as(found: tuple[str, tuple[int, ...]] | None, shape: tuple[int, int]) -> str:
     """The type of what is stored of a weight, and how codes of four bits are packed in it."""
     if found is None:
         return "fused and sliced, see sparse-compress info"

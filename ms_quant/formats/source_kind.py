@@ -74,6 +74,11 @@ class Listing:
         return "job.json" in self.files or (partial and "ms_quant.json" in self.files)
 
     @property
+    def pipeline(self) -> bool:
+        """Whether it is a pipeline of diffusers; some have a whole model in one file, too."""
+        return "model_index.json" in self.files and "config.json" not in self.files
+
+    @property
     def weights(self) -> list[str]:
         """The safetensors files of a whole model, and the directories of its ranks."""
         adapters = set(self.some(ADAPTER))
@@ -127,7 +132,8 @@ KINDS = (
         "a diffusers pipeline",
         lambda d: "model_index.json" in d.files,
         _says(
-            "is a pipeline of diffusers, expected a decoder model; networks are quantized with "
+            "is a pipeline of diffusers, which quantize, verify, inspect and serve-check take, "
+            "expected a decoder model here; networks are quantized with "
             "ms_quant.quantize(network, ...)"
         ),
     ),
@@ -256,7 +262,8 @@ def find_model(path: Path) -> Found:
         path = snapshot
     listing = _listing(path)
     _refuse_broken(listing)
-    if listing.unfinished or not (listing.weights or _is_described(listing)):
+    other = listing.unfinished or listing.pipeline
+    if other or not (listing.weights or _is_described(listing)):
         kind = next(kind for kind in KINDS if kind.applies(listing))
         raise BadFileError(f"{path}: {kind.sentence(listing)}")
     adapters = listing.some(ADAPTER) or listing.some("adapter_config.json")
@@ -294,7 +301,7 @@ def _refuse_broken(listing: Listing) -> None:
     """Refuses links that lead nowhere, and files that hold something else than their names say."""
     wrong: dict[str, list[str]] = {}
     for name in listing.some("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"):
-        what = _content(listing.directory / name)
+        what = wrong_content(listing.directory / name)
         if what:
             wrong.setdefault(what, []).append(name)
     _refuse_missing_shards(listing)
@@ -323,7 +330,7 @@ def _refuse_missing_shards(listing: Listing) -> None:
             )
 
 
-def _content(path: Path) -> str:
+def wrong_content(path: Path) -> str:
     """What a file is instead of what it is called."""
     if not path.exists():
         return "a link to a file that is not there, expected the file (an unfinished download?)"

@@ -61,6 +61,7 @@ class OutputDirectory:
         any_environment: a finished output may come from other versions, CPU or thread count.
         copied: paths of files that are copied from the source where it has them, at most one
             directory deep.
+        made: paths of further files that are made in it, directories deep.
 
     Raises:
         MsQuantError: the directory exists with other content, is a symbolic link, or has no name
@@ -73,11 +74,13 @@ class OutputDirectory:
         record: Mapping[str, Any],
         any_environment: bool = False,
         copied: Sequence[str] = (),
+        made: Sequence[str] = (),
     ):
         check_output_name(path)
         self.copied = copied
-        names = "|".join([_MADE, *(re.escape(Path(name).name) for name in copied)])
-        directories = sorted({Path(name).parent.as_posix() for name in copied} - {"."})
+        further = [*copied, *made]
+        names = "|".join([_MADE, *(re.escape(Path(name).name) for name in further)])
+        directories = sorted({p.as_posix() for n in further for p in Path(n).parents} - {"."})
         self._directory = re.compile("|".join([_DIRECTORY.pattern, *map(re.escape, directories)]))
         inside = rf"(({self._directory.pattern})/)?"
         self._temporary = re.compile(rf"{inside}\.\.?({names})({ENDING})?\.\d+\.tmp")
@@ -135,12 +138,15 @@ class OutputDirectory:
             foreign = "files" in mark or any(
                 not self._ours.fullmatch(path.relative_to(self.partial).as_posix())
                 for path in self.partial.rglob("*")
-                if not (path.is_dir() and self._directory.fullmatch(path.name))
+                if not (path.is_dir() and self._is_ours(path))
             )
         if foreign:
             raise JobConflictError(
                 f"{self.partial}: exists with other content, expected to make it for the output"
             )
+
+    def _is_ours(self, directory: Path) -> bool:
+        return bool(self._directory.fullmatch(directory.relative_to(self.partial).as_posix()))
 
     def _mark(self) -> dict[str, Any] | None:
         """The record in the partial directory, if there is one."""
@@ -192,7 +198,7 @@ class OutputDirectory:
         for path in self._files(self._ours):
             if path != mark:
                 path.unlink()
-        for path in self.partial.iterdir():
+        for path in sorted(self.partial.rglob("*"), reverse=True):  # what is inside goes first
             if path.is_dir():
                 path.rmdir()
         mark.unlink()
@@ -214,6 +220,8 @@ class OutputDirectory:
         if path.exists():
             record = FileRecord(name, path.stat().st_size, sha256_file(path))
             return lambda: record
+        with disk_errors(path, "its directory"):
+            path.parent.mkdir(parents=True, exist_ok=True)
         end = begin(path)
         return lambda: replace(end(), name=name)
 

@@ -7,20 +7,18 @@ loses what was quantized in the last seconds.
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ms_quant import kernels
 from ms_quant.algorithms.table import ALGORITHMS
+from ms_quant.files.filling import InTurn, fill
 from ms_quant.files.floats import round_chunks
 from ms_quant.files.placed_file import PlacedFile
 from ms_quant.files.reader import FloatTensors
@@ -34,11 +32,6 @@ from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress
 from ms_quant.quantization.block import quantize
 from ms_quant.quantization.weights import StoredWeights
-
-T = TypeVar("T")
-SAVED_SECONDS = 1.0
-"""After so long what was written is brought to the disk, while more is made, but not much more
-before it is there: a kill loses what was made in the last seconds."""
 
 
 def is_direct(checked: CheckedJob) -> bool:
@@ -90,75 +83,14 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
 
         def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> Ending:
             file = PlacedFile(path, tensors, mode)
-            _fill(file, tensors, numbers, told)
+            total = sum(tensor.bytes for tensor in tensors)
+            fill(file, _together(tensors, plan), lambda x: x.value(numbers), total, told)
             return endings.begin(file.finish)  # which takes as long as hashing it
 
         write_output(
             plan, numbers, output, options.most_shard_bytes, options.model, facts, progress, write
         )
     return False
-
-
-class InTurn:
-    """Work on another thread, a piece at a time; who leaves waits for it.
-
-    Args:
-        waiting: how many pieces may wait for their turn.
-    """
-
-    def __init__(self, waiting: int = 0):
-        self._thread, self._waiting = ThreadPoolExecutor(1), waiting
-        self._begun = deque[Future[Any]]()
-
-    def __enter__(self) -> InTurn:
-        return self
-
-    def __exit__(self, *found: object) -> None:
-        self._thread.shutdown()
-
-    def begin(self, piece: Callable[[], T]) -> Callable[[], T]:
-        """Begins a piece as soon as it may wait for those before; gives what waits for its result.
-
-        Raises:
-            Exception: that of a piece before.
-        """
-        self.wait(self._waiting)
-        begun = self._thread.submit(piece)
-        self._begun.append(begun)
-        return begun.result
-
-    def wait(self, left: int = 0) -> None:
-        """Waits until at most so many pieces have not ended."""
-        while len(self._begun) > left:
-            self._begun.popleft().result()
-
-
-def _fill(
-    file: PlacedFile, tensors: Sequence[TensorPlan], numbers: WeightNumbers, told: PartProgress
-) -> None:
-    """Writes each part while the next is made, and while the disk takes those before."""
-    done, total, saved = 0, sum(tensor.bytes for tensor in tensors) or 1, time.monotonic()
-    try:
-        with InTurn(1) as writing, InTurn() as saving:
-            for part in _together(tensors, numbers.plan):
-                left = [tensor for tensor in part if tensor.name not in file.done]
-                values = [(tensor, tensor.value(numbers)) for tensor in left]
-                writing.begin(partial(_put, file, values))
-                if time.monotonic() - saved >= SAVED_SECONDS:
-                    saving.begin(file.save)
-                    saved = time.monotonic()
-                done += sum(tensor.bytes for tensor in part)
-                told(done / total)
-            writing.wait()
-            saving.wait()
-    except BaseException:
-        file.close()
-        raise
-
-
-def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]]) -> None:
-    for tensor, value in values:
-        file.put(tensor, value)
 
 
 def _together(tensors: Sequence[TensorPlan], plan: Plan) -> Iterator[list[TensorPlan]]:

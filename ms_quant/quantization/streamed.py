@@ -14,9 +14,9 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.algorithms.problem import Problem, Solution, input_quantization
-from ms_quant.files.reader import Checkpoint
+from ms_quant.files.reader import Checkpoint, FloatTensors
 from ms_quant.models.block_spec import LinearGroup
-from ms_quant.numerics.grid import AffineFormat, AffineGrid
+from ms_quant.numerics.grid import AffineFormat, AffineGrid, Grid, WeightFormat
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.plan.layer import LayerPlan
 from ms_quant.plan.plan import Plan
@@ -66,7 +66,11 @@ def quantize_streamed(
     with nullcontext(weights.threads) if weights.threads else _new_threads() as threads:
         for member in group.members:
             name = f"{member}.weight"
-            codes, grid = _rounded(weights, name, layer, problem.scale_dtype, threads)
+            full, format = f"{weights.prefix}{name}", layer.scheme.weight
+            codes, grid = rounded_by_rows(
+                weights.checkpoint, full, format, problem.scale_dtype, name, threads
+            )
+            assert isinstance(grid, AffineGrid)
             linears[member] = QuantizedLinear(codes, grid, activation=activation)
     return linears
 
@@ -75,15 +79,65 @@ def _new_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(kernels.threads_of(None))
 
 
-def _rounded(
-    weights: StoredWeights,
-    name: str,
-    layer: LayerPlan,
+def rounded_by_rows(
+    checkpoint: FloatTensors,
+    full: str,
+    format: WeightFormat,
     scale_dtype: np.dtype,
+    name: str,
+    threads: ThreadPoolExecutor | None = None,
+) -> tuple[np.ndarray, Grid]:
+    """The codes and the grid of a weight of whose rows each has parameters of its own.
+
+    Args:
+        checkpoint: where it is.
+        full: its name there.
+        format: what it is rounded to.
+        scale_dtype: the type of the scales.
+        name: what errors call it.
+        threads: that round rows; None is new ones.
+
+    Raises:
+        MsQuantError: it holds NaN or infinity, or numbers that the format cannot hold.
+    """
+    assert isinstance(checkpoint, Checkpoint)
+    with nullcontext(threads) if threads else _new_threads() as pool:
+        if isinstance(format, AffineFormat):
+            return _rounded_integers(checkpoint, full, format, scale_dtype, name, pool)
+        return _rounded_floats(checkpoint, full, format, scale_dtype, name, pool)
+
+
+def _rounded_floats(
+    checkpoint: Checkpoint,
+    full: str,
+    format: WeightFormat,
+    scale_dtype: np.dtype,
+    name: str,
+    threads: ThreadPoolExecutor,
+) -> tuple[np.ndarray, Grid]:
+    count, columns = checkpoint.info(full).shape
+    codes, step = np.empty((count, columns), np.uint8), max(1, ELEMENTS // columns)
+
+    def rounded(start: int) -> dict[str, np.ndarray]:
+        part = slice(start, min(start + step, count))
+        rows = _float32(checkpoint, full, part)
+        grid = format.fit(rows, name, scale_dtype)
+        codes[part] = grid.round(rows)
+        return grid.arrays()
+
+    parts = [rounded(0)] if checkpoint.digests else []
+    parts += threads.map(rounded, range(step * len(parts), count, step))
+    return codes, format.grid({key: np.concatenate([p[key] for p in parts]) for key in parts[0]})
+
+
+def _rounded_integers(
+    checkpoint: Checkpoint,
+    full: str,
+    format: AffineFormat,
+    scale_dtype: np.dtype,
+    name: str,
     threads: ThreadPoolExecutor,
 ) -> tuple[np.ndarray, AffineGrid]:
-    checkpoint, full, format = weights.checkpoint, weights.prefix + name, layer.scheme.weight
-    assert isinstance(format, AffineFormat) and isinstance(checkpoint, Checkpoint)
     count, columns = checkpoint.info(full).shape
     size = format.group_size or columns
     cleared = CLEARED.get(scale_dtype.name) if format.symmetric and not format.group_size else None

@@ -24,6 +24,8 @@ RUNTIMES: dict[str, Callable[[ServeRequest], Served]] = {
     "mindie": mindie.check,
     "vllm": vllm.check,
 }
+OF_DIFFUSERS = "vllm-omni"
+"""The runtime that serves directories of diffusers, which have rules of their own."""
 MAX_TP = 1024
 
 
@@ -45,15 +47,24 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
     Raises:
         MsQuantError: an argument has no such value, or the directory cannot be read at all.
     """
-    _check_arguments(runtime, tp, device)
+    check_arguments(runtime, tp, device)
+    if runtime == OF_DIFFUSERS:
+        raise BadFileError(
+            f"{checkpoint}: is no directory of diffusers, which {runtime} serves here, expected "
+            f"one of the runtimes {', '.join(RUNTIMES)}"
+        )
     request = ServeRequest(model_directory(checkpoint), runtime, tp, device)
-    served = _by_others(request) or RUNTIMES[runtime](request)
+    return answer(checkpoint, request, _by_others(request) or RUNTIMES[runtime](request))
+
+
+def answer(checkpoint: Path, request: ServeRequest, served: Served) -> dict[str, Any]:
+    """What a check found, as JSON."""
     right = not served.problems
     return {
         "checkpoint": str(checkpoint),
         "format": served.format,
-        "runtime": runtime,
-        "tp": tp,
+        "runtime": request.runtime,
+        "tp": request.tp,
         "device": served.device,
         "problems": list(dict.fromkeys(served.problems)),
         "notes": served.notes,
@@ -64,9 +75,15 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
     }
 
 
-def _check_arguments(runtime: str, tp: int, device: str) -> None:
-    if runtime not in RUNTIMES:
-        raise BadFileError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}")
+def check_arguments(runtime: str, tp: int, device: str) -> None:
+    """Refuses arguments that have no such value.
+
+    Raises:
+        MsQuantError: names the argument.
+    """
+    known = (*RUNTIMES, OF_DIFFUSERS)
+    if runtime not in known:
+        raise BadFileError(f"runtime {runtime!r} is unknown, expected one of {', '.join(known)}")
     if device and device not in DEVICES:
         raise BadFileError(f"device {device!r} is unknown, expected one of {', '.join(DEVICES)}")
     if not 1 <= tp <= MAX_TP:
