@@ -211,8 +211,8 @@ def block_mask(
     Args:
         q, k: float Tensors or arrays of four axes in ``input_layout``.
         latent_shape: frames, height and width of the latent after patching.
-        sparse_type, sparsity, txt_len, block_size, video_spans, cdf_threshold, keep_sink,
-            keep_recent, input_layout: as of :func:`sparse_attention`.
+        sparse_type, sparsity, txt_len, block_size: as of :func:`sparse_attention`.
+        video_spans, cdf_threshold, keep_sink, keep_recent, input_layout: likewise.
 
     Returns:
         bool (batch or 1, heads, query blocks, key blocks), of tokens in the order of the sparse
