@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from ms_quant.files.writer import Array, TensorPlan
 from ms_quant.progress import PartProgress
 
 T = TypeVar("T")
+Values = list[tuple[TensorPlan, Array]]
 SAVED_SECONDS = 1.0
 """After so long what was written is brought to the disk, while more is made, but not much more
 before it is there: a kill loses what was made in the last seconds."""
@@ -59,6 +60,7 @@ def fill(
     value: Callable[[TensorPlan], Array],
     total: int,
     told: PartProgress,
+    at_once: int = 1,
 ) -> None:
     """Writes each part while the next is made, and while the disk takes those before.
 
@@ -68,16 +70,19 @@ def fill(
         value: makes a tensor.
         total: bytes of all tensors.
         told: told how much is written, 0 to 1.
+        at_once: parts that are made at the same time, each by a thread of its own.
 
     Raises:
         MsQuantError: a tensor cannot be made, is not as planned, or the disk is full.
     """
     done, saved = 0, time.monotonic()
+
+    def make(part: Sequence[TensorPlan]) -> Values:
+        return [(tensor, value(tensor)) for tensor in part if tensor.name not in file.done]
+
     try:
         with InTurn(1) as writing, InTurn() as saving:
-            for part in parts:
-                left = [tensor for tensor in part if tensor.name not in file.done]
-                values = [(tensor, value(tensor)) for tensor in left]
+            for part, values in _ahead(make, parts, at_once):
                 writing.begin(partial(_put, file, values))
                 if time.monotonic() - saved >= SAVED_SECONDS:
                     saving.begin(file.save)
@@ -91,6 +96,26 @@ def fill(
         raise
 
 
-def _put(file: PlacedFile, values: Sequence[tuple[TensorPlan, Array]]) -> None:
+def _ahead(
+    make: Callable[[Sequence[TensorPlan]], Values],
+    parts: Iterable[Sequence[TensorPlan]],
+    at_once: int,
+) -> Iterator[tuple[Sequence[TensorPlan], Values]]:
+    """The parts in their order with what was made of them, some at the same time."""
+    begun = deque[tuple[Sequence[TensorPlan], Future[Values]]]()
+    with ThreadPoolExecutor(at_once) as makers:
+        try:
+            for part in parts:
+                begun.append((part, makers.submit(make, part)))
+                if len(begun) == at_once:
+                    first, values = begun.popleft()
+                    yield first, values.result()
+            for first, values in begun:
+                yield first, values.result()
+        finally:
+            makers.shutdown(cancel_futures=True)
+
+
+def _put(file: PlacedFile, values: Values) -> None:
     for tensor, value in values:
         file.put(tensor, value)

@@ -7,6 +7,7 @@ loses what was quantized in the last seconds.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ms_quant.algorithms.table import ALGORITHMS
 from ms_quant.files.filling import InTurn, fill
 from ms_quant.files.floats import round_chunks
 from ms_quant.files.placed_file import PlacedFile
-from ms_quant.files.reader import FloatTensors
+from ms_quant.files.reader import Checkpoint, FloatTensors
 from ms_quant.files.writer import Array, TensorPlan
 from ms_quant.formats.checks import format_of
 from ms_quant.models.names import GroupId, parse_linear
@@ -32,6 +33,8 @@ from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress
 from ms_quant.quantization.block import quantize
 from ms_quant.quantization.weights import StoredWeights
+
+GROUPS_AT_ONCE = 3
 
 
 def is_direct(checked: CheckedJob) -> bool:
@@ -84,7 +87,8 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
         def write(path: Path, tensors: Sequence[TensorPlan], told: PartProgress) -> Ending:
             file = PlacedFile(path, tensors, mode)
             total = sum(tensor.bytes for tensor in tensors)
-            fill(file, _together(tensors, plan), lambda x: x.value(numbers), total, told)
+            parts = _together(tensors, plan)
+            fill(file, parts, lambda x: x.value(numbers), total, told, numbers.at_once)
             return endings.begin(file.finish)  # which takes as long as hashing it
 
         write_output(
@@ -121,10 +125,17 @@ class WeightNumbers:
     def __init__(self, plan: Plan, checkpoint: FloatTensors, threads: ThreadPoolExecutor):
         self.plan, self.checkpoint, self.threads = plan, checkpoint, threads
         self._names = set(checkpoint.names)
-        self._last: tuple[GroupId, dict[str, QuantizedLinear]] | None = None
+        self._last = threading.local()
+
+    @property
+    def at_once(self) -> int:
+        """How many groups are made at the same time, so that no core waits for the end of one:
+        some where each takes little more than its codes, one where it is read whole."""
+        return GROUPS_AT_ONCE if isinstance(self.checkpoint, Checkpoint) else 1
 
     def linear(self, path: str, with_codes: bool = True) -> QuantizedLinear:
-        """See :class:`~ms_quant.formats.format.Numbers`; the last group stays in memory."""
+        """See :class:`~ms_quant.formats.format.Numbers`; each thread's last group stays in
+        memory."""
         linear, name = parse_linear(path), f"{path}.bias"
         found = self._quantized(path)[linear.inner]
         bias = self.checkpoint.read_float32(name) if name in self._names else None
@@ -133,12 +144,13 @@ class WeightNumbers:
     def _quantized(self, path: str) -> dict[str, QuantizedLinear]:
         group = _group(self.plan, path)
         assert group is not None, path
-        if self._last is None or self._last[0] != group:
-            self._last = None
+        if getattr(self._last, "group", None) != group:
+            self._last.linears = None
             weights = StoredWeights(self.checkpoint, group.block, threads=self.threads)
-            block = quantize(self.plan, weights, None, only=[group.name])
-            self._last = group, block.linears
-        return self._last[1]
+            self._last.linears = quantize(self.plan, weights, None, only=[group.name]).linears
+            self._last.group = group
+        found: dict[str, QuantizedLinear] = self._last.linears
+        return found
 
     def floats(self, name: str, dtype: np.dtype) -> Array:
         """See :class:`~ms_quant.formats.format.Numbers`."""
