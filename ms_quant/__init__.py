@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ms_quant.cells.diffusion import (
         AttentionPlan,
         DiffusionAttention,
+        analyze_attention,
         attach_attention,
         attention_sites,
         attention_summary,
@@ -78,6 +79,7 @@ __all__ = [
     "TimestepPolicyConfig",
     "UnsupportedError",
     "analyze",
+    "analyze_attention",
     "arm",
     "attach_attention",
     "attention_sites",
@@ -116,6 +118,7 @@ _MODULES = {
         *("save_quantized", "summary"),
     ),
     "ms_quant.cells.diffusion": (
+        "analyze_attention",
         *("AttentionPlan", "DiffusionAttention", "attach_attention", "attention_sites"),
         *("attention_summary", "detach_attention"),
     ),

@@ -1,5 +1,6 @@
 """Attention of diffusion networks: finding it, and putting something else in its place."""
 
+from ms_quant.cells.diffusion.analyze import analyze_attention
 from ms_quant.cells.diffusion.attach import attach_attention, detach_attention
 from ms_quant.cells.diffusion.diffusion_attention import DiffusionAttention
 from ms_quant.cells.diffusion.function import AttentionCall, AttentionFunction
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionSite",
     "DiffusionAttention",
+    "analyze_attention",
     "attach_attention",
     "attention_sites",
     "attention_summary",

@@ -8,15 +8,14 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import Tensor, nn
 
-from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import Scales
-from ms_quant.attention.layouts import from_heads_first, heads_first
+from ms_quant.attention.layouts import heads_first
 from ms_quant.attention.rotation import rotate, walsh_rotation
 from ms_quant.cells.diffusion.attach import attach_attention, detach_attention
+from ms_quant.cells.diffusion.dense import float_attention
 from ms_quant.cells.diffusion.function import AttentionCall
-from ms_quant.cells.diffusion.masks import padding
 from ms_quant.cells.diffusion.plan import AttentionPlan
-from ms_quant.cells.direct import as_type, floats
+from ms_quant.cells.direct import floats
 from ms_quant.errors import BadArgumentError
 from ms_quant.numerics.affine import symmetric_scale
 
@@ -45,12 +44,7 @@ class Ranges:
     ) -> Tensor:
         arrays = [heads_first(floats(x), layout) for x in (q, k, v)]
         self._see(call.path, arrays)
-        if call.original is not None:
-            return call.original(q, k, v)
-        host = None if mask is None else mask.asnumpy()
-        kept, _ = padding(host, len(arrays[0]), arrays[1].shape[2])
-        out = attention(*arrays, scale=scale, kept=kept)
-        return as_type(np.ascontiguousarray(from_heads_first(out, layout)), q.dtype)
+        return float_attention(q, k, v, layout=layout, mask=mask, scale=scale, call=call)
 
     def _see(self, path: str, arrays: list[np.ndarray]) -> None:
         q, k, v = arrays

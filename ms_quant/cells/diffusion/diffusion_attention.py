@@ -8,7 +8,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import Scales, decoded, fa_quant
 from ms_quant.attention.grid import TokenGrid
 from ms_quant.attention.layouts import from_heads_first, heads_first
@@ -17,6 +16,7 @@ from ms_quant.attention.rotation import check_pair, walsh_rotation
 from ms_quant.attention.rules import make_mask
 from ms_quant.attention.sparse import attend
 from ms_quant.cells.diffusion import ascend
+from ms_quant.cells.diffusion.dense import float_attention
 from ms_quant.cells.diffusion.function import AttentionCall, LatentShape
 from ms_quant.cells.diffusion.masks import padding
 from ms_quant.cells.diffusion.plan import FLOAT, STATIC, AttentionPlan
@@ -95,6 +95,7 @@ class DiffusionAttention(nn.Cell):
         self.plan, self.timestep_policy, self.scales = plan, timestep_policy, scales
         self.label, self.calls = plan.label, Counter[str]()
         self.masks, self.head_size = MaskCaches(plan.window), head_size
+        self.density: float | None = None  # of the last mask that was made, in the mean over heads
         target = device_target or ms.get_context("device_target")
         self.operators = ascend.operators(plan) if target == "Ascend" else None
         if rotations is not None:
@@ -209,13 +210,9 @@ class DiffusionAttention(nn.Cell):
     ) -> Tensor:
         """The network's own attention, or dense attention where it has none."""
         self.calls[f"{FLOAT} ({reason})"] += 1
-        if call.original is not None:
-            return call.original(q, k, v)
-        if self.operators is not None:
+        if call.original is None and self.operators is not None:
             return ascend.dense(self.operators, q, k, v, layout, mask, scale)
-        pairs = None if mask is None else mask.asnumpy()
-        out = attention(*_on_host(q, k, v, layout), scale=scale, mask=pairs)
-        return _as_given(out, layout, q)
+        return float_attention(q, k, v, layout=layout, mask=mask, scale=scale, call=call)
 
     def _rotations(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         if "q_rot" not in self._params:
@@ -241,7 +238,9 @@ class DiffusionAttention(nn.Cell):
         )
 
         def make() -> BlockMask:
-            return make_mask(rule, q, k, grid, scale=scale, kept=kept)
+            made = make_mask(rule, q, k, grid, scale=scale, kept=kept)
+            self.density = float(made.density().mean())
+            return made
 
         key = grid, q.shape[:2], None if kept is None else kept.tobytes()
         mask = make() if step is None else self.masks.cache.at(step, make, key)
