@@ -154,7 +154,7 @@ def test_latent_attention_decodes_with_a_cache(kind: str, routed: ServedModel) -
     hidden = routed.tensor("model.embed_tokens.weight")[IDS[:2] % 256]
     for start, stop in [(0, 8), (8, 9), (9, 12)]:
         part = np.ascontiguousarray(hidden[:, start:stop])
-        expected = block(part, Positions(routed.config, stop, start), ours.extend)
+        expected = block(part, Positions(routed.config, stop, start), ours)
         angles = rope_tensors(routed.config, start, stop)
         mask = causal_mask(stop)[:, :, start:]
         found = network.model.layers[0](Tensor(part), *angles, mask, theirs, start > 0)
@@ -209,7 +209,7 @@ def test_it_decodes_with_a_cache(kind: str, opened: Callable) -> None:
     hidden = checkpoint.tensor("model.embed_tokens.weight")[IDS[:1]]
     for start, stop in [(0, 8), (8, 9), (9, 10)]:
         part, which = hidden[:, start:stop], block.in_decode() if start else block
-        expected = which(part, Positions(checkpoint.config, stop, start), ours.extend)
+        expected = which(part, Positions(checkpoint.config, stop, start), ours)
         angles = rope_tensors(checkpoint.config, start, stop)
         mask = causal_mask(stop)[:, :, start:]
         x = Tensor(np.ascontiguousarray(part))

@@ -104,7 +104,8 @@ def test_a_dense_block(family, on):
         ("down", "down", "mlp.down_proj", "row"),
     ]
     assert {group.kind for group in block.groups} <= set(FAMILIES[family].kinds)
-    assert block.cached == {"self_attn.k_proj": "k", "self_attn.v_proj": "v"} and block.rotary
+    taps = {path: spec.tap for path, spec in block.cached.items()}
+    assert taps == {"self_attn.k_proj": "k", "self_attn.v_proj": "v"} and block.rotary
 
 
 def test_roles_in_a_dense_block():
