@@ -69,18 +69,26 @@ class FloatBlock:
 
     def with_cache(self, new: Callable[[], KeyValueCache]) -> tuple[Errors, np.ndarray]:
         """The errors of what is cached, and the block's output when it reads that."""
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        cache = new()
-        extend = cache.extend
-
-        def shown(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            held = extend(keys, values)
-            found.append((_joined(*held), _joined(keys, values)))
-            return held
-
-        cache.extend = shown  # type: ignore[method-assign]
+        cache = _ShownCache(new())
         output = self.block.run(self.x, self.at, cache)
-        return errors(*found[0]), output
+        return errors(*cache.shown), output
+
+
+class _ShownCache(KeyValueCache):
+    """A cache that keeps what it first gave, and what it was given for it."""
+
+    def __init__(self, cache: KeyValueCache):
+        super().__init__()
+        self._cache, self.absorbs = cache, cache.absorbs
+        self.shown: tuple[np.ndarray, ...] = ()
+
+    def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        held = self._cache.extend(keys, values)
+        self.shown = self.shown or (_joined(*held), _joined(keys, values))
+        return held
+
+    def queries(self, brought: np.ndarray) -> np.ndarray:
+        return self._cache.queries(brought)
 
 
 def _outputs(linears: Mapping[str, Linear], group: LinearGroup, rows: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from ms_quant.diffusers.plan import Choice, ComponentPlan, Values, plan_componen
 from ms_quant.diffusers.stored import Stored, read_stored
 from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.atomic import sha256_file
-from ms_quant.files.writer import TensorPlan
+from ms_quant.files.writer import Array, TensorPlan
 from ms_quant.formats.ascend.codes import codes_of, no_nan
 from ms_quant.job.output_directory import RECORD, check_files
 from ms_quant.job.unlisted import unlisted
@@ -179,10 +179,10 @@ def _compare(plan: ComponentPlan, made: ComponentPlan, found: SourceFindings) ->
     ]
 
 
-def _differing(stored: np.ndarray, value: object, tensor: TensorPlan) -> str:
+def _differing(stored: np.ndarray, value: Array, tensor: TensorPlan) -> str:
     pieces = [value] if isinstance(value, np.ndarray) else value
     start = 0
-    for piece in pieces:  # type: ignore[attr-defined]
+    for piece in pieces:
         part = stored[start : start + len(piece)]
         ours, theirs = (np.ascontiguousarray(x).view(np.uint8) for x in (part, piece))
         if part.dtype != piece.dtype or ours.shape != theirs.shape:
