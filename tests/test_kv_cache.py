@@ -128,7 +128,7 @@ def test_the_cache_changes_no_linear(make, tmp_path, load_tensors):
             "kv cache C8: a golden-stick checkpoint cannot hold it, expected --format ascend",
         ),
         ({"kv_cache": "C8_DYNAMIC"}, "W8A16", "C8_DYNAMIC scales tokens at run time and needs"),
-        ({"kv_cache": "C4"}, "W8A16", "kv cache 'C4' is unknown, expected 'C8'"),
+        ({"kv_cache": "C4"}, "W8A16", "'C4' is unknown, expected one of float, C8, C8"),
     ],
 )
 def test_refusals(make, tmp_path, choices, scheme, message):

@@ -21,7 +21,7 @@ from ms_quant.recipe import LayerChoice
 from ms_quant.recipe.patterns import matches
 from ms_quant.schemes.storage import SmoothingTarget
 from ms_quant.schemes.support import holding_formats, served_formats
-from ms_quant.schemes.table import ABSMAX_CACHE, DYNAMIC_CACHE, KV_CACHES, STATIC_CACHE
+from ms_quant.schemes.table import ABSMAX_CACHE, DYNAMIC_CACHE, FLOAT_CACHE, KV_CACHES, STATIC_CACHE
 
 Wanted = Mapping[GroupId, LayerChoice | None]
 """What is asked of every group, in model order; None stays float."""
@@ -215,7 +215,8 @@ def _check_cache(config: ModelConfig, layer: LayerPlan, name: str) -> None:
             f"ms-quant eval and generate take --kv-cache {name} for any checkpoint"
         )
     if name and name not in KV_CACHES:
-        raise BadArgumentError(f"kv cache {name!r} is unknown, expected {STATIC_CACHE!r}")
+        known = ", ".join((FLOAT_CACHE, STATIC_CACHE, ABSMAX_CACHE))
+        raise BadArgumentError(f"kv cache {name!r} is unknown, expected one of {known}")
     check_cache_kind(config, name)
     if name and not FORMATS[format].holds_cache:
         able = [
