@@ -21,6 +21,8 @@ def block_attention(
     block_shape: tuple[int, int] = BLOCK_SHAPE,
     band: np.ndarray | None = None,
     first: int = 0,
+    leading: np.ndarray | None = None,
+    order: np.ndarray | None = None,
     kept: np.ndarray | None = None,
     threads: int | None = None,
     isa: str | None = None,
@@ -39,6 +41,9 @@ def block_attention(
         block_shape: queries and keys of a block; the last ones may be short.
         band: int64 (heads,), half widths: |i - j| <= band; -1 where a head has no band.
         first: so many leading tokens lie within every band, as queries and as keys.
+        leading: int64 (heads,): queries beyond ``first`` see so many leading keys; -1 for all.
+        order: int64 (1 or heads, tokens), the token at each place. All of the above then counts
+            places; q, k, v, kept and the result have tokens as they come.
         kept: bool (batch, keys), false for keys that are padding.
         threads, isa: for the kernel that has this signature; nothing is done with them here.
 
@@ -52,14 +57,19 @@ def block_attention(
     heads, length, size = q.shape[1:]
     factor, padding = scale_of(scale, size), check_kept(kept, len(q), k.shape[2])
     check_blocks(blocks, block_shape, (len(q), heads, length, k.shape[2]))
-    widths = check_band(band, heads)
+    widths, reach = check_band(band, heads), check_band(leading, heads, "leading")
+    check_order(order, heads, length, k.shape[2])
     step = min(block_shape[0], max(1, SCORES_AT_ONCE // k.shape[2]))
     out = np.empty(q.shape, np.float32)
     for batch, head, start in np.ndindex(len(q), heads, -(-length // step)):
         rows = np.arange(start * step, min((start + 1) * step, length))
         table = None if blocks is None else blocks[batch % len(blocks), head]
-        keys = _reachable(rows, k.shape[2], table, block_shape, int(widths[head]), first)
-        keep = pairs_kept(rows, keys, table, block_shape, int(widths[head]), first)
+        rule = table, block_shape, int(widths[head]), first, int(reach[head])
+        keys = _reachable(rows, k.shape[2], *rule[:4])
+        keep = pairs_kept(rows, keys, *rule)
+        if order is not None:
+            tokens = order[head % len(order)]
+            rows, keys = tokens[rows], tokens[keys]
         if padding is not None:
             keep &= padding[batch, keys]
         scores = scaled_scores(q[batch, head, rows], k[batch, head, keys], factor)
@@ -74,6 +84,7 @@ def pairs_kept(
     block_shape: tuple[int, int],
     band: int,
     first: int,
+    leading: int = -1,
 ) -> np.ndarray:
     """Which pairs of query places ``rows`` and key places ``keys`` count in one head.
 
@@ -91,6 +102,8 @@ def pairs_kept(
         keep |= keys < first
     if blocks is not None:
         keep &= blocks[np.ix_(rows // block_shape[0], keys // block_shape[1])] != 0
+    if leading >= 0:
+        keep[np.ix_(rows >= first, keys >= leading)] = False
     return keep
 
 
@@ -137,11 +150,24 @@ def check_blocks(
         raise BadArgumentError(f"blocks: a batch of {len(blocks)}, expected 1 or {batch}")
 
 
-def check_band(band: np.ndarray | None, heads: int) -> np.ndarray:
+def check_band(band: np.ndarray | None, heads: int, name: str = "band") -> np.ndarray:
     """Half widths (heads,), -1 for each head when there is no band."""
     widths = np.full(heads, -1, np.int64) if band is None else np.asarray(band)
     if widths.shape != (heads,) or widths.dtype.kind != "i":
         raise BadArgumentError(
-            f"band: {widths.dtype} of shape {widths.shape}, expected int64 ({heads},)"
+            f"{name}: {widths.dtype} of shape {widths.shape}, expected int64 ({heads},)"
         )
     return widths
+
+
+def check_order(order: np.ndarray | None, heads: int, length: int, keys: int) -> None:
+    """Refuses what is not a permutation of the tokens for each head or for all."""
+    if order is None:
+        return
+    if length != keys or order.dtype != np.int64 or order.shape not in ((1, keys), (heads, keys)):
+        raise BadArgumentError(
+            f"order: {order.dtype} of shape {order.shape} for {length} queries, expected int64 "
+            f"(1 or {heads}, {keys})"
+        )
+    if (np.sort(order, axis=1) != np.arange(keys)).any():
+        raise BadArgumentError("order: no permutation, expected each token once")

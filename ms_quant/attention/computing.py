@@ -11,8 +11,10 @@ from ms_quant import kernels
 from ms_quant.attention import block_attention as definition
 from ms_quant.attention.operands import QuantizedOperand
 from ms_quant.errors import BadArgumentError
-from ms_quant.numerics.minifloat import E4M3
+from ms_quant.numerics import mx
+from ms_quant.numerics.minifloat import E2M1, E4M3, decode, encode
 
+E4M3_OF_E2M1 = encode(decode(np.arange(16, dtype=np.uint8), E2M1), E4M3)
 Kernel = Callable[..., np.ndarray]
 """With the signature of :func:`~ms_quant.attention.block_attention.block_attention`."""
 
@@ -23,7 +25,7 @@ def block_attention(
     v: np.ndarray | QuantizedOperand,
     **options: Any,
 ) -> np.ndarray:
-    """As the definition; any of q, k and v may be quantized.
+    """As the definition; any of q, k and v may be quantized, in the order that there is.
 
     The native kernel takes another order of sums, so the last bits differ from the definition's.
 
@@ -31,22 +33,31 @@ def block_attention(
         MsQuantError: shapes do not go together, or a score is not finite.
     """
     if not kernels.available():
-        return definition.block_attention(_values(q), _values(k), _values(v), **options)
+        order = options.get("order")
+        given = (_values(x, order) for x in (q, k, v))
+        return definition.block_attention(*given, **options)
     out = kernels.block_attention(_as_taken(q), _as_taken(k), _as_taken(v), **options)
-    if not np.isfinite(out).all():
+    if not (np.isfinite(out.max(initial=0)) and np.isfinite(out.min(initial=0))):  # NaN passes
         raise BadArgumentError("scores: q @ k^T * scale overflows float32, expected finite scores")
     return out
 
 
-def _values(x: np.ndarray | QuantizedOperand) -> np.ndarray:
-    return x.values() if isinstance(x, QuantizedOperand) else x
+def _values(x: np.ndarray | QuantizedOperand, order: np.ndarray | None) -> np.ndarray:
+    """Tokens as they come."""
+    if not isinstance(x, QuantizedOperand):
+        return x
+    values = x.values()
+    if order is None:
+        return values
+    return np.take_along_axis(values, np.argsort(order, axis=1)[None, :, :, None], axis=2)
 
 
 def _as_taken(x: np.ndarray | QuantizedOperand) -> np.ndarray | kernels.Codes:
-    """Codes as the kernel reads them; MX exponents and FP4 become numbers before."""
+    """As the kernel reads it: int8 or e4m3, of which all of e2m1 is a part, and float32 scales."""
     if not isinstance(x, QuantizedOperand):
-        return x
-    if x.element not in (None, E4M3) or x.scales.dtype != np.float32:
-        return x.values()
-    codes, scales = np.ascontiguousarray(x.codes), np.ascontiguousarray(x.scales)
-    return kernels.Codes(codes, scales, x.block)
+        return x if x.strides[3] == x.itemsize else np.ascontiguousarray(x)
+    scales = np.ascontiguousarray(x.scales)
+    if scales.dtype == np.uint8:
+        scales = np.ldexp(np.float32(1), mx.decode_exponent(scales))
+    codes = x.codes if x.element is not E2M1 else E4M3_OF_E2M1[x.codes]
+    return kernels.Codes(codes if codes.strides[3] == 1 else np.ascontiguousarray(codes), scales, x.block)

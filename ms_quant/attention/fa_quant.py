@@ -44,7 +44,8 @@ PADDED_LENGTH = 512
 
 Scales = tuple[ArrayLike, ...]  # of q, k and v
 Prepare = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]
+    [np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    tuple[QuantizedOperand, QuantizedOperand, QuantizedOperand],
 ]
 """Takes q, k, v (batch, some heads, tokens, size), tokens in order, and which heads these are."""
 
@@ -173,10 +174,10 @@ def decoded(
 
     def prepare(
         q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[QuantizedOperand, QuantizedOperand, QuantizedOperand]:
         chosen = None if scales is None else tuple(_of_heads(scale, heads) for scale in scales)
         made = quantize_operands(q, k, v, q_rot, k_rot, kind, scales=chosen, mx_rule=mx_rule)
-        return made.q.values(), made.k.values(), made.v.values()
+        return made.q, made.k, made.v
 
     return prepare
 

@@ -362,9 +362,13 @@ def _dense(
     precision: str,
 ) -> np.ndarray:
     kind = PRECISIONS[precision]
+    plain = mask is None and not is_causal
     if kind:
-        q, k, v = quantized.decoded(kind)(q, k, v, np.arange(q.shape[1]))
-    if mask is None and not is_causal:
+        made = quantized.quantize_operands(q, k, v, kind=kind)
+        if plain:
+            return quantized.attend_quantized(made, scale=scale)
+        q, k, v = (part.values() for part in (made.q, made.k, made.v))
+    if plain:
         return block_attention(q, k, v, scale=scale)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None]

@@ -80,11 +80,8 @@ class BlockMask:
         table = None if self.blocks is None else self.blocks[batch % self.batch, head]
         band = -1 if self.band is None else int(self.band[head])
         keys = np.arange(self.tokens)
-        keep = pairs_kept(places, keys, table, self.block_shape, band, self.first)
         leading = -1 if self.leading is None else int(self.leading[head])
-        if leading >= 0:
-            keep[np.ix_(places >= self.first, keys >= leading)] = False
-        return keep
+        return pairs_kept(places, keys, table, self.block_shape, band, self.first, leading)
 
     def rows(self, batch: int, head: int, tokens: np.ndarray) -> np.ndarray:
         """What some query tokens keep: bool (queries, tokens), over tokens as they come."""

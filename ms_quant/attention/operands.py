@@ -15,7 +15,8 @@ Every batch and head has scales of its own; a block at an end may be short.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,6 +59,13 @@ class QuantizedOperand:
             exponents = _spread(mx.decode_exponent(self.scales), self.block, raw.shape)
             return np.ldexp(raw, exponents)
         return raw * _spread(self.scales, self.block, raw.shape)
+
+
+def joined(parts: Sequence[QuantizedOperand], heads: np.ndarray) -> QuantizedOperand:
+    """The heads of several operands in one, in the order ``heads`` counts them through."""
+    codes = np.concatenate([part.codes for part in parts], axis=1)[:, heads]
+    scales = np.concatenate([part.scales for part in parts], axis=1)[:, heads]
+    return replace(parts[0], codes=codes, scales=scales)
 
 
 def fa_block_quant(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_attention import planted_heads
 
+from ms_quant import kernels
 from ms_quant.attention.arm import MODES
 from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import KINDS as KINDS_OF_OPERANDS
@@ -214,26 +215,35 @@ def test_heads_of_one_order_are_computed_together():
     assert mask.orders[0].tolist() == list(range(512))
 
 
-def test_the_kernel_gets_heads_of_one_order():
-    """What a kernel is called with: contiguous arrays, its heads' blocks, and nothing twice."""
+def test_the_kernel_gets_all_at_once():
+    """Nothing is copied in order: it gets the arrays that there are, and the order of each head."""
     q, k, v = video((5, 9, 11), 20)
     mask = make_mask(SparseRule("time_blocks", 0.7), q, k, TokenGrid.of((5, 9, 11), 515, 20))
-    seen = []
 
-    def kernel(q, k, v, *, scale, blocks, block_shape, band, first, kept):
-        seen.append(blocks.shape[1])
-        assert all(x.flags.c_contiguous for x in (q, k, v, blocks))
-        assert (q.shape[1], scale, block_shape, band, kept) == (
-            len(blocks[0]),
-            0.5,
-            (128, 128),
-            None,
-            None,
-        )
+    def kernel(*arrays, order, blocks, **options):
+        assert all(x is y for x, y in zip(arrays, (q, k, v), strict=True))
+        np.testing.assert_array_equal(order, mask.orders[mask.order_of])
+        assert len(mask.orders) == 2
+        assert blocks.flags.c_contiguous and blocks.shape[1] == 4
+        nothing = {"band": None, "first": 0, "leading": None, "kept": None}
+        assert options == {"scale": 0.5, "block_shape": (128, 128), **nothing}
         return v
 
-    np.testing.assert_array_equal(attend(q, k, v, mask, scale=0.5, kernel=kernel), v)
-    assert sum(seen) == 4
+    assert attend(q, k, v, mask, scale=0.5, kernel=kernel) is v
+    whole = dense_mask(515, 4)
+    assert attend(q, k, v, whole, kernel=lambda *_, order, **__: order) is None
+
+
+@pytest.mark.parametrize("rule", RULES[:6], ids=label)
+def test_heads_may_lie_inside(rule):
+    """As (batch, tokens, heads, size) has them: the same bits, and the result lies so, too."""
+    q, k, v = video((5, 9, 11), 20, batch=2)
+    grid = TokenGrid.of((5, 9, 11), 515, 20)
+    inside = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k, v)]
+    found = attend(*inside, make_mask(rule, *inside[:2], grid))
+    np.testing.assert_array_equal(found, attend(q, k, v, make_mask(rule, q, k, grid)))
+    if kernels.available():
+        assert found.swapaxes(1, 2).flags.c_contiguous
 
 
 @pytest.mark.parametrize("rule", RULES[:6], ids=label)

@@ -25,7 +25,9 @@ def random(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> np.ndarray
     return (spread * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
-def pairs(shape, blocks=None, block_shape=(128, 128), band=None, first=0, kept=None) -> np.ndarray:
+def pairs(
+    shape, blocks=None, block_shape=(128, 128), band=None, first=0, leading=None, kept=None
+) -> np.ndarray:
     """Which pairs are kept, bool (B, heads, queries, keys)."""
     queries, keys = shape[2:]
     found = np.ones(shape, bool)
@@ -35,6 +37,9 @@ def pairs(shape, blocks=None, block_shape=(128, 128), band=None, first=0, kept=N
     if band is not None:
         width = band[:, None, None]
         found &= (width < 0) | (abs(i - j) <= width) | (i < first) | (j < first)
+    if leading is not None:
+        reach = leading[:, None, None]
+        found &= (reach < 0) | (i < first) | (j < reach)
     return found if kept is None else found & kept[:, None, None]
 
 
@@ -103,6 +108,8 @@ def problems(draw) -> Problem:
         masks["band"] = rng.choice([-1, 0, 1, 20, 60, 500], heads).astype(np.int64)
         masks["first"] = draw(st.sampled_from([0, 1, 20, 40, 1000]))
     if draw(st.booleans()):
+        masks["leading"] = rng.choice([-1, 0, 1, 20, 500], heads).astype(np.int64)
+    if draw(st.booleans()):
         masks["kept"] = rng.random((batch, keys)) < draw(st.sampled_from([0.0, 0.5, 0.95]))
     q = random((batch, heads, queries, size), seed, draw(st.sampled_from([0.1, 1, 10])))
     k, v = random((batch, heads, keys, size), seed + 1), random((batch, heads, keys, values), seed)
@@ -117,6 +124,66 @@ def test_any_masks_together(isa: str, problem: Problem) -> None:
     found = check(p.q, p.k, p.v, p.q.shape[3] ** -0.5, isa, **p.masks)
     none = ~pairs((*p.q.shape[:3], p.k.shape[2]), **p.masks).any(axis=-1)
     assert (found[none] == 0).all()
+
+
+def in_order(x: np.ndarray, order: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(x, order[None, :, :, None], axis=2)
+
+
+def heads_inside(x: np.ndarray) -> np.ndarray:
+    """The same numbers as (B, tokens, heads, D) has them in memory."""
+    return np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+@each_isa
+@given(
+    problem=problems(),
+    shared=st.booleans(),
+    runs=st.sampled_from([1, 8, 200]),
+    inside=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    int8=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_order_is_gather_and_scatter(isa: str, problem: Problem, shared, runs, inside, int8):
+    """Bit for bit, whatever lies where in memory; codes are by place already."""
+    masks = problem.masks
+    k, v = problem.k, problem.v
+    q = random(k.shape, k.shape[2])
+    batch, heads, tokens, size = k.shape
+    rng = np.random.default_rng(tokens)
+    order = np.empty((1 if shared else heads, tokens), np.int64)
+    for row in order:  # stretches that lie one after the other, too
+        cuts = [np.arange(i, min(i + runs, tokens)) for i in range(0, tokens, runs)]
+        row[:] = np.concatenate([cuts[i] for i in rng.permutation(len(cuts))])
+    if "blocks" in masks:
+        down, across = (-(-tokens // side) for side in masks["block_shape"])
+        masks["blocks"] = (rng.random((batch, heads, down, across)) < 0.5).astype(np.uint8)
+    placed = [in_order(x, order) for x in (q, k, v)]
+    given_as = [heads_inside(x) if i else x for x, i in zip((q, k, v), inside, strict=True)]
+    if int8:
+        for i in range(2):
+            given_as[i] = placed[i] = quantized(placed[i], "int8", 48)
+    expected = np.empty((*q.shape[:3], v.shape[3]), np.float32)
+    for head in range(heads):  # alone, as each may have other padding in its order
+        own = {name: x for name, x in masks.items() if name not in ("blocks", "kept")}
+        own |= {name: own[name][head : head + 1] for name in ("band", "leading") if name in own}
+        if "blocks" in masks:
+            own["blocks"] = masks["blocks"][:, head : head + 1].copy()
+        if "kept" in masks:
+            own["kept"] = np.ascontiguousarray(masks["kept"][:, order[head % len(order)]])
+        found = check(*(of_head(x, head) for x in placed), size**-0.5, isa, **own)
+        expected[:, head, order[head % len(order)]] = found[:, 0]
+    found = block_attention(*given_as, order=order, isa=isa, **masks)
+    np.testing.assert_array_equal(found, expected)
+    assert (found.strides[1] < found.strides[2]) == (inside[0] and not int8 and heads > 1) or (
+        tokens == 1
+    )
+
+
+def of_head(x: np.ndarray | Codes, head: int) -> np.ndarray | Codes:
+    if isinstance(x, Codes):
+        return replace(x, codes=of_head(x.codes, head), scales=of_head(x.scales, head))
+    return np.ascontiguousarray(x[:, head : head + 1])
 
 
 @each_isa
@@ -301,8 +368,10 @@ GOOD = {
     "blocks": np.ones((2, 1, 3, 3), np.uint8),
     "block_shape": (4, 7),
     "band": np.zeros(3, np.int64),
+    "leading": np.zeros(3, np.int64),
     "kept": np.ones((2, 20), bool),
 }
+TWENTY = {"q": GOOD["k"], "blocks": None}
 CODES = Codes(np.zeros((2, 3, 20, 8), np.int8), np.ones((2, 3, 2, 1), np.float32), (10, 128))
 BAD = [
     ({"q": GOOD["q"].astype(np.float64)}, "q is float64, expected float32"),
@@ -312,7 +381,14 @@ BAD = [
     ({"k": GOOD["k"][..., :7].copy()}, r"k has shape \(2, 3, 20, 7\), expected \(2, 3, 20, 8\)"),
     ({"v": GOOD["v"][:, :, 1:].copy()}, r"k has shape \(2, 3, 20, 8\), expected \(2, 3, 19, 8\)"),
     ({"v": GOOD["v"][:1].copy()}, r"v has shape \(1, 3, 20, 8\), expected \(2, 3, 20, 8\)"),
-    ({"k": GOOD["k"][:, :, ::-1]}, "k is not contiguous, expected C order"),
+    ({"k": np.zeros((2, 3, 8, 20), np.float32).swapaxes(2, 3)}, "k has strides .*, expected the nu"),
+    ({"leading": np.zeros(2, np.int64)}, r"leading has shape \(2,\), expected \(3,\)"),
+    ({"order": np.arange(20)[None]}, r"order has shape \(1, 20\) for 10 queries and 20 keys"),
+    ({**TWENTY, "order": np.arange(40).reshape(2, 20)}, r"expected \(1 or 3, tokens\)"),
+    ({**TWENTY, "order": np.arange(20)[None] // 2}, "order is no permutation, expected each token"),
+    ({**TWENTY, "order": np.arange(20)[None] + 1}, "order is no permutation"),
+    ({**TWENTY, "order": np.arange(20)[None] - 1}, "order is no permutation"),
+    ({**TWENTY, "order": np.arange(20, dtype=np.int32)[None]}, "order is int32, expected int64"),
     ({"blocks": np.ones((2, 1, 3, 3))}, "blocks is float64, expected uint8 or bool"),
     ({"blocks": np.ones((2, 2, 3, 3), np.uint8)}, r"blocks has shape \(2, 2, 3, 3\), expected "),
     ({"blocks": np.ones((2, 3, 3, 2), np.uint8)}, r"expected \(1 or 2, 1 or 3, 3, 3\)"),
@@ -365,6 +441,8 @@ def test_the_definition_agrees(problem: Problem) -> None:
         shape = (blocks.shape[0], p.q.shape[1], *blocks.shape[2:])
         p.masks["blocks"] = np.broadcast_to(blocks, shape).copy()
     values = random(p.k.shape, 7)  # of as many numbers as keys, there
+    if p.q.shape == p.k.shape:
+        p.masks["order"] = np.random.default_rng(0).permutation(p.q.shape[2])[None]
     expected = definition(p.q, p.k, values, **p.masks)
     found = block_attention(p.q, p.k, values, **p.masks)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

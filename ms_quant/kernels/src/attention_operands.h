@@ -12,21 +12,40 @@
 namespace msq {
 namespace {
 
-inline int64_t scales_of_row(const MsqOperand& o, int64_t size) {
-  return (size + o.columns - 1) / o.columns;
-}
+// Of one head, with what is asked of its operands everywhere.
+struct HeadOperand {
+  const MsqOperand& o;
+  const uint8_t* data;    // of token 0
+  const float* scales;    // of the head
+  const int64_t* order;   // of floats; null where they are read by place
+  int64_t size, columns;  // of a token: numbers, and scales
 
-// The scales of a token: one for each block of columns.
-inline const float* scales_of(const MsqOperand& o, int64_t head, int64_t tokens, int64_t size,
-                              int64_t token) {
-  const int64_t blocks = (tokens + o.rows - 1) / o.rows;
-  return o.scales + (head * blocks + token / o.rows) * scales_of_row(o, size);
-}
+  HeadOperand(const MsqOperand& operand, const MsqBlockAttention& c, int64_t batch, int64_t head,
+              int64_t tokens, int64_t numbers)
+      : o(operand), size(numbers) {
+    const int64_t at = batch * o.steps.batch + head * o.steps.head;
+    data = static_cast<const uint8_t*>(o.data) + at * bytes();
+    order = o.kind == MSQ_FLOATS ? order_of(c, head) : nullptr;
+    columns = o.kind == MSQ_FLOATS ? 0 : (size + o.columns - 1) / o.columns;
+    const int64_t blocks = columns ? (tokens + o.rows - 1) / o.rows : 0;
+    scales = o.scales + (columns ? (batch * c.heads + head) * blocks * columns : 0);
+  }
 
-inline float scale_of(const MsqOperand& o, int64_t head, int64_t tokens, int64_t size,
-                      int64_t token, int64_t column) {
-  return scales_of(o, head, tokens, size, token)[column];
-}
+  int64_t bytes() const { return o.kind == MSQ_FLOATS ? 4 : 1; }
+  const uint8_t* row(int64_t place) const {
+    return data + (order ? order[place] : place) * o.steps.token * bytes();
+  }
+  const float* floats(int64_t place) const { return reinterpret_cast<const float*>(row(place)); }
+  // The scales of a token: one for each block of columns.
+  const float* scales_of(int64_t place) const { return scales + place / o.rows * columns; }
+  // Whether the rows of a range lie one after the other, at the steps of tokens.
+  bool in_a_row(KeyRange range) const {
+    if (o.kind != MSQ_FLOATS) return false;
+    for (int64_t place = range.begin + 1; order && place < range.end; ++place)
+      if (order[place] != order[place - 1] + 1) return false;
+    return true;
+  }
+};
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -69,31 +88,25 @@ inline void decode_row(const uint8_t* __restrict codes, int64_t size,
   }
 }
 
-// Tokens of a head as floats, row by row.
-inline void decode(const MsqOperand& o, int64_t head, int64_t tokens, int64_t size, KeyRange range,
-                   float* out) {
-  const int64_t first = (head * tokens + range.begin) * size, count = range.end - range.begin;
-  if (o.kind == MSQ_FLOATS) {
-    memcpy(out, static_cast<const float*>(o.data) + first, static_cast<size_t>(count * size * 4));
-    return;
-  }
-  const uint8_t* codes = static_cast<const uint8_t*>(o.data) + first;
-  for (int64_t token = range.begin; token < range.end; ++token, codes += size, out += size) {
-    const float* scales = scales_of(o, head, tokens, size, token);
-    if (o.kind == MSQ_INT8)
-      decode_row(codes, size, scales, o.columns, out, of_int8);
+// Tokens as floats, row by row.
+inline void decode(const HeadOperand& h, KeyRange range, float* out) {
+  const int64_t size = h.size;
+  for (int64_t place = range.begin; place < range.end; ++place, out += size) {
+    const uint8_t* row = h.row(place);
+    if (h.o.kind == MSQ_FLOATS)
+      memcpy(out, row, static_cast<size_t>(4 * size));
+    else if (h.o.kind == MSQ_INT8)
+      decode_row(row, size, h.scales_of(place), h.o.columns, out, of_int8);
     else
-      decode_row(codes, size, scales, o.columns, out, of_e4m3);
+      decode_row(row, size, h.scales_of(place), h.o.columns, out, of_e4m3);
   }
 }
 
 // Rows of int8 codes as `words` words of four each, zeros after the last.
-inline void copy_codes(const MsqOperand& o, int64_t head, int64_t tokens, int64_t size,
-                       KeyRange range, int64_t words, int32_t* out) {
-  const int8_t* codes = static_cast<const int8_t*>(o.data) + (head * tokens + range.begin) * size;
-  for (int64_t token = range.begin; token < range.end; ++token, codes += size, out += words) {
+inline void copy_codes(const HeadOperand& h, KeyRange range, int64_t words, int32_t* out) {
+  for (int64_t place = range.begin; place < range.end; ++place, out += words) {
     out[words - 1] = 0;
-    memcpy(out, codes, static_cast<size_t>(size));
+    memcpy(out, h.row(place), static_cast<size_t>(h.size));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <utility>
 #include <vector>
 
 #include "check_problem.h"
@@ -14,14 +15,24 @@ namespace {
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of arrays (batch, heads, tokens, size) or (batch, tokens, heads, size).
+MsqSteps some_steps(int64_t heads, int64_t tokens, int64_t size) {
+  const bool heads_first = below(2);
+  return {heads * tokens * size, (heads_first ? tokens : 1) * size,
+          (heads_first ? 1 : heads) * size};
+}
+
 // An operand with arrays of just the sizes that it has, so that a sanitizer sees what reads on.
 struct Operand {
   std::vector<float> floats, scales;
   std::vector<uint8_t> codes;
   MsqOperand operand = {};
 
-  Operand(int64_t heads, int64_t tokens, int64_t size, int32_t kind, int64_t columns) {
+  Operand(int64_t batch, int64_t heads_of_one, int64_t tokens, int64_t size, int32_t kind,
+          int64_t columns) {
+    const int64_t heads = batch * heads_of_one;
     operand.kind = kind;
+    operand.steps = some_steps(heads_of_one, tokens, size);
     if (kind == MSQ_FLOATS) {
       floats = normals(heads * tokens * size);
       operand.data = floats.data();
@@ -46,6 +57,17 @@ std::vector<uint8_t> bits(int64_t count, int64_t of_ten) {
   return made;
 }
 
+// Each token of each head once, in any order.
+std::vector<int64_t> orders(int64_t heads, int64_t tokens) {
+  std::vector<int64_t> made;
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t token = 0; token < tokens; ++token) {
+      made.push_back(token);
+      std::swap(made.back(), made[static_cast<size_t>(head * tokens + below(token + 1))]);
+    }
+  return made;
+}
+
 }  // namespace
 
 void check_sparse_attention(int isa) {
@@ -53,14 +75,15 @@ void check_sparse_attention(int isa) {
   c.batch = 1 + below(2);
   c.heads = 1 + below(3);
   c.queries = below(200);
-  c.keys = below(200);
+  c.keys = below(2) ? c.queries : below(200);
   c.size = 1 + below(70);
   c.value_size = 1 + below(70);
   const int64_t heads = c.batch * c.heads, columns = 4 * (1 + below(20)), bytes = below(2);
   const auto kind = [&] { return bytes ? int32_t{MSQ_INT8} : static_cast<int32_t>(below(3)); };
-  const Operand q(heads, c.queries, c.size, kind(), columns),
-      k(heads, c.keys, c.size, kind(), columns),
-      v(heads, c.keys, c.value_size, static_cast<int32_t>(below(3)), below(2) ? 1 : columns);
+  const Operand q(c.batch, c.heads, c.queries, c.size, kind(), columns),
+      k(c.batch, c.heads, c.keys, c.size, kind(), columns),
+      v(c.batch, c.heads, c.keys, c.value_size, static_cast<int32_t>(below(3)),
+        below(2) ? 1 : columns);
   // An empty vector may have no address.
   const float none = 0;
   const auto operand = [&](const Operand& o) {
@@ -87,6 +110,13 @@ void check_sparse_attention(int isa) {
   for (int64_t& width : band) width = below(60) - 1;
   if (below(2)) c.band = band.data();
   c.first = below(2) ? below(60) : 0;
+  std::vector<int64_t> leading(static_cast<size_t>(c.heads));
+  for (int64_t& keys : leading) keys = below(c.keys + 20) - 1;
+  if (below(3) == 0) c.leading = leading.data();
+  c.order_heads = below(2) ? 1 : c.heads;
+  const std::vector<int64_t> order = orders(c.order_heads, c.keys);
+  if (c.keys == c.queries && below(2)) c.order = order.data();
+  c.y_steps = some_steps(c.heads, c.queries, c.value_size);
   c.scale = 0.2f;
   const size_t count = static_cast<size_t>(heads * c.queries * c.value_size);
   std::vector<float> found[3];

@@ -115,30 +115,42 @@ MSQ_API int32_t msq_attention(int32_t isa, const float* q, const float* k, const
                               int64_t length, int64_t total, int64_t size, int64_t masks,
                               float scale, float* y, int32_t threads);
 
-// Queries, keys or values (batch, heads, tokens, size): floats, or codes with scales (batch, heads,
-// ceil(tokens / rows), ceil(size / columns)), each of which `rows` tokens and `columns` columns
-// share.
+// Numbers from one item of a batch, one head and one token to the next; those of a token lie side
+// by side.
+typedef struct {
+  int64_t batch, head, token;
+} MsqSteps;
+
+// Queries, keys or values (batch, heads, tokens, size): floats, or codes with contiguous scales
+// (batch, heads, ceil(tokens / rows), ceil(size / columns)), each of which `rows` tokens and
+// `columns` columns share.
 enum { MSQ_FLOATS = 0, MSQ_INT8 = 1, MSQ_E4M3 = 2 };
 typedef struct {
   const void* data;
+  MsqSteps steps;
   const float* scales;
   int64_t rows, columns;
   int32_t kind;
 } MsqOperand;
 
 // What a query keeps: keys of blocks that are not 0 (null: all), within its head's band and the
-// first tokens, and not padding.
+// first tokens, among the leading ones, and not padding. With an order all of this but padding is
+// of places, and so are codes, which are stored in that order; floats, padding and y are of tokens.
 typedef struct {
   MsqOperand q, k, v;
   int64_t batch, heads, queries, keys, size, value_size;
+  const int64_t* order;   // (order_heads, queries): the token at each place; or null
+  int64_t order_heads;    // 1, or as many as there are
   const uint8_t* blocks;  // (block_batches, block_heads, blocks of queries, blocks of keys)
   int64_t block_batches, block_heads;  // 1, or as many as there are
   int64_t block_queries, block_keys;   // tokens of a block
-  const int64_t* band;  // (heads): a key is at most so far from a query; -1 for any; or null
-  int64_t first;        // tokens that are beside every band, as keys and as queries
-  const uint8_t* kept;  // (batch, keys): 0 for padding, else 1; or null
+  const int64_t* band;     // (heads): a key is at most so far from a query; -1 for any; or null
+  int64_t first;           // tokens that are beside every band, as keys and as queries
+  const int64_t* leading;  // (heads): queries after the first see so many keys; -1 for all; or null
+  const uint8_t* kept;     // (batch, keys): 0 for padding, else 1; or null
   float scale;
   float* y;  // (batch, heads, queries, value_size)
+  MsqSteps y_steps;
 } MsqBlockAttention;
 
 // y = softmax(q k^T * scale) v over the keys that are kept; zeros where there are none.

@@ -33,7 +33,7 @@ class Plan {
     for (int64_t begin = 0; begin < c.queries;) {
       int64_t end = std::min(begin + kSliceQueries, c.queries);
       end = std::min(end, (begin / block + 1) * block);
-      if (c.band && begin < c.first) end = std::min(end, c.first);
+      if ((c.band || c.leading) && begin < c.first) end = std::min(end, c.first);
       slices_.push_back({begin, end});
       begin = end;
     }
@@ -47,13 +47,16 @@ class Plan {
     AttentionSlice s = {
         head / c_.heads, head % c_.heads, queries.begin, queries.end, -1, nullptr, 0};
     if (c_.band && queries.begin >= c_.first) s.band = std::min(c_.band[s.head], kMostTokens);
+    int64_t keys = c_.keys;
+    if (c_.leading && queries.begin >= c_.first && c_.leading[s.head] >= 0)
+      keys = std::min(keys, c_.leading[s.head]);
     ranges.clear();
     if (s.band < 0) {
-      in_blocks(s, 0, c_.keys, ranges);
+      in_blocks(s, 0, keys, ranges);
     } else {
-      const int64_t first = std::min(c_.first, c_.keys);
+      const int64_t first = std::min(c_.first, keys);
       in_blocks(s, 0, first, ranges);
-      in_blocks(s, std::max(first, s.begin - s.band), std::min(c_.keys, s.end + s.band), ranges);
+      in_blocks(s, std::max(first, s.begin - s.band), std::min(keys, s.end + s.band), ranges);
     }
     s.ranges = ranges.data();
     s.count = static_cast<int64_t>(ranges.size());
@@ -79,6 +82,11 @@ class Plan {
   void kept(const AttentionSlice& s, int64_t begin, int64_t end, Ranges& ranges) const {
     if (!c_.kept) return append(ranges, begin, end);
     const uint8_t* row = c_.kept + s.batch * c_.keys;
+    if (const int64_t* tokens = order_of(c_, s.head)) {
+      for (int64_t key = begin; key < end; ++key)
+        if (row[tokens[key]]) append(ranges, key, key + 1);
+      return;
+    }
     const auto next = [&](int64_t from, int value) {
       const void* at = memchr(row + from, value, static_cast<size_t>(end - from));
       return at ? static_cast<const uint8_t*>(at) - row : end;
@@ -140,10 +148,26 @@ bool valid(const MsqOperand& o) {
   return o.kind == MSQ_FLOATS || (o.scales && o.rows > 0 && o.columns > 0);
 }
 
+// The tokens of each head, each once.
+bool valid_order(const MsqBlockAttention& c) {
+  if (!c.order) return true;
+  if (c.queries != c.keys || (c.order_heads != 1 && c.order_heads != c.heads)) return false;
+  std::vector<bool> seen(static_cast<size_t>(c.keys));
+  for (int64_t head = 0; head < c.order_heads; ++head) {
+    std::fill(seen.begin(), seen.end(), false);
+    for (int64_t place = 0; place < c.keys; ++place) {
+      const int64_t token = c.order[head * c.keys + place];
+      if (token < 0 || token >= c.keys || seen[static_cast<size_t>(token)]) return false;
+      seen[static_cast<size_t>(token)] = true;
+    }
+  }
+  return true;
+}
+
 bool valid(const MsqBlockAttention& c) {
   if (!valid(c.q) || !valid(c.k) || !valid(c.v) || !c.y) return false;
   if (c.batch < 0 || c.heads < 0 || c.queries < 0 || c.keys < 0 || c.queries > kMostTokens ||
-      c.keys > kMostTokens || c.first < 0)
+      c.keys > kMostTokens || c.first < 0 || !valid_order(c))
     return false;
   if (c.size < 1 || c.size > kMostHeadSize || c.value_size < 1 || c.value_size > kMostHeadSize)
     return false;

@@ -19,6 +19,11 @@ struct KeyRange {
   int64_t begin, end;
 };
 
+// The token at each place of a head; null where they are as they come.
+inline const int64_t* order_of(const MsqBlockAttention& c, int64_t head) {
+  return c.order && c.order_heads > 1 ? c.order + head * c.keys : c.order;
+}
+
 // Queries of one head that keep the same keys, but for the edges of a band.
 struct AttentionSlice {
   int64_t batch, head;

@@ -6,10 +6,10 @@
 // lanes of vectors, and no vector is ever reduced.
 //
 // Keys come in pieces of kPieceKeys. A piece that is not one stretch of floats in memory (it begins
-// in one block and ends in another, or holds codes) is first gathered, as floats, and then meets
-// all panels of the slice. Softmax is that of Milakov and Gimelshein ("Online normalizer
-// calculation for softmax", 2018) by pieces: sums and outputs so far are multiplied by
-// 2^(old - new largest score), as the second product begins.
+// in one block and ends in another, its tokens are in another order, or it holds codes) is first
+// gathered, as floats, and then meets all panels of the slice. Softmax is that of Milakov and
+// Gimelshein ("Online normalizer calculation for softmax", 2018) by pieces: sums and outputs so far
+// are multiplied by 2^(old - new largest score), as the second product begins.
 //
 // Where queries and keys are int8 codes their products are sums of bytes, exact; then come scales.
 
@@ -53,6 +53,7 @@ struct SparseAttention : SparseProducts<S> {
   struct Slice {
     const MsqBlockAttention& c;
     const AttentionSlice& s;
+    const HeadOperand q, k, v;
     Held h;
     bool bytes;       // whether scores are products of bytes
     int64_t words;    // of a row of codes
@@ -63,6 +64,7 @@ struct SparseAttention : SparseProducts<S> {
   // A piece of keys.
   struct Piece {
     const float *keys, *values;
+    int64_t key_step, value_step;
     int64_t count;
     KeyRange ranges[kPieceKeys];
     int64_t parts;
@@ -105,6 +107,23 @@ struct SparseAttention : SparseProducts<S> {
     return true;
   }
 
+  // Rows where they lie if that is one stretch, else as floats in `room`; and the step from one to
+  // the next.
+  static const float* gathered(const HeadOperand& h, const KeyRange* ranges, int64_t parts,
+                               float* room, int64_t& step) {
+    if (parts == 1 && h.in_a_row(ranges[0])) {
+      step = h.o.steps.token;
+      return h.floats(ranges[0].begin);
+    }
+    step = h.size;
+    float* out = room;
+    for (int64_t i = 0; i < parts; ++i) {
+      decode(h, ranges[i], out);
+      out += (ranges[i].end - ranges[i].begin) * step;
+    }
+    return room;
+  }
+
   // Queries that lie side by side in a panel: of the last one perhaps less.
   static int64_t wide(int64_t queries) { return queries <= W ? W : kPanel; }
 
@@ -118,17 +137,12 @@ struct SparseAttention : SparseProducts<S> {
   static void pack_queries(const Slice& t) {
     const int64_t size = t.c.size;
     const float factor = t.c.scale * 1.44269504f;
-    const MsqOperand& q = t.c.q;
-    const int64_t head = t.s.batch * t.c.heads + t.s.head;
-    const float* rows = static_cast<const float*>(q.data);
-    rows += q.kind == MSQ_FLOATS ? (head * t.c.queries + t.s.begin) * size : 0;
-    if (q.kind != MSQ_FLOATS) {
-      decode(q, head, t.c.queries, size, {t.s.begin, t.s.end}, t.h.rows);
-      rows = t.h.rows;
-    }
+    int64_t step;
+    const KeyRange slice = {t.s.begin, t.s.end};
+    const float* rows = gathered(t.q, &slice, 1, t.h.rows, step);
     panels(t, [&](int64_t first, int64_t count) {
       const int64_t lanes = wide(count);
-      transpose(rows + first * size, size, count, size, t.h.queries + first * size, lanes);
+      transpose(rows + first * step, step, count, size, t.h.queries + first * size, lanes);
       float* out = t.h.queries + first * size;
       for (int64_t i = 0; i < size * lanes; i += W)
         S::store(out + i, S::mul(S::load(out + i), S::set1(factor)));
@@ -137,10 +151,10 @@ struct SparseAttention : SparseProducts<S> {
 
   // Words of codes as `dot` takes them, and scales with the factor on scores in them.
   static void pack_codes(const Slice& t) {
-    const int64_t head = t.s.batch * t.c.heads + t.s.head, n = t.words;
+    const int64_t n = t.words;
     const float factor = t.c.scale * 1.44269504f;
     int32_t* rows = reinterpret_cast<int32_t*>(t.h.rows);
-    copy_codes(t.c.q, head, t.c.queries, t.c.size, {t.s.begin, t.s.end}, n, rows);
+    copy_codes(t.q, {t.s.begin, t.s.end}, n, rows);
     const I bias = S::iset1(static_cast<int32_t>(S::kBias * 0x01010101u));
     panels(t, [&](int64_t first, int64_t count) {
       const int64_t lanes = wide(count);
@@ -152,10 +166,8 @@ struct SparseAttention : SparseProducts<S> {
       float* scales = t.h.query_scales + first * t.columns;
       for (int64_t column = 0; column < t.columns; ++column)
         for (int64_t i = 0; i < lanes; ++i)
-          scales[column * lanes + i] = i < count
-                                           ? factor * scale_of(t.c.q, head, t.c.queries, t.c.size,
-                                                               t.s.begin + first + i, column)
-                                           : 0.0f;
+          scales[column * lanes + i] =
+              i < count ? factor * t.q.scales_of(t.s.begin + first + i)[column] : 0.0f;
     });
   }
 
@@ -174,34 +186,20 @@ struct SparseAttention : SparseProducts<S> {
 
   // Keys and values of a piece where they lie, or gathered.
   static void find(const Slice& t, Piece& p) {
-    const MsqBlockAttention& c = t.c;
-    const int64_t head = t.s.batch * c.heads + t.s.head;
-    const auto rows = [&](const MsqOperand& o, int64_t size, float* room) -> const float* {
-      if (o.kind == MSQ_FLOATS && p.parts == 1)
-        return static_cast<const float*>(o.data) + (head * c.keys + p.ranges[0].begin) * size;
-      int64_t at = 0;
-      for (int64_t i = 0; i < p.parts; ++i) {
-        decode(o, head, c.keys, size, p.ranges[i], room + at * size);
-        at += p.ranges[i].end - p.ranges[i].begin;
-      }
-      return room;
-    };
-    p.values = rows(c.v, c.value_size, t.h.values);
+    p.values = gathered(t.v, p.ranges, p.parts, t.h.values, p.value_step);
     if (!t.bytes) {
-      p.keys = rows(c.k, c.size, t.h.rows);
+      p.keys = gathered(t.k, p.ranges, p.parts, t.h.rows, p.key_step);
       return;
     }
     int64_t at = 0;
     for (int64_t i = 0; i < p.parts; ++i)
       for (int64_t key = p.ranges[i].begin; key < p.ranges[i].end; ++key, ++at) {
-        copy_codes(c.k, head, c.keys, c.size, {key, key + 1}, t.words,
-                   t.h.key_words + at * t.words);
+        copy_codes(t.k, {key, key + 1}, t.words, t.h.key_words + at * t.words);
         for (int64_t column = 0; column < t.columns; ++column) {
-          t.h.key_scales[column * kPieceKeys + at] =
-              scale_of(c.k, head, c.keys, c.size, key, column);
+          t.h.key_scales[column * kPieceKeys + at] = t.k.scales_of(key)[column];
           t.h.key_sums[column * kPieceKeys + at] =
               S::kBias ? S::kBias * sum_of_codes(t.h.key_words + at * t.words, t.words, column,
-                                                 c.k.columns)
+                                                 t.c.k.columns)
                        : 0;
         }
       }
@@ -280,18 +278,19 @@ struct SparseAttention : SparseProducts<S> {
     if (t.bytes)
       all_bytes<N>(t, first, 0, p.count);
     else
-      Base::template products<N>(p.count, p.keys, size, 1, t.h.queries + first * size, size,
+      Base::template products<N>(p.count, p.keys, p.key_step, 1, t.h.queries + first * size, size,
                                  nullptr, t.h.scores);
     if (t.s.band >= 0) hide<N>(t, p, first);
     soften<N>(t, p, first);
-    Base::template products<N>(values, p.values, 1, values, t.h.scores, p.count,
+    Base::template products<N>(values, p.values, 1, p.value_step, t.h.scores, p.count,
                                t.h.factors + first, t.h.outputs + first * values);
   }
 
   static void finish(const Slice& t) {
-    const int64_t size = t.c.value_size;
-    const int64_t head = t.s.batch * t.c.heads + t.s.head;
-    float* y = t.c.y + (head * t.c.queries + t.s.begin) * size;
+    const int64_t size = t.c.value_size, step = t.c.y_steps.token;
+    const int64_t* order = order_of(t.c, t.s.head);
+    const bool apart = order || step != size;
+    float* y = t.c.y + t.s.batch * t.c.y_steps.batch + t.s.head * t.c.y_steps.head;
     panels(t, [&](int64_t first, int64_t count) {
       const int64_t lanes = wide(count);
       float *out = t.h.outputs + first * size, *by = t.h.factors + first;
@@ -304,7 +303,12 @@ struct SparseAttention : SparseProducts<S> {
           float* at = out + d * lanes + i;
           S::store(at, S::mul(S::load(at), S::load(by + i)));
         }
-      transpose(out, lanes, size, count, y + first * size, size);
+      const int64_t place = t.s.begin + first;
+      float* to = apart ? t.h.values : y + place * step;
+      transpose(out, lanes, size, count, to, size);
+      for (int64_t i = 0; apart && i < count; ++i)
+        memcpy(y + (order ? order[place + i] : place + i) * step, to + i * size,
+               static_cast<size_t>(4 * size));
     });
   }
 
@@ -315,7 +319,18 @@ struct SparseAttention : SparseProducts<S> {
   }
 
   static bool attend(const MsqBlockAttention& c, const AttentionSlice& s) {
-    Slice t = {c, s, {}, by_bytes(c), 0, 0};
+    const auto head = [&](const MsqOperand& o, int64_t tokens, int64_t size) {
+      return HeadOperand(o, c, s.batch, s.head, tokens, size);
+    };
+    Slice t = {c,
+               s,
+               head(c.q, c.queries, c.size),
+               head(c.k, c.keys, c.size),
+               head(c.v, c.keys, c.value_size),
+               {},
+               by_bytes(c),
+               0,
+               0};
     if (t.bytes) {
       t.words = up_to(c.size, 4) / 4;
       t.columns = (c.size + c.q.columns - 1) / c.q.columns;
