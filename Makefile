@@ -11,7 +11,8 @@ TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
 KERNELS = ms_quant/kernels/src
 KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp check_sparse_attention.cpp \
-	check_watched.cpp hadamard.cpp kernels.cpp pages.cpp pool.cpp sparse_attention.cpp watched_linear.cpp)
+	check_watched.cpp block_means.cpp hadamard.cpp kernels.cpp pages.cpp pool.cpp \
+	sparse_attention.cpp watched_linear.cpp)
 KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 # The unrolled ones take minutes to build with checks of every shift and sum.
 ISA_FLAGS = $(KERNEL_FLAGS) -g -O1 -fsanitize=address -fno-omit-frame-pointer

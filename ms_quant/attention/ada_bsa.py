@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from ms_quant.attention.bands import check_sparsity
-from ms_quant.attention.dense import probabilities, scaled_scores
+from ms_quant.attention.dense import SCORES_AT_ONCE, probabilities, scaled_scores
 from ms_quant.attention.layouts import scale_of
 from ms_quant.errors import BadArgumentError
 
@@ -58,34 +58,36 @@ def ada_bsa_blocks(
 def block_scores(q: np.ndarray, k: np.ndarray, scale: float | None = None) -> np.ndarray:
     """float32 (batch, heads, query blocks, key blocks): softmax mass of each block."""
     factor = scale_of(scale, q.shape[3]) / STRIDE
-    found = []
+    real = np.arange(-(-k.shape[2] // BLOCK) * TILE) * STRIDE < k.shape[2]
+    shape = (*q.shape[:2], -(-q.shape[2] // BLOCK), len(real) // TILE)
+    found = np.empty(shape, np.float32)
+    step = max(1, SCORES_AT_ONCE // (TILE * len(real)))  # blocks of queries
     for item, head in np.ndindex(q.shape[:2]):
-        queries, keys = _strided(q[item, head], True), _strided(k[item, head], False)
-        real = np.arange(len(keys)) * STRIDE < k.shape[2]
-        rows = [
-            _tile_row(
-                queries[start : start + TILE], keys, real, factor, q.shape[2] - start * STRIDE
-            )
-            for start in range(0, len(queries), TILE)
-        ]
-        found.append(np.stack(rows))
-    return np.stack(found).reshape(*q.shape[:2], *found[0].shape)
+        keys = _strided(k[item, head], False)
+        for start in range(0, shape[2], step):
+            rows = q[item, head, start * BLOCK : (start + step) * BLOCK]
+            mass = _softmax(_strided(rows, True), keys, None if real.all() else real, factor)
+            mass[-(-len(rows) // STRIDE) :] = 0  # strides without any token
+            tiles = mass.reshape(-1, TILE, shape[3], TILE)
+            found[item, head, start : start + step] = tiles.sum(axis=(1, 3))
+    return found
 
 
 def _strided(x: np.ndarray, reverse: bool) -> np.ndarray:
     """(tokens, size) -> (ceil(tokens / 128) * 16, 8 * size)."""
-    whole = np.pad(x, ((0, -len(x) % BLOCK), (0, 0))).reshape(-1, STRIDE, x.shape[1])
+    if len(x) % BLOCK:
+        x = np.pad(x, ((0, -len(x) % BLOCK), (0, 0)))
+    whole = x.reshape(-1, STRIDE, x.shape[1])
     return (whole[:, ::-1] if reverse else whole).reshape(len(whole), -1)
 
 
-def _tile_row(
-    queries: np.ndarray, keys: np.ndarray, real: np.ndarray, scale: float, tokens: int
+def _softmax(
+    queries: np.ndarray, keys: np.ndarray, real: np.ndarray | None, scale: float
 ) -> np.ndarray:
-    """The scores of one block of queries; ``tokens`` from its start on are real."""
+    """float32 (rows, keys), over the keys that are real."""
     p = probabilities(scaled_scores(queries, keys, scale), real)
     p /= p.sum(axis=-1, keepdims=True)
-    p = p[: -(-tokens // STRIDE)]
-    return p.reshape(len(p), -1, TILE).sum(axis=(0, 2))
+    return p
 
 
 def keep_by_mass(scores: np.ndarray, cdf_threshold: float, sparsity: float) -> np.ndarray:

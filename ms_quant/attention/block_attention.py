@@ -97,7 +97,8 @@ def pairs_kept(
     """
     keep = np.ones((len(rows), len(keys)), bool)
     if band >= 0:
-        keep = np.abs(rows[:, None] - keys) <= band
+        apart = rows[:, None].astype(np.int32) - keys.astype(np.int32)
+        keep = np.abs(apart, out=apart) <= band
         keep |= (rows < first)[:, None]
         keep |= keys < first
     if blocks is not None:

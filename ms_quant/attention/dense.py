@@ -62,18 +62,26 @@ def scaled_scores(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
     return scores
 
 
+def check_scores(scores: np.ndarray) -> None:
+    """Refuses NaN and infinity, either of which the largest or the smallest is then."""
+    if not (np.isfinite(scores.max(initial=0)) and np.isfinite(scores.min(initial=0))):
+        raise BadArgumentError("scores: q @ k^T * scale overflows float32, expected finite scores")
+
+
 def probabilities(scores: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
     """exp(score - largest of the row) of the pairs kept, 0 elsewhere; not divided by the sum.
+
+    ``scores`` is overwritten: new arrays of its size would take as long as the exponentials.
 
     Raises:
         MsQuantError: a score is NaN or infinite.
     """
-    if not np.isfinite(scores).all():
-        raise BadArgumentError("scores: q @ k^T * scale overflows float32, expected finite scores")
+    check_scores(scores)
     if keep is not None:
-        scores = np.where(keep, scores, np.float32(-np.inf))
+        np.copyto(scores, np.float32(-np.inf), where=~keep)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    return np.exp(scores - np.where(np.isfinite(top), top, np.float32(0)))
+    scores -= np.where(np.isfinite(top), top, np.float32(0))
+    return np.exp(scores, out=scores)
 
 
 def weighted(

@@ -6,20 +6,26 @@ import math
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.attention.bands import check_sparsity
 from ms_quant.attention.block_attention import BLOCK_SHAPE
 from ms_quant.attention.layouts import scale_of
 
 
-def block_means(x: np.ndarray, size: int) -> np.ndarray:
+def block_means(x: np.ndarray, size: int, order: np.ndarray | None = None) -> np.ndarray:
     """The mean of each block of ``size`` tokens, the last one over the tokens that it has.
 
     Args:
         x: float32 (batch, heads, tokens, channels).
+        order: int64 (tokens,), the token at each place; None for as they come.
 
     Returns:
         float32 (batch, heads, ceil(tokens / size), channels).
     """
+    if kernels.available() and x.shape[3] > 1 and x.strides[3] == x.itemsize:
+        return kernels.block_means(x, size, order)  # the same bits, and no copy in order
+    if order is not None:
+        x = np.take(x, order, axis=2)
     whole = x.shape[2] - x.shape[2] % size
     blocks = x[:, :, :whole].reshape(*x.shape[:2], -1, size, x.shape[3]).mean(axis=3)
     if whole == x.shape[2]:
@@ -44,6 +50,7 @@ def pooled_blocks(
     protected: np.ndarray,
     sparsity: float,
     *,
+    order: np.ndarray | None = None,
     block_shape: tuple[int, int] = BLOCK_SHAPE,
     scale: float | None = None,
 ) -> np.ndarray:
@@ -55,13 +62,15 @@ def pooled_blocks(
     tail shares with the text's head.)
 
     Args:
-        q, k: float32 (batch, heads, tokens, size), tokens in order.
+        q, k: float32 (batch, heads, tokens, size).
         protected: bool (tokens,), by place.
+        order: int64 (tokens,), the token at each place; None for as they come.
 
     Returns:
         uint8 (batch, heads, query blocks, key blocks).
     """
-    scores = block_means(q, block_shape[0]) @ block_means(k, block_shape[1]).swapaxes(2, 3)
+    queries, keys = (block_means(x, n, order) for x, n in zip((q, k), block_shape, strict=True))
+    scores = queries @ keys.swapaxes(2, 3)
     scores *= np.float32(scale_of(scale, q.shape[3]))
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)

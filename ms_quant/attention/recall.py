@@ -72,7 +72,8 @@ def _distribution(
 ) -> np.ndarray:
     p = probabilities(scaled_scores(q, k, scale), None if kept is None else kept[item])
     total = p.sum(axis=-1, keepdims=True)
-    return p / np.where(total > 0, total, np.float32(1))
+    p /= np.where(total > 0, total, np.float32(1))
+    return p
 
 
 def _mass(

@@ -136,9 +136,9 @@ def _pooled(
     placed = place(grid, within, rule.protect_first_frame, whole)
     if rule.kind == "rf_v2":
         q, k = q[:1], k[:1]
-    queries, keys = (np.take(x, placed.order, axis=2) for x in (q, k))
     blocks = pooled_blocks(
-        *(queries, keys, placed.protected, rule.sparsity),
+        *(q, k, placed.protected, rule.sparsity),
+        order=placed.order,
         block_shape=rule.block_shape,
         scale=scale,
     )

@@ -15,7 +15,7 @@ from ms_quant.kernels.native import (
     threads_of,
 )
 from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
-from ms_quant.kernels.sparse_attention import Codes, block_attention
+from ms_quant.kernels.sparse_attention import Codes, block_attention, block_means
 from ms_quant.kernels.stored_rows import quantize_stored
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
@@ -29,6 +29,7 @@ __all__ = [
     "available",
     "best_isa",
     "block_attention",
+    "block_means",
     "column_stats",
     "gemv",
     "has_isa",

@@ -136,6 +136,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(*(size,) * 7, real, pointer, number),
         ]
         found.msq_block_attention.argtypes = [number, pointer, number]
+        found.msq_block_means.argtypes = [
+            *(pointer, *(size,) * 4, pointer, size, pointer, number),
+        ]
         found.msq_gemv.argtypes = [number, pointer, size, size, pointer, pointer, number]
         found.msq_product.argtypes = [
             pointer,

@@ -161,6 +161,34 @@ def block_attention(
     return y
 
 
+def block_means(
+    x: np.ndarray, size: int, order: np.ndarray | None = None, threads: int | None = None
+) -> np.ndarray:
+    """The mean of each block of ``size`` tokens, with the sums of NumPy where D is above 1.
+
+    Args:
+        x: float32 (B, heads, tokens, D), the numbers of a token contiguous.
+        order: int64 (tokens,), the token at each place; None for as they come.
+        threads: how many are used at most; None for all.
+
+    Returns:
+        float32 (B, heads, ceil(tokens / size), D).
+
+    Raises:
+        BadArgumentError: an argument has another type, shape or layout.
+    """
+    operand = _operand("x", x)
+    batch, heads, tokens, columns = x.shape
+    _array("order", order, (np.int64,), (tokens,))
+    y = np.empty((batch, heads, -(-tokens // size), columns), np.float32)
+    call(
+        "msq_block_means",
+        *(ctypes.byref(operand), batch, heads, tokens, columns, _address(order)),
+        *(size, y.ctypes.data, threads_of(threads)),
+    )
+    return y
+
+
 def _numbers(x: np.ndarray | Codes) -> np.ndarray:
     return x.codes if isinstance(x, Codes) else x
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_attention import slow_pooled_row
 
+from ms_quant import kernels
 from ms_quant.attention.ada_bsa import ada_bsa_blocks, block_scores, keep_by_mass
 from ms_quant.attention.pooled import block_means, kept_blocks, pooled_blocks
 from ms_quant.errors import MsQuantError
@@ -159,3 +160,22 @@ def test_refusals():
         ada_bsa_blocks(q, q, cdf_threshold=1.1)
     with pytest.raises(MsQuantError, match=r"sparsity: -0\.1"):
         pooled_blocks(q, q, np.zeros(8, bool), -0.1)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler at install time")
+@pytest.mark.parametrize("size", [2, 7, 128])
+@pytest.mark.parametrize("tokens", [1, 127, 300])
+@pytest.mark.parametrize("inside", [False, True])
+def test_means_of_blocks_are_those_of_numpy(monkeypatch, size, tokens, inside):
+    """Bit for bit: masks do not depend on whether the kernels are there."""
+    rng = np.random.default_rng(size)
+    x = rng.standard_normal((2, 3, tokens, size), np.float32) + 100
+    if inside:
+        x = np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+    order = rng.permutation(tokens)
+    found = [block_means(x, 16, order), block_means(x, 128), block_means(x, 1, order)]
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    for each, expected in zip(
+        found, [block_means(x, 16, order), block_means(x, 128), block_means(x, 1, order)], strict=True
+    ):
+        np.testing.assert_array_equal(each, expected)

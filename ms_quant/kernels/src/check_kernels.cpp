@@ -269,6 +269,7 @@ int main(int count, char** words) {
   for (; elapsed() < seconds || cases < 100; ++cases) {
     check_hadamard();
     check_pages();
+    check_block_means();
     if (cases % 100 == 0) check_other_faults();
     if (cases % 10 == 0) check_products();
     for (const int isa : isas) {

@@ -136,4 +136,34 @@ void check_sparse_attention(int isa) {
   }
 }
 
+void check_block_means() {
+  const int64_t batch = 1 + below(2), heads = 1 + below(3), tokens = below(100), size = below(40),
+                block = 1 + below(50), blocks = ceiling(tokens, block);
+  const Operand x(batch, heads, tokens, size, MSQ_FLOATS, 1);
+  const std::vector<int64_t> order = orders(1, tokens);
+  const bool placed = below(2);
+  std::vector<float> found(static_cast<size_t>(batch * heads * blocks * size + 1), NAN);
+  const float none = 0;
+  MsqOperand operand = x.operand;
+  if (!operand.data) operand.data = &none;
+  const int status = msq_block_means(&operand, batch, heads, tokens, size,
+                                     placed ? order.data() : nullptr, block, found.data(), 2);
+  if (status) exit(printf("block_means: status %d\n", status));
+  for (int64_t head = 0; head < batch * heads; ++head)
+    for (int64_t i = 0; i < blocks * size; ++i) {
+      const int64_t begin = i / size * block, end = begin + block < tokens ? begin + block : tokens;
+      double sum = 0;
+      for (int64_t place = begin; place < end; ++place) {
+        const int64_t token = placed ? order[static_cast<size_t>(place)] : place;
+        sum += x.floats[static_cast<size_t>(head / heads * x.operand.steps.batch +
+                                            head % heads * x.operand.steps.head +
+                                            token * x.operand.steps.token + i % size)];
+      }
+      const float mean = found[static_cast<size_t>(head * blocks * size + i)];
+      if (fabs(mean - sum / static_cast<double>(end - begin)) <= 1e-5) continue;
+      printf("block_means: %.9g, expected %.9g\n", mean, sum / static_cast<double>(end - begin));
+      exit(1);
+    }
+}
+
 }  // namespace check

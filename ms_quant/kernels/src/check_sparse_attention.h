@@ -5,6 +5,8 @@ namespace check {
 
 // Block-sparse attention of random sizes, masks and codes is what the portable one computes.
 void check_sparse_attention(int isa);
+// Means of blocks in any order are those in float64, nearly.
+void check_block_means();
 
 }  // namespace check
 

@@ -157,6 +157,12 @@ typedef struct {
 MSQ_API int32_t msq_block_attention(int32_t isa, const MsqBlockAttention* attention,
                                     int32_t threads);
 
+// y (batch, heads, blocks, size): the mean of each `block` tokens of x (batch, heads, tokens, size)
+// in an order (tokens), null for as they come; of the last block those that it has.
+MSQ_API int32_t msq_block_means(const MsqOperand* x, int64_t batch, int64_t heads, int64_t tokens,
+                                int64_t size, const int64_t* order, int64_t block, float* y,
+                                int32_t threads);
+
 // y (rows) = w (rows, columns) x in float32, of w in bfloat16.
 MSQ_API int32_t msq_gemv(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
                          const float* x, float* y, int32_t threads);
