@@ -11,7 +11,7 @@ TRACED = $(patsubst %,build/fuzz/%.o,unzip encode_tile decode_table decode_tile)
 
 KERNELS = ms_quant/kernels/src
 KERNEL_SOURCES = $(addprefix $(KERNELS)/,check_kernels.cpp check_sparse_attention.cpp \
-	check_watched.cpp block_means.cpp hadamard.cpp kernels.cpp pages.cpp pool.cpp \
+	check_watched.cpp attention_blocks.cpp hadamard.cpp kernels.cpp pages.cpp pool.cpp \
 	sparse_attention.cpp watched_linear.cpp)
 KERNEL_FLAGS = -std=c++17 -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 # The unrolled ones take minutes to build with checks of every shift and sum.

@@ -60,4 +60,6 @@ def _as_taken(x: np.ndarray | QuantizedOperand) -> np.ndarray | kernels.Codes:
     if scales.dtype == np.uint8:
         scales = np.ldexp(np.float32(1), mx.decode_exponent(scales))
     codes = x.codes if x.element is not E2M1 else E4M3_OF_E2M1[x.codes]
-    return kernels.Codes(codes if codes.strides[3] == 1 else np.ascontiguousarray(codes), scales, x.block)
+    return kernels.Codes(
+        codes if codes.strides[3] == 1 else np.ascontiguousarray(codes), scales, x.block
+    )

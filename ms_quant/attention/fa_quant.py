@@ -43,11 +43,9 @@ Q_ROWS, KV_ROWS = 128, 256
 PADDED_LENGTH = 512
 
 Scales = tuple[ArrayLike, ...]  # of q, k and v
-Prepare = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    tuple[QuantizedOperand, QuantizedOperand, QuantizedOperand],
-]
-"""Takes q, k, v (batch, some heads, tokens, size), tokens in order, and which heads these are."""
+Operands = tuple[QuantizedOperand, QuantizedOperand, QuantizedOperand]
+Prepare = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], Operands]
+"""Takes q, k, v (batch, heads, tokens, size) and an order, (1 or heads, tokens), or None."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,14 @@ def quantize_operands(
     scales: Scales | None = None,
     mx_rule: str | None = None,
     vendor_padding: bool = False,
+    order: np.ndarray | None = None,
 ) -> QuantizedAttention:
-    """Rotates and quantizes; the arguments are those of :func:`fa_quant`."""
+    """Rotates and quantizes; the arguments are those of :func:`fa_quant`.
+
+    Args:
+        order: int64 (1 or heads, tokens), the token at each place, by which codes are stored and
+            share scales; without ``vendor_padding``.
+    """
     if kind not in KINDS:
         raise BadArgumentError(f"kind: {kind!r}, expected one of {', '.join(KINDS)}")
     _check_options(kind, scales, mx_rule, vendor_padding)
@@ -92,7 +96,7 @@ def quantize_operands(
     length, count = queries.shape[2], keys.shape[2]
     if vendor_padding:
         queries, keys, values = (_padded(x) for x in (queries, keys, values))
-    made = _quantize(kind, (queries, keys, values), scales, mx_rule)
+    made = _quantize(kind, (queries, keys, values), scales, mx_rule, order)
     return QuantizedAttention(kind, *made, length, count)
 
 
@@ -172,19 +176,12 @@ def decoded(
     those of the mask. The arguments are those of :func:`fa_quant`.
     """
 
-    def prepare(
-        q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: np.ndarray
-    ) -> tuple[QuantizedOperand, QuantizedOperand, QuantizedOperand]:
-        chosen = None if scales is None else tuple(_of_heads(scale, heads) for scale in scales)
-        made = quantize_operands(q, k, v, q_rot, k_rot, kind, scales=chosen, mx_rule=mx_rule)
+    def prepare(q: np.ndarray, k: np.ndarray, v: np.ndarray, order: np.ndarray | None) -> Operands:
+        given = q, k, v, q_rot, k_rot
+        made = quantize_operands(*given, kind, scales=scales, mx_rule=mx_rule, order=order)
         return made.q, made.k, made.v
 
     return prepare
-
-
-def _of_heads(scale: ArrayLike, heads: np.ndarray) -> np.ndarray:
-    stored = np.asarray(scale).reshape(-1)
-    return stored if stored.size == 1 else stored[heads]
 
 
 def _quantize(
@@ -192,40 +189,41 @@ def _quantize(
     arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
     scales: Scales | None,
     mx_rule: str | None,
-) -> tuple[QuantizedOperand, QuantizedOperand, QuantizedOperand]:
+    order: np.ndarray | None,
+) -> Operands:
     q, k, v = arrays
     size = q.shape[3]
     if kind == "FP8_DYNAMIC":
         return (
-            quantized.fp8_blocks(q, (Q_ROWS, COLUMNS)),
-            quantized.fp8_blocks(k, (KV_ROWS, COLUMNS)),
-            quantized.fp8_blocks(v, (KV_ROWS, COLUMNS)),
+            quantized.fp8_blocks(q, (Q_ROWS, COLUMNS), order),
+            quantized.fp8_blocks(k, (KV_ROWS, COLUMNS), order),
+            quantized.fp8_blocks(v, (KV_ROWS, COLUMNS), order),
         )
     if kind in MX_RULES:
         rule = RULES[mx_rule or MX_RULES[kind]]
         return (
-            quantized.quantize_mx(q, rule, False, "q"),
-            quantized.quantize_mx(k, rule, False, "k"),
-            quantized.quantize_mx(v, rule, True, "v"),
+            quantized.quantize_mx(q, rule, False, "q", order),
+            quantized.quantize_mx(k, rule, False, "k", order),
+            quantized.quantize_mx(v, rule, True, "v", order),
         )
     if kind == "INT8":
         assert scales is not None
         made = [
-            quantized.int8_per_head(x, s, f"scales of {n}")
+            quantized.int8_per_head(x, s, f"scales of {n}", order)
             for n, x, s in zip("qkv", arrays, scales, strict=True)
         ]
         return made[0], made[1], made[2]
     if kind == "INT8_DYNAMIC":
         token = (1, size)
         return (
-            quantized.int8_blocks(q, token),
-            quantized.int8_blocks(k, token),
-            quantized.int8_blocks(v, token),
+            quantized.int8_blocks(q, token, order),
+            quantized.int8_blocks(k, token, order),
+            quantized.int8_blocks(v, token, order),
         )
     return (
-        quantized.int8_blocks(q, (Q_ROWS, size)),
-        quantized.int8_blocks(k, (KV_ROWS, size)),
-        quantized.fp8_per_channel(v),
+        quantized.int8_blocks(q, (Q_ROWS, size), order),
+        quantized.int8_blocks(k, (KV_ROWS, size), order),
+        quantized.fp8_per_channel(v, order),
     )
 
 

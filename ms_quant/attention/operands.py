@@ -15,12 +15,12 @@ Every batch and head has scales of its own; a block at an end may be short.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ms_quant import kernels
 from ms_quant.attention.layouts import heads_first
 from ms_quant.errors import BadArgumentError
 from ms_quant.numerics import mx
@@ -61,11 +61,13 @@ class QuantizedOperand:
         return raw * _spread(self.scales, self.block, raw.shape)
 
 
-def joined(parts: Sequence[QuantizedOperand], heads: np.ndarray) -> QuantizedOperand:
-    """The heads of several operands in one, in the order ``heads`` counts them through."""
-    codes = np.concatenate([part.codes for part in parts], axis=1)[:, heads]
-    scales = np.concatenate([part.scales for part in parts], axis=1)[:, heads]
-    return replace(parts[0], codes=codes, scales=scales)
+def in_order(x: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Tokens of (batch, heads, tokens, size) in an order (1 or heads, tokens); as is without."""
+    if order is None:
+        return x
+    if len(order) == 1:
+        return np.take(x, order[0], axis=2)
+    return np.take_along_axis(x, order[None, :, :, None], axis=2)
 
 
 def fa_block_quant(
@@ -91,20 +93,41 @@ def fa_block_quant(
     return made.codes, made.scales
 
 
-def fp8_blocks(x: np.ndarray, block: tuple[int, int]) -> QuantizedOperand:
-    """FP8 with one float32 scale of each block."""
+def fp8_blocks(
+    x: np.ndarray, block: tuple[int, int], order: np.ndarray | None = None
+) -> QuantizedOperand:
+    """FP8 with one float32 scale of each block.
+
+    Here and below tokens are first put in an order, int64 (1 or heads, tokens), if one is given.
+    """
+    if _is_native(x, block):
+        made = kernels.quantize_heads(x, "e4m3", block, order=order)
+        return QuantizedOperand(made.codes, made.scales, block, E4M3)
+    x = in_order(x, order)
     scales = block_absmax(x, block) / np.float32(E4M3.largest)
     divisor = _spread(np.where(scales > 0, scales, np.float32(np.inf)), block, x.shape)
     return QuantizedOperand(encode(x / divisor, E4M3), scales, block, E4M3)
 
 
-def fp8_per_channel(x: np.ndarray) -> QuantizedOperand:
+def _is_native(x: np.ndarray, block: tuple[int, int]) -> bool:
+    """Whether the kernels take it; they give the same bits."""
+    able = kernels.available() and x.strides[3] == x.itemsize
+    return able and min(block) >= 1 and x.shape[3] <= kernels.MOST_HEAD_SIZE
+
+
+def fp8_per_channel(x: np.ndarray, order: np.ndarray | None = None) -> QuantizedOperand:
     """FP8 with one scale of each channel, over all tokens."""
-    return fp8_blocks(x, (x.shape[2], 1))
+    return fp8_blocks(x, (x.shape[2], 1), order)
 
 
-def int8_blocks(x: np.ndarray, block: tuple[int, int]) -> QuantizedOperand:
+def int8_blocks(
+    x: np.ndarray, block: tuple[int, int], order: np.ndarray | None = None
+) -> QuantizedOperand:
     """int8 with one scale of each block; a block of (1, size) is a token."""
+    if _is_native(x, block):
+        made = kernels.quantize_heads(x, "int8", block, order=order)
+        return QuantizedOperand(made.codes, made.scales, block)
+    x = in_order(x, order)
     scales = symmetric_scale(block_absmax(x, block))
     return QuantizedOperand(quantize(x, _spread(scales, block, x.shape)), scales, block)
 
@@ -114,7 +137,9 @@ def head_scales(x: np.ndarray) -> np.ndarray:
     return symmetric_scale(np.abs(x).max(axis=(0, 2, 3), initial=0))[:, None]
 
 
-def int8_per_head(x: np.ndarray, scale: ArrayLike, name: str = "scale") -> QuantizedOperand:
+def int8_per_head(
+    x: np.ndarray, scale: ArrayLike, name: str = "scale", order: np.ndarray | None = None
+) -> QuantizedOperand:
     """int8 with a scale of each head from a file, float (heads,), (heads, 1) or of one value.
 
     Raises:
@@ -126,11 +151,18 @@ def int8_per_head(x: np.ndarray, scale: ArrayLike, name: str = "scale") -> Quant
     if not (np.isfinite(stored).all() and (stored > 0).all()):
         raise BadArgumentError(f"{name}: a value is not positive, expected positive finite scales")
     scales = np.broadcast_to(stored[:, None, None], (len(x), heads, 1, 1)).copy()
-    return QuantizedOperand(quantize(x, scales), scales, (x.shape[2], x.shape[3]))
+    block = (x.shape[2], x.shape[3])
+    if _is_native(x, block):
+        made = kernels.quantize_heads(x, "int8", block, scales=scales, order=order)
+        return QuantizedOperand(made.codes, scales, block)
+    return QuantizedOperand(quantize(in_order(x, order), scales), scales, block)
 
 
-def quantize_mx(x: np.ndarray, rule: MxRule, along_tokens: bool, name: str) -> QuantizedOperand:
+def quantize_mx(
+    x: np.ndarray, rule: MxRule, along_tokens: bool, name: str, order: np.ndarray | None = None
+) -> QuantizedOperand:
     """MXFP8 or MXFP4: groups of 32 along the channels of a token, or along the tokens."""
+    x = in_order(x, order)
     if not along_tokens:
         made = mx.quantize(x, rule, name)
         return QuantizedOperand(made.codes, made.exponents, (1, mx.BLOCK), rule.element)

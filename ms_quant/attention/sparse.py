@@ -8,7 +8,6 @@ from ms_quant.attention.computing import Kernel, block_attention
 from ms_quant.attention.fa_quant import Prepare
 from ms_quant.attention.layouts import check_kept, operands, scale_of
 from ms_quant.attention.mask import BlockMask
-from ms_quant.attention.operands import QuantizedOperand, joined
 from ms_quant.errors import BadArgumentError
 
 
@@ -29,7 +28,7 @@ def attend(
         q, k, v: float (batch, heads, tokens, size).
         scale: of scores, 1 / sqrt(size) when None.
         kept: bool (batch, tokens), false for keys that are padding.
-        prepare: quantizes q, k and v with their tokens in order, as ``fa_quant.decoded`` does.
+        prepare: quantizes q, k and v, and puts their tokens in order, as ``fa_quant.decoded`` does.
         kernel: what computes :func:`~ms_quant.attention.block_attention.block_attention`; it puts
             tokens in order itself, and quantized operands are in order.
 
@@ -51,7 +50,7 @@ def attend(
     order = None if _as_they_come(mask.orders) else mask.orders
     if order is not None and len(order) > 1:
         order = order[mask.order_of]
-    given = (q, k, v) if prepare is None else _prepared(q, k, v, mask, prepare)
+    given = (q, k, v) if prepare is None else prepare(q, k, v, order)
     return kernel(
         *given,
         scale=scale_of(scale, q.shape[3]),
@@ -67,24 +66,3 @@ def attend(
 
 def _as_they_come(orders: np.ndarray) -> bool:
     return bool((orders[:, 1:] > orders[:, :-1]).all())
-
-
-def _prepared(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: BlockMask, prepare: Prepare
-) -> list[QuantizedOperand]:
-    """Quantized operands by place: heads of one order at a time."""
-    groups = [np.flatnonzero(mask.order_of == row) for row in range(len(mask.orders))]
-    made = []
-    for order, heads in zip(mask.orders, groups, strict=True):
-        if len(heads):
-            made.append(prepare(*(_placed(x, heads, order) for x in (q, k, v)), heads))
-    if len(made) == 1:
-        return list(made[0])
-    back = np.argsort(np.concatenate(groups))
-    return [joined(parts, back) for parts in zip(*made, strict=True)]
-
-
-def _placed(x: np.ndarray, heads: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Some heads with their tokens in an order."""
-    chosen = x if len(heads) == x.shape[1] else x[:, heads]
-    return chosen if _as_they_come(order[None]) else np.take(chosen, order, axis=2)

@@ -1,5 +1,7 @@
 """Quantized linears in C++ for CPUs, and what they need. docs/kernels.md"""
 
+from ms_quant.kernels.attention_blocks import block_means, quantize_heads
+from ms_quant.kernels.attention_operands import MOST_HEAD_SIZE, Codes
 from ms_quant.kernels.block import attention, masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
 from ms_quant.kernels.matrix import column_stats, gemv, has_product, matmul, product, syrk
@@ -15,12 +17,13 @@ from ms_quant.kernels.native import (
     threads_of,
 )
 from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
-from ms_quant.kernels.sparse_attention import Codes, block_attention, block_means
+from ms_quant.kernels.sparse_attention import block_attention
 from ms_quant.kernels.stored_rows import quantize_stored
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
 __all__ = [
     "ISAS",
+    "MOST_HEAD_SIZE",
     "Codes",
     "PackedLinear",
     "WatchedArrays",
@@ -41,6 +44,7 @@ __all__ = [
     "note",
     "pack",
     "product",
+    "quantize_heads",
     "quantize_rows",
     "quantize_stored",
     "rms_norm",

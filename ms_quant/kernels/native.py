@@ -139,6 +139,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         found.msq_block_means.argtypes = [
             *(pointer, *(size,) * 4, pointer, size, pointer, number),
         ]
+        found.msq_quantize_heads.argtypes = [
+            *(pointer, pointer, *(size,) * 4, pointer, size, number),
+            *(pointer, pointer, number),
+        ]
         found.msq_gemv.argtypes = [number, pointer, size, size, pointer, pointer, number]
         found.msq_product.argtypes = [
             pointer,

@@ -163,6 +163,14 @@ MSQ_API int32_t msq_block_means(const MsqOperand* x, int64_t batch, int64_t head
                                 int64_t size, const int64_t* order, int64_t block, float* y,
                                 int32_t threads);
 
+// Codes (batch, heads, tokens, size) and scales of finite floats x, as blocks of y's rows, columns
+// and kind have them: absmax / 127, or 1, of int8, and absmax / 448 of e4m3; or scales that are
+// given. Tokens are put in an order (order_heads, tokens), null for as they come.
+MSQ_API int32_t msq_quantize_heads(const MsqOperand* x, const MsqOperand* y, int64_t batch,
+                                   int64_t heads, int64_t tokens, int64_t size,
+                                   const int64_t* order, int64_t order_heads, int32_t given,
+                                   uint8_t* codes, float* scales, int32_t threads);
+
 // y (rows) = w (rows, columns) x in float32, of w in bfloat16.
 MSQ_API int32_t msq_gemv(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
                          const float* x, float* y, int32_t threads);
