@@ -48,20 +48,40 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
-// Half to even; within the range of int8.
+inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// All bits, if a is below b, for numbers below 2^31. Comparing floats, that the compiler must not
+// do for lanes that are left out, would keep it from making vectors of what follows.
+inline uint32_t if_below(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<int32_t>(a - b) >> 31);
+}
+
+inline uint32_t smaller(uint32_t a, uint32_t b) {
+  const uint32_t below = if_below(a, b);
+  return (a & below) | (b & ~below);
+}
+
+// Half to even, within the range of int8.
 inline uint8_t to_int8(float x) {
-  const float low = x < -128.0f ? -128.0f : x, clipped = low > 127.0f ? 127.0f : low;
+  const uint32_t bits = bits_of(x), sign = bits >> 31;
+  const uint32_t limit = 0x42fe0000u + (sign << 17);  // 127 or 128
+  const uint32_t size = smaller(bits & 0x7fffffffu, limit);
+  const float clipped = float_of(size | sign << 31);
   return static_cast<uint8_t>(bits_of(clipped + 0x1.8p23f));  // its last bits are the number
 }
 
-// Half to even, without a branch, so that the compiler makes vectors of it.
+// Half to even, up to 448.
 inline uint8_t to_e4m3(float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 24 & 128u;
-  const float all = fabsf(x), size = all > 448.0f ? 448.0f : all;
-  const uint32_t found = bits_of(size);
-  const uint32_t normal = ((found + 0x7ffffu + (found >> 20 & 1u)) >> 20) - (120u << 3);
-  const uint32_t subnormal = bits_of(size + 0x1p14f) - bits_of(0x1p14f);  // in steps of 2^-9
-  return static_cast<uint8_t>(sign | (size < 0x1p-6f ? subnormal : normal));
+  const uint32_t size = smaller(bits & 0x7fffffffu, 0x43e00000u);
+  const uint32_t normal = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
+  const uint32_t subnormal = bits_of(float_of(size) + 0x1p14f) - 0x46800000u;  // steps of 2^-9
+  const uint32_t small = if_below(size, 0x3c800000u);                          // 2^-6
+  return static_cast<uint8_t>(sign | (subnormal & small) | (normal & ~small));
 }
 
 struct Quantized {

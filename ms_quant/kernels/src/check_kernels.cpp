@@ -270,6 +270,7 @@ int main(int count, char** words) {
     check_hadamard();
     check_pages();
     check_block_means();
+    check_quantize_heads();
     if (cases % 100 == 0) check_other_faults();
     if (cases % 10 == 0) check_products();
     for (const int isa : isas) {

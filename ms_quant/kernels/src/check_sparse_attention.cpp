@@ -166,4 +166,47 @@ void check_block_means() {
     }
 }
 
+void check_quantize_heads() {
+  const int64_t batch = 1 + below(2), heads = 1 + below(3), tokens = below(100), size = below(40);
+  const Operand x(batch, heads, tokens, size, MSQ_FLOATS, 1);
+  MsqOperand operand = x.operand, kind = {};
+  kind.kind = below(2) ? MSQ_INT8 : MSQ_E4M3;
+  kind.rows = 1 + below(120);
+  kind.columns = 1 + below(50);
+  const int64_t order_heads = below(2) ? 1 : heads, columns = ceiling(size, kind.columns),
+                rows = ceiling(tokens, kind.rows);
+  const std::vector<int64_t> order = orders(order_heads, tokens);
+  const bool placed = below(2);
+  std::vector<uint8_t> codes(static_cast<size_t>(batch * heads * tokens * size + 1));
+  std::vector<float> scales(static_cast<size_t>(batch * heads * rows * columns + 1), NAN);
+  const float none = 0;
+  if (!operand.data) operand.data = &none;
+  const int status = msq_quantize_heads(&operand, &kind, batch, heads, tokens, size,
+                                        placed ? order.data() : nullptr, order_heads, 0,
+                                        codes.data(), scales.data(), 2);
+  if (status) exit(printf("quantize_heads: status %d\n", status));
+  for (int64_t i = 0; i < batch * heads * tokens * size; ++i) {
+    const int64_t head = i / size / tokens, place = i / size % tokens, column = i % size;
+    const int64_t at = (placed && order_heads > 1 ? head % heads * tokens : 0) + place;
+    const int64_t token = placed ? order[static_cast<size_t>(at)] : place;
+    const double number = x.floats[static_cast<size_t>(head / heads * x.operand.steps.batch +
+                                                       head % heads * x.operand.steps.head +
+                                                       token * x.operand.steps.token + column)];
+    const double scale = scales[static_cast<size_t>((head * rows + place / kind.rows) * columns +
+                                                    column / kind.columns)];
+    const uint8_t code = codes[static_cast<size_t>(i)];
+    const int exponent = code >> 3 & 15;
+    const double normal = ldexp(8 + (code & 7), exponent - 10), subnormal = ldexp(code & 7, -9);
+    const double found = kind.kind == MSQ_INT8
+                             ? static_cast<int8_t>(code)
+                             : (code & 128 ? -1.0 : 1.0) * (exponent ? normal : subnormal);
+    const double step = kind.kind == MSQ_INT8 ? 1
+                        : exponent            ? ldexp(1, exponent - 10)
+                                              : ldexp(1, -9);
+    if (fabs(found * scale - number) <= 0.5001 * step * scale) continue;
+    printf("quantize_heads: %.9g, expected %.9g\n", found * scale, number);
+    exit(1);
+  }
+}
+
 }  // namespace check

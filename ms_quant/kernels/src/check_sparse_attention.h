@@ -7,6 +7,8 @@ namespace check {
 void check_sparse_attention(int isa);
 // Means of blocks in any order are those in float64, nearly.
 void check_block_means();
+// Codes of blocks in any order are within half a step of their numbers.
+void check_quantize_heads();
 
 }  // namespace check
 
