@@ -59,11 +59,10 @@ def recall(
     found, chosen = np.zeros((len(masks), heads)), spread_rows(tokens, rows)
     for start in range(0, len(chosen), ROWS_AT_ONCE):
         part = chosen[start : start + ROWS_AT_ONCE]
-        same: dict[tuple[int, ...], np.ndarray] = {}  # heads of one band share its rows
         for item, head in np.ndindex(batch, heads):
             p = _distribution(q[item, head, part], k[item, head], factor, kept, item)
             for number, mask in enumerate(masks):
-                found[number, head] += _mass(mask, number, item, head, part, p, same)
+                found[number, head] += _mass(mask, item, head, part, p)
     return found / (batch * len(chosen))
 
 
@@ -76,29 +75,36 @@ def _distribution(
     return p
 
 
-def _mass(
-    mask: BlockMask,
-    number: int,
-    item: int,
-    head: int,
-    tokens: np.ndarray,
-    p: np.ndarray,
-    same: dict[tuple[int, ...], np.ndarray],
-) -> float:
-    """The sum of p (queries, tokens) over the pairs of a mask; by blocks where it has no more."""
-    parts = (mask.order_of, mask.band, mask.leading)
-    key = (number, *(-1 if part is None else int(part[head]) for part in parts))
-    if mask.blocks is not None and key[2:] == (-1, -1):
-        order = mask.orders[mask.order_of[head]]
-        starts = np.arange(0, mask.tokens, mask.block_shape[1])
-        by_block = np.add.reduceat(np.take(p, order, axis=1), starts, axis=1)
-        rows = inverse(order)[tokens] // mask.block_shape[0]
-        return float((by_block * mask.blocks[item % mask.batch, head, rows]).sum())
-    if mask.blocks is not None:
+def _mass(mask: BlockMask, item: int, head: int, tokens: np.ndarray, p: np.ndarray) -> float:
+    """The sum of p (queries, tokens) over the pairs of a mask."""
+    parts = (mask.band, mask.leading)
+    band, leading = (-1 if part is None else int(part[head]) for part in parts)
+    order = mask.orders[mask.order_of[head]]
+    if mask.blocks is not None and (band >= 0 or leading >= 0):
         return float(np.sum(p, where=mask.rows(item, head, tokens)))
-    if key not in same:
-        same[key] = mask.rows(item, head, tokens)
-    return float(np.sum(p, where=same[key]))
+    placed, places = np.take(p, order, axis=1), inverse(order)[tokens]
+    if mask.blocks is None:
+        return _in_ranges(placed, places, band, leading, mask.first)
+    starts = np.arange(0, mask.tokens, mask.block_shape[1])
+    by_block = np.add.reduceat(placed, starts, axis=1)
+    rows = places // mask.block_shape[0]
+    return float((by_block * mask.blocks[item % mask.batch, head, rows]).sum())
+
+
+def _in_ranges(p: np.ndarray, places: np.ndarray, band: int, leading: int, first: int) -> float:
+    """The sum of p (queries, key places): of each query a stretch of keys, and the first ones."""
+    count = p.shape[1]
+    within, reach = places < first, count if leading < 0 else leading
+    first = min(first, reach)
+    low, high = np.full(len(places), first), np.full(len(places), reach)
+    if band >= 0:
+        low, high = np.maximum(low, places - band), np.minimum(high, places + band + 1)
+    low[within], high[within] = first, count
+    some, start = low < high, np.arange(len(places)) * count
+    ends = np.stack([start + low, start + high], axis=1)[some].ravel()
+    ends = ends[ends < p.size]  # the last one may end with p
+    sums = np.add.reduceat(p.ravel(), ends, dtype=np.float64)[::2] if len(ends) else ends
+    return float(sums.sum() + p[:, :first].sum(dtype=np.float64))
 
 
 def sampled_recall(

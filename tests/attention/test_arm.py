@@ -12,7 +12,7 @@ from ms_quant.attention import arm as module
 from ms_quant.attention.arm import arm
 from ms_quant.attention.bands import band_masks, bandwidth, checkerboard_step, half_widths
 from ms_quant.attention.grid import Clip, TokenGrid
-from ms_quant.attention.mask import pick
+from ms_quant.attention.mask import BlockMask, pick
 from ms_quant.attention.recall import recall, sampled_recall, spread_rows
 from ms_quant.attention.rules import SparseRule, make_mask
 from ms_quant.errors import MsQuantError
@@ -93,7 +93,14 @@ def test_recall_is_the_mass_inside(rows):
     scores = np.where(kept[:, None, None], scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p = (p / p.sum(-1, keepdims=True))[:, :, spread_rows(48, rows)]
-    masks = band_masks(grid, 4, B)
+    placed = np.random.default_rng(0).permutation(48)[None], np.zeros(4, np.int64)
+    reach, widths = np.array([0, 3, 30, -1]), np.array([0, 1, 47, -1])
+    masks = (
+        *band_masks(grid, 4, B),
+        BlockMask(*placed, leading=reach, first=5),
+        BlockMask(*placed, band=widths),
+        BlockMask(*placed, band=widths, first=7),
+    )
     found = recall(q, k, masks, rows=rows, kept=kept)
     for mask, of_heads in zip(masks, found, strict=True):
         inside = (p * mask.pairs_of_tokens()[:, :, spread_rows(48, rows)]).sum(-1).mean((0, 2))
