@@ -146,7 +146,8 @@ def whole_calls(tokens: int, heads: int, size: int, options: argparse.Namespace)
     for kind in ("FP8_DYNAMIC", "INT8_DYNAMIC", "MIX"):
         masks[f"{last}, {kind}"] = masks[last]
         calls[f"mask {last}, {kind}"] = calls[f"mask {last}"]
-        calls[f"{last}, {kind}"] = lambda p=decoded(kind): attend(
+        prepare = decoded(kind)
+        calls[f"{last}, {kind}"] = lambda p=prepare: attend(
             q, k, v, masks[last], kernel=kernel, prepare=p
         )
     found = seconds(calls, options.rounds)

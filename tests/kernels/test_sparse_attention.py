@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ms_quant import kernels
 from ms_quant.attention.block_attention import block_attention as definition
+from ms_quant.attention.operands import in_order
 from ms_quant.errors import BadArgumentError
 from ms_quant.kernels import Codes, block_attention
 from ms_quant.numerics.minifloat import E4M3, decode, encode
@@ -124,10 +125,6 @@ def test_any_masks_together(isa: str, problem: Problem) -> None:
     found = check(p.q, p.k, p.v, p.q.shape[3] ** -0.5, isa, **p.masks)
     none = ~pairs((*p.q.shape[:3], p.k.shape[2]), **p.masks).any(axis=-1)
     assert (found[none] == 0).all()
-
-
-def in_order(x: np.ndarray, order: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(x, order[None, :, :, None], axis=2)
 
 
 def heads_inside(x: np.ndarray) -> np.ndarray:
@@ -381,7 +378,7 @@ BAD = [
     ({"k": GOOD["k"][..., :7].copy()}, r"k has shape \(2, 3, 20, 7\), expected \(2, 3, 20, 8\)"),
     ({"v": GOOD["v"][:, :, 1:].copy()}, r"k has shape \(2, 3, 20, 8\), expected \(2, 3, 19, 8\)"),
     ({"v": GOOD["v"][:1].copy()}, r"v has shape \(1, 3, 20, 8\), expected \(2, 3, 20, 8\)"),
-    ({"k": np.zeros((2, 3, 8, 20), np.float32).swapaxes(2, 3)}, "k has strides .*, expected the nu"),
+    ({"k": np.zeros((2, 3, 8, 20), np.float32).swapaxes(2, 3)}, "k has strides .*, expected"),
     ({"leading": np.zeros(2, np.int64)}, r"leading has shape \(2,\), expected \(3,\)"),
     ({"order": np.arange(20)[None]}, r"order has shape \(1, 20\) for 10 queries and 20 keys"),
     ({**TWENTY, "order": np.arange(40).reshape(2, 20)}, r"expected \(1 or 3, tokens\)"),
