@@ -63,7 +63,8 @@ def scaled_scores(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
 
 
 def check_scores(scores: np.ndarray) -> None:
-    """Refuses NaN and infinity, either of which the largest or the smallest is then."""
+    """Refuses scores, or what was made of them, with NaN or infinity: the largest or the smallest
+    is it then, without a mask of their size."""
     if not (np.isfinite(scores.max(initial=0)) and np.isfinite(scores.min(initial=0))):
         raise BadArgumentError("scores: q @ k^T * scale overflows float32, expected finite scores")
 

@@ -42,6 +42,8 @@ def block_means(
     operand = operand_of("x", x)
     batch, heads, tokens, columns = x.shape
     check_array("order", order, (np.int64,), (tokens,))
+    if size < 1:
+        raise BadArgumentError(f"attention: blocks of {size} tokens, expected 1 or more")
     y = np.empty((batch, heads, -(-tokens // size), columns), np.float32)
     call(
         "msq_block_means",

@@ -122,9 +122,8 @@ def operand_of(name: str, x: np.ndarray | Codes) -> Operand:
         raise BadArgumentError(
             f"attention: {name} has shape {numbers.shape}, expected (batch, heads, tokens, size)"
         )
-    if numbers.size and (
-        numbers.strides[3] != numbers.itemsize or any(s % numbers.itemsize for s in numbers.strides)
-    ):
+    apart = numbers.shape[3] > 1 and numbers.strides[3] != numbers.itemsize
+    if numbers.size and (apart or any(s % numbers.itemsize for s in numbers.strides)):
         raise BadArgumentError(
             f"attention: {name} has strides {numbers.strides}, expected the numbers of a token "
             "side by side"

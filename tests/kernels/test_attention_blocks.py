@@ -102,6 +102,7 @@ X = np.zeros((1, 2, 10, 8), np.float32)
         (lambda: quantize_heads(X, "int8", (5, 8), order=np.zeros((1, 10), int)), "no permutation"),
         (lambda: quantize_heads(X.astype("f8"), "int8", (5, 8)), "x is float64, expected float32"),
         (lambda: block_means(X, 4, np.arange(9)), r"order has shape \(9,\), expected \(10,\)"),
+        (lambda: block_means(X, 0), "blocks of 0 tokens, expected 1 or more"),
         (lambda: block_means(X[0], 4), r"x has shape \(2, 10, 8\), expected \(batch, heads, tok"),
     ],
 )
