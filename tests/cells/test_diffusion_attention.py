@@ -130,6 +130,27 @@ def test_steps_choose_and_masks_are_kept():
         cell(*arrays, call=AT)
 
 
+def test_float_steps_are_the_networks_own():
+    """Of quantized and of sparse attention alike; a mask is not kept across them."""
+    plan = attention_plan({"kind": "MIX", "sparse": "rf_v2", "float_steps": range(1, 3)}, "x")
+    cell, given = DiffusionAttention(plan), tensors(qkv())
+    for step in range(4):
+        with TimestepManager.at(step):
+            cell(*given, call=AT)
+    assert dict(cell.calls) == {"MIX + rf_v2": 2, "FLOAT (dense step)": 2}
+    with pytest.raises(MsQuantError, match=r"no timestep is set and some are float, expected"):
+        cell(*given, call=AT)
+
+
+def test_the_density_of_each_head_is_told():
+    cell = sparse(sparse="rf_v1", sparsity=0.5, mode="arm2")
+    assert cell.last_mask.densities == ()
+    cell(*tensors(qkv()), call=AT)
+    assert len(cell.last_mask.densities) == len(cell.last_mask.kinds) == 2
+    assert set(cell.last_mask.kinds) <= {"temporal", "spatial"}
+    assert all(0.4 < density < 0.9 for density in cell.last_mask.densities)
+
+
 def test_the_index_is_of_the_step_and_not_of_the_layer():
     """A shipped adaptation gave the number of the block: then as many blocks stayed dense."""
     arrays, layers = tensors(qkv()), [sparse(start_step=2) for _ in range(4)]

@@ -20,12 +20,16 @@ from ms_quant.cells.diffusion.dense import float_attention
 from ms_quant.cells.diffusion.function import AttentionCall, LatentShape
 from ms_quant.cells.diffusion.masks import padding
 from ms_quant.cells.diffusion.plan import FLOAT, STATIC, AttentionPlan
-from ms_quant.cells.diffusion.state import MaskCaches
+from ms_quant.cells.diffusion.state import HeadDensities, MaskCaches
 from ms_quant.cells.direct import as_type, floats
 from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 DENSE_STEP, PAIRS = "dense step", "mask of pairs"
+UNSET = (
+    "no timestep is set and some are {}, expected TimestepManager.set_timestep_idx(t) before the "
+    "network is called"
+)
 
 
 class DiffusionAttention(nn.Cell):
@@ -95,7 +99,7 @@ class DiffusionAttention(nn.Cell):
         self.plan, self.timestep_policy, self.scales = plan, timestep_policy, scales
         self.label, self.calls = plan.label, Counter[str]()
         self.masks, self.head_size = MaskCaches(plan.window), head_size
-        self.density: float | None = None  # of the last mask that was made, in the mean over heads
+        self.last_mask = HeadDensities()
         target = device_target or ms.get_context("device_target")
         self.operators = ascend.operators(plan) if target == "Ascend" else None
         if rotations is not None:
@@ -179,7 +183,17 @@ class DiffusionAttention(nn.Cell):
                 "no timestep is set, expected TimestepManager.set_timestep_idx(t) before the "
                 "network is called"
             )
-        return self.plan.kind_at(step, policy)
+        return FLOAT if self._is_own(step) else self.plan.kind_at(step, policy)
+
+    def _is_own(self, step: int | None) -> bool:
+        """Whether a step is the network's own.
+
+        Raises:
+            MsQuantError: some are, and no step is set.
+        """
+        if step is None and self.plan.float_steps:
+            raise BadArgumentError(UNSET.format("float"))
+        return step in self.plan.float_steps
 
     def _is_sparse(self, step: int | None) -> bool:
         if self.plan.sparse is None:
@@ -187,12 +201,9 @@ class DiffusionAttention(nn.Cell):
         window = self.plan.window
         if step is None:
             if window.start or window.end is not None or window.refresh:
-                raise BadArgumentError(
-                    "no timestep is set and some are dense, expected "
-                    "TimestepManager.set_timestep_idx(t) before the network is called"
-                )
+                raise BadArgumentError(UNSET.format("dense"))
             return True
-        if step not in window:
+        if step not in window or self._is_own(step):
             self.masks.cache.clear()
             return False
         return True
@@ -239,7 +250,7 @@ class DiffusionAttention(nn.Cell):
 
         def make() -> BlockMask:
             made = make_mask(rule, q, k, grid, scale=scale, kept=kept)
-            self.density = float(made.density().mean())
+            self.last_mask = HeadDensities.of(made)
             return made
 
         key = grid, q.shape[:2], None if kept is None else kept.tobytes()

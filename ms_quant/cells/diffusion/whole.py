@@ -93,6 +93,7 @@ def _plan(row: Mapping[str, Any]) -> AttentionPlan:
         sparse = SparseRule(**{**sparse, "block_shape": tuple(sparse["block_shape"])})
     if given["latent_shape"] is not None:
         given["latent_shape"] = tuple(given["latent_shape"])
+    given["float_steps"] = tuple(given.get("float_steps", ()))  # older files have none
     return AttentionPlan(sparse=sparse, window=StepWindow(**window), **given)
 
 
