@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from diffusion_models import save_pipeline, save_tensors
 
-from ms_quant.diffusers.quantize import quantize_directory
-from ms_quant.diffusers.request import DiffusersOptions, check_request
+import ms_quant
 from ms_quant.diffusers.serving import serve_check_directory
 from ms_quant.errors import MsQuantError
 from ms_quant.serve.attention import FloatParts
@@ -136,8 +135,7 @@ def test_it_goes_to_a_file_and_back(tmp_path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipes")
-    options = DiffusersOptions(save_pipeline(root / "wan", transformer="wan"), root / "made")
-    quantize_directory(check_request(options))
+    ms_quant.quantize_pipeline(save_pipeline(root / "wan", transformer="wan"), root / "made")
     return root / "made"
 
 
