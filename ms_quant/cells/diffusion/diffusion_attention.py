@@ -17,7 +17,7 @@ from ms_quant.attention.rules import make_mask
 from ms_quant.attention.sparse import attend
 from ms_quant.cells.diffusion import ascend
 from ms_quant.cells.diffusion.dense import float_attention
-from ms_quant.cells.diffusion.function import AttentionCall, LatentShape
+from ms_quant.cells.diffusion.function import AttentionCall, Pictures, pictures
 from ms_quant.cells.diffusion.masks import padding
 from ms_quant.cells.diffusion.plan import FLOAT, STATIC, AttentionPlan
 from ms_quant.cells.diffusion.state import HeadDensities, MaskCaches
@@ -270,7 +270,7 @@ class DiffusionAttention(nn.Cell):
         return self.label
 
 
-def _grid(latent_shape: LatentShape | None, text: str, tokens: int) -> TokenGrid:
+def _grid(latent_shape: Pictures | None, text: str, tokens: int) -> TokenGrid:
     """Which tokens are of which place of which frame.
 
     Raises:
@@ -281,14 +281,23 @@ def _grid(latent_shape: LatentShape | None, text: str, tokens: int) -> TokenGrid
             "sparse attention does not know which tokens are of which frame, expected "
             "latent_shape=(frames, height, width) of the tokens of the picture"
         )
-    others = tokens - int(np.prod(latent_shape))
-    if others > 0 and text not in ("first", "last"):
-        shape = " x ".join(map(str, latent_shape))
+    shapes = pictures(latent_shape)
+    covered = sum(int(np.prod(shape)) for shape in shapes)
+    others, said = tokens - covered, " + ".join(" x ".join(map(str, s)) for s in shapes)
+    if others < 0:
         raise BadArgumentError(
-            f"{tokens} tokens for a latent shape of {shape}, which leaves {others}, expected none, "
+            f"{tokens} tokens for a latent shape of {said}, expected {covered} or more"
+        )
+    if others > 0 and text not in ("first", "last"):
+        raise BadArgumentError(
+            f"{tokens} tokens for a latent shape of {said}, which leaves {others}, expected none, "
             "or text='first' or 'last' to say where the text is"
         )
-    return TokenGrid.of(latent_shape, tokens, max(others, 0), text != "last")
+    start, spans = 0 if text == "last" else others, []
+    for shape in shapes:
+        spans.append({"start": start, "latent_shape": shape})
+        start += int(np.prod(shape))
+    return TokenGrid.of_spans(spans, tokens)
 
 
 def _on_host(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[np.ndarray]:

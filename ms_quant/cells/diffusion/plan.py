@@ -9,7 +9,7 @@ from typing import Any
 from ms_quant.attention.fa_quant import KINDS
 from ms_quant.attention.rules import SparseRule
 from ms_quant.attention.schedule import StepWindow
-from ms_quant.cells.diffusion.function import TEXT, LatentShape
+from ms_quant.cells.diffusion.function import TEXT, Pictures
 from ms_quant.errors import BadArgumentError
 from ms_quant.timestep import TimestepPolicyConfig
 
@@ -29,7 +29,8 @@ class AttentionPlan:
         window: which steps are sparse, and when a mask is made anew.
         rotates: whether queries and keys are rotated before they are quantized, as MindIE-SD does.
             It helps the integer kinds and MXFP4, and not FP8. None: unless scales are static.
-        latent_shape: frames, height and width of the picture's tokens; None: the network says it.
+        latent_shape: frames, height and width of the picture's tokens, or of each of several
+            pictures; None: the network says it.
         text: where the text stands among the tokens, of ``TEXT``; "": the network says it.
         float_steps: steps of the sampling loop in which the attention is the network's own.
     """
@@ -38,7 +39,7 @@ class AttentionPlan:
     sparse: SparseRule | None = None
     window: StepWindow = field(default_factory=StepWindow)
     rotates: bool | None = None
-    latent_shape: LatentShape | None = None
+    latent_shape: Pictures | None = None
     text: str = ""
     float_steps: tuple[int, ...] = ()
 
@@ -135,20 +136,21 @@ def attention_plan(wish: AttentionPlan | str | Mapping[str, Any], where: str) ->
     options = {key: wish[key] for key in wish if key in _SPARSE}
     if options and "sparse" not in wish:
         raise BadArgumentError(f"{where}: {next(iter(options))} without sparse, expected a rule")
-    options |= _as_tuple(options, "block_shape", where)
+    options |= as_tuple(options, "block_shape", where)
     rule = SparseRule(wish["sparse"], **options) if wish.get("sparse") is not None else None
     window = StepWindow(**{to: wish[name] for name, to in _WINDOW.items() if name in wish})
     own: dict[str, Any] = {name: wish[name] for name in _OWN if name in wish}
     for name in ("latent_shape", "float_steps"):
-        own |= _as_tuple(own, name, where)
+        own |= as_tuple(own, name, where)
     return AttentionPlan(sparse=rule, window=window, **own)
 
 
-def _as_tuple(options: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def as_tuple(options: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """An option that is a list or a range in JSON or in Python as a tuple, where it is given."""
     value = options.get(name)
     if value is None:
         return {}
     if not isinstance(value, tuple | list | range):
         raise BadArgumentError(f"{where}: {name} {value!r:.80}, expected a list of integers")
-    return {name: tuple(value)}
+    parts = (tuple(part) if isinstance(part, list) else part for part in value)
+    return {name: tuple(parts)}
