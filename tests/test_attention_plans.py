@@ -1,4 +1,4 @@
-"""What runtimes are told of an attention plan: options, JSON and calls, and what they cannot be told."""
+"""What runtimes are told of a plan of attention, and what they cannot be told."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ def test_vllm_omni_takes_skip_lists_for_quantized_attention():
     assert made.vllm_omni_notes() == []
     other = parts({"kind": "MXFP4_DYNAMIC"})
     assert other.vllm_omni() == {"--diffusion-kv-cache-dtype": "mxfp4"}
-    assert other.vllm_omni_notes() == ["MXFP4_DYNAMIC of attention is in vllm-omni's documents only"]
-    with pytest.raises(MsQuantError, match="INT8_DYNAMIC: vllm-omni has no such type, expected FP8"):
+    assert other.vllm_omni_notes() == [
+        "MXFP4_DYNAMIC of attention is in vllm-omni's documents only"
+    ]
+    with pytest.raises(
+        MsQuantError, match="INT8_DYNAMIC: vllm-omni has no such type, expected FP8"
+    ):
         parts({"kind": "INT8_DYNAMIC"}).vllm_omni()
 
 
@@ -76,9 +80,9 @@ def test_the_longest_run_of_sparse_steps_is_the_window(steps, window):
     assert made.sparse_steps() == window
     start, end = window
     dense = start + (0 if end is None else 40 - end)
-    said = [note for note in made.vllm_omni_notes() if "one window" in note]
-    assert said == ([] if dense == len(steps) else [f"{dense} steps stay dense and not {len(steps)}: "
-                    "the runtime has one window of sparse steps"])  # fmt: skip
+    wider = f"{dense} steps stay dense and not {len(steps)}: the runtime has one window of"
+    said = [note.startswith(wider) for note in made.vllm_omni_notes() if "one window" in note]
+    assert said == ([] if dense == len(steps) else [True])
 
 
 def test_layers_of_one_number_stay_float_together():
@@ -104,9 +108,9 @@ def test_mindie_sd_takes_a_policy_for_steps_and_a_dict_for_rainfusion():
         "atten_mask_all": None,
         "mask_refresh_interval": 0,
     }
-    with pytest.raises(MsQuantError, match="that stays dense in step 39 and later: MindIE-SD's mo"):
+    with pytest.raises(MsQuantError, match="that stays dense in step 39 and later: MindIE"):
         parts(SPARSE, steps=[39]).mindie_sd_config()
-    with pytest.raises(MsQuantError, match=r"that stays dense in blocks\.1\.attn1: MindIE-SD's mod"):
+    with pytest.raises(MsQuantError, match=r"that stays dense in blocks\.1\.attn1: MindIE"):
         parts(SPARSE, [LAYERS[1]]).mindie_sd_config()
     assert "mode arm2" in parts({"sparse": "rf_v1"}).mindie_sd_notes()[0]
 

@@ -216,7 +216,9 @@ class AttentionSensitivity:
         if len(set(pairs)) < 2:
             return []
         texts = [f"{n} {kind} {density:.2f}" for n, (kind, density) in enumerate(pairs)]
-        return wrap(f"heads: {', '.join(texts)}", 78, initial_indent=4 * " ", subsequent_indent=6 * " ")
+        return wrap(
+            f"heads: {', '.join(texts)}", 78, initial_indent=4 * " ", subsequent_indent=6 * " "
+        )
 
     def _of(self, mode: str) -> list[AttentionError]:
         if mode not in self.modes:

@@ -29,7 +29,11 @@ def schemes(as_json: JsonOption = False) -> None:
                 "summary": scheme.summary,
                 "formats": [
                     *(_format_row(row) for row in support_of(scheme.name)),
-                    *([_of_diffusers(FORMAT, method_of(scheme.name))] if scheme.name in HELD else []),
+                    *(
+                        [_of_diffusers(FORMAT, method_of(scheme.name))]
+                        if scheme.name in HELD
+                        else []
+                    ),
                 ],
                 "options": list(scheme.options),
                 "algorithms": [

@@ -254,7 +254,9 @@ class FloatParts:
             raise BadFileError(f"{path}: steps is {count!r:.80}, expected how many there are")
         steps = tuple(sorted(set(lists["float_steps"])))
         if steps and (steps[0] < 0 or (count and steps[-1] >= count)):
-            raise BadFileError(f"{path}: float_steps {list(steps)!r:.80}, expected 0 to {count - 1}")
+            raise BadFileError(
+                f"{path}: float_steps {list(steps)!r:.80}, expected 0 to {count - 1}"
+            )
         layers = tuple(lists["float_layers"])
         measured = tuple(lists["layers"])
         return cls(str(value.get("mode", "")), layers, steps, wish, measured, count)

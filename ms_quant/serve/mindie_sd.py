@@ -70,9 +70,7 @@ def _description(directory: Path) -> Path:
     return found[0]
 
 
-def _lines(
-    description: Description, weights: OneFile, parts: FloatParts | None
-) -> Iterator[str]:
+def _lines(description: Description, weights: OneFile, parts: FloatParts | None) -> Iterator[str]:
     """Python that serves it.
 
     Raises:

@@ -138,7 +138,10 @@ def test_pictures_of_several_sizes_are_clips_of_their_own():
     shapes, text = ((1, 16, 16), (1, 12, 12)), 130
     tokens = text + 256 + 144
     given = qkv(tokens)
-    spans = [{"start": text, "latent_shape": (1, 16, 16)}, {"start": 386, "latent_shape": (1, 12, 12)}]
+    spans = [
+        {"start": text, "latent_shape": (1, 16, 16)},
+        {"start": 386, "latent_shape": (1, 12, 12)},
+    ]
     rule = SparseRule("rf_v3", 0.5, protect_first_frame=False)
     mask = make_mask(rule, given[0], given[1], TokenGrid.of_spans(spans, tokens))
     call = AttentionCall("blocks.3.attn", "first", shapes)
@@ -254,7 +257,11 @@ def test_nan_and_overflow_name_the_layer_and_the_step(change, said):
     [
         (sparse, AttentionCall("a", "first"), "a: sparse attention does not know which tokens"),
         (sparse, AttentionCall("a", "", LATENT), "276 tokens for a latent shape of 4 x 8 x 8, wh"),
-        (sparse, AttentionCall("a", "first", (9, 8, 8)), "shape of 9 x 8 x 8, expected 576 or more"),
+        (
+            sparse,
+            AttentionCall("a", "first", (9, 8, 8)),
+            "shape of 9 x 8 x 8, expected 576 or more",
+        ),
     ],
 )
 def test_tokens_that_are_no_grid_are_refused(cell, call, said):

@@ -178,7 +178,9 @@ def test_an_attention_with_an_image_adapter_stays_float_and_says_why():
     said = "its processor FluxIPAdapterAttnProcessor is a Cell"
     assert rows.pop(first.path) == said and set(rows.values()) == {""}
     detach_attention(network)
-    with pytest.raises(MsQuantError, match=rf"{first.path} \(FluxAttention\) is left float \({said}"):
+    with pytest.raises(
+        MsQuantError, match=rf"{first.path} \(FluxAttention\) is left float \({said}"
+    ):
         attach_attention(network, lambda site: Recorder(), layers=[first.path])
 
 

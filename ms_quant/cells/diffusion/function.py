@@ -36,7 +36,7 @@ class AttentionCall:
 
 def pictures(shape: Pictures) -> tuple[LatentShape, ...]:
     """Of one or several."""
-    return (shape,) if isinstance(shape[0], int) else shape  # type: ignore[return-value]
+    return (shape,) if isinstance(shape[0], int) else shape
 
 
 class AttentionFunction(Protocol):
