@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -30,6 +31,47 @@ UNSET = (
     "no timestep is set and some are {}, expected TimestepManager.set_timestep_idx(t) before the "
     "network is called"
 )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one call is given.
+
+    Raises:
+        MsQuantError: an operand has not four axes.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: str
+    mask: Tensor | None
+    scale: float | None
+    call: AttentionCall
+
+    def __post_init__(self) -> None:
+        for name, x in zip("qkv", self.operands, strict=True):
+            if x.ndim != 4:
+                raise BadArgumentError(
+                    f"{name}: shape {x.shape}, expected four axes in {self.layout}"
+                )
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def padding(self) -> tuple[np.ndarray | None, bool]:
+        """What the mask keeps, as :func:`ms_quant.cells.diffusion.masks.padding` says it."""
+        host = None if self.mask is None else self.mask.asnumpy()
+        return padding(host, self.q.shape[0], self.k.shape[2 if self.layout == "BNSD" else 1])
+
+    def on_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Operands as float32, heads first."""
+        q, k, v = (
+            heads_first(floats(x), self.layout, name)
+            for name, x in zip("qkv", self.operands, strict=True)
+        )
+        return q, k, v
 
 
 class DiffusionAttention(nn.Cell):
@@ -131,50 +173,32 @@ class DiffusionAttention(nn.Cell):
     ) -> Tensor:
         step = TimestepManager.get_timestep_idx()
         try:
-            return self._compute(q, k, v, layout, mask, scale, call, step)
+            return self._compute(_Asked(q, k, v, layout, mask, scale, call), step)
         except MsQuantError as error:
             where = call.path or "attention"
             at = "" if step is None else f", step {step}"
             raise type(error)(f"{where}{at}: {error}") from None
 
-    def _compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: str,
-        mask: Tensor | None,
-        scale: float | None,
-        call: AttentionCall,
-        step: int | None,
-    ) -> Tensor:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.ndim != 4:
-                raise BadArgumentError(f"{name}: shape {x.shape}, expected four axes in {layout}")
+    def _compute(self, asked: _Asked, step: int | None) -> Tensor:
         kind, sparse = self._kind(step), self._is_sparse(step)
         if kind == FLOAT and not sparse:
-            return self._own(q, k, v, layout, mask, scale, call, DENSE_STEP)
-        host = None if mask is None else mask.asnumpy()
-        batch, length = q.shape[0], k.shape[2 if layout == "BNSD" else 1]
-        kept, all_said = padding(host, batch, length)
+            return self._own(asked, DENSE_STEP)
+        kept, all_said = asked.padding()
         if not all_said:
-            return self._own(q, k, v, layout, mask, scale, call, PAIRS)
+            return self._own(asked, PAIRS)
         if kind != FLOAT:
-            self._rotate_heads_of(q.shape[-1])
+            self._rotate_heads_of(asked.q.shape[-1])
         if self.operators is not None:
             ascend.check_kind(kind)
             self.calls[kind] += 1
-            return ascend.forward(self, q, k, v, layout, kept, scale)
-        arrays = _on_host(q, k, v, layout)
+            return ascend.forward(self, *asked.operands, asked.layout, kept, asked.scale)
         if sparse:
-            out = self._sparse(arrays, kept, scale, call, kind, step)
+            out = self._sparse(asked, kept, kind, step)
         else:
-            q_rot, k_rot = self._rotations()
-            scales = self._scales(kind)
-            given = arrays[0], arrays[1], arrays[2], q_rot, k_rot
-            out = fa_quant(*given, kind, scale=scale, kept=kept, scales=scales)
+            given, scales = (*asked.on_host(), *self._rotations()), self._scales(kind)
+            out = fa_quant(*given, kind, scale=asked.scale, kept=kept, scales=scales)
         self.calls[self._named(kind, sparse)] += 1
-        return _as_given(out, layout, q)
+        return _as_given(out, asked.layout, asked.q)
 
     def _kind(self, step: int | None) -> str:
         policy = self.timestep_policy
@@ -208,22 +232,13 @@ class DiffusionAttention(nn.Cell):
             return False
         return True
 
-    def _own(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: str,
-        mask: Tensor | None,
-        scale: float | None,
-        call: AttentionCall,
-        reason: str,
-    ) -> Tensor:
+    def _own(self, asked: _Asked, reason: str) -> Tensor:
         """The network's own attention, or dense attention where it has none."""
         self.calls[f"{FLOAT} ({reason})"] += 1
+        layout, mask, scale, call = asked.layout, asked.mask, asked.scale, asked.call
         if call.original is None and self.operators is not None:
-            return ascend.dense(self.operators, q, k, v, layout, mask, scale)
-        return float_attention(q, k, v, layout=layout, mask=mask, scale=scale, call=call)
+            return ascend.dense(self.operators, *asked.operands, layout, mask, scale)
+        return float_attention(*asked.operands, layout=layout, mask=mask, scale=scale, call=call)
 
     def _rotations(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         if "q_rot" not in self._params:
@@ -234,19 +249,12 @@ class DiffusionAttention(nn.Cell):
         return self.scales if kind == STATIC else None
 
     def _sparse(
-        self,
-        arrays: list[np.ndarray],
-        kept: np.ndarray | None,
-        scale: float | None,
-        call: AttentionCall,
-        kind: str,
-        step: int | None,
+        self, asked: _Asked, kept: np.ndarray | None, kind: str, step: int | None
     ) -> np.ndarray:
-        rule, (q, k, v) = self.plan.sparse, arrays
+        plan, call, scale, (q, k, v) = self.plan, asked.call, asked.scale, asked.on_host()
+        rule = plan.sparse
         assert rule is not None
-        grid = _grid(
-            self.plan.latent_shape or call.latent_shape, self.plan.text or call.text, q.shape[2]
-        )
+        grid = _grid(plan.latent_shape or call.latent_shape, plan.text or call.text, q.shape[2])
 
         def make() -> BlockMask:
             made = make_mask(rule, q, k, grid, scale=scale, kept=kept)
@@ -298,11 +306,6 @@ def _grid(latent_shape: Pictures | None, text: str, tokens: int) -> TokenGrid:
         spans.append({"start": start, "latent_shape": shape})
         start += int(np.prod(shape))
     return TokenGrid.of_spans(spans, tokens)
-
-
-def _on_host(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[np.ndarray]:
-    """As float32, heads first."""
-    return [heads_first(floats(x), layout, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
 
 
 def _as_given(out: np.ndarray, layout: str, q: Tensor) -> Tensor:

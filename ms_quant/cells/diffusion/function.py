@@ -36,7 +36,8 @@ class AttentionCall:
 
 def pictures(shape: Pictures) -> tuple[LatentShape, ...]:
     """Of one or several."""
-    return (shape,) if isinstance(shape[0], int) else shape
+    several = isinstance(shape, tuple) and bool(shape) and isinstance(shape[0], tuple)
+    return shape if several else (shape,)  # type: ignore[return-value]
 
 
 class AttentionFunction(Protocol):
