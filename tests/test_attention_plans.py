@@ -125,7 +125,8 @@ def test_it_goes_to_a_file_and_back(tmp_path):
         ("attention", {}, "is no plan of attention"),
         ("float_steps", ["a"], r"float_steps is \['a'\], expected a list of"),
         ("float_layers", "x", "float_layers is 'x', expected a list of"),
-        ("float_steps", [40], r"float_steps \[40\], expected 0 to 39"),
+        ("float_steps", [40], r"float_steps \[40\], expected steps from 0 to 39"),
+        ("attention", {"sparse": "rf_v3", "sparsity": 2}, "sparsity is 2, expected 0 to 1"),
         ("steps", -1, "steps is -1"),
     ]:
         path.write_text(json.dumps({**content, key: value}))

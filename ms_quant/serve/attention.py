@@ -254,9 +254,13 @@ class FloatParts:
             raise BadFileError(f"{path}: steps is {count!r:.80}, expected how many there are")
         steps = tuple(sorted(set(lists["float_steps"])))
         if steps and (steps[0] < 0 or (count and steps[-1] >= count)):
+            last = f" to {count - 1}" if count else ""
             raise BadFileError(
-                f"{path}: float_steps {list(steps)!r:.80}, expected 0 to {count - 1}"
+                f"{path}: float_steps {list(steps)!r:.80}, expected steps from 0{last}"
             )
+        sparsity = wish.get("sparsity", 0)
+        if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+            raise BadFileError(f"{path}: sparsity is {sparsity!r:.80}, expected 0 to 1")
         layers = tuple(lists["float_layers"])
         measured = tuple(lists["layers"])
         return cls(str(value.get("mode", "")), layers, steps, wish, measured, count)

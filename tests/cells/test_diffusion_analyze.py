@@ -112,7 +112,7 @@ def test_names_of_a_mapping_and_a_table():
 
 
 def test_it_goes_to_a_file_and_back(tmp_path):
-    found = ms_quant.analyze_attention(Network(), sample, ["MIX"])
+    found = ms_quant.analyze_attention(Network(), sample, ["MIX", SPARSE])
     found.save(tmp_path / "found.json")
     assert AttentionSensitivity.load(tmp_path / "found.json") == found
     for text in ('{"version": 1}', '{"version": 1, "calls": [{"layer": "a"}]}', "[]"):

@@ -78,7 +78,7 @@ class AttentionPlan:
 
     @property
     def wish(self) -> dict[str, Any]:
-        """As a user writes it, for :func:`attention_plan`."""
+        """As a user writes it in JSON, for :func:`attention_plan`."""
         found: dict[str, Any] = {"kind": self.kind}
         if self.sparse is not None:
             found["sparse"] = self.sparse.kind
@@ -87,7 +87,8 @@ class AttentionPlan:
         found |= {name: getattr(self, name) for name in ("rotates", "latent_shape", "text")}
         found["float_steps"] = self.float_steps
         usual = {**_USUAL, "sparsity": None}  # that of a rule is said
-        return {name: value for name, value in found.items() if value != usual.get(name)}
+        said = {name: value for name, value in found.items() if value != usual.get(name)}
+        return {name: _listed(value) for name, value in said.items()}
 
     def kind_at(self, step: int | None, policy: TimestepPolicyConfig | None) -> str:
         """How a step is quantized: as the policy says, where it says something of attention."""
@@ -143,6 +144,10 @@ def attention_plan(wish: AttentionPlan | str | Mapping[str, Any], where: str) ->
     for name in ("latent_shape", "float_steps"):
         own |= as_tuple(own, name, where)
     return AttentionPlan(sparse=rule, window=window, **own)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
 
 
 def as_tuple(options: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
