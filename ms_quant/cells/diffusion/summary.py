@@ -77,25 +77,18 @@ class AttentionSummaries:
         }
 
     def __str__(self) -> str:
-        header = ["path", "cell", "tokens", "heads x size", "attention", "density", "calls"]
-        rows = [_cells(row) for row in self.layers]
-        if not any(row.densities for row in self.layers):
-            header, rows = _without(5, [header])[0], _without(5, rows)
-        return table(header, rows)
+        header = ("path", "cell", "tokens", "heads x size", "attention", "density", "calls")
+        return table(header, [_cells(row) for row in self.layers])
 
 
-def _without(column: int, rows: list[list[str]]) -> list[list[str]]:
-    return [row[:column] + row[column + 1 :] for row in rows]
-
-
-def _cells(row: AttentionSummary) -> list[str]:
+def _cells(row: AttentionSummary) -> tuple[str, ...]:
     tokens = {"first": "text first", "last": "text last", "none": "picture", "": "not known"}
     size = f"{row.heads or '?'} x {row.head_size or '?'}"
     attention = f"{row.attention}: {row.reason}" if row.reason else row.attention
     calls = ", ".join(f"{count} {how}" for how, count in row.calls.items())
     none = "-" if row.attention == FLOAT else "none yet"
     said = tokens.get(row.tokens, row.tokens)
-    return [row.path, row.kind, said, size, attention, _density(row), calls or none]
+    return row.path, row.kind, said, size, attention, _density(row), calls or none
 
 
 def _density(row: AttentionSummary) -> str:
