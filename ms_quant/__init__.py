@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         attention_summary,
         detach_attention,
     )
+    from ms_quant.diffusers.pipeline import quantize_pipeline
     from ms_quant.errors import (
         BadArgumentError,
         BadFileError,
@@ -100,6 +101,7 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
     "quantize_mixed",
+    "quantize_pipeline",
     "save_quantized",
     "sparse_attention",
     "summary",
@@ -122,6 +124,7 @@ _MODULES = {
         *("AttentionPlan", "DiffusionAttention", "attach_attention", "attention_sites"),
         *("attention_summary", "detach_attention"),
     ),
+    "ms_quant.diffusers.pipeline": ("quantize_pipeline",),
     "ms_quant.errors": (
         *("BadArgumentError", "BadFileError", "DiskError", "JobConflictError", "MsQuantError"),
         "UnsupportedError",

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import ms_quant
 from ms_quant import kernels
 from ms_quant.errors import MsQuantError
+from ms_quant.timestep import TimestepManager, kept_timesteps
 
 EOS = "<|end|>"
 VOCAB_SIZE = 320  # more than the tokenizer has, as in many real models
@@ -246,6 +247,14 @@ def blocking_mindspore() -> None:
     import mindspore
 
     mindspore.runtime.launch_blocking()
+
+
+@pytest.fixture(scope="module")
+def any_timesteps(blocking_mindspore: None) -> Iterator[None]:
+    """Sampling loops of any number of steps; what was set is put back."""
+    with kept_timesteps():
+        TimestepManager.set_timestep_idx_max(None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusion_models import save_pipeline
 from typer.testing import CliRunner
 
 import ms_quant
@@ -24,6 +25,7 @@ FUNCTIONS = {
     for name in (
         *("quantize_checkpoint", "convert_checkpoint", "verify_checkpoint", "open_model"),
         *("perplexity", "compare", "generate", "load_recipe", "from_ptq_config"),
+        "quantize_pipeline",
     )
 }
 FUNCTIONS["compress_checkpoint"] = sparse_compress.compress_checkpoint
@@ -36,6 +38,7 @@ RECIPE = {"apiversion": "ms_quant_v1", "rules": [RULE]}
 def test_the_examples_of_a_docstring_run(name, tiny_model, calib_text, tmp_path, monkeypatch):
     shape = {"layers": 1, **WIDE} if name == "compress_checkpoint" else {}
     tiny_model("Qwen3-8B", **shape)
+    save_pipeline(tmp_path / "Wan2.2-T2V-A14B-Diffusers", transformer="wan", transformer_2="wan")
     (tmp_path / "heldout.txt").write_text(calib_text.read_text())
     monkeypatch.chdir(tmp_path)
     text = inspect.getdoc(FUNCTIONS[name]) or ""

@@ -17,19 +17,11 @@ import video_measures
 
 from ms_quant import TimestepManager
 from ms_quant.attention.dense import attention as dense_attention
-from ms_quant.timestep import kept_timesteps
 
+pytestmark = pytest.mark.usefixtures("any_timesteps")
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "moving-shapes-dit"
 CARD = json.loads((MODEL / "training.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _of_any_number_of_steps():
-    ms.runtime.launch_blocking()
-    with kept_timesteps():
-        TimestepManager.set_timestep_idx_max(None)
-        yield
 
 
 @pytest.fixture(scope="module")

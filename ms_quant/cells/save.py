@@ -14,7 +14,12 @@ from mindspore import nn
 
 from ms_quant.algorithms import AlgorithmPipeline
 from ms_quant.cells.as_linear import as_linear
-from ms_quant.cells.diffusion.save import attention_tensors, attention_types, warn_of_sparse
+from ms_quant.cells.diffusion.save import (
+    attention_tensors,
+    attention_types,
+    float_steps,
+    warn_of_what_is_not_read,
+)
 from ms_quant.cells.quant_linear import QuantLinear
 from ms_quant.cells.tree import float_dtype, host_array, is_linear
 from ms_quant.cells.whole import save_whole
@@ -27,7 +32,7 @@ from ms_quant.formats.mindie_sd.choice import (
     type_of_scheme,
     why_not_run,
 )
-from ms_quant.formats.mindie_sd.description import DTYPE
+from ms_quant.formats.mindie_sd.description import DTYPE, FLOAT_STEPS, METADATA
 from ms_quant.formats.mindie_sd.held import RUN_DTYPES
 from ms_quant.formats.mindie_sd.tensors import Layout, Part, entry, parts
 from ms_quant.formats.mindie_sd.types import (
@@ -150,10 +155,12 @@ def save_quantized(
     weights = target / weights_name(model, rank)
     write_file(weights, plans, lambda plan: makers[plan.name](), metadata, MODE)
     path = target / description_name(model, rank)
-    write_json(path, {GLOBAL_TYPE: model, **entries}, MODE)
+    steps = float_steps(network)
+    own = {METADATA: {FLOAT_STEPS: steps}} if steps else {}
+    write_json(path, {GLOBAL_TYPE: model, **entries, **own}, MODE)
     if not metadata:
         _warn_of_float32(layouts)
-    warn_of_sparse(network)
+    warn_of_what_is_not_read(network)
     return str(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,12 +82,16 @@ def verify(
 def serve_check(
     checkpoint: MadeArgument,
     runtime: Annotated[
-        str, typer.Option(help="vllm-mindspore, vllm-ascend, mindie, vllm or vllm-omni.")
+        str, typer.Option(help="vllm-mindspore, vllm-ascend, mindie, vllm, vllm-omni or mindie-sd.")
     ],
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     device: Annotated[
         str, typer.Option(help="310p or 910b. Default: what such checkpoints are made for")
     ] = "",
+    attention: Annotated[
+        Path | None,
+        typer.Option(help="What attention becomes: written by recommend(...).save(FILE)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What a runtime would load how, and the command that serves it; or why it would not."""
@@ -95,7 +100,7 @@ def serve_check(
     else:
         from ms_quant.serve.check import serve_check as check
 
-    result = check(checkpoint, runtime, tp, device.lower())
+    result = check(checkpoint, runtime, tp, device.lower(), attention)
     emit(result, as_json, _show_serving)
     exit_if_problems(result["problems"])
 
@@ -151,6 +156,8 @@ def _show_serving(result: dict[str, Any]) -> None:
         note(f"note: {text}")
     if result["line"]:
         print(result["line"])
+    if result.get("attention"):
+        print(json.dumps(result["attention"]))
 
 
 def _show_inspection(result: dict[str, Any]) -> None:

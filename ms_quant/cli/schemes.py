@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,10 +10,14 @@ from rich.table import Table
 from ms_quant.cli.console import JsonOption, emit, wide_table
 from ms_quant.schemes.storage import FormatSupport, wanted_text
 
+if TYPE_CHECKING:
+    from ms_quant.diffusers.methods import Method
+
 
 def schemes(as_json: JsonOption = False) -> None:
     """The schemes and algorithms there are, and which runtime serves them."""
     from ms_quant.algorithms import ALGORITHMS, PLAIN
+    from ms_quant.diffusers.methods import FORMAT, HELD, method_of
     from ms_quant.pipeline.best import BEST
     from ms_quant.schemes.support import support_of
     from ms_quant.schemes.table import KV_CACHES, SCHEMES
@@ -23,7 +27,14 @@ def schemes(as_json: JsonOption = False) -> None:
             {
                 "name": scheme.name,
                 "summary": scheme.summary,
-                "formats": [_format_row(row) for row in support_of(scheme.name)],
+                "formats": [
+                    *(_format_row(row) for row in support_of(scheme.name)),
+                    *(
+                        [_of_diffusers(FORMAT, method_of(scheme.name))]
+                        if scheme.name in HELD
+                        else []
+                    ),
+                ],
                 "options": list(scheme.options),
                 "algorithms": [
                     PLAIN,
@@ -53,14 +64,21 @@ def _format_row(support: FormatSupport) -> dict[str, Any]:
     }
 
 
-_NETWORKS = {
-    "format": "",
-    "served_by": [],
-    "experts_served_by": [],
-    "not_served_by": ["for networks: ms_quant.quantize(network, ...) and ms_quant.save_quantized"],
-    "only": {},
-    "kernels": "",
-}
+def _of_diffusers(format: str, method: Method) -> dict[str, Any]:
+    """A folder of diffusers, whose transformers alone are quantized."""
+    served = f"{format} (quant_method {method.name})"
+    return _format_row(FormatSupport(format, (served,), method.devices, targets={}))
+
+
+_NETWORKS = _format_row(
+    FormatSupport(
+        "",
+        not_served_by=(
+            "for networks: ms_quant.quantize(network, ...) and ms_quant.save_quantized",
+        ),
+        targets={},
+    )
+)
 
 
 def _only(place: dict[str, Any]) -> list[str]:

@@ -85,6 +85,11 @@ HELD = (*SCHEME_METHODS, *ASCEND_SCHEMES)
 """The schemes that a checkpoint for vllm-omni can be of."""
 
 
+def method_of(scheme: str) -> Method:
+    """The method whose checkpoints hold a scheme of ``HELD``."""
+    return SCHEME_METHODS.get(scheme, METHODS[ASCEND])
+
+
 @dataclass(frozen=True)
 class Storage:
     """A scheme as one method holds it.
@@ -146,7 +151,7 @@ def storage_of(scheme: str, options: Mapping[str, Any], dtype: np.dtype) -> Stor
             f"scheme {scheme}: no {FORMAT} checkpoint that is made from weights alone can hold it, "
             f"expected one of {', '.join(HELD)}"
         )
-    method = SCHEME_METHODS.get(scheme, METHODS[ASCEND])
+    method = method_of(scheme)
     if options.get("dual_block_size", DUAL) != DUAL:
         raise BadArgumentError(
             f"dual_block_size is {options['dual_block_size']}, expected {DUAL} of a {FORMAT} "

@@ -13,6 +13,7 @@ from ms_quant.diffusers.stored import Stored, read_stored
 from ms_quant.errors import BadArgumentError
 from ms_quant.formats.ascend.format import DESCRIPTION
 from ms_quant.job.output_directory import check_files
+from ms_quant.serve.attention import FloatParts
 from ms_quant.serve.check import OF_DIFFUSERS, answer, check_arguments
 from ms_quant.serve.records import Loaded, Served, ServeRequest, merged, weight_text
 
@@ -39,14 +40,37 @@ def check(request: ServeRequest) -> Served:
         served.loaded += merged(_rows(name, plan, request.tp))
     served.problems += _place_problems(stored, request)
     served.notes += _notes(stored)
-    served.command = command(stored, request.tp)
+    parts = None if request.attention is None else FloatParts.load(request.attention)
+    if parts is not None:
+        served.problems += _attention_problems(stored, parts)
+        served.notes += parts.vllm_omni_notes()
+        served.attention = parts.vllm_omni_config() if parts.wish.get("sparse") else {}
+    served.command = command(stored, request.tp, parts)
     return served
 
 
-def command(stored: Stored, tp: int) -> list[str]:
-    """What serves it; the method is in ``config.json``. What an attention plan adds goes here."""
+def command(stored: Stored, tp: int, parts: FloatParts | None = None) -> list[str]:
+    """What serves it; the method is in ``config.json``.
+
+    Raises:
+        MsQuantError: vllm-omni has no such attention.
+    """
     ranks = [] if tp == 1 else ["--tensor-parallel-size", str(tp)]
-    return ["vllm", "serve", str(stored.directory.path), "--omni", *ranks]
+    options = {} if parts is None else parts.vllm_omni()
+    words = [word for option in options.items() for word in option]
+    return ["vllm", "serve", str(stored.directory.path), "--omni", *ranks, *words]
+
+
+def _attention_problems(stored: Stored, parts: FloatParts) -> Iterator[str]:
+    """Layers of a plan that no transformer has."""
+    linears = [path for plan in stored.plans.values() for path in plan.component.shapes]
+    for layer in dict.fromkeys([*parts.measured, *parts.layers]):
+        if not any(path.startswith(f"{layer}.") for path in linears):
+            yield (
+                f"attention: {layer} is in none of the transformers, expected paths such as "
+                f"{linears[0].rpartition('.')[0]}"
+            )
+            return
 
 
 def _family_problems(plan: ComponentPlan) -> Iterator[str]:
@@ -129,7 +153,11 @@ def _rows(name: str, plan: ComponentPlan, tp: int) -> Iterator[Loaded]:
 
 
 def serve_check_directory(
-    checkpoint: Path, runtime: str, tp: int = 1, device: str = ""
+    checkpoint: Path,
+    runtime: str,
+    tp: int = 1,
+    device: str = "",
+    attention: Path | None = None,
 ) -> dict[str, Any]:
     """Checks that vllm-omni can serve a directory of diffusers, without it.
 
@@ -145,5 +173,5 @@ def serve_check_directory(
             f"runtime is {runtime!r}, expected {OF_DIFFUSERS}: {checkpoint} is a directory of "
             "diffusers"
         )
-    request = ServeRequest(checkpoint, runtime, tp, device)
+    request = ServeRequest(checkpoint, runtime, tp, device, attention)
     return answer(checkpoint, request, check(request))

@@ -15,7 +15,7 @@ from typing import Any
 from ms_quant.errors import BadFileError
 from ms_quant.formats.plugins import first_answer
 from ms_quant.formats.source_kind import model_directory
-from ms_quant.serve import mindie, vllm, vllm_ascend, vllm_mindspore
+from ms_quant.serve import mindie, mindie_sd, vllm, vllm_ascend, vllm_mindspore
 from ms_quant.serve.records import DEVICES, Served, ServeRequest
 
 RUNTIMES: dict[str, Callable[[ServeRequest], Served]] = {
@@ -26,10 +26,18 @@ RUNTIMES: dict[str, Callable[[ServeRequest], Served]] = {
 }
 OF_DIFFUSERS = "vllm-omni"
 """The runtime that serves directories of diffusers, which have rules of their own."""
+OF_NETWORKS = "mindie-sd"
+"""The runtime that serves the files of networks, which need no configuration of a model."""
 MAX_TP = 1024
 
 
-def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -> dict[str, Any]:
+def serve_check(
+    checkpoint: Path,
+    runtime: str,
+    tp: int = 1,
+    device: str = "",
+    attention: Path | None = None,
+) -> dict[str, Any]:
     """Checks that a runtime can serve a checkpoint, without the runtime.
 
     Args:
@@ -37,12 +45,13 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
         runtime: one of ``RUNTIMES``.
         tp: tensor-parallel ranks.
         device: one of ``DEVICES``, or "" for the one that such checkpoints are made for.
+        attention: file of what attention becomes by layer and step, of ``mindie-sd`` alone.
 
     Returns:
         JSON: ``checkpoint``, ``format``, ``runtime``, ``tp``, ``device``; ``problems`` (one
         sentence each; empty when it can) and ``notes``; ``loaded``: a row for each kind of layer
         and rank; ``command``, ``environment`` and ``line``, both as one types them, empty when
-        there are problems.
+        there are problems; with an attention plan ``attention``, the runtime's JSON for it.
 
     Raises:
         MsQuantError: an argument has no such value, or the directory cannot be read at all.
@@ -52,6 +61,14 @@ def serve_check(checkpoint: Path, runtime: str, tp: int = 1, device: str = "") -
         raise BadFileError(
             f"{checkpoint}: is no directory of diffusers, which {runtime} serves here, expected "
             f"one of the runtimes {', '.join(RUNTIMES)}"
+        )
+    if runtime == OF_NETWORKS:
+        request = ServeRequest(checkpoint, runtime, tp, device, attention)
+        return answer(checkpoint, request, mindie_sd.check(request))
+    if attention is not None:
+        raise BadFileError(
+            f"attention: {attention} with runtime {runtime}, expected {OF_DIFFUSERS} or "
+            f"{OF_NETWORKS}, which serve diffusion networks"
         )
     request = ServeRequest(model_directory(checkpoint), runtime, tp, device)
     return answer(checkpoint, request, _by_others(request) or RUNTIMES[runtime](request))
@@ -72,6 +89,7 @@ def answer(checkpoint: Path, request: ServeRequest, served: Served) -> dict[str,
         "command": served.command if right else [],
         "environment": served.environment if right else {},
         "line": served.line if right else "",
+        **({"attention": served.attention if right else {}} if request.attention else {}),
     }
 
 
@@ -81,7 +99,7 @@ def check_arguments(runtime: str, tp: int, device: str) -> None:
     Raises:
         MsQuantError: names the argument.
     """
-    known = (*RUNTIMES, OF_DIFFUSERS)
+    known = (*RUNTIMES, OF_NETWORKS, OF_DIFFUSERS)
     if runtime not in known:
         raise BadFileError(f"runtime {runtime!r} is unknown, expected one of {', '.join(known)}")
     if device and device not in DEVICES:

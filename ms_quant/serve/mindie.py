@@ -33,9 +33,9 @@ def check(request: ServeRequest) -> Served:
             f"{request.checkpoint}: is one file for all, tp is {request.tp}, expected --tp 1: "
             "MindIE-SD reads a file for each rank, which a checkpoint of ms-quant is not split into"
         )
-    served.problems += _access_problems(description, MAX_DESCRIPTION)
+    served.problems += access_problems(description, MAX_DESCRIPTION)
     for path in structure.checkpoint.files():
-        served.problems += _access_problems(path, MAX_WEIGHTS)
+        served.problems += access_problems(path, MAX_WEIGHTS)
     served.problems += _failing(structure)
     if not served.problems:
         served.loaded = loaded_rows(structure, 1)
@@ -73,7 +73,7 @@ def _has_bare_mxfp4(structure: Structure) -> bool:
     )
 
 
-def _access_problems(path: Path, largest: int) -> Iterator[str]:
+def access_problems(path: Path, largest: int) -> Iterator[str]:
     """What the runtime's own check of a file refuses."""
     status = path.stat()
     mode = status.st_mode & 0o777

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 DEVICES = ("310p", "910b")
 
@@ -17,12 +18,14 @@ class ServeRequest:
     runtime: one of ``RUNTIMES``.
     tp: tensor-parallel ranks.
     device: one of ``DEVICES``; "" where the user did not say.
+    attention: file of what attention becomes by layer and step; None where it is not asked.
     """
 
     checkpoint: Path
     runtime: str
     tp: int
     device: str = ""
+    attention: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Served:
         loaded: what would be loaded how.
         command: the command that serves it, in words; a call in Python is one word.
         environment: the variables that the command needs.
+        attention: the runtime's own JSON for sparse attention; {} where it has none.
     """
 
     format: str
@@ -67,6 +71,7 @@ class Served:
     loaded: list[Loaded] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
 
     @property
     def line(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ pytest.importorskip("mindspore")
 from mindspore import Tensor, nn
 
 import ms_quant
-from ms_quant.analysis.attention import AttentionError, AttentionSensitivity, ranges
+from ms_quant.analysis.attention import AttentionError, AttentionSensitivity
 from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import fa_quant
 from ms_quant.attention.grid import TokenGrid
@@ -20,7 +21,9 @@ from ms_quant.attention.rotation import walsh_rotation
 from ms_quant.attention.rules import SparseRule, make_mask
 from ms_quant.attention.sparse import attend
 from ms_quant.cells.diffusion import attention_sites
+from ms_quant.cells.diffusion.plan import attention_plan
 from ms_quant.errors import MsQuantError
+from ms_quant.serve.attention import ranges
 from ms_quant.timestep import TimestepManager
 
 HEADS, SIZE, SHAPE = 2, 16, (8, 4, 4)
@@ -93,6 +96,8 @@ def test_errors_are_those_of_each_mode_in_the_float_network():
         else:
             mask = make_mask(rule, q, x, grid)
             other, density = attend(q, x, x, mask), float(mask.density().mean())
+            assert call.densities == tuple(mask.density()[0])
+            assert call.kinds == mask.names == ("windows", "windows")
         np.testing.assert_allclose(call.heads, relative(other, exact)[0], rtol=1e-3)
         assert call.density == pytest.approx(density)
     assert all(site.cell.fa_quant is None for site in attention_sites(network))  # as it was
@@ -107,13 +112,60 @@ def test_names_of_a_mapping_and_a_table():
 
 
 def test_it_goes_to_a_file_and_back(tmp_path):
-    found = ms_quant.analyze_attention(Network(), sample, ["MIX"])
+    found = ms_quant.analyze_attention(Network(), sample, ["MIX", SPARSE])
     found.save(tmp_path / "found.json")
     assert AttentionSensitivity.load(tmp_path / "found.json") == found
     for text in ('{"version": 1}', '{"version": 1, "calls": [{"layer": "a"}]}', "[]"):
         (tmp_path / "found.json").write_text(text)
         with pytest.raises(MsQuantError, match=r"found\.json"):
             AttentionSensitivity.load(tmp_path / "found.json")
+
+
+def test_a_heat_map_says_what_each_head_is():
+    calls = [
+        AttentionError("b.0", 0, "m", (0.1, 0.3), 0.75, (0.5, 1.0), ("temporal", "dense")),
+        AttentionError("b.0", 1, "m", (0.3, 0.3), 0.75, (0.7, 0.8), ("spatial", "dense")),
+        AttentionError("b.0", 2, "m", (0.2, 0.3), 0.75, (0.6, 0.6), ("spatial", "spatial")),
+        AttentionError("b.1", 0, "m", (0.2, 0.2)),
+    ]
+    found = AttentionSensitivity(tuple(calls))
+    wanted = {
+        "mode": "m",
+        "layers": ["b.0", "b.1"],
+        "errors": [[0.2, 0.3], [0.2, 0.2]],
+        "densities": [[0.6, 0.8], [1.0, 1.0]],
+        "kinds": [["spatial", "dense"], ["", ""]],
+    }
+    heat = found.heat_map("m")
+    for key in ("errors", "densities"):
+        np.testing.assert_allclose(heat.pop(key), wanted.pop(key))
+    assert json.loads(json.dumps(heat)) == wanted
+    assert "heads: 0 spatial 0.60, 1 dense 0.80" in str(found)
+
+
+def test_what_is_recommended_makes_a_network_so():
+    """The first 3 of 8 steps are float, and layers that are off by more; one call takes it all."""
+    network = Network()
+    network.unused = nn.Dense(SIZE, SIZE)  # quantize asks for one linear at least
+
+    def longer(network):
+        for step in range(8):
+            with TimestepManager.at(step):
+                network(Tensor(X * (1 + step)))
+
+    found = ms_quant.analyze_attention(network, longer, ["FP8_DYNAMIC", SPARSE])
+    advice = found.recommend("FP8_DYNAMIC", most=0.5)
+    assert advice.steps == (0, 1, 2) and advice.layers == () and advice.count == 8
+    assert found.keep_float("FP8_DYNAMIC", most=0.5).steps == ()
+    made = ms_quant.quantize(network, lambda path, cell: None, attention=advice.attention())
+    longer(made)
+    for row in ms_quant.attention_summary(made):
+        assert row.calls == {"FLOAT (dense step)": 3, "FP8_DYNAMIC": 5}
+    thinned = found.recommend("rf_v3 0.5", most=9).attention()["blocks.1"]
+    plan = attention_plan(thinned, "x")
+    assert plan.sparse == SparseRule("rf_v3", 0.5, block_shape=(16, 16))
+    assert plan.latent_shape == SHAPE and plan.window.refresh == 1
+    assert plan.float_steps == (0, 1, 2)
 
 
 def table(errors: dict[tuple[int, int], float]) -> AttentionSensitivity:

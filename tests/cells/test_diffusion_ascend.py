@@ -5,6 +5,9 @@ The doubles check what is documented of each operator's arguments and compute wh
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,6 +15,7 @@ pytest.importorskip("mindspore")
 
 import mindspore as ms
 from mindspore import Tensor
+from mindspore.ops import auto_generate
 
 from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import fa_quant
@@ -30,23 +34,34 @@ def wide(x: Tensor) -> np.ndarray:
     return x.astype(ms.float32).asnumpy()
 
 
+def bound(kind: type, arguments: tuple, named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that the installed MindSpore's operator has for them."""
+    found = signature(kind.__call__).bind(None, *arguments, **named).arguments
+    return {name: value for name, value in found.items() if name != "self"}
+
+
 class Doubles:
-    """In place of ``ascend.Operators``."""
+    """In place of ``ascend.Operators``; arguments are bound as MindSpore's operators bind them."""
 
     def __init__(self):
         self.calls = []
 
-    def block_quant(self, x, min_scale, round_mode, dst_type, row_block_size, col_block_size):
+    def block_quant(self, *arguments, **named):
         """DynamicBlockQuant takes two or three axes, float16 or bfloat16."""
+        given = bound(auto_generate.DynamicBlockQuant, arguments, named)
+        x, rows, columns = (given.pop(n) for n in ("x", "row_block_size", "col_block_size"))
         assert x.ndim == 3 and x.dtype in (ms.float16, ms.bfloat16)
-        self.calls.append((row_block_size, col_block_size, min_scale, round_mode, dst_type))
-        codes, scales = fa_block_quant(wide(x)[:, None], row_block_size, col_block_size)
+        self.calls.append((rows, columns, given))
+        codes, scales = fa_block_quant(wide(x)[:, None], rows, columns)
         return Tensor(codes[:, 0].copy()), Tensor(scales[:, 0].copy())
 
     def attention(self, heads, scale):
-        def run(query, key, value, pse_shift=None, attn_mask=None):
-            assert isinstance(key, list) and isinstance(value, list) and pse_shift is None
-            assert query.shape[1] == heads
+        def run(*arguments, **named):
+            given = bound(auto_generate.FusedInferAttentionScore, arguments, named)
+            query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+            attn_mask = given.pop("attn_mask", None)
+            assert isinstance(key, list) and isinstance(value, list)
+            assert set(given.values()) <= {None} and query.shape[1] == heads
             left_out = None if attn_mask is None else attn_mask.asnumpy()
             assert left_out is None or left_out.shape == (BATCH, 1, TOKENS, TOKENS)
             mask = None if left_out is None else ~left_out
@@ -98,8 +113,8 @@ def test_fp8_is_what_the_definition_says(layout):
     assert found.dtype == ms.float16 and found.shape == given[0].shape
     expected = fa_quant(*map(wide, given), layout=layout)
     np.testing.assert_allclose(wide(found), expected, atol=1e-3)
-    rows = [(n, 128, 0.0, "rint", ms.float8_e4m3fn) for n in (128, 256, 256)]
-    assert cell.operators.calls == rows
+    options = {"min_scale": 0.0, "round_mode": "rint", "dst_type": ms.float8_e4m3fn}
+    assert cell.operators.calls == [(n, 128, options) for n in (128, 256, 256)]
 
 
 def test_queries_and_keys_are_rotated_and_values_are_not():
@@ -146,7 +161,11 @@ def test_a_policy_asks_for_no_other_operators_in_silence():
 def test_the_real_operators_can_be_made_here_and_fp8_is_missed():
     """Their arguments are MindSpore's; none has a CPU kernel."""
     operators = Operators()
-    assert "num_heads=2, scale_value=0.125" in repr(operators.attention(2, 0.125))
-    if operators.quantized_kind is None:
+    made = operators.attention(2, 0.125)
+    assert type(made) is auto_generate.FusedInferAttentionScore
+    assert type(operators.block_quant) is auto_generate.DynamicBlockQuant
+    wanted = {"num_heads": 2, "num_key_value_heads": 2, "scale_value": 0.125}
+    assert {name: getattr(made, name) for name in wanted} == wanted
+    if operators.quantized_kind is None:  # all of MindSpore 2.10 and before
         with pytest.raises(MsQuantError, match=f"has no {QUANTIZED}, which attention on FP8 needs"):
             operators.quantized()

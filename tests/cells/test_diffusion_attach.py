@@ -28,6 +28,11 @@ from ms_quant.cells.diffusion import (
     detach_attention,
 )
 from ms_quant.errors import MsQuantError
+from ms_quant.formats.mindie_sd.attention_types import (
+    ATTENTION_TYPES,
+    check_attention_type,
+    is_attention_type,
+)
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 HEADS, SIZE, TOKENS = 2, 16, 40
@@ -264,7 +269,13 @@ def entry(key: str, value: str) -> Callable:
         (in_fp8, given(f"{AT}.q_rot", 2 * np.eye(16, dtype="f4")), "q_rot.*off the identity"),
         (in_fp8, given(f"{AT}.q_rot", np.eye(16, dtype="f4")), "expected the same rotation"),
         (in_fp8, entry("blocks.7.attn", "FP8_DYNAMIC"), r"blocks\.7\.attn is attention in FP8_DYN"),
-        (in_fp8, entry(f"{AT}.quant_type", "QK_INT8"), "'QK_INT8', expected a type of attention"),
+        (in_fp8, entry(f"{AT}.quant_type", "QK_INT8"), "'QK_INT8', Q and K in INT8, which nothing"),
+        (
+            in_fp8,
+            entry(f"{AT}.quant_type", "QK_INT8_V_FP8_DYNAMIC"),
+            "Q and K in INT8; V in FP8_DYNAMIC, which nothing computes here, expected Q, K and V",
+        ),
+        (in_fp8, entry(f"{AT}.quant_type", "Q_FP8_Q_FP8"), "'Q_FP8_Q_FP8', expected a type of att"),
         (static, without(f"{AT}.fa_v.scale"), r"has no tensor 'blocks\.1\.attn\.fa_v\.scale'"),
         (static, given(f"{AT}.fa_k.scale", -np.ones((2, 1), "f4")), "a scale is not positive"),
         (static, given(f"{AT}.fa_k.offset", np.ones((2, 1), "i1")), "is not 0, expected symmetric"),
@@ -338,6 +349,21 @@ def test_static_scales_need_inputs():
     assert network.blocks[0].attn.fa_quant is None
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("FP8_DYNAMIC", "FP8_DYNAMIC"),
+        ("qkv_mxfp4_dynamic", "MXFP4_DYNAMIC"),
+        ("INT8_DYNAMIC", "INT8_DYNAMIC"),
+        ("INT8", "INT8"),
+        ("QKV_INT8", "INT8"),
+        ("FAKQuant", "INT8"),
+    ],
+)
+def test_names_that_msmodelslim_builds(name, kind):
+    assert ATTENTION_TYPES[check_attention_type(name, "x")] == kind and is_attention_type(name)
+
+
 # Saved again
 
 
@@ -361,6 +387,26 @@ def test_saved_attention_is_loaded(scheme, tmp_path):
     assert {row.attention for row in attention_summary(fresh)} == {"MXFP4_DYNAMIC", "FP8_DYNAMIC"}
 
 
+def test_steps_in_float_are_saved_where_the_runtime_does_not_look(tmp_path):
+    network = Net()
+    wish = {"kind": "FP8_DYNAMIC", "float_steps": range(2)}
+    ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*.0.attn": wish}, dtype="bfloat16")
+    with pytest.warns(UserWarning, match=r"blocks\.0\.attn has steps in float, which ms_quant"):
+        path = ms_quant.save_quantized(network, tmp_path)
+    stated = json.loads(Path(path).read_text())
+    assert stated["metadata"] == {"attention_float_steps": {"blocks.0.attn": [0, 1]}}
+    fresh = ms_quant.load_quantized(Net(), path)
+    for step in range(3):
+        with TimestepManager.at(step):
+            fresh(x())
+    calls = attention_summary(fresh).layers[0].calls
+    assert calls == {"FLOAT (dense step)": 2, "FP8_DYNAMIC": 1}
+    stated["metadata"]["attention_float_steps"]["blocks.1.attn"] = [0]
+    (tmp_path / Path(path).name).write_text(json.dumps(stated))
+    with pytest.raises(MsQuantError, match=r"'blocks\.1\.attn' is \[0\], expected steps from 0 of"):
+        ms_quant.load_quantized(Net(), path)
+
+
 def test_what_mindie_sd_does_not_serve_is_not_saved(tmp_path):
     network = Net()
     ms_quant.quantize(network, "W8A8_DYNAMIC", attention={"*.0.attn": "INT8_DYNAMIC"})
@@ -381,6 +427,7 @@ WHOLE = {
     "quantized": {"*": "FP8_DYNAMIC"},
     "sparse": {"*.0.attn": {"sparse": "rf_v3", "sparsity": 0.5, "latent_shape": (1, 5, 8)}},
     "static": {"*": {"kind": "INT8", "rotates": True}},
+    "by step": {"*": {"kind": "MIX", "float_steps": [3, 4]}},
 }
 
 
@@ -392,7 +439,8 @@ def test_a_whole_network_with_attention_is_loaded(scheme, wishes, tmp_path):
     ms_quant.quantize(network, chosen, attention=wishes, calibration=[x()])
     path = ms_quant.save_quantized(network, tmp_path, format="network")
     fresh = ms_quant.load_quantized(Net(), path)
-    np.testing.assert_array_equal(fresh(x()).asnumpy(), network(x()).asnumpy())
+    with TimestepManager.at(5):
+        np.testing.assert_array_equal(fresh(x()).asnumpy(), network(x()).asnumpy())
     rows = [attention_summary(one).layers for one in (fresh, network)]
     assert rows[0] == rows[1]
 

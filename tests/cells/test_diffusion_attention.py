@@ -16,7 +16,10 @@ from mindspore import Tensor
 
 from ms_quant.attention.dense import attention
 from ms_quant.attention.fa_quant import KINDS, fa_quant
+from ms_quant.attention.grid import TokenGrid
 from ms_quant.attention.rotation import walsh_rotation
+from ms_quant.attention.rules import SparseRule, make_mask
+from ms_quant.attention.sparse import attend
 from ms_quant.cells.diffusion import AttentionCall, AttentionPlan, DiffusionAttention
 from ms_quant.cells.diffusion.plan import attention_plan
 from ms_quant.errors import MsQuantError
@@ -130,6 +133,49 @@ def test_steps_choose_and_masks_are_kept():
         cell(*arrays, call=AT)
 
 
+def test_pictures_of_several_sizes_are_clips_of_their_own():
+    """As MindIE-SD's video_spans has them; the text fills the blocks between."""
+    shapes, text = ((1, 16, 16), (1, 12, 12)), 130
+    tokens = text + 256 + 144
+    given = qkv(tokens)
+    spans = [
+        {"start": text, "latent_shape": (1, 16, 16)},
+        {"start": 386, "latent_shape": (1, 12, 12)},
+    ]
+    rule = SparseRule("rf_v3", 0.5, protect_first_frame=False)
+    mask = make_mask(rule, given[0], given[1], TokenGrid.of_spans(spans, tokens))
+    call = AttentionCall("blocks.3.attn", "first", shapes)
+    options = {"sparse": "rf_v3", "sparsity": 0.5, "protect_first_frame": False}
+    found = sparse(**options)(*tensors(given), call=call).asnumpy()
+    np.testing.assert_array_equal(found, attend(*given, mask))
+    stated = {**options, "latent_shape": [[1, 16, 16], [1, 12, 12]], "text": "first"}
+    again = sparse(**stated)(*tensors(given)).asnumpy()
+    np.testing.assert_array_equal(again, found)
+    with pytest.raises(MsQuantError, match="RainFusion 1: 2 clips, expected one"):
+        sparse(sparse="rf_v1")(*tensors(given), call=call)
+
+
+def test_float_steps_are_the_networks_own():
+    """Of quantized and of sparse attention alike; a mask is not kept across them."""
+    plan = attention_plan({"kind": "MIX", "sparse": "rf_v2", "float_steps": range(1, 3)}, "x")
+    cell, given = DiffusionAttention(plan), tensors(qkv())
+    for step in range(4):
+        with TimestepManager.at(step):
+            cell(*given, call=AT)
+    assert dict(cell.calls) == {"MIX + rf_v2": 2, "FLOAT (dense step)": 2}
+    with pytest.raises(MsQuantError, match=r"no timestep is set and some are float, expected"):
+        cell(*given, call=AT)
+
+
+def test_the_density_of_each_head_is_told():
+    cell = sparse(sparse="rf_v1", sparsity=0.5, mode="arm2")
+    assert cell.last_mask.densities == ()
+    cell(*tensors(qkv()), call=AT)
+    assert len(cell.last_mask.densities) == len(cell.last_mask.kinds) == 2
+    assert set(cell.last_mask.kinds) <= {"temporal", "spatial"}
+    assert all(0.4 < density < 0.9 for density in cell.last_mask.densities)
+
+
 def test_the_index_is_of_the_step_and_not_of_the_layer():
     """A shipped adaptation gave the number of the block: then as many blocks stayed dense."""
     arrays, layers = tensors(qkv()), [sparse(start_step=2) for _ in range(4)]
@@ -211,7 +257,11 @@ def test_nan_and_overflow_name_the_layer_and_the_step(change, said):
     [
         (sparse, AttentionCall("a", "first"), "a: sparse attention does not know which tokens"),
         (sparse, AttentionCall("a", "", LATENT), "276 tokens for a latent shape of 4 x 8 x 8, wh"),
-        (sparse, AttentionCall("a", "first", (9, 8, 8)), "latent_shape: 9 x 8 x 8 = 576 tokens"),
+        (
+            sparse,
+            AttentionCall("a", "first", (9, 8, 8)),
+            "shape of 9 x 8 x 8, expected 576 or more",
+        ),
     ],
 )
 def test_tokens_that_are_no_grid_are_refused(cell, call, said):

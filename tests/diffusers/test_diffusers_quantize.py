@@ -24,11 +24,10 @@ from diffusion_models import (
 )
 from killed import KILLED_AT_RENAME
 
+import ms_quant
 from ms_quant.diffusers.component import open_float_component
 from ms_quant.diffusers.methods import HELD, storage_of
 from ms_quant.diffusers.plan import quantized_linear
-from ms_quant.diffusers.quantize import quantize_directory
-from ms_quant.diffusers.request import DiffusersOptions, check_request
 from ms_quant.errors import MsQuantError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.quantization import streamed
@@ -61,7 +60,7 @@ QUANTIZED = {  # of each block; written from the networks of vllm-omni 0.30 and 
 
 
 def make(model: Path, output: Path, scheme: str = "W8A8_MXFP8", **options: Any) -> dict[str, Any]:
-    return quantize_directory(check_request(DiffusersOptions(model, output, scheme, **options)))
+    return ms_quant.quantize_pipeline(model, output, scheme, **options)
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -244,12 +243,11 @@ def test_dtype_narrows_what_stays_float(tmp_path: Path) -> None:
 KILLED = (
     KILLED_AT_RENAME
     + """
-from ms_quant.diffusers.quantize import quantize_directory
-from ms_quant.diffusers.request import DiffusersOptions, check_request
+from ms_quant.diffusers.pipeline import quantize_pipeline
 from ms_quant.files import filling
 
 filling.SAVED_SECONDS = 0
-quantize_directory(check_request(DiffusersOptions(Path(model), Path(output), shard_bytes=100_000)))
+quantize_pipeline(model, output, shard_bytes=100_000)
 """
 )
 

@@ -16,10 +16,9 @@ from diffusion_models import (
     save_transformer,
 )
 
+import ms_quant
 from ms_quant.diffusers.inspection import inspect_directory
 from ms_quant.diffusers.methods import HELD
-from ms_quant.diffusers.quantize import quantize_directory
-from ms_quant.diffusers.request import DiffusersOptions, check_request
 from ms_quant.diffusers.serving import serve_check_directory
 from ms_quant.diffusers.verify import verify_directory
 from ms_quant.errors import MsQuantError
@@ -34,7 +33,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: Path, output: Path, scheme: str = "W8A8_MXFP8", **options: Any) -> Path:
-    quantize_directory(check_request(DiffusersOptions(model, output, scheme, **options)))
+    ms_quant.quantize_pipeline(model, output, scheme, **options)
     return output
 
 

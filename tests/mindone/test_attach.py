@@ -157,6 +157,33 @@ def test_the_table_says_what_is_float_and_why():
     assert rows["blocks.0.attn1"].calls == {"Recorder": 1}
 
 
+def test_pictures_of_several_sizes_are_told_apart():
+    """As QwenImage's editing has them: the pictures follow each other, after the text."""
+    network, recorder = NETWORKS["QwenImage"].build(), Recorder()
+    inputs = NETWORKS["QwenImage"].inputs()
+    inputs["img_shapes"] = [[(1, 8, 16), (1, 16, 8)]]
+    attach_attention(network, lambda site: recorder)
+    run(network, inputs)
+    assert recorder.seen[0][-1].latent_shape == ((1, 8, 16), (1, 16, 8))
+
+
+def test_an_attention_with_an_image_adapter_stays_float_and_says_why():
+    from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    network = NETWORKS["Flux"].build()
+    first, *_ = attention_sites(network)
+    first.cell.set_processor(FluxIPAdapterAttnProcessor(128, 32))
+    attach_attention(network, lambda site: Recorder())
+    rows = {row.path: row.reason for row in attention_summary(network)}
+    said = "its processor FluxIPAdapterAttnProcessor is a Cell"
+    assert rows.pop(first.path) == said and set(rows.values()) == {""}
+    detach_attention(network)
+    with pytest.raises(
+        MsQuantError, match=rf"{first.path} \(FluxAttention\) is left float \({said}"
+    ):
+        attach_attention(network, lambda site: Recorder(), layers=[first.path])
+
+
 @pytest.mark.parametrize(
     ("layers", "said"),
     [

@@ -25,7 +25,8 @@ def test_the_example_of_attention(capsys):
     shown = section.partition("```\npath ")[2].splitlines()[0]
     assert lines[0].split() == ["path", *shown.split()]
     found = {line.split()[0]: line for line in lines[1:]}
-    assert found["blocks.0.attn1"].split()[-3:] == ["FP8_DYNAMIC", "2", "FP8_DYNAMIC"]
-    assert "FP8_DYNAMIC + rf_v3 0.8  2 FP8_DYNAMIC" in found["blocks.1.attn1"]  # dense so early
+    assert found["blocks.0.attn1"].split()[-4:] == ["FP8_DYNAMIC", "-", "2", "FP8_DYNAMIC"]
+    dense_so_early = ["FP8_DYNAMIC", "+", "rf_v3", "0.8", "-", "2", "FP8_DYNAMIC"]
+    assert found["blocks.1.attn1"].split()[-7:] == dense_so_early
     assert "FLOAT: not chosen" in found["blocks.2.attn1"]
     assert "FLOAT: cross" in found["blocks.2.attn2"]

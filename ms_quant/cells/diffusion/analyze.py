@@ -46,7 +46,8 @@ def analyze_attention(
 
     Returns:
         AttentionSensitivity, relative L2 errors of outputs by layer, step, mode and head, and the
-        densities; printed, it is a table. It derives lists of layers and steps to leave float.
+        densities; printed, it is a table. Its ``recommend`` says which layers and steps to leave
+        float, its ``heat_map`` what each head computes.
 
     Raises:
         MsQuantError: a mode is unknown or static, a pattern matches nothing, the loop calls no
@@ -86,7 +87,7 @@ def analyze_attention(
         raise BadArgumentError(
             "sample: called no self attention that layers match, expected a run of the network"
         )
-    return AttentionSensitivity(tuple(found))
+    return AttentionSensitivity(tuple(found), {name: plan.wish for name, plan in plans.items()})
 
 
 def _plans(modes: Sequence[Any] | Mapping[str, Any]) -> Iterator[tuple[str, AttentionPlan]]:
@@ -100,7 +101,7 @@ def _plans(modes: Sequence[Any] | Mapping[str, Any]) -> Iterator[tuple[str, Atte
                 "INT8_DYNAMIC or another kind"
             )
         window = StepWindow(refresh=1) if plan.sparse is not None else StepWindow()
-        yield name or plan.label, replace(plan, window=window)
+        yield name or plan.label, replace(plan, window=window, float_steps=())
 
 
 class _Compared:
@@ -132,10 +133,10 @@ class _Compared:
                 )
             output = cell(q, k, v, layout=layout, mask=mask, scale=scale, call=call)
             errors = _relative(heads_first(floats(output), layout), wanted)
-            density = 1.0 if cell.plan.sparse is None else cell.density
-            self.found.append(
-                AttentionError(call.path, step, name, errors, 1.0 if density is None else density)
-            )
+            made = cell.last_mask
+            density = float(np.mean(made.densities)) if made.densities else 1.0
+            of_heads = errors, density, made.densities, made.kinds
+            self.found.append(AttentionError(call.path, step, name, *of_heads))
         return exact
 
 

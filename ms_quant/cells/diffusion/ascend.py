@@ -1,8 +1,10 @@
 """Ascend operators behind DiffusionAttention. Never run on a device.
 
-Argument names, types and layouts follow the operators' documentation and are tested on CPU with a
-recording double. MindSpore 2.10 has the operators for float attention and for the FP8 codes, and
-none for attention on FP8: CANN's FusedInferAttentionScore of version 2 is looked for by its name.
+MindSpore 2.10 has the operators for float attention and for the FP8 codes; a recording double on
+CPU binds arguments as those do. It has none for attention on FP8, whose codes its
+FusedInferAttentionScore does not take: version 2 of it is looked for by the name that MindSpore
+would give it, with the arguments of torch_npu's npu_fused_infer_attention_score_v2. Both are
+assumed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -17,15 +18,60 @@ from ms_quant.attention.rules import make_mask
 from ms_quant.attention.sparse import attend
 from ms_quant.cells.diffusion import ascend
 from ms_quant.cells.diffusion.dense import float_attention
-from ms_quant.cells.diffusion.function import AttentionCall, LatentShape
+from ms_quant.cells.diffusion.function import AttentionCall, Pictures, pictures
 from ms_quant.cells.diffusion.masks import padding
 from ms_quant.cells.diffusion.plan import FLOAT, STATIC, AttentionPlan
-from ms_quant.cells.diffusion.state import MaskCaches
+from ms_quant.cells.diffusion.state import HeadDensities, MaskCaches
 from ms_quant.cells.direct import as_type, floats
 from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
 
 DENSE_STEP, PAIRS = "dense step", "mask of pairs"
+UNSET = (
+    "no timestep is set and some are {}, expected TimestepManager.set_timestep_idx(t) before the "
+    "network is called"
+)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one call is given.
+
+    Raises:
+        MsQuantError: an operand has not four axes.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: str
+    mask: Tensor | None
+    scale: float | None
+    call: AttentionCall
+
+    def __post_init__(self) -> None:
+        for name, x in zip("qkv", self.operands, strict=True):
+            if x.ndim != 4:
+                raise BadArgumentError(
+                    f"{name}: shape {x.shape}, expected four axes in {self.layout}"
+                )
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def padding(self) -> tuple[np.ndarray | None, bool]:
+        """What the mask keeps, as :func:`ms_quant.cells.diffusion.masks.padding` says it."""
+        host = None if self.mask is None else self.mask.asnumpy()
+        return padding(host, self.q.shape[0], self.k.shape[2 if self.layout == "BNSD" else 1])
+
+    def on_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Operands as float32, heads first."""
+        q, k, v = (
+            heads_first(floats(x), self.layout, name)
+            for name, x in zip("qkv", self.operands, strict=True)
+        )
+        return q, k, v
 
 
 class DiffusionAttention(nn.Cell):
@@ -95,7 +141,7 @@ class DiffusionAttention(nn.Cell):
         self.plan, self.timestep_policy, self.scales = plan, timestep_policy, scales
         self.label, self.calls = plan.label, Counter[str]()
         self.masks, self.head_size = MaskCaches(plan.window), head_size
-        self.density: float | None = None  # of the last mask that was made, in the mean over heads
+        self.last_mask = HeadDensities()
         target = device_target or ms.get_context("device_target")
         self.operators = ascend.operators(plan) if target == "Ascend" else None
         if rotations is not None:
@@ -127,50 +173,32 @@ class DiffusionAttention(nn.Cell):
     ) -> Tensor:
         step = TimestepManager.get_timestep_idx()
         try:
-            return self._compute(q, k, v, layout, mask, scale, call, step)
+            return self._compute(_Asked(q, k, v, layout, mask, scale, call), step)
         except MsQuantError as error:
             where = call.path or "attention"
             at = "" if step is None else f", step {step}"
             raise type(error)(f"{where}{at}: {error}") from None
 
-    def _compute(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: str,
-        mask: Tensor | None,
-        scale: float | None,
-        call: AttentionCall,
-        step: int | None,
-    ) -> Tensor:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.ndim != 4:
-                raise BadArgumentError(f"{name}: shape {x.shape}, expected four axes in {layout}")
+    def _compute(self, asked: _Asked, step: int | None) -> Tensor:
         kind, sparse = self._kind(step), self._is_sparse(step)
         if kind == FLOAT and not sparse:
-            return self._own(q, k, v, layout, mask, scale, call, DENSE_STEP)
-        host = None if mask is None else mask.asnumpy()
-        batch, length = q.shape[0], k.shape[2 if layout == "BNSD" else 1]
-        kept, all_said = padding(host, batch, length)
+            return self._own(asked, DENSE_STEP)
+        kept, all_said = asked.padding()
         if not all_said:
-            return self._own(q, k, v, layout, mask, scale, call, PAIRS)
+            return self._own(asked, PAIRS)
         if kind != FLOAT:
-            self._rotate_heads_of(q.shape[-1])
+            self._rotate_heads_of(asked.q.shape[-1])
         if self.operators is not None:
             ascend.check_kind(kind)
             self.calls[kind] += 1
-            return ascend.forward(self, q, k, v, layout, kept, scale)
-        arrays = _on_host(q, k, v, layout)
+            return ascend.forward(self, *asked.operands, asked.layout, kept, asked.scale)
         if sparse:
-            out = self._sparse(arrays, kept, scale, call, kind, step)
+            out = self._sparse(asked, kept, kind, step)
         else:
-            q_rot, k_rot = self._rotations()
-            scales = self._scales(kind)
-            given = arrays[0], arrays[1], arrays[2], q_rot, k_rot
-            out = fa_quant(*given, kind, scale=scale, kept=kept, scales=scales)
+            given, scales = (*asked.on_host(), *self._rotations()), self._scales(kind)
+            out = fa_quant(*given, kind, scale=asked.scale, kept=kept, scales=scales)
         self.calls[self._named(kind, sparse)] += 1
-        return _as_given(out, layout, q)
+        return _as_given(out, asked.layout, asked.q)
 
     def _kind(self, step: int | None) -> str:
         policy = self.timestep_policy
@@ -179,7 +207,17 @@ class DiffusionAttention(nn.Cell):
                 "no timestep is set, expected TimestepManager.set_timestep_idx(t) before the "
                 "network is called"
             )
-        return self.plan.kind_at(step, policy)
+        return FLOAT if self._is_own(step) else self.plan.kind_at(step, policy)
+
+    def _is_own(self, step: int | None) -> bool:
+        """Whether a step is the network's own.
+
+        Raises:
+            MsQuantError: some are, and no step is set.
+        """
+        if step is None and self.plan.float_steps:
+            raise BadArgumentError(UNSET.format("float"))
+        return step in self.plan.float_steps
 
     def _is_sparse(self, step: int | None) -> bool:
         if self.plan.sparse is None:
@@ -187,32 +225,20 @@ class DiffusionAttention(nn.Cell):
         window = self.plan.window
         if step is None:
             if window.start or window.end is not None or window.refresh:
-                raise BadArgumentError(
-                    "no timestep is set and some are dense, expected "
-                    "TimestepManager.set_timestep_idx(t) before the network is called"
-                )
+                raise BadArgumentError(UNSET.format("dense"))
             return True
-        if step not in window:
+        if step not in window or self._is_own(step):
             self.masks.cache.clear()
             return False
         return True
 
-    def _own(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: str,
-        mask: Tensor | None,
-        scale: float | None,
-        call: AttentionCall,
-        reason: str,
-    ) -> Tensor:
+    def _own(self, asked: _Asked, reason: str) -> Tensor:
         """The network's own attention, or dense attention where it has none."""
         self.calls[f"{FLOAT} ({reason})"] += 1
+        layout, mask, scale, call = asked.layout, asked.mask, asked.scale, asked.call
         if call.original is None and self.operators is not None:
-            return ascend.dense(self.operators, q, k, v, layout, mask, scale)
-        return float_attention(q, k, v, layout=layout, mask=mask, scale=scale, call=call)
+            return ascend.dense(self.operators, *asked.operands, layout, mask, scale)
+        return float_attention(*asked.operands, layout=layout, mask=mask, scale=scale, call=call)
 
     def _rotations(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         if "q_rot" not in self._params:
@@ -223,23 +249,16 @@ class DiffusionAttention(nn.Cell):
         return self.scales if kind == STATIC else None
 
     def _sparse(
-        self,
-        arrays: list[np.ndarray],
-        kept: np.ndarray | None,
-        scale: float | None,
-        call: AttentionCall,
-        kind: str,
-        step: int | None,
+        self, asked: _Asked, kept: np.ndarray | None, kind: str, step: int | None
     ) -> np.ndarray:
-        rule, (q, k, v) = self.plan.sparse, arrays
+        plan, call, scale, (q, k, v) = self.plan, asked.call, asked.scale, asked.on_host()
+        rule = plan.sparse
         assert rule is not None
-        grid = _grid(
-            self.plan.latent_shape or call.latent_shape, self.plan.text or call.text, q.shape[2]
-        )
+        grid = _grid(plan.latent_shape or call.latent_shape, plan.text or call.text, q.shape[2])
 
         def make() -> BlockMask:
             made = make_mask(rule, q, k, grid, scale=scale, kept=kept)
-            self.density = float(made.density().mean())
+            self.last_mask = HeadDensities.of(made)
             return made
 
         key = grid, q.shape[:2], None if kept is None else kept.tobytes()
@@ -259,7 +278,7 @@ class DiffusionAttention(nn.Cell):
         return self.label
 
 
-def _grid(latent_shape: LatentShape | None, text: str, tokens: int) -> TokenGrid:
+def _grid(latent_shape: Pictures | None, text: str, tokens: int) -> TokenGrid:
     """Which tokens are of which place of which frame.
 
     Raises:
@@ -270,19 +289,23 @@ def _grid(latent_shape: LatentShape | None, text: str, tokens: int) -> TokenGrid
             "sparse attention does not know which tokens are of which frame, expected "
             "latent_shape=(frames, height, width) of the tokens of the picture"
         )
-    others = tokens - int(np.prod(latent_shape))
-    if others > 0 and text not in ("first", "last"):
-        shape = " x ".join(map(str, latent_shape))
+    shapes = pictures(latent_shape)
+    covered = sum(int(np.prod(shape)) for shape in shapes)
+    others, said = tokens - covered, " + ".join(" x ".join(map(str, s)) for s in shapes)
+    if others < 0:
         raise BadArgumentError(
-            f"{tokens} tokens for a latent shape of {shape}, which leaves {others}, expected none, "
+            f"{tokens} tokens for a latent shape of {said}, expected {covered} or more"
+        )
+    if others > 0 and text not in ("first", "last"):
+        raise BadArgumentError(
+            f"{tokens} tokens for a latent shape of {said}, which leaves {others}, expected none, "
             "or text='first' or 'last' to say where the text is"
         )
-    return TokenGrid.of(latent_shape, tokens, max(others, 0), text != "last")
-
-
-def _on_host(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[np.ndarray]:
-    """As float32, heads first."""
-    return [heads_first(floats(x), layout, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    start, spans = 0 if text == "last" else others, []
+    for shape in shapes:
+        spans.append({"start": start, "latent_shape": shape})
+        start += int(np.prod(shape))
+    return TokenGrid.of_spans(spans, tokens)
 
 
 def _as_given(out: np.ndarray, layout: str, q: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Protocol
 from mindspore import Tensor
 
 LatentShape = tuple[int, int, int]
+Pictures = LatentShape | tuple[LatentShape, ...]
+"""The latent shape of a picture, or of several of other sizes that follow each other."""
 TEXT = ("none", "first", "last")
 """Where the text tokens of joint attention stand among the tokens of the picture."""
 
@@ -20,15 +22,22 @@ class AttentionCall:
     Attributes:
         path: of the Cell; "" for an attention that is called alone.
         text: of ``TEXT``; "" where nothing says it.
-        latent_shape: frames, height and width of the picture's tokens; None where nothing says it.
+        latent_shape: frames, height and width of the picture's tokens, or a tuple of those of
+            pictures that follow each other; None where nothing says it.
         original: what the network itself makes of queries, keys and values, in the same layout;
             None where it has nothing of its own.
     """
 
     path: str = ""
     text: str = ""
-    latent_shape: LatentShape | None = None
+    latent_shape: Pictures | None = None
     original: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def pictures(shape: Pictures) -> tuple[LatentShape, ...]:
+    """Of one or several."""
+    several = isinstance(shape, tuple) and bool(shape) and isinstance(shape[0], tuple)
+    return shape if several else (shape,)  # type: ignore[return-value]
 
 
 class AttentionFunction(Protocol):

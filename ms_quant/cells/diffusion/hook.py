@@ -10,7 +10,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from ms_quant.cells.diffusion.function import AttentionCall, AttentionFunction, LatentShape
+from ms_quant.cells.diffusion.function import AttentionCall, AttentionFunction, Pictures
 from ms_quant.cells.diffusion.models import MODELS
 from ms_quant.cells.diffusion.sites import AttentionSite
 from ms_quant.errors import BadArgumentError
@@ -21,7 +21,7 @@ HOOK = "ms_quant_attention"
 TAKEN, OTHER_LENGTH = "", "other length of keys"
 
 Original = Callable[[Tensor, Tensor, Tensor], Tensor]
-_seen: ContextVar[tuple[int, LatentShape | None] | None] = ContextVar(
+_seen: ContextVar[tuple[int, Pictures | None] | None] = ContextVar(
     "ms_quant_latent_shape", default=None
 )
 
@@ -41,7 +41,7 @@ class LatentShapes:
         given = signature(network.construct).bind_partial(*arguments, **named).arguments
         _seen.set((id(self), self.model.grid(network.config, given)))
 
-    def __call__(self) -> LatentShape | None:
+    def __call__(self) -> Pictures | None:
         seen = _seen.get()
         return seen[1] if seen is not None and seen[0] == id(self) else None
 

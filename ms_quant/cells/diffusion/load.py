@@ -30,6 +30,8 @@ def stored_attention(
         if type is None or not site.is_self:
             continue
         stored = read_attention(tensors, site.path, type, site.heads, site.head_size)
-        plan = AttentionPlan(stored.kind, rotates=stored.rotations is not None)
+        steps = description.float_steps.get(site.path, ())
+        rotates = stored.rotations is not None
+        plan = AttentionPlan(stored.kind, rotates=rotates, float_steps=steps)
         made[site.path] = DiffusionAttention(plan, policy, stored.rotations, stored.scales)
     return made

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor
 
-from ms_quant.cells.diffusion.function import LatentShape
+from ms_quant.cells.diffusion.function import LatentShape, Pictures
 
 CROSS, TEXT_ALONE = "cross", "text alone"
 
-Grid = Callable[[Any, Mapping[str, Any]], LatentShape | None]
+Grid = Callable[[Any, Mapping[str, Any]], Pictures | None]
 """Called with the network's config and its named arguments."""
 
 
@@ -69,12 +69,12 @@ def _flux(config: Any, given: Mapping[str, Any]) -> LatentShape | None:
     return (frames, height, width) if np.array_equal(places, expected) else None
 
 
-def _qwen_image(config: Any, given: Mapping[str, Any]) -> LatentShape | None:
+def _qwen_image(config: Any, given: Mapping[str, Any]) -> Pictures:
     """Pictures of one size follow each other like frames."""
     shapes = given["img_shapes"]
     pictures = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
     if len({tuple(picture) for picture in pictures}) > 1:
-        return None
+        return tuple((int(f), int(h), int(w)) for f, h, w in pictures)
     frames, height, width = pictures[0]
     return frames * len(pictures), height, width
 

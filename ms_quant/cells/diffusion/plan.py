@@ -9,7 +9,7 @@ from typing import Any
 from ms_quant.attention.fa_quant import KINDS
 from ms_quant.attention.rules import SparseRule
 from ms_quant.attention.schedule import StepWindow
-from ms_quant.cells.diffusion.function import TEXT, LatentShape
+from ms_quant.cells.diffusion.function import TEXT, Pictures
 from ms_quant.errors import BadArgumentError
 from ms_quant.timestep import TimestepPolicyConfig
 
@@ -29,18 +29,24 @@ class AttentionPlan:
         window: which steps are sparse, and when a mask is made anew.
         rotates: whether queries and keys are rotated before they are quantized, as MindIE-SD does.
             It helps the integer kinds and MXFP4, and not FP8. None: unless scales are static.
-        latent_shape: frames, height and width of the picture's tokens; None: the network says it.
+        latent_shape: frames, height and width of the picture's tokens, or of each of several
+            pictures; None: the network says it.
         text: where the text stands among the tokens, of ``TEXT``; "": the network says it.
+        float_steps: steps of the sampling loop in which the attention is the network's own.
     """
 
     kind: str = FLOAT
     sparse: SparseRule | None = None
     window: StepWindow = field(default_factory=StepWindow)
     rotates: bool | None = None
-    latent_shape: LatentShape | None = None
+    latent_shape: Pictures | None = None
     text: str = ""
+    float_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        steps = self.float_steps
+        if not all(type(step) is int and step >= 0 for step in steps):
+            raise BadArgumentError(f"attention: float_steps {steps!r:.80}, expected steps from 0")
         if self.kind not in (*KINDS, FLOAT):
             known = ", ".join((*KINDS, FLOAT))
             raise BadArgumentError(f"attention: kind {self.kind!r:.80}, expected one of {known}")
@@ -70,6 +76,20 @@ class AttentionPlan:
             parts.append(f"{self.sparse.kind} {self.sparse.sparsity:g}")
         return " + ".join(parts)
 
+    @property
+    def wish(self) -> dict[str, Any]:
+        """As a user writes it in JSON, for :func:`attention_plan`."""
+        found: dict[str, Any] = {"kind": self.kind}
+        if self.sparse is not None:
+            found["sparse"] = self.sparse.kind
+            found |= {name: getattr(self.sparse, name) for name in sorted(_SPARSE)}
+        found |= {name: getattr(self.window, own) for name, own in _WINDOW.items()}
+        found |= {name: getattr(self, name) for name in ("rotates", "latent_shape", "text")}
+        found["float_steps"] = self.float_steps
+        usual = {**_USUAL, "sparsity": None}  # that of a rule is said
+        said = {name: value for name, value in found.items() if value != usual.get(name)}
+        return {name: _listed(value) for name, value in said.items()}
+
     def kind_at(self, step: int | None, policy: TimestepPolicyConfig | None) -> str:
         """How a step is quantized: as the policy says, where it says something of attention."""
         if self.kind == FLOAT or policy is None or step is None:
@@ -79,8 +99,13 @@ class AttentionPlan:
 
 
 _SPARSE = {f.name for f in fields(SparseRule)} - {"kind"}
-_OWN = ("kind", "rotates", "latent_shape", "text")
+_OWN = ("kind", "rotates", "latent_shape", "text", "float_steps")
 _WINDOW = {"start_step": "start", "end_step": "end", "mask_refresh_interval": "refresh"}
+_USUAL = {
+    **{f.name: f.default for f in fields(SparseRule) if f.name in _SPARSE},
+    **{f.name: f.default for f in fields(AttentionPlan) if f.name in _OWN},
+    **{name: getattr(StepWindow(), own) for name, own in _WINDOW.items()},
+}
 
 
 def attention_plan(wish: AttentionPlan | str | Mapping[str, Any], where: str) -> AttentionPlan:
@@ -89,7 +114,7 @@ def attention_plan(wish: AttentionPlan | str | Mapping[str, Any], where: str) ->
     Args:
         wish: a plan; the name of a kind or of a sparse rule; or a dict with ``kind``, ``sparse``
             (name of a rule), the rule's options such as ``sparsity``, ``start_step``, ``end_step``,
-            ``mask_refresh_interval``, ``rotates``, ``latent_shape`` and ``text``.
+            ``mask_refresh_interval``, ``rotates``, ``latent_shape``, ``text`` and ``float_steps``.
         where: for errors.
 
     Raises:
@@ -112,7 +137,25 @@ def attention_plan(wish: AttentionPlan | str | Mapping[str, Any], where: str) ->
     options = {key: wish[key] for key in wish if key in _SPARSE}
     if options and "sparse" not in wish:
         raise BadArgumentError(f"{where}: {next(iter(options))} without sparse, expected a rule")
+    options |= as_tuple(options, "block_shape", where)
     rule = SparseRule(wish["sparse"], **options) if wish.get("sparse") is not None else None
     window = StepWindow(**{to: wish[name] for name, to in _WINDOW.items() if name in wish})
     own: dict[str, Any] = {name: wish[name] for name in _OWN if name in wish}
+    for name in ("latent_shape", "float_steps"):
+        own |= as_tuple(own, name, where)
     return AttentionPlan(sparse=rule, window=window, **own)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
+
+
+def as_tuple(options: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """An option that is a list or a range in JSON or in Python as a tuple, where it is given."""
+    value = options.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, tuple | list | range):
+        raise BadArgumentError(f"{where}: {name} {value!r:.80}, expected a list of integers")
+    parts = (tuple(part) if isinstance(part, list) else part for part in value)
+    return {name: tuple(parts)}

@@ -73,8 +73,20 @@ def _head_size(path: str, cell: DiffusionAttention) -> int:
     return cell.head_size
 
 
-def warn_of_sparse(network: nn.Cell) -> None:
-    """Says once that files hold no sparse attention."""
+def float_steps(network: nn.Cell) -> dict[str, list[int]]:
+    """The steps in which each quantized attention is float, by path; of those that have some."""
+    plans = {path: cell.plan for path, cell in _attached(network) if cell.plan.kind != FLOAT}
+    return {path: list(plan.float_steps) for path, plan in plans.items() if plan.float_steps}
+
+
+def warn_of_what_is_not_read(network: nn.Cell) -> None:
+    """Says once that files hold no sparse attention, and that the runtime reads no steps."""
+    if steps := float_steps(network):
+        warnings.warn(
+            f"ms_quant: {next(iter(steps))} has steps in float, which ms_quant reads and MindIE-SD "
+            "does not; ms-quant serve-check --runtime mindie-sd prints the policy that it takes",
+            stacklevel=4,
+        )
     sparse = [path for path, cell in _attached(network) if cell.plan.sparse is not None]
     if sparse:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 from ms_quant.attention.mask import BlockMask
 from ms_quant.attention.schedule import MaskCache, StepWindow
@@ -20,3 +21,21 @@ class MaskCaches(threading.local):
 
     def __deepcopy__(self, memo: dict) -> MaskCaches:
         return MaskCaches(self.cache.window)
+
+
+@dataclass(frozen=True)
+class HeadDensities:
+    """What each head of a sparse attention computes.
+
+    Attributes:
+        densities: the share of pairs of each head, in the mean over a batch.
+        kinds: the mask that each head has, such as ``"temporal"``.
+    """
+
+    densities: tuple[float, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, mask: BlockMask) -> HeadDensities:
+        """That of a mask."""
+        return cls(tuple(mask.density().mean(axis=0).tolist()), mask.names)

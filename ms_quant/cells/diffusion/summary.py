@@ -11,6 +11,7 @@ from mindspore import nn
 from ms_quant.cells.diffusion.attach import why_float
 from ms_quant.cells.diffusion.hook import TAKEN, hook_of
 from ms_quant.cells.diffusion.sites import AttentionSite, attention_sites
+from ms_quant.cells.diffusion.state import HeadDensities
 from ms_quant.cells.tables import table
 
 FLOAT = "FLOAT"
@@ -28,6 +29,9 @@ class AttentionSummary:
         attention: what computes it; ``"FLOAT"`` where that is the network itself.
         reason: why it is float; "" where it is not.
         calls: how many calls were computed in which way since it was attached.
+        densities: the share of pairs that each head computes by the last mask that was made; ()
+            where none was.
+        kinds: the mask of each head, such as ``"temporal"``, likewise.
     """
 
     path: str
@@ -38,6 +42,8 @@ class AttentionSummary:
     attention: str = FLOAT
     reason: str = ""
     calls: dict[str, int] = field(default_factory=dict)
+    densities: tuple[float, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,22 @@ class AttentionSummaries:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def heat_map(self) -> dict[str, list]:
+        """What each head of each sparse layer computes, as plain JSON.
+
+        Returns:
+            ``layers``, paths of those that made a mask; and of each a row with a value of each
+            head: ``densities`` and ``kinds``.
+        """
+        rows = [row for row in self.layers if row.densities]
+        return {
+            "layers": [row.path for row in rows],
+            "densities": [list(row.densities) for row in rows],
+            "kinds": [list(row.kinds) for row in rows],
+        }
+
     def __str__(self) -> str:
-        header = ("path", "cell", "tokens", "heads x size", "attention", "calls")
+        header = ("path", "cell", "tokens", "heads x size", "attention", "density", "calls")
         return table(header, [_cells(row) for row in self.layers])
 
 
@@ -67,7 +87,16 @@ def _cells(row: AttentionSummary) -> tuple[str, ...]:
     attention = f"{row.attention}: {row.reason}" if row.reason else row.attention
     calls = ", ".join(f"{count} {how}" for how, count in row.calls.items())
     none = "-" if row.attention == FLOAT else "none yet"
-    return row.path, row.kind, tokens.get(row.tokens, row.tokens), size, attention, calls or none
+    said = tokens.get(row.tokens, row.tokens)
+    return row.path, row.kind, said, size, attention, _density(row), calls or none
+
+
+def _density(row: AttentionSummary) -> str:
+    """The mean over heads, and how many heads have which mask."""
+    if not row.densities:
+        return "-"
+    counts = ", ".join(f"{count} {kind}" for kind, count in Counter(row.kinds).items())
+    return f"{sum(row.densities) / len(row.densities):.2f}: {counts}"
 
 
 def attention_summary(network: nn.Cell) -> AttentionSummaries:
@@ -78,7 +107,8 @@ def attention_summary(network: nn.Cell) -> AttentionSummaries:
 
     Returns:
         AttentionSummaries, one row for each attention that can be taken over. ``calls`` counts what
-        was really computed: an attention whose processor never asks for it has none.
+        was really computed: an attention whose processor never asks for it has none. ``density`` is
+        the share of pairs of the last mask, and how many heads have which.
 
     Supported Platforms:
         ``CPU`` (tested), ``Ascend`` (written, never run on a device)
@@ -98,4 +128,5 @@ def _row(site: AttentionSite) -> AttentionSummary:
         taken = Counter({name: hook.calls[TAKEN]})
     left = {f"{FLOAT} ({why})": count for why, count in hook.calls.items() if why != TAKEN}
     calls = {how: count for how, count in {**taken, **left}.items() if count}
-    return AttentionSummary(*common, name, calls=calls)
+    mask = getattr(hook.function, "last_mask", HeadDensities())
+    return AttentionSummary(*common, name, "", calls, mask.densities, mask.kinds)

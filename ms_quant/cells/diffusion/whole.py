@@ -13,7 +13,7 @@ from ms_quant.attention.rules import SparseRule
 from ms_quant.attention.schedule import StepWindow
 from ms_quant.cells.diffusion.diffusion_attention import DiffusionAttention
 from ms_quant.cells.diffusion.hook import hook_of
-from ms_quant.cells.diffusion.plan import STATIC, AttentionPlan
+from ms_quant.cells.diffusion.plan import STATIC, AttentionPlan, as_tuple
 from ms_quant.cells.diffusion.sites import attention_sites
 from ms_quant.cells.tree import host_array
 from ms_quant.errors import BadFileError, MsQuantError
@@ -91,8 +91,8 @@ def _plan(row: Mapping[str, Any]) -> AttentionPlan:
     sparse, window = given.pop("sparse"), given.pop("window")
     if sparse is not None:
         sparse = SparseRule(**{**sparse, "block_shape": tuple(sparse["block_shape"])})
-    if given["latent_shape"] is not None:
-        given["latent_shape"] = tuple(given["latent_shape"])
+    given |= as_tuple(given, "latent_shape", "plan")
+    given |= as_tuple(given, "float_steps", "plan")
     return AttentionPlan(sparse=sparse, window=StepWindow(**window), **given)
 
 

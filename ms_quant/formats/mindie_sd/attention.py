@@ -22,8 +22,8 @@ from ms_quant.attention.fa_quant import Scales
 from ms_quant.attention.rotation import check_pair
 from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.files.reader import MODEL_CODES
+from ms_quant.formats.mindie_sd.attention_types import ATTENTION_TYPES
 from ms_quant.formats.mindie_sd.reading import Tensors
-from ms_quant.formats.mindie_sd.types import ATTENTION_TYPES
 
 ROTATED = ("FP8_DYNAMIC", "MXFP8_DYNAMIC")
 OPERANDS = ("fa_q", "fa_k", "fa_v")

@@ -16,12 +16,11 @@ from ms_quant.errors import BadFileError, UnsupportedError
 from ms_quant.files.reader import Checkpoint
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.files.strict_json import read_json
+from ms_quant.formats.mindie_sd.attention_types import check_attention_type, is_attention_type
 from ms_quant.formats.mindie_sd.held import RUN_DTYPES
 from ms_quant.formats.mindie_sd.types import (
-    ATTENTION_TYPES,
     FLOAT,
     GLOBAL_TYPE,
-    check_attention_type,
     check_model_type,
     check_type,
     weights_name,
@@ -31,7 +30,8 @@ from ms_quant.numerics.storage import DTYPES
 MAX_DESCRIPTION_BYTES = 256 << 20
 DTYPE = "dtype"  # in __metadata__ of the weights, which the runtime does not look at
 PATTERNS = ("{}.linear.weight", "{}.weight", "{}", "{}.fa_q.scale", "{}.quant_type")
-IGNORED = frozenset({"version", "group_size", "metadata", "optional"})
+METADATA, FLOAT_STEPS = "metadata", "attention_float_steps"
+IGNORED = frozenset({"version", "group_size", METADATA, "optional"})
 ATTENTION = (
     *(f".fa_{name}.{what}" for name in "qkv" for what in ("scale", "offset")),
     ".quant_type",
@@ -47,12 +47,15 @@ class Description:
     model_type: what it calls the model.
     entries: key to type, in upper case, without those of the whole model and of attention.
     attention: path of each quantized attention to its type, in upper case.
+    float_steps: path of an attention to the steps in which it is float, as ms-quant writes them
+        where the runtime does not look.
     """
 
     path: Path
     model_type: str
     entries: dict[str, str]
     attention: dict[str, str] = field(default_factory=dict)
+    float_steps: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def type_of(self, name: str) -> str:
         """The type of a linear: ``FLOAT`` where any of its keys says so, else the first key's.
@@ -138,7 +141,28 @@ def read_content(content: Mapping[str, Any], path: Path, attention: bool = False
     for key, value in content.items():
         if key != GLOBAL_TYPE and key not in IGNORED:
             _add(description, key, value, attention)
+    _add_float_steps(description, content.get(METADATA))
     return description
+
+
+def _add_float_steps(description: Description, metadata: object) -> None:
+    """Adds the float steps of ms-quant's own files.
+
+    Raises:
+        MsQuantError: they are malformed, or of no quantized attention.
+    """
+    found = metadata.get(FLOAT_STEPS, {}) if isinstance(metadata, dict) else {}
+    where = f"{description.path}: {FLOAT_STEPS} of {METADATA}"
+    if not isinstance(found, dict):
+        raise BadFileError(f"{where} is {found!r:.80}, expected attentions and lists of steps")
+    for path, steps in found.items():
+        right = isinstance(steps, list) and all(type(n) is int and n >= 0 for n in steps)
+        if not right or path not in description.attention:
+            raise BadFileError(
+                f"{where}: {path!r:.80} is {steps!r:.80}, expected steps from 0 of an attention "
+                "that is quantized"
+            )
+        description.float_steps[path] = tuple(steps)
 
 
 def _add(description: Description, key: str, value: object, attention: bool) -> None:
@@ -173,9 +197,8 @@ def _attention_of(key: str, value: object) -> str | None:
     for ending in ATTENTION:
         if key.endswith(ending):
             return key.removesuffix(ending)
-    named = isinstance(value, str) and value.upper() in ATTENTION_TYPES
     tensor = key.rpartition(".")[2] in ("weight", "bias")
-    return key if named and not tensor and key != FA_TYPE else None
+    return key if is_attention_type(value) and not tensor and key != FA_TYPE else None
 
 
 def open_weights(description: Description, rank: int | None) -> OneFile:

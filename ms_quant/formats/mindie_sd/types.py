@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from ms_quant.errors import BadFileError
+from ms_quant.formats.mindie_sd.attention_types import ATTENTION_TYPES
 from ms_quant.numerics.mx import DUAL_BLOCK
 from ms_quant.numerics.storage import DTYPES
 from ms_quant.schemes.records import Scheme
@@ -77,11 +78,6 @@ _UNDEFINED = (
 )
 _ATTENTION = "is a type of attention, expected one of a linear"
 SERVED_ATTENTION = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC")
-ATTENTION_TYPES = {  # to the kind that computes it
-    **{f"{kind}_DYNAMIC": f"{kind}_DYNAMIC" for kind in ("FP8", "MXFP8", "MXFP4", "INT8")},
-    "FAQUANT": "INT8",
-    "FAKQUANT": "INT8",
-}
 REFUSED = {
     "W4A16_AWQ": _UNDEFINED.format("W4A16"),
     "W4A16_GPTQ": _UNDEFINED.format("W4A16"),
@@ -115,20 +111,6 @@ def check_type(value: object, where: str) -> str:
     if name not in TYPES and name != FLOAT:
         known = ", ".join([*TYPES, FLOAT])
         raise BadFileError(f"{where} is {value!r:.80}, expected one of {known}")
-    return name
-
-
-def check_attention_type(value: object, where: str) -> str:
-    """The name of a type that attention can have, in upper case.
-
-    Raises:
-        MsQuantError: it is none.
-    """
-    name = value.upper() if isinstance(value, str) else ""
-    if name not in ATTENTION_TYPES:
-        raise BadFileError(
-            f"{where} is {value!r:.80}, expected a type of attention: {', '.join(ATTENTION_TYPES)}"
-        )
     return name
 
 
