@@ -32,8 +32,7 @@ def read_rows(path: Path, unused: Counter[str] | None = None) -> Iterator[Value]
         present = file.schema_arrow.names
         if set(present).isdisjoint(RECORD_KEYS):
             raise BadFileError(
-                f"{path}: has the columns {present!r:.80}, expected one of "
-                f"{', '.join(RECORD_KEYS)}"
+                f"{path}: has the columns {present!r:.80}, expected one of {', '.join(RECORD_KEYS)}"
             )
         names = [name for name in present if name in COLUMNS]
         if unused is not None:
