@@ -110,12 +110,12 @@ def _pieces(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The same rows of two tables, whose pieces may end elsewhere."""
     others = iter(theirs)
-    at, held = 0, np.empty((0, 0), np.float32)
+    held = np.empty((0, 0), np.float32)
     for start, rows in ours:
         done = 0
         while done < len(rows):
             if not len(held):
-                at, held = next(others)
+                _, held = next(others)
             count = min(len(rows) - done, len(held))
             yield start + done, rows[done : done + count], held[:count]
             done, held = done + count, held[count:]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ms_quant.tasks.records import Answer, Subject, Task
+
+if TYPE_CHECKING:
+    from ms_quant.tasks.paired import Pairing
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class TaskResult:
         cut: to how many questions the prompt lost its beginning, as it is longer than the model
             was made for.
         seconds: what it took.
+        pairing: how another model's answers differ, where there is another.
     """
 
     task: Task
@@ -77,6 +81,7 @@ class TaskResult:
     answers: tuple[Answer, ...]
     cut: int
     seconds: float
+    pairing: Pairing | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -140,6 +145,7 @@ class TaskResult:
             },
             "cut": self.cut,
             "seconds": self.seconds,
+            **(self.pairing.as_json() if self.pairing else {}),
         }
 
 
