@@ -66,7 +66,9 @@ def model(
     return ms_quant.open_model(save_routed(tmp_path / "mla", DEEPSEEK))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"batch_tokens": 8}, {"sharing": False}, {"hidden_bytes": 1}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"batch_tokens": 8}, {"sharing": False}, {"hidden_bytes": 1}]
+)
 def test_shared_beginnings_change_nothing_but_rounding(
     model: ServedModel, tmp_path: Path, sizes: dict[str, int]
 ) -> None:
