@@ -21,8 +21,10 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 import torch
+from lm_eval.api.metrics import exact_match_fn
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
+from lm_eval.filters.extraction import RegexFilter
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -244,6 +246,34 @@ def answers(lm: Any, tasks: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
+TEXTS = (
+    *(" 3 + 4 = 7\n#### 7", " #### -1,234.", "#### $16", "####7", " 5 or 12.", "$1,000. ..."),
+    *(" 3.50 dollars", "", " none", "#### 7\n#### 8", " - 5 -", " $,.", "so 18\n#### 12 apples"),
+)
+
+
+def readings() -> list[dict[str, Any]]:
+    """What the filters of gsm8k read out of texts, and whether that is 7, 1,234, 16, ..."""
+    answers = "so\n#### 7", "#### -1234", "x #### 16", "#### 1,000", "12", "#### 3.50"
+    config = config_of("gsm8k/gsm8k.yaml")
+    (metric,) = config["metric_list"]
+    keys = "ignore_case", "ignore_punctuation", "regexes_to_ignore"
+    options = {key: metric[key] for key in keys}
+    found = []
+    for text in TEXTS:
+        one: dict[str, Any] = {"text": text}
+        for row in config["filter_list"]:
+            settings = {k: v for k, v in row["filter"][0].items() if k != "function"}
+            ((read,),) = RegexFilter(**settings).apply([[text]], [])
+            scores = [
+                exact_match_fn(predictions=[read], references=[answer], **options)["exact_match"]
+                for answer in answers
+            ]
+            one[row["name"]] = {"read": read, "right": [bool(score) for score in scores]}
+        found.append(one)
+    return [{"answers": answers}, *found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -257,6 +287,7 @@ def main() -> None:
             for data, (name, make, many) in cases().items()
             for shots in many
         ],
+        "readings": readings(),
     }
     text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     out.write_text(text.replace('{"right"', '\n{"right"') + "\n", encoding="utf-8")

@@ -120,12 +120,12 @@ def test_quantized_models_are_scored_as_alone(
     ms_quant.quantize_checkpoint(tiny_model("tasks-128", **shape), tmp_path / "out", scheme)
     model = ms_quant.open_model(tmp_path / "out")
     asked = requests(model.config.vocab_size)
-    rows = [[Rows.of(request, LONGEST)] for request in asked]
-    groups = [grouped(one, number) for number, one in enumerate(rows)]
+    rows = [Rows.of(request, LONGEST) for request in asked]
+    groups = [grouped([one], number) for number, one in enumerate(rows)]
     places = tmp_path / "a", tmp_path / "b"
     for place in places:
         place.mkdir()
-    shared = score(model, [grouped(sum(rows, []))], places[0], kv_cache=cache).likelihoods
+    shared = score(model, [grouped(rows)], places[0], kv_cache=cache).likelihoods
     each = score(model, groups, places[1], kv_cache=cache).likelihoods
     assert each.keys() == shared.keys()
     assert max(abs(each[key] - shared[key]) for key in each) < 2e-2
