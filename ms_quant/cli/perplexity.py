@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ms_quant.cli.console import block_progress, emit, exit_if_problems, note, show_fields
-from ms_quant.cli.running import naming, note_length, opened, require_another
+from ms_quant.cli.running import naming, note_length, opened, require_another, with_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,25 +158,14 @@ def _show(result: dict[str, Any]) -> None:
         del shown[f"told_apart{suffix}"]
         for key, unit in (("loss_difference", ""), ("perplexity_increase", "%")):
             error = shown.pop(f"{key}_error{suffix}")
-            shown[f"{key}{suffix}"] = _with_error(shown[f"{key}{suffix}"], error, unit)
+            shown[f"{key}{suffix}"] = with_error(shown[f"{key}{suffix}"], error, unit)
         shown[f"perplexity_increase{suffix}"] += f": {verdict}"
         if f"kl_divergence{suffix}" in result:
             error = shown.pop(f"kl_divergence_error{suffix}")
-            divergence = shown[f"kl_divergence{suffix}"]
-            shown[f"kl_divergence{suffix}"] = f"{divergence:.4g}" + (
-                "" if error is None else f" ± {error:.2g}"
-            )
+            divergence = with_error(shown[f"kl_divergence{suffix}"], error, "")
+            shown[f"kl_divergence{suffix}"] = divergence.lstrip("+")
             agreed = shown.pop(f"top1_agreement{suffix}")
             shown[f"top-1_agreement{suffix}"] = f"{100 * agreed:.2f} %"
         if suffix and result[f"against_loss{suffix}"] == result["against_loss"]:
             del shown[f"against_perplexity{suffix}"], shown[f"against_loss{suffix}"]
     show_fields(shown)
-
-
-def _with_error(value: float, error: float | None, unit: str) -> str:
-    """0.00183, 0.0011 -> "+0.18 % ± 0.11 %": two digits of the error, and two places at least."""
-    scale, unit = (100, f" {unit}") if unit else (1, "")
-    size = abs(error or value)
-    digits = max(2, 1 - math.floor(math.log10(scale * size))) if size else 2
-    found = f"{scale * value:+.{digits}f}{unit}"
-    return found if error is None else f"{found} ± {scale * error:.{digits}f}{unit}"

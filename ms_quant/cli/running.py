@@ -1,7 +1,8 @@
-"""Opening the checkpoints that a command runs, and what to say of them."""
+"""What the commands that run checkpoints share: opening them, and what to say of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,3 +51,12 @@ def _note_oddities(model: Any) -> None:
     structure = getattr(model, "structure", None)
     for text in [*structure.defects, *structure.notes] if structure else []:
         note(f"note: {text}")
+
+
+def with_error(value: float, error: float | None, unit: str) -> str:
+    """0.00183, 0.0011 -> "+0.18 % ± 0.11 %": two digits of the error, and two places at least."""
+    scale, unit = (100, f" {unit}") if unit else (1, "")
+    size = abs(error or value)
+    digits = max(2, 1 - math.floor(math.log10(scale * size))) if size else 2
+    found = f"{scale * value:+.{digits}f}{unit}"
+    return found if error is None else f"{found} ± {scale * error:.{digits}f}{unit}"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ms_quant.cli.console import emit, note, show_fields, step_progress
-from ms_quant.cli.running import naming, opened, require_another
+from ms_quant.cli.running import naming, opened, require_another, with_error
 
 if TYPE_CHECKING:
     from ms_quant.tasks.result import Accuracy, TaskResult
@@ -126,19 +126,13 @@ def _show(result: Mapping[str, Any], found: TaskResult) -> None:
                 mark = " (quoted)" if quoted else ""
                 lines[f"{metric} over {mean}"] = _percent(accuracy) + mark
     if pairing:
+        divergence = with_error(pairing.kl_divergence, pairing.kl_divergence_error, "")
         lines |= {
-            "difference": f"{100 * pairing.difference:+.2f} %"
-            + ("" if pairing.error is None else f" ± {100 * pairing.error:.2f} %"),
+            "difference": with_error(pairing.difference, pairing.error, "%"),
             "changed answers": f"{100 * pairing.changed:.2f} %: {pairing.lost} right to wrong, "
             f"{pairing.won} wrong to right",
             "McNemar's test": f"p = {pairing.p_value:.3g}",
-            "KL divergence": f"{pairing.kl_divergence:.3g}"
-            + (
-                ""
-                if pairing.kl_divergence_error is None
-                else f" ± {pairing.kl_divergence_error:.2g}"
-            )
-            + " of the next token behind a prompt",
+            "KL divergence": f"{divergence.lstrip('+')} of the next token behind a prompt",
             "top-1 agreement": f"{100 * pairing.top1_agreement:.2f} %",
         }
     lines["seconds"] = found.seconds

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ms_quant.data.tokenizer import ModelTokenizer
-from ms_quant.errors import BadArgumentError
 from ms_quant.tasks.records import Answer, Exact, Question
 
 if TYPE_CHECKING:
@@ -50,27 +49,18 @@ class Writer:
     Args:
         generator: the model, whole in memory.
         words: its tokenizer.
-        longest: positions that the model was made for.
+        room: tokens of a prompt at most; of a longer one the beginning is lost.
         exact: what ends a text.
-
-    Raises:
-        MsQuantError: the model was made for fewer positions than a text takes.
     """
 
-    def __init__(self, generator: Generator, words: ModelTokenizer, longest: int, exact: Exact):
-        self._generator, self._words, self._exact = generator, words, exact
-        self.room = longest - exact.max_tokens
-        if self.room < 1:
-            raise BadArgumentError(
-                f"the model was made for {longest} positions (max_position_embeddings), expected "
-                f"more than the {exact.max_tokens} of an answer"
-            )
+    def __init__(self, generator: Generator, words: ModelTokenizer, room: int, exact: Exact):
+        self._generator, self._words, self._room, self._exact = generator, words, room, exact
 
     def __call__(self, ids: np.ndarray) -> str:
-        """The text after a prompt, whose beginning is lost where the two would be too long."""
+        """The text after a prompt."""
         made: list[int] = []
         text = ""
-        for token in self._generator.generate(ids[-self.room :], self._exact.max_tokens):
+        for token in self._generator.generate(ids[-self._room :], self._exact.max_tokens):
             made.append(token)
             text = self._words.decode(made)
             if any(stop in text for stop in self._exact.stops):

@@ -151,31 +151,25 @@ class _Round:
         for group in self.groups:
             cache, size = self.new_caches[index](), len(group.prefix)
             if size:
-                self._run(block, first, Positions(config, size), cache)
+                self._run(block, first, size, Positions(config, size), cache)
             first += size
             told(size)
             for batch in group.batches:
                 cache.shorten(size)
                 at = TreePositions(config, np.array(batch.depths), batch.mask)
-                self._run(block, first, at, cache, len(batch.tokens))
+                self._run(block, first, len(batch.tokens), at, cache)
                 first += len(batch.tokens)
                 told(len(batch.tokens))
 
     def _run(
-        self,
-        block: BlockForward,
-        first: int,
-        at: Positions,
-        cache: KeyValueCache,
-        count: int | None = None,
+        self, block: BlockForward, first: int, count: int, at: Positions, cache: KeyValueCache
     ) -> None:
-        count = len(at.angles()[0]) if count is None else count
         made = block(self.states.read(first, count)[None], at, cache)
         self.states.write(first, check_output(made, block.index)[0])
 
     def predict(self, scores: Scores) -> None:
         """Adds what the last hidden states say to the scores."""
-        norm, first = LastNorm(self.model), 0
+        norm, first, count = LastNorm(self.model), 0, 0
         held: list[tuple[np.ndarray, Targets]] = []
         for group in self.groups:
             first += len(group.prefix)
@@ -186,9 +180,10 @@ class _Round:
                     scores.ends.write(request, rows[row])
                 for targets in batch.targets:
                     held.append((rows[targets.rows], targets))
-                    if sum(len(part) for part, _ in held) >= PREDICTIONS:
+                    count += len(targets.tokens)
+                    if count >= PREDICTIONS:
                         self._predict(held, scores)
-                        held = []
+                        held, count = [], 0
         if held:
             self._predict(held, scores)
 

@@ -82,12 +82,22 @@ class Asked:
     @cached_property
     def rows(self) -> list[list[Rows]]:
         """What is computed of each request."""
-        return [[Rows.of(one, self._room) for one in some] for some in self.requests]
+        return [[Rows.of(one, self.room) for one in some] for some in self.requests]
 
     @property
-    def _room(self) -> int:
-        """How many tokens a sequence may have."""
-        return self.longest - (self.task.exact.max_tokens if self.task.exact else 0)
+    def room(self) -> int:
+        """How many tokens a sequence may have, a prompt where an answer is to come.
+
+        Raises:
+            MsQuantError: there is no room for a prompt before an answer.
+        """
+        answer = self.task.exact.max_tokens if self.task.exact else 0
+        if self.longest <= answer:
+            raise BadArgumentError(
+                f"the model was made for {self.longest} positions (max_position_embeddings), "
+                f"expected more than the {answer} of an answer to {self.task.name}"
+            )
+        return self.longest - answer
 
     @property
     def cut(self) -> int:
@@ -195,7 +205,7 @@ def write(
         directory.mkdir()
         ends = score(model, asked.groups, directory, kv_cache=kv_cache).ends
     stops = [] if words.eos_id is None else [words.eos_id]
-    writer = Writer(Generator(model, kv_cache, stops), words, asked.longest, exact)
+    writer = Writer(Generator(model, kv_cache, stops), words, asked.room, exact)
     answers, requests = [], list(chain.from_iterable(asked.requests))
     for number, (subject, question) in enumerate(asked.questions):
         text = writer(requests[number].context)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import ms_quant
 from ms_quant.cli.main import app
 from ms_quant.errors import MsQuantError
 from ms_quant.tasks.hellaswag import cleaned
@@ -234,6 +235,12 @@ def test_own_questions_that_do_not_fit(tmp_path: Path, record: Any, said: str) -
 def test_another_vocabulary(tiny_model: Callable[..., Path]) -> None:
     said = refused("--task", "arc", "--data", DATA / "arc", "--against", tiny_model("other"))
     assert "has a vocabulary of 320 tokens, expected the 2048" in said
+
+
+def test_a_model_too_short_for_an_answer(tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("short", max_position_embeddings=256)
+    with pytest.raises(MsQuantError, match=r"made for 256 positions .* more than the 256 of an"):
+        ms_quant.evaluate_task(model, "gsm8k", DATA / "gsm8k")
 
 
 def test_mirrors_in_parquet_are_the_same(data: Path) -> None:
