@@ -277,9 +277,10 @@ def readings() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--model", type=Path, default=MODEL)
+    asked = parser.parse_args()
     torch.manual_seed(0)
-    lm = HFLM(pretrained=str(MODEL), dtype="float32", device="cpu", batch_size=1)
+    lm = HFLM(pretrained=str(asked.model), dtype="float32", device="cpu", batch_size=1)
     found = {
         "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers")},
         "cases": [
@@ -290,7 +291,7 @@ def main() -> None:
         "readings": readings(),
     }
     text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
-    out.write_text(text.replace('{"right"', '\n{"right"') + "\n", encoding="utf-8")
+    asked.out.write_text(text.replace('{"right"', '\n{"right"') + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
