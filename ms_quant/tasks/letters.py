@@ -15,7 +15,6 @@ from ms_quant.tasks.reading import (
     LETTERS,
     Row,
     csv_rows,
-    first_file,
     parquet_rows,
     require_directory,
 )
@@ -161,7 +160,9 @@ def read(name: str, data: Data) -> list[Subject]:
     require_directory(data.directory, benchmark.title)
     found = benchmark.find(data.directory)
     if not found:
-        first_file(data.directory, (benchmark.layout,), f"questions of {benchmark.title}")
+        raise BadFileError(
+            f"{data.directory}: has no questions of {benchmark.title}, expected {benchmark.layout}"
+        )
     strange = [subject for subject in found if subject not in benchmark.subjects]
     if strange:
         raise BadFileError(
