@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ms_quant.data.tokenizer import ModelTokenizer, load_tokenizer
-from ms_quant.errors import BadArgumentError, BadFileError
+from ms_quant.errors import BadArgumentError, BadFileError, MsQuantError
 from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
 from ms_quant.evaluation.comparable import require_one_tokenizer, require_same_text
 from ms_quant.evaluation.head import require_head
@@ -99,11 +100,22 @@ def evaluate_task(
         if other is None:
             return result
         again = time.monotonic()
-        theirs = work(other, states / "against", None, partial(told, "answering reference"))
+        with _naming("against"):
+            told_other = partial(told, "answering reference")
+            theirs = work(other, states / "against", None, told_other)
         agree = answered.agrees(served, theirs, other)
         reference = _result(asked, count, theirs, again)
         paired = Pairing.of(result, reference, agree.divergences, agree.same)
     return replace(result, pairing=paired, seconds=round(time.monotonic() - started, 1))
+
+
+@contextmanager
+def _naming(which: str) -> Iterator[None]:
+    """Says of which of two checkpoints an error is."""
+    try:
+        yield
+    except MsQuantError as error:
+        raise type(error)(f"{which}: {error}") from None
 
 
 Work = Callable[[ServedModel, Path, str | None, Callable[[float], None]], Found]

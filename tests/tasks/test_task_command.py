@@ -237,6 +237,21 @@ def test_another_vocabulary(tiny_model: Callable[..., Path]) -> None:
     assert "has a vocabulary of 320 tokens, expected the 2048" in said
 
 
+def test_an_overflow_of_the_other_model_is_said_of_it(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def huge(tensors: dict[str, Any]) -> None:
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.0.mlp.{name}.weight"] *= 1e30
+
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"prompt": "the quick", "choices": ["fox", "dog"], "answer": 0})
+    )
+    model, other = tiny_model("model"), tiny_model("huge", change=huge)
+    with pytest.raises(MsQuantError, match=r"^against: model.layers"):
+        ms_quant.evaluate_task(model, tmp_path / "q.jsonl", against=other)
+
+
 def test_a_model_too_short_for_an_answer(tiny_model: Callable[..., Path]) -> None:
     model = tiny_model("short", max_position_embeddings=256)
     with pytest.raises(MsQuantError, match=r"made for 256 positions .* more than the 256 of an"):
