@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from ms_quant.pipeline.quantize import quantize_checkpoint
     from ms_quant.recipe import Recipe, from_ptq_config, load_recipe
     from ms_quant.schemes.table import SCHEMES
+    from ms_quant.tasks.run import evaluate_task
     from ms_quant.timestep import TimestepManager, TimestepPolicyConfig
     from ms_quant.verify.checkpoint import verify_checkpoint
 
@@ -90,6 +91,7 @@ __all__ = [
     "compare",
     "convert_checkpoint",
     "detach_attention",
+    "evaluate_task",
     "fa_block_quant",
     "fa_quant",
     "from_ptq_config",
@@ -138,6 +140,7 @@ _MODULES = {
     "ms_quant.pipeline.quantize": ("quantize_checkpoint",),
     "ms_quant.recipe": ("Recipe", "from_ptq_config", "load_recipe"),
     "ms_quant.schemes.table": ("SCHEMES",),
+    "ms_quant.tasks.run": ("evaluate_task",),
     "ms_quant.timestep": ("TimestepManager", "TimestepPolicyConfig"),
     "ms_quant.verify.checkpoint": ("verify_checkpoint",),
 }

@@ -169,10 +169,10 @@ def test_compare_is_two_measurements(models: tuple[Path, Path], calib_text: Path
 
 
 def test_what_was_measured_before_is_not_measured_again(
-    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     quantized, model = models
-    reference = measure(ms_quant.open_model(model), TOKENS)
+    reference = measure(ms_quant.open_model(model), TOKENS, keep=tmp_path)
     assert reference.losses.dtype == np.float32
     expected = ms_quant.compare(quantized, model, TOKENS)
     found = ms_quant.compare(ms_quant.open_model(quantized), reference, TOKENS)

@@ -76,6 +76,8 @@ def test_commands_for_models_of_the_reader_run(
     save_pipeline(tmp_path / "Wan2.2-T2V-A14B-Diffusers", transformer="wan", transformer_2="wan")
     text = calib_text.read_text()
     (tmp_path / "other.txt").write_text(text)
+    question = {"prompt": text[:40], "choices": ["fox", "wizard"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))
     commands = dict.fromkeys(
         command for page in PAGES for command in TOOL.shell_commands(page.read_text())

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from ms_quant import __version__
-from ms_quant.cli import checkpoints, evaluate
+from ms_quant.cli import checkpoints
 from ms_quant.cli.analyze import analyze
 from ms_quant.cli.arguments import example
 from ms_quant.cli.console import run
+from ms_quant.cli.evaluate import evaluate
+from ms_quant.cli.generate import generate
 from ms_quant.cli.quantize import quantize
 from ms_quant.cli.schemes import schemes
 
@@ -28,8 +30,8 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("convert", checkpoints.convert, "Qwen3-8B-dynamic -o Qwen3-8B-ascend --format ascend"),
     ("verify", checkpoints.verify, "Qwen3-8B-W8A8 --source Qwen3-8B"),
     ("serve-check", checkpoints.serve_check, "Qwen3-8B-W8A8SC --runtime vllm-mindspore --tp 2"),
-    ("eval", evaluate.evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),
-    ("generate", evaluate.generate, 'Qwen3-8B-W8A8 --prompt "The capital of France"'),
+    ("eval", evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),
+    ("generate", generate, 'Qwen3-8B-W8A8 --prompt "The capital of France"'),
     ("inspect", checkpoints.inspect, "Qwen3-8B-W8A8"),
     ("schemes", schemes, "--json"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,45 @@ def read_rows(path: Path, unused: Counter[str] | None = None) -> Iterator[Value]
         MsQuantError: pyarrow is missing, the file is malformed, has none of the columns, or a row
             group of it is too large.
     """
+
+    def columns(file: Any) -> list[str]:
+        present = file.schema_arrow.names
+        if set(present).isdisjoint(RECORD_KEYS):
+            raise BadFileError(
+                f"{path}: has the columns {present!r:.80}, expected one of {', '.join(RECORD_KEYS)}"
+            )
+        names = [name for name in present if name in COLUMNS]
+        if unused is not None:
+            others = set(present).difference(names)
+            unused.update(dict.fromkeys(others, file.metadata.num_rows))
+        return names
+
+    return _read(path, columns)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> Iterator[Value]:
+    """The same of columns that must all be there.
+
+    Args:
+        path (Path): the file.
+        names (Sequence[str]): the columns.
+    """
+
+    def columns(file: Any) -> list[str]:
+        present = file.schema_arrow.names
+        missing = [name for name in names if name not in present]
+        if missing:
+            raise BadFileError(
+                f"{path}: has the columns {present!r:.80}, expected {missing[0]!r}, too: "
+                f"{', '.join(names)}"
+            )
+        return list(names)
+
+    return _read(path, columns)
+
+
+def _read(path: Path, columns: Callable[[Any], list[str]]) -> Iterator[Value]:
+    """The rows of a file, of the columns that a function chooses of the open file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -38,10 +77,8 @@ def read_rows(path: Path, unused: Counter[str] | None = None) -> Iterator[Value]
     start = 0
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            names = _columns(file, path)
-            if unused is not None:
-                others = set(file.schema_arrow.names).difference(names)
-                unused.update(dict.fromkeys(others, file.metadata.num_rows))
+            names = columns(file)
+            _require_small(file, names, path)
             rows = file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
             for number, value in enumerate((row for b in rows for row in b.to_pylist()), 1):
                 size = _chars(value) + 1
@@ -52,14 +89,8 @@ def read_rows(path: Path, unused: Counter[str] | None = None) -> Iterator[Value]
         raise BadFileError(f"{path}: not a readable Parquet file ({reason:.200})") from None
 
 
-def _columns(file: Any, path: Path) -> list[str]:
-    """The columns of a file that records are made of."""
-    present = file.schema_arrow.names
-    if set(present).isdisjoint(RECORD_KEYS):
-        raise BadFileError(
-            f"{path}: has the columns {present!r:.80}, expected one of {', '.join(RECORD_KEYS)}"
-        )
-    names = [name for name in present if name in COLUMNS]
+def _require_small(file: Any, names: list[str], path: Path) -> None:
+    """Refuses row groups that would fill the memory."""
     for index in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(index)
         columns = [group.column(i) for i in range(group.num_columns)]
@@ -71,7 +102,6 @@ def _columns(file: Any, path: Path) -> list[str]:
                 f"{path}: row group {index} has {size} bytes, expected at most {MAX_GROUP_BYTES}: "
                 "write it with smaller row groups"
             )
-    return names
 
 
 def _chars(value: Any) -> int:

@@ -8,7 +8,8 @@ spread is in neither, which is why the error of a difference is far below that o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from ms_quant.budget import BUDGET, Budget
 from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.arguments import AnyPath, opened
 from ms_quant.evaluation.comparable import require_one_tokenizer, require_same_text
-from ms_quant.evaluation.perplexity import Measurement, Perplexity, measure, text_windows
+from ms_quant.evaluation.divergence import agreement
+from ms_quant.evaluation.perplexity import (
+    LastPredictions,
+    Measurement,
+    Perplexity,
+    measure,
+    text_windows,
+)
 from ms_quant.formats.opening import ServedModel
 from ms_quant.formats.source_kind import model_directory
 from ms_quant.pipeline.defaults import DEFAULTS
@@ -61,6 +69,10 @@ class Comparison:
         loss_difference: mean loss of the model, less that of the other.
         loss_difference_error: its standard error, from one difference for each window; None of one
             window, which has none.
+        kl_divergence: of what the model predicts from what the other does, mean over the tokens,
+            natural logarithm; None where the predictions were not kept.
+        kl_divergence_error: its standard error, from one mean for each window; None of one window.
+        top1_agreement: share of tokens for which both find the same one likeliest.
     """
 
     model: Perplexity
@@ -68,6 +80,9 @@ class Comparison:
     windows: int
     loss_difference: float
     loss_difference_error: float | None
+    kl_divergence: float | None = None
+    kl_divergence_error: float | None = None
+    top1_agreement: float | None = None
 
     @classmethod
     def of(cls, model: Measurement, against: Measurement) -> Comparison:
@@ -78,7 +93,11 @@ class Comparison:
         """
         _require_same_tokens(model.tokens, against.tokens)
         difference, error = paired_difference(model.losses, against.losses)
-        return cls(model.found, against.found, len(model.tokens), difference, error)
+        found = cls(model.found, against.found, len(model.tokens), difference, error)
+        if model.last is None or against.last is None:
+            return found
+        mean, spread, same = _agreement(model.last, against.last)
+        return replace(found, kl_divergence=mean, kl_divergence_error=spread, top1_agreement=same)
 
     @property
     def perplexity_increase(self) -> float:
@@ -122,7 +141,25 @@ class Comparison:
             "perplexity_increase_error": self.perplexity_increase_error,
             "told_apart": self.told_apart,
             "verdict": self.verdict,
+            **({} if self.kl_divergence is None else self._agreement_as_json()),
         }
+
+    def _agreement_as_json(self) -> dict[str, Any]:
+        names = "kl_divergence", "kl_divergence_error", "top1_agreement"
+        return {name: getattr(self, name) for name in names}
+
+
+def _agreement(
+    model: LastPredictions, against: LastPredictions
+) -> tuple[float, float | None, float]:
+    """Mean divergence, its standard error, and the share of tokens with one likeliest choice."""
+    windows, length, _ = model.states.shape
+    states = (one.states.reshape(windows * length, -1) for one in (model, against))
+    found = agreement(model.head(), next(states), against.head(), next(states))
+    # Of each window's last token nothing is predicted here.
+    divergences = found.divergences.reshape(windows, length)[:, :-1]
+    mean, error = paired_difference(divergences, np.zeros_like(divergences))
+    return mean, error, float(found.same.reshape(windows, length)[:, :-1].mean())
 
 
 def compare(
@@ -185,19 +222,23 @@ def compare(
             text = None if isinstance(data, np.ndarray) else Path(data)
             require_one_tokenizer(ours, theirs, text, tokens, windows)
     told, budget = progress or silent, Budget(batch_tokens=batch_tokens)
-    measured = measure(
-        served,
-        tokens,
-        of_blocks(told, "evaluating", served.config.num_layers),
-        decode=decode,
-        kv_cache=kv_cache,
-        float16=float16,
-        budget=budget,
-    )
-    if not isinstance(other, Measurement):
-        blocks = of_blocks(told, "evaluating reference", other.config.num_layers)
-        other = measure(other, tokens, blocks, decode=decode, budget=budget)
-    return Comparison.of(measured, other)
+    with tempfile.TemporaryDirectory(prefix="ms-quant-compare-") as root:
+        kept = not isinstance(other, Measurement) or other.last is not None
+        keep = Path(root) if kept else None
+        measured = measure(
+            served,
+            tokens,
+            of_blocks(told, "evaluating", served.config.num_layers),
+            decode=decode,
+            kv_cache=kv_cache,
+            float16=float16,
+            budget=budget,
+            keep=keep,
+        )
+        if not isinstance(other, Measurement):
+            blocks = of_blocks(told, "evaluating reference", other.config.num_layers)
+            other = measure(other, tokens, blocks, decode=decode, budget=budget, keep=keep)
+        return Comparison.of(measured, other)
 
 
 def _require_same_tokens(tokens: np.ndarray, against: np.ndarray) -> None:

@@ -6,7 +6,9 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ from ms_quant.evaluation.head import EMBEDDING, head_name, require_head
 from ms_quant.files.atomic import free_space_check
 from ms_quant.formats.opening import ServedModel
 from ms_quant.job.directory import HiddenStates, read_hidden
-from ms_quant.models.embedding import cross_entropy, used_rows
+from ms_quant.models.embedding import Chunks, cross_entropy, used_rows
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.progress import BlockProgress, silent
 
@@ -56,11 +58,26 @@ class Measurement:
         found: what :func:`perplexity` returns of them.
         tokens: the text, int32 (windows, seq_len).
         losses: negative log likelihoods, float32 (windows, seq_len - 1).
+        last: where its predictions are kept, to be compared; None where nobody asked.
     """
 
     found: Perplexity
     tokens: np.ndarray
     losses: np.ndarray
+    last: LastPredictions | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LastPredictions:
+    """What a model predicts of each token, as its last hidden states and its head.
+
+    Attributes:
+        states: behind the last norm, float32 (windows, seq_len, hidden), a file.
+        head: the head, in pieces, when it is asked for.
+    """
+
+    states: np.ndarray
+    head: Callable[[], Chunks]
 
 
 def perplexity(
@@ -150,16 +167,21 @@ def measure(
     kv_cache: str | None = None,
     float16: bool = False,
     budget: Budget = BUDGET,
+    keep: Path | None = None,
 ) -> Measurement:
     """The loss of every token, to be compared with another model's by ``Comparison.of``.
 
-    Arguments and errors are those of :func:`perplexity`.
+    Arguments and errors are those of :func:`perplexity`, but ``keep`` is a directory for the last
+    hidden states, by which all that is predicted can be compared, not the losses alone.
     """
     require_head(model)
     if tokens.shape[1] < 2:
         raise BadArgumentError(f"seq_len is {tokens.shape[1]}, expected at least 2")
     started = time.monotonic()
-    losses = token_losses(model, tokens, progress or silent, decode, kv_cache, float16, budget)
+    forward = _forward(model, tokens.shape[1], decode, kv_cache, float16, budget)
+    with _place(keep) as directory:
+        told = progress or silent
+        losses, last = _losses(model, forward, tokens, Path(directory), told, budget)
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise BadArgumentError(
@@ -171,7 +193,16 @@ def measure(
         tokens=int(losses.size),
         seconds=round(time.monotonic() - started, 1),
     )
-    return Measurement(found, tokens, losses.astype(np.float32))
+    head = partial(model.chunks, head_name(model))
+    kept = None if keep is None else LastPredictions(last, head)
+    return Measurement(found, tokens, losses.astype(np.float32), kept)
+
+
+def _place(keep: Path | None) -> AbstractContextManager[str]:
+    """A directory for hidden states, which stays where they are kept."""
+    if keep is None:
+        return tempfile.TemporaryDirectory(prefix="ms-quant-eval-")
+    return nullcontext(tempfile.mkdtemp(dir=keep))
 
 
 def token_losses(
@@ -184,13 +215,22 @@ def token_losses(
     budget: Budget = BUDGET,
 ) -> np.ndarray:
     """Negative log likelihood of every predicted token, float64 (windows, seq_len - 1)."""
-    forward: Forward
+    forward = _forward(model, tokens.shape[1], decode, kv_cache, float16, budget)
+    with _place(None) as directory:
+        return _losses(model, forward, tokens, Path(directory), progress, budget)[0]
+
+
+def _forward(
+    model: ServedModel,
+    length: int,
+    decode: bool,
+    kv_cache: str | None,
+    float16: bool,
+    budget: Budget,
+) -> Forward:
     if float16:
-        forward = Float16Forward(model, tokens.shape[1], budget)
-    else:
-        forward = Float32Forward(model, tokens.shape[1], decode, kv_cache, budget)
-    with tempfile.TemporaryDirectory(prefix="ms-quant-eval-") as directory:
-        return _losses(model, forward, tokens, Path(directory), progress, budget)
+        return Float16Forward(model, length, budget)
+    return Float32Forward(model, length, decode, kv_cache, budget)
 
 
 class Forward(Protocol):
@@ -210,13 +250,14 @@ def _losses(
     directory: Path,
     progress: BlockProgress,
     budget: Budget,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+    """The losses, float64 (windows, seq_len - 1), and the last hidden states."""
     count, length = tokens.shape
     last = last_states(model, forward, tokens, directory, progress, budget)
     # A copy without each window's last token would not fit in memory: its loss is dropped instead.
     rows, targets = last.reshape(-1, last.shape[2]), np.roll(tokens, -1, axis=1).ravel()
     losses = cross_entropy(model.chunks(head_name(model)), rows, targets, budget.logit_bytes)
-    return losses.reshape(count, length)[:, :-1]
+    return losses.reshape(count, length)[:, :-1], last
 
 
 def last_states(

@@ -35,6 +35,10 @@ class _Room:
         self._held[:, :, start : self.length] = new
         return self._held[:, :, : self.length]
 
+    def shorten(self, length: int) -> None:
+        """Forgets what was added after so many tokens."""
+        self.length = min(self.length, length)
+
 
 class KeyValueCache:
     """Keys and values of one attention layer in float32, for the tokens seen so far.
@@ -63,6 +67,11 @@ class KeyValueCache:
         what is given are views."""
         return self._keys.append(keys), self._values.append(values)
 
+    def shorten(self, length: int) -> None:
+        """Forgets all tokens after the first so many, so that others may go on from there."""
+        self._keys.shorten(length)
+        self._values.shorten(length)
+
     def queries(self, brought: np.ndarray) -> np.ndarray:
         """What attention in the latent space reads of queries, (B, heads, S, rank)."""
         return brought
@@ -87,6 +96,12 @@ class Int8KeyValueCache(KeyValueCache):
         super().__init__(first_tokens)
         self._static = None if scales is None else list(scales.values())
         self._scales = _Room(first_tokens), _Room(first_tokens)
+
+    def shorten(self, length: int) -> None:
+        """As of :class:`KeyValueCache`."""
+        super().shorten(length)
+        for scales in self._scales:
+            scales.shorten(length)
 
     def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As of :class:`KeyValueCache`, but what is given are what the codes of all stand for.
