@@ -13,6 +13,7 @@ from ms_quant.cli.analyze import analyze
 from ms_quant.cli.arguments import example
 from ms_quant.cli.console import run
 from ms_quant.cli.quantize import quantize
+from ms_quant.cli.report import report
 from ms_quant.cli.schemes import schemes
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("eval", evaluate.evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),
     ("generate", evaluate.generate, 'Qwen3-8B-W8A8 --prompt "The capital of France"'),
     ("inspect", checkpoints.inspect, "Qwen3-8B-W8A8"),
+    ("report", report, "Qwen3-8B-W8A8 --against Qwen3-8B -o report.html"),
     ("schemes", schemes, "--json"),
 )
 """Name, function and the arguments of an example, in the order of the help."""

@@ -82,7 +82,9 @@ class BlockFiles:
         for path, linear in block.linears.items():
             tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
-        facts = {key: getattr(block, key) for key in ("notes", "ranges", "seconds", "errors", "inputs")}
+        facts = {
+            key: getattr(block, key) for key in ("notes", "ranges", "seconds", "errors", "inputs")
+        }
         facts["routing"] = block.routing
         metadata = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
         file = self.block_file(index, expert)
