@@ -73,28 +73,29 @@ def legend(names: Sequence[str], colors: Sequence[str] = COLORS) -> Markup:
     )
 
 
-def lines(title: str, found: Sequence[Line], x: str, y: str, *, percent: bool = False) -> Markup:
-    """Values over blocks on a logarithmic axis."""
+def lines(
+    title: str,
+    found: Sequence[Line],
+    x: str,
+    y: str,
+    *,
+    percent: bool = False,
+    linear: bool = False,
+) -> Markup:
+    """Values over blocks on a logarithmic axis; on one from 0 with ``linear``."""
     points = [v for line in found for v in line.values.values() if v > 0]
     if not points:
         return Markup("")
-    low, high = math.floor(math.log10(min(points))), math.ceil(math.log10(max(points)))
-    high = max(high, low + 1)
+    axis = _Linear(max(points)) if linear else _Logarithmic(min(points), max(points))
     places = sorted({k for line in found for k in line.values})
     first, last = places[0], max(places[-1], places[0] + 1)
 
     def at(k: int) -> float:
         return 100 * (k - first) / (last - first)
 
-    def up(value: float) -> float:
-        return 100 * (math.log10(max(value, 10.0**low)) - low) / (high - low)
-
-    step = max(1, (high - low) // 4)
-    ticks = range(low, high + 1, step)
+    ticks, up = axis.ticks, axis.up
     grid = Markup("").join(
-        Markup('<line class=grid x1=0 x2=100 y1="{0}" y2="{0}"></line>').format(
-            _short(100 - 100 * (t - low) / (high - low))
-        )
+        Markup('<line class=grid x1=0 x2=100 y1="{0}" y2="{0}"></line>').format(_short(100 - up(t)))
         for t in ticks
     )
     marks, dots = Markup(""), Markup("")
@@ -113,7 +114,7 @@ def lines(title: str, found: Sequence[Line], x: str, y: str, *, percent: bool = 
         )
     labels = Markup("").join(
         Markup('<span class=tick style="bottom:{}%">{}</span>').format(
-            _short(100 * (t - low) / (high - low)), _value(10.0**t, percent)
+            _short(up(t)), _value(t, percent)
         )
         for t in ticks
     )
@@ -122,6 +123,34 @@ def lines(title: str, found: Sequence[Line], x: str, y: str, *, percent: bool = 
     )
     names = legend([line.name for line in found], [line.color for line in found])
     return _plot(title, names, y, area, labels, (str(first), "", str(places[-1])), x)
+
+
+class _Logarithmic:
+    """An axis of powers of ten around some values."""
+
+    def __init__(self, least: float, most: float):
+        self.low, high = math.floor(math.log10(least)), math.ceil(math.log10(most))
+        self.high = max(high, self.low + 1)
+        step = max(1, (self.high - self.low) // 4)
+        self.ticks = [10.0**k for k in range(self.low, self.high + 1, step)]
+
+    def up(self, value: float) -> float:
+        """How high a value is, 0 to 100."""
+        low = self.low
+        return 100 * (math.log10(max(value, 10.0**low)) - low) / (self.high - low)
+
+
+class _Linear:
+    """An axis from 0 to a round number."""
+
+    def __init__(self, most: float):
+        power = 10.0 ** math.floor(math.log10(most))
+        self.high = next(power * k for k in (1, 2, 4, 6, 8, 10) if power * k >= most * 0.999)
+        self.ticks = [self.high * k / 4 for k in range(5)]
+
+    def up(self, value: float) -> float:
+        """How high a value is, 0 to 100."""
+        return 100 * value / self.high
 
 
 def _plot(
@@ -220,7 +249,7 @@ def chosen_histogram(
     ticks = Markup(
         '<span class=tick style="bottom:0%"></span><span class=tick style="bottom:100%"></span>'
     )
-    area = Markup('<svg viewBox="0 0 100 100" preserveAspectRatio=none></svg>')
+    area = Markup('<svg class=one viewBox="0 0 100 100" preserveAspectRatio=none></svg>')
     drawn = str(_plot("", Markup(""), "share of all values", area, ticks, ("", "", ""), ""))
     panels = joined(
         Markup(drawn.replace("<figure", f'<figure id="{name}-{k}"', 1))

@@ -20,7 +20,7 @@ from ms_quant.models.block_spec import LinearGroup
 from ms_quant.models.config import ModelConfig
 from ms_quant.models.names import GroupId, block_prefix
 from ms_quant.pipeline.siblings import kind_of
-from ms_quant.plan.layer import LayerPlan
+from ms_quant.plan.layer import LayerPlan, recorded_layer
 from ms_quant.plan.plan import all_groups
 from ms_quant.report.recorded import entry, findings, number
 from ms_quant.report.records import FLOAT, Facts, FloatWeights, Further, Group
@@ -29,14 +29,18 @@ REPORTS = "ms_quant.reports"
 """Entry point group: a function of a directory that returns a ``Further``, or None."""
 
 
-def checkpoint_facts(directory: Path) -> Facts:
+def checkpoint_facts(directory: Path, further: Further | None = None) -> Facts:
     """Reads the headers, the description and the record of a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        further: what another package says of it; None asks those that are installed.
 
     Raises:
         MsQuantError: the directory is no checkpoint, or malformed.
     """
     model = open_model(directory)
-    further: Further | None = first_answer(REPORTS, directory)
+    further = further or first_answer(REPORTS, directory)
     record = read_record(directory)
     sizes = _stored_sizes(directory, model)
     linears = {
@@ -177,12 +181,13 @@ def _group(
     record: Mapping[str, Any],
 ) -> Group:
     measured = findings(record, group_id.block, group_id.name)
+    said = recorded_layer(entry(record, "record"), str(group_id))  # files do not tell algorithms
     return Group(
         path=str(group_id),
         block=group_id.block,
         kind=group_id.name,
         scheme=FLOAT if layer is None else layer.scheme.name,
-        algorithm="" if layer is None else layer.algorithms.name,
+        algorithm="" if layer is None else str(said.get("algorithm", "")),
         weights=sum(linear.size for linear in group.linears.values()),
         error=number(measured.get("error")),
         worst=str(group_id),

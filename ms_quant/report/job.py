@@ -11,6 +11,7 @@ from ms_quant.job.block_files import BlockFiles
 from ms_quant.job.output_directory import MAX_RECORD_BYTES
 from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.measured import measured_facts
+from ms_quant.plan.layer import recorded_layer
 from ms_quant.report.checkpoint import merged, source_bytes
 from ms_quant.report.recorded import entry, findings, number
 from ms_quant.report.records import Facts, Group
@@ -71,14 +72,14 @@ def job_facts(job: Path, output: Path) -> Facts:
 
 def _group(index: int, name: str, record: dict[str, object], facts: dict[str, object]) -> Group:
     path = f"{block_prefix(index)}{name}"
-    layer = entry(record, "mixed").get(path, record)
+    layer = recorded_layer(record, path)
     measured = findings(facts, index, name)
     return Group(
         path=path,
         block=index,
         kind=name,
-        scheme=str(entry(layer).get("scheme", "?")),
-        algorithm=str(entry(layer).get("algorithm", "")),
+        scheme=str(layer.get("scheme", "?")),
+        algorithm=str(layer.get("algorithm", "")),
         error=number(measured.get("error")),
         worst=path,
         chosen=entry(facts, "chosen", f"block {index}", name),

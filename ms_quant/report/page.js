@@ -91,7 +91,8 @@ function histogram(figure, part) {
     return bar;
   }));
   const ends = figure.querySelectorAll(".xs .tick"), end = part.start + part.step * part.counts.length - part.inside;
-  [part.start, (part.start + end) / 2, end].forEach((x, k) => { ends[k].textContent = Number(x.toPrecision(3)); });
+  const middle = (part.start + end) / 2;
+  [part.start, part.inside ? Math.round(middle) + 0 : middle, end].forEach((x, k) => { ends[k].textContent = Number(x.toPrecision(3)); });
   const tops = figure.querySelectorAll(".ys .tick");
   tops[0].textContent = "0";
   tops[1].textContent = (100 * most / sum).toPrecision(2) + " %";

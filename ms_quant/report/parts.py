@@ -133,7 +133,9 @@ def table(
 
 def _cell(cell: Cell, kind: Content) -> Markup:
     if cell.value is None:
-        return Markup("<td{}>{}</td>").format(kind, readable(cell.text))
+        # Paths are broken after their dots.
+        text = Markup(".<wbr>").join(readable(cell.text).split("."))
+        return Markup("<td{}>{}</td>").format(kind, text)
     value = f"{cell.value:.8g}" if isinstance(cell.value, float | int) else cell.value
     return Markup('<td{} data-v="{}">{}</td>').format(kind, value, readable(cell.text))
 

@@ -85,6 +85,8 @@ def report_page(
 
 
 def _weights(facts: Facts, against: FloatWeights | None, linears: Sequence[str]) -> Markup:
+    if facts.further is not None and against is None and not linears:
+        return Markup("")  # it shows the codes of every linear itself
     found = histograms(facts, linears, against)
     if not found:
         return Markup("")

@@ -104,7 +104,7 @@ def _sizes(facts: Facts, against: FloatWeights | None) -> Markup:
     rows.append(("this checkpoint", [facts.output_bytes]))
     rows += [(name, [count]) for name, count in largest[:MOST_KINDS] if count]
     rows += [("other groups", [rest])] if rest else []
-    rows.append(("embedding, head, norms", [facts.float_bytes]))
+    rows.append(("embedding, head, norms and the rest", [facts.float_bytes]))
     return bars("Bytes stored: the whole, then its parts", rows, ["stored"])
 
 

@@ -98,7 +98,13 @@ def codes_of(stored: QuantizedLinear | np.ndarray) -> Counts:
 
 def code_counts(title: str, codes: np.ndarray) -> Counts:
     """Counts of integers, in bins of one width."""
-    values, counts = np.unique(_some(codes), return_counts=True)
+    return code_counts_of(title, *np.unique(_some(codes), return_counts=True))
+
+
+def code_counts_of(title: str, values: np.ndarray, counts: np.ndarray) -> Counts:
+    """The same of values whose counts are known, in order."""
+    used = np.flatnonzero(counts)
+    values, counts = values[used[0] : used[-1] + 1], counts[used[0] : used[-1] + 1]
     low, high = int(values[0]), int(values[-1])
     step = -(-(high - low + 1) // BINS)
     low -= low % step  # so that 0 begins a bin
