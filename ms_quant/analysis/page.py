@@ -89,7 +89,9 @@ def _scheme(found: Sensitivity, scheme: str, metric: str, number: int) -> Markup
     return section(
         scheme,
         _map(list(found.of(scheme)), scheme),
-        paragraph(f"Every group, the worst first by {metric}.{more} Click on a head to sort."),
+        paragraph(
+            f"Every group, the worst first by {metric}.{more} The head of a column sorts by it."
+        ),
         table(_HEADS, rows, name=f"scheme{number}", text_columns=2),
     )
 

@@ -50,21 +50,21 @@ def bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], names: Sequenc
             Markup("").join(
                 Markup(
                     '<span class="bar {}" data-t="{}"><i style="width:{}%"></i>{}</span>'
-                ).format(color, f"{name}, {kind}: {value:,.0f} bytes", _short(62 * value / most),
+                ).format(color, f"{name}, {kind}: {value:,.0f} bytes", _short(50 * value / most),
                          size(value))
                 for kind, value, color in zip(names, values, COLORS, strict=False)
             ),
         )
         for name, values in rows
     )  # fmt: skip
-    return Markup("<figure class=chart><figcaption>{}</figcaption>{}<div class=bars>{}</div>"
-                  "</figure>").format(title, legend(names), body)  # fmt: skip
+    colors = legend(names) if len(names) > 1 else ""
+    return Markup(
+        "<figure class=chart><figcaption>{}</figcaption>{}<div class=bars>{}</div></figure>"
+    ).format(title, colors, body)
 
 
 def legend(names: Sequence[str], colors: Sequence[str] = COLORS) -> Markup:
-    """What the colours are; "" where there is but one."""
-    if len(names) < 2:
-        return Markup("")
+    """What the colours are."""
     return Markup("<div class=legend>{}</div>").format(
         Markup("").join(
             Markup('<span><i class="{}"></i>{}</span>').format(color, name)

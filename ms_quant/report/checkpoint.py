@@ -164,7 +164,9 @@ def _groups(
         one = _group(group_id, group, layer, chosen, record)
         prefix, path = block_prefix(group_id.block), str(group_id)
         if further is not None:
-            one = _changed(one, scheme=further.schemes.get(path, FLOAT))
+            said = recorded_layer(entry(record, "record"), path) if path in further.schemes else {}
+            scheme = further.schemes.get(path, FLOAT)
+            one = _changed(one, scheme=scheme, algorithm=str(said.get("algorithm", "")))
             stored = further.bytes.get(path)
         else:
             stored = sum(sizes.get(f"{prefix}{member}", 0) for member in group.members)

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from ms_quant.report.strange import readable
 
 Content = str | Markup
+SHORT = 28  # characters of code that is not broken
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ def sentences(found: Sequence[Sentence]) -> Markup:
 def _with_code(text: str) -> Markup:
     parts = readable_long(text).split("`")
     return Markup("").join(
-        Markup("<code>{}</code>").format(part) if k % 2 else Markup.escape(part)
+        Markup("<code{}>{}</code>").format(
+            Markup(" class=short") if len(part) < SHORT else "", part
+        )
+        if k % 2
+        else Markup.escape(part)
         for k, part in enumerate(parts)
     )
 
@@ -148,6 +153,6 @@ def _controls(name: str, rows: int) -> Markup:
     ).format(name, rows)
 
 
-def preformatted(lines: Iterable[str]) -> Markup:
-    """Lines as a terminal shows them, which scroll inside themselves."""
-    return Markup('<div class="scroll" tabindex="0"><pre>{}</pre></div>').format("\n".join(lines))
+def folded(title: str, content: Markup) -> Markup:
+    """What is shown when its title is clicked."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(title, content)

@@ -72,13 +72,13 @@ def report_page(
         cards(overview(facts, results, against)),
         result_sections(results),
         kinds_section(facts, against),
+        joined(facts.further.parts) if facts.further is not None else Markup(""),
         error_section(facts),
         groups_section(facts) if facts.groups else Markup(""),
         activation_section(facts),
         _weights(facts, against, linears),
         expert_section(facts),
         attention_section(results, facts.cache),
-        joined(facts.further.parts) if facts.further is not None else Markup(""),
         record_section(facts),
     ]
     return render(facts.name, parts, reload_seconds)

@@ -153,8 +153,8 @@ def groups_section(facts: Facts) -> Markup:
     return section(
         "Every group",
         paragraph(
-            f"{said} Click on a head to sort. Experts of a block are one row, which has the error "
-            f"of the worst.{more}"
+            f"{said} The head of a column sorts by it. Experts of a block are one row, which has the "
+            f"error of the worst.{more}"
         ),
         table(heads, rows, name="groups", text_columns=3,
               bad=[(group.error or 0) > TOO_MUCH for group in shown]),

@@ -16,7 +16,7 @@ from ms_quant.models.names import in_block, short_name
 from ms_quant.report.charts import Counts, Line, bars, chosen_histogram, lines
 from ms_quant.report.checkpoint import checkpoint_facts
 from ms_quant.report.page import render, write_page
-from ms_quant.report.parts import Cell, Sentence, paragraph, section, sentences, table
+from ms_quant.report.parts import Cell, Sentence, folded, paragraph, section, sentences, table
 from ms_quant.report.records import Further
 from ms_quant.report.report import report_page
 from ms_quant.report.results import Results
@@ -101,16 +101,17 @@ def parts(result: dict[str, Any], histograms: Histograms) -> list[Markup]:
     """The sections about compressed weights."""
     rows: Sequence[Row] = result["rows"]
     found = [_uncompressed(result)]
+    measures = [[Cell(name), Cell(text)] for name, text in MEASURES]
     if rows:
         found = [
             section(
                 "Compression",
-                table(("measure", "what it is"), [[Cell(a), Cell(b)] for a, b in MEASURES],
-                      text_columns=2),
                 _totals_chart(rows),
                 _ratio_charts(rows),
                 Markup("<h3>Every compressed linear</h3>"),
                 _table(rows),
+                folded("What the columns mean", table(("measure", "meaning"), measures,
+                                                      text_columns=2)),
             ),
             section("Codes", paragraph(_CODES), _codes(rows, histograms)),
             *found,
@@ -139,7 +140,8 @@ def _sentences(result: dict[str, Any]) -> list[Sentence]:
         found.append(
             Sentence(
                 f"{worst['layer']} of rank {worst['rank']} hardly shrinks "
-                f"({worst['ratio']:.3f}): more `--sparsity`, or a higher price of rate-distortion rounding, makes it smaller.",
+                f"({worst['ratio']:.3f}): more `--sparsity`, or a higher price of rate-distortion "
+                "rounding, makes it smaller.",
                 "bad",
             )
         )
