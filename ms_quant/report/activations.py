@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from shlex import quote
 
 from markupsafe import Markup
 
@@ -96,7 +97,7 @@ def activation_sentences(facts: Facts) -> Iterator[Sentence]:
             f"{len(found)} inputs keep channels far above the others after smoothing, most of all "
             f"{worst.path} ({times:,.0f} times the median channel), which one static scale holds "
             f"coarsely: take W8A8_DYNAMIC for them, or leave them float "
-            f"(`--exclude {worst.first}`).",
+            f"(`--exclude {quote(worst.first)}`).",
             "bad" if (worst.error or 0) > 0.1 else "",
         )
 
@@ -140,4 +141,6 @@ def _map(tokens: dict[int, list[int]]) -> Markup:
         total = sum(counts) or 1
         shares = [sum(counts[k : k + step]) / total or None for k in range(0, count, step)]
         rows.append((f"block {block}", shares))
-    return heat("Share of the routed tokens by expert; an empty cell saw none", heads, rows)
+    return heat(
+        "Share of the routed tokens by expert; an empty cell saw none", heads, rows, relative=True
+    )

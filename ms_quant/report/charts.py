@@ -103,9 +103,10 @@ def lines(
         kept = _thinned(line.values)
         path = " ".join(f"{_short(at(k))},{_short(100 - up(v))}" for k, v in kept)
         marks += Markup('<polyline class="{}" points="{}"></polyline>').format(line.color, path)
+        dot = f"{line.color} small" if len(kept) > 80 else line.color
         dots += Markup("").join(
             Markup('<span class="dot {}" style="left:{}%;bottom:{}%" data-t="{}"></span>').format(
-                line.color,
+                dot,
                 _short(at(k)),
                 _short(up(v)),
                 f"{line.name}, {x} {k}: {_value(v, percent)}",
@@ -174,15 +175,22 @@ def _plot(
 
 
 def heat(
-    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    relative: bool = False,
 ) -> Markup:
-    """A table of shares whose colour is logarithmic: 0.001 % is pale, 100 % is not."""
+    """A table of shares whose colour is logarithmic: 0.001 % is pale, 100 % is not; with
+    ``relative`` it is their share of the largest."""
+    most = max((v or 0.0 for _, values in rows for v in values), default=0.0)
+    scale = most if relative else 0.0
     heads = Markup("").join(Markup("<th scope=col>{}</th>").format(readable(c)) for c in columns)
     body = joined(
         Markup("<tr><th scope=row>{}</th>{}</tr>").format(
             readable(name),
             Markup("").join(
-                _heat_cell(v, f"{name}, {c}") for v, c in zip(values, columns, strict=True)
+                _heat_cell(v, f"{name}, {c}", scale) for v, c in zip(values, columns, strict=True)
             ),
         )
         for name, values in rows
@@ -193,10 +201,11 @@ def heat(
     ).format(title, " tall" if len(rows) > 20 else "", heads, body)
 
 
-def _heat_cell(value: float | None, name: str) -> Markup:
+def _heat_cell(value: float | None, name: str, scale: float) -> Markup:
     if value is None:
         return Markup("<td></td>")
-    depth = min(1.0, max(0.0, (math.log10(max(value, 1e-9)) + 5) / 5))
+    depth = value / scale if scale else (math.log10(max(value, 1e-9)) + 5) / 5
+    depth = min(1.0, max(0.0, depth))
     return Markup('<td class=heat style="--v:{}" data-t="{}">{}</td>').format(
         _short(depth), f"{readable(name)}: {_value(value, True)}", _value(value, True)
     )

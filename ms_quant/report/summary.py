@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from shlex import quote
 from statistics import median
 
 from ms_quant.errors import MsQuantError
@@ -31,7 +32,7 @@ def summary(facts: Facts, results: Results, against: FloatWeights | None) -> lis
             "float weights here may not be those that were quantized.", "bad",
         ))  # fmt: skip
     if facts.finished is None:
-        found += result_sentences(results, str(facts.place))
+        found += result_sentences(results, quote(str(facts.place)))
     order = {"bad": 0, "": 1, "good": 2, "todo": 3}
     return sorted(found, key=lambda one: order[one.kind])
 
@@ -78,7 +79,7 @@ def _errors(facts: Facts) -> Iterator[Sentence]:
         return
     named = ", ".join(f"{g.worst} ({percent(g.error or 0)})" for g in wrong[:SHOWN])
     more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    excluded = " ".join(f"--exclude {group.first}" for group in wrong[:SHOWN])
+    excluded = " ".join(f"--exclude {quote(group.first)}" for group in wrong[:SHOWN])
     yield Sentence(
         f"{len(wrong)} of {len(measured)} measured groups are off by more than "
         f"{percent(TOO_MUCH)}: {named}{more}. Expect a bad result: take another algorithm "
@@ -117,7 +118,7 @@ def _siblings(facts: Facts) -> Iterator[Sentence]:
             yield Sentence(
                 f"{worst.worst} is far worse than other {kind}: off by {percent(error)}, and "
                 f"{percent(usual)} is the median of {len(groups)} blocks. Leave it float "
-                f"(`--exclude {worst.first}`) or give it a finer scheme in a recipe.", "bad",
+                f"(`--exclude {quote(worst.first)}`) or give it a finer scheme in a recipe.", "bad",
             )  # fmt: skip
 
 
