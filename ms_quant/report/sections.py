@@ -153,7 +153,7 @@ def groups_section(facts: Facts) -> Markup:
     return section(
         "Every group",
         paragraph(
-            f"{said} The head of a column sorts by it. Experts of a block are one row, which has the "
+            f"{said} The head of a column sorts by it. Experts of a block are one row, with the "
             f"error of the worst.{more}"
         ),
         table(heads, rows, name="groups", text_columns=3,
