@@ -41,6 +41,7 @@ CONTENTS = {
         Recipes <recipes>
         Sparse compression <sparse>
         Evaluation <evaluation>
+        A report on one page <report>
         Find what hurts <analysis>
         Mixed precision <mixed_precision>
         Experts and latent attention <experts>
