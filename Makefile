@@ -40,9 +40,11 @@ VLLM_VERSIONS ?= 0.11.0 0.31.0
 BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 	'import sys; print(*sys.version_info[:2], sep=".")')),vllm_mindspore==0.5.1)
 MINDONE = build/mindone
+BROWSER = build/browser
+ROOT_APT = $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-isa test-vllm test-mindone test-aarch64 \
+.PHONY: demo test test-isa test-vllm test-mindone test-browser test-aarch64 \
 	lint format docs bench accuracy accuracy-smollm2 fuzz clean
 
 demo: $(INSTALLED)
@@ -86,6 +88,19 @@ test-mindone: $(MINDONE)/installed
 $(MINDONE)/installed: $(INSTALLED) tests/mindone/requirements.txt
 	$(call environment,$(VENV))
 	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/mindone/requirements.txt
+	touch $@
+
+# Reports in Debian's chromium, which is installed where that may be done; else they are skipped.
+test-browser: $(BROWSER)/installed
+	command -v chromium > /dev/null || { $(ROOT_APT) update -qq && $(ROOT_APT) install -y -qq chromium; } \
+		> build/chromium.log 2>&1 || true
+	if command -v chromium > /dev/null; then \
+		timeout 300 $(BROWSER)/bin/python -m pytest -q tests/browser; \
+	else echo "no chromium, and none could be installed (build/chromium.log): the pages are not opened"; fi
+
+$(BROWSER)/installed: $(INSTALLED) tests/browser/requirements.txt
+	$(call environment,$(VENV))
+	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/browser/requirements.txt
 	touch $@
 
 # An environment that sees the packages of others.

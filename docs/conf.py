@@ -42,6 +42,7 @@ CONTENTS = {
         Sparse compression <sparse>
         Evaluation <evaluation>
         Tasks <tasks>
+        A report on one page <report>
         Find what hurts <analysis>
         Mixed precision <mixed_precision>
         Experts and latent attention <experts>

@@ -1,14 +1,17 @@
-"""How long work says how far it is: three kinds of function that a caller may give."""
+"""How long work says how far it is: four kinds of function that a caller may give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 PartProgress = Callable[[float], None]
 """Called with how much is done, 0 to 1."""
 
 BlockProgress = Callable[[int, float], None]
 """Called with a block's index and how much of that block is done, 0 to 1."""
+
+BlockDone = Callable[[int, Mapping[str, float]], None]
+"""Called with the index of a finished block and the relative errors of its groups, by name."""
 
 StepProgress = Callable[[str, float], None]
 """Called with a step's name and how much of that step is done, 0 to 1."""

@@ -40,8 +40,9 @@ from recorded_commands import (
 from small_models import MODELS, write_model
 
 RECORD = "ms_quant.json"
-NOT_DECIDED = ("record", "files", "sha256")
-"""Entries of a record with versions, options or digests of what is compared itself."""
+NOT_DECIDED = ("record", "measured", "files", "sha256")
+"""Entries of a record with versions, options, what reports show, or digests of what is compared
+itself."""
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 VALUES = ("perplexity", "loss", "text")
 VECTORS = re.compile("avx|amx|fma|f16c|gfni|s?sse|asimd|sve|i8mm|bf16")

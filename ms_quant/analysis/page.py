@@ -1,34 +1,33 @@
-"""An HTML page about an analysis: one file that needs no network."""
+"""An HTML page about an analysis: what hurts, and what to do about it."""
 
 from __future__ import annotations
 
-import math
-from html import escape
-from importlib.util import find_spec
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-from ms_quant.analysis.records import Sensitivity, percent
+from markupsafe import Markup
+
+from ms_quant.analysis.inputs import describe_input
+from ms_quant.analysis.records import GroupSensitivity, Sensitivity, percent
 from ms_quant.analysis.request import check_file
-from ms_quant.analysis.summary import summary
-from ms_quant.errors import BadArgumentError
-from ms_quant.files.atomic import write_bytes
+from ms_quant.analysis.summary import NEGLIGIBLE, advice, title
+from ms_quant.report import page
+from ms_quant.report.charts import heat
+from ms_quant.report.parts import Cell, Sentence, cards, paragraph, section, sentences, table
 
-STYLE = "body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; }"
-SMALLEST = 1e-4  # percent; colours are logarithmic
-ROW_PIXELS = 18
+MOST_ROWS, MOST_BLOCKS = 3000, 256
+_HEADS = ("group", "kind", "perplexity", "error at its output", "error at its block",
+          "largest input", "weights")  # fmt: skip
+_MAP = "Estimated increase of perplexity by block and group; the colour is logarithmic"
 
 
 def check_page(path: Path) -> None:
     """Refuses what would fail after the work.
 
     Raises:
-        MsQuantError: plotly is not installed, or there is no directory for the file.
+        MsQuantError: no page can be made there.
     """
-    if find_spec("plotly") is None:
-        raise BadArgumentError(
-            "--plot needs plotly, which is missing: pip install 'ms-quant[report]'"
-        )
+    page.check_page(path)
     check_file(path)
 
 
@@ -43,59 +42,103 @@ def write_page(path: Path, found: Sensitivity, metric: str = "loss_increase") ->
     Raises:
         MsQuantError: the file cannot be written.
     """
-    from plotly.offline import get_plotlyjs
+    parts = [
+        paragraph(
+            "What each group of linears costs when it alone is quantized: the estimated increase "
+            "of perplexity.",
+            dim=True,
+        ),
+        sentences([_advice(found, scheme) for scheme in found.schemes]),
+        cards([(scheme, _cost(found.loss_increase(scheme))) for scheme in found.schemes]),
+        _kinds(found),
+        *(_scheme(found, scheme, metric, k) for k, scheme in enumerate(found.schemes)),
+        _massive(found),
+    ]
+    page.write_page(path, page.render(f"What hurts in {found.model}", parts))
 
-    title = escape(f"What hurts in {found.model}")
-    charts = "".join(
-        f"<h2>{escape(scheme)}</h2>\n{_figure(heat_map(found, scheme), f'scheme{k}')}\n"
-        for k, scheme in enumerate(found.schemes)
+
+def _advice(found: Sensitivity, scheme: str) -> Sentence:
+    cheap = percent(found.loss_increase(scheme)) < NEGLIGIBLE
+    return Sentence(advice(found, scheme), "good" if cheap else "bad")
+
+
+def _cost(loss: float) -> str:
+    return f"{percent(loss):+.2g} %"
+
+
+def _kinds(found: Sensitivity) -> Markup:
+    """What all groups of a kind cost together, a column for each scheme."""
+    kinds: dict[str, list[GroupSensitivity]] = defaultdict(list)
+    for group in found.groups:
+        kinds[group.kind].append(group)
+    rows = []
+    for kind, groups in [*kinds.items(), ("all", list(found.groups))]:
+        row = [Cell(kind), Cell(str(len(groups)), len(groups))]
+        for scheme in found.schemes:
+            chosen = [group for group in groups if scheme in group.schemes]
+            loss = found.loss_increase(scheme, chosen)
+            row.append(Cell(_cost(loss), loss) if chosen else Cell("", ""))
+        rows.append(row)
+    return section("All groups of a kind together", table(("kind", "groups", *found.schemes), rows))
+
+
+def _scheme(found: Sensitivity, scheme: str, metric: str, number: int) -> Markup:
+    ranked = found.ranked(scheme, metric)
+    more = f" The {MOST_ROWS} first of {len(ranked)}." if len(ranked) > MOST_ROWS else ""
+    rows = [_row(group, scheme) for group in ranked[:MOST_ROWS]]
+    return section(
+        scheme,
+        _map(list(found.of(scheme)), scheme),
+        paragraph(
+            f"Every group, the worst first by {metric}.{more} The head of a column sorts by it."
+        ),
+        table(_HEADS, rows, name=f"scheme{number}", text_columns=2),
     )
-    lines = escape("\n".join(summary(found, metric)))
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script>\n"
-        f"</head>\n<body>\n<h1>{title}</h1>\n"
-        "<p>The estimated increase of perplexity when one group alone is quantized; the colours "
-        f"are logarithmic.</p>\n{charts}<pre>{lines}</pre>\n</body>\n</html>\n"
-    )
-    write_bytes(path, page.encode())
 
 
-def heat_map(found: Sensitivity, scheme: str) -> Any:
-    """Blocks by groups: a plotly heat map of the estimated increase of perplexity."""
-    from plotly import graph_objects
+def _row(group: GroupSensitivity, scheme: str) -> list[Cell]:
+    error, largest = group.schemes[scheme], group.input.absmax if group.input else None
+    loss = error.worst("loss_increase")
+    output, block = error.worst("output_error"), error.worst("block_error")
+    return [
+        Cell(title(group)),
+        Cell(group.kind),
+        Cell(_cost(loss), loss),
+        Cell(f"{output:.1e}", output),
+        Cell(f"{block:.1e}", block),
+        Cell("", "") if largest is None else Cell(f"{largest:,.4g}", largest),
+        Cell(f"{group.weights:,}", group.weights) if group.weights else Cell("", ""),
+    ]
 
-    groups = list(found.of(scheme))
+
+def _map(groups: list[GroupSensitivity], scheme: str) -> Markup:
+    """Blocks by groups; of very many blocks, the worst of neighbours together."""
     names = list(dict.fromkeys(group.name for group in groups))
     blocks = sorted({group.block for group in groups})
-    cost = {(g.block, g.name): percent(g.score(scheme, "loss_increase")) for g in groups}
-    values = [[cost.get((block, name)) for name in names] for block in blocks]
-    heat = graph_objects.Heatmap(
-        x=[escape(name) for name in names],
-        y=[f"block {block}" for block in blocks],
-        z=[[None if v is None else _log(v) for v in row] for row in values],
-        customdata=values,
-        hovertemplate="%{y}, %{x}: %{customdata:.3g} %<extra></extra>",
-        colorscale="Viridis",
-        colorbar={
-            "title": "perplexity",
-            "tickvals": list(range(-4, 4)),
-            "ticktext": [f"+{10.0**k:g} %" for k in range(-4, 4)],
-        },
-    )
-    figure = graph_objects.Figure(heat)
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(
-        height=180 + ROW_PIXELS * len(blocks), margin={"t": 20}, template="plotly_white"
-    )
-    return figure
+    cost = {(g.block, g.name): percent(g.score(scheme, "loss_increase")) / 100 for g in groups}
+    step, rows = -(-len(blocks) // MOST_BLOCKS), []
+    for start in range(0, len(blocks), step or 1):
+        part = blocks[start : start + step]
+        shown = f"block {part[0]}" if len(part) == 1 else f"blocks {part[0]} to {part[-1]}"
+        rows.append(
+            (
+                shown,
+                [max((cost[b, n] for b in part if (b, n) in cost), default=None) for n in names],
+            )
+        )
+    return heat(_MAP, names, rows)
 
 
-def _log(value: float) -> float:
-    return math.log10(max(value, SMALLEST))
-
-
-def _figure(figure: Any, name: str) -> str:
-    return figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False}
+def _massive(found: Sensitivity) -> Markup:
+    rows = [
+        [Cell(title(group)), Cell(describe_input(group.input))]
+        for group in found.groups
+        if group.input and group.input.massive
+    ]
+    if not rows:
+        return Markup("")
+    return section(
+        "Massive inputs",
+        paragraph("One scale for all tokens cannot hold them well."),
+        table(("input of", "what stands out"), rows[:MOST_ROWS], name="massive", text_columns=2),
     )

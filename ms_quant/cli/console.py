@@ -29,7 +29,7 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files.lock import BusyError
 from ms_quant.formats.source_kind import find_model
 from ms_quant.pipeline.defaults import DEFAULTS
-from ms_quant.progress import BlockProgress, StepProgress, of_blocks
+from ms_quant.progress import BlockProgress, of_blocks
 
 STDERR = Console(stderr=True)
 INTERRUPTED = 130
@@ -156,8 +156,26 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]],
         show(result)
 
 
+class Steps:
+    """The bars of a command: called with a step's name and how much of that step is done."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self._tasks = progress, dict[str, TaskID]()
+
+    def __call__(self, step: str, part: float) -> None:
+        done = round(part * 1000)
+        if step not in self._tasks:
+            self._tasks[step] = self.progress.add_task(step, total=1000, completed=done, said="")
+        self.progress.update(self._tasks[step], completed=done)
+
+    def say(self, step: str, text: str) -> None:
+        """Shows a few words beside the bar of a step that has begun."""
+        if step in self._tasks:
+            self.progress.update(self._tasks[step], said=text)
+
+
 @contextmanager
-def step_progress() -> Iterator[StepProgress]:
+def step_progress() -> Iterator[Steps]:
     """A bar for each step of a long command, with an estimate of what remains, on standard error.
 
     The estimate counts from the step's first call, so a resumed job is not promised the pace of
@@ -165,22 +183,15 @@ def step_progress() -> Iterator[StepProgress]:
     """
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(20),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        TextColumn("remaining"),
+        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}", markup=False),
     )
     with Progress(*columns, console=STDERR) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def update(step: str, part: float) -> None:
-            done = round(part * 1000)
-            if step not in tasks:
-                tasks[step] = progress.add_task(step, total=1000, completed=done)
-            progress.update(tasks[step], completed=done)
-
-        yield update
+        yield Steps(progress)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ms_quant.cli.console import run
 from ms_quant.cli.evaluate import evaluate
 from ms_quant.cli.generate import generate
 from ms_quant.cli.quantize import quantize
+from ms_quant.cli.report import report
 from ms_quant.cli.schemes import schemes
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("eval", evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),
     ("generate", generate, 'Qwen3-8B-W8A8 --prompt "The capital of France"'),
     ("inspect", checkpoints.inspect, "Qwen3-8B-W8A8"),
+    ("report", report, "Qwen3-8B-W8A8 --against Qwen3-8B -o report.html"),
     ("schemes", schemes, "--json"),
 )
 """Name, function and the arguments of an example, in the order of the help."""

@@ -10,6 +10,7 @@ import typer
 
 from ms_quant import kernels
 from ms_quant.cli.arguments import ALPHA, SourceArgument
+from ms_quant.cli.block_lines import BlockLines
 from ms_quant.cli.console import (
     AnyEnvironmentOption,
     CalibOption,
@@ -300,7 +301,11 @@ def _quantize(options: QuantizeOptions, dry_run: bool, as_json: bool) -> None:
     blocks = checked.plan.config.num_blocks
     with step_progress() as step:
         result = run_job(
-            options, of_blocks(step, QUANTIZING, blocks), checked, partial(step, READING)
+            options,
+            of_blocks(step, QUANTIZING, blocks),
+            checked,
+            partial(step, READING),
+            finished=BlockLines(step, QUANTIZING, checked.plan, checked.job),
         )
     for line in result.not_served_by:
         note(f"note: {line}")

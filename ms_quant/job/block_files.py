@@ -82,7 +82,9 @@ class BlockFiles:
         for path, linear in block.linears.items():
             tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
         plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
-        facts = {key: getattr(block, key) for key in ("notes", "ranges", "seconds", "errors")}
+        facts = {
+            key: getattr(block, key) for key in ("notes", "ranges", "seconds", "errors", "inputs")
+        }
         facts["routing"] = block.routing
         metadata = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
         file = self.block_file(index, expert)
@@ -165,13 +167,33 @@ class BlockFiles:
         """Group of a finished block to what was chosen."""
         return self._joined(index, [*self.finished_experts(index), None], ["notes"])[0]
 
+    def errors(self, index: int) -> dict[str, float]:
+        """Group of a finished block to the relative error of its outputs."""
+        return self._joined(index, [*self.finished_experts(index), None], ["errors"])[0]
+
     def ranges(self) -> list[dict[str, Any]]:
         """How large the activations of each finished block get; empty without calibration."""
         return [ranges for _, (ranges,) in self._facts("ranges")]
 
     def routing(self) -> dict[int, dict[str, Any]]:
         """How many tokens came to the experts of each finished block that has some."""
-        return {index: facts for index, (facts,) in self._facts("routing") if facts}
+        return {
+            index: {key: value for key, value in facts.items() if key != "counts"}
+            for index, (facts,) in self._facts("routing")
+            if facts
+        }
+
+    def findings(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What was found out of each finished block, as the record of an output says it: each
+        group's error and input, and how many tokens came to each expert."""
+        for index, (errors, inputs, routing) in self._facts("errors", "inputs", "routing"):
+            names = dict.fromkeys([*errors, *inputs])
+            groups = {name: _finding(errors.get(name), inputs.get(name)) for name in names}
+            counts = routing.get("counts")
+            found = {"groups": groups} if groups else {}
+            found |= {"expert_tokens": counts} if counts else {}
+            if found:
+                yield index, found
 
     def measured(self) -> dict[GroupId, Measured]:
         """What is known of each group of the finished blocks, whoever did them."""
@@ -180,6 +202,11 @@ class BlockFiles:
             for index, (seconds, errors) in self._facts("seconds", "errors")
             for group, took in seconds.items()
         }
+
+
+def _finding(error: float | None, seen: Mapping[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {} if error is None else {"error": error}
+    return found if seen is None else {**found, "input": seen}
 
 
 def _add(found: dict[str, Any], more: Mapping[str, Any]) -> None:

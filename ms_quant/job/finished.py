@@ -31,6 +31,7 @@ class FinishedBlock(Protocol):
     seconds: group to what it took.
     errors: group to the relative error of its outputs.
     routing: how many tokens came to its experts; empty where it has none.
+    inputs: group to how large its input is before and after smoothing.
     """
 
     linears: dict[str, QuantizedLinear]
@@ -41,3 +42,4 @@ class FinishedBlock(Protocol):
     seconds: dict[str, float]
     errors: dict[str, float]
     routing: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]

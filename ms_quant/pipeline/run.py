@@ -18,11 +18,12 @@ from ms_quant.job.finished import Measured
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.direct import is_direct, write_direct
+from ms_quant.pipeline.measured import measured_facts
 from ms_quant.pipeline.options import QuantizeOptions
 from ms_quant.pipeline.request import CheckedJob, prepare
 from ms_quant.pipeline.result import Result, output_of
 from ms_quant.pipeline.writer import write_output
-from ms_quant.progress import BlockProgress, PartProgress, silent
+from ms_quant.progress import BlockDone, BlockProgress, PartProgress, silent
 from ms_quant.quantization import activation_record as activations
 from ms_quant.quantization.executor import Executor, InOrder
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
@@ -39,6 +40,7 @@ def run_job(
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
     budget: Budget = BUDGET,
+    finished: BlockDone = silent,
 ) -> Result:
     """Makes quantized checkpoints, or goes on making them.
 
@@ -50,6 +52,7 @@ def run_job(
         reading: told how much of the model's first pass is done.
         executor: what maps the work over the blocks.
         budget: what bounds the memory of a forward.
+        finished: told of each block that is finished, and the errors of its groups.
 
     Raises:
         MsQuantError: the request cannot be served; no output directory is left behind.
@@ -62,7 +65,13 @@ def run_job(
         done = Completed(before, ({},))
     else:
         done = complete(
-            checked, progress, _write, reading=reading, executor=executor, budget=budget
+            checked,
+            progress,
+            _write,
+            reading=reading,
+            executor=executor,
+            budget=budget,
+            finished=finished,
         )
     outputs = tuple(
         output_of(one.plan, one.options.output, done.before, calibrated=True, measured=known)
@@ -100,6 +109,7 @@ def complete(
     reading: PartProgress = silent,
     executor: Executor = IN_ORDER,
     budget: Budget = BUDGET,
+    finished: BlockDone = silent,
 ) -> Completed:
     """Does what is left of a job: blocks, output, and removing the job directory.
 
@@ -111,6 +121,7 @@ def complete(
         reading: told how much of the model's first pass is done, 0 to 1.
         executor: what maps the work over the blocks.
         budget: what bounds the memory of a forward.
+        finished: told of each block that is finished, and the errors of its groups.
 
     Raises:
         MsQuantError: the request cannot be served, or another process works on it.
@@ -129,7 +140,7 @@ def complete(
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(checked, job, progress, hooks, executor, budget)
+                run_blocks(checked, job, progress, hooks, executor, budget, finished)
             for target, output in left.items():
                 write(checked.all[target], checked.job(target), output)
         measured = tuple(checked.job(target).measured() for target in range(len(checked.all)))
@@ -175,6 +186,7 @@ def run_blocks(
     hooks: BlockHooks = NO_HOOKS,
     executor: Executor = IN_ORDER,
     budget: Budget = BUDGET,
+    finished: BlockDone = silent,
 ) -> None:
     """Finishes every block of a job."""
     targets = [(checked.plan, job)]
@@ -188,6 +200,7 @@ def run_blocks(
         hooks,
         budget,
         all_tokens=checked.options.all_tokens,
+        done=finished,
     )
     executor.run(work)
 
@@ -206,5 +219,6 @@ def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> N
         facts[activation_range.KEY] = job.ranges()
         routing = {f"block {index}": found for index, found in job.routing().items()}
         facts |= {"routing": routing} if routing else {}
+        facts |= measured_facts(job)
     numbers = JobNumbers(plan, job, checked.tensors)
     write_output(plan, numbers, output, options.most_shard_bytes, options.model, facts)

@@ -21,6 +21,7 @@ from ms_quant.plan.plan import Plan
 from ms_quant.progress import PartProgress, silent
 from ms_quant.quantization.cache_scales import cache_scales
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
+from ms_quant.quantization.input_facts import input_facts
 from ms_quant.quantization.output_error import output_error
 from ms_quant.quantization.smoothing import BlockSmoothing, Smoothed
 from ms_quant.quantization.streamed import is_streamed, quantize_streamed
@@ -43,6 +44,8 @@ class QuantizedBlock:
         errors: group to the relative error of its outputs on calibration tokens, see
             :func:`~ms_quant.quantization.output_error.output_error`; none without calibration.
         routing: how many tokens came to its experts; empty where it has none.
+        inputs: group to how large its input is, see
+            :func:`~ms_quant.quantization.input_facts.input_facts`.
     """
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class QuantizedBlock:
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     routing: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def quantize(
@@ -104,6 +108,8 @@ def quantize(
         error = output_error(problem, linears)
         if error is not None:
             block.errors[group.name] = error
+        if found := input_facts(problem, solution):
+            block.inputs[group.name] = found
         if group.name in smoothing.folded and not alone:
             linears = {path: replace(linear, smooth=None) for path, linear in linears.items()}
         block.linears.update(linears)

@@ -77,6 +77,7 @@ class Routes(NamedTuple):
             "least": int(counts.min()),
             "mean": float(counts.mean()),
             "most": int(counts.max()),
+            "counts": counts.tolist(),
             "none": np.flatnonzero(counts == 0).tolist(),
             "seen_on_others": list(range(experts)) if all_tokens else few.tolist(),
         }

@@ -25,7 +25,7 @@ from ms_quant.models.further_tokens import EMBEDDING as FURTHER_EMBEDDING
 from ms_quant.models.further_tokens import FurtherInput
 from ms_quant.models.names import block_prefix
 from ms_quant.plan.plan import Plan
-from ms_quant.progress import BlockProgress
+from ms_quant.progress import BlockDone, BlockProgress, silent
 from ms_quant.quantization.block import QuantizedBlock, quantize
 from ms_quant.quantization.hooks import NO_HOOKS, BlockHooks
 from ms_quant.quantization.observe import Wanted, divide, observe, wanted
@@ -51,9 +51,10 @@ class BlockWork:
         hooks: what is done around the algorithms.
         budget: what bounds its memory.
         all_tokens: every expert is seen on all tokens, not on those alone that go to it.
+        done: told of each block that is finished, with the first format's errors.
 
     Attributes:
-        targets, checkpoint, tokens, progress, hooks, budget, all_tokens: as given.
+        targets, checkpoint, tokens, progress, hooks, budget, all_tokens, done: as given.
         config: the model's shape.
         job: the job as it has the first format's blocks.
     """
@@ -68,10 +69,11 @@ class BlockWork:
         budget: Budget = BUDGET,
         *,
         all_tokens: bool = False,
+        done: BlockDone = silent,
     ):
         self.targets, self.checkpoint, self.tokens = targets, checkpoint, tokens
         self.progress, self.hooks, self.budget = progress, hooks, budget
-        self.all_tokens = all_tokens
+        self.all_tokens, self.done = all_tokens, done
         self.config, self.job = targets[0][0].config, targets[0][1]
         self._at: dict[int, Positions] = {}
         self._loaded: tuple[BlockForward, Divided] | None = None
@@ -164,6 +166,7 @@ class BlockWork:
         self._drop_hidden()
         if routed is not None:
             routed.drop()
+        self.done(index, self.job.errors(index))
 
     @staticmethod
     def norms(observations: Observations | None) -> dict[str, np.ndarray]:

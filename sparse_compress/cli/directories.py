@@ -113,7 +113,7 @@ def info(
     checkpoint: CheckpointArgument,
     plot: Annotated[
         Path | None,
-        typer.Option(help="HTML page to make: sizes, entropy bounds, histograms. Needs plotly."),
+        typer.Option(help="HTML page to make: that of ms-quant report."),
     ] = None,
     workers: WorkersOption = CORES,
     as_json: JsonOption = False,

@@ -7,6 +7,7 @@ from pathlib import Path
 from ms_quant.files.atomic import FileRecord
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.pipeline.measured import measured_facts
 from ms_quant.progress import StepProgress
 from ms_quant.quantization.divided import as_divided
 from ms_quant.statistics import activation_range
@@ -45,6 +46,7 @@ def write_checkpoint(
         "uncompressed": sparse.uncompressed,
         "float16_lost": sparse.lost,
         activation_range.KEY: job.ranges(),
+        **measured_facts(job),
         **({"rate": dict(sparse.rate)} if sparse.goal else {}),
     }
     finish(layout, output, files, options.model, facts)
