@@ -2,7 +2,7 @@
 
 from ms_quant.kernels.block import attention, masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
-from ms_quant.kernels.matrix import column_stats, gemv, has_product, matmul, product, syrk
+from ms_quant.kernels.matrix import column_stats, has_product, matmul, product, syrk
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -16,6 +16,7 @@ from ms_quant.kernels.native import (
 )
 from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
 from ms_quant.kernels.sparse_attention import Codes, block_attention
+from ms_quant.kernels.step import row_products, step_attention
 from ms_quant.kernels.stored_rows import quantize_stored
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
@@ -30,7 +31,6 @@ __all__ = [
     "best_isa",
     "block_attention",
     "column_stats",
-    "gemv",
     "has_isa",
     "has_product",
     "layout_of",
@@ -44,7 +44,9 @@ __all__ = [
     "quantize_stored",
     "rms_norm",
     "rope",
+    "row_products",
     "set_operator_threads",
+    "step_attention",
     "swiglu",
     "sylvester",
     "syrk",
