@@ -14,7 +14,7 @@ ROOMS = {
         *("native_library", "errors", "timestep", "budget", "allocation", "progress", "numerics"),
         *("kernels", "attention", "files", "schemes", "models", "statistics", "algorithms", "data"),
         *("recipe", "plan", "job", "quantization", "formats", "verify", "serve", "diffusers"),
-        *("pipeline", "evaluation", "analysis", "mixed_precision", "cells", "cli"),
+        *("pipeline", "evaluation", "server", "analysis", "mixed_precision", "cells", "cli"),
     ),
     "sparse_compress": (
         *("codec", "rate", "layouts", "ranks", "msmodelslim", "verify", "serve", "pipeline"),

@@ -64,8 +64,8 @@ def evaluate(
 
     if against is not None and kv_cache is None and not float16:
         _require_another(checkpoint, against)
-    model = _opened(checkpoint)
-    other = None if against is None else _opened(against)
+    model = opened(checkpoint)
+    other = None if against is None else opened(against)
     tokens = eval_windows(text, checkpoint, seq_len, windows, lambda said: note(f"note: {said}"))
     _note_length(model, checkpoint, tokens.shape[1])
     if against is not None and other is not None:
@@ -136,7 +136,7 @@ def _naming(place: str) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from None
 
 
-def _opened(checkpoint: Path) -> ServedModel:
+def opened(checkpoint: Path) -> ServedModel:
     from ms_quant.formats.opening import open_model
 
     model = open_model(checkpoint)
@@ -243,7 +243,7 @@ def generate(
     """Greedy text with a key-value cache."""
     from ms_quant.evaluation.generation import generate as text_of
 
-    model = _opened(checkpoint)
+    model = opened(checkpoint)
     found = text_of(model, prompt, max_tokens=max_tokens, kv_cache=kv_cache, tokenizer=checkpoint)
     _note_length(model, checkpoint, found.positions)
     emit(found.as_json(), as_json, lambda result: print(prompt + result["text"]))

@@ -14,6 +14,7 @@ from ms_quant.cli.arguments import example
 from ms_quant.cli.console import run
 from ms_quant.cli.quantize import quantize
 from ms_quant.cli.schemes import schemes
+from ms_quant.cli.serve import serve
 
 app = typer.Typer(
     help="Quantize language models for Ascend, on any machine, and prove the result.",
@@ -30,6 +31,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("serve-check", checkpoints.serve_check, "Qwen3-8B-W8A8SC --runtime vllm-mindspore --tp 2"),
     ("eval", evaluate.evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),
     ("generate", evaluate.generate, 'Qwen3-8B-W8A8 --prompt "The capital of France"'),
+    ("serve", serve, "Qwen3-8B-W8A8 --port 8000"),
     ("inspect", checkpoints.inspect, "Qwen3-8B-W8A8"),
     ("schemes", schemes, "--json"),
 )

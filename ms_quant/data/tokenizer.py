@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class ModelTokenizer:
         messages: list[dict[str, Any]],
         add_generation_prompt: bool = False,
         tools: list[Any] | None = None,
+        names: Mapping[str, Any] | None = None,
     ) -> str:
         """Writes a conversation as text with the chat template of the model.
 
@@ -92,6 +94,7 @@ class ModelTokenizer:
             messages (list[dict]): ``role`` and ``content`` of each message.
             add_generation_prompt (bool): end with the beginning of the assistant's answer.
             tools (list | None): what the assistant may call.
+            names (Mapping | None): what else the template may use, such as ``enable_thinking``.
 
         Returns:
             str, at most 64 Mi characters.
@@ -105,6 +108,7 @@ class ModelTokenizer:
                 "chat_template in tokenizer_config.json"
             )
         names = {
+            **(names or {}),
             **self.special,
             **({"additional_special_tokens": list(self.additional)} if self.additional else {}),
             "messages": messages,

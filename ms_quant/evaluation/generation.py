@@ -71,7 +71,7 @@ def generate(
     if any("\ud800" <= char <= "\udfff" for char in prompt):
         raise BadArgumentError(f"prompt: {prompt!r:.80} is not UTF-8 text")
     words = load_tokenizer(tokenizer_directory(model, tokenizer))
-    ids = words.encode(prompt)
+    ids = words.encode_prompt(prompt)
     stops = [] if words.eos_id is None else [words.eos_id]
     generator = Generator(opened(model), kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))

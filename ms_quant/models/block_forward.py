@@ -199,9 +199,7 @@ class BlockForward:
         other.taps = taps
         return other
 
-    def __call__(
-        self, x: np.ndarray, at: Positions, cache: AnyCache | None = None
-    ) -> np.ndarray:
+    def __call__(self, x: np.ndarray, at: Positions, cache: AnyCache | None = None) -> np.ndarray:
         """The block's output; what is not finite goes on in it."""
         with np.errstate(all="ignore"):
             return self.run(x, at, cache)
@@ -228,9 +226,7 @@ class BlockForward:
         """The residual stream after one branch; arguments as of :meth:`run`."""
         return self.add(which, x, self.inner(which, x, at, cache))
 
-    def inner(
-        self, which: int, x: np.ndarray, at: Positions, cache: AnyCache | None = None
-    ) -> Any:
+    def inner(self, which: int, x: np.ndarray, at: Positions, cache: AnyCache | None = None) -> Any:
         """What the last linears of a branch read; arguments as of :meth:`run`."""
         return self.spec.branches[which].inner(self, x, at, cache)
 

@@ -247,9 +247,7 @@ class Branch(ABC):
     rotary: bool = False
 
     @abstractmethod
-    def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None
-    ) -> Any:
+    def inner(self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None) -> Any:
         """What the linears of ``last`` read.
 
         Args:

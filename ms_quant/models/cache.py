@@ -24,6 +24,11 @@ class _Room:
         self.length, self._first_tokens = 0, first_tokens
         self._held: np.ndarray | None = None
 
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes."""
+        return 0 if self._held is None else self._held.nbytes // self._held.shape[2]
+
     def append(self, new: np.ndarray) -> np.ndarray:
         """Adds (B, heads, S, D), and gives a view of all."""
         start, self.length = self.length, self.length + new.shape[2]
@@ -58,6 +63,11 @@ class KeyValueCache:
     def length(self) -> int:
         """How many tokens there are."""
         return self._keys.length
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes; known once there is one."""
+        return self._keys.token_bytes + self._values.token_bytes
 
     def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Adds float32 (B, heads, S, D) keys and values, and gives all of them, (B, heads, T, D);

@@ -126,9 +126,7 @@ class Experts(Branch):
         correction = ops.parameter(f"{ROUTER}.{CORRECTION}") if corrected else None
         return self.routing.route(products, correction)
 
-    def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None
-    ) -> Inner:
+    def inner(self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None) -> Inner:
         """What the down_proj of each expert reads."""
         rows = ops.norm(NORM, x).reshape(-1, self.hidden)
         chosen, weights = self.route(ops, rows)

@@ -141,7 +141,9 @@ class LatentAttention(Branch):
         if ops.shows(ABSORBED):
             ops.show(ABSORBED, self._brought(ops, q[..., : shape.nope]))
         if isinstance(cache, StepCaches):
-            alone = q[0, :, None, :, : shape.nope]  # as texts of one token, whose products are alike
+            alone = q[
+                0, :, None, :, : shape.nope
+            ]  # as texts of one token, whose products are alike
             brought = self._brought(ops, alone).transpose(2, 1, 0, 3)
             read = cache.attend_latent(brought, turned, key, held, self.scale)
             y = self._brought_back(ops, read.transpose(1, 0, 2, 3))

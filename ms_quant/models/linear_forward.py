@@ -98,7 +98,9 @@ class QuantizedForward:
             return self._packed.step(_one_by_one(linear.transformed, rows))
         if self._values is None or self.phased or linear.branch is not None:
             return _one_by_one(lambda row: linear.forward(row, True, values=self._values), rows)
-        seen = _one_by_one(lambda row: linear.fake(linear.activation, linear.transformed(row)), rows)
+        seen = _one_by_one(
+            lambda row: linear.fake(linear.activation, linear.transformed(row)), rows
+        )
         return kernels.row_products(seen, self._values, linear.bias)
 
 
