@@ -179,14 +179,14 @@ def test_a_prompt_of_every_token(checkpoint):
 
 
 def test_what_ends_a_prompt_early_is_passed_on(checkpoint):
-    class Gone(Exception):
+    class GoneError(Exception):
         pass
 
     def between() -> None:
-        raise Gone
+        raise GoneError
 
     decoder = Decoder(open_model(checkpoint("float", {})))
-    with pytest.raises(Gone):
+    with pytest.raises(GoneError):
         decoder.prefill(decoder.begin(), np.arange(5), between)
     with pytest.raises(MsQuantError, match="the prompt has no tokens"):
         decoder.prefill(decoder.begin(), np.arange(0))

@@ -69,8 +69,18 @@ def serve(
     tokenizer = load_tokenizer(checkpoint)
     names = served_model_name or list(dict.fromkeys([checkpoint.resolve().name, str(checkpoint)]))
     options = ServerOptions(
-        *(host, port, tuple(names), api_key or os.environ.get(KEY), kv_cache_tokens),
-        *(max_batch, max_queue, max_tokens, max_texts, max_body_bytes, timeout, grace),
+        host,
+        port,
+        tuple(names),
+        os.environ.get(KEY) if api_key is None else api_key,
+        kv_cache_tokens,
+        batch=max_batch,
+        queue=max_queue,
+        max_tokens=max_tokens,
+        max_texts=max_texts,
+        body_bytes=max_body_bytes,
+        timeout=timeout,
+        grace=grace,
     )
     with run.listening(host, port) as sock:  # a port in use is told before the model is read
         model = opened(checkpoint)

@@ -105,10 +105,10 @@ class Generator:
         """
         sequence = self.decoder.begin()
         logits = self.decoder.prefill(sequence, np.asarray(prompt, np.int64))
-        for count in range(new_tokens):
-            if count:
-                logits = self.decoder.step([token], [sequence])[0]
+        for left in range(new_tokens, 0, -1):
             token = int(np.argmax(logits))
             if token in self.stops:
                 return
             yield token
+            if left > 1:
+                logits = self.decoder.step([token], [sequence])[0]

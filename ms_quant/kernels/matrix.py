@@ -10,7 +10,6 @@ from ms_quant.kernels.native import (
     NO_ISA,
     NOT_FINITE,
     available,
-    call,
     number_of,
     status_of,
     threads_of,

@@ -317,7 +317,7 @@ def params_bytes(linear: Linear) -> int:
 
 
 def rows_alike(packed: np.ndarray) -> int:
-    """How many rows of floats packed codes take at a time so that none changes what another gets."""
+    """How many rows of floats packed codes take at a time without one changing another."""
     return _library().msq_rows_alike(*place_of(packed))
 
 

@@ -54,7 +54,7 @@ class Table:
         return self._held[ids].astype(np.float32, copy=False)
 
     def matmul(self, x: np.ndarray) -> np.ndarray:
-        """Logits, float32 (rows, vocab), of float32 (rows, hidden), each row as if it were alone."""
+        """Logits, float32 (rows, vocab), of float32 (rows, hidden), each row as if alone."""
         return kernels.row_products(x, self._held)
 
 

@@ -110,5 +110,6 @@ def _one_by_one(function: Linear, rows: np.ndarray) -> np.ndarray:
 
 def in_step(linear: Linear) -> Linear:
     """What computes a linear for one token of each of several sequences."""
-    known = isinstance(linear, FloatForward | QuantizedForward | ReadWhenCalled)
-    return linear.step if known else linear
+    if isinstance(linear, FloatForward | QuantizedForward | ReadWhenCalled):
+        return linear.step
+    return linear

@@ -23,11 +23,11 @@ from ms_quant.server.answers import Piece
 from ms_quant.server.metrics import Metrics
 from ms_quant.server.options import ServerOptions
 from ms_quant.server.protocol import ChatRequest, CompletionRequest, read_body
-from ms_quant.server.replies import Refusal, busy, internal, stopping, too_late
-from ms_quant.server.scheduler import Busy, Scheduler, Stopping
+from ms_quant.server.replies import RefusedError, busy, internal, stopping, too_late
+from ms_quant.server.scheduler import BusyError, Scheduler, StoppingError
 from ms_quant.server.service import Prepared, Preparer
 from ms_quant.server.shapes import Usage
-from ms_quant.server.text_request import Ended
+from ms_quant.server.text_request import EndedError
 
 LOG = logging.getLogger("ms_quant.server")
 GONE = 499  # nobody reads the answer
@@ -75,7 +75,7 @@ class Api:
             if keyed:
                 self._require_key(request)
             response = await route(request)
-        except Refusal as refusal:
+        except RefusedError as refusal:
             response = _refused(refusal)
         except ClientDisconnect:
             response = Response(status_code=GONE)
@@ -92,7 +92,7 @@ class Api:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode(), key.encode())
         if kind.lower() != "bearer" or not right:
-            raise Refusal(
+            raise RefusedError(
                 "the API key is missing or wrong, expected Authorization: Bearer KEY",
                 401,
                 "authentication_error",
@@ -118,7 +118,7 @@ class Api:
         """The model by one of its names."""
         name = request.path_params["name"]
         if name not in self.options.names:
-            raise Refusal(f"there is no model {name!r:.100}", 404, param="model")
+            raise RefusedError(f"there is no model {name!r:.100}", 404, param="model")
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -162,9 +162,9 @@ class Api:
         prepared = await run_in_threadpool(prepare, raw, post, begun)
         try:
             self.scheduler.submit(prepared.texts)
-        except Busy:
+        except BusyError:
             raise busy(self.options.queue) from None
-        except Stopping:
+        except StoppingError:
             raise stopping() from None
         watch = asyncio.create_task(_watch(request, prepared))
         try:
@@ -184,7 +184,7 @@ class Api:
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what a page of another site may send without being asked
-            raise Refusal(
+            raise RefusedError(
                 f"Content-Type is {kind or 'missing'!r:.60}, expected application/json", 415
             )
         return await asyncio.wait_for(self._limited(request), self.options.timeout)
@@ -194,7 +194,7 @@ class Api:
         async for part in request.stream():
             found += part
             if len(found) > most:
-                raise Refusal(f"the body is larger than {most} bytes", 413)
+                raise RefusedError(f"the body is larger than {most} bytes", 413)
         return bytes(found)
 
     async def _next(self, pieces: asyncio.Queue[Piece]) -> Piece:
@@ -203,15 +203,15 @@ class Api:
             raise self._refusal(piece.error)
         return piece
 
-    def _refusal(self, error: Exception) -> Refusal:
-        if isinstance(error, Stopping):
+    def _refusal(self, error: Exception) -> RefusedError:
+        if isinstance(error, StoppingError):
             return stopping()
         if isinstance(error, TimeoutError):
             return too_late(self.options.timeout)
-        if isinstance(error, Ended):
-            return Refusal("the client has gone", GONE)
+        if isinstance(error, EndedError):
+            return RefusedError("the client has gone", GONE)
         if isinstance(error, MsQuantError):
-            return Refusal(str(error), 500, "server_error")
+            return RefusedError(str(error), 500, "server_error")
         LOG.error("a text failed", exc_info=error)
         return internal()
 
@@ -241,7 +241,7 @@ class Api:
                 piece = await self._next(pieces)
             if prepared.usage:
                 yield _event(prepared.shape.last(usage))
-        except Refusal as refusal:
+        except RefusedError as refusal:
             yield _event(refusal.as_json())
         finally:
             _cancel(prepared)
@@ -268,11 +268,11 @@ def _event(value: Any) -> bytes:
     return b"data: " + _json(value) + b"\n\n"
 
 
-def _refused(refusal: Refusal) -> Response:
+def _refused(refusal: RefusedError) -> Response:
     return JSONResponse(refusal.as_json(), refusal.status, headers=refusal.headers)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path:.100} is not served here"
-    return _refused(Refusal(text, error.status_code, headers=dict(error.headers or {})))
+    return _refused(RefusedError(text, error.status_code, headers=dict(error.headers or {})))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ms_quant.server.scheduler import Scheduler
@@ -16,7 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        to = {"registry": self.registry, "namespace": "ms_quant"}
+        to: Any = {"registry": self.registry, "namespace": "ms_quant"}
         self.requests = Counter("requests", "Requests by path and status", ["path", "status"], **to)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts that were computed", **to)
         self.new_tokens = Counter("generation_tokens", "Tokens that were made in steps", **to)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ms_quant.server.replies import Refusal
+from ms_quant.server.replies import RefusedError
 from ms_quant.server.sampling import Sampling
 
 MOST_STOPS, STOP_CHARS = 16, 1000
@@ -102,7 +102,7 @@ class _Request(BaseModel):
         """Refuses fields that are not known, and those that do not go together.
 
         Raises:
-            Refusal: there is one; names it.
+            RefusedError: there is one; names it.
         """
         for name, value in (self.model_extra or {}).items():
             if value is None or name in UNUSED:
@@ -111,15 +111,15 @@ class _Request(BaseModel):
             if name == "best_of" and type(value) is int and value == (self.n or 1):
                 continue
             if allowed is None:
-                raise Refusal(f"{name} is not supported, expected no such field", param=name)
+                raise RefusedError(f"{name} is not supported, expected no such field", param=name)
             if value not in allowed:
                 shown = f", or {allowed[0]!r}" if allowed else ""
-                raise Refusal(
+                raise RefusedError(
                     f"{name} {value!r:.60} is not supported, expected no such field{shown}",
                     param=name,
                 )
         if self.stream_options is not None and not self.stream:
-            raise Refusal("stream_options needs stream true", param="stream_options")
+            raise RefusedError("stream_options needs stream true", param="stream_options")
 
 
 Prompt = str | list[str] | list[Count] | list[list[Count]]
@@ -151,7 +151,7 @@ class CompletionRequest(_Request):
         """See :meth:`_Request.check`."""
         super().check()
         if not self.prompts or any(len(prompt) == 0 for prompt in self.prompts[1:]):
-            raise Refusal("prompt is empty, expected some text or token ids", param="prompt")
+            raise RefusedError("prompt is empty, expected some text or token ids", param="prompt")
 
 
 class ContentPart(BaseModel):
@@ -210,10 +210,10 @@ class ChatRequest(_Request):
         """See :meth:`_Request.check`."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise Refusal("top_logprobs needs logprobs true", param="top_logprobs")
+            raise RefusedError("top_logprobs needs logprobs true", param="top_logprobs")
         given = (self.max_tokens, self.max_completion_tokens)
         if None not in given and given[0] != given[1]:
-            raise Refusal(
+            raise RefusedError(
                 "max_tokens and max_completion_tokens differ, expected one of them",
                 param="max_tokens",
             )
@@ -226,7 +226,7 @@ def read_body(kind: type[Body], raw: bytes) -> Body:
     """A request.
 
     Raises:
-        Refusal: it is no JSON, or a field is missing, wrong or unknown.
+        RefusedError: it is no JSON, or a field is missing, wrong or unknown.
     """
     try:
         found = kind.model_validate_json(raw)
@@ -236,19 +236,19 @@ def read_body(kind: type[Body], raw: bytes) -> Body:
     return found
 
 
-def _refusal(error: ValidationError) -> Refusal:
+def _refusal(error: ValidationError) -> RefusedError:
     first = error.errors(include_url=False, include_context=False)[0]
     names = [str(part) for part in first["loc"]]
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return Refusal(f"the body is no JSON: {what.partition(': ')[2] or what}")
+        return RefusedError(f"the body is no JSON: {what.partition(': ')[2] or what}")
     if names[:1] == ["prompt"] and first["type"] != "missing":
-        return Refusal(
+        return RefusedError(
             "prompt is neither a text, nor token ids, nor a list of either", param="prompt"
         )
     place = ".".join(name for name in names if not name.startswith(("list[", "function-")))
     if first["type"] == "missing":
-        return Refusal(f"{place} is missing", param=names[0] if names else None)
-    return Refusal(
+        return RefusedError(f"{place} is missing", param=names[0] if names else None)
+    return RefusedError(
         f"{place or 'the body'}: {what[:1].lower()}{what[1:]}", param=next(iter(names), None)
     )

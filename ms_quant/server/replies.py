@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request is refused.
 
     Args:
@@ -39,9 +39,9 @@ class Refusal(Exception):
         }
 
 
-def busy(queue: int) -> Refusal:
+def busy(queue: int) -> RefusedError:
     """Too many requests wait."""
-    return Refusal(
+    return RefusedError(
         f"{queue} requests wait already, try again later",
         503,
         "overloaded_error",
@@ -49,16 +49,18 @@ def busy(queue: int) -> Refusal:
     )
 
 
-def stopping() -> Refusal:
+def stopping() -> RefusedError:
     """The server stops."""
-    return Refusal("the server is stopping", 503, "overloaded_error", headers={"Retry-After": "30"})
+    return RefusedError(
+        "the server is stopping", 503, "overloaded_error", headers={"Retry-After": "30"}
+    )
 
 
-def too_late(seconds: float) -> Refusal:
+def too_late(seconds: float) -> RefusedError:
     """A request took too long."""
-    return Refusal(f"the request took longer than {seconds:g} s", 504, "timeout_error")
+    return RefusedError(f"the request took longer than {seconds:g} s", 504, "timeout_error")
 
 
-def internal() -> Refusal:
+def internal() -> RefusedError:
     """Something broke; what it was the log says."""
-    return Refusal("the server failed on this request, its log says why", 500, "server_error")
+    return RefusedError("the server failed on this request, its log says why", 500, "server_error")

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from ms_quant.data.tokenizer import ModelTokenizer
 from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.decoder import Decoder
 from ms_quant.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from ms_quant.server.scheduler import Scheduler
 
 CACHE_BYTES = 1 << 30  # of keys and values, where nothing is said
 MOST_CONTEXTS = 16  # as many texts of full length, at most, where nothing is said
@@ -98,8 +104,9 @@ def serve(
 
     tokens, metrics = cache_tokens(decoder, options), Metrics()
     scheduler = Scheduler(decoder, tokens, options.batch, options.queue, metrics)
-    ends = {*decoder.config.eos_token_ids, tokenizer.eos_id} - {None}
-    preparer = Preparer(decoder.config, tokenizer, options, tokens, frozenset(ends))
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    ends = frozenset([*decoder.config.eos_token_ids, *own])
+    preparer = Preparer(decoder.config, tokenizer, options, tokens, ends)
     app = Api(scheduler, preparer, options, metrics).app()
     scheduler.start()
     try:
@@ -125,7 +132,13 @@ def require_extra() -> None:
     assert prometheus_client and starlette and uvicorn
 
 
-async def _serve(app, sock, scheduler, options, ready) -> None:  # type: ignore[no-untyped-def]
+async def _serve(
+    app: Starlette,
+    sock: socket.socket,
+    scheduler: Scheduler,
+    options: ServerOptions,
+    ready: Callable[[], None],
+) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -16,16 +16,16 @@ import numpy as np
 
 from ms_quant.evaluation.decoder import DecodedText, Decoder
 from ms_quant.server.sampling import TokenLogprob, choose, logprobs
-from ms_quant.server.text_request import END, LENGTH, Ended, TextRequest
+from ms_quant.server.text_request import END, LENGTH, EndedError, TextRequest
 
 LOGIT_BYTES = 32 << 20  # of the logits of a prompt that are held at a time
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """Too many requests wait already."""
 
 
-class Stopping(Exception):
+class StoppingError(Exception):
     """The server stops."""
 
 
@@ -128,15 +128,15 @@ class Scheduler:
         """Queues the texts of one request; from any thread.
 
         Raises:
-            Busy: too many requests wait.
-            Stopping: the server stops.
+            BusyError: too many requests wait.
+            StoppingError: the server stops.
         """
         with self._changed:
             if self._closing:
-                raise Stopping
+                raise StoppingError
             groups = {waiting.group for waiting in self._waiting}
             if len(groups) >= self.queue:
-                raise Busy
+                raise BusyError
             self._groups += 1
             self._waiting.extend(_Waiting(request, self._groups) for request in requests)
             self._changed.notify_all()
@@ -153,7 +153,7 @@ class Scheduler:
             waiting, self._waiting = list(self._waiting), deque()
             self._changed.notify_all()
         for one in waiting:
-            one.request.listener.failed(Stopping())
+            one.request.listener.failed(StoppingError())
 
     @property
     def working(self) -> bool:
@@ -183,7 +183,7 @@ class Scheduler:
         """Lets one text join, if one may, and takes a step with all that are in the batch."""
         if self._stopped:
             for one in self._running[:]:
-                self._leave(one, Stopping())
+                self._leave(one, StoppingError())
             return
         self._drop()
         request = self._next()
@@ -248,7 +248,7 @@ class Scheduler:
     def _check(self, request: TextRequest) -> Callable[[], None]:
         def check() -> None:
             if self._stopped:
-                raise Stopping
+                raise StoppingError
             request.require_wanted()
 
         return check
@@ -300,6 +300,6 @@ class Scheduler:
 def _over(request: TextRequest) -> Exception | None:
     try:
         request.require_wanted()
-    except (Ended, TimeoutError) as error:
+    except (EndedError, TimeoutError) as error:
         return error
     return None

@@ -14,7 +14,7 @@ from ms_quant.models.config import ModelConfig
 from ms_quant.server.answers import Answer, Piece
 from ms_quant.server.options import ServerOptions
 from ms_quant.server.protocol import ChatRequest, CompletionRequest
-from ms_quant.server.replies import Refusal
+from ms_quant.server.replies import RefusedError
 from ms_quant.server.shapes import ChatShape, CompletionShape, Shape
 from ms_quant.server.text_request import TextRequest
 from ms_quant.server.token_text import TokenTexts
@@ -87,14 +87,14 @@ class Preparer:
         """The texts of a completion.
 
         Raises:
-            Refusal: a field is wrong, or there is no room for it.
+            RefusedError: a field is wrong, or there is no room for it.
         """
         self._require_model(body.model)
         prompts = [self._prompt(prompt, body) for prompt in body.prompts]
         shape = CompletionShape(self.options.names[0], self.token_texts, body.logprobs is not None)
         wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and not body.echo:
-            raise Refusal("max_tokens is 0 without echo, expected some", param="max_tokens")
+            raise RefusedError("max_tokens is 0 without echo, expected some", param="max_tokens")
         return self._prepared(body, prompts, wanted, body.logprobs, shape, post, begun)
 
     def chat(
@@ -103,7 +103,7 @@ class Preparer:
         """The texts of the answers in a conversation.
 
         Raises:
-            Refusal: as of :meth:`completion`, or the template refuses the messages.
+            RefusedError: as of :meth:`completion`, or the template refuses the messages.
         """
         self._require_model(body.model)
         messages = [message.as_template_sees_it() for message in body.messages]
@@ -112,7 +112,7 @@ class Preparer:
                 messages, body.add_generation_prompt, names=body.chat_template_kwargs
             )
         except MsQuantError as error:
-            raise Refusal(
+            raise RefusedError(
                 str(error).replace(f"{self.tokenizer.directory}: ", ""), param="messages"
             ) from None
         prompt = Prompt(self.tokenizer.encode(text).tolist())
@@ -121,7 +121,7 @@ class Preparer:
         if wanted is None:
             wanted = max(1, min(CHAT_TOKENS, self._most(len(prompt.ids))))
         if wanted == 0:
-            raise Refusal("max_tokens is 0, expected some", param="max_tokens")
+            raise RefusedError("max_tokens is 0, expected some", param="max_tokens")
         shape = ChatShape(self.options.names[0], self.token_texts, bool(body.logprobs))
         top = (body.top_logprobs or 0) if body.logprobs else None
         return self._prepared(body, [prompt], wanted, top, shape, post, begun)
@@ -176,14 +176,14 @@ class Preparer:
         size = self.config.vocab_size
         wrong = [token for token in given if token >= size]
         if wrong:
-            raise Refusal(
+            raise RefusedError(
                 f"prompt has the token {wrong[0]}, expected less than {size}", param="prompt"
             )
         return Prompt(given, self.tokenizer.decode(given) if body.echo else None)
 
     def _require_model(self, name: str | None) -> None:
         if name is not None and name not in self.options.names:
-            raise Refusal(
+            raise RefusedError(
                 f"there is no model {name!r:.100}, expected {self.options.names[0]!r}",
                 404,
                 param="model",
@@ -191,7 +191,7 @@ class Preparer:
 
     def _require_texts(self, count: int) -> None:
         if count > self.options.max_texts:
-            raise Refusal(
+            raise RefusedError(
                 f"the request asks for {count} texts, expected at most {self.options.max_texts} "
                 "(--max-texts)",
                 param="prompt",
@@ -205,10 +205,10 @@ class Preparer:
     def _require_room(self, ids: list[int], wanted: int, number: int | None) -> None:
         which = "the prompt" if number is None else f"prompt {number}"
         if not ids:
-            raise Refusal(f"{which} has no tokens, expected at least one", param="prompt")
+            raise RefusedError(f"{which} has no tokens, expected at least one", param="prompt")
         limit = self.options.max_tokens
         if limit is not None and wanted > limit:
-            raise Refusal(
+            raise RefusedError(
                 f"max_tokens is {wanted}, expected at most {limit} (--max-tokens)",
                 param="max_tokens",
             )
@@ -218,7 +218,7 @@ class Preparer:
         where = f"the model's context of {longest}"
         if have < longest:
             where = f"the key-value cache of {have} (--kv-cache-tokens)"
-        raise Refusal(
+        raise RefusedError(
             f"{which} has {len(ids)} tokens and max_tokens is {wanted}, which does not fit {where}",
             param="max_tokens" if len(ids) < min(longest, have) else "prompt",
         )

@@ -31,7 +31,7 @@ class Listener(Protocol):
         """There will be no more of it."""
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """Nobody wants a text any more."""
 
 
@@ -79,6 +79,6 @@ class TextRequest:
     def require_wanted(self) -> None:
         """Raises what ends it, if something does."""
         if self.cancelled:
-            raise Ended
+            raise EndedError
         if self.clock() > self.deadline:
             raise TimeoutError
