@@ -39,9 +39,10 @@ VLLM_VERSIONS ?= 0.11.0 0.31.0
 BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 	'import sys; print(*sys.version_info[:2], sep=".")')),vllm_mindspore==0.5.1)
 MINDONE = build/mindone
+HARNESS = build/harness
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-isa test-vllm test-mindone test-aarch64 \
+.PHONY: demo test test-isa test-vllm test-mindone test-harness test-aarch64 \
 	lint format docs bench accuracy accuracy-smollm2 fuzz clean
 
 demo: $(INSTALLED)
@@ -85,6 +86,15 @@ test-mindone: $(MINDONE)/installed
 $(MINDONE)/installed: $(INSTALLED) tests/mindone/requirements.txt
 	$(call environment,$(VENV))
 	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/mindone/requirements.txt
+	touch $@
+
+# Clients of `ms-quant serve` - openai, lm_eval and curl - in an environment of their own over $(VENV).
+test-harness: $(HARNESS)/installed
+	timeout 240 $(HARNESS)/bin/python -m pytest -q tests/harness
+
+$(HARNESS)/installed: $(INSTALLED) tests/harness/requirements.txt
+	$(call environment,$(VENV))
+	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/harness/requirements.txt
 	touch $@
 
 # An environment that sees the packages of others.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ms_quant.data.chat_template import choose_template, find_templates, render_template
+from ms_quant.data.chat_template import choose_template, find_templates
+from ms_quant.data.template_process import render_template
 from ms_quant.data.tokenizer_files import (
     additional_tokens,
     begins_with_bos,

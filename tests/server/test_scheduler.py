@@ -149,7 +149,10 @@ def test_what_takes_too_long_ends(decoder):
 def test_a_prompt_whose_client_has_gone_is_not_computed_to_its_end(decoder):
     request = wanted(list(range(20)))
     blocks, first = [], decoder.first[0]
-    decoder.first = [lambda *a: (blocks.append(1), request.cancel(), first(*a))[2], decoder.first[1]]
+    decoder.first = [
+        lambda *a: (blocks.append(1), request.cancel(), first(*a))[2],
+        decoder.first[1],
+    ]
     scheduler = Scheduler(decoder, 1000)
     scheduler.submit([request])
     scheduler.turn()
