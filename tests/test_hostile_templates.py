@@ -1,4 +1,4 @@
-"""Templates that count for ever, take all memory, or try to get out: one sentence, in little time."""
+"""Templates that count for ever, take all memory, or try to get out: one sentence, and soon."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from ms_quant.data.template_process import Renderer, render_template
 
 NAMES = {"messages": [{"role": "user", "content": "hello"}]}
 TOO_MUCH = r"it takes more than 0\.3 s or 256 MB"
+REFUSED = rf"{TOO_MUCH}|[Ll]imit|too (big|large|many)|range|writes more"
 LONG = {
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    "{% endfor %}",
     "a power": "{{ (10**10)**(10**8) }}",
     "a power of constants in a condition": "{% if 9**(9**9) %}{% endif %}",
     "a product of text": "{{ 'a' * (3 * 10**9) }}",

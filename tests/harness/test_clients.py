@@ -115,6 +115,12 @@ def test_a_client_that_goes_ends_its_text(client):
     assert made == ["ms_quant_cache_tokens_reserved 0.0"]
 
 
+QUESTIONS = ["import", "def main(", "class Error(", "    return self"]
+ROWS = [
+    {"question": "import", "choices": [" os", " zebra"], "answer": 0},
+    {"question": "for name", "choices": [" in", " out"], "answer": 0},
+    {"question": "def main(", "choices": ["):", "import"], "answer": 1},
+]
 CHOICES = """
 task: made_up_choices
 dataset_path: json
@@ -141,13 +147,25 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def harness(directory: Path, server: Served, task: str, rows: list[dict], yaml: str) -> dict:
-    """What lm_eval finds, with a sample for each row."""
-    data = directory / f"{task}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / f"{task}.yaml").write_text(yaml.format(data=data))
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory, server: Served, model: Path) -> dict:
+    """What one run of lm_eval finds: results and samples of both tasks."""
+    directory = tmp_path_factory.mktemp("harness")
+    answers = [generate(model, question, max_tokens=24).text for question in QUESTIONS]
+    answers = [answer.partition("\n")[0] for answer in answers]
+    texts = [
+        {"question": question, "answer": answer if i else "something else", "expected": answer}
+        for i, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True))
+    ]
+    for task, rows, yaml in (
+        ("made_up_choices", ROWS, CHOICES),
+        ("made_up_texts", texts, TEXTS),
+    ):
+        data = directory / f"{task}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / f"{task}.yaml").write_text(yaml.format(data=data))
     options = f"model=stdlib-qwen3-6m,base_url={server.address}/v1/completions,num_concurrent=4"
-    options += ",max_retries=1,tokenizer_backend=none,tokenized_requests=False"
+    options += f",max_retries=1,tokenizer={model}"
     environment = {
         **os.environ,
         "HF_DATASETS_OFFLINE": "1",
@@ -156,40 +174,30 @@ def harness(directory: Path, server: Served, task: str, rows: list[dict], yaml: 
         "OPENAI_API_KEY": "secret",
     }
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
-    command += ["--model_args", options, "--tasks", task, "--include_path", str(directory)]
+    command += ["--model_args", options, "--tasks", "made_up_choices,made_up_texts"]
+    command += ["--include_path", str(directory)]
     command += ["--output_path", str(directory / "out"), "--log_samples"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert run.returncode == 0, run.stderr[-3000:]
-    found = sorted((directory / "out").rglob("results_*.json"))[-1]
-    samples = sorted((directory / "out").rglob(f"samples_{task}*.jsonl"))[-1]
-    lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    return {"results": json.loads(found.read_text())["results"][task], "samples": lines}
+    (results,) = (directory / "out").rglob("results_*.json")
+    found = {"results": json.loads(results.read_text())["results"]}
+    for task in found["results"]:
+        (samples,) = (directory / "out").rglob(f"samples_{task}_*.jsonl")
+        found[task] = [json.loads(line) for line in samples.read_text().splitlines()]
+    return found
 
 
-def test_lm_eval_generates(tmp_path, server, model):
-    questions = ["import", "def main(", "class Error(", "    return self"]
-    expected = [generate(model, q, max_tokens=24).text.partition("\n")[0] for q in questions]
-    rows = [
-        {"question": q, "answer": answer if i else "something else"}
-        for i, (q, answer) in enumerate(zip(questions, expected, strict=True))
-    ]
-    found = harness(tmp_path, server, "made_up_texts", rows, TEXTS)
-    told = {one["doc"]["question"]: one["resps"][0][0] for one in found["samples"]}
-    assert told == dict(zip(questions, expected, strict=True))
-    assert found["results"]["exact_match,none"] == 0.75
+def test_lm_eval_generates(harness):
+    for sample in harness["made_up_texts"]:
+        assert sample["resps"][0][0] == sample["doc"]["expected"]
+    assert harness["results"]["made_up_texts"]["exact_match,none"] == 0.75
 
 
-def test_lm_eval_finds_likelihoods(tmp_path, server, model):
+def test_lm_eval_finds_likelihoods(harness, model):
     """To rounding those of eval; the answers that it finds right are those that are likelier."""
-    rows = [
-        {"question": "import", "choices": [" os", " zebra"], "answer": 0},
-        {"question": "for name", "choices": [" in", " out"], "answer": 0},
-        {"question": "def main(", "choices": ["):", "import"], "answer": 1},
-    ]
-    found = harness(tmp_path, server, "made_up_choices", rows, CHOICES)
     opened, tokenizer = open_model(model), load_tokenizer(model)
     right = 0
-    for one in found["samples"]:
+    for one in harness["made_up_choices"]:
         row, sums = one["doc"], []
         for choice, told in zip(row["choices"], one["resps"], strict=True):
             context = len(tokenizer.encode(row["question"]))
@@ -198,7 +206,7 @@ def test_lm_eval_finds_likelihoods(tmp_path, server, model):
             sums.append(-losses[context - 1 :].sum())
             assert float(told[0][0]) == pytest.approx(sums[-1], abs=1e-3)
         right += int(np.argmax(sums)) == row["answer"]
-    assert found["results"]["acc,none"] == pytest.approx(right / 3)
+    assert harness["results"]["made_up_choices"]["acc,none"] == pytest.approx(right / len(ROWS))
 
 
 def test_curl(server):
@@ -206,7 +214,8 @@ def test_curl(server):
     page = (ROOT / "docs" / "serving.md").read_text()
     start = page.index("curl http://localhost:8000/v1/completions")
     line = page[start : page.index("\n```", start)].replace("\\\n", " ")
-    address, key = server.address, ["-H", "Authorization: Bearer secret", "-sS", "--fail-with-body"]
+    address, name = server.address, "stdlib-qwen3-6m"
+    key = ["-H", "Authorization: Bearer secret", "-sS", "--fail-with-body"]
     for words, tokens in (
         (shlex.split(line), 16),
         (

@@ -154,7 +154,7 @@ def test_end_tokens(client):
     assert completion(first, stop_token_ids=ends)["choices"] == found["choices"]
 
 
-@pytest.mark.parametrize("chars", ["naïve – 日本語 🎉 fox", "\ufffd odd \ufffd", "e\u0301" * 9])
+@pytest.mark.parametrize("chars", ["naïve — 日本語 🎉 fox", "\ufffd odd \ufffd", "e\u0301" * 9])
 def test_no_half_character_is_told(decoder, chars):
     from ms_quant.data.tokenizer import load_tokenizer
 
@@ -166,13 +166,10 @@ def test_no_half_character_is_told(decoder, chars):
         assert not any(piece.endswith("\ufffd") for piece in pieces)
         told = "".join(pieces) + text.rest()
         assert chars.endswith(told.lstrip("\ufffd")) or tokenizer.decode(ids[known:]) == told
-    assert "".join(pieces := [*map(Detokenizer(tokenizer).add, ids)]) == chars.rstrip("\ufffd") or (
-        "\ufffd" in chars
-    )
 
 
 def test_random_tokens_are_told_as_their_text(decoder):
-    """Bytes that are no text among them: at the end all is there that decoding all at once gives."""
+    """Bytes that are no text among them: in the end all is there that decoding all gives."""
     from ms_quant.data.tokenizer import load_tokenizer
 
     tokenizer, rng = load_tokenizer(decoder.directory), np.random.default_rng(0)

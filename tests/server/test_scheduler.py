@@ -1,4 +1,4 @@
-"""The scheduler without HTTP: who joins, who leaves, what is bounded, and the same tokens always."""
+"""The scheduler without HTTP: who joins, who leaves, what is bounded, the same tokens always."""
 
 from __future__ import annotations
 
