@@ -8,14 +8,15 @@ Research 11, 1963).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import ROUND_CEILING, Context
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 LOWEST, HIGHEST = 2.0**-40, 2.0**20
 SEARCH_STEPS = 60
-ROUNDED = 5e-7
-"""Prices are rounded up to six digits: the last ones differ between processors."""
+SIX_DIGITS = Context(prec=6, rounding=ROUND_CEILING)
+"""Prices are rounded up to them: the last ones differ between processors."""
 
 
 class Point(NamedTuple):
@@ -61,4 +62,4 @@ def _least_price(enough: Callable[[float], bool]) -> float:
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(float(np.exp(middle))) else (middle, high)
-    return float(f"{np.exp(high) * (1 + ROUNDED):.6g}")
+    return float(SIX_DIGITS.create_decimal(float(np.exp(high))))

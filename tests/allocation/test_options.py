@@ -97,6 +97,21 @@ def test_of_equal_ways_one_counts() -> None:
     assert Options({"a": Point(1, 1), "b": Point(1, 0)}).hull == ["b"]
 
 
+def test_a_price_never_spends_more_than_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        points = np.sort(rng.random((5, 2, 4)))
+        parts = [
+            Options(
+                {str(way): Point(*map(float, pair)) for way, pair in enumerate(ways.T * (1, -1))}
+            )
+            for ways in points
+        ]
+        least, most = (total(parts, price).cost for price in (HIGHEST, 0))
+        budget = rng.uniform(least, most)
+        assert total(parts, price_for_cost(parts, budget)).cost <= budget
+
+
 def test_prices_of_a_budget_and_of_a_loss() -> None:
     rng = np.random.default_rng(0)
     parts = [
