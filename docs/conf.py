@@ -41,6 +41,7 @@ CONTENTS = {
         Recipes <recipes>
         Sparse compression <sparse>
         Evaluation <evaluation>
+        Try it before the board <server>
         Find what hurts <analysis>
         Mixed precision <mixed_precision>
         Experts and latent attention <experts>

@@ -128,6 +128,7 @@ dataset_kwargs:
   data_files: {{test: {data}}}
 test_split: test
 output_type: multiple_choice
+target_delimiter: ""
 doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
 doc_to_choice: choices
@@ -214,7 +215,7 @@ def test_curl(server):
     page = (ROOT / "docs" / "serving.md").read_text()
     start = page.index("curl http://localhost:8000/v1/completions")
     line = page[start : page.index("\n```", start)].replace("\\\n", " ")
-    address, name = server.address, "stdlib-qwen3-6m"
+    address = server.address
     key = ["-H", "Authorization: Bearer secret", "-sS", "--fail-with-body"]
     for words, tokens in (
         (shlex.split(line), 16),

@@ -73,7 +73,7 @@ def test_addresses_that_cannot_be_listened_on():
         port = sock.getsockname()[1]
         with pytest.raises(MsQuantError, match=f"port {port} of 127.0.0.1 is in use, expected"):
             run.listening("127.0.0.1", port)
-    with pytest.raises(MsQuantError, match="--host 192.0.2.1 --port 0: "):
+    with pytest.raises(MsQuantError, match=r"--host 192\.0\.2\.1 --port 0: "):
         run.listening("192.0.2.1", 0)
     with pytest.raises(MsQuantError, match=r"--host nowhere\.invalid: "):
         run.listening("nowhere.invalid", 0)
