@@ -1,4 +1,4 @@
-"""Tokens a second of ms-quant serve: one client alone, and eight at once; and the first token's time.
+"""Tokens a second of ms-quant serve, one client alone and several at once; first-token times.
 
 One client and several take turns, so that a machine that others use slows both; ratios count then.
 

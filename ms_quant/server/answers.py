@@ -42,7 +42,7 @@ class Piece:
     tokens: tuple[Told, ...] = ()
     made: int = 0
     reason: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Answer:
@@ -105,7 +105,7 @@ class Answer:
             self._pending += self._stops.rest()
         self._flush(END if self._stops.met else reason)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """There will be no more of it."""
         self._post(Piece(self._index, error=error))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -153,13 +154,13 @@ class Api:
         loop = asyncio.get_running_loop()
 
         def post(piece: Piece) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         def begun() -> None:
             self.metrics.first.observe(time.monotonic() - started)
 
-        prepared = await run_in_threadpool(prepare, raw, post, begun)
+        prepared = await run_in_threadpool(_caught, prepare, raw, post, begun)
         try:
             self.scheduler.submit(prepared.texts)
         except BusyError:
@@ -169,16 +170,17 @@ class Api:
         watch = asyncio.create_task(_watch(request, prepared))
         try:
             if not prepared.streams:
-                return await self._whole(prepared, pieces)
+                response = await self._whole(prepared, pieces)
+                self.metrics.whole.observe(time.monotonic() - started)
+                return response
             first = await self._next(pieces)
         except BaseException:
             _cancel(prepared)
             raise
         finally:
             watch.cancel()
-            self.metrics.whole.observe(time.monotonic() - started)
         return StreamingResponse(
-            self._stream(prepared, first, pieces), media_type="text/event-stream"
+            self._stream(prepared, first, pieces, started), media_type="text/event-stream"
         )
 
     async def _body(self, request: Request) -> bytes:
@@ -203,7 +205,7 @@ class Api:
             raise self._refusal(piece.error)
         return piece
 
-    def _refusal(self, error: Exception) -> RefusedError:
+    def _refusal(self, error: BaseException) -> RefusedError:
         if isinstance(error, StoppingError):
             return stopping()
         if isinstance(error, TimeoutError):
@@ -226,7 +228,7 @@ class Api:
         return Response(body, media_type="application/json")
 
     async def _stream(
-        self, prepared: Prepared, piece: Piece, pieces: asyncio.Queue[Piece]
+        self, prepared: Prepared, piece: Piece, pieces: asyncio.Queue[Piece], started: float
     ) -> AsyncIterator[bytes]:
         usage, open_texts = Usage(prepared.prompt_tokens), len(prepared.texts)
         try:
@@ -239,6 +241,7 @@ class Api:
                 if not open_texts:
                     break
                 piece = await self._next(pieces)
+            self.metrics.whole.observe(time.monotonic() - started)
             if prepared.usage:
                 yield _event(prepared.shape.last(usage))
         except RefusedError as refusal:
@@ -246,6 +249,16 @@ class Api:
         finally:
             _cancel(prepared)
         yield b"data: [DONE]\n\n"
+
+
+def _caught(prepare: Callable[..., Prepared], *arguments: Any) -> Prepared:
+    """What ``prepare`` gives; a panic of a tokenizer, which is no Exception, becomes one."""
+    try:
+        return prepare(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _cancel(prepared: Prepared) -> None:

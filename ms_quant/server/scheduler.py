@@ -6,6 +6,7 @@ driven out by others, and the memory of all is bounded. They join in the order i
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ms_quant.evaluation.decoder import DecodedText, Decoder
 from ms_quant.server.sampling import TokenLogprob, choose, logprobs
 from ms_quant.server.text_request import END, LENGTH, EndedError, TextRequest
 
+LOG = logging.getLogger("ms_quant.server")
 LOGIT_BYTES = 32 << 20  # of the logits of a prompt that are held at a time
 
 
@@ -153,7 +155,7 @@ class Scheduler:
             waiting, self._waiting = list(self._waiting), deque()
             self._changed.notify_all()
         for one in waiting:
-            one.request.listener.failed(StoppingError())
+            _fail(one.request, StoppingError())
 
     @property
     def working(self) -> bool:
@@ -199,7 +201,7 @@ class Scheduler:
             for waiting, _ in over:
                 self._waiting.remove(waiting)
         for waiting, error in over:
-            waiting.request.listener.failed(error)
+            _fail(waiting.request, error)
         for running in self._running[:]:
             if gone := _over(running.request):
                 self._leave(running, gone)
@@ -224,7 +226,7 @@ class Scheduler:
         try:
             logits = self._prefill(one)
             self._watcher.prefilled(request)
-        except Exception as error:
+        except BaseException as error:
             self._leave(one, error)
             return
         self._take(one, logits)
@@ -257,7 +259,7 @@ class Scheduler:
         running = self._running[:]
         try:
             rows = self.decoder.step([one.last for one in running], [one.text for one in running])
-        except Exception as error:
+        except BaseException as error:
             for one in running:
                 self._leave(one, error)
             return
@@ -267,34 +269,49 @@ class Scheduler:
 
     def _take(self, one: Running, logits: np.ndarray) -> None:
         """Draws the next token of a text and tells it."""
-        request = one.request
         try:
-            if request.max_tokens == 0:
-                self._leave(one, reason=LENGTH)
-                return
-            token = choose(logits, request.sampling, one.rng)
-            if token in request.stops:
-                self._leave(one, reason=END)
-                return
-            one.last, one.made = token, one.made + 1
-            found = TokenLogprob(token, None)
-            if request.top is not None:
-                found = logprobs(logits[None], [token], request.top)[0]
-            if not request.listener.token(found):
-                self._leave(one, reason=END)
-            elif one.made >= request.max_tokens:
-                self._leave(one, reason=LENGTH)
-        except Exception as error:
+            reason = self._ending(one, logits)
+        except BaseException as error:  # also the panics of a tokenizer, which are no Exception
             self._leave(one, error)
+            return
+        if reason is not None:
+            self._leave(one, reason=reason)
 
-    def _leave(self, one: Running, error: Exception | None = None, reason: str = END) -> None:
+    def _ending(self, one: Running, logits: np.ndarray) -> str | None:
+        """Why a text ends with its next token, if it does."""
+        request = one.request
+        if request.max_tokens == 0:
+            return LENGTH
+        token = choose(logits, request.sampling, one.rng)
+        if token in request.stops:
+            return END
+        one.last, one.made = token, one.made + 1
+        found = TokenLogprob(token, None)
+        if request.top is not None:
+            found = logprobs(logits[None], [token], request.top)[0]
+        if not request.listener.token(found):
+            return END
+        return LENGTH if one.made >= request.max_tokens else None
+
+    def _leave(self, one: Running, error: BaseException | None = None, reason: str = END) -> None:
         with self._changed:
             self._running.remove(one)
             self._cached -= one.request.room
-        if error is None:
-            one.request.listener.finished(reason)
-        else:
-            one.request.listener.failed(error)
+        try:
+            if error is None:
+                one.request.listener.finished(reason)
+        except BaseException as broken:
+            error = broken
+        if error is not None:
+            _fail(one.request, error)
+
+
+def _fail(request: TextRequest, error: BaseException) -> None:
+    """Tells that there will be no more; the thread goes on whatever becomes of that."""
+    try:
+        request.listener.failed(error)
+    except BaseException as broken:
+        LOG.error("nobody could be told", exc_info=broken)
 
 
 def _over(request: TextRequest) -> Exception | None:

@@ -27,7 +27,7 @@ class Listener(Protocol):
     def finished(self, reason: str) -> None:
         """The text is whole, for one of ``END`` and ``LENGTH``."""
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """There will be no more of it."""
 
 

@@ -172,6 +172,25 @@ def test_a_text_that_breaks_breaks_no_other(decoder):
     assert good.listener.tokens == alone(decoder, [1, 2], 5)
 
 
+def test_neither_a_panic_nor_a_listener_that_breaks_ends_the_thread(decoder):
+    class PanicError(BaseException):
+        """As the tokenizers library raises them."""
+
+    def broken(*arguments):
+        raise PanicError
+
+    bad = [wanted([1, 2], 3) for _ in range(3)]
+    bad[0].listener.token = broken
+    bad[1].listener.finished = broken
+    bad[2].listener.finished = bad[2].listener.failed = broken
+    good = wanted([1, 2], 3)
+    scheduler = Scheduler(decoder, 1000)
+    scheduler.submit([*bad, good])
+    drained(scheduler)
+    assert all(isinstance(one.listener.error, PanicError) for one in bad[:2])
+    assert good.listener.tokens == alone(decoder, [1, 2], 3)
+
+
 def test_stops(decoder):
     tokens = alone(decoder, [1, 2, 3], 6)
     ended = wanted([1, 2, 3], 6, stops=frozenset([tokens[2]]))
