@@ -19,7 +19,7 @@ ARM = aarch64-linux-gnu
 
 # tests/kernels goes through all instruction sets in each run; these take the best there is.
 WITHOUT_KERNELS = $(addprefix tests/,models algorithms test_search_windows.py test_blocks.py \
-	test_observers.py test_requantize.py test_evaluation.py test_kv_cache.py)
+	test_observers.py test_requantize.py test_evaluation.py test_kv_cache.py test_decoder.py)
 ISA_TESTS = $(WITHOUT_KERNELS) $(addprefix tests/,kernels/test_matrix.py \
 	$(addprefix cells/test_,decoder.py native.py quant_linear.py \
 	quant_linear_schemes.py))
