@@ -20,7 +20,7 @@ ARM = aarch64-linux-gnu
 
 # tests/kernels goes through all instruction sets in each run; these take the best there is.
 WITHOUT_KERNELS = $(addprefix tests/,models algorithms test_search_windows.py test_blocks.py \
-	test_observers.py test_requantize.py test_evaluation.py test_kv_cache.py)
+	test_observers.py test_requantize.py test_evaluation.py test_kv_cache.py test_decoder.py)
 ISA_TESTS = $(WITHOUT_KERNELS) $(addprefix tests/,kernels/test_matrix.py \
 	$(addprefix cells/test_,decoder.py native.py quant_linear.py \
 	quant_linear_schemes.py))
@@ -42,9 +42,10 @@ BESIDE_0.11.0 = $(if $(filter 3.11,$(shell $(PYTHON) -c \
 MINDONE = build/mindone
 BROWSER = build/browser
 ROOT_APT = $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get
+HARNESS = build/harness
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-isa test-vllm test-mindone test-browser test-aarch64 \
+.PHONY: demo test test-isa test-vllm test-mindone test-browser test-harness test-aarch64 \
 	lint format docs bench accuracy accuracy-smollm2 fuzz clean
 
 demo: $(INSTALLED)
@@ -101,6 +102,15 @@ test-browser: $(BROWSER)/installed
 $(BROWSER)/installed: $(INSTALLED) tests/browser/requirements.txt
 	$(call environment,$(VENV))
 	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/browser/requirements.txt
+	touch $@
+
+# Clients of `ms-quant serve` - openai, lm_eval and curl - in an environment of their own over $(VENV).
+test-harness: $(HARNESS)/installed
+	timeout 240 $(HARNESS)/bin/python -m pytest -q tests/harness
+
+$(HARNESS)/installed: $(INSTALLED) tests/harness/requirements.txt
+	$(call environment,$(VENV))
+	$(PIP) --python $(@D)/bin/python install -q --no-compile -r tests/harness/requirements.txt
 	touch $@
 
 # An environment that sees the packages of others.

@@ -43,6 +43,7 @@ CONTENTS = {
         Evaluation <evaluation>
         Tasks <tasks>
         A report on one page <report>
+        Try it before the board <server>
         Find what hurts <analysis>
         Mixed precision <mixed_precision>
         Experts and latent attention <experts>

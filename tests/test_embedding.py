@@ -46,10 +46,10 @@ def test_a_table_in_memory(exact):
     rows = rng.standard_normal((50, 24)).astype("f4")
     if exact:
         rows = (rows.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-    table, x, ids = Table(rows), rng.standard_normal(24).astype("f4"), np.array([3, 0, 3, 49])
+    table, x, ids = Table(rows), rng.standard_normal((2, 24)).astype("f4"), np.array([3, 0, 3, 49])
     np.testing.assert_array_equal(table.rows(ids), rows[ids])
     assert table.rows(ids).dtype == np.float32
-    np.testing.assert_allclose(table.matmul(x), rows.astype(float) @ x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(table.matmul(x), x @ rows.T.astype(float), rtol=1e-4, atol=1e-5)
     narrow = exact and kernels.available()
     assert table._held.nbytes == rows.nbytes // (2 if narrow else 1)
 

@@ -14,8 +14,8 @@ ROOMS = {
         *("native_library", "errors", "timestep", "budget", "allocation", "progress", "numerics"),
         *("kernels", "attention", "files", "schemes", "models", "statistics", "algorithms", "data"),
         *("recipe", "plan", "job", "quantization", "formats", "verify", "serve", "diffusers"),
-        *("pipeline", "evaluation", "tasks", "report", "analysis", "mixed_precision", "cells"),
-        "cli",
+        *("pipeline", "evaluation", "tasks", "server", "report", "analysis", "mixed_precision"),
+        *("cells", "cli"),
     ),
     "sparse_compress": (
         *("codec", "rate", "layouts", "ranks", "msmodelslim", "verify", "serve", "pipeline"),

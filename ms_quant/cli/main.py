@@ -17,6 +17,7 @@ from ms_quant.cli.generate import generate
 from ms_quant.cli.quantize import quantize
 from ms_quant.cli.report import report
 from ms_quant.cli.schemes import schemes
+from ms_quant.cli.serve import serve
 
 app = typer.Typer(
     help="Quantize language models for Ascend, on any machine, and prove the result.",
@@ -33,6 +34,7 @@ COMMANDS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("serve-check", checkpoints.serve_check, "Qwen3-8B-W8A8SC --runtime vllm-mindspore --tp 2"),
     ("eval", evaluate, "Qwen3-8B-W8A8 --text heldout.txt"),
     ("generate", generate, 'Qwen3-8B-W8A8 --prompt "The capital of France"'),
+    ("serve", serve, "Qwen3-8B-W8A8 --port 8000"),
     ("inspect", checkpoints.inspect, "Qwen3-8B-W8A8"),
     ("report", report, "Qwen3-8B-W8A8 --against Qwen3-8B -o report.html"),
     ("schemes", schemes, "--json"),

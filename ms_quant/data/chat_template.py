@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,8 +82,9 @@ def choose_template(templates: Mapping[str, str], tools: bool, directory: Path) 
     )
 
 
-def render_template(template: str, names: Mapping[str, Any]) -> str:
-    """What a template writes.
+def render_here(template: str, names: Mapping[str, Any]) -> str:
+    """What a template writes. It can run no code, but may take all time and memory: others than the
+    process of :mod:`ms_quant.data.template_process` call :func:`render_template` there.
 
     Args:
         template (str): in Jinja.
@@ -95,7 +97,7 @@ def render_template(template: str, names: Mapping[str, Any]) -> str:
         ValueError: it fails or refuses; says why.
     """
     try:
-        return "".join(_bounded(_environment().from_string(template).generate(**names)))
+        return "".join(_bounded(_compiled(template).generate(**names)))
     except TEMPLATE_ERRORS as error:
         raise ValueError(str(error)) from error
 
@@ -120,12 +122,18 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """The environment that transformers gives to chat templates, but for the fixed date."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
     return environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ms_quant.data.chat_template import choose_template, find_templates, render_template
+from ms_quant.data.chat_template import choose_template, find_templates
+from ms_quant.data.template_process import render_template
 from ms_quant.data.tokenizer_files import (
     additional_tokens,
     begins_with_bos,
@@ -85,6 +87,7 @@ class ModelTokenizer:
         messages: list[dict[str, Any]],
         add_generation_prompt: bool = False,
         tools: list[Any] | None = None,
+        names: Mapping[str, Any] | None = None,
     ) -> str:
         """Writes a conversation as text with the chat template of the model.
 
@@ -92,6 +95,7 @@ class ModelTokenizer:
             messages (list[dict]): ``role`` and ``content`` of each message.
             add_generation_prompt (bool): end with the beginning of the assistant's answer.
             tools (list | None): what the assistant may call.
+            names (Mapping | None): what else the template may use, such as ``enable_thinking``.
 
         Returns:
             str, at most 64 Mi characters.
@@ -105,6 +109,7 @@ class ModelTokenizer:
                 "chat_template in tokenizer_config.json"
             )
         names = {
+            **(names or {}),
             **self.special,
             **({"additional_special_tokens": list(self.additional)} if self.additional else {}),
             "messages": messages,

@@ -12,7 +12,7 @@ from ms_quant.schemes.table import DYNAMIC_CACHE, FLOAT_CACHE, STATIC_CACHE
 KINDS = FLOAT_CACHE, STATIC_CACHE, DYNAMIC_CACHE
 
 
-def new_caches(model: ServedModel, kind: str | None = None) -> list[Callable[[], KeyValueCache]]:
+def new_caches(model: ServedModel, kind: str | None = None) -> list[Callable[..., KeyValueCache]]:
     """What makes an empty cache, for each block.
 
     Args:

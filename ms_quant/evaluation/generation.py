@@ -11,13 +11,8 @@ import numpy as np
 from ms_quant.data.tokenizer import load_tokenizer
 from ms_quant.errors import BadArgumentError
 from ms_quant.evaluation.arguments import AnyPath, opened, tokenizer_directory
-from ms_quant.evaluation.caches import new_caches
-from ms_quant.evaluation.float32_forward import LastNorm, check_output, load_block
-from ms_quant.evaluation.head import EMBEDDING, head_name, require_head
+from ms_quant.evaluation.decoder import Decoder
 from ms_quant.formats.opening import ServedModel
-from ms_quant.models.block_forward import Positions
-from ms_quant.models.cache import KeyValueCache
-from ms_quant.models.embedding import Table
 from ms_quant.pipeline.defaults import DEFAULTS
 
 
@@ -76,7 +71,7 @@ def generate(
     if any("\ud800" <= char <= "\udfff" for char in prompt):
         raise BadArgumentError(f"prompt: {prompt!r:.80} is not UTF-8 text")
     words = load_tokenizer(tokenizer_directory(model, tokenizer))
-    ids = words.encode(prompt)
+    ids = words.encode_prompt(prompt)
     stops = [] if words.eos_id is None else [words.eos_id]
     generator = Generator(opened(model), kv_cache, stops)
     new = list(generator.generate(ids, max_tokens))
@@ -84,7 +79,7 @@ def generate(
 
 
 class Generator:
-    """A whole model in memory, for greedy generation with a key-value cache.
+    """Greedy generation by a model that is in memory.
 
     Args:
         model: the checkpoint.
@@ -98,16 +93,8 @@ class Generator:
     def __init__(
         self, model: ServedModel, kv_cache: str | None = None, stops: Collection[int] = ()
     ):
-        require_head(model)
+        self.decoder = Decoder(model, kv_cache)
         self.stops = {*model.config.eos_token_ids, *stops}
-        self.config = model.config
-        self.table = Table(model.tensor(EMBEDDING))
-        self.prefill = [load_block(model, index) for index in range(model.config.num_layers)]
-        self.decode = [block.in_decode() for block in self.prefill]
-        self.new_caches = new_caches(model, kv_cache)
-        self.norm = LastNorm(model)
-        tied = model.config.tied
-        self.head = self.table if tied else Table(model.tensor(head_name(model)))
 
     def generate(self, prompt: np.ndarray, new_tokens: int) -> Iterator[int]:
         """Yields the most likely next token again and again, until an end token or the limit.
@@ -116,23 +103,12 @@ class Generator:
             prompt: int32 (S,), at least one token.
             new_tokens: at most this many.
         """
-        if not len(prompt):
-            raise BadArgumentError("the prompt has no tokens, expected at least one")
-        caches = [new_cache() for new_cache in self.new_caches]
-        ids = np.asarray(prompt, np.int64)
-        for _ in range(new_tokens):
-            token = int(np.argmax(self._step(ids, caches)))
+        sequence = self.decoder.begin()
+        logits = self.decoder.prefill(sequence, np.asarray(prompt, np.int64))
+        for left in range(new_tokens, 0, -1):
+            token = int(np.argmax(logits))
             if token in self.stops:
                 return
             yield token
-            ids = np.array([token])
-
-    def _step(self, ids: np.ndarray, caches: list[KeyValueCache]) -> np.ndarray:
-        """Logits of the token after ``ids``."""
-        start = caches[0].length
-        positions = Positions(self.config, start + len(ids), start)
-        hidden = self.table.rows(ids)[None]
-        blocks = self.decode if start else self.prefill
-        for index, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
-            hidden = check_output(block(hidden, positions, cache), index)
-        return self.head.matmul(self.norm(hidden[:, -1:]).reshape(-1))
+            if left > 1:
+                logits = self.decoder.step([token], [sequence])[0]

@@ -4,7 +4,7 @@ from ms_quant.kernels.attention_blocks import block_means, quantize_heads
 from ms_quant.kernels.attention_operands import MOST_HEAD_SIZE, Codes
 from ms_quant.kernels.block import attention, masked_softmax, rms_norm, rope, swiglu
 from ms_quant.kernels.hadamard import sylvester
-from ms_quant.kernels.matrix import column_stats, gemv, has_product, matmul, product, syrk
+from ms_quant.kernels.matrix import column_stats, has_product, matmul, product, syrk
 from ms_quant.kernels.native import (
     ISAS,
     available,
@@ -18,6 +18,7 @@ from ms_quant.kernels.native import (
 )
 from ms_quant.kernels.packing import PackedLinear, layout_of, pack, transforms
 from ms_quant.kernels.sparse_attention import block_attention
+from ms_quant.kernels.step import row_products, step_attention
 from ms_quant.kernels.stored_rows import quantize_stored
 from ms_quant.kernels.watched import WatchedArrays, WatchedLinear
 
@@ -34,7 +35,6 @@ __all__ = [
     "block_attention",
     "block_means",
     "column_stats",
-    "gemv",
     "has_isa",
     "has_product",
     "layout_of",
@@ -49,7 +49,9 @@ __all__ = [
     "quantize_stored",
     "rms_norm",
     "rope",
+    "row_products",
     "set_operator_threads",
+    "step_attention",
     "swiglu",
     "sylvester",
     "syrk",

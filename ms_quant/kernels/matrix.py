@@ -10,7 +10,6 @@ from ms_quant.kernels.native import (
     NO_ISA,
     NOT_FINITE,
     available,
-    call,
     number_of,
     status_of,
     threads_of,
@@ -69,26 +68,6 @@ def matmul(
     with np.errstate(all="ignore"):
         y = np.matmul(x, weight.T)
         return y if bias is None else np.add(y, bias, out=y)
-
-
-def gemv(
-    table: np.ndarray, x: np.ndarray, threads: int | None = None, isa: str | None = None
-) -> np.ndarray:
-    """table @ x of a table in bfloat16, which takes half the reading of one in float32.
-
-    Args:
-        table: bfloat16 (rows, columns), contiguous.
-        x: float32 (columns,).
-        threads: at most so many; None for all.
-        isa: a name from ``ISAS``, None for the fastest there is.
-
-    Returns:
-        float32 (rows,).
-    """
-    x, y = np.ascontiguousarray(x, np.float32), np.empty(len(table), np.float32)
-    pointers = table.ctypes.data, *table.shape, x.ctypes.data, y.ctypes.data
-    call("msq_gemv", number_of(isa), *pointers, threads_of(threads))
-    return y
 
 
 def syrk(products: np.ndarray, x: np.ndarray, threads: int | None = None) -> bool:

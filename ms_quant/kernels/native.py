@@ -30,7 +30,7 @@ FASTEST = "MS_QUANT_ISA"
 """An environment variable: the fastest instruction set that is used; ``none`` is NumPy alone."""
 
 FLOAT, PER_TOKEN, STATIC = range(3)
-_ABI = 9
+_ABI = 10
 _BEST = -1
 _ALIGNMENT, _HUGE_PAGE = 64, 2 << 20
 _STATUS = {
@@ -143,7 +143,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             *(pointer, pointer, *(size,) * 4, pointer, size, number),
             *(pointer, pointer, number),
         ]
-        found.msq_gemv.argtypes = [number, pointer, size, size, pointer, pointer, number]
+        found.msq_row_products.argtypes = [
+            *(number, pointer, number, size, size, pointer, pointer),
+            *(size, pointer, number),
+        ]
+        found.msq_step_attention.argtypes = [number, pointer, number]
+        found.msq_rows_alike.argtypes, found.msq_rows_alike.restype = [pointer, size], size
         found.msq_product.argtypes = [
             pointer,
             size,
@@ -316,6 +321,11 @@ def params_bytes(linear: Linear) -> int:
             f"native kernels: a linear of shape {shape}, groups of {linear.group}: refused"
         )
     return count
+
+
+def rows_alike(packed: np.ndarray) -> int:
+    """How many rows of floats packed codes take at a time without one changing another."""
+    return _library().msq_rows_alike(*place_of(packed))
 
 
 Place = tuple[int, int]

@@ -26,12 +26,14 @@ class PackedLinear:
         weights: uint8 (bytes,), the codes in the layout of one instruction set.
         params: uint8 (bytes,), everything else; with ``decode`` in place of it in that phase.
         decode: for activations that differ between phases, or None.
+        alike: how many rows at a time do not change what another gets; None for any number.
     """
 
     outputs: int
     weights: np.ndarray
     params: np.ndarray
     decode: np.ndarray | None = None
+    alike: int | None = None
 
     def __call__(
         self, x: np.ndarray, decode: bool = False, threads: int | None = None
@@ -40,6 +42,13 @@ class PackedLinear:
         x, y = np.ascontiguousarray(x, np.float32), np.empty((len(x), self.outputs), np.float32)
         self.write(x.ctypes.data, len(x), y.ctypes.data, decode, native.threads_of(threads))
         return y
+
+    def step(self, x: np.ndarray) -> np.ndarray:
+        """The same in decode, each row as if it were alone."""
+        if self.alike is None or len(x) <= self.alike:
+            return self(x, decode=True)
+        parts = (x[at : at + self.alike] for at in range(0, len(x), self.alike))
+        return np.concatenate([self(part, decode=True) for part in parts])
 
     def write(self, x: int, rows: int, y: int, decode: bool, threads: int) -> None:
         """The same for the addresses of contiguous memory."""
@@ -68,7 +77,9 @@ def pack(linear: QuantizedLinear, isa: str | None = None) -> PackedLinear | None
         return None
     decode = None if layout.decode is None else native.pack_params(layout.decode)
     weights = native.pack_weights(linear.weight, layout.bits, isa)
-    return PackedLinear(len(linear.weight), weights, native.pack_params(layout.computed), decode)
+    alike = native.rows_alike(weights) if layout.computed.input == native.FLOAT else None
+    params = native.pack_params(layout.computed)
+    return PackedLinear(len(linear.weight), weights, params, decode, alike)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.budget import BUDGET, Budget
-from ms_quant.models.cache import KeyValueCache
+from ms_quant.models.cache import AnyCache, StepCaches
 
 MASKED = -1e30  # finite, so that a row with every key masked stays free of NaN
 HIDDEN = -1e29  # masked keys have less, and no weight at all
@@ -43,7 +43,7 @@ def attention(
     v: np.ndarray,
     angles: tuple[np.ndarray, np.ndarray],
     mask: np.ndarray,
-    cache: KeyValueCache | None = None,
+    cache: AnyCache | None = None,
     threads: int | None = None,
     budget: Budget = BUDGET,
     show: Callable[[str, np.ndarray], None] = lambda tap, x: None,
@@ -70,6 +70,9 @@ def attention(
     values = np.ascontiguousarray(v.transpose(0, 2, 1, 3))
     for tap, heads in zip(TAPS, (turned, keys, values), strict=True):
         show(tap, heads)
+    if isinstance(cache, StepCaches):
+        y = cache.attend(turned, keys, values, 1.0 / math.sqrt(q.shape[3]))
+        return y.reshape(batch, length, -1)
     if cache is not None:
         keys, values = cache.extend(keys, values)
     return attend(turned, keys, values, mask, threads, budget).reshape(batch, length, -1)

@@ -16,9 +16,15 @@ import numpy as np
 from ms_quant import kernels
 from ms_quant.budget import BUDGET, Budget
 from ms_quant.models.attention import causal_mask
-from ms_quant.models.cache import KeyValueCache
+from ms_quant.models.cache import AnyCache
 from ms_quant.models.config import ModelConfig
-from ms_quant.models.linear_forward import FloatForward, Linear, QuantizedForward, ReadWhenCalled
+from ms_quant.models.linear_forward import (
+    FloatForward,
+    Linear,
+    QuantizedForward,
+    ReadWhenCalled,
+    in_step,
+)
 from ms_quant.models.names import block_prefix
 from ms_quant.models.rope import rope_table, still_table, widened
 from ms_quant.numerics.linear import QuantizedLinear
@@ -34,18 +40,29 @@ class Positions:
         config: the model's shape.
         stop: the position after the last token; there is a key for each position before it.
         start: the position of the first token.
-
-    Attributes:
-        mask: additive float32 (1, 1, stop - start, stop).
     """
 
     def __init__(self, config: ModelConfig, stop: int, start: int = 0):
+        self._start, self._stop = start, stop
         tokens = np.arange(start, stop)
         turned = config.rotary_size
         self._turned = rope_table(config.rope, turned, tokens, config.max_position)
         if config.latent is None and turned < config.head_dim:
             self._turned = widened(self._turned, config.head_dim)
-        self.mask = causal_mask(stop, start=start)
+
+    @classmethod
+    def of_step(cls, each: Sequence[Self]) -> Self:
+        """One token of each of several sequences, which sees all before it."""
+        made = copy(each[0])
+        made._turned = _stacked([one._turned for one in each])
+        if "_still" in made.__dict__:
+            del made._still
+        return made
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """Additive float32 (1, 1, stop - start, stop); nobody asks for that of a step."""
+        return causal_mask(self._stop, start=self._start)
 
     def angles(self, rotated: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines, float32 (stop - start, D); of a block without rotary embedding those
@@ -55,6 +72,11 @@ class Positions:
     @cached_property
     def _still(self) -> tuple[np.ndarray, np.ndarray]:
         return still_table(self._turned)
+
+
+def _stacked(tables: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = zip(*tables, strict=True)
+    return np.concatenate(cos), np.concatenate(sin)
 
 
 def _all_float(path: str) -> None:
@@ -166,21 +188,24 @@ class BlockForward:
             }
         )
 
+    def in_steps(self) -> Self:
+        """The block as it computes one token of each of several sequences: no number of one depends
+        on which others there are."""
+        return self.with_linears({path: in_step(one) for path, one in self.linears.items()})
+
     def with_taps(self, taps: Mapping[str, Sequence[Observer]]) -> Self:
         """The same block, which shows what is between its operators, and its taps, by name."""
         other = copy(self)
         other.taps = taps
         return other
 
-    def __call__(
-        self, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None
-    ) -> np.ndarray:
+    def __call__(self, x: np.ndarray, at: Positions, cache: AnyCache | None = None) -> np.ndarray:
         """The block's output; what is not finite goes on in it."""
         with np.errstate(all="ignore"):
             return self.run(x, at, cache)
 
     def run(
-        self, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None, first: int = 0
+        self, x: np.ndarray, at: Positions, cache: AnyCache | None = None, first: int = 0
     ) -> np.ndarray:
         """What the branches from a first one on make of the residual stream.
 
@@ -196,14 +221,12 @@ class BlockForward:
         return x
 
     def branch(
-        self, which: int, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None
+        self, which: int, x: np.ndarray, at: Positions, cache: AnyCache | None = None
     ) -> np.ndarray:
         """The residual stream after one branch; arguments as of :meth:`run`."""
         return self.add(which, x, self.inner(which, x, at, cache))
 
-    def inner(
-        self, which: int, x: np.ndarray, at: Positions, cache: KeyValueCache | None = None
-    ) -> Any:
+    def inner(self, which: int, x: np.ndarray, at: Positions, cache: AnyCache | None = None) -> Any:
         """What the last linears of a branch read; arguments as of :meth:`run`."""
         return self.spec.branches[which].inner(self, x, at, cache)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ms_quant.budget import Budget
     from ms_quant.models.block_forward import Positions
-    from ms_quant.models.cache import KeyValueCache
+    from ms_quant.models.cache import AnyCache
 
 Parallel = Literal["column", "row", "replicated"]
 Part = Literal["attention", "dense", "shared", "experts"]
@@ -247,9 +247,7 @@ class Branch(ABC):
     rotary: bool = False
 
     @abstractmethod
-    def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
-    ) -> Any:
+    def inner(self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None) -> Any:
         """What the linears of ``last`` read.
 
         Args:

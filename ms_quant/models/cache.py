@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ms_quant import kernels
 from ms_quant.numerics import affine, groupwise
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ class _Room:
     def __init__(self, first_tokens: int) -> None:
         self.length, self._first_tokens = 0, first_tokens
         self._held: np.ndarray | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes."""
+        return 0 if self._held is None else self._held.nbytes // self._held.shape[2]
 
     def append(self, new: np.ndarray) -> np.ndarray:
         """Adds (B, heads, S, D), and gives a view of all."""
@@ -61,6 +67,11 @@ class KeyValueCache:
     def length(self) -> int:
         """How many tokens there are."""
         return self._keys.length
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes; known once there is one."""
+        return self._keys.token_bytes + self._values.token_bytes
 
     def extend(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Adds float32 (B, heads, S, D) keys and values, and gives all of them, (B, heads, T, D);
@@ -159,7 +170,69 @@ class Int8LatentCache(KeyValueCache):
         return affine.dequantize(codes, scale)
 
 
-def static_cache(block: BlockSpec, scales: Mapping[str, np.ndarray]) -> Callable[[], KeyValueCache]:
+class StepCaches:
+    """The caches of one attention layer of several sequences, to each of which a step adds one
+    token. What a sequence gets does not depend on the others.
+
+    Args:
+        caches: of each sequence.
+    """
+
+    def __init__(self, caches: Sequence[KeyValueCache]) -> None:
+        self._caches = caches
+
+    def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+        """Attention of one query of each sequence, whose key and value are cached first.
+
+        Args:
+            q: float32 (1, heads, sequences, D).
+            k, v: float32 (1, kv heads, sequences, D).
+            scale: factor on the scores.
+
+        Returns:
+            float32 (1, sequences, heads, D).
+        """
+        held = [cache.extend(*_of_one(i, k, v)) for i, cache in enumerate(self._caches)]
+        keys, values = [keys[0] for keys, _ in held], [values[0] for _, values in held]
+        return kernels.step_attention(q[0].transpose(1, 0, 2), keys, values, scale)[None]
+
+    def attend_latent(
+        self,
+        brought: np.ndarray,
+        turned: np.ndarray,
+        key: np.ndarray,
+        latent: np.ndarray,
+        scale: float,
+    ) -> np.ndarray:
+        """The same of latent attention, in the latent space.
+
+        Args:
+            brought: queries there, float32 (1, heads, sequences, rank).
+            turned: the rotary channels of the queries, float32 (1, heads, sequences, D).
+            key: the rotary keys, float32 (1, 1, sequences, D).
+            latent: the latent vectors, float32 (1, 1, sequences, rank).
+            scale: factor on the scores.
+
+        Returns:
+            float32 (1, sequences, heads, rank).
+        """
+        q = np.concatenate([self._caches[0].queries(brought), turned], axis=3)
+        held = [cache.extend(*_of_one(i, key, latent)) for i, cache in enumerate(self._caches)]
+        keys = [np.concatenate([latents, keys], axis=3)[0] for keys, latents in held]
+        values = [latents[0] for _, latents in held]
+        return kernels.step_attention(q[0].transpose(1, 0, 2), keys, values, scale)[None]
+
+
+def _of_one(index: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(array[:, :, index : index + 1] for array in arrays)
+
+
+AnyCache = KeyValueCache | StepCaches
+
+
+def static_cache(
+    block: BlockSpec, scales: Mapping[str, np.ndarray]
+) -> Callable[..., KeyValueCache]:
     """What makes an empty cache of a block with static scales, by the paths of what is cached."""
     heads = any(spec.heads for spec in block.cached.values())
     return partial(Int8LatentCache if heads else Int8KeyValueCache, scales)

@@ -54,10 +54,8 @@ class Table:
         return self._held[ids].astype(np.float32, copy=False)
 
     def matmul(self, x: np.ndarray) -> np.ndarray:
-        """Logits, float32 (vocab,), of float32 (hidden,)."""
-        if self._held.dtype == np.float32:
-            return self._held @ x
-        return kernels.gemv(self._held, x)
+        """Logits, float32 (rows, vocab), of float32 (rows, hidden), each row as if alone."""
+        return kernels.row_products(x, self._held)
 
 
 def best_tokens(

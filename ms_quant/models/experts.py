@@ -15,7 +15,7 @@ from ms_quant.models.routing import Routing, sigmoid
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
-    from ms_quant.models.cache import KeyValueCache
+    from ms_quant.models.cache import AnyCache
 
 NORM, ROUTER, EXPERTS = "post_attention_layernorm", "mlp.gate", "mlp.experts"
 CORRECTION = "e_score_correction_bias"
@@ -126,9 +126,7 @@ class Experts(Branch):
         correction = ops.parameter(f"{ROUTER}.{CORRECTION}") if corrected else None
         return self.routing.route(products, correction)
 
-    def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
-    ) -> Inner:
+    def inner(self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None) -> Inner:
         """What the down_proj of each expert reads."""
         rows = ops.norm(NORM, x).reshape(-1, self.hidden)
         chosen, weights = self.route(ops, rows)

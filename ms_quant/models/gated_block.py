@@ -24,7 +24,7 @@ from ms_quant.models.edge import Edge
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
-    from ms_quant.models.cache import KeyValueCache
+    from ms_quant.models.cache import AnyCache
     from ms_quant.models.config import ModelConfig
 
 KINDS = "qkv", "o", "gate_up", "down"
@@ -92,7 +92,7 @@ class Attention(Branch):
         self.cached = {k: CacheSpec("k", kv_size), v: CacheSpec("v", kv_size)}
 
     def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None
     ) -> np.ndarray:
         """The input of o_proj, (B, S, heads * D)."""
         batch, length, _ = x.shape
@@ -161,7 +161,7 @@ class GatedMlp(Branch):
         self.last = (down,)
 
     def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None
     ) -> np.ndarray:
         """The input of down_proj, (B * S, size)."""
         return self.gated(ops, ops.norm(self.norm, x))

@@ -22,12 +22,13 @@ from ms_quant.models.block_spec import (
     NormSpec,
     Operators,
 )
+from ms_quant.models.cache import StepCaches
 from ms_quant.models.edge import Edge
 from ms_quant.models.rotary_rows import RotaryRows
 
 if TYPE_CHECKING:
     from ms_quant.models.block_forward import Positions
-    from ms_quant.models.cache import KeyValueCache
+    from ms_quant.models.cache import AnyCache, KeyValueCache
     from ms_quant.models.config import ModelConfig
     from ms_quant.models.latent_shape import LatentShape
 
@@ -124,7 +125,7 @@ class LatentAttention(Branch):
             }
 
     def inner(
-        self, ops: Operators, x: np.ndarray, at: Positions, cache: KeyValueCache | None
+        self, ops: Operators, x: np.ndarray, at: Positions, cache: AnyCache | None
     ) -> np.ndarray:
         """The input of o_proj, (B, S, heads * value channels)."""
         shape, tokens = self.shape, x.shape[:2]
@@ -139,17 +140,38 @@ class LatentAttention(Branch):
         ops.show(LATENT, held)
         if ops.shows(ABSORBED):
             ops.show(ABSORBED, self._brought(ops, q[..., : shape.nope]))
-        if cache is not None:
-            key, held = cache.extend(key, held)
-        if cache is not None and (cache.absorbs or held.shape[2] > x.shape[1]):
-            brought = cache.queries(self._brought(ops, q[..., : shape.nope]))
-            y = self._absorbed(ops, brought, turned, key, held, at.mask)
+        if isinstance(cache, StepCaches):
+            alone = q[
+                0, :, None, :, : shape.nope
+            ]  # as texts of one token, whose products are alike
+            brought = self._brought(ops, alone).transpose(2, 1, 0, 3)
+            read = cache.attend_latent(brought, turned, key, held, self.scale)
+            y = self._brought_back(ops, read.transpose(1, 0, 2, 3))
         else:
-            queries = np.concatenate([q[..., : shape.nope].transpose(0, 2, 1, 3), turned], axis=3)
-            y = self._expanded(ops, queries, key, held, at.mask)
+            y = self._attended(ops, q[..., : shape.nope], turned, key, held, at.mask, cache)
         y = y.reshape(*tokens, -1)
         ops.show(self.taps[-1], y)
         return ops.between(f"{self.path}.o_proj input", y)
+
+    def _attended(
+        self,
+        ops: Operators,
+        q: np.ndarray,
+        turned: np.ndarray,
+        key: np.ndarray,
+        latent: np.ndarray,
+        mask: np.ndarray,
+        cache: KeyValueCache | None,
+    ) -> np.ndarray:
+        """What the heads give, (B, S, heads, value channels)."""
+        tokens = q.shape[1]
+        if cache is not None:
+            key, latent = cache.extend(key, latent)
+        if cache is not None and (cache.absorbs or latent.shape[2] > tokens):
+            brought = cache.queries(self._brought(ops, q))
+            return self._absorbed(ops, brought, turned, key, latent, mask)
+        queries = np.concatenate([q.transpose(0, 2, 1, 3), turned], axis=3)
+        return self._expanded(ops, queries, key, latent, mask)
 
     def _queries(self, ops: Operators, rows: np.ndarray) -> np.ndarray:
         if self.shape.q_rank:
@@ -200,6 +222,10 @@ class LatentAttention(Branch):
         queries = np.concatenate([brought, turned], axis=3)
         keys = np.concatenate([latent, key], axis=3)
         y = attend(queries, keys, latent, mask, budget=ops.budget, scale=self.scale)
+        return self._brought_back(ops, y)
+
+    def _brought_back(self, ops: Operators, y: np.ndarray) -> np.ndarray:
+        """What is read in the latent space, (B, S, heads, rank), as values of each head."""
         values = self._expanding(ops)[:, self.shape.nope :].transpose(0, 2, 1)
         return np.matmul(y.transpose(0, 2, 1, 3), values).transpose(0, 2, 1, 3)
 

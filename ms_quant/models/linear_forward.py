@@ -30,6 +30,10 @@ class FloatForward:
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         return kernels.matmul(rows, self.weight, self.bias)
 
+    def step(self, rows: np.ndarray) -> np.ndarray:
+        """The same, each row as if it were alone."""
+        return kernels.row_products(rows, self.weight, self.bias)
+
 
 @dataclass(frozen=True)
 class ReadWhenCalled:
@@ -47,6 +51,10 @@ class ReadWhenCalled:
         if not len(rows):
             return np.zeros((0, self.out_features), np.float32)
         return self.read()(rows)
+
+    def step(self, rows: np.ndarray) -> np.ndarray:
+        """The same, each row as if it were alone."""
+        return in_step(self.read())(rows) if len(rows) else self(rows)
 
 
 class QuantizedForward:
@@ -77,3 +85,31 @@ class QuantizedForward:
             rows = self._linear.transformed(rows)
         assert self._packed is not None
         return self._packed(rows, decode)
+
+    def step(self, rows: np.ndarray) -> np.ndarray:
+        """The same in decode, each row as if it were alone."""
+        linear = self._linear
+        if linear is None:
+            assert self._packed is not None
+            return self._packed.step(rows)
+        if not len(rows):
+            return self(rows, decode=True)
+        if self._packed is not None:
+            return self._packed.step(_one_by_one(linear.transformed, rows))
+        if self._values is None or self.phased or linear.branch is not None:
+            return _one_by_one(lambda row: linear.forward(row, True, values=self._values), rows)
+        seen = _one_by_one(
+            lambda row: linear.fake(linear.activation, linear.transformed(row)), rows
+        )
+        return kernels.row_products(seen, self._values, linear.bias)
+
+
+def _one_by_one(function: Linear, rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([function(row[None]) for row in rows])
+
+
+def in_step(linear: Linear) -> Linear:
+    """What computes a linear for one token of each of several sequences."""
+    if isinstance(linear, FloatForward | QuantizedForward | ReadWhenCalled):
+        return linear.step
+    return linear

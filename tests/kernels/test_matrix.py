@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -141,19 +140,3 @@ def test_column_stats_tell_what_is_not_finite(isa: str, value: float, place) -> 
     x[place] = value
     sums = np.zeros((2, 300), np.float32), np.zeros((2, 300))
     assert not kernels.column_stats(x, *sums[0], *sums[1], isa=isa)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@given(
-    rows=st.sampled_from([0, 1, 127, 128, 129, 300]),
-    columns=st.sampled_from([0, 1, 7, 15, 16, 63, 64, 65, 200]),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=30, deadline=None)
-def test_a_table_of_bfloat16(isa: str, rows: int, columns: int, seed: int) -> None:
-    table = random((rows, columns), seed).astype(ml_dtypes.bfloat16)
-    x = random((columns,), seed + 1)
-    found = kernels.gemv(table, x, threads=2, isa=isa)
-    wide = table.astype(np.float64)
-    bound = (columns + 8) * EPSILON * (np.abs(wide) @ np.abs(x).astype(np.float64))
-    assert found.shape == (rows,) and (np.abs(found - wide @ x) <= bound).all()

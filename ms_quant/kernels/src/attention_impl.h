@@ -11,6 +11,7 @@
 #include "block_impl.h"
 #include "linear_impl.h"
 #include "sparse_attention_impl.h"
+#include "step_impl.h"
 #include "stored_rows_impl.h"
 
 namespace msq {
@@ -183,12 +184,20 @@ struct Attend {
 
 template <class S>
 const Kernels* all_kernels() {
-  static const Kernels found = {Linear<S>::kColumns,       S::kBias,
-                                Linear<S>::linear,         Quantize<S>::quantize_rows,
-                                Stored<S>::quantize,       BlockOps<S>::rms_norm,
-                                BlockOps<S>::swiglu,       BlockOps<S>::rope,
-                                BlockOps<S>::softmax,      Attend<S>::attend,
-                                BlockOps<S>::gemv,         column_stats,
+  static const Kernels found = {Linear<S>::kColumns,
+                                S::kBias,
+                                Linear<S>::linear,
+                                Quantize<S>::quantize_rows,
+                                Stored<S>::quantize,
+                                BlockOps<S>::rms_norm,
+                                BlockOps<S>::swiglu,
+                                BlockOps<S>::rope,
+                                BlockOps<S>::softmax,
+                                Attend<S>::attend,
+                                column_stats,
+                                StepOps<S>::row_products,
+                                StepOps<S>::attention,
+                                Linear<S>::kRowsAlike,
                                 SparseAttention<S>::attend};
   return &found;
 }

@@ -78,6 +78,16 @@ struct Attention {
   float* y;
 };
 
+// What msq_row_products is asked.
+struct RowProducts {
+  const void* w;
+  bool bfloat16;
+  int64_t outputs, inputs;
+  const float *bias, *x;
+  int64_t rows;
+  float* y;
+};
+
 struct AttentionSlice;
 
 // What an instruction set provides.
@@ -98,9 +108,10 @@ struct Kernels {
   void (*softmax)(float* x, const float* mask, int64_t rows, int64_t columns, int64_t length,
                   int64_t rows_of_mask, float scale, int threads);
   bool (*attention)(const Attention&, int threads);  // false without memory
-  void (*gemv)(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
-               int threads);
   void (*column_stats)(ColumnStats&, int threads);
+  void (*row_products)(RowProducts&, int threads);
+  void (*step_attention)(MsqStepAttention&, int threads);
+  int64_t rows_alike;  // of floats that a linear takes at a time without one changing another
   bool (*attend_slice)(const MsqBlockAttention&, const AttentionSlice&);  // false without memory
 };
 

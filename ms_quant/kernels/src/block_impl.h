@@ -1,9 +1,9 @@
-// What a decoder block does between its linears: RMSNorm, the gate of the MLP, rotary positions,
-// softmax, and the product of a bfloat16 table with one token.
+// What a decoder block does between its linears: RMSNorm, the gate of the MLP, rotary positions and
+// softmax.
 //
 // All go through rows a vector of kWidth numbers at a time, the last of a row filled up. Threads
-// take pieces of about 2^14 numbers, or a row where that is longer; of rotary positions a token, of
-// the table 128 rows.
+// take pieces of about 2^14 numbers, or a row where that is longer; of rotary positions a
+// token.
 
 #ifndef MS_QUANT_BLOCK_IMPL_H_
 #define MS_QUANT_BLOCK_IMPL_H_
@@ -154,44 +154,6 @@ struct BlockOps {
                    int64_t length, int64_t heads, int64_t size, float* y, int threads) {
     Rope job = {x, cos, sin, batch, length, heads, size, y};
     share_out(batch * length, threads, rope_piece, &job);
-  }
-
-  struct Gemv {
-    const uint16_t* w;
-    const float* x;
-    int64_t rows, columns;
-    float* y;
-  };
-
-  static constexpr int64_t kGemvRows = 128;  // of one piece
-  static constexpr int64_t kFar = 2048;      // bytes that are asked for before they are needed
-
-  static void gemv_piece(void* job, int64_t index) {
-    const Gemv& c = *static_cast<Gemv*>(job);
-    const int64_t n = c.columns, end = at_most(c.rows, (index + 1) * kGemvRows);
-    for (int64_t row = index * kGemvRows; row < end; ++row) {
-      const uint16_t* w = c.w + row * n;
-      F sums[4];
-      each<4>([&](auto i) __attribute__((always_inline)) { sums[i] = S::set1(0.0f); });
-      int64_t k = 0;
-      for (; k + 4 * W <= n; k += 4 * W) {
-        S::prefetch(reinterpret_cast<const char*>(w + k) + kFar);
-        S::prefetch(reinterpret_cast<const char*>(w + k) + kFar + 64);
-        each<4>([&](auto i) __attribute__((always_inline)) {
-          sums[i] = S::fma(S::load_bfloat16(w + k + i * W), S::load(c.x + k + i * W), sums[i]);
-        });
-      }
-      float sum = sum_of(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])));
-      for (; k < n; ++k) sum += of_bfloat16(w[k]) * c.x[k];
-      c.y[row] = sum;
-    }
-  }
-
-  // y (rows) = w (rows, columns) x, of w in bfloat16.
-  static void gemv(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
-                   int threads) {
-    Gemv job = {w, x, rows, columns, y};
-    share_out((rows + kGemvRows - 1) / kGemvRows, threads, gemv_piece, &job);
   }
 
   struct Softmax {

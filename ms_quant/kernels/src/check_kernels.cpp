@@ -108,6 +108,40 @@ void check_close(const char* what, int isa, const std::vector<float>& found,
     }
 }
 
+// Sums of positive numbers, and their order does not matter much.
+void check_step(int isa) {
+  const int64_t outputs = 1 + below(40), inputs = 1 + below(200), rows = below(7);
+  std::vector<uint16_t> table(static_cast<size_t>(outputs * inputs));
+  for (uint16_t& half : table) half = static_cast<uint16_t>(0x3f80 + below(256));
+  const std::vector<float> by(static_cast<size_t>(rows * inputs), 0.5f),
+      wide(static_cast<size_t>(outputs * inputs), 0.25f);
+  const int64_t kv_heads = 1 + below(3), heads = kv_heads * (1 + below(3)), size = 1 + below(70),
+                value_size = 1 + below(140), lengths[2] = {1 + below(9), 1 + below(90)};
+  const std::vector<float> q = normals(2 * heads * size), k = normals(kv_heads * 90 * size),
+                           v(static_cast<size_t>(kv_heads * 90 * value_size), 0.75f);
+  const float *keys[2] = {k.data(), k.data()}, *values[2] = {v.data(), v.data()};
+  const int64_t key_strides[2] = {90 * size, lengths[1] * size},
+                value_strides[2] = {90 * value_size, lengths[1] * value_size};
+  const int isas[2] = {MSQ_SCALAR, isa};
+  std::vector<float> narrow[2], product[2], read[2];
+  for (int i = 0; i < 2; ++i) {
+    narrow[i].resize(static_cast<size_t>(rows * outputs));
+    product[i] = narrow[i];
+    read[i].resize(static_cast<size_t>(2 * heads * value_size));
+    msq_row_products(isas[i], table.data(), 1, outputs, inputs, nullptr, by.data(), rows,
+                     narrow[i].data(), 2);
+    msq_row_products(isas[i], wide.data(), 0, outputs, inputs, wide.data(), by.data(), rows,
+                     product[i].data(), 2);
+    MsqStepAttention step = {
+        2,      heads,   kv_heads,    size,          value_size, q.data(),       keys,
+        values, lengths, key_strides, value_strides, 0.3f,       read[i].data(), 0};
+    msq_step_attention(isas[i], &step, 2);
+  }
+  check_close("row_products of bfloat16", isa, narrow[1], narrow[0]);
+  check_close("row_products", isa, product[1], product[0]);
+  check_close("step_attention", isa, read[1], read[0]);
+}
+
 void check_block(int isa) {
   const int64_t heads = 1 + below(3), length = 1 + below(6), size = 2 * (1 + below(40)),
                 rows = heads * length;
@@ -124,15 +158,6 @@ void check_block(int isa) {
     msq_rope(isas[i], x.data(), cos.data(), sin.data(), 1, length, heads, size, rope[i].data(), 2);
     msq_softmax(isas[i], softmax[i].data(), mask.data(), rows, size, length, rows, 0.5f, 2);
   }
-  std::vector<uint16_t> table(static_cast<size_t>(rows * size));
-  for (uint16_t& half : table) half = static_cast<uint16_t>(0x3f80 + below(256));
-  const std::vector<float> by(weight.size(), 0.5f);
-  std::vector<float> product[2];
-  for (int i = 0; i < 2; ++i) {
-    product[i].resize(static_cast<size_t>(rows));
-    msq_gemv(isas[i], table.data(), rows, size, by.data(), product[i].data(), 2);
-  }
-  check_close("gemv", isa, product[1], product[0]);
   check_close("rms_norm", isa, norm[1], norm[0]);
   check_close("swiglu", isa, gate[1], gate[0]);
   check_close("rope", isa, rope[1], rope[0]);
@@ -278,6 +303,7 @@ int main(int count, char** words) {
       check_rows(isa);
       check_stored(isa);
       check_block(isa);
+      check_step(isa);
       check_attention(isa);
       check_sparse_attention(isa);
       check_columns(isa);

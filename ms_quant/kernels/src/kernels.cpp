@@ -215,7 +215,7 @@ const Kernels* kernels_of(int isa) {
 
 using namespace msq;
 
-int32_t msq_abi_version(void) { return 9; }
+int32_t msq_abi_version(void) { return 10; }
 
 int32_t msq_has_isa(int32_t isa) { return isa >= 0 && isa < MSQ_ISAS && kernels_of(isa); }
 
@@ -380,12 +380,33 @@ int32_t msq_attention(int32_t isa, const float* q, const float* k, const float* 
   return kernels->attention(attention, threads) ? MSQ_OK : MSQ_NO_MEMORY;
 }
 
-int32_t msq_gemv(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns, const float* x,
-                 float* y, int32_t threads) {
+int32_t msq_row_products(int32_t isa, const void* w, int32_t bfloat16, int64_t outputs,
+                         int64_t inputs, const float* bias, const float* x, int64_t rows, float* y,
+                         int32_t threads) {
   const Kernels* kernels = kernels_of(isa);
-  if (!kernels || rows < 0 || columns < 0 || threads < 1) return MSQ_BAD_ARGUMENT;
-  kernels->gemv(w, rows, columns, x, y, threads);
+  if (!kernels || rows < 0 || !sizes_fit(outputs, inputs) || threads < 1) return MSQ_BAD_ARGUMENT;
+  RowProducts products = {w, bfloat16 != 0, outputs, inputs, bias, x, rows, y};
+  kernels->row_products(products, threads);
   return MSQ_OK;
+}
+
+int32_t msq_step_attention(int32_t isa, MsqStepAttention* step, int32_t threads) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels || step->sequences < 0 || step->heads < 1 || step->kv_heads < 1 ||
+      step->heads % step->kv_heads || step->size < 1 || step->value_size < 1 || threads < 1)
+    return MSQ_BAD_ARGUMENT;
+  for (int64_t i = 0; i < step->sequences; ++i)
+    if (step->lengths[i] < 1) return MSQ_BAD_ARGUMENT;
+  step->failed = 0;
+  kernels->step_attention(*step, threads);
+  return step->failed ? MSQ_NO_MEMORY : MSQ_OK;
+}
+
+int64_t msq_rows_alike(const uint8_t* weights, int64_t weights_bytes) {
+  const Weights& w = *reinterpret_cast<const Weights*>(weights);
+  if (weights_bytes < static_cast<int64_t>(sizeof w) || w.magic != kWeights) return -1;
+  const Kernels* kernels = kernels_of(w.isa);
+  return kernels ? kernels->rows_alike : -1;
 }
 
 int32_t msq_product(const float* x, int64_t rows, const float* w, int64_t outputs, int64_t inputs,

@@ -171,9 +171,30 @@ MSQ_API int32_t msq_quantize_heads(const MsqOperand* x, const MsqOperand* y, int
                                    const int64_t* order, int64_t order_heads, int32_t given,
                                    uint8_t* codes, float* scales, int32_t threads);
 
-// y (rows) = w (rows, columns) x in float32, of w in bfloat16.
-MSQ_API int32_t msq_gemv(int32_t isa, const uint16_t* w, int64_t rows, int64_t columns,
-                         const float* x, float* y, int32_t threads);
+// y (rows, outputs) = x (rows, inputs) w^T + bias of w (outputs, inputs) in float32 or bfloat16;
+// `bias` may be null. What a row gets does not depend on the other rows.
+MSQ_API int32_t msq_row_products(int32_t isa, const void* w, int32_t bfloat16, int64_t outputs,
+                                 int64_t inputs, const float* bias, const float* x, int64_t rows,
+                                 float* y, int32_t threads);
+
+// Attention of sequences that have one query each: q (sequences, heads, size); the keys of a
+// sequence (kv_heads, lengths[i], size) with so many floats from head to head, its values
+// (kv_heads, lengths[i], value_size) -> y (sequences, heads, value_size). What a sequence gets does
+// not depend on the others.
+typedef struct {
+  int64_t sequences, heads, kv_heads, size, value_size;
+  const float* q;
+  const float *const *keys, *const *values;
+  const int64_t *lengths, *key_strides, *value_strides;
+  float scale;
+  float* y;
+  int32_t failed;  // is set where there was no memory
+} MsqStepAttention;
+MSQ_API int32_t msq_step_attention(int32_t isa, MsqStepAttention* step, int32_t threads);
+
+// How many rows of floats msq_linear takes at a time so that none changes what another gets; for
+// quantized inputs that is so for any number. -1 if the blob is damaged.
+MSQ_API int64_t msq_rows_alike(const uint8_t* weights, int64_t weights_bytes);
 
 // x (rows, order, width) in place: the Sylvester matrix of an order 2^k times each row, divided;
 // with the sums of numerics/rotation.py, bit for bit.

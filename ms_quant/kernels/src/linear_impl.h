@@ -32,6 +32,7 @@ struct Linear {
   static constexpr int64_t kColumns = Panel<S>::kColumns;
   using Split = ByteSplitLinear<S>;
   using Direct = DirectLinear<S>;
+  static constexpr int64_t kRowsAlike = S::kByteSplit ? Split::kMostRows : 1;
 
   // For `rows` up to Split::kMostRows. Rows that cannot be split are computed on their own.
   static void by_byte_split(const Weights& w, const Params& p, const float* x, int64_t rows,

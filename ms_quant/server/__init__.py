@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of any checkpoint on a CPU."""
