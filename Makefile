@@ -46,18 +46,19 @@ HARNESS = build/harness
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-isa test-vllm test-mindone test-browser test-harness test-aarch64 \
-	lint format docs bench accuracy accuracy-smollm2 fuzz clean
+	lint format docs bench accuracy accuracy-smollm2 fuzz fuzz-decoder fuzz-kernels clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# As many workers as the machine bears (tests/conftest.py); `-n 0` runs them in one process.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # What depends on the kernels' instruction set, with each that is slower than this machine's best, and
 # with NumPy alone; two of them at a time.
 test-isa: $(INSTALLED)
-	$(MAKE) -j2 -Otarget $$($(BIN)/python -c 'from ms_quant.kernels import ISAS, best_isa, has_isa; \
+	OPENBLAS_NUM_THREADS=1 $(MAKE) -j2 -Otarget $$($(BIN)/python -c 'from ms_quant.kernels import ISAS, best_isa, has_isa; \
 		slower = [name for name in ISAS if has_isa(name) and name != best_isa()]; \
 		print(*(f"test-isa-{name}" for name in ["none", *slower]))')
 
@@ -164,9 +165,13 @@ build/smollm2: | $(INSTALLED)
 
 # The decoder under sanitizers, guided by coverage, and the kernels on random linears.
 # FUZZ_KEEP=--keep adds what it finds to the corpus.
-fuzz: build/fuzz/fuzz_unzip build/fuzz/check_kernels
+fuzz: fuzz-decoder fuzz-kernels
+
+fuzz-decoder: build/fuzz/fuzz_unzip
 	$< tests/sparse_compress/fuzz_corpus --seconds $(FUZZ_SECONDS) $(FUZZ_KEEP)
-	build/fuzz/check_kernels $(FUZZ_SECONDS) $(shell date +%s)
+
+fuzz-kernels: build/fuzz/check_kernels
+	$< $(FUZZ_SECONDS) $(shell date +%s)
 
 # The kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user.
 test-aarch64: build/aarch64/check_kernels
@@ -181,23 +186,28 @@ build/aarch64/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
 		$(@D)/neon_i8mm.o -o $@
 
 # Of the instruction sets those that the compiler builds for everywhere on this kind of processor.
-build/fuzz/check_kernels: $(KERNEL_SOURCES) $(wildcard $(KERNELS)/*)
-	mkdir -p $(@D)
-	$(CXX) $(ISA_FLAGS) -c $(KERNELS)/scalar.cpp -o $(@D)/scalar.o
+CHECKED = scalar
 ifeq ($(shell uname -m),x86_64)
-	$(CXX) $(ISA_FLAGS) -mavx2 -mfma -c $(KERNELS)/avx2.cpp -o $(@D)/avx2.o
-	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
-		-c $(KERNELS)/avx512_vnni.cpp -o $(@D)/avx512_vnni.o
-	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni \
-		-mamx-tile -mamx-int8 -mamx-bf16 -c $(KERNELS)/amx.cpp -o $(@D)/amx.o
-	$(CXX) $(ISA_FLAGS) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 \
-		-mamx-tile -mamx-bf16 -c $(KERNELS)/amx_product.cpp -o $(@D)/amx_product.o
-	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI -DMSQ_WITH_AMX \
-		-DMSQ_WITH_AMX_PRODUCT $(KERNEL_SOURCES) \
-		$(addprefix $(@D)/,scalar.o avx2.o avx512_vnni.o amx.o amx_product.o) -o $@
-else
-	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(KERNEL_SOURCES) $(@D)/scalar.o -o $@
+CHECKED += avx2 avx512_vnni amx amx_product
+CHECKED_FLAGS = -DMSQ_WITH_AVX2 -DMSQ_WITH_AVX512_VNNI -DMSQ_WITH_AMX -DMSQ_WITH_AMX_PRODUCT
+AVX512_FLAGS = -mavx512f -mavx512bw -mavx512dq -mavx512vl
 endif
+CHECKED_OBJECTS = $(patsubst %,build/fuzz/kernels/%.o,$(CHECKED) $(basename $(notdir $(KERNEL_SOURCES))))
+build/fuzz/kernels/avx2.o: ISA = -mavx2 -mfma
+build/fuzz/kernels/avx512_vnni.o: ISA = $(AVX512_FLAGS) -mavx512vnni
+build/fuzz/kernels/amx.o: ISA = $(AVX512_FLAGS) -mavx512vnni -mamx-tile -mamx-int8 -mamx-bf16
+build/fuzz/kernels/amx_product.o: ISA = $(AVX512_FLAGS) -mavx512bf16 -mamx-tile -mamx-bf16
+
+$(patsubst %,build/fuzz/kernels/%.o,$(CHECKED)): build/fuzz/kernels/%.o: $(KERNELS)/%.cpp $(wildcard $(KERNELS)/*)
+	mkdir -p $(@D)
+	$(CXX) $(ISA_FLAGS) $(ISA) -c $< -o $@
+
+build/fuzz/kernels/%.o: $(KERNELS)/%.cpp $(wildcard $(KERNELS)/*)
+	mkdir -p $(@D)
+	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $(CHECKED_FLAGS) -c $< -o $@
+
+build/fuzz/check_kernels: $(CHECKED_OBJECTS)
+	$(CXX) $(FUZZ_FLAGS) $(KERNEL_FLAGS) $^ -o $@
 
 build/fuzz/%.o: $(CODEC)/%.cpp $(wildcard $(CODEC)/*.h)
 	mkdir -p $(@D)
