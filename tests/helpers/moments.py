@@ -99,13 +99,17 @@ def _flipped(data: bytearray, at: int, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+class TooLate(BaseException):
+    """Something took longer than it may."""
+
+
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
     """Fails what takes longer."""
     import signal
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
+        raise TooLate(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
