@@ -15,8 +15,8 @@ pytest.importorskip("mindspore")
 
 from ms_quant.errors import MsQuantError
 from ms_quant.files.atomic import write_json
+from ms_quant.files.sealed import seal
 from ms_quant.formats.opening import open_model
-from ms_quant.job.output_directory import seal
 from ms_quant.numerics.activation import StaticActivation
 from ms_quant.numerics.linear import QuantizedLinear
 from ms_quant.pipeline.convert import convert_checkpoint

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ms_quant.data import files as data_files
 from ms_quant.data import json_records as data_json
+from ms_quant.data import token_ids
 from ms_quant.data import windows as data_windows
 from ms_quant.data.calibration import (
     eval_windows,
@@ -213,7 +214,7 @@ def test_npz_with_several_arrays(tmp_path: Path, model: Path) -> None:
 
 def test_npz_with_a_pickle_is_not_loaded(tmp_path: Path, model: Path) -> None:
     np.savez(tmp_path / "x.npz", tokens=np.array([{}], dtype=object))
-    with pytest.raises(MsQuantError, match="allow_pickle=False"):
+    with pytest.raises(MsQuantError, match="found object of shape"):
         load_stream(tmp_path / "x.npz", model)
     put(tmp_path, "x.npz", pickle.dumps([1, 2]))
     with pytest.raises(MsQuantError, match=r"not a readable \.npz file"):
@@ -224,8 +225,8 @@ def test_npz_that_unpacks_to_too_much(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez_compressed(tmp_path / "x.npz", tokens=np.zeros(100_000, np.int32))
-    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 10_000)
-    with pytest.raises(MsQuantError, match="bytes unpacked, expected at most 10000"):
+    monkeypatch.setattr(token_ids, "MAX_FILE_BYTES", 10_000)
+    with pytest.raises(MsQuantError, match=r"bytes unpacked from \d+, expected at most 10000"):
         load_stream(tmp_path / "x.npz", model)
 
 
@@ -321,7 +322,7 @@ def test_ids_of_npy(tmp_path: Path, model: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(10).reshape(2, 5))
     assert eval_windows(tmp_path / "x.npy", model, 5).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     np.save(tmp_path / "x.npy", np.array([{}], dtype=object))
-    with pytest.raises(MsQuantError, match=r"not a readable \.npy file"):
+    with pytest.raises(MsQuantError, match="found object of shape"):
         load_stream(tmp_path / "x.npy", model)
 
 

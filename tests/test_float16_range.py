@@ -19,8 +19,8 @@ from ms_quant.evaluation.float16_forward import Float16Block, Float16OverflowErr
 from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.files.reader import Checkpoint
+from ms_quant.files.sealed import seal
 from ms_quant.formats.opening import open_model
-from ms_quant.job.output_directory import seal
 from ms_quant.models.block_forward import BlockForward, Positions
 from ms_quant.models.config import load_config
 from ms_quant.pipeline.request import prepare

@@ -18,8 +18,9 @@ from ms_quant.evaluation.generation import Generator
 from ms_quant.evaluation.perplexity import perplexity, token_losses
 from ms_quant.files.atomic import write_json
 from ms_quant.files.reader import Checkpoint
+from ms_quant.files.sealed import seal
 from ms_quant.formats.opening import JobModel, open_model
-from ms_quant.job.output_directory import RECORD, seal
+from ms_quant.job.output_directory import RECORD
 from ms_quant.models.config import load_config
 from ms_quant.models.linear_forward import QuantizedForward
 from ms_quant.pipeline.options import split_options

@@ -18,7 +18,8 @@ import pytest
 from ms_quant.errors import MsQuantError
 from ms_quant.files import atomic
 from ms_quant.files.atomic import Sink, disk_errors
-from ms_quant.job.directory import HiddenStates, JobDirectory
+from ms_quant.job.directory import JobDirectory
+from ms_quant.job.states import HiddenStates
 from ms_quant.pipeline import request
 from ms_quant.pipeline.request import needed_bytes
 from ms_quant.pipeline.run import QuantizeOptions, prepare, run_job

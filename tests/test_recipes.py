@@ -16,10 +16,10 @@ pytest.importorskip("mindspore")
 from ms_quant.errors import MsQuantError
 from ms_quant.evaluation.perplexity import token_losses
 from ms_quant.files.atomic import write_json
+from ms_quant.files.sealed import seal
 from ms_quant.formats.inspection import inspect_checkpoint
 from ms_quant.formats.opening import JobModel, open_model
 from ms_quant.job.directory import JobDirectory
-from ms_quant.job.output_directory import seal
 from ms_quant.pipeline import request
 from ms_quant.pipeline.convert import convert_checkpoint
 from ms_quant.pipeline.estimate import estimate

@@ -12,7 +12,8 @@ import pytest
 from sealed import seal_again
 
 from ms_quant.files.atomic import write_json
-from ms_quant.job.output_directory import RECORD, seal
+from ms_quant.files.sealed import seal
+from ms_quant.job.output_directory import RECORD
 from ms_quant.numerics.grid import AffineFormat
 from ms_quant.pipeline.run import QuantizeOptions, run_job
 from ms_quant.schemes.table import SCHEMES

@@ -21,6 +21,7 @@ from ms_quant.analysis.request import AnalyzeOptions, CheckedAnalysis, prepare_a
 from ms_quant.analysis.work import CACHE_GROUP, DECODE, AnalysisWork
 from ms_quant.errors import JobConflictError
 from ms_quant.job.directory import JobDirectory, explain_difference
+from ms_quant.job.redo import redoing
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.defaults import DEFAULTS
@@ -147,7 +148,7 @@ def run_analysis(
         prove_source(checked, job, reading)
         jobs = [job, *map(asked.job, range(1, len(asked.subject.all)))]
         work = AnalysisWork(asked.subject, jobs, checked.tensors, asked.tokens, progress)
-        InOrder().run(work)
+        redoing(job, lambda: InOrder().run(work), blocks=False)
         groups = _groups(asked, job, work)
         seconds = round(time.monotonic() - started, 1)
         found = Sensitivity(

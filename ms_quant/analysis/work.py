@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,8 @@ from ms_quant.analysis.measure import FloatBlock, phases
 from ms_quant.analysis.probe import Probe
 from ms_quant.evaluation.head import EMBEDDING, head_name
 from ms_quant.files.reader import FloatTensors
-from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
+from ms_quant.job.directory import JobDirectory
+from ms_quant.job.states import HiddenStates, StoredStates
 from ms_quant.models.block_forward import Observer, Positions
 from ms_quant.models.block_spec import BlockSpec
 from ms_quant.models.cache import Int8KeyValueCache, KeyValueCache, static_cache
@@ -166,7 +165,7 @@ class AnalysisWork(BlockWork):
         """Block and variant to the mean divergence of what the model predicts in the end."""
         last = self.config.num_layers
         gain = self.checkpoint.read_float32("model.norm.weight")
-        ends = _Ends(self.job.probe_file(last), self.probe, gain, self.config.rms_norm_eps)
+        ends = _Ends(self._stored(last), self.probe, gain, self.config.rms_norm_eps)
         head = self.checkpoint.float32_chunks(head_name(self))
         begun = self._begun(last)
         means = divergences(head, ends.of(0), ends).mean(axis=1)
@@ -184,16 +183,23 @@ class AnalysisWork(BlockWork):
     def _entering(self, index: int) -> Callable[[int, int], np.ndarray]:
         """What gives some of the states that enter a block."""
         if index:
-            return partial(read_hidden, self.job.probe_file(index))
+            stored = self._stored(index)
+            return lambda start, stop: stored[start:stop]
         tokens = self.subject.probed
         rows = used_rows(self.checkpoint.float32_chunks(EMBEDDING), tokens)
         embedded = rows(tokens)
         return lambda start, stop: embedded[start:stop]
 
-    def _states(self, index: int, variants: int) -> HiddenStates:
+    def _shape(self, variants: int) -> tuple[int, int, int]:
         windows = len(self.probe.windows) * (1 + variants)
-        shape = windows, self.probe.length, self.config.hidden_size
-        return HiddenStates(self.job.probe_file(index), shape)
+        return windows, self.probe.length, self.config.hidden_size
+
+    def _states(self, index: int, variants: int) -> HiddenStates:
+        return HiddenStates(self.job.probe_file(index), self._shape(variants))
+
+    def _stored(self, index: int) -> StoredStates:
+        """What enters a block in all variants that begin before it."""
+        return StoredStates(self.job.probe_file(index), self._shape(len(self._begun(index))))
 
     def _changed(
         self, exact: FloatBlock, observations: Observations, kept: QuantizedBlock
@@ -233,9 +239,9 @@ class AnalysisWork(BlockWork):
 class _Ends:
     """What the last norm makes of the states of each variant, read when it is asked for."""
 
-    def __init__(self, path: Path, probe: Probe, gain: np.ndarray, eps: float):
+    def __init__(self, states: StoredStates, probe: Probe, gain: np.ndarray, eps: float):
         self.count, self.gain, self.eps = len(probe.windows), gain, eps
-        self.states = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.states = states
 
     def __len__(self) -> int:
         return len(self.states) // self.count - 1
@@ -245,7 +251,7 @@ class _Ends:
 
     def of(self, row: int) -> np.ndarray:
         """float32 (tokens, hidden) of a row of states: 0 is the float model."""
-        states = np.array(self.states[row * self.count : (row + 1) * self.count])
+        states = self.states[row * self.count : (row + 1) * self.count]
         return kernels.rms_norm(states, self.gain, self.eps).reshape(-1, states.shape[-1])
 
 

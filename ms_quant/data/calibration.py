@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_quant.data.files import Kind, count_chars, find_kind, read_ids, unpacked_bytes
+from ms_quant.data.files import Kind, count_chars, find_kind
 from ms_quant.data.messages import Conversation, is_empty
 from ms_quant.data.records import Content, unused_keys
 from ms_quant.data.sources import RecordSource, TextSource, holds_ids, record_reader
+from ms_quant.data.token_ids import read_ids, unpacked_bytes
 from ms_quant.data.tokenizer import ModelTokenizer, load_tokenizer, model_vocab_size
 from ms_quant.data.windows import draw, needs_whole, stream
 from ms_quant.errors import BadFileError, MsQuantError

@@ -7,15 +7,12 @@ as an archive or a Parquet file is one whatever its name, and so is JSON under t
 from __future__ import annotations
 
 import codecs
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-import numpy as np
-
-from ms_quant.errors import BadFileError, MsQuantError
+from ms_quant.errors import BadFileError
 
 MAX_FILE_BYTES = 4 << 30
 READ_CHARS = 1 << 20
@@ -159,53 +156,3 @@ def open_text(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig") as file:
         while part := file.read(READ_CHARS):
             yield part
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """Integers of one or two dimensions from ``.npz`` or ``.npy``.
-
-    Raises:
-        MsQuantError: the file is malformed, unpacks to too much, or holds something else.
-    """
-    try:
-        ids = _load_npz(path) if path.suffix.lower() == ".npz" else _load_npy(path)
-    except MsQuantError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadFileError(f"{path}: not a readable {path.suffix} file ({error})") from error
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-        raise BadFileError(
-            f"{path}: found {getattr(ids, 'dtype', 'bytes')} of shape "
-            f"{list(getattr(ids, 'shape', []))}, expected integers of one or two dimensions"
-        )
-    return ids
-
-
-def unpacked_bytes(path: Path) -> int:
-    """Bytes of the arrays of a file.
-
-    Raises:
-        MsQuantError: it is no archive of arrays.
-    """
-    if path.suffix.lower() != ".npz":
-        return path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
-    except (OSError, zipfile.BadZipFile) as error:
-        raise BadFileError(f"{path}: not a readable .npz file ({error})") from error
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _load_npz(path: Path) -> np.ndarray:
-    size = unpacked_bytes(path)
-    if size > MAX_FILE_BYTES:
-        raise BadFileError(f"{path}: {size} bytes unpacked, expected at most {MAX_FILE_BYTES}")
-    with np.load(path, allow_pickle=False) as arrays:
-        names = arrays.files
-        if "tokens" not in names and len(names) != 1:
-            raise BadFileError(f"{path}: has the arrays {names}, expected one named tokens")
-        return arrays["tokens" if "tokens" in names else names[0]]

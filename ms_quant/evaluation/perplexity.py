@@ -23,7 +23,7 @@ from ms_quant.evaluation.float32_forward import Float32Forward
 from ms_quant.evaluation.head import EMBEDDING, head_name, require_head
 from ms_quant.files.atomic import free_space_check
 from ms_quant.formats.opening import ServedModel
-from ms_quant.job.directory import HiddenStates, read_hidden
+from ms_quant.job.states import HiddenStates, StoredStates
 from ms_quant.models.embedding import Chunks, cross_entropy, used_rows
 from ms_quant.pipeline.defaults import DEFAULTS
 from ms_quant.progress import BlockProgress, silent
@@ -277,9 +277,9 @@ def last_states(
     batch = budget.windows(length)
 
     def outputs(source: Path, index: int) -> Iterator[np.ndarray]:
-        block = forward.block(index)
+        block, states = forward.block(index), StoredStates(source, shape)
         for start in range(0, count, batch):
-            yield from block(read_hidden(source, start, start + batch))
+            yield from block(states[start : start + batch])
             progress(index, min(1.0, (start + batch) / count))
 
     for index in range(model.config.num_layers):

@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from ms_quant.errors import BadFileError, DiskError
+from ms_quant.files.own import ANY_MODE, open_new
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_BYTES = 1 << 20
@@ -82,9 +83,6 @@ class Sink:
         return FileRecord(self.path.name, self.bytes, self._hash.hexdigest())
 
 
-ANY_MODE = 0o666
-
-
 @contextmanager
 def atomic_file(path: Path | str, mode: int = ANY_MODE) -> Iterator[Sink]:
     """Opens a file that appears under its name only when it is complete and on the disk.
@@ -108,9 +106,7 @@ def atomic_file(path: Path | str, mode: int = ANY_MODE) -> Iterator[Sink]:
     try:
         with disk_errors(path):
             temporary.unlink(missing_ok=True)  # of a process that was killed, in another mode
-            file = open(  # noqa: SIM115 - closed below
-                temporary, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, mode)
-            )
+            file = open_new(temporary, mode)
         with file:
             yield Sink(path, file)
             with disk_errors(path):
@@ -120,7 +116,8 @@ def atomic_file(path: Path | str, mode: int = ANY_MODE) -> Iterator[Sink]:
             sync_directory(path.parent)
     finally:
         # After the rename there is nothing left under the temporary name.
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

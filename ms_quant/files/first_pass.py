@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ms_quant.files.atomic import write_json
 from ms_quant.files.digest import file_stamp, tensor_digest
 from ms_quant.files.reader import ChangedSourceError, Checkpoint
 from ms_quant.files.safetensors_file import SafetensorsFile
-from ms_quant.files.strict_json import read_json
+from ms_quant.files.sealed import read_sealed, write_sealed
 from ms_quant.progress import PartProgress, silent
 
 STATE = "source.json"
@@ -61,7 +60,7 @@ def read_source(
             the disk does not take the state.
     """
     path = directory / STATE
-    old = _shards(read_json(path, MAX_STATE_BYTES)) if path.is_file() else {}
+    old = _shards(read_sealed(path, MAX_STATE_BYTES) or {})
     new: dict[str, dict[str, Any]] = {}
     digests, trusted = dict[str, str](), set[str]()
     todo = []
@@ -126,7 +125,7 @@ class _Pass:
         return digest
 
     def _save(self) -> None:
-        write_json(self.path, {"shards": self.shards})
+        write_sealed(self.path, {"shards": self.shards})
 
 
 def _size(file: SafetensorsFile, name: str) -> int:

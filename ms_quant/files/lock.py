@@ -9,11 +9,15 @@ from pathlib import Path
 
 from ms_quant.errors import JobConflictError
 from ms_quant.files.atomic import disk_errors
+from ms_quant.files.own import open_directory, open_own
 
 try:
     import fcntl
 except ImportError:  # a system without flock works without the lock
     fcntl = None  # type: ignore[assignment]
+
+
+_NEW_OR_OLD = os.O_RDWR | os.O_CREAT
 
 
 class BusyError(JobConflictError):
@@ -28,14 +32,14 @@ def locked(path: Path) -> Iterator[None]:
         path (Path): what to lock; made as an empty file when it does not exist.
 
     Raises:
-        MsQuantError: another process holds it (a :class:`BusyError`), or it cannot be opened.
+        MsQuantError: another process holds it (a :class:`BusyError`), it cannot be opened,
+            or it is a symbolic link or no file.
     """
     if fcntl is None:
         yield
         return
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     with disk_errors(path, "the lock"):
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = open_directory(path) if path.is_dir() else open_own(path, _NEW_OR_OLD)
     try:
         if not _lock(descriptor, path):
             raise BusyError(
@@ -50,7 +54,7 @@ def _lock(descriptor: int, path: Path) -> bool:
     """Whether the lock is ours, and still on what has the name."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except (BlockingIOError, FileNotFoundError):
         return False
     except OSError:  # a file system without locks

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_quant.files.safetensors_file import SafetensorsFile, open_file
-from ms_quant.files.writer import TensorPlan, write_file
+from ms_quant.files.checked_file import CheckedFile, write_checked
 from ms_quant.job.finished import FinishedBlock, Measured
 from ms_quant.models.names import GroupId, block_prefix, expert_of, in_block
 from ms_quant.numerics.linear import QuantizedLinear, from_arrays
@@ -36,7 +35,7 @@ class BlockFiles:
 
     def __init__(self, directory: Path, scheme_of: Callable[[str], Scheme] | None, target: int):
         self.directory, self.scheme_of, self.target = directory, scheme_of, target
-        self._opened: tuple[Path, SafetensorsFile] | None = None
+        self._opened: tuple[Path, CheckedFile] | None = None
 
     @property
     def _suffix(self) -> str:
@@ -55,6 +54,15 @@ class BlockFiles:
         """The experts of a block that are finished."""
         found = self._finished()
         return {expert for block, expert in found if block == index and expert is not None}
+
+    def check_finished(self) -> None:
+        """Opens the file of everything that is finished; tensors are checked when they are read.
+
+        Raises:
+            DamagedFileError: the first one that is damaged.
+        """
+        for index, expert in self._finished():
+            CheckedFile(self.block_file(index, expert))
 
     def _finished(self) -> list[tuple[int, int | None]]:
         if not self.directory.is_dir():
@@ -81,24 +89,22 @@ class BlockFiles:
         tensors.update({f"{CACHE}{path}": scale for path, scale in block.cache.items()})
         for path, linear in block.linears.items():
             tensors.update({f"{path}.{key}": value for key, value in linear.arrays().items()})
-        plans = [TensorPlan(name, array.dtype, array.shape) for name, array in tensors.items()]
         facts = {
             key: getattr(block, key) for key in ("notes", "ranges", "seconds", "errors", "inputs")
         }
         facts["routing"] = block.routing
         metadata = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
-        file = self.block_file(index, expert)
-        write_file(file, plans, lambda plan: tensors[plan.name], metadata)
+        write_checked(self.block_file(index, expert), tensors, metadata)
         self._opened = None
 
-    def _file(self, index: int, expert: int | None = None) -> SafetensorsFile:
+    def _file(self, index: int, expert: int | None = None) -> CheckedFile:
         """The file of what is finished; that of the last one asked for stays open."""
         path = self.block_file(index, expert)
         if self._opened is None or self._opened[0] != path:
-            self._opened = path, open_file(path)
+            self._opened = path, CheckedFile(path)
         return self._opened[1]
 
-    def _of(self, index: int, path: str) -> SafetensorsFile:
+    def _of(self, index: int, path: str) -> CheckedFile:
         """The file that holds a linear or a group of a block, by its path there."""
         expert = expert_of(path)
         if expert is not None and self.block_file(index, expert).exists():
@@ -158,7 +164,7 @@ class BlockFiles:
         """What files of a block say under some keys, those of experts first."""
         found: list[dict[str, Any]] = [{} for _ in keys]
         for expert in sorted(experts, key=lambda one: (one is None, one)):
-            metadata = open_file(self.block_file(index, expert)).metadata
+            metadata = CheckedFile(self.block_file(index, expert)).metadata
             for facts, key in zip(found, keys, strict=True):
                 _add(facts, json.loads(metadata.get(key, "{}")))
         return found

@@ -29,15 +29,17 @@ import numpy as np
 
 from ms_quant import kernels
 from ms_quant.errors import JobConflictError
-from ms_quant.files.atomic import disk_errors, sync_directory, write_json
+from ms_quant.files.atomic import disk_errors, write_json
 from ms_quant.files.lock import locked
+from ms_quant.files.own import require_own_directory, require_own_file
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.block_files import BLOCK_NAME, BlockFiles
 from ms_quant.schemes.records import Scheme
 
 LOCK = "ms_quant.lock"
 _STATES = r"(hidden|probe|stream)-\d{5,}\.npy|given-\d{5,}-\d{5,}\.npy"
-_WORK = rf"(({BLOCK_NAME}|(routes|seen)-\d{{5,}})\.safetensors|{_STATES}|source\.json)"
+_WORK = rf"(({BLOCK_NAME}|(routes|seen|maxima)-\d{{5,}})\.safetensors|{_STATES}|source\.json)"
+_OF_BLOCK = r"(block|stream|routes|seen|maxima|given)-(\d{5,})"
 _TEMPORARY = re.compile(rf"\.(job\.json|{_WORK})\.\d+\.tmp")
 _OURS = re.compile(rf"job\.json|{_WORK}|{_TEMPORARY.pattern}")
 _CPU_FEATURES = (
@@ -167,13 +169,19 @@ class JobDirectory(BlockFiles):
         self._check()
 
     def _check(self) -> None:
+        if self.directory.is_symlink():
+            require_own_directory(self.directory)
         state = self.directory / "job.json"
+        require_own_file(state)
         if state.exists():
             self._compare(read_json(state))
         elif self.directory.exists() and not self._is_new():
             raise JobConflictError(
                 f"{self.directory}: exists but holds no job, expected a new directory"
             )
+        for path in self.directory.iterdir() if self.directory.exists() else ():
+            if path.name == LOCK or _OURS.fullmatch(path.name):
+                require_own_file(path)
 
     def _is_new(self) -> bool:
         """Whether the directory holds nothing but what a killed beginning or end left."""
@@ -249,6 +257,22 @@ class JobDirectory(BlockFiles):
         """The size of the hidden states there are."""
         return sum(path.stat().st_size for path in self.directory.glob("hidden-*.npy"))
 
+    def made_of(self, path: Path) -> list[Path]:
+        """What has to be made again with a file of this job.
+
+        Returns:
+            The file alone where hidden states enter a block, which are made of those before; all
+            files of its block where it is one of a block; else nothing.
+        """
+        if re.fullmatch(r"hidden-\d{5,}\.npy", path.name):
+            return [path]
+        found = re.fullmatch(rf"{_OF_BLOCK}(.*)", path.name)
+        if not found:
+            return []
+        of_block = re.compile(rf"{_OF_BLOCK}([-.].*)?")
+        matches = ((of_block.fullmatch(other.name), other) for other in self._files(_OURS))
+        return [other for match, other in matches if match and match[2] == found[2]]
+
     def remove(self) -> None:
         """Deletes the job's own files, and the directory when nothing else is in it.
 
@@ -263,37 +287,3 @@ class JobDirectory(BlockFiles):
 
 def _is_lock(path: Path) -> bool:
     return path.name == LOCK and path.stat().st_size == 0
-
-
-class HiddenStates:
-    """Hidden states on disk, written row by row and renamed when whole.
-
-    Args:
-        path: the final name.
-        shape: (sequences, tokens, hidden).
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with disk_errors(path, "hidden states"):
-            header = np.lib.format.header_data_from_array_1_0(np.empty((0,), np.float32))
-            self.file = self.temporary.open("wb")
-            np.lib.format.write_array_header_1_0(self.file, {**header, "shape": shape})
-
-    def append(self, rows: np.ndarray) -> None:
-        with disk_errors(self.path, "hidden states"):
-            self.file.write(np.ascontiguousarray(rows, np.float32).data)
-
-    def commit(self) -> None:
-        with disk_errors(self.path, "hidden states"):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.temporary.replace(self.path)
-            sync_directory(self.path.parent)
-
-
-def read_hidden(path: Path, start: int, stop: int) -> np.ndarray:
-    """Sequences ``start`` to ``stop - 1``, float32, copied out of the file."""
-    return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[start:stop])

@@ -7,8 +7,9 @@ ends with a sha256 of its own content.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,12 +30,16 @@ from ms_quant.files.atomic import (
 )
 from ms_quant.files.companion_files import companion_bytes
 from ms_quant.files.lock import locked
+from ms_quant.files.own import make_inside, require_own_directory, require_own_file
 from ms_quant.files.placed_file import ENDING
+from ms_quant.files.sealed import seal
 from ms_quant.files.strict_json import read_json
 from ms_quant.job.directory import explain_difference
+from ms_quant.job.written import WRITTEN, WrittenFiles
 
 RECORD = "ms_quant.json"
 MAX_RECORD_BYTES = 256 << 20
+_LOG = logging.getLogger(__name__)
 
 _MADE = "|".join(
     [
@@ -84,17 +89,17 @@ class OutputDirectory:
         self._directory = re.compile("|".join([_DIRECTORY.pattern, *map(re.escape, directories)]))
         inside = rf"(({self._directory.pattern})/)?"
         self._temporary = re.compile(rf"{inside}\.\.?({names})({ENDING})?\.\d+\.tmp")
-        begun = rf"{inside}\.({names}){ENDING}"  # which an interrupted run goes on with
+        # An interrupted run goes on with these.
+        begun = rf"{re.escape(WRITTEN)}|{inside}\.({names}){ENDING}"
         self._ours = re.compile(rf"{inside}({names})|{begun}|{self._temporary.pattern}")
+        self._proved = set[str]()  # what this run has written or read
         self.path, self.record = path, json.loads(json.dumps(record))
         self.partial = path.with_name(path.name + ".partial")
         self.finished = path.exists() and self._is_finished(any_environment)
         if not self.finished:
             for place in (path, self.partial):
                 if place.is_symlink():
-                    raise JobConflictError(
-                        f"{place}: is a symbolic link, expected a directory to make"
-                    )
+                    require_own_directory(place)
             self._check_partial()
 
     def _is_finished(self, any_environment: bool) -> bool:
@@ -127,6 +132,9 @@ class OutputDirectory:
         if not self.partial.exists():
             return
         foreign = not self.partial.is_dir()
+        for path in () if foreign else self._entries():
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                require_own_file(path)
         if not foreign and self._mark() is None:
             foreign = not all(
                 path.is_file() and _BEGINNING.fullmatch(path.name)
@@ -137,13 +145,18 @@ class OutputDirectory:
             # A whole output under this name: a user may have put it there.
             foreign = "files" in mark or any(
                 not self._ours.fullmatch(path.relative_to(self.partial).as_posix())
-                for path in self.partial.rglob("*")
+                for path in self._entries()
                 if not (path.is_dir() and self._is_ours(path))
             )
         if foreign:
             raise JobConflictError(
                 f"{self.partial}: exists with other content, expected to make it for the output"
             )
+
+    def _entries(self) -> Iterator[Path]:
+        """All that is in the partial directory; no link is followed."""
+        for place, directories, files in os.walk(self.partial):
+            yield from (Path(place, name) for name in (*directories, *files))
 
     def _is_ours(self, directory: Path) -> bool:
         return bool(self._directory.fullmatch(directory.relative_to(self.partial).as_posix()))
@@ -183,12 +196,13 @@ class OutputDirectory:
                     path.unlink()
             if self._mark() is None:
                 write_json(self.partial / RECORD, {"record": self.record})
+            self._written = WrittenFiles(self.partial)
             yield
 
     def _files(self, names: re.Pattern[str]) -> list[Path]:
         return [
             path
-            for path in sorted(self.partial.rglob("*"))
+            for path in sorted(self._entries())
             if names.fullmatch(path.relative_to(self.partial).as_posix()) and path.is_file()
         ]
 
@@ -198,7 +212,7 @@ class OutputDirectory:
         for path in self._files(self._ours):
             if path != mark:
                 path.unlink()
-        for path in sorted(self.partial.rglob("*"), reverse=True):  # what is inside goes first
+        for path in sorted(self._entries(), reverse=True):  # what is inside goes first
             if path.is_dir():
                 path.rmdir()
         mark.unlink()
@@ -216,14 +230,58 @@ class OutputDirectory:
         self, name: str, begin: Callable[[Path], Callable[[], FileRecord]]
     ) -> Callable[[], FileRecord]:
         """As :meth:`write_once`, where a file is whole when what ``begin`` gives has ended."""
-        path = self.partial / name
-        if path.exists():
-            record = FileRecord(name, path.stat().st_size, sha256_file(path))
+        path, record = self.partial / name, self.written(name)
+        if record is not None:
             return lambda: record
-        with disk_errors(path, "its directory"):
-            path.parent.mkdir(parents=True, exist_ok=True)
         end = begin(path)
-        return lambda: replace(end(), name=name)
+
+        def ended() -> FileRecord:
+            return self.note(path, end())
+
+        return ended
+
+    def written(self, name: str) -> FileRecord | None:
+        """What an interrupted run of the same job has finished and is as it was, else None.
+
+        Args:
+            name: the path of a file in the output, with ``/``; its directory is made.
+
+        Raises:
+            MsQuantError: a link or something else that is no file stands under its name.
+        """
+        path = self.partial / name
+        with disk_errors(path, "its directory"):
+            make_inside(self.partial, name)
+        require_own_file(path)
+        if not path.exists():
+            return None
+        known = self._written[name]
+        if known is not None and name in self._proved:
+            return known
+        if known is None:
+            reason = "is of a run that was interrupted just then, or of an earlier version"
+        elif path.stat().st_size == known.bytes and sha256_file(path) == known.sha256:
+            self._proved.add(name)
+            return known
+        else:
+            reason = "is damaged (it is not as it was written)"
+        _LOG.warning("%s: %s; it is written again", path, reason)
+        return None
+
+    def note(self, path: Path, record: FileRecord) -> FileRecord:
+        """Notes a file in the partial directory that has just been finished; once more is no harm.
+
+        Raises:
+            MsQuantError: its directory became a link meanwhile, or the disk does not take the note.
+        """
+        name = path.relative_to(self.partial).as_posix()
+        make_inside(self.partial, name)
+        require_own_file(path)
+        record = replace(record, name=name)
+        if self._written[name] != record or name not in self._proved:
+            self._written.add(record)
+            self._proved.add(name)
+        return record
 
     def finish(self, files: Sequence[FileRecord], source: Path, facts: Mapping[str, Any]) -> None:
         """Copies the tokenizer, writes the record and gives the directory its name.
@@ -241,6 +299,7 @@ class OutputDirectory:
         content = {"record": self.record, **facts, "files": listed}
         write_json(self.partial / RECORD, seal(content))
         with disk_errors(self.path, "the output directory"):
+            (self.partial / WRITTEN).unlink(missing_ok=True)
             sync_directory(self.partial)
             self.partial.rename(self.path)
             sync_directory(self.path.parent)
@@ -273,12 +332,6 @@ def check_output_name(path: Path) -> None:
     """Refuses an output such as ``.`` or ``/``, which has no name beside which to work."""
     if path.name in ("", ".."):
         raise JobConflictError(f"{path}: the output has no name, expected a directory to make")
-
-
-def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a record with a digest of itself: a changed byte in it is seen, too."""
-    text = json.dumps(content, sort_keys=True)
-    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_files(directory: Path, chosen: Callable[[str], bool] = lambda name: True) -> list[str]:

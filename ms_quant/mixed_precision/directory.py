@@ -11,6 +11,7 @@ from pathlib import Path
 from ms_quant.errors import JobConflictError
 from ms_quant.files.atomic import disk_errors
 from ms_quant.files.lock import locked
+from ms_quant.files.own import require_own_directory
 from ms_quant.job.directory import LOCK
 from ms_quant.mixed_precision.request import ANALYSIS, ANALYSIS_JOB
 from ms_quant.mixed_precision.trials import TRIAL, TRIALS
@@ -33,6 +34,8 @@ def working(directory: Path, *, keep: bool) -> Iterator[None]:
         MsQuantError: it holds something else, another process works there, or it cannot be
             written.
     """
+    if directory.is_symlink():
+        require_own_directory(directory)
     if directory.exists():
         others = [] if directory.is_dir() else [directory.name]
         if not others:

@@ -17,9 +17,9 @@ import numpy as np
 from ms_quant.errors import BadFileError, MsQuantError
 from ms_quant.evaluation.comparison import paired_difference
 from ms_quant.evaluation.perplexity import measure
-from ms_quant.files.atomic import write_json
-from ms_quant.files.strict_json import read_json
+from ms_quant.files.sealed import read_sealed, write_sealed
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
+from ms_quant.job.redo import redoing
 from ms_quant.mixed_precision.assembled import AssembledModel
 from ms_quant.mixed_precision.candidates import Choice
 from ms_quant.mixed_precision.recipe import recipe_of
@@ -116,7 +116,7 @@ class Trials:
         if key not in self.measured:
             self.count += 1
             self.measured[key] = measured(f"trial {self.count}")
-            write_json(self.path, self.measured)
+            write_sealed(self.path, self.measured)
         exact, found = _column(self._float()["prefill"]), []
         for phase, losses in self.measured[key].items():
             loss, error = paired_difference(_column(losses), exact)
@@ -141,8 +141,12 @@ class Trials:
         told = of_blocks(self.progress, f"{title}: {QUANTIZING}", blocks)
         with job.open():
             prove_source(checked, job, partial(self.progress, READING))
-            run_blocks(checked, job, told)
-            return self._phases(JobModel(checked.plan, job, checked.tensors), title)
+
+            def losses() -> Losses:
+                run_blocks(checked, job, told)
+                return self._phases(JobModel(checked.plan, job, checked.tensors), title)
+
+            return redoing(job, losses)
 
     def _phases(self, model: ServedModel, title: str) -> Losses:
         phases = PHASES[: 1 + model.phased]
@@ -152,7 +156,7 @@ class Trials:
         if FLOAT_LOSSES not in self.measured:
             model = FloatModel(self.asked.options.job.model)
             self.measured[FLOAT_LOSSES] = {"prefill": self._losses(model, "prefill", "float")}
-            write_json(self.path, self.measured)
+            write_sealed(self.path, self.measured)
         return self.measured[FLOAT_LOSSES]
 
     def _losses(self, model: ServedModel, phase: str, title: str) -> list[float]:
@@ -198,12 +202,18 @@ def _read(path: Path, windows: int) -> dict[str, Losses]:
     Raises:
         MsQuantError: the file is malformed.
     """
-    found = read_json(path)
+    found = read_sealed(path)
+    if found is None:
+        raise _malformed(path)
     for losses in found.values():
         good = isinstance(losses, dict) and {PHASES[0]} <= set(losses) <= set(PHASES)
         if not good or not all(_are_losses(found, windows) for found in losses.values()):
-            raise BadFileError(f"{path}: is malformed; delete it to measure again")
+            raise _malformed(path)
     return found
+
+
+def _malformed(path: Path) -> BadFileError:
+    return BadFileError(f"{path}: is malformed or has changed; delete it to measure again")
 
 
 def _are_losses(found: Any, windows: int) -> bool:

@@ -89,7 +89,8 @@ def write_direct(checked: CheckedJob, progress: PartProgress) -> bool:
             total = sum(tensor.bytes for tensor in tensors)
             parts = _together(tensors, plan)
             fill(file, parts, lambda x: x.value(numbers), total, told, numbers.at_once)
-            return endings.begin(file.finish)  # which takes as long as hashing it
+            # which takes as long as hashing it
+            return endings.begin(lambda: output.note(path, file.finish()))
 
         write_output(
             plan, numbers, output, options.most_shard_bytes, options.model, facts, progress, write

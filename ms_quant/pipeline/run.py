@@ -16,6 +16,7 @@ from ms_quant.formats.opening import JobNumbers
 from ms_quant.job.directory import JobDirectory
 from ms_quant.job.finished import Measured
 from ms_quant.job.output_directory import OutputDirectory
+from ms_quant.job.redo import redoing
 from ms_quant.models.names import GroupId
 from ms_quant.pipeline.direct import is_direct, write_direct
 from ms_quant.pipeline.measured import measured_facts
@@ -136,13 +137,20 @@ def complete(
         left = {k: r.output() for k, r in enumerate(checked.all) if not r.output().finished}
         if left:
             prove_source(checked, job, reading)
+        unwritten = dict(left)
+
+        def finish() -> None:
+            run_blocks(checked, job, progress, hooks, executor, budget, finished)
+            for target, output in left.items():
+                if target in unwritten:
+                    write(checked.all[target], checked.job(target), output)
+                    del unwritten[target]
+
         with ExitStack() as opened:
             for output in left.values():
                 opened.enter_context(output.open())
             if left:
-                run_blocks(checked, job, progress, hooks, executor, budget, finished)
-            for target, output in left.items():
-                write(checked.all[target], checked.job(target), output)
+                redoing(job, finish)
         measured = tuple(checked.job(target).measured() for target in range(len(checked.all)))
         if not checked.options.keep_job:
             job.remove()
@@ -202,7 +210,13 @@ def run_blocks(
         all_tokens=checked.options.all_tokens,
         done=finished,
     )
-    executor.run(work)
+
+    def run() -> None:
+        for _, target in targets:
+            target.check_finished()
+        executor.run(work)
+
+    redoing(job, run)
 
 
 def _write(checked: CheckedJob, job: JobDirectory, output: OutputDirectory) -> None:

@@ -16,7 +16,7 @@ them is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ms_quant.algorithms.problem import InputMaxima
-from ms_quant.files.safetensors_file import open_file
-from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.job.directory import HiddenStates, read_hidden
+from ms_quant.files.checked_file import CheckedFile, write_checked
+from ms_quant.job.states import HiddenStates, StoredStates
 from ms_quant.models.block_forward import BlockForward
 from ms_quant.models.experts import NORM, Experts
 from ms_quant.models.names import expert_of
@@ -171,7 +170,7 @@ class RoutedBlock:
     @cached_property
     def routes(self) -> Routes:
         """Where the tokens go, as the first stage has found it."""
-        file = open_file(self.job.routes_file(self.index))
+        file = CheckedFile(self.job.routes_file(self.index))
         return Routes(file.read("chosen"), file.read("weights"))
 
     def maxima(self) -> InputMaxima:
@@ -183,12 +182,12 @@ class RoutedBlock:
                 work.targets[0][0],
                 self.index,
                 self.branch.edges[0],
-                open_file(self._files[1]).read("largest"),
+                CheckedFile(self._files[1]).read("largest"),
                 lambda member, _: read(f"{prefix}{member}.weight"),
                 lambda part: work.progress(self.index, BEFORE + (MAXIMA - BEFORE) * part),
             )
-            _save(path, {"activations": found.activations, "columns": found.columns})
-        file = open_file(path)
+            write_checked(path, {"activations": found.activations, "columns": found.columns})
+        file = CheckedFile(path)
         return InputMaxima(file.read("activations"), file.read("columns"))
 
     def _before(self) -> Observations:
@@ -207,7 +206,7 @@ class RoutedBlock:
             seen = nothing_seen(self._spec, self.shape, wanted)
             self._pass_before(block, seen, None, routes)
             seen.divided = divided
-        _save(seen_file, seen.arrays(), {"facts": seen.facts()})
+        write_checked(seen_file, seen.arrays(), {"facts": seen.facts()})
         return seen
 
     def _pass_before(
@@ -231,7 +230,7 @@ class RoutedBlock:
             stream.commit()
         chosen, weights = (np.concatenate(parts) for parts in zip(*found, strict=True))
         found_routes = {"chosen": chosen.astype(np.int32), "weights": weights}
-        _save(routes, {**found_routes, "largest": largest})
+        write_checked(routes, {**found_routes, "largest": largest})
 
     @property
     def _spec(self) -> Any:
@@ -239,9 +238,11 @@ class RoutedBlock:
 
     def _stream(self, tokens: np.ndarray) -> np.ndarray:
         """The residual stream of some tokens before the experts."""
-        path = self.job.stream_file(self.index)
-        whole = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1, self.shape[2])
-        return np.array(whole[tokens])
+        return self._states.take(tokens)
+
+    @cached_property
+    def _states(self) -> StoredStates:
+        return StoredStates(self.job.stream_file(self.index), self.shape)
 
     def _expert(self, expert: int) -> None:
         """The second stage for one expert."""
@@ -351,7 +352,7 @@ class RoutedBlock:
         watched, state = Watched(block, seen, work.watchers(self.index)), self.which + 1
         given = [self._given(expert) for expert in range(len(self.branch.experts))]
         for part in _batches(windows, work.budget.windows(length)):
-            x = read_hidden(self.job.stream_file(self.index), part.start, part.stop)
+            x = self._states[part]
             first, count = part.start * length, len(x) * length
             y = np.zeros((count, hidden), np.float32)
             for tokens, rows in given:
@@ -369,30 +370,20 @@ class RoutedBlock:
                 following.append(output)
             work.progress(self.index, EXPERTS + 0.1 * min(1.0, part.stop / windows))
 
-    def _given(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+    def _given(self, expert: int) -> tuple[np.ndarray, StoredStates | np.ndarray]:
         """The tokens of an expert and what it gave to them."""
         tokens, _ = self.routes.of(expert)
         if not len(tokens):
             return tokens, np.zeros((0, self.shape[2]), np.float32)
-        return tokens, np.load(
-            self.job.given_file(self.index, expert), mmap_mode="r", allow_pickle=False
-        )
+        shape = len(tokens), self.shape[2]
+        return tokens, StoredStates(self.job.given_file(self.index, expert), shape)
 
 
 def _batches(count: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _save(
-    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> None:
-    plans: Sequence[TensorPlan] = [
-        TensorPlan(name, array.dtype, array.shape) for name, array in arrays.items()
-    ]
-    write_file(path, plans, lambda plan: arrays[plan.name], dict(metadata or {}))
-
-
 def _restored(path: Path) -> Observations:
-    file = open_file(path)
+    file = CheckedFile(path)
     arrays = {name: file.read(name) for name in file.tensors}
     return Observations.restore(arrays, file.metadata["facts"])

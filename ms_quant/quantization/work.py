@@ -17,7 +17,8 @@ import numpy as np
 
 from ms_quant.budget import BUDGET, Budget
 from ms_quant.files.reader import FloatTensors
-from ms_quant.job.directory import HiddenStates, JobDirectory, read_hidden
+from ms_quant.job.directory import JobDirectory
+from ms_quant.job.states import HiddenStates, StoredStates
 from ms_quant.models.block_forward import BlockForward, Observer, Positions
 from ms_quant.models.embedding import used_rows
 from ms_quant.models.experts import Experts
@@ -226,10 +227,11 @@ class BlockWork:
     def hidden(self, index: int, share: float = 0.5) -> Iterator[np.ndarray]:
         """The inputs of a block, some windows at a time; the last is told as a share done."""
         windows, length, _ = self.shape(index)
-        batch, path = self.budget.windows(length), self.job.hidden_file(index)
+        states = StoredStates(self.job.hidden_file(index), self.shape(max(0, index - 1)))
+        batch = self.budget.windows(length)
         made = self._further_input() if index == self.config.num_layers else None
         for start in range(0, windows, batch):
-            rows = read_hidden(path, start, start + batch)
+            rows = states[start : start + batch]
             yield rows if made is None else made(start, rows)
             self.progress(index, share * min(1.0, (start + batch) / windows))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_quant import __version__
-from ms_quant.files.atomic import FileRecord, disk_errors, free_space_check, write_json
+from ms_quant.files.atomic import FileRecord, free_space_check, write_json
 from ms_quant.files.writer import plan_shards, shard_names, write_index
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.pipeline.defaults import DEFAULTS
@@ -105,8 +105,6 @@ class _Writer:
 
     def write(self) -> None:
         place = self.output.partial / PARTS
-        with disk_errors(place, "the directory"):
-            place.mkdir(exist_ok=True)
         paths = [self._part(index) for index in range(len(self.job.parts))]
         tensors = dict(self.job.kept)
         for path in paths:
@@ -121,8 +119,9 @@ class _Writer:
 
     def _part(self, index: int) -> Path:
         name = f"{PARTS}/tensor-{index:05d}.safetensors"
-        if not (self.output.partial / name).exists():
-            write_tensors(self.output.partial / name, whole(self.job.parts[index]()))
+        self.output.write_once(
+            name, lambda path: write_tensors(path, whole(self.job.parts[index]()))
+        )
         self.progress(self.job.command, (index + 1) / (len(self.job.parts) + 1))
         return self.output.partial / name
 

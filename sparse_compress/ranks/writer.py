@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ms_quant.files.atomic import FileRecord, disk_errors, write_json
+from ms_quant.files.atomic import FileRecord, write_json
 from ms_quant.files.safetensors_file import open_file
 from ms_quant.job.output_directory import OutputDirectory
 from ms_quant.progress import StepProgress
@@ -68,7 +68,6 @@ class Writer:
         """
         files: list[FileRecord] = []
         if self.proof is not None:
-            self._make("proof")
             for index in range(self.layout.config.num_layers):
                 files.append(self._once(layouts.proof_file(index), partial(self.proof, index)))
         rank = self._file if self.layout.target.one_file else self._directory
@@ -89,7 +88,7 @@ class Writer:
         name, staging = self.layout.target.rank_path(rank), layouts.rank_name(rank)
         paths = layouts.block_files(self.layout.config, staging)[:-1]
         blocks = [self.output.partial / path for path in paths]
-        if (self.output.partial / name).exists():
+        if self.output.written(name) is not None:
             self.steps += len(blocks)
         else:
             list(self._blocks(rank, staging))
@@ -97,13 +96,8 @@ class Writer:
         remove(blocks, self.output.partial / staging)
 
     def _blocks(self, rank: int, place: str) -> Iterator[FileRecord]:
-        self._make(place)
         for index, name in enumerate(layouts.block_files(self.layout.config, place)[:-1]):
             yield self._once(name, partial(self._block, rank, index))
-
-    def _make(self, name: str) -> None:
-        with disk_errors(self.output.partial / name, "the directory"):
-            (self.output.partial / name).mkdir(exist_ok=True)
 
     def _once(self, name: str, write: Callable[[Path], FileRecord]) -> FileRecord:
         record = self.output.write_once(name, write)

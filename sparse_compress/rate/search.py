@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from ms_quant.errors import BadArgumentError, MsQuantError
 from ms_quant.evaluation.perplexity import perplexity
-from ms_quant.files.atomic import write_json
-from ms_quant.files.strict_json import read_json
+from ms_quant.files.sealed import read_sealed, write_sealed
 from ms_quant.formats.opening import FloatModel, JobModel, ServedModel
 from ms_quant.job.directory import JobDirectory
+from ms_quant.job.redo import redoing
 from ms_quant.models.names import block_prefix
 from ms_quant.pipeline.request import CheckedJob
 from ms_quant.pipeline.run import prove_source, run_blocks
@@ -108,7 +108,7 @@ class Search:
         goals, tries = read_tries(path, self.goal)
         if "float" not in tries:
             tries["float"] = self._loss(FloatModel(self.checked.options.model))
-            write_json(path, goals)
+            write_sealed(path, goals)
         points: list[tuple[float, float, float]] = []
         relative_mse = budget
         for number in range(MOST_TRIES):
@@ -120,7 +120,7 @@ class Search:
             if number == len(tries["losses"]):
                 self._forget([price for price, _, _ in points])
                 tries["losses"].append(self._loss_of_job(found))
-                write_json(path, goals)
+                write_sealed(path, goals)
             points.append((price, relative_mse, tries["losses"][number] - tries["float"]))
             if CLOSE * budget <= points[-1][2] <= budget:
                 break
@@ -151,10 +151,14 @@ class Search:
         )
 
     def _loss_of_job(self, found: Found) -> float:
-        checked, job = found.checked, found.checked.job()
+        job = found.checked.job()
         with job.open():
-            run_blocks(checked, job, self._progress("quantize"), found.hooks)
-            return self._loss(JobModel(checked.plan, job, checked.tensors))
+            return redoing(job, lambda: self._loss_of_blocks(found, job))
+
+    def _loss_of_blocks(self, found: Found, job: JobDirectory) -> float:
+        checked = found.checked
+        run_blocks(checked, job, self._progress("quantize"), found.hooks)
+        return self._loss(JobModel(checked.plan, job, checked.tensors))
 
     def _loss(self, model: ServedModel) -> float:
         assert self.goal.tokens is not None
@@ -259,7 +263,10 @@ def read_tries(path: Path, goal: Goal) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         MsQuantError: the file is malformed.
     """
-    goals = read_json(path) if path.exists() else {}
+    goals = read_sealed(path)
+    if goals is None and path.exists():
+        raise _malformed(path)
+    goals = goals or {}
     tries = goals.setdefault(json.dumps(goal.record(), sort_keys=True), {"losses": []})
     if not isinstance(tries, dict) or not isinstance(tries.get("losses"), list):
         raise _malformed(path)
@@ -270,4 +277,6 @@ def read_tries(path: Path, goal: Goal) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _malformed(path: Path) -> MsQuantError:
-    return BadArgumentError(f"{path}: is malformed; delete {path.parent} to measure again")
+    return BadArgumentError(
+        f"{path}: is malformed or has changed; delete {path.parent} to measure again"
+    )

@@ -19,6 +19,7 @@ from ms_quant.files import digest, first_pass
 from ms_quant.files.digest import BLOCK_ELEMENTS, count_non_finite, tensor_digest
 from ms_quant.files.first_pass import STATE, read_source
 from ms_quant.files.reader import ChangedSourceError, Checkpoint
+from ms_quant.files.sealed import write_sealed
 
 LAST = "model.layers.1.mlp.up_proj.weight"
 Save = Callable[..., None]
@@ -229,7 +230,7 @@ def test_bytes_are_hashed_again_when_they_are_read(
     state = json.loads((job / STATE).read_text())
     entry = state["shards"]["model.safetensors"]
     entry["stamp"] = digest.file_stamp(directory / "model.safetensors")  # no clock has told
-    (job / STATE).write_text(json.dumps(state))
+    write_sealed(job / STATE, {"shards": state["shards"]})
     checkpoint = Checkpoint(directory)
     found = read_source(checkpoint, job)
     checkpoint.expect(found.digests, found.trusted, found.stamps)
@@ -264,7 +265,7 @@ def test_a_state_of_another_shape_is_made_again(
 ) -> None:
     directory = tiny_model()
     expected = read_source(Checkpoint(directory), job).digests
-    (job / STATE).write_text(json.dumps(content))
+    write_sealed(job / STATE, content)
     assert read_source(Checkpoint(directory), job).digests == expected
 
 

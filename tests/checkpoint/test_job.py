@@ -17,12 +17,11 @@ from ms_quant.errors import MsQuantError
 from ms_quant.files import lock
 from ms_quant.job import directory as job_module
 from ms_quant.job.directory import (
-    HiddenStates,
     JobDirectory,
     environment,
     find_difference,
-    read_hidden,
 )
+from ms_quant.job.states import HiddenStates, StoredStates
 from ms_quant.models.names import GroupId
 from ms_quant.numerics.activation import ObservedRange
 from ms_quant.numerics.linear import QuantizedLinear, StaticActivation, int8_linear
@@ -257,9 +256,13 @@ def test_hidden_states_appear_when_whole_and_come_back(tmp_path: Path) -> None:
     hidden.commit()
     assert [found.name for found in tmp_path.iterdir()] == ["hidden.npy"]
     np.testing.assert_array_equal(np.load(path), rows)
-    np.testing.assert_array_equal(read_hidden(path, 1, 3), rows[1:3])
-    np.testing.assert_array_equal(read_hidden(path, 4, 9), rows[4:])
-    part = read_hidden(path, 0, 1)
+    stored = StoredStates(path, rows.shape)
+    np.testing.assert_array_equal(stored[1:3], rows[1:3])
+    np.testing.assert_array_equal(stored[4:9], rows[4:])
+    np.testing.assert_array_equal(
+        stored.take(np.array([14, 0, 7])), rows.reshape(15, 2)[[14, 0, 7]]
+    )
+    part = stored[0:1]
     part[:] = 0  # a copy, not a map of the file
     np.testing.assert_array_equal(np.load(path), rows)
 

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from ms_quant.files.atomic import write_json
-from ms_quant.job.output_directory import RECORD, seal
+from ms_quant.files.sealed import seal
+from ms_quant.job.output_directory import RECORD
 
 
 def seal_again(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import runpy
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from ms_quant.analysis.records import GroupSensitivity, InputFacts, Sensitivity
 from ms_quant.analysis.run import run_analysis
 from ms_quant.data.calibration import eval_windows
 from ms_quant.errors import BadFileError
+from ms_quant.files.sealed import write_sealed
 from ms_quant.formats.float_model import open_float
 from ms_quant.mixed_precision.costs import AT_RUN_TIME, FLOAT, costs
 from ms_quant.mixed_precision.decision import HEAVY_TAILS, steady_costs
@@ -166,10 +166,16 @@ def test_malformed_trials_are_refused(tmp_path: Path, losses: dict[str, Any]) ->
     assert asked.heldout is not None and len(asked.heldout) == 8
     asked.directory.mkdir()
     path = asked.directory / TRIALS
-    path.write_text(json.dumps({"float": {"prefill": [1.0] * 8}}))
+    write_sealed(path, {"float": {"prefill": [1.0] * 8}})
     assert Trials(asked, silent).measured
-    path.write_text(json.dumps(losses))
-    with pytest.raises(BadFileError, match=rf"{TRIALS}: is malformed; delete it to measure again"):
+    write_sealed(path, losses)
+    with pytest.raises(
+        BadFileError, match=rf"{TRIALS}: is malformed or has changed; delete it to measure again"
+    ):
+        Trials(asked, silent)
+    write_sealed(path, {"float": {"prefill": [1.0] * 8}})
+    path.write_text(path.read_text().replace("1.0", "1.5", 1))
+    with pytest.raises(BadFileError, match=rf"{TRIALS}: is malformed or has changed"):
         Trials(asked, silent)
 
 

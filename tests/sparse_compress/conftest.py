@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from ms_quant.files.atomic import sha256_file, write_json
 from ms_quant.files.safetensors_file import open_file
+from ms_quant.files.sealed import seal
 from ms_quant.files.writer import TensorPlan, write_file
-from ms_quant.job.output_directory import RECORD, seal
+from ms_quant.job.output_directory import RECORD
 from ms_quant.models.config import read_json
 from sparse_compress.pipeline.request import SparseOptions
 from sparse_compress.pipeline.run import run

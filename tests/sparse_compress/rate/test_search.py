@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from ms_quant.errors import MsQuantError
+from ms_quant.files.sealed import write_sealed
 from ms_quant.job.directory import JobDirectory
 from ms_quant.pipeline.request import CheckedJob, QuantizeOptions
 from ms_quant.schemes.table import SCHEMES
@@ -358,10 +360,15 @@ def test_a_malformed_file_of_tries_is_named(tmp_path: Path, text: str) -> None:
     goal, path = Goal(None, 0.01, np.zeros((1, 4), np.int32)), tmp_path / "tries.json"
     key = json.dumps(json.dumps(goal.record(), sort_keys=True))
     path.write_text(text.replace('"KEY"', key))
+    with suppress(ValueError):
+        write_sealed(path, json.loads(path.read_text()))
     with pytest.raises(MsQuantError, match=r"tries\.json"):
         read_tries(path, goal)
-    path.write_text(f'{{{key}: {{"losses": [2.5], "float": 2.0}}}}')
+    write_sealed(path, {json.loads(key): {"losses": [2.5], "float": 2.0}})
     assert read_tries(path, goal)[1] == {"losses": [2.5], "float": 2.0}
+    path.write_text(path.read_text().replace("2.5", "2.6"))
+    with pytest.raises(MsQuantError, match=r"tries\.json: is malformed or has changed; delete"):
+        read_tries(path, goal)
 
 
 @pytest.mark.parametrize(
