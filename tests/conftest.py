@@ -74,7 +74,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: Sequence[object]) -> None:
-    """Workers share the cores: threads of OpenBLAS spin while they wait, a sixth of all CPU time."""
+    """Workers share the cores; waiting threads of OpenBLAS spin, a sixth of all CPU time."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, _cores() // len(specs))))
 
 

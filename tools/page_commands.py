@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```(console|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMPT = "$ "
 STEP = re.compile(r"((?:[^\n]*\\\n)*[^\n]*)\n?(.*)", re.DOTALL)
 TOOLS = ("ms-quant", "sparse-compress")
+SERVER = "ms-quant serve "  # does not end by itself
 
 
 def console_steps(text: str) -> list[tuple[str, str]]:
@@ -42,7 +43,7 @@ def shell_commands(text: str) -> list[str]:
         if kind == "sh"
         for line in body.replace("\\\n", " ").splitlines()
     ]
-    return [line for line in lines if line.startswith(TOOLS)]
+    return [line for line in lines if line.startswith(TOOLS) and not line.startswith(SERVER)]
 
 
 def run(command: str, directory: Path) -> tuple[str, int]:
