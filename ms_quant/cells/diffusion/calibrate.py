@@ -17,11 +17,11 @@ from ms_quant.cells.diffusion.function import AttentionCall
 from ms_quant.cells.diffusion.plan import AttentionPlan
 from ms_quant.cells.direct import floats
 from ms_quant.errors import BadArgumentError
-from ms_quant.numerics.affine import symmetric_scale
+from ms_quant.statistics.attention_range import AttentionRange
 
 
 class Ranges:
-    """The largest magnitude of each head, of queries, keys and values; computes as the network.
+    """How far queries, keys and values of each head reach; computes as the network.
 
     Args:
         plan: of the attention; where it rotates, what is rotated counts.
@@ -29,7 +29,7 @@ class Ranges:
 
     def __init__(self, plan: AttentionPlan):
         self.plan = plan
-        self.largest: list[np.ndarray] = []
+        self.seen = AttentionRange()
 
     def __call__(
         self,
@@ -51,14 +51,8 @@ class Ranges:
         if self.plan.is_rotated:
             rotation = walsh_rotation(q.shape[3])
             q, k = rotate(q, rotation), rotate(k, rotation)
-        found = [np.abs(x).max(axis=(0, 2, 3)) for x in (q, k, v)]
-        for name, largest in zip("qkv", found, strict=True):
-            if not np.isfinite(largest).all():
-                raise BadArgumentError(
-                    f"{path}: {name} of a calibration input has NaN or inf, expected finite values"
-                )
-        before = self.largest or found
-        self.largest = [np.maximum(a, b) for a, b in zip(before, found, strict=True)]
+        with _naming(path):
+            self.seen.add(q, k, v)
 
     def scales(self, path: str) -> Scales:
         """float32 (heads, 1) of queries, keys and values.
@@ -66,12 +60,19 @@ class Ranges:
         Raises:
             MsQuantError: no call came there.
         """
-        if not self.largest:
+        if not self.seen.reach:
             raise BadArgumentError(
                 f"{path}: no calibration input reached it, expected some, or INT8_DYNAMIC"
             )
-        q, k, v = (symmetric_scale(largest)[:, None] for largest in self.largest)
-        return q, k, v
+        return self.seen.scales()
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BadArgumentError as error:
+        raise BadArgumentError(f"{path}: {error}") from None
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class AttentionJob:
         Raises:
             MsQuantError: there is nothing to call it with.
         """
-        if not self.ranges or any(ranges.largest for ranges in self.ranges.values()):
+        if not self.ranges or any(ranges.seen.reach for ranges in self.ranges.values()):
             return
         if calibration is None or isinstance(calibration, Observations):
             found = type(calibration).__name__
