@@ -72,7 +72,8 @@ def test_what_takes_too_much(renderer, template):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent < 5 and time.monotonic() - started < 40
-    assert after.ru_maxrss < 700 << 10  # of any process that has ended, in KB
+    # In KB, of any process that has ended: that of an earlier test may have been larger.
+    assert after.ru_maxrss <= max(before.ru_maxrss, 700 << 10)
     assert renderer.render("{{ messages[0].content }}", NAMES) == "hello"
 
 

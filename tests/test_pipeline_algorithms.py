@@ -154,13 +154,18 @@ def test_both_phases_of_a_generation(make, monkeypatch):
     checked = make("W8A8_MIX", "minmax")
     model, seen = open_model(checked.options.output), []
     assert model.phased
-    call = QuantizedForward.__call__
+    call, step = QuantizedForward.__call__, QuantizedForward.step
 
     def spy(self: Any, rows: np.ndarray, decode: bool = False) -> np.ndarray:
         seen.append((len(rows), decode))
         return call(self, rows, decode)
 
+    def spy_on_step(self: Any, rows: np.ndarray) -> np.ndarray:
+        seen.append((len(rows), True))
+        return step(self, rows)
+
     monkeypatch.setattr(QuantizedForward, "__call__", spy)
+    monkeypatch.setattr(QuantizedForward, "step", spy_on_step)
     list(Generator(model).generate(np.array([5, 6, 7]), 3))
     linears = len(checked.plan.quantized())
     assert seen[:linears] == [(3, False)] * linears

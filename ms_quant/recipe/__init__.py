@@ -72,13 +72,20 @@ def load_recipe(source: str | PathLike[str] | Mapping[str, Any]) -> Recipe:
         ('W4A16', ('*.mlp.*',))
     """
     if isinstance(source, Mapping):
-        return _translated(source)
+        return _bounded(source)
     path = Path(source)
     document = read_yaml(path)
     try:
-        return _translated(document)
+        return _bounded(document)
     except MsQuantError as error:
         raise BadFileError(f"{path}: {error}") from None
+
+
+def _bounded(document: Mapping[str, Any]) -> Recipe:
+    try:
+        return _translated(document)
+    except (OverflowError, RecursionError) as error:
+        raise BadFileError(f"the recipe is nested or counts too far ({error})") from None
 
 
 def _translated(document: Mapping[str, Any]) -> Recipe:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from ms_quant.algorithms.clip import RATIOS
 from ms_quant.errors import BadArgumentError
+from ms_quant.recipe.bounded import BoundedPattern
 from ms_quant.recipe.checks import checked
 from ms_quant.recipe.patterns import REGEX, escape
 from ms_quant.recipe.reading import Section, listed, refuse
@@ -91,10 +91,9 @@ def from_ptq_config(config: Any, layer_policies: Mapping[str, Any] | None = None
 
 
 def _check_regex(key: Any, where: str) -> None:
-    try:
-        re.compile(key)
-    except (re.error, TypeError) as error:
-        raise BadArgumentError(f"{where} is no regular expression ({error})") from None
+    if not isinstance(key, str):
+        raise BadArgumentError(f"{where} is no regular expression, expected a text")
+    BoundedPattern(key, where)
 
 
 def _translate(

@@ -3,12 +3,11 @@
 ``*`` matches dots, too: ``*.{q,k}_proj`` and ``model.layers.{0..3}.*`` name linears such as
 ``model.layers.0.self_attn.q_proj``. Layers that predict further tokens are reached by their
 number or by ``mtp.*`` alone. A pattern that begins with ``re:`` is a regular expression,
-matched from the beginning of a path; glob characters have no meaning in it.
+matched from the beginning of a path; glob characters have no meaning in it. None may take long.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
@@ -17,6 +16,7 @@ from wcmatch.fnmatch import escape
 
 from ms_quant.errors import BadArgumentError
 from ms_quant.models.names import block_prefix, in_block
+from ms_quant.recipe.bounded import BoundedPattern
 
 __all__ = [
     "FURTHER",
@@ -104,20 +104,14 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         return _regex(pattern)
     try:
         globs = fnmatch.translate(pattern, flags=_FLAGS, limit=MOST_ALTERNATIVES)[0]
-        compiled = [re.compile(glob) for glob in globs]
+        compiled = [BoundedPattern(glob, f"pattern {pattern!r:.80}") for glob in globs]
     except Exception as error:  # its limit error is no public name
         raise BadArgumentError(
             f"pattern {pattern!r:.80} is not usable ({error}), expected a glob such as "
             "'*.down_proj' or 'model.layers.{0..3}.*'"
         ) from None
-    return lambda path: any(glob.fullmatch(path) for glob in compiled)
+    return lambda path: any(glob.match(path, whole=True) for glob in compiled)
 
 
 def _regex(pattern: str) -> Callable[[str], bool]:
-    try:
-        compiled = re.compile(pattern.removeprefix(REGEX))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise BadArgumentError(
-            f"pattern {pattern!r:.80} is no regular expression ({error})"
-        ) from None
-    return lambda path: compiled.match(path) is not None
+    return BoundedPattern(pattern.removeprefix(REGEX), f"pattern {pattern!r:.80}").match

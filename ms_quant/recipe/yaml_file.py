@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import MAX_DEPTH, require_file
@@ -16,6 +19,18 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 _MERGE = "tag:yaml.org,2002:merge"
 _FLOAT = "tag:yaml.org,2002:float"
+_INT = "tag:yaml.org,2002:int"
+MAX_DIGITS, MAX_INTEGER = 100, (1 << 63) - 1
+try:
+    from yaml.cyaml import CParser  # type: ignore[attr-defined]
+
+    _PARSER: tuple[Any, ...] = (CParser,)
+except ImportError:
+    from yaml.parser import Parser
+    from yaml.reader import Reader
+    from yaml.scanner import Scanner
+
+    _PARSER = (Reader, Scanner, Parser)
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
@@ -47,7 +62,8 @@ def parse_yaml(content: bytes) -> Any:
 
     Raises:
         ValueError: the text is no single YAML document, or has a tag, a key twice, NaN, infinity,
-            more than 64 levels of nesting, or aliases that stand for more than 100,000 values.
+            an integer of more than 63 bits, more than 64 levels of nesting, or more than 100,000
+            values, every alias counted as what it stands for.
     """
     try:
         loader = _Loader(content.decode("utf-8-sig"))
@@ -74,15 +90,28 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, without what makes a text mean two things."""
+class _Loader(Composer, *_PARSER, SafeConstructor, Resolver):  # type: ignore[misc]
+    """The safe loader, without what makes a text mean two things.
 
-    depth = 0
+    Its parser is that of libyaml, where PyYAML has it, which every wheel of it has: the one in
+    Python takes seconds for a large recipe. Nodes are made here, where they can be counted.
+    """
+
+    depth = count = 0
+
+    def __init__(self, text: str):
+        for part in _PARSER:
+            part.__init__(self, *([text] if part is _PARSER[0] else []))
+        for part in (Composer, SafeConstructor, Resolver):
+            part.__init__(self)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
+        self.count += 1
         if self.depth > MAX_DEPTH:
             _refuse(f"more than {MAX_DEPTH} levels of nesting", self.peek_event().start_mark)
+        if self.count > MAX_VALUES:
+            _refuse(f"more than {MAX_VALUES} values", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -102,16 +131,38 @@ class _Loader(yaml.SafeLoader):
             _refuse(f"{node.value:.40}, expected a finite number", node.start_mark)
         return value
 
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node) if len(node.value) <= MAX_DIGITS else math.inf
+        if abs(value) > MAX_INTEGER:
+            _refuse(f"{node.value:.40} is too large for an integer", node.start_mark)
+        return int(value)
+
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError):  # as the safe loader does
+        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError):
             return _refuse(f"a value is no {node.tag.rpartition(chr(58))[2]}", node.start_mark)
 
 
 _Loader.add_constructor(_FLOAT, _Loader.construct_yaml_float)
-_Loader.add_implicit_resolver(  # 1e-5, which YAML 1.1 takes for text
-    _FLOAT, re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+_Loader.add_constructor(_INT, _Loader.construct_yaml_int)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, found) for tag, found in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in Resolver.yaml_implicit_resolvers.items()
+}
+# As YAML 1.1 but for numbers to the base 60, such as 1:30, and with 1e-5, which it takes for text.
+_Loader.add_implicit_resolver(
+    _INT,
+    re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
 )
 
 

@@ -12,6 +12,7 @@ from ms_quant.data.json_records import read_values
 from ms_quant.data.parquet import read_columns
 from ms_quant.errors import BadArgumentError, BadFileError, short
 
+MOST_CHARACTERS = 131_072  # of a field
 MAX_BYTES = 1 << 30
 LETTERS = "ABCD"
 
@@ -120,6 +121,8 @@ def csv_rows(path: Path, columns: Sequence[str], header: bool = True) -> Iterato
             reader = csv.reader(file)
             for row in reader:
                 where = f"{path}: line {reader.line_num}"
+                if any(len(field) > MOST_CHARACTERS for field in row):  # csv's own limit is global
+                    raise csv.Error("a field is too long")
                 if header:
                     names, header = row, False
                     _require_columns(path, columns, names)
@@ -135,7 +138,7 @@ def csv_rows(path: Path, columns: Sequence[str], header: bool = True) -> Iterato
     except csv.Error as error:
         raise BadFileError(
             f"{path}: line {reader.line_num} is no csv ({error}), expected fields with commas "
-            f"between them of at most {csv.field_size_limit()} characters"
+            f"between them of at most {MOST_CHARACTERS} characters"
         ) from None
     except UnicodeDecodeError as error:
         raise BadFileError(f"{path}: is not UTF-8 ({error.reason}), expected csv") from None

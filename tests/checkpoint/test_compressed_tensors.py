@@ -220,7 +220,11 @@ REFUSED: list[tuple[tuple, Any, str]] = [
     ((*GROUP, "targets"), ["re:(a+)+$"], r"targets has the pattern '\(a\+\)\+\$', expected at"),
     ((*GROUP, "targets"), ["re:" + ".*a" * 7], r"expected at most 6 repetitions"),
     ((*GROUP, "targets"), ["re:" + "a" * 300], r"a pattern of 300 characters, expected at most"),
-    ((*GROUP, "targets"), ["re:("], r"targets has the pattern '\(': missing \), unterminated"),
+    (
+        (*GROUP, "targets"),
+        ["re:("],
+        r"targets: the pattern '\(' is no .*\(missing \), unterminated",
+    ),
     (("ignore",), "lm_head", r"ignore is 'lm_head', expected a list"),
     (WEIGHTS, None, r"group_0\.weights is null, expected arguments"),
     (WEIGHTS, [], r"group_0\.weights is \[\], expected arguments or null"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 
 from ms_quant.errors import MsQuantError
+from ms_quant.recipe.bounded import ALL_SECONDS, SECONDS, BoundedPattern
 from ms_quant.recipe.patterns import escape, matches, unmatched
 
 Q, DOWN = "model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj"
@@ -65,3 +69,56 @@ def test_what_is_escaped_is_itself():
 def test_what_is_no_pattern_is_refused(pattern, words):
     with pytest.raises(MsQuantError, match=words):
         matches(Q, [pattern])
+
+
+SLOW = [
+    r"(\w+\.?)+!",
+    r"(a|a|\w)*!",
+    r"(.*)*(.*)*(.*)*!",
+    r"^(([a-z_.0-9])+.)+[A-Z]([a-z])+$",
+    r"(?:(?:[\w.]+)+)+\b!",
+    r"(\w|\w\w|\w\w\w)+#",
+]
+
+
+@pytest.mark.parametrize("expression", SLOW)
+def test_an_expression_that_takes_for_ever_is_refused(expression):
+    path = "model.layers.3.self_attn.q_proj." * 4
+    start = time.process_time()
+    try:
+        assert not matches(path, [f"re:{expression}"])
+    except MsQuantError as error:
+        assert f"takes more than {SECONDS:g} s" in str(error)
+    assert time.process_time() - start < 5 * SECONDS
+
+
+def test_an_expression_has_seconds_for_all_names():
+    pattern = BoundedPattern(r"(?:\w+\.?)+!", "it")
+    start = time.process_time()
+    for count in range(10_000):
+        try:
+            assert not pattern.match(f"{'a' * 18}{count}")
+        except MsQuantError:
+            break
+    assert time.process_time() - start < ALL_SECONDS + 2
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        (r"(((a{1000}){1000}){1000})", "counts to more than"),
+        (r"a{99999999999999999999}", "counts to more than"),
+        (r"(", "no regular expression"),
+        (r"[[:alpha:]]", "expected letters"),
+    ],
+)
+def test_an_expression_that_is_none_or_counts_too_far_is_refused(expression, words):
+    with pytest.raises(MsQuantError, match=words):
+        matches(Q, [f"re:{expression}"])
+
+
+@pytest.mark.parametrize(
+    "expression", [r"model\.{1}", r"[{]x", r"m{x}", r"model{", r".{0,5}l\.", r"a{,3}m"]
+)
+def test_braces_are_those_of_re(expression):
+    assert matches(Q, [f"re:{expression}"]) is bool(re.match(expression, Q))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from ms_quant.errors import MsQuantError
@@ -27,18 +29,18 @@ def layers(one: str, fan: int) -> bytes:
         (b"a: .nan", "nan, expected a finite number"),
         (b"a: -.inf", "expected a finite number"),
         (b"a: 1e999", "expected a finite number"),
-        (b"[" * 100_000, "more than 64 levels"),
-        (b"- " * 70 + b"x", "more than 64 levels"),
+        (b"[" * 100_000, "more than 64 levels|maximum nesting depth"),
+        (b"- " * 70 + b"x", "more than 64 levels|maximum nesting depth"),
         (b"&a [*a]", "holds itself"),
         (layers("[%s]", 9), "more than 100000 values"),
         (layers("{<<: [%s]}", 9), "more than 100000 values"),
         (b"a: \xff", "utf-8"),
-        (b"a: \x00", "special characters"),
-        (b"a: [", "line 1"),
+        (b"a: \x00", "control characters"),
+        (b"a: [", "line 2"),
         (b"a: 1\n---\nb: 2", "line 2: but found another document"),
         (b"a: *b", "undefined alias"),
         (b"? [a]\n: 1", "unhashable key"),
-        (b"a: " + b"9" * 5000, "no int"),
+        (b"a: " + b"9" * 5000, "too large for an integer"),
         (b"a: 2024-99-99", "no timestamp"),
         (b"a: !!timestamp x", "no timestamp"),
         (b"a: !!bool x", "no bool"),
@@ -86,3 +88,36 @@ def test_exponents_without_a_point_are_numbers():
 
 def test_a_byte_order_mark_is_no_part_of_a_key():
     assert parse_yaml("\ufeffa: 1".encode()) == {"a": 1}
+
+
+def test_numbers_are_to_the_base_ten():
+    assert parse_yaml(b"[1:30, 12:30:45.5, 0x1f, -7, 1_000]") == [
+        "1:30",
+        "12:30:45.5",
+        31,
+        -7,
+        1000,
+    ]
+
+
+@pytest.mark.parametrize("content", [b"a: 9223372036854775808", b"a: " + b"9" * 5000, b"a: 1e999"])
+def test_numbers_that_are_too_large_are_refused(content):
+    with pytest.raises(ValueError, match=r"too large|finite number"):
+        parse_yaml(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"- 1\n" * (MAX_BYTES // 4),
+        b"[" + b"1," * (MAX_BYTES // 2 - 2) + b"]",
+        b"a: &a [" + b"1," * 50_000 + b"]\nb: [*a, *a, *a]\n",
+        b"{" + b"a: ,b: ," * (MAX_BYTES // 8 - 2) + b"}",
+    ],
+    ids=["lines", "list", "aliases", "keys"],
+)
+def test_a_large_file_is_refused_within_seconds(content):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"more than 100000 values|twice"):
+        parse_yaml(content)
+    assert time.process_time() - start < 10

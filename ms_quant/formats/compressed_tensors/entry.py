@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ms_quant.errors import BadFileError, short
+from ms_quant.errors import BadArgumentError, BadFileError, short
+from ms_quant.recipe.bounded import BoundedPattern
 
 KEY = "quantization_config"
 EVERY, HEAD, PATTERN = "Linear", "lm_head", "re:"
@@ -221,9 +222,9 @@ def _check_pattern(text: str, where: str) -> None:
             "none of them repeated"
         )
     try:
-        re.compile(text)
-    except (re.error, OverflowError) as error:
-        raise BadFileError(f"{where} has the pattern {short(text)}: {error}") from None
+        BoundedPattern(text, f"the pattern {short(text)}")
+    except BadArgumentError as error:
+        raise BadFileError(f"{where}: {error}") from None
 
 
 class Targets:
@@ -236,7 +237,10 @@ class Targets:
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)
         patterns = sorted(name for name in self.names if name.startswith(PATTERN))
-        self._patterns = [(name, re.compile(name.removeprefix(PATTERN))) for name in patterns]
+        self._patterns = [
+            (name, BoundedPattern(name.removeprefix(PATTERN), f"the pattern {short(name)}"))
+            for name in patterns
+        ]
 
     def of(self, path: str) -> str | None:
         """The name that decides what a linear is: its path before patterns, those before its
