@@ -9,13 +9,14 @@ from markupsafe import Markup
 
 from ms_quant.diffusers.directory import is_diffusers
 from ms_quant.report.activations import activation_section, expert_section
+from ms_quant.report.attention import attention_section
 from ms_quant.report.charts import chosen_histogram
 from ms_quant.report.checkpoint import checkpoint_facts, float_weights
 from ms_quant.report.diffusion import diffusion_facts, diffusion_weights
 from ms_quant.report.page import render
 from ms_quant.report.parts import cards, joined, paragraph, section, sentences
 from ms_quant.report.records import Facts, FloatWeights
-from ms_quant.report.results import Results, attention_section, result_sections
+from ms_quant.report.results import Results, result_sections
 from ms_quant.report.sections import (
     error_section,
     groups_section,
@@ -78,7 +79,7 @@ def report_page(
         activation_section(facts),
         _weights(facts, against, linears),
         expert_section(facts),
-        attention_section(results, facts.cache),
+        attention_section(results.attention, results.maps, facts.cache),
         record_section(facts),
     ]
     return render(facts.name, parts, reload_seconds)

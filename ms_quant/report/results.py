@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from ms_quant.errors import BadFileError
 from ms_quant.files.strict_json import read_json
-from ms_quant.report.parts import Cell, Sentence, joined, paragraph, section, table
+from ms_quant.report.attention import is_heat_map
+from ms_quant.report.parts import Cell, Sentence, joined, section, table
 from ms_quant.report.recorded import entry, number
 
 MAX_BYTES = 64 << 20
@@ -33,11 +34,13 @@ class Results:
     perplexity: results of ``eval --text``.
     tasks: results of ``eval --task``.
     attention: rows of ``attention_summary``.
+    maps: of its heads or of those of ``analyze_attention``.
     """
 
     perplexity: list[Mapping[str, Any]] = field(default_factory=list)
     tasks: list[Mapping[str, Any]] = field(default_factory=list)
     attention: list[Mapping[str, Any]] = field(default_factory=list)
+    maps: list[Mapping[str, Any]] = field(default_factory=list)
 
     def add(self, result: Mapping[str, Any]) -> bool:
         """Takes a result; False where it is none of those."""
@@ -53,6 +56,10 @@ class Results:
         if isinstance(rows, list):
             self.attention += [entry(row) for row in rows]
             known = True
+        for found in (result, result.get("heat_map")):
+            if is_heat_map(found):
+                self.maps.append(entry(found))
+                known = True
         return known or bool(of_tasks)
 
 
@@ -174,24 +181,6 @@ def _subjects(number_of: int, one: Mapping[str, Any]) -> Markup:
     name = f"subjects-{number_of}"
     heads = ("subject", "accuracy", "standard error", "questions")
     return Markup("<h3>{}</h3>").format(str(one["task"])) + table(heads, rows, name=name)
-
-
-def attention_section(results: Results, cache: str) -> Markup:
-    """How keys and values are cached, and what became of the attention of a network."""
-    parts = [paragraph(f"Keys and values are cached as `{cache}`.")] if cache else []
-    if results.attention:
-        rows = [
-            [
-                Cell(str(row.get("path", ""))),
-                Cell(str(row.get("attention", ""))),
-                Cell(str(row.get("reason", ""))),
-                Cell(", ".join(f"{count} {how}" for how, count in entry(row, "calls").items())),
-            ]
-            for row in results.attention[:2000]
-        ]
-        heads = ("attention", "computed by", "why float", "calls")
-        parts.append(table(heads, rows, name="attention", text_columns=4))
-    return section("Attention", *parts)
 
 
 def _number(value: Any, missing: str, form: str = ".4f") -> str:

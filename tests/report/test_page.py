@@ -6,6 +6,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,3 +117,29 @@ def test_results_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(MsQuantError, match=message) as caught:
             read_results([path])
         assert "\n" not in str(caught.value)
+
+
+def test_heat_maps_of_heads(tmp_path: Path) -> None:
+    path, found = (
+        tmp_path / "map.json",
+        {
+            "mode": "rf_v1",
+            "layers": ["blocks.0.<attn>", "blocks.1.attn"],
+            "errors": [[0.25, 0.125, 0.0625], [0.5]],
+            "densities": [[0.5, 0.5, None], "no"],
+            "kinds": [["spatial", "spatial", "temporal"], []],
+        },
+    )
+    for given in (found, {"heat_map": found, "attention": [{"path": "blocks.0.<attn>"}]}):
+        path.write_text(json.dumps(given))
+        results = read_results([path])
+        page = report_page(large_facts(2), results)
+        assert results.maps == [found] and "<attn>" not in page
+        for text in ("25 %", "12 %", "6.2 %", "50 %", "0-1</td>", "rf_v1"):
+            assert text in page, text
+
+
+@pytest.mark.parametrize("rows", [[[None]], [["x"]], [{}], 3, [[True]]])
+def test_maps_without_numbers_draw_nothing(rows: Any) -> None:
+    results = Results(maps=[{"layers": ["a"], "errors": rows}])
+    assert "by layer and head" not in report_page(large_facts(2), results)
